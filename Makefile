@@ -1,0 +1,43 @@
+# `make demo` runs the main job, `make test` the tests. Both set up .venv by themselves.
+# Extra arguments for pip go into PIP_ARGS, e.g.
+#   make demo PIP_ARGS="--index-url URL_OF_PYTORCHS_CPU_WHEELS --extra-index-url YOUR_MIRROR"
+PYTHON ?= python3
+PIP_ARGS ?=
+ARGS ?=
+
+ifeq ($(OS),Windows_NT)
+BIN := .venv/Scripts
+else
+BIN := .venv/bin
+endif
+
+.PHONY: demo test test-all check bench docs clean
+
+demo: .venv/ready
+	$(BIN)/python -m khaosz demo $(ARGS)
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -m "not slow and not network and not gpu" $(ARGS)
+
+test-all: .venv/ready-dev
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+check: .venv/ready-dev
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: .venv/ready-dev
+	$(BIN)/python -m bench $(ARGS)
+
+docs: .venv/ready-dev
+	$(BIN)/python -m docs
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/ready: pyproject.toml constraints.txt setup_env.py
+	$(PYTHON) setup_env.py train $(PIP_ARGS)
+
+.venv/ready-dev: pyproject.toml constraints.txt setup_env.py
+	$(PYTHON) setup_env.py dev $(PIP_ARGS)

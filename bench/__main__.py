@@ -1,0 +1,39 @@
+"""`python -m bench NAME ...`: runs one bench; without a name, lists them."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+# name: (module, arguments put before the user's, what it answers)
+BENCHES: dict[str, tuple[str, list[str], str]] = {
+    "throughput": ("bench.throughput", [], "training tokens/s and peak memory, transformers and us"),
+    "memory": ("bench.throughput", ["--only", "memory"], "the peak-memory half of throughput alone"),
+    "race": ("bench.race", [], "bits per byte after the same minutes, transformers and us"),
+    "ours": ("bench.ours", [], "one timing of our own training step"),
+    "peer": ("bench.peer_transformers", [], "one run or timing of the transformers loop"),
+    "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
+    "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
+    "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
+}
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m bench NAME [options]\n")
+        for name, (_, _, purpose) in BENCHES.items():
+            print(f"  {name:<12}{purpose}")
+        return 0
+    if arguments[0] not in BENCHES:
+        print(f"error: no bench '{arguments[0]}'; there are: {', '.join(BENCHES)}", file=sys.stderr)
+        return 2
+    module, before, _ = BENCHES[arguments[0]]
+    sys.argv = [f"python -m bench {arguments[0]}", *before, *arguments[1:]]
+    # Run as if by `python -m`, so that a bench is an ordinary script and needs no interface here.
+    runpy.run_module(module, run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

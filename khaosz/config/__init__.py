@@ -1,0 +1,22 @@
+"""Configuration is data with closed fields: a misspelt key is an error that names the right one."""
+
+from khaosz.config.model_config import ModelConfig, RopeScaling
+from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minutes
+from khaosz.config.recipe import load_recipe, parse_overrides, save_config
+from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
+
+__all__ = [
+    "SIZES",
+    "Derived",
+    "ModelConfig",
+    "ParallelConfig",
+    "Preset",
+    "RopeScaling",
+    "ScheduleConfig",
+    "TrainConfig",
+    "load_recipe",
+    "parse_overrides",
+    "preset",
+    "save_config",
+    "size_for_minutes",
+]

@@ -1,0 +1,107 @@
+"""`ModelConfig`: the shape of the network, in the field names of Hugging Face's config.json."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from khaosz.config.closed import Closed
+
+Family = Literal["llama", "qwen2", "qwen3"]
+
+
+class RopeScaling(Closed):
+    """How rotary frequencies are stretched beyond the trained context.
+
+    `linear`: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3`: low
+    frequencies divided, high ones kept, a ramp between (Llama 3.1). `yarn`: the NTK-by-parts ramp
+    and an attention temperature (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float = Field(ge=1.0)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = Field(default=None, gt=0)
+    truncate: bool = True
+
+    @model_validator(mode="after")
+    def _needs_original(self) -> RopeScaling:
+        if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
+            raise ValueError("llama3 scaling needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("high_freq_factor must be above low_freq_factor")
+        return self
+
+
+class ModelConfig(Closed):
+    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
+
+    With neither switch it is a Llama; `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3. Both
+    together is refused, because no family that others load has both.
+    """
+
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=2)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    max_position_embeddings: int = Field(default=2048, ge=1)
+    rms_norm_eps: float = Field(default=1e-6, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = True
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    initializer_range: float = Field(default=0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions (got {self.head_dim})")
+        if self.qk_norm and self.qkv_bias:
+            raise ValueError(
+                "qk_norm (Qwen3) and qkv_bias (Qwen2) together: no model family loads that"
+            )
+        return self
+
+    @property
+    def family(self) -> Family:
+        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+
+    def block_parameters(self) -> int:
+        """Parameters of one layer, exactly."""
+        width, head = self.hidden_size, self.head_dim
+        queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
+        attention = width * (queries + 2 * keys) + queries * width
+        bias = (queries + 2 * keys) if self.qkv_bias else 0
+        norms = 2 * width + (2 * head if self.qk_norm else 0)
+        return attention + bias + 3 * width * self.intermediate_size + norms
+
+    def embedding_parameters(self) -> int:
+        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+
+    def parameters(self) -> int:
+        """All parameters, exactly: what `sum(p.numel())` gives on the meta device."""
+        blocks = self.num_hidden_layers * self.block_parameters()
+        return self.embedding_parameters() + blocks + self.hidden_size
+
+    def flops_per_token(self, context: int) -> float:
+        """Training FLOPs per token, forward and backward: 6 per weight in a matrix product, and
+        12 * layers * query width * context / 2 for causal attention (Chowdhery et al. 2022,
+        arXiv:2204.02311, appendix B)."""
+        matrices = self.num_hidden_layers * self.block_parameters()
+        matrices += self.vocab_size * self.hidden_size
+        queries = self.num_attention_heads * self.head_dim
+        return 6.0 * matrices + 6.0 * self.num_hidden_layers * queries * context

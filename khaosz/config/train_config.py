@@ -1,0 +1,140 @@
+"""`TrainConfig` and its parts: everything a recipe can say. None: derived (see presets)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from khaosz.config.closed import Closed
+from khaosz.config.model_config import ModelConfig
+from khaosz.config.presets import SIZES
+from khaosz.errors import nearest
+
+Stage = Literal["pt", "sft"]
+
+
+class ScheduleConfig(Closed):
+    """The learning rate over a run, as a factor of `TrainConfig.lr`.
+
+    `cosine`: one half period down to `min_ratio` (Loshchilov & Hutter 2017, arXiv:1608.03983).
+    `wsd`: warm-up, stable, then a linear decay over the last `decay_fraction` (MiniCPM, Hu et al.
+    2024, arXiv:2404.06395). `sgdr`: cosine with `cycles` warm restarts, each `cycle_growth` times
+    as long as the one before (arXiv:1608.03983). `constant`: warm-up, then 1.
+    """
+
+    name: Literal["cosine", "wsd", "sgdr", "constant"] = "wsd"
+    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
+    decay_fraction: float = Field(default=0.6, gt=0, le=1)
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    cycles: int = Field(default=4, ge=1)
+    cycle_growth: float = Field(default=1.0, ge=1)
+
+
+class ParallelConfig(Closed):
+    """Where the run computes. `auto` takes what the machine has (see `khaosz doctor`)."""
+
+    device: Literal["auto", "cpu", "cuda", "npu", "mps", "xpu"] = "auto"
+    backend: Literal["auto", "gloo", "nccl", "hccl", "xccl"] = "auto"
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; None: all cores")
+
+
+class TrainConfig(Closed):
+    """One run of one stage. Paths are relative to the working directory."""
+
+    stage: Stage
+    data: Path
+    out: Path
+    val: Path | None = None
+    tokenizer: Path | None = None
+    init_from: Path | None = None
+    seed: int = Field(default=0, ge=0)
+
+    size: str | None = None
+    model: dict[str, Any] = Field(default_factory=dict, description="ModelConfig keys to override")
+    vocab_size: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=8, description="tokens a row holds")
+
+    max_minutes: float | None = Field(default=None, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+
+    batch_tokens: int | None = Field(default=None, ge=1, description="tokens per optimizer step")
+    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward, per rank")
+    optimizer: Literal["muon", "adamw"] = "muon"
+    lr: float | None = Field(default=None, gt=0)
+    embedding_lr: float | None = Field(default=None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float | None = Field(default=None, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    gradient_checkpointing: bool = False
+    loss_chunk: int = Field(default=1024, ge=1, description="tokens per logits chunk")
+
+    mix: dict[str, float] | None = None
+    val_fraction: float = Field(default=0.005, ge=0, lt=1)
+    dedup: bool = True
+
+    log_every: int = Field(default=10, ge=1)
+    eval_every: int | None = Field(default=None, ge=1)
+    eval_tokens: int = Field(default=100_000, ge=1)
+    save_every: int | None = Field(default=None, ge=1)
+    keep: int = Field(default=2, ge=1)
+    sample_every: int | None = Field(default=None, ge=1)
+    prompts: list[str] = Field(default_factory=list)
+    early_stop: int | None = Field(default=None, ge=1, description="evaluations without a gain")
+    loggers: list[Literal["tensorboard", "trackio", "swanlab", "wandb"]] = Field(
+        default_factory=list
+    )
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, value: str | None) -> str | None:
+        if value is not None and value not in (*SIZES, "auto"):
+            guess = nearest(value, SIZES)
+            known = " | ".join(SIZES)
+            more = f", did you mean '{guess}'?" if guess else ""
+            raise ValueError(f"size must be one of {known}{more}")
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _known_model_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
+        # Values are checked once the size is known; a misspelt key need not wait for the data.
+        for key in value:
+            if key not in ModelConfig.model_fields:
+                guess = nearest(key, ModelConfig.model_fields)
+                more = f", did you mean '{guess}'?" if guess else ""
+                raise ValueError(f"unknown key '{key}'{more}")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("betas must be at least 0 and below 1")
+        return value
+
+    @field_validator("mix")
+    @classmethod
+    def _weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        if value is not None and (min(value.values(), default=-1) < 0 or not sum(value.values())):
+            raise ValueError("mix weights must be >= 0 and not all 0")
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        given = [n for n in ("max_minutes", "max_steps", "epochs") if getattr(self, n) is not None]
+        if not given:
+            raise ValueError("say how long to train: max_minutes, max_steps or epochs")
+        if self.stage == "sft" and self.init_from is None and self.size is None:
+            raise ValueError("sft needs init_from=MODEL (or size=... to start from nothing)")
+        if self.model and self.init_from is not None:
+            raise ValueError("[model] shapes a new model, init_from brings its own: drop one")
+        return self

@@ -1,0 +1,61 @@
+"""What a training step receives: four integer tensors of the same shape.
+
+Legend: B rows, T positions (the window).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label that is not scored; torch's own default for `ignore_index`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed rows with their targets. All tensors are int64 of shape (B, T).
+
+    ids        input tokens; cells behind the last piece of a row hold the pad token
+    labels     already shifted: `labels[b, t]` is the target of position t, -100 = not scored
+    positions  restart at 0 with every piece of a document (and in the padding)
+    doc_ids    number the pieces of a row 0, 1, 2, ...; -1 in the padding. A position attends to
+               earlier positions of equal `doc_ids` only; padding attends to padding, so that no
+               row of the attention matrix is ever fully masked.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    doc_ids: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(t.shape) for t in (self.ids, self.labels, self.positions, self.doc_ids)}
+        assert len(shapes) == 1 and self.ids.ndim == 2, f"four (B, T) tensors, got {shapes}"
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of scored labels: what a loss summed over the batch is divided by."""
+        return int((self.labels != IGNORE).sum().item())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`; the count is taken here, so that it never waits for it."""
+        moved = Batch(
+            self.ids.to(device),
+            self.labels.to(device),
+            self.positions.to(device),
+            self.doc_ids.to(device),
+        )
+        moved.__dict__["tokens"] = self.tokens
+        return moved
+
+    def split(self, n: int) -> list[Batch]:
+        """`n` micro-batches of consecutive rows; their row counts differ by at most one."""
+        rows = self.ids.shape[0]
+        assert 1 <= n <= rows, f"cannot split {rows} rows into {n} micro-batches"
+        columns = (self.ids, self.labels, self.positions, self.doc_ids)
+        parts = zip(*(torch.tensor_split(column, n) for column in columns), strict=True)
+        return [Batch(*part) for part in parts]

@@ -1,0 +1,59 @@
+"""Plain texts of any readable input, one at a time: what a tokenizer learns from and what is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from khaosz.data.readers import Skip, detect_language, expand_inputs, open_source, parse_line
+from khaosz.data.records import to_messages
+from khaosz.errors import DataError
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every usable record: a document's text, or a conversation's turns.
+
+    Records that can't be used are passed over: preparation is what reports them. Raises `DataError`
+    for a file that can't be read at all.
+    """
+    for batch in open_source(path):
+        for line in batch.lines:
+            if not line.strip():
+                continue
+            if batch.kind == "text":
+                record: dict[str, Any] | Skip = {"text": line.decode("utf-8", errors="ignore")}
+            else:
+                record = parse_line(line)
+            if isinstance(record, Skip):
+                continue
+            text = _text_of(record)
+            if text:
+                lang = record.get("lang")
+                yield (lang if isinstance(lang, str) else detect_language(text)), text
+
+
+def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
+    """Texts of all inputs in turn, so that a budget spent from the front hears every file."""
+    sources = [read_texts(path) for path in expand_inputs(paths)]
+    while sources:
+        for source in list(sources):
+            item = next(source, None)
+            if item is None:
+                sources.remove(source)
+            else:
+                yield item[1]
+
+
+def _text_of(record: dict[str, Any]) -> str | None:
+    text = record.get("text")
+    if text is None:
+        try:
+            messages = to_messages(record).messages
+        except DataError:
+            return None
+        text = "\n".join(message["content"] for message in messages if message.get("content"))
+    if not isinstance(text, str):
+        return None
+    # A lone surrogate can't be written as UTF-8, so no tokenizer and no byte count knows it.
+    return text.encode("utf-8", errors="ignore").decode("utf-8")

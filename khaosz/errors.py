@@ -1,0 +1,75 @@
+"""Every error a user can cause, drawn as the tree it is.
+
+    KhaoszError                 one line (`str(error)`) and one `hint`; the CLI prints both, exits 1
+    ├── ConfigError             a recipe, override, preset or flag that cannot be right
+    ├── DataError               an input text, record or prepared directory that cannot be used
+    │   ├── TokenFileError      a token shard that is cut short, corrupt or of another version
+    │   └── FetchError          a demo source that could not be fetched or failed its checksum
+    ├── TokenizerError          a tokenizer that is missing, broken or does not fit the data
+    ├── ModelError              a model directory that is missing, broken or not of our families
+    │   └── CheckpointError     training state that is missing, torn or from another configuration
+    ├── DeviceError             a device, compute type or backend that this machine does not have
+    ├── GenerationError         a request out of range: prompt too long, temperature below zero, ...
+    └── TrainingError           the run itself failed: loss not finite, disk full, data exhausted
+
+Programming mistakes stay `AssertionError` or `TypeError`; they are ours, not the user's.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KhaoszError(Exception):
+    """A mistake we can explain: `message` says what is wrong, `hint` what to do about it."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(KhaoszError):
+    pass
+
+
+class DataError(KhaoszError):
+    pass
+
+
+class TokenFileError(DataError):
+    pass
+
+
+class FetchError(DataError):
+    pass
+
+
+class TokenizerError(KhaoszError):
+    pass
+
+
+class ModelError(KhaoszError):
+    pass
+
+
+class CheckpointError(ModelError):
+    pass
+
+
+class DeviceError(KhaoszError):
+    pass
+
+
+class GenerationError(KhaoszError):
+    pass
+
+
+class TrainingError(KhaoszError):
+    pass
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to a misspelt one, or None when nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None

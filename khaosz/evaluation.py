@@ -1,0 +1,93 @@
+"""Bits per byte of a model on a file of texts: comparable across tokenizers.
+
+Each document alone, begin token first, non-overlapping windows of the training length, the end
+token not scored: bits = -sum log2 P(token), bytes = UTF-8 bytes of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from khaosz.data.texts import read_texts
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.errors import DataError
+from khaosz.inference.scoring import Document, Score, score_documents
+from khaosz.interop import load_model
+from khaosz.trainer.checkpoint import stored_window
+
+_DOCUMENTS = 256  # tokenised together
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """The result for a file; `by_lang` holds bits per byte of each language met."""
+
+    bits_per_byte: float
+    bytes: int
+    tokens: int
+    by_lang: dict[str, float]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def bits_per_byte(
+    model_dir: Path,
+    file: Path,
+    *,
+    window: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    limit: int | None = None,
+) -> BitsPerByte:
+    """Score `file` (jsonl, jsonl.zst, txt, ...) with the model in `model_dir`.
+
+    `window` defaults to the length the model was trained with, else its whole context. `limit`
+    stops after that many documents. Raises `ModelError`, `DataError`.
+    """
+    model = load_model(model_dir, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(model_dir)
+    window = window or stored_window(model_dir) or model.config.max_position_embeddings
+    by_lang: dict[str, Score] = {}
+    texts = islice(read_texts(file), limit)
+    for lang, documents in _by_language(texts, tokenizer):
+        score = score_documents(
+            model, documents, window=window, byte_lengths=tokenizer.byte_lengths, dtype=dtype
+        )
+        by_lang[lang] = by_lang.get(lang, Score()) + score
+    total = sum(by_lang.values(), Score())
+    if not total.text_bytes:
+        raise DataError(f"{file}: no text to score")
+    return BitsPerByte(
+        round(total.bits_per_byte, 5),
+        total.text_bytes,
+        total.tokens,
+        {lang: round(score.bits_per_byte, 5) for lang, score in sorted(by_lang.items())},
+    )
+
+
+def _by_language(
+    texts: Iterator[tuple[str, str]], tokenizer: Tokenizer
+) -> Iterator[tuple[str, list[Document]]]:
+    """Blocks of documents of one language: begin token and text, no end token."""
+    waiting: dict[str, list[str]] = {}
+    for lang, text in texts:
+        block = waiting.setdefault(lang, [])
+        block.append(text)
+        if len(block) >= _DOCUMENTS:
+            yield lang, _documents(waiting.pop(lang), tokenizer)
+    for lang, block in waiting.items():
+        yield lang, _documents(block, tokenizer)
+
+
+def _documents(texts: list[str], tokenizer: Tokenizer) -> list[Document]:
+    return [
+        Document(np.array([tokenizer.bos_id, *ids], dtype=np.int64))
+        for ids in tokenizer.encode_batch(texts)
+    ]

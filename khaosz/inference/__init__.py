@@ -1,0 +1,1 @@
+"""Running a model: scoring text, sampling tokens, generating and chatting."""

@@ -1,0 +1,271 @@
+"""Hugging Face model directories, in and out: `config.json` and `model.safetensors`.
+
+What we write, `transformers` loads as Llama, Qwen2 or Qwen3 with equal logits; what it writes of
+those families, we load. A feature we do not compute is refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from khaosz.config import ModelConfig, RopeScaling
+from khaosz.errors import ConfigError, ModelError
+from khaosz.model import Transformer
+from khaosz.model.module import Rotary
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def save_model(
+    model: Transformer,
+    directory: Path,
+    *,
+    bos_id: int | None = None,
+    eos_ids: list[int] | None = None,
+    pad_id: int | None = None,
+) -> None:
+    """Write `config.json`, `generation_config.json` and `model.safetensors` (the parameters as
+    they are: fp32 masters stay fp32), each file atomically."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
+    given = {name: value for name, value in tokens.items() if value is not None}
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    write_json(directory / "config.json", {**config_to_hf(model.config), **given, "dtype": dtype})
+    write_json(directory / "generation_config.json", {**given, "do_sample": True})
+    tensors = {_hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
+    partial = directory / f".{WEIGHTS}.partial"
+    save_file(tensors, str(partial), metadata={"format": "pt"})
+    with open(partial, "r+b") as file:  # Windows flushes only what is open for writing
+        os.fsync(file.fileno())
+    os.replace(partial, directory / WEIGHTS)
+
+
+def load_model(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """A `Transformer` from a Hugging Face directory, in evaluation mode.
+
+    Raises `ModelError` for a missing or cut file, an unsupported family or feature, a missing,
+    unexpected or misshapen tensor (each by name).
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = {_hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    loaded: dict[str, Tensor] = {}
+    head: Tensor | None = None  # a tied head that is written all the same
+    for path in weight_files(directory):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    if name in wanted:
+                        tensor = file.get_tensor(name)
+                        if not tensor.is_floating_point():
+                            raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
+                        loaded[wanted[name][0]] = tensor.to(device, dtype)
+                    elif name == "lm_head.weight" and config.tie_word_embeddings:
+                        head = file.get_tensor(name)
+                    elif not name.endswith("rotary_emb.inv_freq"):
+                        raise ModelError(f"{path}: unexpected tensor '{name}'")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: broken or cut short ({error})") from None
+    for hf_name, (name, shape) in wanted.items():
+        if name not in loaded:
+            raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
+        if loaded[name].shape != shape:
+            found, expected = tuple(loaded[name].shape), tuple(shape)
+            raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {expected}")
+    if head is not None and not torch.equal(head.to(device, dtype), loaded["embed_tokens.weight"]):
+        raise ModelError(
+            f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
+        )
+    model.load_state_dict(loaded, assign=True)
+    model.rotary = Rotary(config).to(device)  # derived, so not in the file
+    return model.requires_grad_(True).eval()
+
+
+def load_config(directory: Path) -> ModelConfig:
+    """The `ModelConfig` in a directory's config.json; raises `ModelError`."""
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "no such model directory" if not directory.exists() else "no config.json"
+        hint = "name a directory that training wrote"
+        raise ModelError(f"{directory}: {what}", hint=hint) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+    return config_from_hf(values, str(path))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory: one, or those of its index when it is sharded.
+
+    The single file wins over an index, as it does for transformers.
+    """
+    index = directory / WEIGHTS_INDEX
+    names = [WEIGHTS]
+    if index.exists() and not (directory / WEIGHTS).exists():
+        try:
+            shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(shard_of.values()))
+            leaving = [name for name in names if name == ".." or Path(name).name != name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of shards: {error!r}") from None
+        if leaving:
+            raise ModelError(f"{index}: shard name '{leaving[0]}' leaves the directory")
+    paths = [directory / name for name in names]
+    for path in paths:
+        if not path.exists():
+            raise ModelError(f"{directory}: no {path.name}")
+    return paths
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a `ModelConfig`."""
+    values: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    }
+    own = config.model_dump(exclude={"qk_norm", "qkv_bias", "rope_scaling"})
+    if config.rope_scaling is not None:
+        # Qwen and Llama write the parameters in one table; readers before transformers 5 look
+        # for `rope_scaling`, later ones take it too.
+        values["rope_scaling"] = _scaling_to_hf(config.rope_scaling)
+    if config.family == "llama":
+        values["mlp_bias"] = False
+    else:
+        values["use_sliding_window"] = False
+    return {**values, **own}
+
+
+def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
+    """`ModelConfig` of a config.json; raises `ModelError` for what we do not compute."""
+    family = values.get("model_type")
+    if family not in _ARCHITECTURES:
+        raise ModelError(
+            f"{source}: model_type '{family}' is not supported",
+            hint=f"supported: {', '.join(_ARCHITECTURES)}",
+        )
+    for key, harmless in {
+        "hidden_act": ("silu",),
+        "attention_bias": (False, None),
+        "mlp_bias": (False, None),
+        "use_sliding_window": (False, None),
+        "quantization_config": (None,),
+        "partial_rotary_factor": (1.0, None),
+    }.items():
+        if values.get(key, harmless[0]) not in harmless:
+            raise ModelError(f"{source}: {key}={values[key]!r} is not supported")
+    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+        raise ModelError(f"{source}: layer_types other than full_attention are not supported")
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{source}: rope_parameters={rope!r} is not a table")
+    rope = dict(rope)
+    if rope.pop("partial_rotary_factor", None) not in (1.0, None):
+        raise ModelError(f"{source}: partial_rotary_factor is not supported")
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
+    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
+    rope.pop("type", None)
+    heads, head_dim = values.get("num_attention_heads"), values.get("head_dim")
+    if head_dim is None and family == "qwen3":
+        head_dim = 128  # Qwen3Config's default, whatever the width
+    if head_dim is None and isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
+        head_dim = values["hidden_size"] // max(1, heads)
+    try:
+        scaling = None
+        if kind != "default":
+            fields = {"rope_type": kind, **rope}
+            scaling = RopeScaling.parse(fields, source=f"{source}: rope_scaling")
+        elif rope.keys() - RopeScaling.model_fields:
+            names = ", ".join(sorted(rope.keys() - RopeScaling.model_fields))
+            raise ModelError(f"{source}: rope_parameters with {names} are not supported")
+        return ModelConfig.parse(
+            {
+                "vocab_size": values.get("vocab_size"),
+                "hidden_size": values.get("hidden_size"),
+                "intermediate_size": values.get("intermediate_size"),
+                "num_hidden_layers": values.get("num_hidden_layers"),
+                "num_attention_heads": heads,
+                "num_key_value_heads": values.get("num_key_value_heads") or heads,
+                "head_dim": head_dim,
+                "max_position_embeddings": values.get(
+                    "max_position_embeddings", 2048 if family == "llama" else 32_768
+                ),
+                "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+                "rope_theta": theta,
+                "rope_scaling": scaling,
+                "tie_word_embeddings": values.get("tie_word_embeddings", False),
+                "qk_norm": family == "qwen3",
+                "qkv_bias": family == "qwen2",
+                "initializer_range": values.get("initializer_range", 0.02),
+            },
+            source=source,
+        )
+    except ConfigError as error:
+        raise ModelError(str(error), hint=error.hint) from None
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write one JSON file atomically."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
+    """The keys of one scaling, defaults included: transformers has none for llama3's."""
+    names = {
+        "linear": ("factor",),
+        "llama3": (
+            "factor",
+            "original_max_position_embeddings",
+            "low_freq_factor",
+            "high_freq_factor",
+        ),
+        "yarn": (
+            "factor",
+            "original_max_position_embeddings",
+            "beta_fast",
+            "beta_slow",
+            "attention_factor",
+            "truncate",
+        ),
+    }[scaling.rope_type]
+    fields = {name: getattr(scaling, name) for name in names}
+    given = {name: value for name, value in fields.items() if value is not None}
+    return {"rope_type": scaling.rope_type, **given}
+
+
+def _hf_name(name: str) -> str:
+    return name if name.startswith("lm_head.") else f"model.{name}"

@@ -1,0 +1,7 @@
+"""The network: one decoder-only Transformer, readable top to bottom. It knows no devices, ranks
+or losses."""
+
+from khaosz.model.cache import KVCache
+from khaosz.model.transformer import Transformer
+
+__all__ = ["KVCache", "Transformer"]

@@ -1,0 +1,6 @@
+"""Where a run computes, and how it is spread over processes. Applied to a model from outside."""
+
+from khaosz.parallel.module import ParallelContext, across, data_parallel
+from khaosz.parallel.setup import available_devices, setup_parallel
+
+__all__ = ["ParallelContext", "across", "available_devices", "data_parallel", "setup_parallel"]

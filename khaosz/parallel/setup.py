@@ -1,0 +1,73 @@
+"""`setup_parallel`: choose device, backend and threads through PyTorch's device-agnostic calls."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from khaosz.config import ParallelConfig
+from khaosz.errors import DeviceError
+from khaosz.parallel.module import ParallelContext
+
+# Preferred first. `npu` is registered by torch_npu when that package is installed.
+_DEVICES = ("cuda", "npu", "xpu", "mps", "cpu")
+_BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl", "mps": "gloo", "cpu": "gloo"}
+
+
+def available_devices() -> list[str]:
+    """Device types of this machine, the preferred one first; `cpu` is always the last."""
+    if importlib.util.find_spec("torch_npu") is not None:
+        importlib.import_module("torch_npu")  # importing registers the `npu` device
+    return [name for name in _DEVICES if name == "cpu" or _has(name)]
+
+
+def setup_parallel(config: ParallelConfig) -> ParallelContext:
+    """Place this process: alone, or one of many under `torchrun` (RANK and WORLD_SIZE are set).
+
+    Raises `DeviceError` when the recipe asks for a device or backend this machine does not have.
+    """
+    present = available_devices()
+    kind = present[0] if config.device == "auto" else config.device
+    if kind not in present:
+        raise DeviceError(
+            f"device '{kind}' is not available here", hint=f"this machine has: {', '.join(present)}"
+        )
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    threads = config.threads or cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if config.threads is not None or world > 1:
+        torch.set_num_threads(threads)
+    threads = torch.get_num_threads()
+    device = torch.device(kind)
+    if kind not in ("cpu", "mps"):
+        device = torch.device(kind, local)
+        getattr(torch, kind).set_device(device)
+    if world == 1:
+        return ParallelContext(device, threads=threads)
+    backend = _BACKENDS[kind] if config.backend == "auto" else config.backend
+    if not dist.is_backend_available(backend):
+        raise DeviceError(
+            f"backend '{backend}' is not in this build of PyTorch", hint="try parallel.backend=gloo"
+        )
+    # Rank 0 may prepare data for hours before the others hear from it.
+    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    return ParallelContext(device, rank, world, local, backend, threads)
+
+
+def cpu_threads(local_world: int) -> int:
+    """Threads of one process when `local_world` of them share the cores we may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // local_world)
+
+
+def _has(kind: str) -> bool:
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    module = getattr(torch, kind, None)
+    return module is not None and bool(module.is_available())

@@ -1,0 +1,266 @@
+"""The short calibration at the start of a run: compute type, compilation, threads, step count.
+
+What it finds is a `Plan`, stored in every checkpoint: a resumed run must compute what the first
+half computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+
+from khaosz.config import TrainConfig
+from khaosz.data.batch import Batch
+from khaosz.errors import ConfigError, DeviceError
+from khaosz.model import Transformer
+from khaosz.parallel import ParallelContext, across
+from khaosz.trainer.loss import chunk_loss
+from khaosz.trainer.strategy import Compute, LossModule, PTStrategy
+from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.train_context import Plan
+
+_TOKENS_PER_FORWARD = {"cpu": 8_192}  # elsewhere twice that: the caches of a CPU are small
+_WORTH_COMPILING_S = 120.0  # a run shorter than this is over before compilation has paid
+
+
+def rows_per_step(config: TrainConfig, parallel: ParallelContext) -> tuple[int, int]:
+    """Windows per optimizer step (all ranks) and per forward pass (one rank).
+
+    Raises `ConfigError` when a step holds less than one window per rank.
+    """
+    assert config.batch_tokens is not None and config.window is not None
+    rows = max(1, config.batch_tokens // config.window)
+    if rows < parallel.world:
+        raise ConfigError(
+            f"batch_tokens={config.batch_tokens} is {rows} windows of {config.window} tokens,"
+            f" fewer than the {parallel.world} processes",
+            hint=f"batch_tokens={parallel.world * config.window} or more",
+        )
+    mine = -(-rows // parallel.world)
+    limit = _TOKENS_PER_FORWARD.get(parallel.device.type, 16_384)
+    micro = config.micro_batch or max(1, limit // config.window)
+    return rows, min(micro, mine)
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why `torch.compile` can't work here, or None."""
+    if device.type == "cpu":
+        named = os.environ.get("CXX")
+        candidates = [named] if named else ["g++", "clang++", "cl"]
+        if not any(shutil.which(name) for name in candidates):
+            return f"no C++ compiler ({' or '.join(candidates)})"
+    elif device.type in ("npu", "mps"):
+        return f"not used on {device.type}"
+    return None
+
+
+def apply_plan(plan: Plan, model: Transformer, config: TrainConfig) -> Compute:
+    """Set a model up to compute as planned."""
+    return _compute(model, config, plan.torch_dtype, plan.compiled)
+
+
+def calibrate(
+    model: Transformer,
+    config: TrainConfig,
+    parallel: ParallelContext,
+    strategy: PTStrategy,
+    rows: int,
+    micro: int,
+    console: Console,
+) -> Plan:
+    """Time real micro-batches under the candidates, then whole steps with a learning rate of 0.
+
+    Weights are as before when it returns; gradients and optimizer state are gone. On several
+    ranks all follow rank 0's clock. Raises `DeviceError` when the recipe insists on a compiler or
+    compute type this machine lacks.
+    """
+    batches = [batch.to(parallel.device) for batch in strategy.micro_batches(0)]
+    problem = compiler_problem(parallel.device)
+    if config.compile == "on" and problem:
+        raise DeviceError(f"compile=on, but {problem}", hint="install one, or compile=auto")
+    reasons: list[str] = []
+
+    dtype = torch.float32 if config.dtype != "bf16" else torch.bfloat16
+    eager: dict[torch.dtype, float] = {}
+    if config.dtype == "auto":
+        for candidate in (torch.float32, torch.bfloat16):
+            with contextlib.suppress(RuntimeError):  # a device without bf16 kernels says so
+                compute = _compute(model, config, candidate, False)
+                eager[candidate] = _micro_seconds(model, strategy, compute, batches[0], parallel)
+        dtype = min(eager, key=lambda name: eager[name])
+        shown = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
+        reasons.append(f"dtype {_name(dtype)}: a forward and backward takes {shown}")
+    else:
+        reasons.append(f"dtype {config.dtype}: the recipe says so")
+
+    compiled = config.compile == "on"
+    if config.compile == "auto":
+        compiled = False
+        expected = _expected_seconds(config, eager.get(dtype), len(batches))
+        if problem:
+            reasons.append(f"not compiled: {problem}")
+        elif expected is not None and expected < _WORTH_COMPILING_S:
+            reasons.append("not compiled: the run is too short for it to pay")
+        else:
+            console.print("  [dim]compiling (once; cached for the next run)[/dim]")
+            compiled, reason = _try_compiled(model, config, strategy, dtype, eager, batches, parallel)
+            reasons.append(reason)
+
+    compute = _compute(model, config, dtype, compiled)
+    seconds = _step_seconds(model, config, strategy, compute, batches, parallel)
+    total = _total_steps(config, strategy, rows, seconds)
+    chosen = across(
+        [float(x) if parallel.is_main else 0.0
+         for x in (dtype == torch.bfloat16, compiled, total, seconds)],
+        parallel,
+    )  # fmt: skip
+    reasons.append(f"{chosen[3]:.2f} s per step, so {int(chosen[2]):,} steps")
+    return Plan(
+        total_steps=int(chosen[2]),
+        dtype="bf16" if chosen[0] else "fp32",
+        compiled=bool(chosen[1]),
+        threads=torch.get_num_threads(),
+        rows=rows,
+        micro_rows=micro,
+        seconds_per_step=chosen[3],
+        reasons=reasons,
+    )
+
+
+def _try_compiled(
+    model: Transformer,
+    config: TrainConfig,
+    strategy: PTStrategy,
+    dtype: torch.dtype,
+    eager: dict[torch.dtype, float],
+    batches: list[Batch],
+    parallel: ParallelContext,
+) -> tuple[bool, str]:
+    plain = eager.get(dtype)
+    if plain is None:
+        compute = _compute(model, config, dtype, False)
+        plain = _micro_seconds(model, strategy, compute, batches[0], parallel)
+    compute = _compute(model, config, dtype, True)
+    started = time.perf_counter()
+    try:
+        fast = _micro_seconds(model, strategy, compute, batches[0], parallel)
+    except (RuntimeError, OSError) as error:  # dynamo and inductor raise subclasses of RuntimeError
+        first = str(error).strip().splitlines()[0][:100]
+        return False, f"not compiled: the compiler failed ({first})"
+    took = time.perf_counter() - started
+    gain = plain / fast
+    if gain < 1.03:
+        return False, f"not compiled: it gains {gain - 1:+.0%} here"
+    return True, f"compiled: {gain:.2f}x as fast as eager, ready after {took:.0f} s"
+
+
+def _compute(model: Transformer, config: TrainConfig, dtype: torch.dtype, compiled: bool) -> Compute:
+    model.compiled_blocks = None
+    inner = chunk_loss
+    if compiled:
+        model.compiled_blocks = torch.compile(model.blocks, dynamic=False)
+        inner = torch.compile(chunk_loss, dynamic=config.stage != "pt")
+    return Compute(dtype, config.loss_chunk, inner)
+
+
+def _micro_seconds(
+    model: Transformer,
+    strategy: PTStrategy,
+    compute: Compute,
+    batch: Batch,
+    parallel: ParallelContext,
+) -> float:
+    module = LossModule(model.train(), strategy, compute)
+
+    def once() -> None:
+        module(batch).backward()
+        model.zero_grad(set_to_none=True)
+
+    return _median_seconds(once, parallel, warmups=2, runs=3)
+
+
+def _step_seconds(
+    model: Transformer,
+    config: TrainConfig,
+    strategy: PTStrategy,
+    compute: Compute,
+    batches: list[Batch],
+    parallel: ParallelContext,
+) -> float:
+    """Seconds of a whole optimizer step, updates with a learning rate of zero included."""
+    module = LossModule(model.train(), strategy, compute)
+    optimizers = build_optimizers(model, config, dtype=compute.dtype)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def once() -> None:
+        for batch in batches:
+            (module(batch) / 1e3).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    runs = 5 if config.max_minutes is not None else 1
+    return _median_seconds(once, parallel, warmups=1, runs=runs)
+
+
+def _median_seconds(
+    run: Callable[[], None], parallel: ParallelContext, *, warmups: int, runs: int
+) -> float:
+    for _ in range(warmups):
+        run()
+    seconds = []
+    for _ in range(runs):
+        with _timed(parallel, seconds):
+            run()
+    return statistics.median(seconds)
+
+
+@contextlib.contextmanager
+def _timed(parallel: ParallelContext, into: list[float]) -> Iterator[None]:
+    _synchronise(parallel)
+    started = time.perf_counter()
+    yield
+    _synchronise(parallel)
+    into.append(time.perf_counter() - started)
+
+
+def _synchronise(parallel: ParallelContext) -> None:
+    if parallel.device.type != "cpu":
+        getattr(torch, parallel.device.type).synchronize()
+
+
+def _total_steps(
+    config: TrainConfig, strategy: PTStrategy, rows: int, seconds_per_step: float
+) -> int:
+    limits = []
+    if config.max_steps is not None:
+        limits.append(config.max_steps)
+    if config.epochs is not None:
+        limits.append(-(-round(strategy.dataset.windows * config.epochs) // rows))
+    if config.max_minutes is not None:
+        limits.append(int(config.max_minutes * 60 / seconds_per_step))
+    return max(1, min(limits))
+
+
+def _expected_seconds(config: TrainConfig, micro: float | None, batches: int) -> float | None:
+    """How long the run will take at most, as far as it can be told before it starts."""
+    limits = []
+    if config.max_minutes is not None:
+        limits.append(config.max_minutes * 60)
+    if config.max_steps is not None and micro is not None:
+        limits.append(config.max_steps * batches * micro)
+    return min(limits, default=None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"

@@ -1,0 +1,190 @@
+"""Callbacks: what happens around the loop. Each is one small object; the order they are given in
+is the order they run in."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from khaosz.inference.scoring import Score
+from khaosz.trainer.checkpoint import point, rotate, save_checkpoint
+from khaosz.trainer.train_context import TrainContext
+
+Evaluate = Callable[[TrainContext], dict[str, Score]]
+Sample = Callable[[TrainContext, str], str]
+
+
+class Callback:
+    """Does nothing; a callback overrides what it cares about."""
+
+    def on_start(self, context: TrainContext) -> None: ...
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None: ...
+
+    def on_end(self, context: TrainContext) -> None: ...
+
+
+def is_last(context: TrainContext) -> bool:
+    return context.progress.step >= context.plan.total_steps
+
+
+class Validation(Callback):
+    """Scores the held-out text every `every` steps and at the end; adds `val_*` to the metrics."""
+
+    def __init__(self, evaluate: Evaluate, every: int) -> None:
+        self.evaluate, self.every = evaluate, every
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % self.every and not is_last(context):
+            return
+        scores = self.evaluate(context)
+        total = sum(scores.values(), Score())
+        if not total.tokens:
+            return
+        metrics["val_loss"] = total.loss
+        metrics["val_bits_per_byte"] = total.bits_per_byte
+        for lang, score in scores.items():
+            if score.text_bytes and len(scores) > 1:
+                metrics[f"val_bits_per_byte_{lang}"] = score.bits_per_byte
+        progress = context.progress
+        if progress.best is None or total.loss < progress.best:
+            progress.best, progress.best_step = total.loss, progress.step
+            progress.evaluations_without_gain = 0
+        else:
+            progress.evaluations_without_gain += 1
+
+
+class EarlyStop(Callback):
+    """Ends the run after `patience` evaluations without a lower validation loss."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if "val_loss" in metrics and context.progress.evaluations_without_gain >= self.patience:
+            context.stopping = f"no gain in {self.patience} evaluations"
+
+
+class Checkpointing(Callback):
+    """Saves every `every` steps, on a new best, at the end and when the run is stopped."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        progress = context.progress
+        gained = "val_loss" in metrics and progress.best_step == progress.step
+        due = progress.step % self.every == 0
+        if due or gained or is_last(context):
+            self._save(context, gained)
+
+    def on_end(self, context: TrainContext) -> None:
+        if context.progress.step:
+            self._save(context, gained=False)
+
+    def _save(self, context: TrainContext, gained: bool) -> None:
+        if context.parallel.is_main:
+            directory = save_checkpoint(context)
+            if gained:
+                point(context.config.out / "best", directory)
+            rotate(context.config.out, context.config.keep)
+        context.parallel.barrier()
+
+
+class Samples(Callback):
+    """Lets the model write after each prompt every `every` steps, and shows it."""
+
+    def __init__(self, sample: Sample, prompts: list[str], every: int, console: Console) -> None:
+        self.sample, self.prompts, self.every, self.console = sample, prompts, every, console
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % self.every and not is_last(context):
+            return
+        for prompt in self.prompts:
+            text = self.sample(context, prompt).replace("\n", " ")
+            line = f"  [dim]sample[/dim] {_plain(prompt)}[green]{_plain(text)}[/green]"
+            self.console.print(line, highlight=False, soft_wrap=True)
+
+
+class ProgressLine(Callback):
+    """Prints loss, bits per byte, rate, FLOP utilisation and remaining time every few steps."""
+
+    def __init__(self, console: Console, every: int, flops: float, peak: float | None) -> None:
+        self.console, self.every, self.flops, self.peak = console, every, flops, peak
+        self._last_print = 0.0
+
+    def on_start(self, context: TrainContext) -> None:
+        plan, config = context.plan, context.config
+        for reason in plan.reasons:
+            self.console.print(f"  {reason}")
+        verb = "resuming at" if context.progress.step else "training for"
+        self.console.print(
+            f"[bold]{config.stage}[/bold] {verb} "
+            f"{context.progress.step or plan.total_steps:,} steps"
+            f" of {plan.rows * (config.window or 0):,} tokens"
+        )
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        plan, progress = context.plan, context.progress
+        per_step = progress.seconds / max(1, progress.step)
+        left = (plan.total_steps - progress.step) * per_step
+        metrics["elapsed_s"] = round(progress.seconds, 3)
+        if self.peak:
+            metrics["mfu"] = metrics["tokens_per_s"] * self.flops / self.peak
+        noteworthy = "val_loss" in metrics or is_last(context) or progress.step == 1
+        # A line a second at most, so that a fast run doesn't drown its own output.
+        due = progress.step % self.every == 0 and time.monotonic() - self._last_print >= 1
+        if not noteworthy and not due:
+            return
+        self._last_print = time.monotonic()
+        parts = [
+            f"step {progress.step:>6,}/{plan.total_steps:,}",
+            f"loss {metrics['loss']:.3f}",
+            f"lr {metrics['lr']:.2e}",
+            f"{metrics['tokens_per_s']:,.0f} tok/s",
+        ]
+        if "mfu" in metrics:
+            parts.append(f"mfu {metrics['mfu']:.0%}")
+        if "val_bits_per_byte" in metrics:
+            parts.append(f"[cyan]val {metrics['val_loss']:.3f}, "
+                         f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]")
+        if context.progress.skipped:
+            parts.append(f"[red]{context.progress.skipped} steps skipped[/red]")
+        parts.append(f"{_duration(left)} left")
+        self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
+
+    def on_end(self, context: TrainContext) -> None:
+        if context.stopping:
+            self.console.print(
+                f"[yellow]{context.stopping} at step {context.progress.step:,}[/yellow];"
+                " go on with --resume"
+            )
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Sustained FLOP/s of this device's matrix products, measured on 1024 x 1024 for 0.2 s.
+
+    Model FLOP utilisation is given against this, since no data sheet knows the machine's threads.
+    """
+    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    a @ a
+    best, end = 0.0, time.perf_counter() + 0.2
+    while time.perf_counter() < end:
+        started = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a value waits for the device
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+    return best
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")

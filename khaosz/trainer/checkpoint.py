@@ -1,0 +1,211 @@
+"""Checkpoints: a model directory that can be served as it is, with the training state beside it.
+
+    OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
+    OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json
+    OUT/last, OUT/best        links to such a directory, swapped atomically
+
+A checkpoint is written under a temporary name and renamed when it is complete: a kill or a full
+disk leaves the earlier ones as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from khaosz.config import TrainConfig, save_config
+from khaosz.errors import CheckpointError, TrainingError
+from khaosz.interop import save_model, write_json
+from khaosz.trainer.train_context import Plan, Progress, TrainContext
+
+# Keys that may differ between a run and its resumption: they change no number of the training.
+_FREE = {
+    "out", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_every",
+    "prompts", "early_stop", "loggers", "val", "init_from", "tokenizer", "data", "parallel",
+}  # fmt: skip
+
+
+def save_checkpoint(context: TrainContext) -> Path:
+    """Write OUT/step-N for the current step and point OUT/last at it; returns the directory.
+
+    Raises `TrainingError` when it can't be written (a full disk), leaving nothing half-written.
+    """
+    out = context.config.out
+    final = out / f"step-{context.progress.step:06d}"
+    if not final.exists():
+        partial = out / f".{final.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _write(context, partial)
+            os.rename(partial, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise TrainingError(
+                f"could not write checkpoint {final}: {error}",
+                hint="free some space; earlier checkpoints are intact and --resume goes on",
+            ) from None
+    point(out / "last", final)
+    return final
+
+
+def _write(context: TrainContext, directory: Path) -> None:
+    tokenizer = context.tokenizer
+    state = directory / "state"
+    state.mkdir(parents=True)
+    save_model(
+        context.model,
+        directory,
+        bos_id=tokenizer.bos_id,
+        eos_ids=[tokenizer.eos_id, tokenizer.end_id],
+        pad_id=tokenizer.pad_id,
+    )
+    tokenizer.save(directory)
+    save_config(context.config, directory / "train_config.json")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in context.named_optimizer_tensors().items()}
+    save_file(tensors, str(state / "optimizer.safetensors"))
+    save_file(_rng_state(context), str(state / "rng.safetensors"))
+    write_json(state / "state.json", context.state())
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            _fsync(path)
+
+
+def load_state(directory: Path) -> tuple[Progress, Plan, int]:
+    """Progress, plan and world size of a checkpoint; raises `CheckpointError`."""
+    path = directory / "state" / "state.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format"] != 1:
+            raise CheckpointError(f"{path}: format {values['format']}, this version reads 1")
+        return Progress(**values["progress"]), Plan(**values["plan"]), int(values["world"])
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: no training state to resume from",
+            hint="start the run without --resume, or name its output directory",
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: broken: {error}") from None
+
+
+def restore(context: TrainContext, directory: Path) -> None:
+    """Optimizer tensors and random state of a checkpoint into a context whose model is loaded."""
+    state = directory / "state"
+    try:
+        context.load_optimizer_tensors(load_file(str(state / "optimizer.safetensors")))
+        rng = load_file(str(state / "rng.safetensors"))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{state}: broken or cut short: {error}") from None
+    torch.set_rng_state(rng["cpu"])
+    kind = context.parallel.device.type
+    if kind in rng and kind != "cpu":
+        getattr(torch, kind).set_rng_state(rng[kind])
+
+
+def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
+    """The stored configuration, if `config` describes the same run; else `CheckpointError` naming
+    the first key that differs. Keys left open in `config` take the stored value."""
+    path = directory / "train_config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        stored = TrainConfig.parse(values, source=str(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: missing or broken: {error}") from None
+    asked: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in asked.items():
+        kept = values.get(key)
+        if isinstance(value, dict) and isinstance(kept, dict):
+            same = all(kept.get(name) == inner for name, inner in value.items())
+        else:
+            same = value is None or value == kept or (key == "size" and value == "auto")
+        if key not in _FREE and not same:
+            raise CheckpointError(
+                f"{directory} was trained with {key}={kept}, the recipe says {value}",
+                hint="resume with the recipe it was started with, or choose another out=",
+            )
+    free = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k in _FREE}
+    return stored.updated(**free)
+
+
+def rotate(out: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints; what last and best point at always stays."""
+    steps = sorted(path for path in out.glob("step-*") if path.is_dir())
+    kept = {resolve(out / name) for name in ("last", "best")} | set(steps[-keep:])
+    kept |= {path.resolve() for path in steps[-keep:]}
+    for path in steps:
+        if path not in kept and path.resolve() not in kept:
+            shutil.rmtree(path)
+
+
+def point(link: Path, target: Path) -> None:
+    """Make `link` point at the sibling directory `target`, atomically.
+
+    A symbolic link is replaced by renaming another over it. Windows has no such rename and needs
+    no privilege for a junction: there the old one is renamed away first, and `resolve` finishes
+    the swap if a crash fell between the two renames.
+    """
+    new = link.with_name(f".{link.name}.new")
+    _remove_link(new)
+    if sys.platform == "win32":
+        import _winapi
+
+        _winapi.CreateJunction(str(target.resolve()), str(new))
+        swap_by_two_renames(new, link)
+    else:
+        os.symlink(target.name, new, target_is_directory=True)
+        os.replace(new, link)
+
+
+def swap_by_two_renames(new: Path, link: Path) -> None:
+    old = link.with_name(f".{link.name}.old")
+    _remove_link(old)
+    if os.path.lexists(link):
+        os.rename(link, old)
+    os.rename(new, link)
+    _remove_link(old)
+
+
+def resolve(link: Path) -> Path | None:
+    """Where OUT/last or OUT/best points, or None; finishes a swap that a crash interrupted."""
+    if not os.path.lexists(link):
+        for name in (f".{link.name}.new", f".{link.name}.old"):
+            left = link.with_name(name)
+            if os.path.lexists(left) and left.exists():
+                os.rename(left, link)
+                break
+    return link.resolve() if link.exists() else None
+
+
+def _remove_link(link: Path) -> None:
+    if os.path.lexists(link):
+        # A junction is removed like an empty directory; its target is untouched.
+        os.unlink(link) if link.is_symlink() else os.rmdir(link)
+
+
+def _rng_state(context: TrainContext) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    kind = context.parallel.device.type
+    if kind != "cpu":
+        state[kind] = getattr(torch, kind).get_rng_state()
+    return state
+
+
+def _fsync(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def stored_window(directory: Path) -> int | None:
+    """The window a model directory was trained with, or None for a model from elsewhere."""
+    try:
+        values = json.loads((directory / "train_config.json").read_text(encoding="utf-8"))
+        return values.get("window")
+    except (OSError, ValueError):
+        return None

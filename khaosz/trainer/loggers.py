@@ -1,0 +1,154 @@
+"""Where metrics go: JSON lines always, TensorBoard and friends when asked for, a picture at the end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from khaosz.errors import ConfigError
+from khaosz.trainer.callback import Callback, is_last
+from khaosz.trainer.train_context import TrainContext
+
+
+class JsonLines(Callback):
+    """OUT/metrics.jsonl: one object per logged step. A resumed run drops the lines that lie
+    after its checkpoint, so every step stands there once."""
+
+    def __init__(self, path: Path, every: int) -> None:
+        self.path, self.every = path, every
+
+    def on_start(self, context: TrainContext) -> None:
+        kept = [row for row in read_metrics(self.path) if row["step"] <= context.progress.step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(self.path)
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        first = metrics["step"] == 1
+        if first or metrics["step"] % self.every == 0 or "val_loss" in metrics or is_last(context):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+
+class ExternalLogger(Callback):
+    """The same numbers to TensorBoard, trackio, SwanLab or Weights & Biases (all offline-capable;
+    none is imported unless the recipe names it)."""
+
+    def __init__(self, name: str, out: Path, every: int) -> None:
+        self.name, self.out, self.every = name, out, every
+        module = "torch.utils.tensorboard" if name == "tensorboard" else name
+        try:
+            self._module = importlib.import_module(module)
+        except ImportError:
+            raise ConfigError(
+                f"logger '{name}' is not installed", hint=f"pip install {name}, or drop it"
+            ) from None
+        self._writer: Any = None
+
+    def on_start(self, context: TrainContext) -> None:
+        if self.name == "tensorboard":
+            self._writer = self._module.SummaryWriter(str(self.out / "tensorboard"))
+        else:
+            settings = context.config.model_dump(mode="json")
+            self._module.init(project="khaosz", name=self.out.name, config=settings)
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % self.every and "val_loss" not in metrics:
+            return
+        if self._writer is not None:
+            for key, value in metrics.items():
+                if key != "step":
+                    self._writer.add_scalar(key, value, metrics["step"])
+        else:
+            self._module.log({k: v for k, v in metrics.items() if k != "step"})
+
+    def on_end(self, context: TrainContext) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        else:
+            self._module.finish()
+
+
+class LossCurve(Callback):
+    """OUT/loss.png: training loss, validation loss, learning rate, at the end of the run."""
+
+    def __init__(self, out: Path, console: Console) -> None:
+        self.out, self.console = out, console
+
+    def on_end(self, context: TrainContext) -> None:
+        rows = read_metrics(self.out / "metrics.jsonl")
+        if len(rows) < 2:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            self.console.print("  no loss curve: pip install 'khaosz\\[train]' brings matplotlib")
+            return
+        path = self.out / "loss.png"
+        draw_curve(rows, path, title=f"{self.out.name} ({context.config.stage})")
+        self.console.print(f"  loss curve: {path}")
+
+
+def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A picture of metrics rows: losses over tokens above, learning rate and speed below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    top.plot(tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training")
+    top.plot(tokens, smoothed([row["loss"] for row in rows]), color="#1f4e79", label="smoothed")
+    scored = [row for row in rows if "val_loss" in row]
+    if scored:
+        top.plot(
+            [row["tokens"] / 1e6 for row in scored],
+            [row["val_loss"] for row in scored],
+            "o-", color="#d1495b", markersize=4, label="validation",
+        )  # fmt: skip
+        last = scored[-1]
+        top.annotate(
+            f"{last['val_loss']:.3f} nats/token, {last['val_bits_per_byte']:.3f} bits/byte",
+            (last["tokens"] / 1e6, last["val_loss"]),
+            textcoords="offset points", xytext=(-6, 12), ha="right", color="#d1495b",
+        )  # fmt: skip
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(title)
+    top.legend(frameon=False)
+    top.grid(alpha=0.25)
+    below.plot(tokens, [row["lr"] for row in rows], color="#2e7d32")
+    below.set_ylabel("learning rate", color="#2e7d32")
+    below.set_xlabel("tokens (millions)")
+    speed = below.twinx()
+    speed.plot(tokens, [row["tokens_per_s"] for row in rows], color="#bbbbbb", linewidth=0.8)
+    speed.set_ylabel("tokens/s", color="#888888")
+    speed.set_ylim(bottom=0)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+
+
+def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average with the bias of its start removed."""
+    average, result = 0.0, []
+    for i, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        result.append(average / (1 - weight**i))
+    return result
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a metrics file; a line cut by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows

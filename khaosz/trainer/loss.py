@@ -1,0 +1,96 @@
+"""Cross-entropy without ever holding all logits.
+
+Shapes: N tokens, D hidden width, V vocabulary, C tokens in a chunk.
+
+A 64k vocabulary at 4,096 tokens is 1 GiB of fp32 logits, and autograd keeps two more of them. Here
+a chunk's logits live only while its loss and its gradients are formed, the gradients in the forward
+pass (Liger kernel, Hsu et al. 2024, arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that is not scored
+
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss sum (fp32 scalar) and its gradient by the logits (C, V) of one chunk.
+
+    -log softmax(h W^T)[y], whose gradient is softmax(h W^T) - onehot(y).
+    """
+    logits = (hidden @ weight.t()).float()  # (C, V)
+    top = logits.amax(-1, keepdim=True)
+    exponentials = (logits - top).exp()
+    total = exponentials.sum(-1, keepdim=True)
+    chosen = logits.gather(-1, labels[:, None])
+    loss = (total.log() + top - chosen).sum()
+    vocabulary = torch.arange(weight.shape[0], device=weight.device)
+    gradient = exponentials / total - (vocabulary == labels[:, None]).float()
+    return loss, gradient.to(hidden.dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, inner: ChunkLoss
+    ) -> Tensor:
+        # The whole function runs outside autocast; hidden's dtype is the compute type.
+        compute_weight = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            part_loss, gradient = inner(hidden[part], compute_weight, labels[part])
+            loss += part_loss
+            if grad_hidden is not None and grad_weight is not None:
+                torch.mm(gradient, compute_weight, out=grad_hidden[part])
+                if gradient.dtype == torch.float32:
+                    grad_weight.addmm_(gradient.t(), hidden[part])
+                else:
+                    grad_weight += gradient.t() @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        (scale,) = grads
+        # In place: nothing else holds them, and the weight's is as large as the embedding.
+        hidden = grad_hidden.mul_(scale) if ctx.needs_input_grad[0] else None
+        weight = grad_weight.mul_(scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
+        return hidden, weight, None, None, None
+
+
+def cross_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int = 1024,
+    dtype: torch.dtype = torch.float32,
+    inner: ChunkLoss = chunk_loss,
+) -> Tensor:
+    """Sum over scored positions of -log P(label): fp32 scalar.
+
+    hidden (..., D), weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those
+    positions are left out before the matrix product: masked by selection, not by multiplication,
+    so neither a NaN there nor their cost comes in. With no scored position the sum is 0 and so are
+    the gradients.
+    """
+    flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    scored = targets != IGNORE
+    if not bool(scored.all()):
+        kept = scored.nonzero().squeeze(1)
+        flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _ChunkedCrossEntropy.apply(flat.to(dtype), weight, targets, chunk, inner)

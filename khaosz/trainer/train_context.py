@@ -1,0 +1,96 @@
+"""`TrainContext`: all that a run is, in one place, and all of it that a checkpoint keeps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from khaosz.config import TrainConfig
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.model import Transformer
+from khaosz.parallel import ParallelContext
+
+
+@dataclass
+class Progress:
+    """Where a run is. Data position follows from `step`, because the sampler keeps no state."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # tokens trained on (labels), all ranks
+    seconds: float = 0.0  # time spent in optimizer steps
+    skipped: int = 0  # steps without an update, because the gradient was not finite
+    best: float | None = None  # lowest validation loss so far
+    best_step: int = 0
+    evaluations_without_gain: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What calibration fixed. Stored, and reused by `--resume`, so that both halves of a run
+    compute the same numbers."""
+
+    total_steps: int
+    dtype: str  # "fp32" | "bf16"
+    compiled: bool
+    threads: int
+    rows: int  # windows per optimizer step
+    micro_rows: int
+    seconds_per_step: float
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+
+@dataclass
+class TrainContext:
+    """The model, its optimizers, the plan and the position of one run."""
+
+    config: TrainConfig
+    model: Transformer
+    tokenizer: Tokenizer
+    parallel: ParallelContext
+    plan: Plan
+    optimizers: list[Optimizer]
+    progress: Progress = field(default_factory=Progress)
+    last: dict[str, Any] = field(default_factory=dict)  # newest metrics, for the callbacks
+    stopping: str | None = None  # why the run ends early
+
+    def state(self) -> dict[str, Any]:
+        """The json-able part of a checkpoint."""
+        return {
+            "format": 1,
+            "progress": asdict(self.progress),
+            "plan": asdict(self.plan),
+            "world": self.parallel.world,
+        }
+
+    def named_optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """Every optimizer tensor under "<parameter name>/<state name>"."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {
+            f"{names[id(parameter)]}/{key}": value
+            for optimizer in self.optimizers
+            for parameter, state in optimizer.state.items()
+            for key, value in state.items()
+        }
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The reverse of `named_optimizer_tensors`, on the parameters' own devices."""
+        parameters = dict(self.model.named_parameters())
+        owner = {
+            id(p): optimizer
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        }
+        for full, value in tensors.items():
+            name, _, key = full.rpartition("/")
+            parameter = parameters[name]
+            # AdamW keeps its step count as a CPU tensor unless it is fused on an accelerator.
+            device = parameter.device if value.ndim else value.device
+            owner[id(parameter)].state[parameter][key] = value.to(device)

@@ -1,0 +1,153 @@
+"""`Trainer`: the one loop. Only this file steps an optimizer."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+
+from khaosz.data.batch import Batch
+from khaosz.errors import TrainingError
+from khaosz.parallel import across, data_parallel
+from khaosz.parallel.module import no_sync
+from khaosz.trainer.callback import Callback
+from khaosz.trainer.schedule import lr_factor
+from khaosz.trainer.strategy import Compute, LossModule, Strategy
+from khaosz.trainer.train_context import TrainContext
+
+_MOST_SKIPPED = 10  # non-finite gradients in a row before the run gives up
+
+
+class Trainer:
+    """Runs a strategy on a context, telling callbacks what happens."""
+
+    def __init__(
+        self,
+        context: TrainContext,
+        strategy: Strategy,
+        compute: Compute,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.context, self.strategy, self.callbacks = context, strategy, callbacks
+        self.module = data_parallel(
+            LossModule(context.model, strategy, compute), context.parallel
+        )
+        self._skipped_in_a_row = 0
+
+    def run(self) -> TrainContext:
+        """Train to the planned number of steps, or until something asks to stop.
+
+        A signal or an early stop ends the run after the step in hand was either finished or
+        dropped whole, so a checkpoint always lies between two steps. Raises `TrainingError`.
+        """
+        context, progress = self.context, self.context.progress
+        context.model.train()
+        for callback in self.callbacks:
+            callback.on_start(context)
+        with self._signals():
+            while progress.step < context.plan.total_steps:
+                started = time.perf_counter()
+                metrics = self.step(progress.step)
+                if metrics is None:
+                    break
+                progress.seconds += time.perf_counter() - started
+                context.last = metrics
+                for callback in self.callbacks:
+                    callback.on_step(context, metrics)
+            for callback in self.callbacks:
+                callback.on_end(context)
+        return context
+
+    def step(self, step: int) -> dict[str, Any] | None:
+        """One optimizer step; None if any rank was asked to stop (nothing is then changed)."""
+        context, parallel = self.context, self.context.parallel
+        started = time.perf_counter()
+        batches = self.strategy.micro_batches(step)
+        mine = float(sum(map(self.strategy.count, batches)))
+        count, stop = across([mine, float(context.stopping is not None)], parallel)
+        if stop:
+            context.stopping = context.stopping or "stopped by another rank"
+            return None
+        if count == 0:
+            raise TrainingError(f"step {step}: no token to train on")
+        loss = self._accumulate(batches, count)
+        if loss is None:
+            return None
+        norm = torch.nn.utils.clip_grad_norm_(context.model.parameters(), context.config.grad_clip)
+        factor = lr_factor(context.config.schedule, step, context.plan.total_steps)
+        # One transfer a step: the loss of this rank's tokens and the norm, which all ranks share.
+        loss_sum, grad_norm = torch.stack((loss, norm.to(loss.device))).tolist()
+        self._update(factor, finite=math.isfinite(grad_norm), step=step)
+        progress = context.progress
+        progress.step += 1
+        progress.tokens += int(count)
+        seconds = time.perf_counter() - started
+        return {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "loss": across([loss_sum], parallel)[0] / count,
+            "lr": (context.config.lr or 0.0) * factor,
+            "grad_norm": grad_norm,
+            "tokens_per_s": count / seconds,
+        }
+
+    def _accumulate(self, batches: list[Batch], count: float) -> torch.Tensor | None:
+        """Gradients of loss sum / count over all micro-batches; returns this rank's loss sum."""
+        total = torch.zeros((), device=self.context.parallel.device)
+        for i, batch in enumerate(batches):
+            last = i == len(batches) - 1
+            with no_sync(self.module, last):
+                loss = self.module(batch.to(self.context.parallel.device))
+                (loss / count).backward()
+            total += loss.detach()
+            if not last and self.context.stopping and self.context.parallel.world == 1:
+                self.context.model.zero_grad(set_to_none=True)
+                return None
+        return total
+
+    def _update(self, factor: float, *, finite: bool, step: int) -> None:
+        """Step the optimizers, unless the gradient is not finite: then nothing is touched."""
+        context = self.context
+        if finite:
+            self._skipped_in_a_row = 0
+            for optimizer in context.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+                optimizer.step()
+        else:
+            context.progress.skipped += 1
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row >= _MOST_SKIPPED:
+                raise TrainingError(
+                    f"step {step}: the gradient was not finite {_MOST_SKIPPED} times in a row",
+                    hint="lower lr, or try dtype=fp32; the last checkpoint is intact",
+                )
+        context.model.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for a clean stop; a second SIGINT interrupts at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {}
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            self.context.stopping = f"stopped by {signal.Signals(number).name}"
+            signal.signal(number, before[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.getsignal(number)
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""What callbacks look at while a run goes on: held-out text scored, prompts continued."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from khaosz.config import TrainConfig
+from khaosz.data.prepare import Group, PreparedData
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+from khaosz.inference.scoring import Document, Score, score_documents
+from khaosz.parallel import across
+from khaosz.trainer.callback import Evaluate
+from khaosz.trainer.train_context import TrainContext
+
+_SAMPLE = SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=0)
+
+
+def evaluate_on(prepared: PreparedData, split: str, config: TrainConfig) -> Evaluate | None:
+    """A function scoring the first `eval_tokens` of a split by language, spread over the ranks;
+    None when the split holds nothing."""
+    languages = sorted({group.lang for group in prepared.groups if group.split == split})
+    if not languages:
+        return None
+    share = config.eval_tokens // len(languages)
+
+    def evaluate(context: TrainContext) -> dict[str, Score]:
+        assert config.window is not None
+        parallel = context.parallel
+        scores = {}
+        for lang in languages:
+            groups = [g for g in prepared.groups if g.split == split and g.lang == lang]
+            documents = first_documents(groups, share)
+            score = score_documents(
+                context.model,
+                islice(documents, parallel.rank, None, parallel.world),
+                window=config.window,
+                byte_lengths=context.tokenizer.byte_lengths,
+                dtype=context.plan.torch_dtype,
+            )
+            nats, tokens, text_nats, text_bytes = across(
+                [score.nats, score.tokens, score.text_nats, score.text_bytes], parallel
+            )
+            scores[lang] = Score(nats, int(tokens), text_nats, int(text_bytes))
+        return scores
+
+    return evaluate
+
+
+def first_documents(groups: list[Group], tokens: int) -> Iterator[Document]:
+    """Documents of the groups in turn, one of each, until they sum up to about `tokens`."""
+    sources = [_documents(group) for group in groups]
+    taken = 0
+    while sources:
+        for source in list(sources):
+            document = next(source, None)
+            if document is None:
+                sources.remove(source)
+                continue
+            if taken >= tokens:
+                return
+            # One endless document must not stand for its whole language.
+            ids = document.ids[: max(2, tokens - taken)]
+            mask = document.loss_mask
+            taken += len(ids)
+            yield Document(ids, None if mask is None else mask[: len(ids)])
+
+
+def _documents(group: Group) -> Iterator[Document]:
+    for shard in group.shards:
+        for i in range(len(shard)):
+            start, end = shard.document_span(i)
+            mask = shard.loss_mask
+            yield Document(shard.tokens[start:end], None if mask is None else mask[start:end])
+
+
+def sample_text(context: TrainContext, prompt: str) -> str:
+    """What the model says after a prompt: a continuation in pretraining, an answer afterwards."""
+    model = context.model
+    generator = Generator(model, context.tokenizer)
+    if context.config.stage == "pt":
+        ids = generator.prompt_ids(prompt)
+    else:
+        ids = generator.chat_ids([{"role": "user", "content": prompt}])
+    model.eval()
+    try:
+        return generator.generate(ids, _SAMPLE).text
+    finally:
+        model.train()
