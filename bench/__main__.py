@@ -7,8 +7,16 @@ import sys
 
 # name: (module, arguments put before the user's, what it answers)
 BENCHES: dict[str, tuple[str, list[str], str]] = {
-    "throughput": ("bench.throughput", [], "training tokens/s and peak memory, transformers and us"),
-    "memory": ("bench.throughput", ["--only", "memory"], "the peak-memory half of throughput alone"),
+    "throughput": (
+        "bench.throughput",
+        [],
+        "training tokens/s and peak memory, transformers and us",
+    ),
+    "memory": (
+        "bench.throughput",
+        ["--only", "memory"],
+        "the peak-memory half of throughput alone",
+    ),
     "race": ("bench.race", [], "bits per byte after the same minutes, transformers and us"),
     "ours": ("bench.ours", [], "one timing of our own training step"),
     "peer": ("bench.peer_transformers", [], "one run or timing of the transformers loop"),

@@ -74,7 +74,7 @@ def cores() -> int:
 
 
 def commit() -> str | None:
-    """The commit of the working tree, `+` behind it when files differ; None outside a repository."""
+    """The commit of the working tree, with `+` when files differ; None outside a repository."""
     head = _git("rev-parse", "--short", "HEAD")
     if head is None:
         return None

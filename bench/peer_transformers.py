@@ -102,9 +102,8 @@ class Loop:
         optimizer = build_optimizer(self.model, self.args)
         seconds = []
         for _ in range(_WARMUPS + timed):
-            ids = next(crops)
             started = time.perf_counter()
-            self.step(optimizer, ids, 0.0)
+            self.step(optimizer, next(crops), 0.0)
             seconds.append(time.perf_counter() - started)
         return seconds[0], seconds[_WARMUPS:]
 

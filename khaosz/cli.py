@@ -142,13 +142,13 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.")] = False,
 ) -> None:
-    """Train one stage as a recipe says, e.g. `khaosz train recipes/pt.toml data=texts.jsonl`."""
-    from khaosz.config import load_recipe
-    from khaosz.trainer.run import run
+    """Train as a recipe says, e.g. `khaosz train recipes/pt.toml data=texts.jsonl`."""
+    from khaosz.config import load_stages
+    from khaosz.trainer.run import run_stages
 
-    context = run(load_recipe(recipe, overrides), resume=resume)
-    if context.parallel.is_main:
-        typer.echo(str(context.config.out / "last"))
+    for context in run_stages(load_stages(recipe, overrides), resume=resume):
+        if context.parallel.is_main:
+            typer.echo(str(context.config.out / "last"))
 
 
 @eval_app.command("bpb")
@@ -253,7 +253,7 @@ def chat(
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="Training time in all.")] = 6.0,
+    minutes: Annotated[float, typer.Option(help="Time for everything, set-up aside.")] = 9.0,
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo"),
     offline: Annotated[bool, typer.Option("--offline", help="Only the built-in sample.")] = False,
 ) -> None:

@@ -2,7 +2,13 @@
 
 from khaosz.config.model_config import ModelConfig, RopeScaling
 from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minutes
-from khaosz.config.recipe import load_recipe, parse_overrides, save_config
+from khaosz.config.recipe import (
+    load_recipe,
+    load_stages,
+    parse_overrides,
+    save_config,
+    shipped_recipe,
+)
 from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
@@ -15,8 +21,10 @@ __all__ = [
     "ScheduleConfig",
     "TrainConfig",
     "load_recipe",
+    "load_stages",
     "parse_overrides",
     "preset",
     "save_config",
+    "shipped_recipe",
     "size_for_minutes",
 ]

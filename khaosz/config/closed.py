@@ -37,7 +37,9 @@ class Closed(BaseModel):
 
 
 def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
-    first = error.errors()[0]
+    # A misspelt required key is missing as well: the misspelling explains both.
+    found = error.errors()
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":

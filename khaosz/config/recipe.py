@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tomllib
@@ -13,23 +14,59 @@ from khaosz.errors import ConfigError
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a TOML recipe, lay `key=value` overrides over it, validate.
+    """Read a TOML recipe of one stage, lay `key=value` overrides over it, validate.
 
     Raises `ConfigError` for a missing or broken file, an unknown key, a value out of range.
     """
+    stages = load_stages(path, overrides)
+    if len(stages) != 1:
+        raise ConfigError(f"{path} has {len(stages)} stages, one is wanted here")
+    return stages[0]
+
+
+def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainConfig]:
+    """The stages of a recipe, in order: one, or those of its `[[stages]]` tables, each laid over
+    the keys that stand above them. An override `pt.lr=1e-3` is for the stage of that name.
+
+    Raises `ConfigError` as `load_recipe` does.
+    """
+    values = _read_toml(path)
+    tables = values.pop("stages", [{}])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{path}: stages must be [[stages]] tables")
+    parsed = parse_overrides(overrides or [])
+    names = [table.get("stage", values.get("stage")) for table in tables]
+    configs = []
+    for name, table in zip(names, tables, strict=True):
+        merged = copy.deepcopy({**values, **table})
+        for dotted, value in parsed.items():
+            owner, _, rest = dotted.partition(".")
+            if owner not in names:
+                _assign(merged, dotted, value)
+            elif owner == name:
+                _assign(merged, rest, value)
+        configs.append(TrainConfig.parse(merged, source=str(path)))
+    return configs
+
+
+def shipped_recipe(name: str) -> Path:
+    """A recipe that comes with KHAOSZ, wherever it is installed."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes" / name
+    return inside if inside.exists() else package.parent / "recipes" / name
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         # Some Windows editors begin a file with a byte order mark, which TOML forbids.
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         hint = "recipes/ holds the shipped ones"
         raise ConfigError(f"no such recipe: {path}", hint=hint) from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
-    for dotted, value in parse_overrides(overrides or []).items():
-        _assign(values, dotted, value)
-    return TrainConfig.parse(values, source=str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:

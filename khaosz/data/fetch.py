@@ -103,14 +103,21 @@ def default_cache() -> Path:
 
 
 def fetch_demo(
-    cache: Path | None = None, progress: Callable[[str], None] | None = None
+    cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    *,
+    offline: bool = False,
 ) -> DemoSources:
     """Make every package of PACKAGES present and verified in `cache`; skip those not to be had.
 
-    `progress` receives one line per step. Raises FetchError when an archive, cached or just
+    `progress` receives one line per step. `offline` asks nobody and takes what comes with KHAOSZ
+    and with Python. Raises FetchError when an archive, cached or just
     downloaded, does not have the pinned checksum; the bad file is removed first.
     """
     say = progress or (lambda line: None)
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    if offline:
+        return DemoSources({}, SAMPLE_DIR, stdlib, True, ("offline: built-in sample texts only",))
     folder = (cache or default_cache()) / "demo"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +147,6 @@ def fetch_demo(
             "and this Python's own documentation"
         )
         say(notes[-1])
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
     return DemoSources(archives, SAMPLE_DIR, stdlib, not archives, tuple(notes))
 
 

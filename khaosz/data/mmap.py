@@ -71,13 +71,16 @@ class TokenFileWriter:
         self, path: str | Path, *, vocab_size: int, stage: Stage, fingerprint: str
     ) -> None:
         self._setup(path, vocab_size, stage, fingerprint)
-        self._files = {
-            name: open(part, "w+b", buffering=0)  # noqa: SIM115 (closed by close or abandon)
-            for name, part in self._parts.items()
-        }
-        self._write("tokens", bytes(HEADER_BYTES))
-        self._crc["tokens"] = 0
-        self._write("doc_offsets", bytes(8))
+        self._files: dict[str, Any] = {}
+        try:
+            for name, part in self._parts.items():
+                # closed by close or abandon
+                self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
+            _write_all(self._files["tokens"], memoryview(bytes(HEADER_BYTES)))
+            self._write("doc_offsets", bytes(8))
+        except OSError:
+            self.abandon()
+            raise
 
     def _setup(self, path: str | Path, vocab_size: int, stage: Stage, fingerprint: str) -> None:
         self.path = Path(path)
@@ -174,6 +177,14 @@ class TokenFileWriter:
 
     def close(self) -> None:
         """Join the parts, write the header, rename into place."""
+        try:
+            self._join()
+        finally:
+            self.abandon()
+        os.replace(self._parts["tokens"], self.path)
+        remove_parts(self.path)
+
+    def _join(self) -> None:
         main = self._files["tokens"]
         sections: dict[str, Any] = {}
         end = HEADER_BYTES
@@ -206,9 +217,6 @@ class TokenFileWriter:
         main.seek(0)
         _write_all(main, memoryview(encode_header(header)))
         os.fsync(main.fileno())
-        self.abandon()
-        os.replace(self._parts["tokens"], self.path)
-        remove_parts(self.path)
 
     def abandon(self) -> None:
         """Close the parts and leave them as they are, for `resume`."""

@@ -25,7 +25,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -245,8 +245,8 @@ def _open_state(out: Path, configuration: dict[str, Any]) -> PrepareState:
 
 def _choose_stage(stage: str, paths: list[Path]) -> Stage:
     """The stage asked for, or that of the first record of any known layout."""
-    if stage == "pt" or stage == "sft":
-        return stage
+    if stage != "auto":
+        return cast(Stage, stage)
     for path in paths:
         for batch in open_source(path):
             for line in batch.lines:
@@ -420,8 +420,14 @@ class _Preparation:
         first, done = self.position
         for index in range(first, len(self.paths)):
             for batch in open_source(self.paths[index]):
-                if index == first and done and batch.first_line <= done:
-                    continue
+                behind = done + 1 - batch.first_line if index == first else 0
+                if behind > 0:
+                    if behind >= len(batch.lines):
+                        continue
+                    # Batches of this version begin where they did before; those of another may not.
+                    batch.lines = batch.lines[behind:]
+                    batch.first_line = done + 1
+                    batch.skipped = [skip for skip in batch.skipped if skip[0] > done]
                 yield index, batch
 
     def _encoded(

@@ -423,8 +423,8 @@ def _read_array(
             except (ValueError, RecursionError) as error:
                 fault = error
             else:
-                # A number may go on behind the window; anything else has its own end.
-                if end < len(window) or ended:
+                # "1" may be the beginning of "1.5"; anything else has its own end.
+                if ended or (end < len(window) and window[end] not in ".eE+-0123456789"):
                     break
                 fault = ValueError("cut short")
             if ended or len(window) - at > MAX_LINE_BYTES:

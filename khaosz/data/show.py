@@ -30,8 +30,8 @@ _RAW_WINDOW = 20_000  # records of a raw file that are considered
 @dataclass
 class _Shown:
     title: str
-    ids: Sequence[int]
-    loss_mask: Sequence[int] | None  # None for pretraining: everything is trained on
+    ids: Sequence[int] | np.ndarray
+    loss_mask: Sequence[int] | np.ndarray | None  # None for pretraining: everything is trained on
 
 
 def show(
@@ -70,8 +70,8 @@ def show(
 
 def render_tokens(
     tokenizer: Tokenizer,
-    ids: Sequence[int],
-    loss_mask: Sequence[int] | None = None,
+    ids: Sequence[int] | np.ndarray,
+    loss_mask: Sequence[int] | np.ndarray | None = None,
     *,
     colour: bool = True,
     max_tokens: int = MAX_TOKENS,

@@ -84,6 +84,9 @@ def converse(
         except KeyboardInterrupt:
             console.print("  (Ctrl-D or /exit leaves)")
             continue
+        except UnicodeDecodeError as error:
+            console.print(f"[red]not understood: these bytes are not {error.encoding}[/red]")
+            continue
         if not line:
             continue
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +80,22 @@ def run(
         return trainer.run()
     finally:
         parallel.close()
+
+
+def run_stages(
+    configs: list[TrainConfig], *, resume: bool = False, console: Console | None = None
+) -> Iterator[TrainContext]:
+    """Run stages one after the other, each context handed out when its stage is done.
+
+    With `resume`, finished stages are passed over, a begun one goes on and the rest start; a stop
+    asked for during one stage ends them all.
+    """
+    for config in configs:
+        begun = resolve(config.out / "last") is not None
+        context = run(config, resume=resume and (begun or len(configs) == 1), console=console)
+        yield context
+        if context.stopping:
+            return
 
 
 def _find_start(config: TrainConfig, resume: bool) -> Start:

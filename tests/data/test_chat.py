@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khaosz.data.chat import CHAT_TEMPLATE
 from khaosz.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from khaosz.errors import DataError
+
+# No deadline and no too_slow check: both would measure the load of the machine, not our code.
+QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 TOOL = {
     "type": "function",
@@ -98,7 +101,7 @@ CONTENT = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(QUICK, max_examples=150)
 @given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), CONTENT)
 def test_control_tokens_in_messages_stay_text(
     tokenizer: Tokenizer, pairs: list[tuple[str, str]], argument: str
@@ -164,6 +167,15 @@ def test_generation_block_inside_a_text_run(tokenizer: Tokenizer) -> None:
     assert trained(other, ids, mask) == "hello world<|end|>"
 
 
+def test_control_token_inside_a_generation_block(tokenizer: Tokenizer) -> None:
+    """A template may place one between thinking and answer: both sides of it are trained."""
+    template = "x<|user|>{% generation %}a<|tool|>b<|end|>{% endgeneration %}c<|end|>d"
+    other = with_template(tokenizer, template)
+    ids, mask = other.encode_chat([user("q")], need_mask=True)
+    assert other.decode(ids) == "x<|user|>a<|tool|>b<|end|>c<|end|>d"
+    assert mask == [0, 0, 1, 1, 1, 1, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
@@ -190,7 +202,7 @@ def test_bad_chats(tokenizer: Tokenizer, messages: list[dict[str, Any]], reason:
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{{ messages.append(1) }}",
-        "{{ raise_exception.__globals__ }}",
+        "{{ raise_exception.__globals__['sys'] }}",
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ undefined.attribute }}",

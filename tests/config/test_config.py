@@ -1,0 +1,351 @@
+"""Configuration is closed: every mistake is one line that names the key and what is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from khaosz.config import (
+    ModelConfig,
+    RopeScaling,
+    TrainConfig,
+    load_recipe,
+    load_stages,
+    parse_overrides,
+    save_config,
+    shipped_recipe,
+)
+from khaosz.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {"stage": "pt", "data": "a.jsonl", "out": "runs/a", "max_steps": 10}
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+}
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def one_line(error: ConfigError) -> str:
+    """Message and hint together; the message is one line."""
+    assert "\n" not in str(error)
+    return f"{error} | {error.hint or ''}"
+
+
+@pytest.mark.parametrize(
+    ("extra", "wrong", "right"),
+    [
+        ({"qqq": 1e-3}, "qqq", None),
+        ({"weight_decy": 0.1}, "weight_decy", "weight_decay"),
+        ({"schedule": {"warmup_step": 5}}, "schedule.warmup_step", "schedule.warmup_steps"),
+        ({"parallel": {"devise": "cpu"}}, "parallel.devise", "parallel.device"),
+        ({"model": {"hiden_size": 64}}, "hiden_size", "hidden_size"),
+    ],
+)
+def test_a_misspelt_key_is_refused_and_the_nearest_one_named(
+    extra: dict[str, Any], wrong: str, right: str | None
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.parse({**MINIMAL, **extra}, source="r.toml")
+    text = one_line(caught.value)
+    assert text.startswith("r.toml: ") and f"'{wrong}'" in text
+    assert f"'{right}'" in text if right else "known keys: " in text and "lr" in text
+
+
+def test_a_misspelt_model_key_is_named_in_a_model_config_too() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({**SHAPE, "rope_thetta": 1.0}, source="[model]")
+    assert caught.value.hint == "did you mean 'rope_theta'?"
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({**SHAPE, "rope_scaling": {"rope_type": "linear", "facto": 2.0}})
+    assert "rope_scaling.facto" in str(caught.value) and caught.value.hint is not None
+    assert "rope_scaling.factor" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("lr", float("inf")),
+        ("lr", "fast"),
+        ("seed", -1),
+        ("window", 0),
+        ("max_steps", 0),
+        ("max_minutes", float("inf")),
+        ("micro_batch", 2.5),
+        ("val_fraction", 1.0),
+        ("betas", (0.9, 1.0)),
+        ("betas", (-0.1, 0.9)),
+        ("grad_clip", 0.0),
+        ("stage", "dpo"),
+        ("optimizer", "sgd"),
+        ("dtype", "fp16"),
+        ("size", "nanoo"),
+        ("mix", {"zh": 0.0}),
+        ("mix", {"zh": -1.0, "en": 2.0}),
+        ("mix", {}),
+        ("schedule", {"decay_fraction": 1.5}),
+        ("schedule", "wsd"),
+        ("loggers", ["tensorbord"]),
+        ("data", None),
+    ],
+)
+def test_a_value_out_of_range_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.parse({**MINIMAL, key: value}, source="r.toml")
+    assert f"r.toml: {key}" in one_line(caught.value)
+
+
+def test_a_misspelt_size_names_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'nano'"):
+        TrainConfig.parse({**MINIMAL, "size": "nanoo"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": None}, "say how long to train"),
+        ({"stage": "sft"}, "sft needs init_from"),
+        ({"init_from": "m", "model": {"hidden_size": 64}}, "init_from brings its own"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        TrainConfig.parse({**MINIMAL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": True, "qkv_bias": True}, "no model family"),
+        ({"num_key_value_heads": 3}, "must be a multiple"),
+        ({"head_dim": 7}, "must be even"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"rope_theta": 0.0}, "rope_theta"),
+        ({"rope_theta": float("inf")}, "rope_theta"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "original_max_position"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 64,
+                    "low_freq_factor": 4.0,
+                }
+            },
+            "must be above low_freq_factor",
+        ),
+    ],
+)
+def test_shapes_that_no_family_has_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig.parse({**SHAPE, **changes})
+
+
+def test_several_mistakes_are_counted() -> None:
+    with pytest.raises(ConfigError, match=r"\(1 more like it\)"):
+        TrainConfig.parse({**MINIMAL, "lr": -1, "seed": -1})
+
+
+def test_configurations_are_frozen() -> None:
+    config = TrainConfig.parse(MINIMAL)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        config.schedule.name = "cosine"
+
+
+def test_updated_validates_and_leaves_the_original_alone() -> None:
+    config = TrainConfig.parse({**MINIMAL, "schedule": {"name": "cosine"}})
+    changed = config.updated(seed=3)
+    assert (config.seed, changed.seed, changed.schedule.name) == (0, 3, "cosine")
+    with pytest.raises(ConfigError, match="seed"):
+        config.updated(seed=-3)
+    with pytest.raises(ConfigError, match="unknown key 'sed'"):
+        config.updated(sed=3)
+
+
+def test_the_family_follows_from_the_switches() -> None:
+    shapes = [SHAPE, {**SHAPE, "qkv_bias": True}, {**SHAPE, "qk_norm": True}]
+    families = [ModelConfig.parse(shape).family for shape in shapes]
+    assert families == ["llama", "qwen2", "qwen3"]
+
+
+def test_overrides_are_read_as_toml_or_taken_as_strings() -> None:
+    parsed = parse_overrides(
+        [
+            "lr=1e-3",
+            "max_steps=20",
+            "dedup=false",
+            "schedule.name=wsd",
+            "--size=1b",
+            'out="runs/a b"',
+            r"data=C:\texts\a=b.jsonl",
+            'prompts=["你好", "Hi"]',
+            "mix={zh = 0.5, en = 0.5}",
+        ]
+    )
+    assert parsed == {
+        "lr": 0.001,
+        "max_steps": 20,
+        "dedup": False,
+        "schedule.name": "wsd",
+        "size": "1b",
+        "out": "runs/a b",
+        "data": r"C:\texts\a=b.jsonl",
+        "prompts": ["你好", "Hi"],
+        "mix": {"zh": 0.5, "en": 0.5},
+    }
+
+
+@pytest.mark.parametrize("text", ["lr", "=1", "--resume"])
+def test_what_is_not_an_override_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="not an override") as caught:
+        parse_overrides([text])
+    assert text in str(caught.value) and caught.value.hint is not None
+
+
+def test_a_recipe_with_overrides(tmp_path: Path) -> None:
+    path = recipe(
+        tmp_path,
+        'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n[schedule]\nname = "cosine"\n',
+    )
+    config = load_recipe(
+        path, ["schedule.warmup_steps=3", "parallel.device=cpu", "data=文本.jsonl"]
+    )
+    assert (config.schedule.name, config.schedule.warmup_steps) == ("cosine", 3)
+    assert config.parallel.device == "cpu"
+    assert config.data == Path("文本.jsonl")
+    assert config.max_steps == 5
+
+
+def test_an_override_cannot_go_below_a_value(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n')
+    with pytest.raises(ConfigError, match="'max_steps' is a value"):
+        load_recipe(path, ["max_steps.x=1"])
+
+
+def test_a_misspelt_override_names_the_nearest_key(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n')
+    with pytest.raises(ConfigError, match=r"unknown key 'schedule\.nam'") as caught:
+        load_recipe(path, ["schedule.nam=wsd"])
+    assert caught.value.hint == "did you mean 'schedule.name'?"
+
+
+STAGES = """
+size = "nano"
+max_steps = 5
+out = "runs/x"
+
+[[stages]]
+stage = "pt"
+data = "a.jsonl"
+
+[[stages]]
+stage = "sft"
+data = "b.jsonl"
+init_from = "runs/x/last"
+max_steps = 7
+"""
+
+
+def test_stages_inherit_what_stands_above_them(tmp_path: Path) -> None:
+    overrides = ["sft.schedule.name=cosine", "pt.max_steps=9", "seed=4"]
+    pt, sft = load_stages(recipe(tmp_path, STAGES), overrides)
+    assert (pt.stage, pt.size, pt.max_steps, pt.schedule.name, pt.seed) == (
+        "pt",
+        "nano",
+        9,
+        "wsd",
+        4,
+    )
+    assert (sft.stage, sft.size, sft.max_steps, sft.seed) == ("sft", "nano", 7, 4)
+    assert (sft.schedule.name, sft.out) == ("cosine", pt.out)
+
+
+@pytest.mark.parametrize("stages", ["stages = 3", "stages = [1]", '[stages]\nstage = "pt"'])
+def test_stages_that_are_not_tables_are_refused(tmp_path: Path, stages: str) -> None:
+    with pytest.raises(ConfigError, match=r"must be \[\[stages\]\] tables"):
+        load_stages(recipe(tmp_path, stages))
+
+
+def test_one_stage_is_wanted_where_one_is_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has 2 stages"):
+        load_recipe(recipe(tmp_path, STAGES))
+    with pytest.raises(ConfigError, match="unknown key 'dpo'"):
+        load_stages(recipe(tmp_path, STAGES), ["dpo.lr=1"])
+
+
+def test_a_syntax_error_names_file_and_line(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'stage = "pt"\ndata = \n')
+    with pytest.raises(ConfigError, match=r"recipe\.toml: not valid TOML: .*line 2"):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        load_recipe(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_recipe(tmp_path)
+    path = tmp_path / "gbk.toml"
+    path.write_bytes('data = "文本"'.encode("gbk"))
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_recipe(path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+    path = tmp_path / "bom.toml"
+    path.write_text('stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n', encoding="utf-8-sig")
+    assert load_recipe(path).max_steps == 5
+
+
+def test_the_shipped_recipes_are_valid() -> None:
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
+    assert recipes
+    for path in recipes:
+        assert load_stages(path)
+        assert shipped_recipe(path.name) == path
+
+
+def test_a_resolved_configuration_survives_saving(tmp_path: Path) -> None:
+    config = TrainConfig.parse(
+        {
+            **MINIMAL,
+            "model": {"hidden_size": 64, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "mix": {"中文": 0.7, "en": 0.3},
+            "schedule": {"name": "sgdr", "cycles": 3},
+            "prompts": ["你好"],
+            "lr": 0.1 + 0.2,
+        }
+    )
+    path = tmp_path / "config.json"
+    save_config(config, path)
+    read = TrainConfig.parse(json.loads(path.read_text(encoding="utf-8")))
+    assert read == config
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_rope_scaling_keeps_what_was_given() -> None:
+    scaling = RopeScaling.parse({"rope_type": "yarn", "factor": 4})
+    config = ModelConfig.parse({**SHAPE, "rope_scaling": scaling})
+    assert config.rope_scaling == scaling
+    assert config.updated(vocab_size=65).rope_scaling == scaling

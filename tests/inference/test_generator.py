@@ -1,0 +1,367 @@
+"""Generation: streamed and whole, with a cache and without, stop strings, bytes and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from khaosz.config import ModelConfig
+from khaosz.data.tokenizer import Tokenizer, train_tokenizer
+from khaosz.errors import GenerationError, ModelError, TokenizerError
+from khaosz.inference.generator import Completion, Generator, Piece, generate
+from khaosz.inference.sampling import SamplingParams
+from khaosz.interop import save_model
+from khaosz.model import Transformer
+
+torch.set_num_threads(1)
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "春眠不觉晓，处处闻啼鸟。"] * 20
+CONTEXT = 96
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(iter(TEXTS), 320)
+
+
+@cache
+def bytewise() -> Tokenizer:
+    """Bytes and one merge ("qq"), so that every character of three bytes is three tokens."""
+    return train_tokenizer(iter(["qq qq qq"]), 273)
+
+
+def random_model(vocab_size: int, seed: int = 0, **changes: Any) -> Transformer:
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=CONTEXT,
+        qk_norm=True,
+        tie_word_embeddings=False,
+        **changes,
+    )
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+@cache
+def babbler() -> Generator:
+    """Random weights: anything may come, broken UTF-8 and special tokens too."""
+    return Generator(random_model(tokenizer().vocab_size), tokenizer())
+
+
+def parrot(chain: Sequence[int], by: Tokenizer) -> Generator:
+    """A true `Transformer` that knows one thing: which token follows which along `chain`.
+
+    Its blocks are the identity, its embedding tells tokens apart and its head maps each token of
+    the chain to the next. The last one leads to the end token. No token may stand there twice.
+    """
+    assert len(set(chain)) == len(chain)
+    size = by.vocab_size
+    config = ModelConfig(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
+    model = Transformer(config)
+    model.initialise(torch.Generator().manual_seed(0))
+    assert model.lm_head is not None
+    with torch.no_grad():
+        model.embed_tokens.weight.copy_(torch.eye(size))
+        for token, following in zip(chain, [*chain[1:], by.end_id], strict=True):
+            model.lm_head.weight[following, token] = 10.0
+    return Generator(model.eval(), by)
+
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
+
+
+def with_stop(*stop: str, max_tokens: int = 40) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=stop)
+
+
+def joined(pieces: Sequence[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+# --------------------------------------------------------------------------- stream, whole, cache
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("stop", [(), ("e", "o")])
+def test_the_joined_stream_is_the_whole(seed: int, stop: tuple[str, ...]) -> None:
+    generator = babbler()
+    ids = generator.prompt_ids("the fox 春眠")
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=seed, stop=stop)
+    pieces = list(generator.stream(ids, params))
+    whole = generator.generate(ids, params)
+    assert (joined(pieces), pieces[-1].tokens) == (whole.text, whole.tokens)
+    assert pieces[-1].finish_reason == whole.finish_reason
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    assert not any(s in whole.text for s in stop)
+
+
+def greedy_without_cache(generator: Generator, ids: list[int], count: int) -> list[int]:
+    """The slow truth: the whole sequence again for every token."""
+    sequence = list(ids)
+    with torch.no_grad():
+        for _ in range(count):
+            hidden = generator.model(torch.tensor([sequence]))[0, -1]
+            logits = generator.model.logits(hidden)[: generator.tokenizer.vocab_size]
+            sequence.append(int(logits.argmax()))
+    return sequence[len(ids) :]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_with_a_cache_is_greedy_without(seed: int) -> None:
+    generator = Generator(random_model(tokenizer().vocab_size, seed), tokenizer())
+    ids = generator.prompt_ids("quick 晓")
+    slow = greedy_without_cache(generator, ids, 40)
+    ends = [i for i, token in enumerate(slow) if token in generator.end_ids]
+    text = tokenizer().decode(slow[: ends[0]] if ends else slow)
+    completion = generator.generate(ids, GREEDY)
+    assert completion.text == text
+    assert completion.tokens == (ends[0] + 1 if ends else 40)
+
+
+def test_a_seed_makes_it_reproducible() -> None:
+    generator, ids = babbler(), babbler().prompt_ids("the")
+
+    def run(seed: int | None) -> str:
+        params = SamplingParams(max_tokens=30, temperature=1.0, seed=seed)
+        return generator.generate(ids, params).text
+
+    assert run(3) == run(3) != run(4)
+    assert run(None) != run(None)  # 30 draws over 320 tokens: they don't agree by chance
+
+
+def test_a_stream_can_be_left_and_started_again() -> None:
+    generator, ids = babbler(), babbler().prompt_ids("the")
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=1)
+    whole = generator.generate(ids, params)
+    left = generator.stream(ids, params)
+    next(left)
+    assert generator.generate(ids, params) == whole
+
+
+def test_the_repetition_penalty_reaches_what_was_generated() -> None:
+    chain = bytewise().encode("abc")
+    generator = parrot(chain, bytewise())
+    with torch.no_grad():  # c leads back to b
+        assert generator.model.lm_head is not None
+        generator.model.lm_head.weight[:, chain[2]] = 0
+        generator.model.lm_head.weight[chain[1], chain[2]] = 10.0
+    plain = generator.generate(chain[:1], SamplingParams(temperature=0.0, max_tokens=8))
+    assert plain.text == "bcbcbcbc"
+    # b was generated, not prompted; after c, half of its 10 is less than z's 6.
+    with torch.no_grad():
+        generator.model.lm_head.weight[bytewise().encode("z")[0], chain] = 6.0
+    again = generator.generate(
+        chain[:1], SamplingParams(temperature=0.0, max_tokens=3, repetition_penalty=2.0)
+    )
+    assert again.text == "bcz"
+
+
+# ------------------------------------------------------------------------------- ends and reasons
+
+
+def test_the_end_token_ends_and_is_not_shown() -> None:
+    chain = bytewise().encode("Hi")
+    completion = parrot(chain, bytewise()).generate(chain[:1], GREEDY)
+    assert completion == Completion("i", 2, "stop")  # the end token is counted
+
+
+def test_the_end_of_a_document_ends_too() -> None:
+    chain = [*bytewise().encode("Hi"), bytewise().eos_id]
+    assert parrot(chain, bytewise()).generate(chain[:1], GREEDY) == Completion("i", 2, "stop")
+
+
+def test_a_limit_is_called_a_limit() -> None:
+    chain = bytewise().encode("abcdef")
+    generator = parrot(chain, bytewise())
+    params = SamplingParams(temperature=0.0, max_tokens=3)
+    assert generator.generate(chain[:1], params) == Completion("bcd", 3, "length")
+    # The last token that is allowed may be the one that ends the turn.
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    assert generator.generate(chain[:1], params) == Completion("bcdef", 6, "stop")
+
+
+def test_the_context_is_a_limit() -> None:
+    generator = babbler()
+    generator = Generator(generator.model, generator.tokenizer)
+    generator.end_ids = set()
+    ids = generator.prompt_ids("the fox")
+    params = SamplingParams(max_tokens=10_000, temperature=1.0, seed=0)
+    completion = generator.generate(ids, params)
+    assert (completion.tokens, completion.finish_reason) == (CONTEXT - len(ids), "length")
+    last = generator.generate([ids[0]] * (CONTEXT - 1), params)
+    assert (last.tokens, last.finish_reason) == (1, "length")
+
+
+def test_prompts_that_cannot_be_answered_are_refused_at_once() -> None:
+    generator = babbler()
+    with pytest.raises(GenerationError, match="prompt is empty"):
+        generator.stream([])
+    for length in (CONTEXT, CONTEXT + 1):
+        with pytest.raises(GenerationError, match=f"has {length} tokens") as caught:
+            generator.stream([1] * length)
+        assert caught.value.hint is not None
+    for token in (-1, tokenizer().vocab_size):
+        with pytest.raises(GenerationError, match="token ids outside 0 to"):
+            generator.stream([1, token])
+
+
+def test_an_empty_text_is_continued_from_the_begin_token() -> None:
+    assert babbler().prompt_ids("") == [tokenizer().bos_id]
+    assert babbler().generate(babbler().prompt_ids(""), GREEDY).tokens > 0
+
+
+# ---------------------------------------------------------------------------------- stop strings
+
+
+def test_a_stop_string_over_several_tokens_never_leaks() -> None:
+    chain = bytewise().encode("abcdefgh")
+    generator = parrot(chain, bytewise())
+    pieces = list(generator.stream(chain[:1], with_stop("def")))
+    assert joined(pieces) == "bc" and pieces[-1].finish_reason == "stop"
+    assert pieces[-1].tokens == 5  # b c d e f
+    assert not any(set(piece.text) & set("def") for piece in pieces)
+
+
+def test_what_only_begins_like_a_stop_string_is_said_in_the_end() -> None:
+    chain = bytewise().encode("abcdef")
+    generator = parrot(chain, bytewise())
+    pieces = list(generator.stream(chain[:1], with_stop("cdX", "efg")))
+    assert joined(pieces) == "bcdef" and pieces[-1].finish_reason == "stop"
+    pieces = list(generator.stream(chain[:1], with_stop("cdX", max_tokens=3)))
+    assert joined(pieces) == "bcd" and pieces[-1].finish_reason == "length"
+    # Held back while it may be a stop string, no longer.
+    texts = [piece.text for piece in pieces]
+    assert texts[0] == "b"
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (("cd", "bcd"), "a"),  # both end at d: the one that begins first
+        (("bcde", "c"), "ab"),
+        (("e",), "abcd"),
+        (("a",), ""),
+        (("中",), "abcdef"),
+    ],
+)
+def test_the_earliest_of_several_stop_strings_counts(stops: tuple[str, ...], text: str) -> None:
+    chain = bytewise().encode("0abcdef")
+    generator = parrot(chain, bytewise())
+    assert generator.generate(chain[:1], with_stop(*stops)).text == text
+
+
+def test_a_stop_string_of_characters_over_several_tokens() -> None:
+    chain = bytewise().encode("0中🙂é1")
+    generator = parrot(chain, bytewise())
+    pieces = list(generator.stream(chain[:1], with_stop("🙂é")))
+    assert joined(pieces) == "中" and pieces[-1].finish_reason == "stop"
+
+
+def test_a_stop_string_within_one_token() -> None:
+    by = tokenizer()
+    ids = by.encode("quick")
+    assert len(ids) < 5, "a merged token is wanted here"
+    chain = [by.bos_id, *ids]
+    generator = parrot(chain, by)
+    assert generator.generate(chain[:1], with_stop("ic")).text == "qu"
+
+
+# ------------------------------------------------------------------------------------------ bytes
+
+
+def test_a_character_over_several_tokens_is_never_cut() -> None:
+    text = "中🙂é"
+    chain = [bytewise().bos_id, *bytewise().encode(text)]
+    assert len(chain) == 1 + 9
+    pieces = list(parrot(chain, bytewise()).stream(chain[:1], GREEDY))
+    assert [piece.text for piece in pieces if piece.text] == list(text)
+    assert [piece.tokens for piece in pieces if piece.text] == [3, 7, 9]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_bytes_stream_to_what_they_decode_to(seed: int) -> None:
+    """Random weights over a byte vocabulary give broken UTF-8: the same marks, streamed or not."""
+    generator = Generator(random_model(bytewise().vocab_size, seed), bytewise())
+    ids = generator.prompt_ids("q")
+    params = SamplingParams(max_tokens=60, temperature=1.0, seed=seed)
+    tokens = list(generator._tokens(ids, params))
+    ends = [i for i, token in enumerate(tokens) if token in generator.end_ids]
+    expected = bytewise().decode(tokens[: ends[0]] if ends else tokens)
+    pieces = list(generator.stream(ids, params))
+    assert joined(pieces) == expected
+    joined(pieces).encode()  # never a lone surrogate
+
+
+# --------------------------------------------------------------------------- vocabulary, interface
+
+
+def test_rows_beyond_the_tokenizer_are_never_sampled() -> None:
+    size = bytewise().vocab_size
+    model = random_model(size + 64)
+    assert model.lm_head is not None
+    with torch.no_grad():
+        model.lm_head.weight[size:] = model.lm_head.weight[size:].sign() * 100.0
+    tokens = list(Generator(model, bytewise())._tokens([1], SamplingParams(max_tokens=50, seed=0)))
+    assert len(tokens) == 50 and max(tokens) < size
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+    with pytest.raises(GenerationError, match=r"the tokenizer has 273 tokens, the model only 272"):
+        Generator(random_model(272), bytewise())
+
+
+def test_broken_weights_are_explained() -> None:
+    model = random_model(bytewise().vocab_size)
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))
+    with pytest.raises(GenerationError, match="not finite"):
+        Generator(model, bytewise()).generate([1])
+
+
+def test_generate_by_directory_by_text_and_by_messages(tmp_path: Path) -> None:
+    model = random_model(tokenizer().vocab_size)
+    save_model(model, tmp_path)
+    tokenizer().save(tmp_path)
+    kept = Generator(model, tokenizer())
+    params = SamplingParams(max_tokens=20, temperature=1.0, seed=7)
+    by_text = generate(tmp_path, "the fox", params)
+    assert by_text == kept.generate(kept.prompt_ids("the fox"), params)
+    messages = [{"role": "user", "content": "the fox"}]
+    by_messages = generate(str(tmp_path), messages, params)
+    by = tokenizer()
+    ids = [by.bos_id, by.special_id("<|user|>"), *by.encode("the fox"), by.end_id]
+    ids.append(by.special_id("<|assistant|>"))
+    assert by_messages == kept.generate(ids, params) == generate(kept, messages, params)
+
+
+def test_a_directory_without_model_or_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        generate(tmp_path / "none", "x")
+    save_model(random_model(300), tmp_path)
+    with pytest.raises(TokenizerError):
+        generate(tmp_path, "x")

@@ -1,0 +1,317 @@
+"""The terminal chat, with a real console, a real model and, where it counts, a real process."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from khaosz.config import ModelConfig
+from khaosz.data.tokenizer import Tokenizer, train_tokenizer
+from khaosz.errors import GenerationError, KhaoszError, ModelError, TokenizerError
+from khaosz.inference.chat import Conversation, answer, command, newest_model
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+from khaosz.interop import save_model
+from khaosz.model import Transformer
+
+torch.set_num_threads(1)
+
+SAID = "Yes, 中是\n[b]ok:1"  # two lines, three-byte characters, what looks like markup
+CONTEXT = 96
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(iter(["qq qq qq"]), 273)  # bytes and one merge
+
+
+@cache
+def model() -> Transformer:
+    """A true `Transformer` that says `SAID` after every assistant mark: its blocks are the
+    identity, its head maps each token of the sentence to the next."""
+    by = tokenizer()
+    chain = [by.special_id("<|assistant|>"), *by.encode(SAID), by.end_id]
+    assert len(set(chain)) == len(chain)
+    config = ModelConfig(
+        vocab_size=by.vocab_size,
+        hidden_size=by.vocab_size,
+        intermediate_size=2,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+    )
+    built = Transformer(config)
+    built.initialise(torch.Generator().manual_seed(0))
+    assert built.lm_head is not None
+    with torch.no_grad():
+        built.embed_tokens.weight.copy_(torch.eye(by.vocab_size))
+        for token, following in pairwise(chain):
+            built.lm_head.weight[following, token] = 10.0
+    return built.eval()
+
+
+class Terminal:
+    """One conversation on a console that writes to memory."""
+
+    def __init__(self, max_tokens: int = 24) -> None:
+        self.console = Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
+        self.generator = Generator(model(), tokenizer())
+        self.conversation = Conversation(SamplingParams(max_tokens=max_tokens, temperature=0.0))
+
+    def shown(self) -> str:
+        """What appeared since the last call."""
+        file = self.console.file
+        assert isinstance(file, io.StringIO)
+        text = file.getvalue()
+        file.seek(0)
+        file.truncate()
+        return text
+
+    def say(self, message: str) -> str:
+        answer(self.conversation, message, self.console, self.generator)
+        return self.shown()
+
+    def do(self, line: str) -> str:
+        assert command(self.conversation, line, self.console, self.generator)
+        return self.shown()
+
+
+def test_an_answer_is_shown_as_it_is_and_remembered() -> None:
+    terminal = Terminal()
+    assert terminal.say("你好") == SAID + "\n"
+    assert terminal.conversation.turns == [
+        {"role": "user", "content": "你好"},
+        {"role": "assistant", "content": SAID},
+    ]
+
+
+def test_what_looks_like_markup_is_text() -> None:
+    terminal = Terminal()
+    # Held back as the beginning of a stop string, "[b]o" is printed in one piece.
+    terminal.conversation.params = SamplingParams(24, temperature=0.0, stop=("[b]X",))
+    assert terminal.say("hi") == SAID + "\n"
+
+
+def test_an_answer_that_met_its_limit_says_so() -> None:
+    terminal = Terminal(max_tokens=4)
+    assert terminal.say("hi") == "Yes, [length]\n"
+
+
+def test_the_oldest_exchange_is_forgotten_aloud_when_the_context_is_full() -> None:
+    terminal = Terminal()
+    assert terminal.say("a" * 20) == SAID + "\n"
+    assert terminal.say("b" * 20) == SAID + "\n"
+    shown = terminal.say("c" * 20)
+    assert shown.startswith("(context full: the oldest 1 exchanges are forgotten)\n")
+    assert [turn["content"] for turn in terminal.conversation.turns] == [
+        "b" * 20,
+        SAID,
+        "c" * 20,
+        SAID,
+    ]
+    ids = terminal.generator.chat_ids(terminal.conversation.messages)
+    assert len(ids) <= CONTEXT
+
+
+def test_a_message_that_cannot_be_answered_changes_nothing() -> None:
+    terminal = Terminal()
+    terminal.say("hi")
+    before = list(terminal.conversation.turns)
+    with pytest.raises(GenerationError, match="the model's context is 96"):
+        terminal.say("a" * 100)
+    with pytest.raises(TokenizerError, match="surrogate"):
+        terminal.say("\udcff")
+    assert terminal.conversation.turns == before
+    terminal.conversation.params = SamplingParams(max_tokens=1)
+    assert terminal.say("hi") != ""
+
+
+def test_special_tokens_in_a_message_are_text() -> None:
+    terminal = Terminal()
+    terminal.say("<|end|>")
+    ids = terminal.generator.chat_ids(terminal.conversation.turns[:1])
+    assert ids.count(tokenizer().end_id) == 1
+
+
+def test_help_lists_the_commands_there_are() -> None:
+    terminal = Terminal()
+    shown = terminal.do("/help")
+    for verb in ("/help", "/reset", "/retry", "/system", "/set", "/save", "/exit"):
+        assert verb in shown
+        if verb != "/exit":
+            assert "unknown command" not in terminal.do(verb)
+
+
+def test_an_unknown_command_is_named() -> None:
+    shown = Terminal().do("/hlep [red]now")
+    assert shown == "unknown command /hlep; /help lists them\n"
+
+
+@pytest.mark.parametrize("line", ["/exit", "/quit"])
+def test_exit_leaves(line: str) -> None:
+    terminal = Terminal()
+    assert not command(terminal.conversation, line, terminal.console, terminal.generator)
+
+
+def test_reset_forgets_and_system_restarts() -> None:
+    terminal = Terminal()
+    terminal.say("hi")
+    terminal.do("/reset")
+    assert terminal.conversation.messages == []
+    terminal.say("hi")
+    terminal.do("/system Be brief.")
+    assert terminal.conversation.messages == [{"role": "system", "content": "Be brief."}]
+    assert terminal.say("hi") == SAID + "\n"
+    terminal.do("/reset")
+    assert terminal.conversation.messages == [{"role": "system", "content": "Be brief."}]
+    terminal.do("/system")
+    assert terminal.conversation.messages == []
+
+
+def test_retry_answers_the_last_message_again() -> None:
+    terminal = Terminal(max_tokens=4)
+    assert terminal.do("/retry") == "nothing to answer again\n"
+    terminal.say("hi")
+    terminal.do("/set max_tokens 24")
+    assert terminal.do("/retry") == SAID + "\n"
+    assert terminal.conversation.turns == [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": SAID},
+    ]
+
+
+def test_a_retry_that_fails_keeps_the_answer_there_was() -> None:
+    terminal = Terminal()
+    terminal.say("hi")
+    before = list(terminal.conversation.turns)
+    terminal.conversation.system = "a" * 100
+    with pytest.raises(GenerationError):
+        terminal.do("/retry")
+    assert terminal.conversation.turns == before
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("/set temperature 0.5", "temperature", 0.5),
+        ("/set top_p 0.9", "top_p", 0.9),
+        ("/set top_k 40", "top_k", 40),
+        ("/set min_p 0.1", "min_p", 0.1),
+        ("/set repetition_penalty 1.2", "repetition_penalty", 1.2),
+        ("/set max_tokens  7", "max_tokens", 7),
+        ("/set seed 3", "seed", 3),
+    ],
+)
+def test_set_changes_one_setting(line: str, name: str, value: float) -> None:
+    terminal = Terminal()
+    assert terminal.do(line) == ""
+    assert getattr(terminal.conversation.params, name) == value
+
+
+def test_set_refuses_what_cannot_be() -> None:
+    terminal = Terminal()
+    before = terminal.conversation.params
+    assert terminal.do("/set").startswith("settings: temperature, top_p")
+    assert terminal.do("/set warmth 3").startswith("settings: temperature, top_p")
+    assert terminal.do("/set top_k 1.5") == "top_k takes a number, not '1.5'\n"
+    assert terminal.do("/set seed [b]") == "seed takes a number, not '[b]'\n"
+    for line in ("/set temperature -1", "/set top_p nan", f"/set seed {2**70}"):
+        with pytest.raises(KhaoszError, match=" must be "):
+            terminal.do(line)
+    assert terminal.conversation.params == before
+
+
+def test_save_writes_the_conversation(tmp_path: Path) -> None:
+    terminal = Terminal()
+    terminal.do("/system 简短。")
+    terminal.say("你好")
+    path = tmp_path / "a [b] chat.json"
+    terminal.console.width = 400
+    assert terminal.do(f"/save {path}") == f"saved {path}\n"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved == {"messages": terminal.conversation.messages}
+    assert "你好" in path.read_text(encoding="utf-8")
+    assert terminal.do("/save") == "/save FILE\n"
+    shown = terminal.do(f"/save {tmp_path / '[b]' / 'none.json'}")
+    assert shown.startswith(f"could not write {tmp_path / '[b]' / 'none.json'}: ")
+
+
+def model_directory(directory: Path) -> Path:
+    save_model(model(), directory)
+    tokenizer().save(directory)
+    return directory
+
+
+def run_chat(directory: Path, lines: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "khaosz", "chat", str(directory), "--device", "cpu", *options],
+        input=lines,
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"},
+        cwd=Path(__file__).parents[2],
+        timeout=120,
+        check=False,
+    )
+
+
+def test_a_whole_conversation_through_a_pipe(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "model [x]")
+    saved = tmp_path / "chat.json"
+    lines = [
+        "/help",
+        "",
+        "你好",
+        "/frobnicate",
+        "/set temperature -1",
+        "a" * 200,
+        "/reset",
+        "  again  ",
+        f"/save {saved}",
+    ]
+    done = run_chat(directory, "\n".join(lines).encode(), "--temperature", "0")
+    out = done.stdout.decode()
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    assert f"{directory}  context {CONTEXT} tokens" in out
+    assert "/retry" in out
+    assert out.replace("\r\n", "\n").count(SAID) == 2
+    assert "unknown command /frobnicate" in out
+    assert "temperature must be between 0 and 100 (got -1.0)" in out
+    assert f"the model's context is {CONTEXT} (shorten the prompt" in out
+    assert json.loads(saved.read_text(encoding="utf-8"))["messages"] == [
+        {"role": "user", "content": "again"},
+        {"role": "assistant", "content": SAID},
+    ]
+
+
+def test_bytes_that_are_not_text_do_not_end_it(tmp_path: Path) -> None:
+    done = run_chat(model_directory(tmp_path), b"\xff\xfe\n", "--temperature", "0")
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"Traceback" not in done.stderr and b"not understood" in done.stdout
+
+
+def test_the_newest_model_is_found(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model was trained here") as caught:
+        newest_model(tmp_path / "runs")
+    assert caught.value.hint is not None and "khaosz demo" in caught.value.hint
+    runs = tmp_path / "runs"
+    for age, name in ((300, "last"), (100, "a/last"), (200, "demo/sft/last")):
+        save_model(model(), runs / name)
+        stamp = (runs / name / "model.safetensors").stat().st_mtime - age
+        os.utime(runs / name / "model.safetensors", (stamp, stamp))
+    (runs / "torn" / "last").mkdir(parents=True)
+    (runs / "torn" / "last" / "config.json").write_text("{}", encoding="utf-8")
+    assert newest_model(runs) == runs / "a" / "last"

@@ -1,0 +1,186 @@
+"""The one direction of imports, and what is never imported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "khaosz"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# A room may import from rooms of a lower number, and from itself.
+RANK = {
+    "errors": 0,
+    "config": 1,
+    "parallel": 2,
+    "data": 3,
+    "model": 3,
+    "interop": 4,
+    "inference": 5,
+    "trainer": 6,
+    "evaluation": 7,
+    "demo": 8,
+    "doctor": 8,
+    "cli": 9,
+    "__main__": 10,
+}
+TORCH_FREE_DATA = (
+    "readers",
+    "mmap",
+    "dedup",
+    "prepare",
+    "documents",
+    "tokenizer",
+    "chat",
+    "records",
+    "packing",
+    "sampler",
+    "fetch",
+    "texts",
+    "pieces",
+)
+
+
+def torch_free() -> list[Path]:
+    """Modules that run without torch: in many processes, or before the first second is over."""
+    data = [PACKAGE / "data" / f"{name}.py" for name in TORCH_FREE_DATA]
+    data += sorted((PACKAGE / "data").glob("demo_*.py"))
+    tops = [PACKAGE / "__init__.py", PACKAGE / "cli.py", PACKAGE / "errors.py"]
+    return [*tops, *sorted((PACKAGE / "config").glob("*.py")), *data]
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def label(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imports(path: Path, tree: ast.AST | None = None) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of everything a file imports, at its top or inside functions."""
+    for node in ast.walk(tree or ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                yield node.lineno, name.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{label(path)}:{node.lineno} is a relative import"
+            assert node.module is not None
+            for name in node.names:
+                yield node.lineno, f"{node.module}.{name.name}"
+
+
+def room(dotted: str) -> str | None:
+    """The room a khaosz name lives in; None for `khaosz` itself and for other packages."""
+    parts = dotted.split(".")
+    return parts[1] if parts[0] == "khaosz" and len(parts) > 1 and parts[1] in RANK else None
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {label(path).split("/")[0].removesuffix(".py") for path in FILES}
+    assert rooms - {"__init__"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_imports_go_one_way(path: Path) -> None:
+    own = room(module_name(path))
+    if own is None:
+        return  # khaosz/__init__.py: names only, imported when they are first used (see below)
+    wrong = [
+        f"{label(path)}:{line} imports {name}"
+        for line, name in imports(path)
+        if (other := room(name)) is not None and other != own and RANK[other] >= RANK[own]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_no_pickle_and_no_transformers(path: Path) -> None:
+    banned = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    banned |= {"transformers", "trl", "datasets"}
+    for line, name in imports(path):
+        assert name.split(".")[0] not in banned, f"{label(path)}:{line} imports {name}"
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            called = ast.unparse(node.func)
+            assert called != "torch.load", f"{label(path)}:{node.lineno} reads a pickle"
+            if called in ("np.load", "numpy.load"):
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("allow_pickle", "False") == "False", f"{label(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", torch_free(), ids=label)
+def test_these_files_do_not_name_torch(path: Path) -> None:
+    named = [line for line, name in imports(path) if name.split(".")[0] == "torch"]
+    assert not named, f"{label(path)} imports torch on lines {named}"
+
+
+def modules_after(code: str) -> set[str]:
+    """Names in `sys.modules` of a fresh interpreter that ran `code`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nimport sys\nprint('\\n'.join(['', '@@', *sys.modules]))"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=ROOT,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.partition("\n@@\n")[2].split("\n"))
+
+
+def test_torch_does_not_come_in_by_another_way() -> None:
+    names = ", ".join(module_name(path) for path in torch_free())
+    loaded = modules_after(f"import {names}")
+    assert "khaosz.data.prepare" in loaded
+    assert not loaded & {"torch", "transformers", "matplotlib"}
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys\nfrom khaosz.cli import main\nsys.argv = ['khaosz', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code"
+    )
+    loaded = modules_after(code)
+    assert "khaosz.cli" in loaded
+    assert not loaded & {"torch", "numpy", "tokenizers", "pydantic", "transformers"}
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    assert "torch" not in modules_after("import khaosz; khaosz.ModelConfig")
+    # Every name is there, torch or not.
+    loaded = modules_after("import khaosz\nfor name in khaosz.__all__: getattr(khaosz, name)")
+    assert "torch" in loaded and "transformers" not in loaded
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    import khaosz
+
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = khaosz.Trainr
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_files_stay_readable(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 500, f"{label(path)} has {lines} lines: split it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=label)
+def test_nothing_is_swallowed(path: Path) -> None:
+    """No `except Exception`, no bare `except`, no `strict=False` on weights."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            where = f"{label(path)}:{node.lineno} catches {caught}"
+            assert caught not in ("Exception", "BaseException", "everything"), where
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("load_state_dict"):
+            given = [ast.unparse(keyword) for keyword in node.keywords]
+            assert "strict=False" not in given, f"{label(path)}:{node.lineno}"

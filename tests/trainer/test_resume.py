@@ -1,0 +1,163 @@
+"""Stop at any step, mid-accumulation included: the rest must be as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from khaosz.errors import CheckpointError
+from khaosz.trainer.callback import Callback
+from khaosz.trainer.checkpoint import resolve
+from khaosz.trainer.run import run
+from khaosz.trainer.train_context import TrainContext
+from khaosz.trainer.trainer import Trainer
+
+from tiny import Recipe, write_recipe
+
+QUIET = Console(file=io.StringIO())
+
+
+def final_state(out: Path) -> dict[str, torch.Tensor]:
+    last = resolve(out / "last")
+    assert last is not None
+    state = load_file(str(last / "model.safetensors"))
+    optimizer = load_file(str(last / "state/optimizer.safetensors"))
+    return {**state, **{f"optimizer/{name}": value for name, value in optimizer.items()}}
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    first, second = final_state(a), final_state(b)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    rows = [(p / "metrics.jsonl").read_text().splitlines() for p in (a, b)]
+    losses = [[(json.loads(r)["step"], json.loads(r)["loss"]) for r in part] for part in rows]
+    assert losses[0] == losses[1]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro_batch: int | None) -> None:
+    """Ask the run to stop as a signal does: after a step, or amid its accumulation."""
+    accumulate = Trainer._accumulate
+
+    def stopping(self: Trainer, batches: list[Any], count: float) -> torch.Tensor | None:
+        if micro_batch is not None and self.context.progress.step == step:
+            self.context.stopping = "test"
+        return accumulate(self, batches, count)
+
+    def on_step(self: Callback, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if micro_batch is None and metrics["step"] == step:
+            context.stopping = "test"
+
+    monkeypatch.setattr(Trainer, "_accumulate", stopping)
+    monkeypatch.setattr("khaosz.trainer.loggers.LossCurve.on_step", on_step, raising=False)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.mark.parametrize(("step", "micro"), [(1, None), (4, None), (5, 0)])
+def test_resumed_equals_uninterrupted(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    optimizer: str, step: int, micro: int | None,
+) -> None:  # fmt: skip
+    whole = run(recipe(optimizer=optimizer, out=tmp_path / "whole"), console=QUIET)
+    assert whole.progress.step == 8
+    config = recipe(optimizer=optimizer, out=tmp_path / "parts")
+    with monkeypatch.context() as patched:
+        stop_after(patched, step, micro)
+        stopped = run(config, console=QUIET)
+    assert stopped.progress.step == step
+    torch.manual_seed(12345)  # the resumed process has another random state to begin with
+    resumed = run(config, resume=True, console=QUIET)
+    assert resumed.progress.step == 8
+    assert_identical(tmp_path / "whole", tmp_path / "parts")
+
+
+def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "khaosz", *arguments],
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **kwargs,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM to one process")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_exits_cleanly_and_resumes(
+    recipe: Recipe, tmp_path: Path, number: signal.Signals
+) -> None:
+    settings = {"max_steps": 1500, "save_every": 10_000, "eval_every": 10_000}
+    config = recipe(**settings, out=tmp_path / "signalled")
+    path = write_recipe(config, tmp_path / "recipe.toml")
+    process = cli("train", str(path))
+    metrics = config.out / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert f"stopped by {number.name}" in errors
+    last = resolve(config.out / "last")
+    assert last is not None
+    stopped = int(last.name.removeprefix("step-"))
+    assert 0 < stopped < 1500
+    done = stopped + 10
+
+    # The step count is part of the plan, so both runs are cut at the same place by a callback.
+    def until(callback: Callback, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == done:
+            context.stopping = "enough"
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("khaosz.trainer.loggers.LossCurve.on_step", until, raising=False)
+        run(config, resume=True, console=QUIET)
+        run(recipe(**settings, out=tmp_path / "whole"), console=QUIET)
+    assert_identical(tmp_path / "whole", config.out)
+
+
+def test_resume_refuses_another_run(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        run(recipe(), resume=True, console=QUIET)
+    run(recipe(max_steps=2), console=QUIET)
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    with pytest.raises(CheckpointError, match="window"):
+        run(recipe(max_steps=2, window=64), resume=True, console=QUIET)
+    with pytest.raises(CheckpointError, match="model"):
+        model = {**recipe().model, "num_hidden_layers": 3}
+        run(recipe(max_steps=2, model=model), resume=True, console=QUIET)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_resume_of_a_finished_run_does_nothing(recipe: Recipe) -> None:
+    config = recipe(max_steps=2)
+    run(config, console=QUIET)
+    before = final_state(config.out)
+    run(config, resume=True, console=QUIET)
+    after = final_state(config.out)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["state/state.json", "state/optimizer.safetensors",
+                                  "model.safetensors", "train_config.json"])  # fmt: skip
+def test_a_torn_checkpoint_is_refused(recipe: Recipe, name: str) -> None:
+    from khaosz.errors import ModelError
+
+    config = recipe(max_steps=2)
+    run(config, console=QUIET)
+    last = resolve(config.out / "last")
+    assert last is not None
+    content = (last / name).read_bytes()
+    (last / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match="broken|cut short|JSON"):
+        run(config, resume=True, console=QUIET)
