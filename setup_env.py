@@ -28,8 +28,6 @@ def install(extra: str, pip_arguments: list[str]) -> None:
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)]
     if stamp.exists() and stamp.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
         return
-    if sys.version_info < (3, 11):
-        sys.exit(f"KHAOSZ needs Python 3.11 or newer, this is {sys.version.split()[0]}")
     if not PYTHON.exists():
         print("creating .venv", flush=True)
         venv.create(VENV, with_pip=True)

@@ -187,7 +187,9 @@ def generate(
     min_p: Annotated[float, typer.Option(help="0: off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; repeatable.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

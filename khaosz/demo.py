@@ -24,7 +24,9 @@ _LEAST_MINUTES = 0.2
 # Share of the time left that pretraining gets, and fine-tuning of what is left then; the rest
 # goes to calibration, compilation and evaluation.
 _PT_SHARE, _SFT_SHARE = 0.5, 0.7
-_ANSWERS = SamplingParams(max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0)
+_ANSWERS = SamplingParams(
+    max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
+)
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -70,7 +72,9 @@ def run_demo(
     console.rule("4  what came out")
     _show_result(out, corpus, console)
     took = time.monotonic() - started
-    console.print(f"\n  {took / 60:.1f} minutes in all. Talk to it:  [bold]khaosz chat {model}[/bold]")
+    console.print(
+        f"\n  {took / 60:.1f} minutes in all. Talk to it:  [bold]khaosz chat {model}[/bold]"
+    )
     console.print(f"  (not on your PATH? .venv/bin/khaosz chat {model})", highlight=False)
     return model
 
@@ -109,7 +113,9 @@ def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
                       f"   {out / stage / 'loss.png'}", highlight=False)  # fmt: skip
     score = bits_per_byte(out / "pt" / "last", corpus.eval)
     langs = ", ".join(f"{lang} {value:.2f}" for lang, value in score.by_lang.items())
-    console.print(f"  held-out text: {score.bits_per_byte:.3f} bits per byte ({langs})", highlight=False)
+    console.print(
+        f"  held-out text: {score.bits_per_byte:.3f} bits per byte ({langs})", highlight=False
+    )
     console.print()
     prompts = json.loads(corpus.prompts.read_text(encoding="utf-8"))
     transcript = _converse(Generator.from_directory(out / "sft" / "last"), prompts, console)

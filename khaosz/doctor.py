@@ -21,7 +21,7 @@ def examine() -> dict[str, Any]:
     """Facts and short measurements (about a second in all)."""
     parallel = setup_parallel(ParallelConfig())
     device = parallel.device
-    speeds = {}
+    speeds: dict[str, float | None] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         try:
             speeds[name] = round(matmul_peak(device, dtype) / 1e9, 1)
@@ -34,7 +34,9 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": parallel.threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": _memory_gb(),
@@ -50,7 +52,9 @@ def examine() -> dict[str, Any]:
 
 def format_examination(findings: dict[str, Any]) -> str:
     speeds = findings["matmul_gflops"]
-    shown = ", ".join(f"{k} {v:,.0f} GFLOP/s" if v else f"{k} not supported" for k, v in speeds.items())
+    shown = ", ".join(
+        f"{k} {v:,.0f} GFLOP/s" if v else f"{k} not supported" for k, v in speeds.items()
+    )
     compiler = findings["compiler"]
     lines = [
         ("versions", f"khaosz {findings['khaosz']}, PyTorch {findings['torch']}, "

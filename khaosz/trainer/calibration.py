@@ -22,8 +22,8 @@ from khaosz.errors import ConfigError, DeviceError
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext, across
 from khaosz.trainer.loss import chunk_loss
-from khaosz.trainer.strategy import Compute, LossModule, PTStrategy
 from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.strategy import Compute, LossModule, PTStrategy
 from khaosz.trainer.train_context import Plan
 
 _TOKENS_PER_FORWARD = {"cpu": 8_192}  # elsewhere twice that: the caches of a CPU are small
@@ -110,7 +110,9 @@ def calibrate(
             reasons.append("not compiled: the run is too short for it to pay")
         else:
             console.print("  [dim]compiling (once; cached for the next run)[/dim]")
-            compiled, reason = _try_compiled(model, config, strategy, dtype, eager, batches, parallel)
+            compiled, reason = _try_compiled(
+                model, config, strategy, dtype, eager, batches, parallel
+            )
             reasons.append(reason)
 
     compute = _compute(model, config, dtype, compiled)
@@ -161,12 +163,14 @@ def _try_compiled(
     return True, f"compiled: {gain:.2f}x as fast as eager, ready after {took:.0f} s"
 
 
-def _compute(model: Transformer, config: TrainConfig, dtype: torch.dtype, compiled: bool) -> Compute:
+def _compute(
+    model: Transformer, config: TrainConfig, dtype: torch.dtype, compiled: bool
+) -> Compute:
     model.compiled_blocks = None
     inner = chunk_loss
     if compiled:
         model.compiled_blocks = torch.compile(model.blocks, dynamic=False)
-        inner = torch.compile(chunk_loss, dynamic=config.stage != "pt")
+        inner = torch.compile(chunk_loss, dynamic=False)
     return Compute(dtype, config.loss_chunk, inner)
 
 
@@ -218,7 +222,7 @@ def _median_seconds(
 ) -> float:
     for _ in range(warmups):
         run()
-    seconds = []
+    seconds: list[float] = []
     for _ in range(runs):
         with _timed(parallel, seconds):
             run()

@@ -150,8 +150,10 @@ class ProgressLine(Callback):
         if "mfu" in metrics:
             parts.append(f"mfu {metrics['mfu']:.0%}")
         if "val_bits_per_byte" in metrics:
-            parts.append(f"[cyan]val {metrics['val_loss']:.3f}, "
-                         f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]")
+            parts.append(
+                f"[cyan]val {metrics['val_loss']:.3f}, "
+                f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]"
+            )
         if context.progress.skipped:
             parts.append(f"[red]{context.progress.skipped} steps skipped[/red]")
         parts.append(f"{_duration(left)} left")

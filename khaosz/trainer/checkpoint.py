@@ -69,7 +69,9 @@ def _write(context: TrainContext, directory: Path) -> None:
     )
     tokenizer.save(directory)
     save_config(context.config, directory / "train_config.json")
-    tensors = {k: v.detach().cpu().contiguous() for k, v in context.named_optimizer_tensors().items()}
+    tensors = {
+        k: v.detach().cpu().contiguous() for k, v in context.named_optimizer_tensors().items()
+    }
     save_file(tensors, str(state / "optimizer.safetensors"))
     save_file(_rng_state(context), str(state / "rng.safetensors"))
     write_json(state / "state.json", context.state())
@@ -180,6 +182,7 @@ def resolve(link: Path) -> Path | None:
             if os.path.lexists(left) and left.exists():
                 os.rename(left, link)
                 break
+        _remove_link(link.with_name(f".{link.name}.old"))
     return link.resolve() if link.exists() else None
 
 

@@ -101,7 +101,9 @@ def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     tokens = [row["tokens"] / 1e6 for row in rows]
-    top.plot(tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training")
+    top.plot(
+        tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training"
+    )
     top.plot(tokens, smoothed([row["loss"] for row in rows]), color="#1f4e79", label="smoothed")
     scored = [row for row in rows if "val_loss" in row]
     if scored:

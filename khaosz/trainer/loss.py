@@ -24,16 +24,18 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     """Loss sum (fp32 scalar) and its gradient by the logits (C, V) of one chunk.
 
     -log softmax(h W^T)[y], whose gradient is softmax(h W^T) - onehot(y).
+    A row labelled `IGNORE` (padding, so that a compiled chunk has one shape) counts as nothing.
     """
     logits = (hidden @ weight.t()).float()  # (C, V)
+    scored = labels != IGNORE
     top = logits.amax(-1, keepdim=True)
     exponentials = (logits - top).exp()
     total = exponentials.sum(-1, keepdim=True)
-    chosen = logits.gather(-1, labels[:, None])
-    loss = (total.log() + top - chosen).sum()
+    chosen = logits.gather(-1, labels.clamp_min(0)[:, None])
+    loss = torch.where(scored[:, None], total.log() + top - chosen, 0.0).sum()
     vocabulary = torch.arange(weight.shape[0], device=weight.device)
     gradient = exponentials / total - (vocabulary == labels[:, None]).float()
-    return loss, gradient.to(hidden.dtype)
+    return loss, torch.where(scored[:, None], gradient, 0.0).to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -85,12 +87,17 @@ def cross_entropy_sum(
     hidden (..., D), weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those
     positions are left out before the matrix product: masked by selection, not by multiplication,
     so neither a NaN there nor their cost comes in. With no scored position the sum is 0 and so are
-    the gradients.
+    the gradients. A compiled `inner` sees whole chunks only: the last one is filled up with ignored
+    rows, because every new shape would be compiled anew.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     scored = targets != IGNORE
     if not bool(scored.all()):
         kept = scored.nonzero().squeeze(1)
         flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+    missing = -len(targets) % chunk if inner is not chunk_loss else 0
+    if missing:
+        flat = torch.cat((flat, flat.new_zeros(missing, flat.shape[1])))
+        targets = torch.cat((targets, targets.new_full((missing,), IGNORE)))
     with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(flat.to(dtype), weight, targets, chunk, inner)

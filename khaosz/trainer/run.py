@@ -109,7 +109,7 @@ def _find_start(config: TrainConfig, resume: bool) -> Start:
         return Start(config)
     if last is None:
         raise CheckpointError(f"{config.out}: nothing to resume", hint="start without --resume")
-    progress, plan, world = load_state(last)
+    progress, plan, _world = load_state(last)
     return Start(check_same_run(config, last), last, progress, plan)
 
 
@@ -129,7 +129,9 @@ def _build(
         on_data(prepared)
     config, model, more = _model(config, initial, tokenizer, parallel)
     for number in [*derived, *more]:
-        console.print(f"  {number.name} = {number.value}  [dim]{number.reason}[/dim]", highlight=False)
+        console.print(
+            f"  {number.name} = {number.value}  [dim]{number.reason}[/dim]", highlight=False
+        )
     assert config.window is not None
     dataset = TokenDataset.open(
         prepared,
@@ -222,7 +224,11 @@ def _model(
         changes["lr"] = changes.get("embedding_lr", config.embedding_lr)
     kept = [d for d in derived if getattr(config, d.name, None) is None]
     if config.model:
-        kept.append(Derived("parameters", f"{shape.parameters() / 1e6:,.1f}M", "with [model] applied"))
+        kept.append(
+            Derived(
+                "parameters", f"{shape.parameters() / 1e6:,.1f}M", "with the recipe's model table"
+            )
+        )
     config = config.updated(**changes)
     assert config.window is not None
     if config.window > shape.max_position_embeddings:

@@ -36,9 +36,7 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.context, self.strategy, self.callbacks = context, strategy, callbacks
-        self.module = data_parallel(
-            LossModule(context.model, strategy, compute), context.parallel
-        )
+        self.module = data_parallel(LossModule(context.model, strategy, compute), context.parallel)
         self._skipped_in_a_row = 0
 
     def run(self) -> TrainContext:
@@ -149,5 +147,5 @@ class Trainer:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)

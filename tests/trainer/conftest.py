@@ -10,6 +10,7 @@ from tiny import TINY_MODEL, Recipe
 
 from khaosz.config import TrainConfig
 
+
 @pytest.fixture
 def recipe(tmp_path: Path, prepared_dir: Path) -> Recipe:
     """`recipe(key=value)`: a tiny pretraining run on the prepared sample."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from khaosz.trainer.loss import IGNORE, cross_entropy_sum
+from khaosz.trainer.loss import IGNORE, chunk_loss, cross_entropy_sum
 
 
 def reference(
@@ -104,3 +104,27 @@ def test_the_logits_of_all_tokens_never_exist_together() -> None:
     with Watch():
         cross_entropy_sum(hidden, weight, labels, chunk=256).backward()
     assert largest <= 256 * 20_000
+
+
+def test_a_compiled_inner_loss_sees_whole_chunks_only() -> None:
+    torch.manual_seed(2)
+    hidden = torch.randn(1, 37, 8, requires_grad=True)
+    weight = torch.randn(20, 8, requires_grad=True)
+    labels = torch.randint(0, 20, (1, 37))
+    labels[0, ::5] = IGNORE
+    shapes = []
+
+    def inner(
+        h: torch.Tensor, w: torch.Tensor, y: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shapes.append(len(h))
+        return chunk_loss(h, w, y)
+
+    loss = cross_entropy_sum(hidden, weight, labels, chunk=16, inner=inner)
+    loss.backward()
+    assert shapes == [16, 16]
+    expected, grad_hidden, grad_weight = reference(hidden, weight, labels)
+    # The tolerances of the reference test above.
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=1e-4, atol=1e-5)

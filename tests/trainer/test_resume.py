@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import Recipe, write_recipe
 
 from khaosz.errors import CheckpointError
 from khaosz.trainer.callback import Callback
@@ -23,8 +24,6 @@ from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
-
-from tiny import Recipe, write_recipe
 
 QUIET = Console(file=io.StringIO())
 
