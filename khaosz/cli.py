@@ -276,9 +276,9 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: user mistakes become one line, a hint and exit status 1."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
-            stream.reconfigure(encoding="utf-8", errors="replace")
+            stream.reconfigure(encoding="utf-8", errors=errors)
     try:
         app()
     except KhaoszError as error:

@@ -65,8 +65,8 @@ def format_examination(findings: dict[str, Any]) -> str:
                    f"{findings['disk_free_gb']} GB of disk free"),
         ("devices", ", ".join(findings["devices"])),
         ("speed", f"{shown} in matrix products on {findings['device']}"),
-        ("we use", f"{findings['device']} with {findings['threads']} threads; {findings['dtype']} is "
-                   "faster here, a run measures it again on the model itself"),
+        ("we use", f"{findings['device']} with {findings['threads']} threads; {findings['dtype']} "
+                   "is faster here, a run measures it again on the model itself"),
         ("compile", "torch.compile, where it pays" if compiler == "yes" else f"no: {compiler}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<9} {text}" for name, text in lines)

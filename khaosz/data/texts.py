@@ -1,4 +1,4 @@
-"""Plain texts of any readable input, one at a time: what a tokenizer learns from and what is scored."""
+"""Plain texts of any readable input, one at a time: what a tokenizer learns and what is scored."""
 
 from __future__ import annotations
 

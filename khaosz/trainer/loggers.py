@@ -1,4 +1,4 @@
-"""Where metrics go: JSON lines always, TensorBoard and friends when asked for, a picture at the end."""
+"""Where metrics go: JSON lines always, TensorBoard and friends on request, a picture at the end."""
 
 from __future__ import annotations
 

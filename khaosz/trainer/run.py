@@ -73,10 +73,9 @@ def run(
         if start.plan is not None:
             torch.set_num_threads(start.plan.threads)
         context, trainer = _build(start, parallel, console, on_data)
-        if start.progress is not None and start.plan is not None:
-            if start.progress.step >= start.plan.total_steps:
-                console.print(f"nothing left to do: {config.out} is trained to its last step")
-                return context
+        if context.progress.step >= context.plan.total_steps:
+            console.print(f"nothing left to do: {config.out} is trained to its last step")
+            return context
         return trainer.run()
     finally:
         parallel.close()
@@ -278,6 +277,7 @@ def _show_stats(dataset: TokenDataset, console: Console) -> None:
     if stats.cut or skipped:
         console.print(
             f"  longer than the window: {stats.cut:,} cut, {stats.skipped_long:,} skipped;"
-            f" {stats.skipped_short:,} too short, {stats.skipped_untrained:,} with nothing to learn",
+            f" {stats.skipped_short:,} too short,"
+            f" {stats.skipped_untrained:,} with nothing to learn",
             highlight=False,
         )

@@ -392,7 +392,7 @@ class Stopped(RuntimeError):
         ("khaosz.data.mmap.encode_header", 3),  # parts joined, not renamed
         ("khaosz.data.mmap.remove_parts", 3),  # renamed, side files still there
         ("khaosz.data.prepare.PrepareState.commit", 3),  # shards on disk, not in the state
-        ("khaosz.data.prepare.json.dump", 1),  # every shard closed, manifest begun
+        ("khaosz.data.preparation.json.dump", 1),  # every shard closed, manifest begun
         ("khaosz.data.prepare.shutil.rmtree", 1),  # complete but for tidying up
     ],
 )

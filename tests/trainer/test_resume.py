@@ -158,5 +158,5 @@ def test_a_torn_checkpoint_is_refused(recipe: Recipe, name: str) -> None:
     assert last is not None
     content = (last / name).read_bytes()
     (last / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match="broken|cut short|JSON"):
+    with pytest.raises(ModelError, match=r"broken|cut short|JSON"):
         run(config, resume=True, console=QUIET)

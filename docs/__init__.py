@@ -1,0 +1,1 @@
+"""The guides (`docs/en`, `docs/zh`) and `python -m docs`, which writes `docs/commands.md`."""

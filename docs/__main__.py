@@ -1,0 +1,132 @@
+"""`python -m docs` writes docs/commands.md from the command line itself; `--check` only compares.
+
+The page is made from the annotated functions of `khaosz.cli` rather than from the printed help,
+whose layout changes with the version of typer and the width of the terminal.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from typer import Typer
+from typer.models import ArgumentInfo, OptionInfo
+
+from khaosz.cli import app
+
+PAGE = Path(__file__).parent / "commands.md"
+_HEAD = """\
+# Commands
+
+Written by `python -m docs` from the program itself; `khaosz VERB --help` says the same.
+`python -m khaosz` equals `khaosz`. Where a verb has `--json`, it prints exactly one line of JSON on
+standard output. Logs, progress and errors go to standard error. A mistake in what you asked for is
+one line, a hint and exit status 1; a command line that cannot be parsed exits with 2.
+"""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument (`names` holds its place holder) or option (`names` holds its spellings)."""
+
+    names: tuple[str, ...]
+    is_option: bool
+    help: str
+    default: str | None  # None: required
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command as typed after `khaosz`, what it does, and its parameters in order."""
+
+    name: str
+    help: str
+    parameters: list[Parameter]
+
+
+def verbs(group: Typer = app, prefix: str = "") -> Iterator[Verb]:
+    """Every verb of the command line, groups depth first, in the order of definition."""
+    for command in group.registered_commands:
+        callback = command.callback
+        assert callback is not None
+        name = command.name or callback.__name__.replace("_", "-")
+        doc = inspect.cleandoc(callback.__doc__ or "")
+        yield Verb(f"{prefix}{name}", " ".join(doc.split()), list(_parameters(callback)))
+    for member in group.registered_groups:
+        assert isinstance(member.name, str) and member.typer_instance is not None
+        yield from verbs(member.typer_instance, f"{prefix}{member.name} ")
+
+
+def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
+    hints = get_type_hints(callback, include_extras=True)
+    for name, parameter in inspect.signature(callback).parameters.items():
+        hint = hints[name]
+        assert get_origin(hint) is Annotated, f"{callback.__name__}: {name} is not annotated"
+        kind, info = get_args(hint)
+        default = _default(parameter.default)
+        if isinstance(info, ArgumentInfo):
+            many = "list" in str(kind)
+            shown = name.upper() + (" ..." if many else "")
+            yield Parameter((shown,), False, info.help or "", default)
+            continue
+        assert isinstance(info, OptionInfo), f"{callback.__name__}: {name}"
+        spelt = name.replace("_", "-")
+        names = tuple(info.param_decls or ())
+        if not names:
+            # typer gives a switch without a name of its own a second one that turns it off
+            names = (f"--{spelt}", f"--no-{spelt}") if kind is bool else (f"--{spelt}",)
+        yield Parameter(names, True, info.help or "", default)
+
+
+def _default(value: Any) -> str | None:
+    if value is inspect.Parameter.empty:
+        return None
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return value.as_posix() if isinstance(value, Path) else str(value)
+
+
+def render() -> str:
+    """The page as Markdown."""
+    parts = [_HEAD]
+    for verb in verbs():
+        usage = ["khaosz", verb.name]
+        usage += ["[OPTIONS]"] if any(p.is_option for p in verb.parameters) else []
+        for parameter in verb.parameters:
+            if not parameter.is_option:
+                shown = parameter.names[0]
+                usage.append(shown if parameter.default is None else f"[{shown}]")
+        lines = [f"## khaosz {verb.name}", "", verb.help, "", "```", " ".join(usage), "```"]
+        if verb.parameters:
+            lines += ["", "| | meaning | default |", "|---|---|---|"]
+        for parameter in verb.parameters:
+            names = " ".join(f"`{name}`" for name in parameter.names)
+            default = {None: "required", "": ""}.get(parameter.default, f"`{parameter.default}`")
+            lines.append(f"| {names} | {parameter.help} | {default} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    page = render()
+    if arguments == ["--check"]:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+            print(f"{PAGE.name} is out of date: run `python -m docs`", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page, encoding="utf-8", newline="\n")
+    print(PAGE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
