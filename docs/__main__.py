@@ -75,7 +75,9 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
             continue
         assert isinstance(info, OptionInfo), f"{callback.__name__}: {name}"
         spelt = name.replace("_", "-")
-        names = tuple(info.param_decls or ())
+        # Inside Annotated there is no default to give, so typer takes the first place for a name.
+        first = (info.default,) if isinstance(info.default, str) else ()
+        names = (*first, *(info.param_decls or ()))
         if not names:
             # typer gives a switch without a name of its own a second one that turns it off
             names = (f"--{spelt}", f"--no-{spelt}") if kind is bool else (f"--{spelt}",)

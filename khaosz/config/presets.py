@@ -60,7 +60,7 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         raise ConfigError(f"no preset of size '{size}'", hint=hint)
     width, layers, heads, kv_heads, ffn, own_vocab, window, context, batch = _SHAPES[size]
     vocab = vocab_size or own_vocab
-    tied = width < 4_096
+    tied = 384 < width < 4_096
     theta = 10_000.0 if context <= 4_096 else 500_000.0
     model = ModelConfig(
         vocab_size=vocab,
@@ -74,10 +74,18 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         rope_theta=theta,
         tie_word_embeddings=tied,
         qk_norm=True,
+        # An input table of its own may start at a size the first block can hear; a tied one
+        # must start small, since it is the output matrix too.
+        initializer_range=0.02 if tied else 0.2,
     )
     why_kv = "one per query head: so small a cache needs no sharing"
     if kv_heads < heads:
         why_kv = f"{heads // kv_heads} query heads share one: a smaller KV cache"
+    why_tied = "two tables learn faster in few steps, and cost no computation"
+    if tied:
+        why_tied = "a second table would be a large part of the model"
+    elif width >= 4_096:
+        why_tied = "a second table is a small part of a model this wide"
     why_vocab = "given by the tokenizer"
     if vocab_size is None:
         why_vocab = "grows with the model, so that embeddings do not own it"
@@ -89,9 +97,9 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         Derived("num_key_value_heads", kv_heads, why_kv),
         Derived("intermediate_size", ffn, "SwiGLU: 8/3 of the width, 3 to 4 times from 1b on"),
         Derived("vocab_size", vocab, why_vocab),
-        Derived("tie_word_embeddings", tied, "one table below 4096 wide, where two would dominate"),
+        Derived("tie_word_embeddings", tied, why_tied),
         Derived("qk_norm", True, "steadier attention logits; exports as Qwen3"),
-        Derived("max_position_embeddings", context, "no further than training has seen"),
+        Derived("max_position_embeddings", context, "as far as the window of fine-tuning reaches"),
         Derived("rope_theta", theta, "the usual 10,000 to 4096 positions, Llama 3's beyond"),
         Derived("parameters", f"{model.parameters() / 1e6:,.1f}M", "counted exactly"),
     ]
@@ -119,8 +127,8 @@ def training_numbers(width: int, stage: str) -> list[Derived]:
     shrink = (256 / width) ** 0.5 * (0.3 if stage == "sft" else 1.0)
     after = ", 0.3 of it after pretraining" if stage == "sft" else ""
     return [
-        Derived("lr", round(0.02 * shrink, 6), f"Muon, 0.02 at width 256, by sqrt(width){after}"),
-        Derived("embedding_lr", round(0.006 * shrink, 6), "AdamW for embeddings, head and norms"),
+        Derived("lr", round(0.01 * shrink, 6), f"Muon, 0.01 at width 256, by sqrt(width){after}"),
+        Derived("embedding_lr", round(0.015 * shrink, 6), "AdamW for embeddings, head and norms"),
         Derived("weight_decay", 0.1, "the usual 0.1; one short epoch hardly feels it"),
     ]
 

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,29 @@ def _write(context: TrainContext, directory: Path) -> None:
             _fsync(path)
 
 
-def load_state(directory: Path) -> tuple[Progress, Plan, int]:
-    """Progress, plan and world size of a checkpoint; raises `CheckpointError`."""
+@dataclass(frozen=True)
+class SavedState:
+    """The json-able part of a checkpoint."""
+
+    progress: Progress
+    plan: Plan
+    world: int
+    windows: int
+
+
+def load_state(directory: Path) -> SavedState:
+    """What `TrainContext.state` wrote; raises `CheckpointError`."""
     path = directory / "state" / "state.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != 1:
             raise CheckpointError(f"{path}: format {values['format']}, this version reads 1")
-        return Progress(**values["progress"]), Plan(**values["plan"]), int(values["world"])
+        return SavedState(
+            Progress(**values["progress"]),
+            Plan(**values["plan"]),
+            int(values["world"]),
+            int(values["windows"]),
+        )
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory}: no training state to resume from",

@@ -14,6 +14,9 @@ from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.parallel import ParallelContext
 
+# Text a merge needs to be chosen from; more only takes longer.
+_BYTES_PER_MERGE = 1_500
+
 
 def is_prepared(path: Path) -> bool:
     return path.is_dir() and (path / "manifest.json").exists()
@@ -35,7 +38,11 @@ def tokenizer_for(
         assert config.size is not None
         vocab_size = config.vocab_size or preset(config.size).model.vocab_size
         with console.status(f"training a tokenizer of {vocab_size:,} tokens on {config.data}"):
-            trained = train_tokenizer(read_interleaved([config.data]), vocab_size)
+            trained = train_tokenizer(
+                read_interleaved([config.data]),
+                vocab_size,
+                max_bytes=min(48_000_000, _BYTES_PER_MERGE * vocab_size),
+            )
         trained.save(own)
         console.print(f"  tokenizer of {trained.vocab_size:,} tokens: {own}", highlight=False)
     parallel.barrier()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +34,18 @@ from khaosz.trainer.callback import (
     Validation,
     matmul_peak,
 )
-from khaosz.trainer.checkpoint import check_same_run, load_state, resolve, restore
+from khaosz.trainer.checkpoint import (
+    SavedState,
+    check_same_run,
+    load_state,
+    resolve,
+    restore,
+)
 from khaosz.trainer.corpus import prepared_data, tokenizer_for, validation_data
 from khaosz.trainer.loggers import ExternalLogger, JsonLines, LossCurve
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.strategy import build_strategy
-from khaosz.trainer.train_context import Plan, Progress, TrainContext
+from khaosz.trainer.train_context import Progress, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
 
@@ -50,8 +56,7 @@ class Start:
 
     config: TrainConfig
     checkpoint: Path | None = None
-    progress: Progress | None = None
-    plan: Plan | None = None
+    saved: SavedState | None = None
 
 
 def run(
@@ -59,7 +64,6 @@ def run(
     *,
     resume: bool = False,
     console: Console | None = None,
-    on_data: Callable[[PreparedData], None] | None = None,
 ) -> TrainContext:
     """Train as `config` says and return the finished context; progress goes to `console`.
 
@@ -70,9 +74,9 @@ def run(
     console.quiet = console.quiet or not parallel.is_main
     try:
         start = _find_start(config, resume)
-        if start.plan is not None:
-            torch.set_num_threads(start.plan.threads)
-        context, trainer = _build(start, parallel, console, on_data)
+        if start.saved is not None:
+            torch.set_num_threads(start.saved.plan.threads)
+        context, trainer = _build(start, parallel, console)
         if context.progress.step >= context.plan.total_steps:
             console.print(f"nothing left to do: {config.out} is trained to its last step")
             return context
@@ -108,24 +112,20 @@ def _find_start(config: TrainConfig, resume: bool) -> Start:
         return Start(config)
     if last is None:
         raise CheckpointError(f"{config.out}: nothing to resume", hint="start without --resume")
-    progress, plan, _world = load_state(last)
-    return Start(check_same_run(config, last), last, progress, plan)
+    return Start(check_same_run(config, last), last, load_state(last))
 
 
 def _build(
     start: Start,
     parallel: ParallelContext,
     console: Console,
-    on_data: Callable[[PreparedData], None] | None,
 ) -> tuple[TrainContext, Trainer]:
-    config = start.config
+    config, saved = start.config, start.saved
     config.out.mkdir(parents=True, exist_ok=True)
     initial = start.checkpoint or config.init_from
     config, derived = resolve_config(config, parallel)
     tokenizer = tokenizer_for(config, initial, parallel, console)
     prepared = prepared_data(config, tokenizer, parallel, console)
-    if on_data is not None:
-        on_data(prepared)
     config, model, more = _model(config, initial, tokenizer, parallel)
     for number in [*derived, *more]:
         console.print(
@@ -141,12 +141,16 @@ def _build(
         plan_dir=config.out / ".plans",
     )
     _show_stats(dataset, console)
-    rows, micro = rows_per_step(config, parallel)
-    if start.plan is not None:
-        rows, micro = start.plan.rows, start.plan.micro_rows
+    if saved is None:
+        rows, micro = rows_per_step(config, parallel)
+    else:
+        rows, micro = saved.plan.rows, saved.plan.micro_rows
+        _check_place(saved, dataset, parallel, console)
     strategy = build_strategy(config, dataset, rows, micro, parallel)
     model.gradient_checkpointing = config.gradient_checkpointing
-    plan = start.plan or calibrate(model, config, parallel, strategy, rows, micro, console)
+    plan = (
+        saved.plan if saved else calibrate(model, config, parallel, strategy, rows, micro, console)
+    )
     compute = apply_plan(plan, model, config)
     context = TrainContext(
         config=config,
@@ -155,7 +159,8 @@ def _build(
         parallel=parallel,
         plan=plan,
         optimizers=build_optimizers(model, config, dtype=compute.dtype),
-        progress=start.progress or Progress(),
+        windows=dataset.windows,
+        progress=saved.progress if saved else Progress(),
     )
     if start.checkpoint is not None:
         restore(context, start.checkpoint)
@@ -166,6 +171,22 @@ def _build(
     validation = validation_data(config, prepared, tokenizer, parallel, console)
     callbacks = _callbacks(context, validation, console)
     return context, Trainer(context, strategy, compute, callbacks)
+
+
+def _check_place(
+    saved: SavedState, dataset: TokenDataset, parallel: ParallelContext, console: Console
+) -> None:
+    """A resumed run must find the data it began with; another world size is allowed, and said."""
+    if dataset.windows != saved.windows:
+        raise CheckpointError(
+            f"the data holds {dataset.windows:,} windows, the run began with {saved.windows:,}",
+            hint="resume with the data it was started with",
+        )
+    if parallel.world != saved.world:
+        console.print(
+            f"  {parallel.world} processes now, {saved.world} before: the same batches,"
+            " summed in another order, so not bit-identical"
+        )
 
 
 def resolve_config(
@@ -243,7 +264,7 @@ def _callbacks(
 ) -> list[Callback]:
     config, plan = context.config, context.plan
     assert config.window is not None
-    tenth = max(1, plan.total_steps // 10)
+    tenth = max(5, plan.total_steps // 10)  # a short run should train, not look at itself
     every = config.eval_every or tenth
     callbacks: list[Callback] = []
     evaluate = evaluate_on(*validation, config)

@@ -56,6 +56,7 @@ class TrainContext:
     parallel: ParallelContext
     plan: Plan
     optimizers: list[Optimizer]
+    windows: int = 0  # windows of the training data: a resumed run must find as many
     progress: Progress = field(default_factory=Progress)
     last: dict[str, Any] = field(default_factory=dict)  # newest metrics, for the callbacks
     stopping: str | None = None  # why the run ends early
@@ -67,6 +68,7 @@ class TrainContext:
             "progress": asdict(self.progress),
             "plan": asdict(self.plan),
             "world": self.parallel.world,
+            "windows": self.windows,
         }
 
     def named_optimizer_tensors(self) -> dict[str, torch.Tensor]:

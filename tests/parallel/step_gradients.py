@@ -1,0 +1,34 @@
+"""Run by torchrun or alone: gradients and loss of one accumulated step, rank 0 writes them.
+
+python step_gradients.py RECIPE OUT.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from khaosz.config import load_recipe
+from khaosz.parallel import across, setup_parallel
+from khaosz.trainer import run as running
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    config = load_recipe(Path(sys.argv[1]))
+    parallel = setup_parallel(config.parallel)
+    console = Console(quiet=True)
+    context, trainer = running._build(running.Start(config), parallel, console, None)
+    batches = trainer.strategy.micro_batches(0)
+    count = across([float(sum(batch.tokens for batch in batches))], parallel)[0]
+    loss = trainer._accumulate(batches, count)
+    assert loss is not None
+    total = across([float(loss)], parallel)[0] / count
+    if parallel.is_main:
+        gradients = {n: p.grad for n, p in context.model.named_parameters() if p.grad is not None}
+        save_file({**gradients, "loss": torch.tensor(total)}, sys.argv[2])
+    parallel.barrier()
+    parallel.close()

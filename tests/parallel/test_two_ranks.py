@@ -1,0 +1,98 @@
+"""Two gloo ranks under torchrun give the losses and gradients of one process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from khaosz.config import ParallelConfig
+from khaosz.errors import DeviceError
+from khaosz.parallel import available_devices, setup_parallel
+
+RECIPE = """
+stage = "pt"
+data = {data}
+out = {out}
+size = "nano"
+window = 32
+batch_tokens = 320      # 10 windows: 5 for each of two ranks, in 3 micro-batches
+micro_batch = 2
+max_steps = 6
+dtype = "fp32"
+compile = "off"
+optimizer = "adamw"
+eval_every = 3
+eval_tokens = 400
+save_every = 3
+log_every = 1
+[model]
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+num_key_value_heads = 2
+head_dim = 16
+intermediate_size = 64
+"""
+
+
+def write_recipe(path: Path, data: Path, out: Path) -> Path:
+    path.write_text(RECIPE.format(data=json.dumps(str(data)), out=json.dumps(str(out))))
+    return path
+
+
+def launch(ranks: int, *arguments: str) -> None:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_gradients_of_a_step(tmp_path: Path, prepared_dir: Path) -> None:
+    script = str(Path(__file__).parent / "step_gradients.py")
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"run{ranks}"
+        recipe = write_recipe(tmp_path / f"{ranks}.toml", prepared_dir, out)
+        launch(ranks, script, str(recipe), str(tmp_path / f"{ranks}.safetensors"))
+        results.append(load_file(str(tmp_path / f"{ranks}.safetensors")))
+    alone, together = results
+    assert alone.keys() == together.keys()
+    for name, gradient in alone.items():
+        # The sums are taken in another order; the issue asks for 1e-5 in fp32. An average where
+        # a sum belongs would be off by a factor of two.
+        torch.testing.assert_close(together[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_under_torchrun(tmp_path: Path, prepared_dir: Path) -> None:
+    rows = []
+    for ranks in (1, 2):
+        out = tmp_path / f"run{ranks}"
+        recipe = write_recipe(tmp_path / f"{ranks}.toml", prepared_dir, out)
+        launch(ranks, "-m", "khaosz", "train", str(recipe))
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+        assert sorted(p.name for p in out.glob("step-*")) == ["step-000003", "step-000006"]
+    for one, two in zip(*rows, strict=True):
+        assert one["step"] == two["step"] and one["tokens"] == two["tokens"]
+        # Six AdamW steps carry the rounding of the gradients on; 1e-4 of a loss of about six.
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        if "val_loss" in one:
+            assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-4)
+    assert rows[1][0]["loss"] == pytest.approx(rows[0][0]["loss"], rel=1e-5)
+
+
+def test_choosing_a_device() -> None:
+    devices = available_devices()
+    assert devices[-1] == "cpu"
+    assert setup_parallel(ParallelConfig(device="cpu")).device.type == "cpu"
+    if "npu" not in devices:
+        with pytest.raises(DeviceError, match="not available here"):
+            setup_parallel(ParallelConfig(device="npu"))

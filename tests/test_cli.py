@@ -1,0 +1,96 @@
+"""The commands as a user types them: one path from text to answers, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def khaosz(*arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "khaosz", *map(str, arguments)],
+        capture_output=True, text=True, encoding="utf-8", timeout=180,
+    )  # fmt: skip
+    assert (done.returncode == 0) == ok, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def one_json_line(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1
+    return json.loads(lines[0])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """tokenizer train, data prepare, train: the directory all of it lies in."""
+    root = tmp_path_factory.mktemp("cli")
+    khaosz("tokenizer", "train", corpus_file, "--vocab-size", "700", "--out", root / "tok")
+    prepare = ["data", "prepare", corpus_file, "--tokenizer", root / "tok", "--out", root / "data"]
+    report = one_json_line(khaosz(*prepare, "--val-fraction", "0.1", "--json"))
+    assert report["documents"] or report["inputs"]
+    khaosz(
+        "train", "recipes/pt.toml", f"data={root / 'data'}", f"out={root / 'run'}", "max_steps=4",
+        "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=48",
+        "model.head_dim=16", "window=64", "batch_tokens=512", "compile=off", "eval_tokens=500",
+    )  # fmt: skip
+    return root
+
+
+def test_eval_generate_show(trained: Path, corpus_file: Path) -> None:
+    model = trained / "run" / "last"
+    score = one_json_line(khaosz("eval", "bpb", model, corpus_file, "--limit", "20", "--json"))
+    assert {"bits_per_byte", "bytes", "tokens", "by_lang"} <= score.keys()
+    assert isinstance(score["by_lang"], dict) and {"zh", "en"} == score["by_lang"].keys()
+    options = ["--max-tokens", "12", "--temperature", "0.7", "--seed", "3", "--json"]
+    first = one_json_line(khaosz("generate", model, "--prompt", "中国", *options))
+    assert first == one_json_line(khaosz("generate", model, "--prompt", "中国", *options))
+    assert first.keys() == {"text", "tokens", "finish_reason"}
+    answer = one_json_line(khaosz("generate", model, "--chat", "你好 <|end|>", *options))
+    assert answer["finish_reason"] in ("stop", "length")
+    shown = khaosz("data", "show", trained / "data", "-n", "2")
+    assert "bos" in shown.stdout
+    assert "all sound" in khaosz("data", "verify", trained / "data").stdout
+    findings = one_json_line(khaosz("doctor", "--json"))
+    assert findings["device"] and findings["devices"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message", "hint"),
+    [
+        (["train", "nowhere.toml"], "no such recipe", "recipes/"),
+        (["train", "recipes/pt.toml", "lrr=1"], "unknown key 'lrr'", "did you mean 'lr'"),
+        (["train", "recipes/pt.toml", "size=nanoo"], "size must be one of", ""),
+        (["train", "recipes/pt.toml", "data=gone.jsonl"], "gone.jsonl", ""),
+        (["generate", "nowhere", "--prompt", "x"], "no such model directory", "training"),
+        (["generate", "nowhere"], "--prompt", ""),
+        (["eval", "bpb", "nowhere", "x.jsonl"], "no such model directory", ""),
+        (["data", "get", "everything"], "no data set", "demo"),
+        (["tokenizer", "train", "gone.txt", "--out", "t"], "gone.txt", ""),
+        (["demo", "--minutes", "0"], "--minutes must be", ""),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_1(
+    arguments: list[str], message: str, hint: str, tmp_path: Path
+) -> None:
+    if arguments[0] == "train" and len(arguments) > 2:
+        arguments = [*arguments, f"out={tmp_path / 'run'}"]
+    done = khaosz(*arguments, ok=False)
+    assert done.returncode == 1
+    assert message in done.stderr and hint in done.stderr
+    assert done.stderr.startswith("error: ") and done.stdout == ""
+
+
+def test_a_torn_model_is_named(trained: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(trained / "run" / "last", tmp_path / "m")
+    weights = tmp_path / "m" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    done = khaosz("generate", tmp_path / "m", "--prompt", "x", ok=False)
+    assert "broken or cut short" in done.stderr
