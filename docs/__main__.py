@@ -1,12 +1,14 @@
-"""`python -m docs` writes docs/commands.md from the command line itself; `--check` only compares.
+"""`python -m docs` writes docs/commands.md and the size tables; `--check` only compares.
 
-The page is made from the annotated functions of `khaosz.cli` rather than from the printed help,
-whose layout changes with the version of typer and the width of the terminal.
+The sizes in the READMEs and the training guides are those of the presets. The page of commands is
+made from the annotated functions of `khaosz.cli` rather than from the printed help, whose layout
+changes with the version of typer and the width of the terminal.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +19,10 @@ from typer import Typer
 from typer.models import ArgumentInfo, OptionInfo
 
 from khaosz.cli import app
+from khaosz.config import SIZES, preset
 
-PAGE = Path(__file__).parent / "commands.md"
+DOCS = Path(__file__).parent
+PAGE = DOCS / "commands.md"
 _HEAD = """\
 # Commands
 
@@ -115,19 +119,59 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def shape_row(size: str) -> str:
+    """A row of the README's table of sizes."""
+    m = preset(size).model
+    cells = [size, f"{m.hidden_size:,}", str(m.num_hidden_layers)]
+    cells.append(f"{m.num_attention_heads} / {m.num_key_value_heads}")
+    numbers = (m.intermediate_size, m.vocab_size, m.max_position_embeddings, m.parameters())
+    return f"| {' | '.join([*cells, *(f'{number:,}' for number in numbers)])} |"
+
+
+def training_row(size: str) -> str:
+    """A row of the training guide's table: the numbers of pretraining / fine-tuning."""
+    pt, sft = preset(size), preset(size, stage="sft")
+    cells = [size, f"{pt.window:,} / {sft.window:,}", f"{pt.batch_tokens:,} / {sft.batch_tokens:,}"]
+    cells += [f"{pt.lr:g} / {sft.lr:g}", f"{pt.embedding_lr:g} / {sft.embedding_lr:g}"]
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES: dict[Path, Callable[[str], str]] = {
+    DOCS.parent / "README.md": shape_row,
+    DOCS.parent / "README.zh-CN.md": shape_row,
+    DOCS / "en" / "training.md": training_row,
+    DOCS / "zh" / "training.md": training_row,
+}
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Every file that is made here, wholly or in its rows of sizes, with its current content."""
+    yield PAGE, render()
+    for path, row in TABLES.items():
+        text = path.read_text(encoding="utf-8")
+        for size in SIZES:
+            pattern = rf"^\| {size} \|.*$"
+            assert len(re.findall(pattern, text, re.MULTILINE)) == 1, f"{path}: no row of {size}"
+            text = re.sub(pattern, row(size), text, flags=re.MULTILINE)
+        yield path, text
+
+
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--check"]):
         print(__doc__, file=sys.stderr)
         return 2
-    page = render()
-    if arguments == ["--check"]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-            print(f"{PAGE.name} is out of date: run `python -m docs`", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(page, encoding="utf-8", newline="\n")
-    print(PAGE)
-    return 0
+    stale = [
+        (path, text)
+        for path, text in pages()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for path, text in stale:
+        if arguments:
+            print(f"{path.name} is out of date: run `python -m docs`", file=sys.stderr)
+        else:
+            path.write_text(text, encoding="utf-8", newline="\n")
+            print(path)
+    return 1 if stale and arguments else 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,9 @@ def data_prepare(
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     stage: Annotated[str, typer.Option(help="pt (texts), sft (conversations) or auto.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes; all cores by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: the cores, at most 4.")
+    ] = None,
     val_fraction: Annotated[float, typer.Option(help="Share held out for validation.")] = 0.0,
     dedup: Annotated[bool, typer.Option(help="Remove exact duplicates.")] = True,
     as_json: Json = False,

@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path
     khaosz("tokenizer", "train", corpus_file, "--vocab-size", "700", "--out", root / "tok")
     prepare = ["data", "prepare", corpus_file, "--tokenizer", root / "tok", "--out", root / "data"]
     report = one_json_line(khaosz(*prepare, "--val-fraction", "0.1", "--json"))
-    assert report["documents"] or report["inputs"]
+    assert isinstance(report["inputs"], list) and not report["already_prepared"]
     khaosz(
         "train", "recipes/pt.toml", f"data={root / 'data'}", f"out={root / 'run'}", "max_steps=4",
         "model.hidden_size=32", "model.num_hidden_layers=1", "model.intermediate_size=48",

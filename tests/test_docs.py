@@ -1,4 +1,4 @@
-"""The documents say what the program does: commands, options, keys, defaults, sizes, links, code."""
+"""The documents say what the program does: commands, options, keys, defaults, sizes, links."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 from khaosz.cli import app
 from khaosz.config import (
-    SIZES,
     ModelConfig,
     ParallelConfig,
     ScheduleConfig,
@@ -42,7 +41,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^(#+) ", re.MULTILINE)
-# A command line: at the start of a line, a path or a code span, or behind -m; `import khaosz` isn't.
+# A command line: at the start of a line, a path or a code span, or behind -m.
 _COMMAND = re.compile(r"(?:^|[`/]|-m |&& )khaosz ([a-z][^`\n]*)", re.MULTILINE)
 
 
@@ -93,24 +92,36 @@ def complaint(words: list[str]) -> str | None:
     return None
 
 
-def test_commands_page_is_current() -> None:
+def test_generated_pages_are_current() -> None:
     command = [sys.executable, "-m", "docs", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_stale_commands_page_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = tmp_path / "docs" / "__main__.py"
-    script.parent.mkdir()
-    script.write_text(read(ROOT / "docs" / "__main__.py"), encoding="utf-8")
-    main = runpy.run_path(str(script), run_name="docs_page")["main"]
-    page = script.parent / "commands.md"
-    assert main(["--check"]) == 1  # missing
+def test_stale_pages_are_noticed_and_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sized = [*READMES, ROOT / "docs/en/training.md", ROOT / "docs/zh/training.md"]
+    for path in [*sized, ROOT / "docs/__main__.py"]:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(read(path), encoding="utf-8", newline="\n")
+    main = runpy.run_path(str(tmp_path / "docs/__main__.py"), run_name="docs_page")["main"]
+    assert main(["--check"]) == 1  # commands.md is missing
     assert main([]) == 0 and main(["--check"]) == 0
-    page.write_text(read(page).replace("--seed", "--sead"), encoding="utf-8")
-    assert main(["--check"]) == 1
+    changes = [(tmp_path / "docs/commands.md", "--seed", "--sead")]
+    count = f"{preset('nano').model.parameters():,}"
+    changes += [(tmp_path / readme.name, count, "7") for readme in READMES]
+    changes += [(tmp_path / "docs/zh/training.md", f"{preset('13b').lr:g} /", "9 /")]
+    for path, right, wrong in changes:
+        before = read(path)
+        assert right in before
+        path.write_text(before.replace(right, wrong), encoding="utf-8", newline="\n")
+        capsys.readouterr()
+        assert main(["--check"]) == 1
+        assert capsys.readouterr().err == f"{path.name} is out of date: run `python -m docs`\n"
+        assert main([]) == 0 and read(path) == before
     assert main(["--chekc"]) == 2
-    assert "out of date" in capsys.readouterr().err
 
 
 def test_the_page_names_every_verb_and_option_as_the_help_does() -> None:
@@ -200,27 +211,6 @@ def test_every_key_stands_there_with_its_default(language: str) -> None:
                 assert row in text, f"docs/{language}/{page} lacks {row}"
 
 
-@pytest.mark.parametrize("path", READMES, ids=name)
-def test_sizes_are_those_of_the_presets(path: Path) -> None:
-    for size in SIZES:
-        m = preset(size).model
-        cells = [size, f"{m.hidden_size:,}", str(m.num_hidden_layers)]
-        cells += [f"{m.num_attention_heads} / {m.num_key_value_heads}"]
-        numbers = (m.intermediate_size, m.vocab_size, m.max_position_embeddings, m.parameters())
-        cells += [f"{number:,}" for number in numbers]
-        assert f"| {' | '.join(cells)} |" in read(path)
-
-
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_training_numbers_are_those_of_the_presets(language: str) -> None:
-    text = read(ROOT / "docs" / language / "training.md")
-    for size in SIZES:
-        pt, sft = preset(size), preset(size, stage="sft")
-        cells = [f"{pt.window:,} / {sft.window:,}", f"{pt.batch_tokens:,} / {sft.batch_tokens:,}"]
-        cells += [f"{pt.lr:g} / {sft.lr:g}", f"{pt.embedding_lr:g} / {sft.embedding_lr:g}"]
-        assert f"| {size} | {' | '.join(cells)} |" in text
-
-
 def test_recipes_in_the_guides_are_valid(tmp_path: Path) -> None:
     blocks = [b for lang, b in _FENCE.findall(read(ROOT / "docs/en/training.md")) if lang == "toml"]
     assert blocks
@@ -230,7 +220,9 @@ def test_recipes_in_the_guides_are_valid(tmp_path: Path) -> None:
         assert [config.stage for config in load_stages(recipe)] == ["pt", "sft"]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/en/chat.md", "docs/en/models.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/en/chat.md", "docs/en/models.md", "docs/en/tokenizer.md"]
+)
 def test_python_examples_run(
     page: str,
     tmp_path: Path,
@@ -240,13 +232,14 @@ def test_python_examples_run(
 ) -> None:
     # The examples speak of the demo's model; a tiny one with random weights stands at its place.
     tokenizer = load_tokenizer(tokenizer_dir)
-    shape = {"intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        **shape,
+        head_dim=8,
     )
     model = Transformer(config)
     model.initialise(torch.Generator().manual_seed(0))

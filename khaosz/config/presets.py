@@ -74,8 +74,6 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         rope_theta=theta,
         tie_word_embeddings=tied,
         qk_norm=True,
-        # An input table of its own may start at a size the first block can hear; a tied one
-        # must start small, since it is the output matrix too.
         initializer_range=0.02 if tied else 0.2,
     )
     why_kv = "one per query head: so small a cache needs no sharing"
@@ -86,6 +84,9 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         why_tied = "a second table would be a large part of the model"
     elif width >= 4_096:
         why_tied = "a second table is a small part of a model this wide"
+    why_spread = "the input table is the output matrix too, and must start small"
+    if not tied:
+        why_spread = "an input table of its own starts at a size the first block can hear"
     why_vocab = "given by the tokenizer"
     if vocab_size is None:
         why_vocab = "grows with the model, so that embeddings do not own it"
@@ -98,6 +99,7 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         Derived("intermediate_size", ffn, "SwiGLU: 8/3 of the width, 3 to 4 times from 1b on"),
         Derived("vocab_size", vocab, why_vocab),
         Derived("tie_word_embeddings", tied, why_tied),
+        Derived("initializer_range", model.initializer_range, why_spread),
         Derived("qk_norm", True, "steadier attention logits; exports as Qwen3"),
         Derived("max_position_embeddings", context, "as far as the window of fine-tuning reaches"),
         Derived("rope_theta", theta, "the usual 10,000 to 4096 positions, Llama 3's beyond"),

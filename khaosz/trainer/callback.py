@@ -160,7 +160,7 @@ class ProgressLine(Callback):
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
     def on_end(self, context: TrainContext) -> None:
-        if context.stopping:
+        if context.stopping and not is_last(context):
             self.console.print(
                 f"[yellow]{context.stopping} at step {context.progress.step:,}[/yellow];"
                 " go on with --resume"
