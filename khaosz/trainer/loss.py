@@ -17,6 +17,9 @@ from torch import Tensor
 
 IGNORE = -100  # label of a position that is not scored
 
+# Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
+_CHUNK_LOGITS = 1 << 23
+
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -80,11 +83,15 @@ def cross_entropy_sum(
     *,
     chunk: int = 1024,
     dtype: torch.dtype = torch.float32,
-    inner: ChunkLoss = chunk_loss,
+    inner: # Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
+_CHUNK_LOGITS = 1 << 23
+
+ChunkLoss = chunk_loss,
 ) -> Tensor:
     """Sum over scored positions of -log P(label): fp32 scalar.
 
-    hidden (..., D), weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those
+    At most `chunk` tokens' logits exist together, fewer with a large vocabulary. hidden (..., D),
+    weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those
     positions are left out before the matrix product: masked by selection, not by multiplication,
     so neither a NaN there nor their cost comes in. With no scored position the sum is 0 and so are
     the gradients. A compiled `inner` sees whole chunks only: the last one is filled up with ignored
@@ -95,6 +102,7 @@ def cross_entropy_sum(
     if not bool(scored.all()):
         kept = scored.nonzero().squeeze(1)
         flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+    chunk = min(chunk, max(1, _CHUNK_LOGITS // weight.shape[0]))
     missing = -len(targets) % chunk if inner is not chunk_loss else 0
     if missing:
         flat = torch.cat((flat, flat.new_zeros(missing, flat.shape[1])))

@@ -102,8 +102,8 @@ def test_the_logits_of_all_tokens_never_exist_together() -> None:
             return out
 
     with Watch():
-        cross_entropy_sum(hidden, weight, labels, chunk=256).backward()
-    assert largest <= 256 * 20_000
+        cross_entropy_sum(hidden, weight, labels, chunk=4096).backward()
+    assert largest <= 1 << 23
 
 
 def test_a_compiled_inner_loss_sees_whole_chunks_only() -> None:
