@@ -83,10 +83,7 @@ def cross_entropy_sum(
     *,
     chunk: int = 1024,
     dtype: torch.dtype = torch.float32,
-    inner: # Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
-_CHUNK_LOGITS = 1 << 23
-
-ChunkLoss = chunk_loss,
+    inner: ChunkLoss = chunk_loss,
 ) -> Tensor:
     """Sum over scored positions of -log P(label): fp32 scalar.
 
