@@ -104,19 +104,20 @@ def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     top.plot(
         tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training"
     )
-    top.plot(tokens, smoothed([row["loss"] for row in rows]), color="#1f4e79", label="smoothed")
+    top.plot(
+        tokens,
+        smoothed([row["loss"] for row in rows], 0.9 if len(rows) > 200 else 0.6),
+        color="#1f4e79",
+        label="smoothed",
+    )
     scored = [row for row in rows if "val_loss" in row]
     if scored:
+        last = scored[-1]
+        end = f"{last['val_loss']:.3f} nats/token, {last['val_bits_per_byte']:.3f} bits/byte"
         top.plot(
             [row["tokens"] / 1e6 for row in scored],
             [row["val_loss"] for row in scored],
-            "o-", color="#d1495b", markersize=4, label="validation",
-        )  # fmt: skip
-        last = scored[-1]
-        top.annotate(
-            f"{last['val_loss']:.3f} nats/token, {last['val_bits_per_byte']:.3f} bits/byte",
-            (last["tokens"] / 1e6, last["val_loss"]),
-            textcoords="offset points", xytext=(-6, 12), ha="right", color="#d1495b",
+            "o-", color="#d1495b", markersize=4, label=f"validation, at the end {end}",
         )  # fmt: skip
     top.set_ylabel("loss (nats per token)")
     top.set_title(title)
