@@ -58,7 +58,6 @@ class TrainContext:
     optimizers: list[Optimizer]
     windows: int = 0  # windows of the training data: a resumed run must find as many
     progress: Progress = field(default_factory=Progress)
-    last: dict[str, Any] = field(default_factory=dict)  # newest metrics, for the callbacks
     stopping: str | None = None  # why the run ends early
 
     def state(self) -> dict[str, Any]:

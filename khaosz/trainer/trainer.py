@@ -56,7 +56,6 @@ class Trainer:
                 if metrics is None:
                     break
                 progress.seconds += time.perf_counter() - started
-                context.last = metrics
                 for callback in self.callbacks:
                     callback.on_step(context, metrics)
             for callback in self.callbacks:
