@@ -301,7 +301,8 @@ def _fail(message: str, hint: str | None, status: int = 1) -> NoReturn:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(stderr=True)
+    # A log file or a pipe gets whole lines, however long.
+    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 def _device(name: str) -> str:

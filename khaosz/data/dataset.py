@@ -1,4 +1,4 @@
-"""Prepared tokens -> batches: training windows by draw number, validation documents in order.
+"""Prepared tokens -> batches: training windows by the number of the draw.
 
 A `TokenDataset` holds no position. The batch of a step is `batch(draws_for(step, ...))`, so the
 order does not depend on the world size and resuming needs nothing but the step number.
@@ -9,24 +9,20 @@ Legend: B rows, T positions (the window).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate
 from math import isfinite
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from khaosz.data.batch import IGNORE, Batch
-from khaosz.data.packing import PackingPlan, PackingStats, TokenShard, load_plan, offset_blocks
+from khaosz.data.packing import PackingPlan, PackingStats, TokenShard, load_plan
 from khaosz.data.sampler import MixtureSampler
 from khaosz.errors import ConfigError, DataError, nearest
-
-Item = TypeVar("Item")
 
 
 class TokenGroup(Protocol):
@@ -218,46 +214,6 @@ class TokenDataset:
         )
 
 
-def eval_batches(
-    prepared: Prepared, window: int, batch_size: int, split: str = "val", pad_id: int = 0
-) -> Iterator[Batch]:
-    """Every document of a split exactly once, in order: a row holds one segment of one document.
-
-    A document longer than the window takes several rows; no (input, label) pair is left out or
-    scored twice. Rows without a scored label (SFT) are skipped. The last batch may have fewer
-    rows than `batch_size`.
-
-    Raises DataError when the split does not exist or has no label to score.
-    """
-    groups, shards = _groups_of(prepared, split)
-    masked = prepared.stage == "sft"
-    segments = _segments(shards, window, masked)
-    first = next(segments, None)
-    if first is None:
-        raise DataError(
-            f"the {split} split of {_names(groups)} has no label to score",
-            hint="every document is shorter than two tokens, or nothing in it is trained",
-        )
-    return _eval_batches(first, segments, shards, (batch_size, window), masked, pad_id)
-
-
-def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items in the same order, up to `depth` of them made ahead in a thread.
-
-    An error raised by `items` is raised here, behind the items that came before it.
-    """
-    assert depth >= 1, f"depth {depth}"
-    end = object()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        pending = deque(pool.submit(next, items, end) for _ in range(depth))
-        try:
-            while (item := pending.popleft().result()) is not end:
-                pending.append(pool.submit(next, items, end))
-                yield item  # type: ignore[misc]  # `end` is the only item that is no Item
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _groups_of(prepared: Prepared, split: str) -> tuple[list[TokenGroup], list[TokenShard]]:
     groups = [group for group in prepared.groups if group.split == split and group.shards]
     if not groups:
@@ -269,10 +225,6 @@ def _groups_of(prepared: Prepared, split: str) -> tuple[list[TokenGroup], list[T
             else None,
         )
     return groups, [shard for group in groups for shard in group.shards]
-
-
-def _names(groups: Iterable[TokenGroup]) -> str:
-    return ", ".join(f"{group.source}/{group.lang}" for group in groups)
 
 
 def _members(groups: list[TokenGroup], key: str) -> list[int]:
@@ -352,45 +304,3 @@ def _assemble(
             targets = np.where(mask[from_token + 1] != 0, targets, IGNORE)
         labels[to_cell] = targets
     return Batch(*(torch.from_numpy(t.reshape(shape)) for t in (ids, labels, positions, doc_ids)))
-
-
-_Segment = tuple[int, int, int]  # (shard, start, length)
-
-
-def _segments(shards: Sequence[TokenShard], window: int, masked: bool) -> Iterator[_Segment]:
-    for number, shard in enumerate(shards):
-        for offsets in offset_blocks(shard):
-            for begin, end in pairwise(offsets.tolist()):
-                for start in range(begin, end - 1, window):
-                    length = min(window, end - 1 - start)
-                    if masked:
-                        mask = shard.loss_mask
-                        assert mask is not None, f"{shard.path} has no loss mask"
-                        if not mask[start + 1 : start + length + 1].any():
-                            continue
-                    yield number, start, length
-
-
-def _eval_batches(
-    first: _Segment,
-    others: Iterator[_Segment],
-    shards: Sequence[TokenShard],
-    shape: tuple[int, int],
-    masked: bool,
-    pad_id: int,
-) -> Iterator[Batch]:
-    batch_size, window = shape
-    rows = [first, *islice(others, batch_size - 1)]
-    while rows:
-        table = np.array(rows, np.int64)
-        yield _assemble(
-            shards,
-            np.arange(len(rows)),
-            table[:, 0],
-            table[:, 1],
-            table[:, 2],
-            shape=(len(rows), window),
-            masked=masked,
-            pad_id=pad_id,
-        )
-        rows = list(islice(others, batch_size))

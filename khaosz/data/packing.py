@@ -22,8 +22,9 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -138,6 +139,7 @@ def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Pat
     assert stage in ("pt", "sft") and window >= 1, f"stage {stage!r}, window {window}"
     path = folder / f".plan-{stage}-{window}-{_digest(shards)}"
     if not path.is_dir():
+        _remove_stale(folder)
         partial = folder / f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
         try:
             partial.mkdir(parents=True)
@@ -151,6 +153,14 @@ def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Pat
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return _read_plan(path)
+
+
+def _remove_stale(folder: Path) -> None:
+    """Halves of plans that a killed process left: no planning takes a day."""
+    for partial in folder.glob(".plan-*.partial-*"):
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > 86_400:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def _digest(shards: Sequence[TokenShard]) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
@@ -17,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from khaosz.data.batch import IGNORE, Batch
-from khaosz.data.dataset import TokenDataset, eval_batches, prefetch
+from khaosz.data.dataset import TokenDataset
 from khaosz.data.mmap import MmapFileHandler, Stage, TokenFileWriter
 from khaosz.data.sampler import draws_for
 from khaosz.data.tokenizer import train_tokenizer
@@ -398,56 +396,9 @@ def test_a_missing_split_is_explained(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no 'val' split, only train") as caught:
         TokenDataset.open(prepared, 8, split="val")
     assert caught.value.hint and "val" in caught.value.hint
-    with pytest.raises(DataError, match="no 'val' split"):
-        eval_batches(prepared, 8, 4)
 
 
-# --- validation
-
-
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(
-    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(lambda n: max(n) > 1),
-    window=st.integers(1, 17),
-    rows=st.integers(1, 5),
-)
-def test_validation_covers_every_pair_once_in_order(
-    tmp_path: Path, lengths: list[int], window: int, rows: int
-) -> None:
-    documents = distinct(lengths)
-    batches = list(eval_batches(pt_data(tmp_path, documents), window, rows, split="train"))
-    assert all(batch.ids.shape == (rows, window) for batch in batches[:-1])
-    pairs = []
-    for batch in batches:
-        check_rows(batch)
-        assert int(batch.doc_ids.max()) == 0, "one document in a row"
-        kept = batch.labels != IGNORE
-        pairs += list(zip(batch.ids[kept].tolist(), batch.labels[kept].tolist(), strict=True))
-    assert pairs == [pair for document in documents for pair in pairwise(document)]
-
-
-def test_validation_of_sft_scores_every_trained_label_and_has_no_empty_row(
-    tmp_path: Path,
-) -> None:
-    masks = [[0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0], [1, 0], [0, 1]]
-    documents = distinct([len(mask) for mask in masks])
-    shard = shard_of(tmp_path / "a.tok", documents, masks)
-    prepared = Prepared("sft", [Group("val", "a", "en", [shard])])
-    batches = list(eval_batches(prepared, 4, 2))
-    for batch in batches:
-        check_rows(batch)
-    labels = [label for batch in batches for label in batch.labels.flatten().tolist()]
-    expected = [documents[0][2], documents[0][3], documents[0][11], documents[3][1]]
-    assert [label for label in labels if label != IGNORE] == expected
-    assert [batch.ids.shape[0] for batch in batches] == [2, 1]
-    untrained = shard_of(tmp_path / "b.tok", [[1, 2, 3]], [[1, 0, 0]])
-    with pytest.raises(DataError, match="no label to score"):
-        eval_batches(Prepared("sft", [Group("val", "a", "en", [untrained])]), 4, 2)
-
-
-# --- batches and prefetching
+# --- batches
 
 
 def test_batch_counts_moves_and_splits(tmp_path: Path) -> None:
@@ -466,37 +417,3 @@ def test_batch_counts_moves_and_splits(tmp_path: Path) -> None:
     assert moved.tokens == batch.tokens, "known without asking the device"
     with pytest.raises(AssertionError, match="cannot split 5 rows into 6"):
         batch.split(6)
-
-
-def test_prefetch_keeps_order_and_runs_ahead() -> None:
-    assert list(prefetch(iter(range(100)), depth=3)) == list(range(100))
-    assert list(prefetch(iter([]))) == []
-    asked: list[int] = []
-    third = threading.Event()
-
-    def numbers() -> Iterator[int]:
-        for i in range(10):
-            asked.append(i)
-            if i == 2:
-                third.set()
-            yield i
-
-    ahead = prefetch(numbers(), depth=2)
-    assert next(ahead) == 0
-    assert third.wait(10), "the third is made while the first is used"
-    ahead.close()  # type: ignore[attr-defined]
-    assert len(asked) <= 4, "closing stops the thread"
-    assert not [t for t in threading.enumerate() if t.name.startswith("prefetch")]
-
-
-def test_prefetch_raises_the_error_behind_the_good_items() -> None:
-    def failing() -> Iterator[int]:
-        yield 1
-        yield 2
-        raise DataError("the third is torn")
-
-    seen = []
-    with pytest.raises(DataError, match="the third is torn"):
-        for item in prefetch(failing(), depth=4):
-            seen.append(item)
-    assert seen == [1, 2]

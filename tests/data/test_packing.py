@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,6 +171,19 @@ def test_another_window_or_content_is_another_plan(tmp_path: Path) -> None:
     load_plan([shard], "pt", 32, tmp_path / "plans")
     load_plan([shard_of(tmp_path / "a.tok", [50] * 41)], "pt", 64, tmp_path / "plans")
     assert len(list((tmp_path / "plans").iterdir())) == 3
+
+
+def test_what_a_killed_planning_left_is_removed_a_day_later(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path / "a.tok", [50] * 40)
+    old, new = tmp_path / ".plan-pt-64-aa.partial-1-bb", tmp_path / ".plan-pt-64-aa.partial-2-cc"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "piece_start.npy").write_bytes(b"half")
+    two_days_ago = time.time() - 2 * 86_400
+    os.utime(old, (two_days_ago, two_days_ago))
+    load_plan([shard], "pt", 64, tmp_path)
+    assert not old.exists()
+    assert new.exists(), "another process may be at it"
 
 
 def test_losing_the_race_uses_the_winners_plan(tmp_path: Path) -> None:
