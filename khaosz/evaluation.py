@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from khaosz.data.texts import read_texts
-from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
 from khaosz.inference.scoring import Document, Score, score_documents
-from khaosz.interop import load_model
+from khaosz.interop import load_model, open_tokenizer
 from khaosz.trainer.checkpoint import stored_window
 
 _DOCUMENTS = 256  # tokenised together
@@ -52,7 +52,7 @@ def bits_per_byte(
     stops after that many documents. Raises `ModelError`, `DataError`.
     """
     model = load_model(model_dir, device=device, dtype=dtype)
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = open_tokenizer(model_dir)
     window = window or stored_window(model_dir) or model.config.max_position_embeddings
     by_lang: dict[str, Score] = {}
     texts = islice(read_texts(file), limit)

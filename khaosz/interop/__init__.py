@@ -1,0 +1,24 @@
+"""Models of other projects, in and out: Hugging Face directories and GGUF files."""
+
+from khaosz.interop.gguf_model import GgufModel, load_gguf, save_gguf
+from khaosz.interop.huggingface import (
+    WEIGHTS,
+    load_config,
+    save_model,
+    write_json,
+)
+from khaosz.interop.models import convert, is_gguf, load_model, open_tokenizer
+
+__all__ = [
+    "WEIGHTS",
+    "GgufModel",
+    "convert",
+    "is_gguf",
+    "load_config",
+    "load_gguf",
+    "load_model",
+    "open_tokenizer",
+    "save_gguf",
+    "save_model",
+    "write_json",
+]

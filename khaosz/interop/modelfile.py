@@ -1,0 +1,51 @@
+"""An Ollama Modelfile beside an exported .gguf: `ollama create NAME -f Modelfile`.
+
+Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from khaosz.data.chat import CHAT_TEMPLATE
+from khaosz.data.tokenizer import Tokenizer
+
+# Go's template of CHAT_TEMPLATE without tools. Ollama adds the begin token by itself.
+_TEMPLATE = (
+    "{{- if .System }}<|system|>{{ .System }}<|end|>{{ end }}"
+    "{{- range .Messages }}"
+    '{{- if eq .Role "user" }}<|user|>{{ .Content }}<|end|>'
+    '{{- else if eq .Role "assistant" }}<|assistant|>{{ .Content }}<|end|>'
+    "{{- end }}{{- end }}<|assistant|>"
+)
+_CHATML = (
+    "{{- if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
+    "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+    "<|im_start|>assistant\n"
+)
+
+
+def write_modelfile(gguf: Path, tokenizer: Tokenizer, context: int) -> Path | None:
+    """`Modelfile` beside `gguf`, for our template and ChatML; None (and no file) for others, which
+    Ollama takes from the .gguf itself."""
+    template = tokenizer.chat_template
+    if template == CHAT_TEMPLATE:
+        go = _TEMPLATE
+    elif template is not None and "<|im_start|>" in template:
+        go = _CHATML
+    else:
+        return None
+    stops = {tokenizer.end_id, tokenizer.eos_id}
+    names = [name for name, token_id in tokenizer.special_ids.items() if token_id in stops]
+    lines = [
+        f"FROM ./{gguf.name}",
+        f'TEMPLATE """{go}"""',
+        f"PARAMETER num_ctx {context}",
+        *(f'PARAMETER stop "{name}"' for name in sorted(names)),
+    ]
+    path = gguf.with_name("Modelfile")
+    partial = path.with_name(".Modelfile.partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+    return path

@@ -1,0 +1,65 @@
+"""A model by its path, whatever it is kept in, and from one form to the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.errors import ModelError
+from khaosz.interop import huggingface
+from khaosz.interop.gguf_model import GgufModel, load_gguf, save_gguf
+from khaosz.interop.modelfile import write_modelfile
+from khaosz.model import Transformer
+
+
+def is_gguf(path: str | Path) -> bool:
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Transformer:
+    """A `Transformer` from a Hugging Face directory or, dequantised, from a .gguf file, in
+    evaluation mode.
+
+    Raises `ModelError` for a missing or cut file, an unsupported family or feature, a missing,
+    unexpected or misshapen tensor (each by name).
+    """
+    if is_gguf(path):
+        return load_gguf(path, dtype=dtype).to(device)
+    return huggingface.load_model(path, device=device, dtype=dtype)
+
+
+def open_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer inside a .gguf file or a model directory."""
+    return GgufModel.open(path).tokenizer() if is_gguf(path) else load_tokenizer(path)
+
+
+def convert(source: str | Path, target: str | Path, *, kind: str | None = None) -> Path:
+    """Hugging Face directory -> .gguf (of type `kind`, F16 by default, with an Ollama Modelfile
+    beside it), or .gguf -> directory (dequantised, fp32). Returns what was written.
+
+    Raises `ModelError`, also when `target` exists.
+    """
+    source, target = Path(source), Path(target)
+    if is_gguf(source) == is_gguf(target):
+        raise ModelError(
+            f"{source} and {target} are of one kind",
+            hint="convert DIR OUT.gguf, or convert IN.gguf DIR",
+        )
+    if target.exists():
+        raise ModelError(f"{target} exists", hint="name another output, or remove it")
+    model, tokenizer = load_model(source), open_tokenizer(source)
+    if is_gguf(target):
+        save_gguf(model, tokenizer, target, kind or "F16")
+        write_modelfile(target, tokenizer, model.config.max_position_embeddings)
+        return target
+    if kind is not None:
+        raise ModelError("--to is for .gguf outputs", hint="a directory is always fp32")
+    tokenizer.save(target)
+    ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
+    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
+    huggingface.save_model(model, target, eos_ids=ends, **ids)
+    return target
