@@ -22,9 +22,11 @@ app = typer.Typer(
 tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
 data_app = typer.Typer(help="Get, prepare, check and look at data.", no_args_is_help=True)
 eval_app = typer.Typer(help="Measure a model.", no_args_is_help=True)
+bench_app = typer.Typer(help="Time a model on this machine.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 app.add_typer(eval_app, name="eval")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="One line of JSON on standard output.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, npu, mps, xpu or auto.")]
@@ -178,7 +180,7 @@ def eval_bpb(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="Model directory.")],
+    model: Annotated[Path, typer.Argument(help="Model directory or .gguf file.")],
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     chat: Annotated[str | None, typer.Option(help="A message to answer.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
@@ -192,6 +194,16 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; repeatable.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="A JSON schema (file) that the output must fit.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="What the output must match.")] = None,
+    lookup: Annotated[
+        bool, typer.Option("--lookup", help="Draft tokens from the prompt: sooner where it quotes.")
+    ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same bits whatever runs beside it; slower.")
+    ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -203,9 +215,20 @@ def generate(
     if (prompt is None) == (chat is None):
         raise GenerationError("give one of --prompt TEXT and --chat TEXT")
     params = SamplingParams(
-        max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, tuple(stop or ())
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        json_schema=None if json_schema is None else _read_text(json_schema),
+        regex=regex,
     )
-    generator = Generator.from_directory(model, device=_device(device))
+    generator = Generator.from_directory(
+        model, device=_device(device), deterministic=deterministic, lookup=lookup
+    )
     if prompt is not None:
         ids = generator.prompt_ids(prompt)
     else:
@@ -227,7 +250,8 @@ def generate(
 @app.command()
 def chat(
     model: Annotated[
-        Path | None, typer.Argument(help="Model directory; default: the newest trained here.")
+        Path | None,
+        typer.Argument(help="Directory or .gguf; default: the newest trained here, or pulled."),
     ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 0.9,
@@ -238,7 +262,7 @@ def chat(
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal; /help inside lists the commands."""
-    from khaosz.inference.chat import converse, newest_model
+    from khaosz.inference.chat import converse
     from khaosz.inference.generator import Generator
     from khaosz.inference.sampling import SamplingParams
 
@@ -249,10 +273,93 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    directory = model or newest_model(Path("runs"))
+    directory = model or _default_model()
     converse(
         Generator.from_directory(directory, device=_device(device)), params, str(directory), system
     )
+
+
+@app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="smollm2, a local path, hf:OWNER/NAME[/FILE.gguf], ms:...")
+    ],
+) -> None:
+    """Fetch an open model onto this machine."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    from khaosz.interop.pull import pull as fetch
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_console()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total or None)
+            bars.update(tasks[file], completed=done, total=total or None)
+
+        path = fetch(name, show)
+    typer.echo(f"{path}\nTalk to it:  khaosz chat {path}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Model directory or .gguf file.")],
+    target: Annotated[Path, typer.Argument(help="The other of the two.")],
+    to: Annotated[
+        str | None, typer.Option(help="Type inside a .gguf: F16, F32, BF16, Q8_0, Q4_0, Q4_1.")
+    ] = None,
+) -> None:
+    """Turn a Hugging Face directory into a .gguf file, or the other way round."""
+    from khaosz.interop import convert as carry_over
+
+    typer.echo(carry_over(source, target, kind=to))
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Model directory or .gguf file.")],
+    to: Annotated[str, typer.Option(help="int8 (Q8_0), int4 (Q4_1), or a GGUF type.")] = "int4",
+    out: Annotated[Path | None, typer.Option(help="The .gguf to write.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out texts; default: the built-in sample.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Measure what it costs.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a quantised .gguf, and measure what it costs on held-out text."""
+    from khaosz.inference.quantize import format_quality, quantize_model
+
+    result = quantize_model(model, to=to, out=out, data=data, report=report, console=_console())
+    _answer(as_json, result, format_quality(result))
+
+
+@app.command()
+def init(
+    size: Annotated[str, typer.Option(help="nano, mini, small, base, 1b, 7b or 13b.")],
+    out: Annotated[Path, typer.Option(help="Directory, or .gguf file, to write.")],
+    to: Annotated[str, typer.Option(help="Type inside a .gguf.")] = "Q4_0",
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Write a model of random weights, to try the speed and memory of a size."""
+    from khaosz.inference.quantize import write_random_model
+
+    typer.echo(write_random_model(size, out, kind=to, seed=seed, console=_console()))
+
+
+@bench_app.command("infer")
+def bench_infer(
+    model: Annotated[Path, typer.Argument(help="Model directory or .gguf file.")],
+    rounds: Annotated[int, typer.Option(help="Medians of this many.")] = 3,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How fast a model answers here: prefill of 512 tokens, decode of 64 behind them."""
+    from khaosz.inference.measure import measure_inference
+
+    found = measure_inference(model, device=_device(device), rounds=rounds)
+    _answer(as_json, found, "\n".join(f"{name:24} {value}" for name, value in found.items()))
 
 
 @app.command()
@@ -311,6 +418,30 @@ def _device(name: str) -> str:
 
     config = ParallelConfig.parse({"device": name}, source="--device")
     return str(setup_parallel(config).device)
+
+
+def _read_text(path: Path) -> str:
+    from khaosz.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def _default_model() -> Path:
+    """The newest model trained here, else the newest pulled, else say how to get one."""
+    from khaosz.errors import ModelError
+    from khaosz.inference.chat import newest_model
+    from khaosz.interop.pull import pulled_models
+
+    try:
+        return newest_model(Path("runs"))
+    except ModelError:
+        found = pulled_models()
+        if found:
+            return found[0]
+        raise
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

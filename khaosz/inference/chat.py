@@ -61,7 +61,7 @@ def newest_model(runs: Path) -> Path:
     if not found:
         raise ModelError(
             f"no model was trained here (nothing under {runs}/)",
-            hint="run `khaosz demo` first, or name a model directory",
+            hint="run `khaosz demo`, or `khaosz pull smollm2` for a small open model (English)",
         )
     return max(found, key=lambda path: (path / WEIGHTS).stat().st_mtime)
 

@@ -1,19 +1,26 @@
-"""A plain generator with a KV cache: whole or streaming, text or chat."""
+"""One interface for every trained stage and every open model: whole, batch, streaming, chat,
+embeddings; text, messages or ids."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
-from khaosz.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError
-from khaosz.inference.sampling import SamplingParams, sample
-from khaosz.interop import load_model
-from khaosz.model import KVCache, Transformer
+from khaosz.inference.engine import Engine
+from khaosz.inference.request import Logprob, Output
+from khaosz.inference.runner import Chunk, Runner
+from khaosz.inference.sampling import SamplingParams
+from khaosz.interop import open_tokenizer
+from khaosz.model import Transformer
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,138 +37,178 @@ class Completion:
     text: str
     tokens: int  # generated, the one that ends the turn included
     finish_reason: str  # "stop": an end token or a stop string; "length": a limit was reached
+    logprobs: tuple[Logprob, ...] = ()
 
 
 class Generator:
-    """Generates with one model and its tokenizer. Not safe to share between threads."""
+    """Generates with one model and its tokenizer, through one `Engine`. Not safe to share between
+    threads."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise GenerationError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
-                f" {model.config.vocab_size}",
-                hint="use the tokenizer the model was trained with",
-            )
+    def __init__(
+        self, model: Transformer | Runner, tokenizer: Tokenizer, *, lookup: bool = False
+    ) -> None:
+        """A `Transformer` is read anew in every pass, so it may be trained between calls."""
+        runner = model if isinstance(model, Runner) else Runner.from_module(model)
+        self.engine = Engine(runner, tokenizer, lookup=lookup)
         self.model, self.tokenizer = model, tokenizer
-        self.end_ids = {tokenizer.eos_id, tokenizer.end_id}
+        self._live = isinstance(model, Transformer)
 
     @classmethod
     def from_directory(
-        cls, directory: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        path: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+        lookup: bool = False,
     ) -> Generator:
-        return cls(load_model(directory, device=device, dtype=dtype), load_tokenizer(directory))
+        """Of a model directory or a .gguf file; `dtype` as for `Runner.open`."""
+        runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
+        return cls(runner, open_tokenizer(path), lookup=lookup)
 
     @property
     def context(self) -> int:
         """Positions a prompt and its answer may fill together."""
-        return self.model.config.max_position_embeddings
+        return self.engine.context
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text to continue: begin token first, as documents are trained."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
+        """Ids of a text to continue; the begin token first where documents are trained so."""
+        ids = self.tokenizer.encode(text)
+        return [self.tokenizer.bos_id, *ids] if self.tokenizer.begins_with_bos else ids
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+    def chat_ids(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Ids of a conversation, up to and with the mark that lets the assistant speak."""
-        return self.tokenizer.encode_chat(list(messages), add_generation_prompt=True)[0]
+        return self.tokenizer.encode_chat(list(messages), tools, add_generation_prompt=True)[0]
 
-    def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Completion:
-        """The whole answer to prompt ids; the same text `stream` hands out piece by piece."""
-        text, last = [], None
-        for last in self.stream(ids, params):
-            text.append(last.text)
-        assert last is not None and last.finish_reason is not None
-        return Completion("".join(text), last.tokens, last.finish_reason)
+    def ids(self, prompt: Prompt) -> list[int]:
+        """A text to continue, messages to answer, or ids as they are."""
+        if isinstance(prompt, str):
+            return self.prompt_ids(prompt)
+        if len(prompt) and isinstance(prompt[0], dict):
+            return self.chat_ids(prompt)  # type: ignore[arg-type]
+        return list(prompt)  # type: ignore[arg-type]
 
-    def stream(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[Piece]:
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
+        """The whole answer; the same text `stream` hands out piece by piece."""
+        return self.generate_batch([prompt], params)[0]
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[Completion]:
+        """Answers to all prompts, computed together; `n` choices of one stand side by side.
+
+        `params` are one for all, or one each. Raises `GenerationError` before anything is computed
+        if a prompt or parameter is out of range, and at the end if an answer failed.
+        """
+        given = params or SamplingParams()
+        each = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        if len(each) != len(prompts):
+            raise GenerationError(f"{len(prompts)} prompts with {len(each)} sets of parameters")
+        added: list[int] = []
+        outputs: dict[tuple[int, int], list[Output]] = {}
+        open_choices = sum(own.n for own in each)
+        try:
+            for prompt, own in zip(prompts, each, strict=True):
+                added.append(self._add(prompt, own))
+            while open_choices:
+                self.engine.step()
+                for request_id in added:
+                    for output in self.engine.take(request_id):
+                        outputs.setdefault((request_id, output.choice), []).append(output)
+                        open_choices -= output.finish_reason is not None
+        finally:
+            self._abandon(added)  # what is finished is not touched by it
+        return [
+            _joined(outputs[request_id, choice])
+            for request_id, own in zip(added, each, strict=True)
+            for choice in range(own.n)
+        ]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Text as it becomes final: never half a character, never any part of a stop string.
 
         Raises `GenerationError` at once for an empty prompt, one that fills the context, or an id
-        that the tokenizer does not have.
+        that the tokenizer does not have. A stream that is left cancels its request.
         """
         params = params or SamplingParams()
-        if not len(ids):
-            raise GenerationError("the prompt is empty")
-        if len(ids) >= self.context:
-            raise GenerationError(
-                f"the prompt has {len(ids)} tokens, the model's context is {self.context}",
-                hint="shorten the prompt; it is never cut silently",
-            )
-        if not all(0 <= token < self.tokenizer.vocab_size for token in ids):
-            last = self.tokenizer.vocab_size - 1
-            raise GenerationError(f"the prompt has token ids outside 0 to {last}")
-        return self._pieces(list(ids), params)
+        if params.n != 1:
+            raise GenerationError("a stream has one choice", hint="leave n at 1")
+        return self._pieces(self._add(prompt, params))
 
-    def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
-        decoder = StreamDecoder(self.tokenizer)
-        held = ""  # text that might still turn out to begin a stop string
-        count, reason = 0, "length"
-        for token in self._tokens(ids, params):
-            count += 1
-            if token in self.end_ids:
-                reason = "stop"
-                break
-            held += decoder.push(token)
-            stop = _first_stop(held, params.stop)
-            if stop is not None:
-                yield Piece(held[:stop], count, "stop")
-                return
-            keep = _possible_stop(held, params.stop)
-            ready, held = held[: len(held) - keep], held[len(held) - keep :]
-            if ready:
-                yield Piece(ready, count)
-        held += decoder.finish()
-        stop = _first_stop(held, params.stop)
-        if stop is not None:
-            held, reason = held[:stop], "stop"
-        yield Piece(held, count, reason)
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        params: SamplingParams | None = None,
+        tools: Sequence[dict[str, Any]] | None = None,
+    ) -> Completion:
+        """The assistant's answer to a conversation."""
+        return self.generate(self.chat_ids(messages, tools), params)
 
-    @torch.inference_mode()
-    def _tokens(self, ids: list[int], params: SamplingParams) -> Iterator[int]:
-        """Token ids one by one, until a limit; the caller decides what ends a turn."""
-        device = self.model.embed_tokens.weight.device
-        random = torch.Generator(device=device)
-        if params.seed is not None:
-            random.manual_seed(params.seed)
-        else:
-            random.seed()
-        cache = KVCache(self.model.config.num_hidden_layers)
-        seen = torch.tensor(ids, device=device)
-        new = seen[None]  # (1, T)
-        for _ in range(min(params.max_tokens, self.context - len(ids))):
-            hidden = self.model(new, cache=cache)[0, -1]
-            # A vocabulary padded beyond the tokenizer's has rows that stand for nothing.
-            logits = self.model.logits(hidden)[: self.tokenizer.vocab_size]
-            token = sample(logits, params, seen, random)
-            yield token
-            new = torch.tensor([[token]], device=device)
-            if params.repetition_penalty != 1.0:
-                seen = torch.cat((seen, new[0]))
+    def embed(self, texts: Sequence[str], pooling: Literal["last", "mean"] = "mean") -> np.ndarray:
+        """Hidden states of texts, pooled and of length 1: float32 (texts, D).
+
+        Raises `GenerationError` for a text that fills the context or has no token.
+        """
+        if pooling not in ("last", "mean"):
+            raise GenerationError(f"pooling '{pooling}' is unknown", hint="last or mean")
+        runner, rows = self.engine.runner, []
+        for text in texts:
+            ids = self.prompt_ids(text)
+            if not 0 < len(ids) <= self.context:
+                raise GenerationError(f"a text has {len(ids)} tokens, not 1 to {self.context}")
+            states = runner.hidden([Chunk(ids, runner.new_cache(), 0)])[0]  # (T, D)
+            pooled = states[-1] if pooling == "last" else states.mean(0)
+            rows.append((pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy())
+        return np.stack(rows) if rows else np.empty((0, runner.config.hidden_size), np.float32)
+
+    def _add(self, prompt: Prompt, params: SamplingParams) -> int:
+        if self._live and not self.engine.unfinished:
+            self.engine.weights_changed()  # a live module may have moved since
+        return self.engine.add(self.ids(prompt), params)
+
+    def _pieces(self, request_id: int) -> Iterator[Piece]:
+        try:
+            while True:
+                self.engine.step()
+                for output in self.engine.take(request_id):
+                    if output.error is not None:
+                        raise output.error
+                    yield Piece(output.text, output.generated, output.finish_reason)
+                    if output.finish_reason is not None:
+                        return
+        finally:
+            self._abandon([request_id])
+
+    def _abandon(self, request_ids: Sequence[int]) -> None:
+        for request_id in request_ids:
+            self.engine.cancel(request_id)
+            self.engine.take(request_id)
 
 
-def _first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the earliest stop string begins, or None."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    return min(found, default=None)
-
-
-def _possible_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a beginning of some stop string."""
-    for length in range(min(len(text), max(map(len, stops), default=0)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0
+def _joined(outputs: Sequence[Output]) -> Completion:
+    last = outputs[-1]
+    if last.error is not None:
+        raise last.error
+    assert last.finish_reason is not None
+    logprobs = tuple(value for output in outputs for value in output.logprobs)
+    text = "".join(output.text for output in outputs)
+    return Completion(text, last.generated, last.finish_reason, logprobs)
 
 
 def generate(
     model: str | Path | Generator,
-    prompt: str | Sequence[dict[str, Any]],
+    prompt: Prompt,
     params: SamplingParams | None = None,
 ) -> Completion:
     """Continue a text (str) or answer a conversation (a list of messages).
 
-    `model` is a model directory, loaded for this call, or a `Generator` kept between calls.
-    Raises `ModelError`, `GenerationError`.
+    `model` is a model directory or .gguf file, loaded for this call, or a `Generator` kept between
+    calls. Raises `ModelError`, `GenerationError`.
     """
     generator = model if isinstance(model, Generator) else Generator.from_directory(model)
-    ids = generator.prompt_ids(prompt) if isinstance(prompt, str) else generator.chat_ids(prompt)
-    return generator.generate(ids, params)
+    return generator.generate(prompt, params)

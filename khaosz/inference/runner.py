@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.inference.sequence_cache import BLOCK, SequenceCache
-from khaosz.inference.weights import LayerWeights, Weights, live_weights
+from khaosz.inference.weights import (
+    LayerWeights,
+    Weights,
+    fused_weights,
+    gguf_weights,
+    live_weights,
+)
+from khaosz.interop import GgufModel, is_gguf, load_model
 from khaosz.model import Transformer
 from khaosz.model.module import rotary_frequencies
 
@@ -57,7 +65,7 @@ class Runner:
         self.dtype = dtype
         self.cache_dtype = cache_dtype or dtype
         self.deterministic = deterministic
-        self._weights = weights
+        self.weights = weights
         self._scale = config.head_dim**-0.5
         frequencies, self._amplitude = rotary_frequencies(config)
         self._frequencies = frequencies.to(self.device)
@@ -82,6 +90,32 @@ class Runner:
             deterministic=deterministic,
         )
 
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        deterministic: bool = False,
+    ) -> Runner:
+        """A model directory or a .gguf file, its weights laid out for inference.
+
+        `dtype` is that of activations and caches. By default it is bf16 for quantised files on a
+        CPU, whose kernels want it, and fp32 otherwise; fp32 on a quantised file dequantises it.
+        Raises `ModelError`.
+        """
+        if is_gguf(path) and torch.device(device).type == "cpu":
+            source = GgufModel.open(path)
+            dtype = dtype or torch.bfloat16
+            weights = gguf_weights(source, dtype)
+            config = source.config
+        else:
+            dtype = dtype or torch.float32
+            model = load_model(path, device=device)
+            weights, config = fused_weights(model, dtype), model.config
+        return cls(config, lambda: weights, device=device, dtype=dtype, deterministic=deterministic)
+
     def new_cache(self) -> SequenceCache:
         config = self.config
         return SequenceCache(
@@ -97,7 +131,7 @@ class Runner:
         """Append every chunk to its cache; logits (want, V) in fp32 of its last positions."""
         if self.deterministic:
             return [self._run_tiles(chunk) for chunk in chunks]
-        weights = self._weights()
+        weights = self.weights()
         hidden = self._forward(weights, chunks)  # (N, D)
         rows: list[int] = []
         start = 0
@@ -116,12 +150,12 @@ class Runner:
         """Hidden states (T, D) of every chunk after the final norm, in fp32; caches advance."""
         if self.deterministic:
             return [self._tile_states(chunk) for chunk in chunks]
-        weights = self._weights()
+        weights = self.weights()
         states = self._norm(self._forward(weights, chunks), weights.norm).float()
         return list(states.split([len(chunk.ids) for chunk in chunks]))
 
     def _run_tiles(self, chunk: Chunk) -> Tensor:
-        weights = self._weights()
+        weights = self.weights()
         states = [self._forward(weights, [piece], pad) for piece, pad in _tiles(chunk)]
         if not chunk.want:
             return torch.empty(0, self.config.vocab_size)
@@ -130,7 +164,7 @@ class Runner:
         return torch.cat([self._logits(weights, row[None]) for row in rows])
 
     def _tile_states(self, chunk: Chunk) -> Tensor:
-        weights = self._weights()
+        weights = self.weights()
         states = [self._forward(weights, [piece], pad) for piece, pad in _tiles(chunk)]
         return torch.cat([self._norm(row, weights.norm) for row in torch.cat(states)]).float()
 
@@ -168,14 +202,14 @@ class Runner:
         return x[before : len(x) - behind]
 
     def _rotation(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (N, 1, H) of positions, from a table that grows with the longest."""
+        """Cosines and signed sines (N, 1, H), from a table that grows with the positions."""
         longest = max(positions) + 1
         if longest > len(self._cos):
             count = max(longest, 2 * len(self._cos), 512)
             angles = torch.arange(count, device=self.device)[:, None].float() * self._frequencies
-            angles = torch.cat((angles, angles), dim=-1)[:, None]
-            self._cos = angles.cos() * self._amplitude
-            self._sin = angles.sin() * self._amplitude
+            cos, sin = angles.cos() * self._amplitude, angles.sin() * self._amplitude
+            self._cos = torch.cat((cos, cos), dim=-1)[:, None]
+            self._sin = torch.cat((-sin, sin), dim=-1)[:, None]
         first = positions[0]
         if positions[-1] - first == len(positions) - 1 == max(positions) - first:
             return (
@@ -214,11 +248,8 @@ class Runner:
                 ),
                 dim=1,
             )
-        half = width // 2
-        turned = turning * cos  # fp32
-        turned[..., :half].addcmul_(turning[..., half:], sin[..., :half], value=-1.0)
-        turned[..., half:].addcmul_(turning[..., :half], sin[..., :half])
-        turned = turned.to(self.dtype)
+        # `sin` has its sign in it: x * cos + (second half, first half) * (-sin, sin).
+        turned = torch.addcmul(turning * cos, turning.roll(width // 2, -1), sin).to(self.dtype)
         values = projected[:, heads + kv_heads :]
         mixed = torch.empty(len(x), heads, width, dtype=self.dtype, device=x.device)
         start = 0

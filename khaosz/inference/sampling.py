@@ -1,25 +1,38 @@
-"""Sampling as a pure function of logits.
+"""Sampling as a pure function of logits, counts and one uniform number.
 
-Shapes: V vocabulary.
+Shapes: V vocabulary, S surviving candidates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from khaosz.errors import GenerationError
+
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_BIASES = 1024
+_LIKELY = 1024  # candidates a filter looks at first, before it sorts the whole vocabulary
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Raises `GenerationError` for a value out of range.
 
-    `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 switch those filters off. `min_p` keeps
-    tokens at least that share as likely as the likeliest (Nguyen et al. 2024, arXiv:2407.01082).
-    `repetition_penalty` is CTRL's (Keskar et al. 2019, arXiv:1909.05858) over prompt and output.
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1 and `typical_p` 1 switch those filters off.
+    `min_p` keeps tokens at least that share as likely as the likeliest (Nguyen et al. 2024,
+    arXiv:2407.01082); `typical_p` the mass closest to the entropy (Meister et al. 2022,
+    arXiv:2202.00666). `repetition_penalty` is CTRL's (Keskar et al. 2019, arXiv:1909.05858) over
+    prompt and output; `presence_penalty` and `frequency_penalty` are OpenAI's, over the output.
+    `logit_bias` adds to single tokens. `n` choices share one prompt. `logprobs` asks for that many
+    alternatives beside each token's own log-probability. `json_schema` (a JSON text) or `regex`
+    holds the output to a form.
     """
 
     max_tokens: int = 256
@@ -27,71 +40,192 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    n: int = 1
     stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
+        biases = self.logit_bias.values()
         rules = [
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p < 1, "at least 0 and below 1"),
+            ("typical_p", 0 < self.typical_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100"),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "between -2 and 2"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "between -2 and 2"),
+            (
+                "logit_bias",
+                len(self.logit_bias) <= MAX_BIASES and all(-100 <= b <= 100 for b in biases),
+                f"at most {MAX_BIASES} values between -100 and 100",
+            ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "between 0 and 2**63 - 1"),
-            ("stop", all(self.stop), "strings that are not empty"),
+            ("n", 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
+            (
+                "stop",
+                all(self.stop) and len(self.stop) <= MAX_STOPS,
+                f"at most {MAX_STOPS} strings that are not empty",
+            ),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
+                f"between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "regex",
+                self.regex is None or self.json_schema is None,
+                "left out where json_schema is given",
+            ),
         ]
         for name, fine, expected in rules:
             if not fine:  # a NaN compares false and lands here too
                 raise GenerationError(f"{name} must be {expected} (got {getattr(self, name)!r})")
 
 
-def filtered_logits(logits: Tensor, params: SamplingParams, seen: Tensor) -> Tensor:
-    """Logits (V,) in fp32 after penalty, temperature, top-k, top-p and min-p, in that order;
-    what is filtered out is -inf. Equal up to a constant, which no softmax sees. `seen` holds the
-    token ids of prompt and output so far."""
+class TokenCounts:
+    """What penalties need to know of a sequence, updated token by token at a constant cost."""
+
+    def __init__(self, vocab_size: int, prompt: Sequence[int]) -> None:
+        self.seen = torch.zeros(vocab_size, dtype=torch.bool)  # in prompt or output
+        self.output = torch.zeros(vocab_size)  # times in the output
+        self.seen[torch.tensor(prompt, dtype=torch.long)] = True
+
+    def add(self, token: int) -> None:
+        self.seen[token] = True
+        self.output[token] += 1
+
+
+def needs_counts(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )
+
+
+def adjusted_logits(logits: Tensor, params: SamplingParams, counts: TokenCounts | None) -> Tensor:
+    """Logits (V,) in fp32 after bias and penalties; the input is left alone."""
     logits = logits.float()
-    if params.repetition_penalty != 1.0 and len(seen):
-        known = seen.unique()
-        values = logits[known]
-        penalty = params.repetition_penalty
-        values = torch.where(values > 0, values / penalty, values * penalty)
-        logits = logits.index_put((known,), values)
-    if params.temperature == 0:
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=logits.device)
+        values = torch.tensor(list(params.logit_bias.values()), device=logits.device)
+        logits = logits.index_add(0, ids, values.float())
+    if counts is None:
         return logits
-    # Against the largest first: a temperature close to 0 must not overflow to inf - inf.
-    logits = (logits - logits.max()) / max(params.temperature, 1e-6)
-    if 0 < params.top_k < len(logits):
-        least = logits.topk(params.top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if params.top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        # Cut what comes after the mass is reached; the likeliest token always stays.
-        beyond = probabilities.cumsum(-1) - probabilities >= params.top_p
-        beyond[0] = False
-        logits = logits.index_put((order[beyond],), torch.tensor(-torch.inf, device=logits.device))
-    if params.min_p > 0.0:
-        probabilities = logits.softmax(-1)
-        logits = logits.masked_fill(probabilities < params.min_p * probabilities.max(), -torch.inf)
+    if params.repetition_penalty != 1.0:
+        penalty = params.repetition_penalty
+        lowered = torch.where(logits > 0, logits / penalty, logits * penalty)
+        logits = torch.where(counts.seen.to(logits.device), lowered, logits)
+    if params.presence_penalty or params.frequency_penalty:
+        output = counts.output.to(logits.device)
+        lower = params.frequency_penalty * output + params.presence_penalty * (output > 0)
+        logits = logits - lower
     return logits
 
 
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """What top-k, top-p, min-p and typical-p, in that order, leave of adjusted logits (V,) at a
+    temperature above 0: logits (S,), equal up to a constant, and their ids (S,), None for all."""
+    # Against the largest first: a temperature close to 0 must not overflow to inf - inf.
+    logits = (logits - logits.max()) / max(params.temperature, 1e-6)
+    ids: Tensor | None = None
+    if 0 < params.top_k < len(logits):
+        least = logits.topk(params.top_k).values[-1]
+        ids = (logits >= least).nonzero().squeeze(1)  # equals at the edge all stay
+        logits = logits[ids]
+    if params.top_p < 1.0:
+        ordered, order = _likeliest(logits, params.top_p)
+        mass = (ordered - logits.logsumexp(0)).exp()
+        # Cut what comes after the mass is reached; the likeliest token always stays.
+        keep = mass.cumsum(-1) - mass < params.top_p
+        keep[0] = True
+        order = order[keep]
+        logits, ids = logits[order], order if ids is None else ids[order]
+    if params.min_p > 0.0:
+        kept = (logits >= logits.max() + float(np.log(params.min_p))).nonzero().squeeze(1)
+        logits, ids = logits[kept], kept if ids is None else ids[kept]
+    if params.typical_p < 1.0:
+        log_probabilities = logits.log_softmax(0)
+        probabilities = log_probabilities.exp()
+        entropy = -(probabilities * log_probabilities).nan_to_num().sum()
+        order = (-log_probabilities - entropy).abs().argsort(stable=True)
+        mass = probabilities[order]
+        keep = mass.cumsum(-1) - mass < params.typical_p
+        keep[0] = True
+        order = order[keep]
+        logits, ids = logits[order], order if ids is None else ids[order]
+    return logits, ids
+
+
+def _likeliest(logits: Tensor, mass: float) -> tuple[Tensor, Tensor]:
+    """Logits, largest first, and their places: as many as hold `mass`, or all of them."""
+    if len(logits) > _LIKELY:
+        values, places = logits.topk(_LIKELY)
+        # The edge itself must be inside, with room for rounding.
+        if float((values - logits.logsumexp(0)).exp().sum()) > mass + 1e-3:
+            return values, places
+    return logits.sort(descending=True, stable=True)
+
+
+def filtered_logits(
+    logits: Tensor, params: SamplingParams, counts: TokenCounts | None = None
+) -> Tensor:
+    """The whole (V,) distribution that `sample` draws from, as logits; -inf is filtered out. At
+    temperature 0 the adjusted logits, whose largest is taken."""
+    logits = adjusted_logits(logits, params, counts)
+    if params.temperature == 0:
+        return logits
+    left, ids = candidates(logits, params)
+    if ids is None:
+        return left
+    return torch.full_like(logits, -torch.inf).index_put((ids,), left)
+
+
 def sample(
-    logits: Tensor, params: SamplingParams, seen: Tensor, generator: torch.Generator | None = None
+    logits: Tensor, params: SamplingParams, counts: TokenCounts | None, uniform: float
 ) -> int:
-    """One token id from logits (V,). Greedy at temperature 0 (the lowest id among equals).
+    """One token id from logits (V,), by inversion of the distribution at `uniform` in [0, 1).
+    Greedy at temperature 0 (the lowest id among equals).
 
     Raises `GenerationError` for logits that are not finite: the weights are broken.
     """
-    if not bool(logits.isfinite().all()):
+    # The extremes tell: NaN spreads to both, and -inf is a structured output's "not here".
+    low, high = logits.aminmax()
+    if not (bool(high.isfinite()) and not bool(low.isnan()) and float(low) < float("inf")):
         raise GenerationError(
             "the model's output is not finite",
             hint="its weights are broken, or overflow this dtype",
         )
-    logits = filtered_logits(logits, params, seen)
+    logits = adjusted_logits(logits, params, counts)
     if params.temperature == 0:
         return int(logits.argmax())
-    probabilities = logits.softmax(-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    left, ids = candidates(logits, params)
+    # In fp64: a sum over a large vocabulary in fp32 would starve the last tokens.
+    ladder = left.double().softmax(-1).cumsum(-1)
+    place = int(torch.searchsorted(ladder, uniform * float(ladder[-1]), right=True))
+    place = min(place, len(left) - 1)
+    return place if ids is None else int(ids[place])
+
+
+class Draws:
+    """Uniform numbers by position: draw i of choice c depends on (seed, c, i) alone, so batching,
+    speculation and restarts can't shift it (a counter-based generator: Salmon et al. 2011)."""
+
+    def __init__(self, seed: int | None, choice: int) -> None:
+        if seed is None:
+            seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) >> 1
+        self._key = np.array([seed, choice], dtype=np.uint64)
+
+    def at(self, index: int) -> float:
+        philox = np.random.Philox(key=self._key, counter=np.array([index, 0, 0, 0], np.uint64))
+        return float(np.random.Generator(philox).random())

@@ -1,22 +1,34 @@
 """The weights a `Runner` multiplies with, whatever they are stored as.
 
 Shapes: M rows, D hidden width, Q query heads, K key/value heads, H head width, F feed-forward
-width, V vocabulary. A matrix is a function (M, in) -> (M, out) in the runner's dtype.
+width, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from khaosz.inference.packed import pack, packable
+from khaosz.interop import GgufModel
+from khaosz.interop.gguf_blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer
 from khaosz.model.module import Block
 
-Matrix = Callable[[Tensor], Tensor]
+
+class Matrix(Protocol):
+    """(M, in) -> (M, out), in the runner's dtype."""
+
+    def __call__(self, x: Tensor, /) -> Tensor: ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 @dataclass
@@ -53,36 +65,134 @@ def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
         return table[torch.tensor(ids, device=table.device)].float()
 
     def matrix(*parts: nn.Linear) -> Matrix:
-        def product(x: Tensor) -> Tensor:
-            outs = [F.linear(x, part.weight.to(dtype)) for part in parts]
-            return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
-
-        return product
-
-    def layer(block: Block) -> LayerWeights:
-        attention, mlp = block.self_attn, block.mlp
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [part.bias for part in projections if part.bias is not None]
-        return LayerWeights(
-            input_norm=block.input_layernorm.weight,
-            qkv=matrix(*projections),
-            qkv_bias=torch.cat(biases).to(dtype) if biases else None,
-            q_norm=None if attention.q_norm is None else attention.q_norm.weight,
-            k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-            o=matrix(attention.o_proj),
-            post_norm=block.post_attention_layernorm.weight,
-            gate_up=matrix(mlp.gate_proj, mlp.up_proj),
-            down=matrix(mlp.down_proj),
-        )
+        matrices: list[Matrix] = [DenseMatrix(part.weight.to(dtype)) for part in parts]
+        return matrices[0] if len(matrices) == 1 else SideBySide(matrices)
 
     def layers() -> Iterable[LayerWeights]:
-        for block in model.layers:
-            assert isinstance(block, Block)
-            yield layer(block)
+        return (_layer(block, matrix, dtype) for block in model.layers)
 
     return Weights(
         embed=embed,
         layers=layers,
         norm=model.norm.weight,
-        head=lambda x: F.linear(x, model.output_weight.to(dtype)),
+        head=DenseMatrix(model.output_weight.to(dtype)),
     )
+
+
+def _layer(block: nn.Module, matrix: Callable[..., Matrix], dtype: torch.dtype) -> LayerWeights:
+    assert isinstance(block, Block), type(block)
+    attention, mlp = block.self_attn, block.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    biases: list[Tensor] = [part.bias for part in projections if part.bias is not None]
+    return LayerWeights(
+        input_norm=block.input_layernorm.weight,
+        qkv=matrix(*projections),
+        qkv_bias=torch.cat(biases).to(dtype) if biases else None,
+        q_norm=None if attention.q_norm is None else attention.q_norm.weight,
+        k_norm=None if attention.k_norm is None else attention.k_norm.weight,
+        o=matrix(attention.o_proj),
+        post_norm=block.post_attention_layernorm.weight,
+        gate_up=matrix(mlp.gate_proj, mlp.up_proj),
+        down=matrix(mlp.down_proj),
+    )
+
+
+def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
+    """Matrices of a GGUF file, packed as they are where the kernel takes them, else dense.
+
+    The embedding is read row by row from the memory map: a token needs one row.
+    """
+
+    def matrix(*names: str) -> Matrix:
+        kinds = {model.kind(name) for name in names}
+        if len(kinds) > 1:
+            return SideBySide([matrix(name) for name in names])
+        kind, raws = kinds.pop(), [model.raw(name) for name in names]
+        if dtype == torch.bfloat16 and is_affine(kind):
+            sample = affine(raws[0][:1], kind)
+            rows, columns = sum(map(len, raws)), sample.codes.shape[1]
+            if packable(rows, columns, sample.group, sample.bits):
+                raw = raws[0] if len(raws) == 1 else np.concatenate(raws)
+                return pack(rows, sample.bits, lambda i, j: affine(raw[i:j], kind))
+        return dense([torch.from_numpy(model.float32(name)) for name in names], dtype)
+
+    def vector(name: str) -> Tensor:
+        return torch.from_numpy(np.array(model.float32(name)))
+
+    def optional(name: str) -> Tensor | None:
+        return vector(name) if name in model.names else None
+
+    def layer(index: int) -> LayerWeights:
+        block = f"layers.{index}"
+        attention = f"{block}.self_attn"
+        projections = [f"{attention}.{part}_proj" for part in "qkv"]
+        biases = [vector(f"{p}.bias") for p in projections if f"{p}.bias" in model.names]
+        return LayerWeights(
+            input_norm=vector(f"{block}.input_layernorm.weight"),
+            qkv=matrix(*(f"{p}.weight" for p in projections)),
+            qkv_bias=torch.cat(biases).to(dtype) if biases else None,
+            q_norm=optional(f"{attention}.q_norm.weight"),
+            k_norm=optional(f"{attention}.k_norm.weight"),
+            o=matrix(f"{attention}.o_proj.weight"),
+            post_norm=vector(f"{block}.post_attention_layernorm.weight"),
+            gate_up=matrix(f"{block}.mlp.gate_proj.weight", f"{block}.mlp.up_proj.weight"),
+            down=matrix(f"{block}.mlp.down_proj.weight"),
+        )
+
+    table, kind = model.raw("embed_tokens.weight"), model.kind("embed_tokens.weight")
+    layers = [layer(i) for i in range(model.config.num_hidden_layers)]
+    tied = model.config.tie_word_embeddings
+    return Weights(
+        embed=lambda ids: torch.from_numpy(dequantize(table[ids], kind)),
+        layers=lambda: layers,
+        norm=vector("norm.weight"),
+        head=matrix("embed_tokens.weight" if tied else "lm_head.weight"),
+    )
+
+
+def fused_weights(model: Transformer, dtype: torch.dtype) -> Weights:
+    """Dense matrices of a module that will not change, side by side and in `dtype`."""
+
+    def matrix(*parts: nn.Linear) -> Matrix:
+        return dense([part.weight.detach() for part in parts], dtype)
+
+    layers = [_layer(block, matrix, dtype) for block in model.layers]
+    table = model.embed_tokens.weight.detach()
+    return Weights(
+        embed=lambda ids: table[torch.tensor(ids, device=table.device)].float(),
+        layers=lambda: layers,
+        norm=model.norm.weight.detach(),
+        head=dense([model.output_weight.detach()], dtype),
+    )
+
+
+class SideBySide:
+    """Matrices of different types whose outputs belong together."""
+
+    def __init__(self, parts: list[Matrix]) -> None:
+        self.parts = parts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+class DenseMatrix:
+    """Rows of several matrices in one product."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+
+def dense(parts: list[Tensor], dtype: torch.dtype) -> DenseMatrix:
+    return DenseMatrix(torch.cat([part.to(dtype) for part in parts]))

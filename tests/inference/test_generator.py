@@ -5,56 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from random_models import CONTEXT, bytewise, random_model, tokenizer
 
 from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import Tokenizer, train_tokenizer
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError, ModelError, TokenizerError
+from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Completion, Generator, Piece, generate
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop import save_model
 from khaosz.model import Transformer
 
 torch.set_num_threads(1)
-
-TEXTS = ["the quick brown fox jumps over the lazy dog", "春眠不觉晓，处处闻啼鸟。"] * 20
-CONTEXT = 96
-
-
-@cache
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(TEXTS), 320)
-
-
-@cache
-def bytewise() -> Tokenizer:
-    """Bytes and one merge ("qq"), so that every character of three bytes is three tokens."""
-    return train_tokenizer(iter(["qq qq qq"]), 273)
-
-
-def random_model(vocab_size: int, seed: int = 0, **changes: Any) -> Transformer:
-    config = ModelConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=CONTEXT,
-        qk_norm=True,
-        tie_word_embeddings=False,
-        **changes,
-    )
-    model = Transformer(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
-    return model.eval()
 
 
 @cache
@@ -103,6 +68,18 @@ def joined(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
+def endless_tokens(generator: Generator, ids: list[int], params: SamplingParams) -> list[int]:
+    """Token ids up to the limit, as if no token ended a turn."""
+    engine = Engine(generator.engine.runner, generator.tokenizer)
+    engine.end_ids = set()
+    engine.add(ids, params)
+    tokens: list[int] = []
+    while engine.unfinished:
+        engine.step()
+        tokens += [token for output in engine.take() for token in output.token_ids]
+    return tokens
+
+
 # --------------------------------------------------------------------------- stream, whole, cache
 
 
@@ -122,11 +99,13 @@ def test_the_joined_stream_is_the_whole(seed: int, stop: tuple[str, ...]) -> Non
 
 def greedy_without_cache(generator: Generator, ids: list[int], count: int) -> list[int]:
     """The slow truth: the whole sequence again for every token."""
+    model = generator.model
+    assert isinstance(model, Transformer)
     sequence = list(ids)
     with torch.no_grad():
         for _ in range(count):
-            hidden = generator.model(torch.tensor([sequence]))[0, -1]
-            logits = generator.model.logits(hidden)[: generator.tokenizer.vocab_size]
+            hidden = model(torch.tensor([sequence]))[0, -1]
+            logits = model.logits(hidden)[: generator.tokenizer.vocab_size]
             sequence.append(int(logits.argmax()))
     return sequence[len(ids) :]
 
@@ -136,7 +115,7 @@ def test_greedy_with_a_cache_is_greedy_without(seed: int) -> None:
     generator = Generator(random_model(tokenizer().vocab_size, seed), tokenizer())
     ids = generator.prompt_ids("quick 晓")
     slow = greedy_without_cache(generator, ids, 40)
-    ends = [i for i, token in enumerate(slow) if token in generator.end_ids]
+    ends = [i for i, token in enumerate(slow) if token in generator.engine.end_ids]
     text = tokenizer().decode(slow[: ends[0]] if ends else slow)
     completion = generator.generate(ids, GREEDY)
     assert completion.text == text
@@ -166,6 +145,7 @@ def test_a_stream_can_be_left_and_started_again() -> None:
 def test_the_repetition_penalty_reaches_what_was_generated() -> None:
     chain = bytewise().encode("abc")
     generator = parrot(chain, bytewise())
+    assert isinstance(generator.model, Transformer)
     with torch.no_grad():  # c leads back to b
         assert generator.model.lm_head is not None
         generator.model.lm_head.weight[:, chain[2]] = 0
@@ -208,7 +188,7 @@ def test_a_limit_is_called_a_limit() -> None:
 def test_the_context_is_a_limit() -> None:
     generator = babbler()
     generator = Generator(generator.model, generator.tokenizer)
-    generator.end_ids = set()
+    generator.engine.end_ids = set()
     ids = generator.prompt_ids("the fox")
     params = SamplingParams(max_tokens=10_000, temperature=1.0, seed=0)
     completion = generator.generate(ids, params)
@@ -309,8 +289,8 @@ def test_any_bytes_stream_to_what_they_decode_to(seed: int) -> None:
     generator = Generator(random_model(bytewise().vocab_size, seed), bytewise())
     ids = generator.prompt_ids("q")
     params = SamplingParams(max_tokens=60, temperature=1.0, seed=seed)
-    tokens = list(generator._tokens(ids, params))
-    ends = [i for i, token in enumerate(tokens) if token in generator.end_ids]
+    tokens = endless_tokens(generator, ids, params)
+    ends = [i for i, token in enumerate(tokens) if token in generator.engine.end_ids]
     expected = bytewise().decode(tokens[: ends[0]] if ends else tokens)
     pieces = list(generator.stream(ids, params))
     assert joined(pieces) == expected
@@ -326,7 +306,9 @@ def test_rows_beyond_the_tokenizer_are_never_sampled() -> None:
     assert model.lm_head is not None
     with torch.no_grad():
         model.lm_head.weight[size:] = model.lm_head.weight[size:].sign() * 100.0
-    tokens = list(Generator(model, bytewise())._tokens([1], SamplingParams(max_tokens=50, seed=0)))
+    tokens = endless_tokens(
+        Generator(model, bytewise()), [1], SamplingParams(max_tokens=50, seed=0)
+    )
     assert len(tokens) == 50 and max(tokens) < size
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,38 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from khaosz.errors import GenerationError
-from khaosz.inference.sampling import SamplingParams, filtered_logits, sample
+from khaosz.inference.sampling import (
+    Draws,
+    SamplingParams,
+    TokenCounts,
+    filtered_logits,
+    needs_counts,
+    sample,
+)
 
 torch.set_num_threads(1)
 
-NOTHING_SEEN = torch.zeros(0, dtype=torch.long)
+
+def counts_of(size: int, prompt: list[int], output: list[int]) -> TokenCounts:
+    counts = TokenCounts(size, prompt)
+    for token in output:
+        counts.add(token)
+    return counts
 
 
-def reference(logits: list[float], params: SamplingParams, seen: list[int]) -> NDArray[np.float64]:
-    """Probabilities (V,), token by token: penalty, temperature, top-k, top-p, min-p."""
+def reference(
+    logits: list[float], params: SamplingParams, seen: list[int], output: Sequence[int] = ()
+) -> NDArray[np.float64]:
+    """Probabilities (V,), token by token: bias, penalties, temperature, top-k, top-p, min-p,
+    typical-p."""
     x = np.array(logits, dtype=np.float64)
-    for token in set(seen):
+    for token, bias in params.logit_bias.items():
+        x[token] += bias
+    for token in {*seen, *output}:
         penalty = params.repetition_penalty
         x[token] = x[token] / penalty if x[token] > 0 else x[token] * penalty
+    for token in set(output):
+        x[token] -= params.presence_penalty + params.frequency_penalty * output.count(token)
     x = x / params.temperature
 
     def probabilities() -> NDArray[np.float64]:
@@ -46,11 +66,24 @@ def reference(logits: list[float], params: SamplingParams, seen: list[int]) -> N
     if params.min_p:
         p = probabilities()
         x = np.where(p < params.min_p * p.max(), -np.inf, x)
+    if params.typical_p < 1:
+        p, mass, kept = probabilities(), 0.0, set()
+        alive = [i for i in range(len(p)) if p[i] > 0]
+        entropy = -sum(p[i] * math.log(p[i]) for i in alive)
+        for token in sorted(alive, key=lambda i: abs(-math.log(p[i]) - entropy)):
+            if kept and mass >= params.typical_p:
+                break
+            kept.add(token)
+            mass += p[token]
+        x = np.array([v if i in kept else -np.inf for i, v in enumerate(x)])
     return probabilities()
 
 
-def ours(logits: list[float], params: SamplingParams, seen: list[int]) -> NDArray[np.float64]:
-    filtered = filtered_logits(torch.tensor(logits), params, torch.tensor(seen, dtype=torch.long))
+def ours(
+    logits: list[float], params: SamplingParams, seen: list[int], output: Sequence[int] = ()
+) -> NDArray[np.float64]:
+    counts = counts_of(len(logits), seen, list(output)) if needs_counts(params) else None
+    filtered = filtered_logits(torch.tensor(logits), params, counts)
     return filtered.softmax(-1).double().numpy()
 
 
@@ -67,8 +100,11 @@ LOGITS = st.lists(st.integers(-900, 900), min_size=2, max_size=40, unique=True).
     top_k=st.sampled_from([0, 1, 3, 10, 1000]),
     top_p=st.sampled_from([1.0, 0.9512345, 0.5012345, 0.0112345]),
     min_p=st.sampled_from([0.0, 0.0512345, 0.9012345]),
-    penalty=st.sampled_from([1.0, 1.3, 0.7]),
+    typical_p=st.sampled_from([1.0, 0.9012345, 0.2012345]),
+    penalties=st.sampled_from([(1.0, 0.0, 0.0), (1.3, 0.0, 0.0), (0.7, 0.51, -0.33)]),
+    bias=st.sampled_from([{}, {0: 1.2345, 1: -3.2123}]),
     seen=st.lists(st.integers(0, 1), max_size=4),
+    output=st.lists(st.integers(0, 1), max_size=4),
 )
 def test_filters_are_those_of_the_reference(
     logits: list[float],
@@ -76,17 +112,25 @@ def test_filters_are_those_of_the_reference(
     top_k: int,
     top_p: float,
     min_p: float,
-    penalty: float,
+    typical_p: float,
+    penalties: tuple[float, float, float],
+    bias: dict[int, float],
     seen: list[int],
+    output: list[int],
 ) -> None:
     params = SamplingParams(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
-        repetition_penalty=penalty,
+        typical_p=typical_p,
+        logit_bias=bias,
+        repetition_penalty=penalties[0],
+        presence_penalty=penalties[1],
+        frequency_penalty=penalties[2],
     )
-    expected, found = reference(logits, params, seen), ours(logits, params, seen)
+    expected = reference(logits, params, seen, output)
+    found = ours(logits, params, seen, output)
     # fp32 softmax: relative rounding of 1e-7 times exponents of at most 60. A filter that decided
     # otherwise would differ by a whole probability; those below 1e-6 can't be told from rounding.
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
@@ -100,20 +144,23 @@ def test_filters_are_those_of_the_reference(
         {"top_k": 4},
         {"top_p": 0.8},
         {"min_p": 0.2},
+        {"typical_p": 0.6},
         {"repetition_penalty": 1.5},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5},
+        {"logit_bias": {4: -1.5, 5: 3.0}},
         {"temperature": 1.4, "top_k": 6, "top_p": 0.9, "min_p": 0.05},
     ],
 )
 def test_samples_follow_the_exact_distribution(changes: dict[str, Any]) -> None:
     params = SamplingParams(**{"temperature": 1.0, **changes})
     logits = [1.0, 0.5, 0.0, -0.5, 2.0, -3.0, 0.25, 1.5]
-    generator = torch.Generator().manual_seed(11)
-    tensor, seen = torch.tensor(logits), torch.tensor([4, 5])
+    tensor, uniform = torch.tensor(logits), Draws(11, 0)
+    seen = counts_of(len(logits), [4, 5], [5, 5]) if needs_counts(params) else None
     draws = 4_000
     counts = np.zeros(len(logits))
-    for _ in range(draws):
-        counts[sample(tensor, params, seen, generator)] += 1
-    p = reference(logits, params, [4, 5])
+    for i in range(draws):
+        counts[sample(tensor, params, seen, uniform.at(i))] += 1
+    p = reference(logits, params, [4, 5], [5, 5])
     assert not counts[p == 0].any()
     expected = p[p > 0] * draws
     statistic = float(((counts[p > 0] - expected) ** 2 / expected).sum())
@@ -126,7 +173,7 @@ def test_samples_follow_the_exact_distribution(changes: dict[str, Any]) -> None:
 
 def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
     params = SamplingParams(temperature=0.0, top_k=1, top_p=0.1, min_p=0.5)
-    assert sample(torch.tensor([0.0, 3.0, 3.0, -1.0]), params, NOTHING_SEEN) == 1
+    assert sample(torch.tensor([0.0, 3.0, 3.0, -1.0]), params, None, 0.5) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-10, 1e-4])
@@ -134,7 +181,7 @@ def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
 def test_a_tiny_temperature_does_not_overflow(temperature: float, scale: float) -> None:
     params = SamplingParams(temperature=temperature)
     logits = torch.tensor([1.0, 3.0, 2.0]) * scale
-    assert sample(logits, params, NOTHING_SEEN) == 1
+    assert sample(logits, params, None, 0.5) == 1
 
 
 def test_equals_at_the_edge_of_top_k_all_stay() -> None:
@@ -150,34 +197,54 @@ def test_one_token_always_stays() -> None:
 def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     logits = torch.tensor([4.0, -4.0, 3.0, -3.0])
-    seen = torch.tensor([0, 1, 1, 0, 1])  # how often does not matter
+    seen = counts_of(4, [0, 1, 1], [0, 1])  # how often does not matter
     assert filtered_logits(logits, params, seen).tolist() == [2.0, -8.0, 3.0, -3.0]
-    assert sample(logits, params, seen) == 2
-    assert filtered_logits(logits, params, NOTHING_SEEN).tolist() == logits.tolist()
+    assert sample(logits, params, seen, 0.5) == 2
+    assert filtered_logits(logits, params, counts_of(4, [], [])).tolist() == logits.tolist()
 
 
 def test_sampling_leaves_the_logits_alone() -> None:
     logits = torch.tensor([4.0, -4.0, 3.0])
     before = logits.clone()
     params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
-    sample(logits, params, torch.tensor([0]))
+    sample(logits, params, counts_of(3, [0], []), 0.5)
     assert torch.equal(logits, before)
 
 
-def test_a_generator_makes_it_reproducible() -> None:
-    def draw(seed: int) -> list[int]:
-        generator = torch.Generator().manual_seed(seed)
-        params = SamplingParams(temperature=1.0)
-        return [sample(torch.zeros(50), params, NOTHING_SEEN, generator) for _ in range(20)]
+def test_draws_depend_on_seed_choice_and_place_alone() -> None:
+    first = [Draws(1, 0).at(i) for i in range(50)]
+    assert first == [Draws(1, 0).at(i) for i in range(50)] and len(set(first)) == 50
+    assert first[7] == Draws(1, 0).at(7), "whatever was drawn before"
+    assert first != [Draws(1, 1).at(i) for i in range(50)]
+    assert first != [Draws(2, 0).at(i) for i in range(50)]
+    assert Draws(None, 0).at(0) != Draws(None, 0).at(0)
+    assert all(0 <= value < 1 for value in first)
 
-    assert draw(1) == draw(1) != draw(2)
+
+@pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
+def test_a_large_vocabulary_is_filtered_as_a_small_one(top_p: float) -> None:
+    """The likeliest thousand first, the whole order only where they don't hold the mass."""
+    for spread in (0.05, 3.0):
+        logits = (torch.randn(5000, generator=torch.Generator().manual_seed(1)) * spread).tolist()
+        params = SamplingParams(temperature=1.0, top_p=top_p)
+        found, expected = ours(logits, params, []), reference(logits, params, [])
+        # The edge of the mass may fall one token further by fp32 rounding of 5,000 summands.
+        assert abs(int((found > 0).sum()) - int((expected > 0).sum())) <= 2
+        np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_the_ends_of_the_unit_interval_are_tokens() -> None:
+    params = SamplingParams(temperature=1.0, top_k=2)
+    logits = torch.tensor([-3.0, 1.0, 0.0, -9.0])
+    assert sample(logits, params, None, 0.0) == 1
+    assert sample(logits, params, None, 1.0 - 2**-53) == 2
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
     with pytest.raises(GenerationError, match="not finite"):
-        sample(torch.tensor([0.0, bad]), SamplingParams(temperature=temperature), NOTHING_SEEN)
+        sample(torch.tensor([0.0, bad]), SamplingParams(temperature=temperature), None, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -199,6 +266,17 @@ def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", math.inf),
+        ("typical_p", 0.0),
+        ("typical_p", math.nan),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", {1: 101.0}),
+        ("logit_bias", dict.fromkeys(range(1025), 0.0)),
+        ("n", 0),
+        ("n", 129),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("stop", ("x",) * 17),
         ("seed", -1),
         ("seed", 2**63),
         ("stop", ("",)),
@@ -211,4 +289,4 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
 
 
 def test_the_largest_seed_works() -> None:
-    torch.Generator().manual_seed(SamplingParams(seed=2**63 - 1).seed or 0)
+    assert 0 <= Draws(SamplingParams(seed=2**63 - 1).seed, 127).at(0) < 1

@@ -1,0 +1,207 @@
+"""Continuous batching: add requests, step, take what became final.
+
+Every step is one forward pass for all sequences: one token (or a draft) of each that is answering,
+and as much of the waiting prompts as the step's budget has room for. Requests join and leave
+between steps. What a sequence gets does not depend on its neighbours: bitwise with a deterministic
+runner, within the kernels' rounding otherwise.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import count
+
+from torch import Tensor
+
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import GenerationError
+from khaosz.inference.grammar import matcher_for
+from khaosz.inference.prefix_cache import PrefixCache
+from khaosz.inference.request import Output, Request, Sequence
+from khaosz.inference.runner import Chunk, Runner
+from khaosz.inference.sampling import SamplingParams
+from khaosz.inference.sequence_cache import SequenceCache
+
+
+class Engine:
+    """Not safe to share between threads: one thread steps, others hand it requests."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        *,
+        max_batch: int = 32,
+        step_tokens: int = 512,
+        cache_bytes: int = 2 << 30,
+        prefix_bytes: int = 512 << 20,
+        lookup: bool = False,
+    ) -> None:
+        """`step_tokens` bounds a pass, so that a long prompt is taken in parts and answers go on;
+        `cache_bytes` bounds the keys and values of sequences under way, `prefix_bytes` of those
+        kept for later; `lookup` drafts tokens from the prompt (same output, often sooner)."""
+        if tokenizer.vocab_size > runner.config.vocab_size:
+            raise GenerationError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
+                f" {runner.config.vocab_size}",
+                hint="use the tokenizer the model was trained with",
+            )
+        assert step_tokens >= 1 and max_batch >= 1, (step_tokens, max_batch)
+        self.runner, self.tokenizer = runner, tokenizer
+        self.context = runner.config.max_position_embeddings
+        self.end_ids = {tokenizer.eos_id, tokenizer.end_id}
+        self.max_batch, self.step_tokens = max_batch, step_tokens
+        self.cache_bytes, self.lookup = cache_bytes, lookup
+        self.prefixes = PrefixCache(prefix_bytes)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Sequence] = []
+        self._outputs: deque[Output] = deque()
+        self._ids = count()
+
+    # ------------------------------------------------------------------ the three verbs, and cancel
+
+    def add(self, prompt: list[int], params: SamplingParams, *, lookup: bool | None = None) -> int:
+        """Queue a request; its id. Raises `GenerationError` for a prompt that is empty, has ids
+        outside the vocabulary, fills the context or could never fit the cache, and for a grammar
+        that can't be used. A prompt is never cut."""
+        if not len(prompt):
+            raise GenerationError("the prompt is empty")
+        if len(prompt) >= self.context:
+            raise GenerationError(
+                f"the prompt has {len(prompt)} tokens, the model's context is {self.context}",
+                hint="shorten the prompt; it is never cut silently",
+            )
+        last = self.tokenizer.vocab_size - 1
+        if not all(0 <= token <= last for token in prompt):
+            raise GenerationError(f"the prompt has token ids outside 0 to {last}")
+        if not all(0 <= token <= last for token in params.logit_bias):
+            raise GenerationError(f"logit_bias has token ids outside 0 to {last}")
+        matcher = matcher_for(params, self.tokenizer)
+        wanted = self.lookup if lookup is None else lookup
+        request = Request(
+            next(self._ids), list(prompt), params, wanted and matcher is None, matcher
+        )
+        if self._need(request) > self.cache_bytes:
+            raise GenerationError(
+                f"{len(prompt)} tokens and an answer of {params.max_tokens} need"
+                f" {self._need(request) >> 20} MB of cache, there are {self.cache_bytes >> 20}",
+                hint="ask for fewer tokens",
+            )
+        self._waiting.append(request)
+        return request.id
+
+    def cancel(self, request_id: int) -> None:
+        """Stop a request at once, also in the middle of its prompt; unknown or finished ones are
+        left alone."""
+        for request in [r for r in self._waiting if r.id == request_id]:
+            self._waiting.remove(request)
+            self._outputs.extend(
+                Output(request.id, choice, "", (), 0, len(request.prompt), 0, (), "cancelled")
+                for choice in range(request.params.n)
+            )
+        for sequence in [s for s in self._running if s.request.id == request_id]:
+            rest, _ = sequence.text.finish()
+            self._leave(sequence, sequence.output(rest, reason="cancelled"))
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def step(self) -> None:
+        """One forward pass, at most, for everything under way."""
+        self._admit()
+        planned = list(self._plan())
+        if not planned:
+            return
+        logits = self.runner.run([chunk for _, chunk in planned])
+        for (sequence, chunk), rows in zip(planned, logits, strict=True):
+            if chunk.want:
+                self._answer(sequence, rows)
+
+    def take(self, request_id: int | None = None) -> list[Output]:
+        """Outputs since the last call, oldest first; of one request, or of all."""
+        mine = [o for o in self._outputs if request_id in (None, o.request_id)]
+        self._outputs = deque(o for o in self._outputs if request_id not in (None, o.request_id))
+        return mine
+
+    def weights_changed(self) -> None:
+        """Forget cached prefixes: they belong to other weights. Sequences must not be under way."""
+        assert not self.unfinished, "weights changed under running sequences"
+        self.prefixes.clear()
+
+    # ------------------------------------------------------------------------------------ schedule
+
+    def _need(self, request: Request) -> int:
+        """Bytes of cache at most: half again what is filled, as caches grow by half."""
+        config = self.runner.config
+        positions = len(request.prompt) + min(
+            request.params.max_tokens, self.context - len(request.prompt)
+        )
+        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return request.params.n * positions * each * self.runner.cache_dtype.itemsize
+
+    def _admit(self) -> None:
+        held = sum(self._need(s.request) // s.request.params.n for s in self._running)
+        while self._waiting and len(self._running) < self.max_batch:
+            request = self._waiting[0]
+            if self._running and held + self._need(request) > self.cache_bytes:
+                return
+            self._waiting.popleft()
+            held += self._need(request)
+            running = ((s.ids, s.cache) for s in self._running)
+            cache = self.prefixes.take(request.prompt, running) or self.runner.new_cache()
+            self._running.append(self._start(request, 0, cache))
+
+    def _start(self, request: Request, choice: int, cache: SequenceCache) -> Sequence:
+        return Sequence.start(request, choice, cache, self.tokenizer, self.context)
+
+    def _plan(self) -> Iterator[tuple[Sequence, Chunk]]:
+        """Answers first, so that a long prompt holds nobody up; then prompts, oldest first."""
+        budget = self.step_tokens
+        for sequence in self._running:
+            if sequence.pending == 1 and sequence.generated:
+                room = min(sequence.limit - sequence.generated - 1, budget - 1)
+                if sequence.lookup is not None and room > 0:
+                    sequence.draft = sequence.lookup.propose()[:room]
+                ids = [sequence.ids[-1], *sequence.draft]
+                budget -= len(ids)
+                yield sequence, Chunk(ids, sequence.cache, len(ids))
+        for sequence in self._running:
+            if not sequence.generated:
+                if budget <= 0:
+                    return
+                first = sequence.cache.length
+                ids = sequence.ids[first : first + budget]
+                budget -= len(ids)
+                done = first + len(ids) == len(sequence.ids)
+                yield sequence, Chunk(ids, sequence.cache, int(done))
+
+    # -------------------------------------------------------------------------------------- answer
+
+    def _answer(self, sequence: Sequence, rows: Tensor) -> None:
+        # A vocabulary padded beyond the tokenizer's has rows that stand for nothing.
+        rows = rows[:, : self.tokenizer.vocab_size]
+        choices = [sequence]
+        if not sequence.generated and sequence.choice == 0:
+            for choice in range(1, sequence.request.params.n):
+                cache = sequence.cache.fork(sequence.cache.length)
+                other = self._start(sequence.request, choice, cache)
+                other.cached_tokens = sequence.cached_tokens
+                choices.append(other)
+                self._running.append(other)
+        for each in choices:
+            try:
+                output = each.advance(rows, self.end_ids)
+            except GenerationError as error:
+                output = each.output(reason="error", error=error)
+            if output.finish_reason is not None:
+                self._leave(each, output)
+            elif output.text or output.token_ids:
+                self._outputs.append(output)
+
+    def _leave(self, sequence: Sequence, output: Output) -> None:
+        self._running.remove(sequence)
+        self._outputs.append(output)
+        if output.finish_reason != "error" and sequence.choice == 0:
+            self.prefixes.put(sequence.ids, sequence.cache)

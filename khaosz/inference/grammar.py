@@ -1,0 +1,107 @@
+"""Structured output: JSON schemas and regular expressions, by llguidance.
+
+https://github.com/guidance-ai/llguidance: the set of tokens allowed next, as a bit mask, whatever
+the tokenizer; its limits bound what a hostile schema may cost.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import GenerationError
+from khaosz.inference.sampling import SamplingParams
+
+MAX_GRAMMAR = 1 << 16  # characters of a schema or regular expression
+
+
+class Matcher:
+    """Where one sequence stands in its grammar."""
+
+    def __init__(self, inner: Any, vocab_size: int) -> None:
+        self._inner = inner
+        self._mask = np.zeros((1, (vocab_size + 31) // 32), dtype=np.int32)
+        self._vocab_size = vocab_size
+
+    def copy(self) -> Matcher:
+        return Matcher(self._inner.deep_copy(), self._vocab_size)
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits (V,) with -inf where the grammar allows no token."""
+        import llguidance.numpy
+
+        llguidance.numpy.fill_next_token_bitmask(self._inner, self._mask)
+        self._check()
+        bits = np.unpackbits(self._mask.view(np.uint8)[0], bitorder="little")
+        allowed = torch.from_numpy(bits[: len(logits)]).bool().to(logits.device)
+        return logits.masked_fill(~allowed, -torch.inf)
+
+    def accept(self, token: int) -> None:
+        self._inner.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._inner.is_error():
+            raise GenerationError(f"the grammar failed: {self._inner.get_error()}")
+
+
+def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
+    """The matcher a request asks for, if any.
+
+    Raises `GenerationError` for a schema or expression that is broken, too large or too costly,
+    and when llguidance is not installed.
+    """
+    source = params.json_schema if params.json_schema is not None else params.regex
+    if source is None:
+        return None
+    what = "json_schema" if params.json_schema is not None else "regex"
+    if len(source) > MAX_GRAMMAR:
+        raise GenerationError(f"{what} has {len(source):,} characters, more than {MAX_GRAMMAR:,}")
+    try:
+        import llguidance
+    except ImportError:
+        raise GenerationError(
+            f"{what} needs llguidance", hint="pip install 'khaosz[structured]'"
+        ) from None
+    if params.json_schema is not None:
+        try:
+            json.loads(source)
+        except (ValueError, RecursionError) as error:
+            raise GenerationError(f"json_schema is not JSON: {error}") from None
+        grammar = llguidance.LLMatcher.grammar_from_json_schema(source)
+    else:
+        grammar = llguidance.LLMatcher.grammar_from_regex(source)
+    inner = llguidance.LLMatcher(_tokens(tokenizer), grammar, log_level=0)
+    if inner.is_error():
+        reason = str(inner.get_error()).splitlines()[0][:300]
+        raise GenerationError(f"{what} cannot be used: {reason}")
+    return Matcher(inner, tokenizer.vocab_size)
+
+
+@lru_cache(maxsize=4)
+def _tokens(tokenizer: Tokenizer) -> Any:
+    import llguidance
+
+    return llguidance.LLTokenizer(_Vocabulary(tokenizer), n_vocab=tokenizer.vocab_size)
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.end_id
+        self.bos_token_id = tokenizer.bos_id
+        self.special_token_ids = sorted(tokenizer.special_ids.values())
+        self.tokens = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8", errors="replace")
+        return self._tokenizer.encode(text)

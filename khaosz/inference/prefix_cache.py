@@ -1,0 +1,85 @@
+"""Caches of finished sequences, for prompts that begin as they did: the next turn of a chat, the
+same document with another question."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import numpy as np
+
+from khaosz.inference.sequence_cache import SequenceCache
+
+_LEAST = 8  # positions below which a copy is not worth the trouble
+
+
+@dataclass
+class Held:
+    """Token ids int32 (S,) and the cache of their S positions."""
+
+    ids: np.ndarray
+    cache: SequenceCache
+
+
+class PrefixCache:
+    """Least recently used entries go first once `max_bytes` are passed."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._entries: OrderedDict[int, Held] = OrderedDict()
+        self._keys = count()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.cache.nbytes for entry in self._entries.values())
+
+    def put(self, ids: Sequence[int], cache: SequenceCache) -> None:
+        """Keep a finished sequence's cache; `ids` are the tokens of its positions."""
+        if cache.length >= _LEAST and cache.nbytes <= self.max_bytes:
+            held = Held(np.array(ids[: cache.length], dtype=np.int32), cache)
+            self._entries[next(self._keys)] = held
+            self.shrink(self.max_bytes)
+
+    def take(
+        self, prompt: Sequence[int], running: Iterable[tuple[Sequence[int], SequenceCache]] = ()
+    ) -> SequenceCache | None:
+        """A cache of the longest known beginning of `prompt`, short of its last token, whose
+        logits are needed. An entry that `prompt` goes on from is handed over, others are copied;
+        so are the caches of `running` sequences."""
+        wanted = np.array(prompt[:-1], dtype=np.int32)
+        best, length, chosen = None, _LEAST - 1, None
+        for key, entry in self._entries.items():
+            shared = common_prefix(entry.ids, wanted)
+            if shared > length:
+                best, length, chosen = entry.cache, shared, key
+        for ids, cache in running:
+            known = np.array(ids[: cache.length], dtype=np.int32)
+            shared = common_prefix(known, wanted)
+            if shared > length:
+                best, length, chosen = cache, shared, None
+        if best is None:
+            return None
+        if chosen is None:
+            return best.fork(length)
+        if length < len(self._entries[chosen].ids) - 1:  # the last token may end a turn
+            self._entries.move_to_end(chosen)
+            return best.fork(length)
+        del self._entries[chosen]
+        best.truncate(length)
+        return best
+
+    def shrink(self, max_bytes: int) -> None:
+        while self._entries and self.nbytes > max_bytes:
+            self._entries.popitem(last=False)
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+def common_prefix(first: np.ndarray, second: np.ndarray) -> int:
+    """How many leading elements are equal."""
+    shorter = min(len(first), len(second))
+    differ = np.flatnonzero(first[:shorter] != second[:shorter])
+    return int(differ[0]) if len(differ) else shorter

@@ -1,0 +1,186 @@
+"""The engine's nouns: what is asked, what is under way, what is handed out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import GenerationError
+from khaosz.inference.grammar import Matcher
+from khaosz.inference.lookup import PromptLookup
+from khaosz.inference.sampling import Draws, SamplingParams, TokenCounts, needs_counts, sample
+from khaosz.inference.sequence_cache import SequenceCache
+from khaosz.inference.text_stream import TextStream
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural log-probability of a token by the model itself, before any sampling parameter, and
+    of the likeliest alternatives."""
+
+    token: int
+    value: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What became final since the last one of this choice. The last has a `finish_reason`: "stop",
+    "length", "cancelled" or "error"."""
+
+    request_id: int
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    generated: int  # tokens so far, the one that ends the turn included
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, found in a cache
+    logprobs: tuple[Logprob, ...] = ()
+    finish_reason: str | None = None
+    error: GenerationError | None = None
+
+
+@dataclass
+class Request:
+    id: int
+    prompt: list[int]
+    params: SamplingParams
+    lookup: bool
+    matcher: Matcher | None = None
+
+
+@dataclass
+class Sequence:
+    """One choice of one request. `ids` are prompt and output; the cache lags behind them by what
+    is still to be computed."""
+
+    request: Request
+    choice: int
+    cache: SequenceCache
+    ids: list[int]
+    text: TextStream
+    draws: Draws
+    counts: TokenCounts | None
+    matcher: Matcher | None
+    lookup: PromptLookup | None
+    limit: int  # tokens it may generate
+    cached_tokens: int = 0
+    generated: int = 0
+    draft: list[int] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls,
+        request: Request,
+        choice: int,
+        cache: SequenceCache,
+        tokenizer: Tokenizer,
+        context: int,
+    ) -> Sequence:
+        params = request.params
+        counts = None
+        if needs_counts(params):
+            counts = TokenCounts(tokenizer.vocab_size, request.prompt)
+        return cls(
+            request=request,
+            choice=choice,
+            cache=cache,
+            ids=list(request.prompt),
+            text=TextStream(tokenizer, params.stop),
+            draws=Draws(params.seed, choice),
+            counts=counts,
+            matcher=None if request.matcher is None else request.matcher.copy(),
+            lookup=PromptLookup(request.prompt) if request.lookup else None,
+            limit=min(params.max_tokens, context - len(request.prompt)),
+            cached_tokens=cache.length,
+        )
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are not cached yet."""
+        return len(self.ids) - self.cache.length
+
+    def advance(self, logits: Tensor, ends: Ids[int] | set[int]) -> Output:
+        """Choose tokens from logits (1 + draft, V): one, and one more for every draft token that
+        came true. The cache forgets the drafts that did not."""
+        chosen: list[int] = []
+        logprobs: list[Logprob] = []
+        text, reason = "", None
+        accepted = 0
+        for row, following in zip(logits, [*self.draft, None], strict=True):
+            token = self._choose(row)
+            if self.request.params.logprobs is not None:
+                logprobs.append(logprob(row, token, self.request.params.logprobs))
+            chosen.append(token)
+            piece, reason = self._push(token, ends)
+            text += piece
+            if reason is not None or token != following:
+                break
+            accepted += 1
+        if self.draft and self.lookup is not None:
+            self.lookup.judge(len(self.draft), accepted)
+        self.draft = []
+        # All drafts have keys and values now; those of tokens that were not chosen go.
+        self.cache.truncate(min(self.cache.length, len(self.ids) - 1))
+        if self.lookup is not None:
+            self.lookup.extend(chosen)
+        return self.output(text, chosen, logprobs, reason)
+
+    def _choose(self, logits: Tensor) -> int:
+        if self.matcher is not None:
+            logits = self.matcher.mask(logits)
+        uniform = 0.0
+        if self.request.params.temperature > 0:
+            uniform = self.draws.at(self.generated)
+        token = sample(logits, self.request.params, self.counts, uniform)
+        if self.matcher is not None:
+            self.matcher.accept(token)
+        return token
+
+    def _push(self, token: int, ends: Ids[int] | set[int]) -> tuple[str, str | None]:
+        self.ids.append(token)
+        self.generated += 1
+        if self.counts is not None:
+            self.counts.add(token)
+        if token in ends:
+            text, _ = self.text.finish()
+            return text, "stop"
+        text, stopped = self.text.push(token)
+        if stopped:
+            return text, "stop"
+        if self.generated >= self.limit:
+            rest, stopped = self.text.finish()
+            return text + rest, "stop" if stopped else "length"
+        return text, None
+
+    def output(
+        self,
+        text: str = "",
+        chosen: Ids[int] = (),
+        logprobs: Ids[Logprob] = (),
+        reason: str | None = None,
+        error: GenerationError | None = None,
+    ) -> Output:
+        return Output(
+            request_id=self.request.id,
+            choice=self.choice,
+            text=text,
+            token_ids=tuple(chosen),
+            generated=self.generated,
+            prompt_tokens=len(self.request.prompt),
+            cached_tokens=self.cached_tokens,
+            logprobs=tuple(logprobs),
+            finish_reason=reason,
+            error=error,
+        )
+
+
+def logprob(logits: Tensor, token: int, top: int) -> Logprob:
+    """Of logits (V,) as the model gave them."""
+    values = logits.log_softmax(0)
+    best = values.topk(top)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return Logprob(token, float(values[token]), tuple(pairs))
