@@ -17,7 +17,7 @@ from khaosz.inference.engine import Engine
 from khaosz.inference.request import Logprob, Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import open_tokenizer
+from khaosz.interop import GgufModel, is_gguf, open_tokenizer
 from khaosz.model import Transformer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -64,6 +64,10 @@ class Generator:
         lookup: bool = False,
     ) -> Generator:
         """Of a model directory or a .gguf file; `dtype` as for `Runner.open`."""
+        if is_gguf(path) and torch.device(device).type == "cpu":  # parsed once
+            source = GgufModel.open(path)
+            runner = Runner.from_gguf(source, dtype=dtype, deterministic=deterministic)
+            return cls(runner, source.tokenizer(), lookup=lookup)
         runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
         return cls(runner, open_tokenizer(path), lookup=lookup)
 

@@ -48,7 +48,7 @@ class Matcher:
 
     def _check(self) -> None:
         if self._inner.is_error():
-            raise GenerationError(f"the grammar failed: {self._inner.get_error()}")
+            raise GenerationError(f"the grammar failed: {_first_line(self._inner.get_error())}")
 
 
 def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
@@ -79,16 +79,20 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
         grammar = llguidance.LLMatcher.grammar_from_regex(source)
     inner = llguidance.LLMatcher(_tokens(tokenizer), grammar, log_level=0)
     if inner.is_error():
-        reason = str(inner.get_error()).splitlines()[0][:300]
-        raise GenerationError(f"{what} cannot be used: {reason}")
+        raise GenerationError(f"{what} cannot be used: {_first_line(inner.get_error())}")
     return Matcher(inner, tokenizer.vocab_size)
+
+
+def _first_line(error: str) -> str:
+    return error.splitlines()[0][:300]
 
 
 @lru_cache(maxsize=4)
 def _tokens(tokenizer: Tokenizer) -> Any:
     import llguidance
 
-    return llguidance.LLTokenizer(_Vocabulary(tokenizer), n_vocab=tokenizer.vocab_size)
+    wrapped = llguidance.TokenizerWrapper(_Vocabulary(tokenizer))
+    return llguidance.LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size)
 
 
 class _Vocabulary:

@@ -10,18 +10,19 @@ Shapes: M rows of input, N outputs, K inputs, G groups of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from khaosz.interop.gguf_blocks import AffineGroups
+from khaosz.interop.gguf_blocks import affine
+from khaosz.interop.gguf_file import TENSOR_TYPES
 
 GROUP = 32
 _LANES = 64  # rows that the AVX-512 layout interleaves
-_ROWS = 1024  # rows repacked at a time: bounds what loading needs beside the result
+_ROWS = 256  # rows repacked at a time: bounds what loading needs beside the result
 
 
 class PackedMatrix:
@@ -50,50 +51,76 @@ def packable(rows: int, columns: int, group: int, bits: int) -> bool:
     return rows % _LANES == 0 and columns % GROUP == 0 and group == GROUP and 4 <= bits <= 8
 
 
-def pack(rows: int, bits: int, read: Callable[[int, int], AffineGroups]) -> PackedMatrix:
-    """Packs `rows` rows that `read(first, last)` gives piece by piece."""
-    halves = 1 if bits == 4 else 2
-    packed: list[Tensor] = []
-    scales: list[Tensor] = []
-    for first in range(0, rows, _ROWS):
-        groups = read(first, min(first + _ROWS, rows))
-        codes = groups.codes
-        scale, zero = groups.scales, groups.offsets
-        if halves == 1:
-            both = np.stack((scale, zero + 8 * scale), axis=-1)  # (R, G, 2)
+def pack(raws: Sequence[np.ndarray], kind: str) -> PackedMatrix:
+    """Packs GGUF tensors of one type `kind`, uint8 (rows, bytes of a row) each, one below the
+    other; every one has whole lanes of rows."""
+    sample = affine(raws[0][:1], kind)
+    rows, columns = sum(map(len, raws)), sample.codes.shape[1]
+    halves = 1 if sample.bits == 4 else 2
+    packed = torch.empty(rows, halves * columns // 2, dtype=torch.uint8)
+    both = torch.empty(halves * columns // GROUP, rows, 2, dtype=torch.bfloat16)
+    first = 0
+    for piece in (raw[at : at + _ROWS] for raw in raws for at in range(0, len(raw), _ROWS)):
+        part = slice(first, first + len(piece))
+        first += len(piece)
+        if kind in ("Q4_0", "Q4_1", "Q8_0") and _layout_is_known():
+            codes, scale, zero = _quick(torch.from_numpy(piece.copy()), kind)
+            packed[part] = codes
         else:
-            # code - base = 16 * (high - 8) + low, with a base that keeps the high half in range.
-            base = 128 if bits == 8 else 0
-            high = (codes >> 4) + (0 if bits == 8 else 8)
-            codes = np.concatenate((high, codes & 15), axis=1)
-            rest = zero + (base + 8) * scale
-            both = np.concatenate(
-                (np.stack((16 * scale, np.zeros_like(scale)), -1), np.stack((scale, rest), -1)),
-                axis=1,
-            )
-        packed.append(_interleave(torch.from_numpy(codes)))
-        scales.append(torch.from_numpy(both).to(torch.bfloat16))
-    joined = torch.cat(scales).transpose(0, 1).contiguous()  # (G, N, 2)
-    return PackedMatrix(torch.cat(packed), joined, halves)
+            groups = affine(piece, kind)
+            scale, zero = torch.from_numpy(groups.scales), torch.from_numpy(groups.offsets)
+            codes = torch.from_numpy(groups.codes)
+            if halves == 1:
+                zero = zero + 8 * scale
+            else:
+                # code - base = 16 * (high - 8) + low, with a base that keeps `high` in range.
+                base = 128 if groups.bits == 8 else 0
+                high = (codes >> 4) + (0 if groups.bits == 8 else 8)
+                codes = torch.cat((high, codes & 15), dim=1)
+                zero = zero + (base + 8) * scale
+            packed[part] = _interleave(codes)
+        if halves == 2:
+            scale = torch.cat((16 * scale, scale), dim=1)
+            zero = torch.cat((torch.zeros_like(zero), zero), dim=1)
+        both[:, part, 0], both[:, part, 1] = scale.t(), zero.t()
+    return PackedMatrix(packed, both, halves)
+
+
+def _quick(raw: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Raw rows of the three plain types straight into the kernel's layout, byte by byte: a lane of
+    32 rows gives low nibbles, the next 32 rows the high ones. Loading a large model is this."""
+    size = TENSOR_TYPES[kind][2]
+    rows = len(raw)
+    blocks = raw.view(rows, -1, size)
+    heads = blocks[:, :, : 4 if kind == "Q4_1" else 2].contiguous().view(torch.float16).float()
+    scale = heads[:, :, 0]
+    data = blocks[:, :, -16 if kind != "Q8_0" else -32 :]
+    lanes = data.reshape(rows // _LANES, 2, _LANES // 2, -1, data.shape[-1])
+    first, second = lanes[:, 0], lanes[:, 1]  # (N / 64, 32, G, bytes)
+    if kind == "Q8_0":
+        first, second = first ^ 0x80, second ^ 0x80  # two's complement -> offset by 128
+    low = (first & 15) | (second << 4)
+    high = (first >> 4) | (second & 0xF0)
+    if kind == "Q8_0":
+        mixed = torch.cat((high.flatten(2), low.flatten(2)), dim=2)
+        zero = 8 * scale
+    else:
+        mixed = torch.cat((low, high), dim=-1).flatten(2)  # weights i, then i + 16, of a group
+        zero = torch.zeros_like(scale) if kind == "Q4_0" else heads[:, :, 1] + 8 * scale
+    return mixed.transpose(1, 2).reshape(rows, -1), scale, zero
 
 
 def _interleave(codes: Tensor) -> Tensor:
     """uint8 codes (R, K) -> the kernel's layout (R, K / 2)."""
-    rows, columns = codes.shape
-    if _layout_is_known():
-        lanes = codes.view(rows // _LANES, 2, _LANES // 2, columns)
-        mixed = lanes[:, 0] | lanes[:, 1] << 4  # (R / 64, 32, K)
-        return mixed.transpose(1, 2).contiguous().view(rows, columns // 2)
     out: Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     return out
 
 
 @cache
 def _layout_is_known() -> bool:
-    """Whether this processor's kernel has the layout we make directly, several times as fast."""
+    """Whether this processor's kernel has the layout that `_quick` makes."""
     codes = torch.arange(_LANES * GROUP).remainder(251).remainder(16)
     codes = codes.to(torch.uint8).view(_LANES, GROUP)
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     lanes = codes.view(1, 2, _LANES // 2, GROUP)
     ours = (lanes[:, 0] | lanes[:, 1] << 4).transpose(1, 2).reshape(_LANES, GROUP // 2)
-    return bool(torch.equal(ours, theirs))
+    return bool(torch.equal(ours, _interleave(codes)))

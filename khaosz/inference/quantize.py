@@ -20,7 +20,7 @@ from khaosz.inference.runner import Runner
 from khaosz.interop import is_gguf, load_model, open_tokenizer, save_gguf, save_model
 from khaosz.interop.gguf_model import write_model
 from khaosz.interop.modelfile import write_modelfile
-from khaosz.model import Transformer
+from khaosz.model import Transformer, parameter_shapes
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
 _REPORT_TOKENS = 20_000  # of each language
@@ -105,9 +105,7 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
         raise ModelError(f"{out} exists", hint="name another output, or remove it")
     tokenizer = train_tokenizer((text for _, text in _texts(None)), 4096)
     generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        model = Transformer(config)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = parameter_shapes(config)
 
     def draw(name: str) -> torch.Tensor:
         if len(shapes[name]) == 1:
@@ -118,6 +116,8 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
         if is_gguf(out):
             write_model(config, draw, tokenizer, out, kind)
             return out
+        with torch.device("meta"):
+            model = Transformer(config)
         model.load_state_dict({name: draw(name) for name in shapes}, assign=True)
         tokenizer.save(out)
         save_model(model, out, bos_id=tokenizer.bos_id, eos_ids=[tokenizer.eos_id])

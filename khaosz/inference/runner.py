@@ -107,14 +107,22 @@ class Runner:
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
-            dtype = dtype or torch.bfloat16
-            weights = gguf_weights(source, dtype)
-            config = source.config
-        else:
-            dtype = dtype or torch.float32
-            model = load_model(path, device=device)
-            weights, config = fused_weights(model, dtype), model.config
-        return cls(config, lambda: weights, device=device, dtype=dtype, deterministic=deterministic)
+            return cls.from_gguf(source, dtype=dtype, deterministic=deterministic)
+        dtype = dtype or torch.float32
+        model = load_model(path, device=device)
+        weights = fused_weights(model, dtype)
+        return cls(
+            model.config, lambda: weights, device=device, dtype=dtype, deterministic=deterministic
+        )
+
+    @classmethod
+    def from_gguf(
+        cls, source: GgufModel, *, dtype: torch.dtype | None = None, deterministic: bool = False
+    ) -> Runner:
+        """On the CPU; `dtype` as for `open`."""
+        dtype = dtype or torch.bfloat16
+        weights = gguf_weights(source, dtype)
+        return cls(source.config, lambda: weights, dtype=dtype, deterministic=deterministic)
 
     def new_cache(self) -> SequenceCache:
         config = self.config
@@ -241,13 +249,9 @@ class Runner:
         projected = projected.view(len(x), heads + 2 * kv_heads, width)
         turning = projected[:, : heads + kv_heads]  # (N, Q + K, H)
         if layer.q_norm is not None and layer.k_norm is not None:
-            turning = torch.cat(
-                (
-                    self._norm(turning[:, :heads], layer.q_norm),
-                    self._norm(turning[:, heads:], layer.k_norm),
-                ),
-                dim=1,
-            )
+            wide = turning.float()
+            queries = self._norm(wide[:, :heads], layer.q_norm)
+            turning = torch.cat((queries, self._norm(wide[:, heads:], layer.k_norm)), dim=1)
         # `sin` has its sign in it: x * cos + (second half, first half) * (-sin, sin).
         turned = torch.addcmul(turning * cos, turning.roll(width // 2, -1), sin).to(self.dtype)
         values = projected[:, heads + kv_heads :]

@@ -7,6 +7,7 @@ width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,10 +111,9 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
         kind, raws = kinds.pop(), [model.raw(name) for name in names]
         if dtype == torch.bfloat16 and is_affine(kind):
             sample = affine(raws[0][:1], kind)
-            rows, columns = sum(map(len, raws)), sample.codes.shape[1]
-            if packable(rows, columns, sample.group, sample.bits):
-                raw = raws[0] if len(raws) == 1 else np.concatenate(raws)
-                return pack(rows, sample.bits, lambda i, j: affine(raw[i:j], kind))
+            columns = sample.codes.shape[1]
+            if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
+                return pack(raws, kind)
         return dense([torch.from_numpy(model.float32(name)) for name in names], dtype)
 
     def vector(name: str) -> Tensor:
@@ -123,6 +123,7 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
         return vector(name) if name in model.names else None
 
     def layer(index: int) -> LayerWeights:
+        model.file.release()  # what is packed is not needed from the map again
         block = f"layers.{index}"
         attention = f"{block}.self_attn"
         projections = [f"{attention}.{part}_proj" for part in "qkv"]
@@ -140,13 +141,17 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
         )
 
     table, kind = model.raw("embed_tokens.weight"), model.kind("embed_tokens.weight")
-    layers = [layer(i) for i in range(model.config.num_hidden_layers)]
+    # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
+    with ThreadPoolExecutor(2) as pool:
+        layers = list(pool.map(layer, range(model.config.num_hidden_layers)))
     tied = model.config.tie_word_embeddings
+    head = matrix("embed_tokens.weight" if tied else "lm_head.weight")
+    model.file.release()
     return Weights(
         embed=lambda ids: torch.from_numpy(dequantize(table[ids], kind)),
         layers=lambda: layers,
         norm=vector("norm.weight"),
-        head=matrix("embed_tokens.weight" if tied else "lm_head.weight"),
+        head=head,
     )
 
 

@@ -142,6 +142,7 @@ class GgufFile:
         """Parses from a buffer. Raises `ModelError` for anything that is not right."""
         self.source = source
         self._data = data
+        self._map: mmap.mmap | None = None
         cursor = _Cursor(data, source)
         if bytes(cursor.take(4, "the magic")) != MAGIC:
             raise ModelError(f"{source}: not a GGUF file")
@@ -188,7 +189,14 @@ class GgufFile:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
-        return cls(memoryview(mapped), str(path))
+        opened = cls(memoryview(mapped), str(path))
+        opened._map = mapped
+        return opened
+
+    def release(self) -> None:
+        """Give back the pages that were read: the file is still mapped, and read again if asked."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GgufTensor]:
         name = cursor.text("a tensor's name", _MAX_NAME)

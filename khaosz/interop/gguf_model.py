@@ -20,7 +20,7 @@ from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.gguf_blocks import dequantize, is_affine, quantize
 from khaosz.interop.gguf_file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf_tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
-from khaosz.model import Transformer
+from khaosz.model import Transformer, parameter_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
 _BLOCK_NAMES = {
@@ -58,8 +58,7 @@ class GgufModel:
         that are missing, unexpected or misshapen, by name."""
         self.file = file
         self.config = _config(file)
-        with torch.device("meta"):
-            shapes = {n: tuple(p.shape) for n, p in Transformer(self.config).named_parameters()}
+        shapes = parameter_shapes(self.config)
         self.names = {name: gguf_name(name) for name in shapes}
         for name, shape in shapes.items():
             tensor = file.tensors.get(self.names[name])
@@ -140,8 +139,7 @@ def write_model(
     """
     if kind not in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
         raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
-    with torch.device("meta"):
-        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
+    shapes = parameter_shapes(config)
     tensors = []
     for name, shape in shapes.items():
         wanted = kind

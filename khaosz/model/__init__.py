@@ -2,6 +2,6 @@
 or losses."""
 
 from khaosz.model.cache import KVCache
-from khaosz.model.transformer import Transformer
+from khaosz.model.transformer import Transformer, parameter_shapes
 
-__all__ = ["KVCache", "Transformer"]
+__all__ = ["KVCache", "Transformer", "parameter_shapes"]

@@ -112,6 +112,33 @@ class Transformer(nn.Module):
             self.lm_head.weight.zero_()
 
 
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's parameters, in their order, without making it: readers of
+    files check against them first, and a module on the meta device takes a second to import."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
+    for i in range(config.num_hidden_layers):
+        block = f"layers.{i}"
+        shapes[f"{block}.input_layernorm.weight"] = (width,)
+        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{block}.self_attn.{part}_proj.weight"] = (rows, width)
+            if config.qkv_bias:
+                shapes[f"{block}.self_attn.{part}_proj.bias"] = (rows,)
+        shapes[f"{block}.self_attn.o_proj.weight"] = (width, queries)
+        if config.qk_norm:
+            shapes[f"{block}.self_attn.q_norm.weight"] = (head,)
+            shapes[f"{block}.self_attn.k_norm.weight"] = (head,)
+        shapes[f"{block}.post_attention_layernorm.weight"] = (width,)
+        shapes[f"{block}.mlp.gate_proj.weight"] = (inner, width)
+        shapes[f"{block}.mlp.up_proj.weight"] = (inner, width)
+        shapes[f"{block}.mlp.down_proj.weight"] = (width, inner)
+    shapes["norm.weight"] = (width,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, width)
+    return shapes
+
+
 def attention_mask(
     doc_ids: Tensor | None, length: int, past: int, device: torch.device
 ) -> Tensor | None:
