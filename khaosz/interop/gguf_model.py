@@ -216,7 +216,8 @@ def _config(file: GgufFile) -> ModelConfig:
             raise ModelError(f"{source}: key '{family}.{name}' is missing")
         if not isinstance(value, int | float | str):
             raise ModelError(f"{source}: '{family}.{name}' is a {type(value).__name__}")
-        return value
+        # Stored in fp32: 1e-6 is to be 1e-6 again, not 9.99999997e-07.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
 
     if get("expert_count", 0):
         raise ModelError(f"{source}: mixtures of experts are not supported")

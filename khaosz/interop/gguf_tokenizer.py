@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 
+from khaosz.data.chat import CHAT_TEMPLATE
 from khaosz.data.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError
 
@@ -116,8 +118,14 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         raise ModelError(f"{source}: tokenizer.ggml.eos_token_id is missing")
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str):
-        config["chat_template"] = template
+        ours = template == _without_marks(CHAT_TEMPLATE)
+        config["chat_template"] = CHAT_TEMPLATE if ours else template
     return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config)
+
+
+def _without_marks(template: str) -> str:
+    """`{% generation %}` says what is trained; llama.cpp's Jinja does not know it."""
+    return re.sub(r"\{%-? (end)?generation -?%\}", "", template)
 
 
 def _added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
@@ -163,14 +171,6 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     if tokenizer.end_id != tokenizer.eos_id:
         metadata["tokenizer.ggml.eot_token_id"] = tokenizer.end_id
     if tokenizer.chat_template is not None:
-        # `{% generation %}` marks the loss; llama.cpp's Jinja does not know it.
-        template = tokenizer.chat_template
-        for mark in (
-            "{%- generation %}",
-            "{%- endgeneration %}",
-            "{% generation %}",
-            "{% endgeneration %}",
-        ):
-            template = template.replace(mark, "")
+        template = _without_marks(tokenizer.chat_template)
         metadata["tokenizer.chat_template"] = template
     return metadata
