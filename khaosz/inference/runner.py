@@ -177,8 +177,7 @@ class Runner:
         return torch.cat([self._norm(row, weights.norm) for row in torch.cat(states)]).float()
 
     def _logits(self, weights: Weights, hidden: Tensor) -> Tensor:
-        normed = self._norm(hidden, weights.norm).to(self.dtype)
-        return weights.head(normed).float()
+        return weights.head(self._norm(hidden, weights.norm)).float()
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)

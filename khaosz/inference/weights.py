@@ -22,6 +22,8 @@ from khaosz.interop.gguf_blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer
 from khaosz.model.module import Block
 
+_REFINED = 32  # tokens of each position whose logits are exact
+
 
 class Matrix(Protocol):
     """(M, in) -> (M, out), in the runner's dtype."""
@@ -50,7 +52,8 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """`embed` gives fp32 rows (M, D) of token ids; the residual stream stays in fp32."""
+    """`embed` gives fp32 rows (M, D) of token ids; the residual stream stays in fp32, and `head`
+    takes it so."""
 
     embed: Callable[[Sequence[int]], Tensor]
     layers: Callable[[], Iterable[LayerWeights]]
@@ -145,7 +148,11 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
     with ThreadPoolExecutor(2) as pool:
         layers = list(pool.map(layer, range(model.config.num_hidden_layers)))
     tied = model.config.tie_word_embeddings
-    head = matrix("embed_tokens.weight" if tied else "lm_head.weight")
+    name = "embed_tokens.weight" if tied else "lm_head.weight"
+    head = matrix(name)
+    if not isinstance(head, DenseMatrix):
+        rows, of = model.raw(name), model.kind(name)
+        head = RefinedHead(head, lambda ids: torch.from_numpy(dequantize(rows[ids], of)))
     model.file.release()
     return Weights(
         embed=lambda ids: torch.from_numpy(dequantize(table[ids], kind)),
@@ -185,6 +192,28 @@ class SideBySide:
         return sum(part.nbytes for part in self.parts)
 
 
+class RefinedHead:
+    """A quantised head whose likeliest tokens are computed again in fp32, from the file's rows.
+
+    The kernel rounds its output to bf16: at a logit of 20 in steps of 1/8, which is coarser than
+    the distance between rivals. That alone turned one greedy token in ninety.
+    """
+
+    def __init__(self, coarse: Matrix, rows: Callable[[np.ndarray], Tensor]) -> None:
+        self._coarse, self._rows = coarse, rows
+
+    def __call__(self, x: Tensor) -> Tensor:
+        logits = self._coarse(x.to(torch.bfloat16)).float()  # (M, V)
+        likely = logits.topk(min(_REFINED, logits.shape[1])).indices  # (M, R)
+        for row, ids in enumerate(likely):
+            logits[row, ids] = self._rows(ids.numpy()) @ x[row]
+        return logits
+
+    @property
+    def nbytes(self) -> int:
+        return self._coarse.nbytes
+
+
 class DenseMatrix:
     """Rows of several matrices in one product."""
 
@@ -192,7 +221,7 @@ class DenseMatrix:
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return F.linear(x.to(self.weight.dtype), self.weight)
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,7 @@ class AffineGroups:
     scales: np.ndarray
     offsets: np.ndarray
 
+    @np.errstate(invalid="ignore")  # as in `affine`
     def dense(self) -> np.ndarray:
         """float32 (R, C)."""
         rows, columns = self.codes.shape
@@ -38,6 +39,7 @@ def is_affine(kind: str) -> bool:
     return kind not in ("F32", "F16", "BF16")
 
 
+@np.errstate(invalid="ignore")  # a broken file's scales may be NaN; it is read all the same
 def affine(raw: np.ndarray, kind: str) -> AffineGroups:
     """Codes, scales and offsets of raw rows, uint8 (R, bytes of a row), of a quantised type."""
     size = TENSOR_TYPES[kind][2]
@@ -226,9 +228,11 @@ def _k_scales(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _inverse(scale: np.ndarray) -> np.ndarray:
-    return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+    """1 / scale, but 0 where the scale is less than fp16 can hold, or its inverse not finite."""
+    return np.divide(1, scale, out=np.zeros_like(scale), where=np.abs(scale) > 1e-30)
 
 
 def _away_from_zero(x: np.ndarray) -> np.ndarray:
-    """C's roundf: halves away from zero."""
-    return np.trunc(x + np.copysign(np.float32(0.5), x))
+    """C's roundf: halves away from zero. (x + 0.5 itself would round 0.49999997 up.)"""
+    whole = np.trunc(x)
+    return whole + np.copysign(np.abs(x - whole) >= np.float32(0.5), x)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from khaosz.errors import ModelError
+from khaosz.interop.shown import shown
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -97,24 +98,26 @@ class _Cursor:
 
     def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return self.text(f"the text of '{key}'")
+            return self.text(f"the text of {shown(key)}")
         if kind == _ARRAY:
             return self.array(key)
         if kind not in _SCALARS:
-            raise ModelError(f"{self.source}: '{key}' is of unknown type {kind}")
-        return self.number(_SCALARS[kind], f"'{key}'")
+            raise ModelError(f"{self.source}: {shown(key)} is of unknown type {kind}")
+        return self.number(_SCALARS[kind], shown(key))
 
     def array(self, key: str) -> Any:
-        kind, count = self.number("I", f"'{key}'"), self.number("Q", f"'{key}'")
+        kind, count = self.number("I", shown(key)), self.number("Q", shown(key))
         if kind == _STRING:
             if count * 8 > self.left:
-                raise ModelError(f"{self.source}: '{key}' claims {count:,} texts, more than fit")
+                raise ModelError(
+                    f"{self.source}: {shown(key)} claims {count:,} texts, more than fit"
+                )
             return self._texts(count, key)
         if kind not in _SCALARS:
             # Arrays of arrays are allowed by the format and used by no model we read.
-            raise ModelError(f"{self.source}: '{key}' is an array of unsupported type {kind}")
+            raise ModelError(f"{self.source}: {shown(key)} is an array of unsupported type {kind}")
         dtype = np.dtype(f"<{_SCALARS[kind]}" if kind != 7 else "?")
-        return np.frombuffer(self.take(count * dtype.itemsize, f"'{key}'"), dtype=dtype)
+        return np.frombuffer(self.take(count * dtype.itemsize, shown(key)), dtype=dtype)
 
     def _texts(self, count: int, key: str) -> list[str]:
         """Vocabularies have a hundred thousand of them: one tight loop."""
@@ -126,10 +129,10 @@ class _Cursor:
                 start = at + 8
                 at = start + length_at(data, at)[0]
                 if at > end:
-                    raise ModelError(f"{self.source}: cut short: a text of '{key}'")
+                    raise ModelError(f"{self.source}: cut short: a text of {shown(key)}")
                 texts.append(str(data[start:at], "utf-8"))
         except (struct.error, UnicodeDecodeError) as error:
-            raise ModelError(f"{self.source}: a text of '{key}' is broken: {error}") from None
+            raise ModelError(f"{self.source}: a text of {shown(key)} is broken: {error}") from None
         self.at = at
         return texts
 
@@ -153,27 +156,29 @@ class GgufFile:
             raise ModelError(f"{source}: {what} is not supported", hint="versions 2 and 3 are")
         tensors, pairs = cursor.number("Q", "a count"), cursor.number("Q", "a count")
         # The smallest metadata pair takes 13 bytes, the smallest tensor entry 32.
-        if pairs * 13 + tensors * 24 > cursor.left:
+        if pairs * 13 + tensors * 32 > cursor.left:
             raise ModelError(f"{source}: {tensors:,} tensors and {pairs:,} keys cannot fit")
         self.metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = cursor.text("a key", _MAX_NAME)
             if key in self.metadata:
-                raise ModelError(f"{source}: key '{key}' comes twice")
-            self.metadata[key] = cursor.value(cursor.number("I", f"'{key}'"), key)
+                raise ModelError(f"{source}: key {shown(key)} comes twice")
+            self.metadata[key] = cursor.value(cursor.number("I", shown(key)), key)
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
-            raise ModelError(f"{source}: general.alignment {alignment!r} is not a multiple of 8")
+            raise ModelError(
+                f"{source}: general.alignment {shown(alignment)} is not a multiple of 8"
+            )
         entries = [self._entry(cursor) for _ in range(tensors)]
         start = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
         for name, tensor in entries:
             if name in self.tensors:
-                raise ModelError(f"{source}: tensor '{name}' comes twice")
+                raise ModelError(f"{source}: tensor {shown(name)} comes twice")
             offset = start + tensor.offset
             if tensor.offset % alignment or offset + tensor.nbytes > len(data):
                 raise ModelError(
-                    f"{source}: tensor '{name}' ({tensor.nbytes:,} bytes at {offset:,}) lies"
+                    f"{source}: tensor {shown(name)} ({tensor.nbytes:,} bytes at {offset:,}) lies"
                     f" outside the file of {len(data):,} bytes or off its alignment"
                 )
             self.tensors[name] = GgufTensor(tensor.type, tensor.shape, offset, tensor.nbytes)
@@ -200,15 +205,16 @@ class GgufFile:
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GgufTensor]:
         name = cursor.text("a tensor's name", _MAX_NAME)
-        dimensions = cursor.number("I", f"tensor '{name}'")
+        dimensions = cursor.number("I", f"tensor {shown(name)}")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise ModelError(f"{self.source}: tensor '{name}' has {dimensions} dimensions")
-        shape = tuple(cursor.number("Q", f"tensor '{name}'") for _ in range(dimensions))[::-1]
-        number, offset = cursor.number("I", name), cursor.number("Q", name)
+            raise ModelError(f"{self.source}: tensor {shown(name)} has {dimensions} dimensions")
+        shape = tuple(cursor.number("Q", f"tensor {shown(name)}") for _ in range(dimensions))[::-1]
+        what = f"tensor {shown(name)}"
+        number, offset = cursor.number("I", what), cursor.number("Q", what)
         if number not in _NAME_OF:
             known = _FOREIGN.get(number, f"number {number}")
             raise ModelError(
-                f"{self.source}: tensor '{name}' is of unsupported type {known}",
+                f"{self.source}: tensor {shown(name)} is of unsupported type {known}",
                 hint=f"supported: {', '.join(TENSOR_TYPES)}",
             )
         kind = _NAME_OF[number]
@@ -218,7 +224,7 @@ class GgufFile:
             count *= extent
         if not count or shape[-1] % block:
             raise ModelError(
-                f"{self.source}: tensor '{name}' of {kind} has shape {shape}, not whole blocks"
+                f"{self.source}: tensor {shown(name)} of {kind} has shape {shape}, not whole blocks"
                 f" of {block}"
             )
         return name, GgufTensor(kind, shape, offset, count // block * size)

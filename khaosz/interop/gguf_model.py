@@ -20,6 +20,7 @@ from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.gguf_blocks import dequantize, is_affine, quantize
 from khaosz.interop.gguf_file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf_tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
+from khaosz.interop.shown import one_line, shown
 from khaosz.model import Transformer, parameter_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
@@ -70,7 +71,7 @@ class GgufModel:
                 )
         unexpected = file.tensors.keys() - set(self.names.values()) - {_ROPE_FACTORS}
         if unexpected:
-            raise ModelError(f"{file.source}: unexpected tensor '{min(unexpected)}'")
+            raise ModelError(f"{file.source}: unexpected tensor {shown(min(unexpected))}")
 
     @classmethod
     def open(cls, path: str | Path) -> GgufModel:
@@ -207,7 +208,8 @@ def _config(file: GgufFile) -> ModelConfig:
     family = metadata.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3"):
         raise ModelError(
-            f"{source}: architecture '{family}' is not supported", hint="llama, qwen2, qwen3 are"
+            f"{source}: architecture {shown(family)} is not supported",
+            hint="llama, qwen2, qwen3 are",
         )
 
     def get(name: str, default: Any = None) -> Any:
@@ -226,7 +228,7 @@ def _config(file: GgufFile) -> ModelConfig:
     if table is None:
         raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
     if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
-        raise ModelError(f"{source}: {heads!r} heads of a width of {width!r}")
+        raise ModelError(f"{source}: {shown(heads)} heads of a width of {shown(width)}")
     head_dim = get("attention.key_length", width // heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise ModelError(f"{source}: rotation of a part of each head is not supported")
@@ -262,13 +264,13 @@ def _config(file: GgufFile) -> ModelConfig:
                     original_max_position_embeddings=get("rope.scaling.original_context_length"),
                 )
             case other:
-                raise ModelError(f"{source}: rope scaling '{other}' is not supported")
+                raise ModelError(f"{source}: rope scaling {shown(other)} is not supported")
         config = ModelConfig.parse(fields, source=source)
         if _ROPE_FACTORS in file.tensors:
             config = _with_llama3(config, file)
         return config
     except (ConfigError, ValueError) as error:
-        raise ModelError(f"{source}: {error}", hint=getattr(error, "hint", None)) from None
+        raise ModelError(one_line(str(error)), hint=getattr(error, "hint", None)) from None
 
 
 def _llama3_factors(config: ModelConfig) -> np.ndarray:

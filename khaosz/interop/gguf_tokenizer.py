@@ -11,6 +11,7 @@ import numpy as np
 from khaosz.data.chat import CHAT_TEMPLATE
 from khaosz.data.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError
+from khaosz.interop.shown import shown
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
@@ -46,12 +47,12 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     model, pre = get("model", str), get("pre", str, "default")
     if model != "gpt2":
         raise ModelError(
-            f"{source}: tokenizer '{model}' is not supported",
+            f"{source}: tokenizer {shown(model)} is not supported",
             hint="byte-level BPE ('gpt2') is; SentencePiece vocabularies are not",
         )
     if pre not in _PATTERNS:
         raise ModelError(
-            f"{source}: pre-tokenizer '{pre}' is not supported",
+            f"{source}: pre-tokenizer {shown(pre)} is not supported",
             hint=f"supported: {', '.join(_PATTERNS)}",
         )
     tokens, merges = get("tokens", list, []), get("merges", list, [])
@@ -66,7 +67,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise ModelError(f"{source}: merge {merge!r} is not made of tokens")
+            raise ModelError(f"{source}: merge {shown(merge)} is not made of tokens")
         pairs.append([left, right])
     added = [
         _added_token(i, token, kind == _CONTROL)
@@ -111,7 +112,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         token_id = get(f"{name}_token_id", int)
         if token_id is not None:
-            if token_id >= len(tokens):
+            if not 0 <= token_id < len(tokens):
                 raise ModelError(f"{source}: {name}_token_id {token_id} is not in the vocabulary")
             config[f"{key}_token"] = tokens[token_id]
     if "eos_token" not in config:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.errors import ConfigError, ModelError
+from khaosz.interop.shown import one_line, shown
 from khaosz.model import Transformer
 from khaosz.model.module import Rotary
 
@@ -85,9 +86,9 @@ def load_model(
                     elif name == "lm_head.weight" and config.tie_word_embeddings:
                         head = file.get_tensor(name)
                     elif not name.endswith("rotary_emb.inv_freq"):
-                        raise ModelError(f"{path}: unexpected tensor '{name}'")
+                        raise ModelError(f"{path}: unexpected tensor {shown(name)}")
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: broken or cut short ({error})") from None
+            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
     for hf_name, (name, shape) in wanted.items():
         if name not in loaded:
             raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
@@ -112,7 +113,7 @@ def load_config(directory: Path) -> ModelConfig:
         what = "no such model directory" if not directory.exists() else "no config.json"
         hint = "name a directory that training wrote"
         raise ModelError(f"{directory}: {what}", hint=hint) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
         raise ModelError(f"{path}: not valid JSON: {error}") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
@@ -133,10 +134,10 @@ def weight_files(directory: Path) -> list[Path]:
             shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(shard_of.values()))
             leaving = [name for name in names if name == ".." or Path(name).name != name]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index}: not an index of shards: {error!r}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"{index}: not an index of shards: {shown(error)}") from None
         if leaving:
-            raise ModelError(f"{index}: shard name '{leaving[0]}' leaves the directory")
+            raise ModelError(f"{index}: shard name {shown(leaving[0])} leaves the directory")
     paths = [directory / name for name in names]
     for path in paths:
         if not path.exists():
@@ -172,11 +173,11 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
     if family == "mistral" and (window := values.get("sliding_window")):
         context = values.get("max_position_embeddings", 131_072)
         if not isinstance(window, int) or not isinstance(context, int) or window < context:
-            raise ModelError(f"{source}: sliding_window={window!r} is not supported")
+            raise ModelError(f"{source}: sliding_window={shown(window)} is not supported")
     family = _SAME_AS.get(str(family), family)
     if family not in _ARCHITECTURES:
         raise ModelError(
-            f"{source}: model_type '{family}' is not supported",
+            f"{source}: model_type {shown(family)} is not supported",
             hint=f"supported: {', '.join([*_ARCHITECTURES, *_SAME_AS])}",
         )
     for key, harmless in {
@@ -188,12 +189,12 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         "partial_rotary_factor": (1.0, None),
     }.items():
         if values.get(key, harmless[0]) not in harmless:
-            raise ModelError(f"{source}: {key}={values[key]!r} is not supported")
+            raise ModelError(f"{source}: {key}={shown(values[key])} is not supported")
     if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
         raise ModelError(f"{source}: layer_types other than full_attention are not supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ModelError(f"{source}: rope_parameters={rope!r} is not a table")
+        raise ModelError(f"{source}: rope_parameters={shown(rope)} is not a table")
     rope = dict(rope)
     if rope.pop("partial_rotary_factor", None) not in (1.0, None):
         raise ModelError(f"{source}: partial_rotary_factor is not supported")
@@ -212,7 +213,7 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
             scaling = RopeScaling.parse(fields, source=f"{source}: rope_scaling")
         elif rope.keys() - RopeScaling.model_fields:
             names = ", ".join(sorted(rope.keys() - RopeScaling.model_fields))
-            raise ModelError(f"{source}: rope_parameters with {names} are not supported")
+            raise ModelError(f"{source}: rope_parameters with {one_line(names)} are not supported")
         return ModelConfig.parse(
             {
                 "vocab_size": values.get("vocab_size"),
@@ -236,7 +237,7 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
             source=source,
         )
     except ConfigError as error:
-        raise ModelError(str(error), hint=error.hint) from None
+        raise ModelError(one_line(str(error)), hint=error.hint) from None
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

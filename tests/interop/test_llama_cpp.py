@@ -1,0 +1,139 @@
+"""What we export, read by llama.cpp itself: the same token ids and the same logits.
+
+Runs when KHAOSZ_LLAMA_CPP names a python that has llama-cpp-python; it needs nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from khaosz.config import ModelConfig, RopeScaling
+from khaosz.data.tokenizer import Tokenizer, train_tokenizer
+from khaosz.interop import load_gguf, open_tokenizer, save_gguf
+from khaosz.model import Transformer
+
+PYTHON = os.environ.get("KHAOSZ_LLAMA_CPP", "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="KHAOSZ_LLAMA_CPP names no python with llama-cpp-python"),
+]
+torch.set_num_threads(1)
+
+# The fp32 cache (0 is GGML_TYPE_F32) takes away a rounding that is llama.cpp's, not the file's.
+READER = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+path, job, out = sys.argv[1:]
+job = json.load(open(job, encoding="utf-8"))
+llama = Llama(path, n_ctx=256, n_threads=1, logits_all=True, verbose=False, type_k=0, type_v=0)
+tokenised = [llama.tokenize(t.encode(), add_bos=False, special=False) for t in job["texts"]]
+with_bos = llama.tokenize(b"x", add_bos=True, special=False)
+llama.eval(job["ids"])
+np.save(out, np.array(llama.scores[: len(job["ids"])], dtype=np.float32))
+json.dump({
+    "ids": tokenised,
+    "with_bos": with_bos,
+    "eos": llama.token_eos(),
+    "end_of_turn": llama._model.token_eot(),
+    "template": llama.metadata.get("tokenizer.chat_template"),
+}, sys.stdout)
+"""
+TEXTS = [
+    "Hello, world! I'm 2024 years old. they'LL",
+    "  leading, trailing  \n\n\t\tblank lines \r\n and tabs",
+    "你好，世界。这是一个测试：“引号”、（括号）！",
+    "naïve café Ω≈ç√ 🙂👩‍💻 x==1;{'quoted'}",
+    "<|end|> is text here, 1234567890",
+]
+
+
+def texts() -> list[str]:
+    sample = Path(__file__).parents[2] / "khaosz" / "data" / "sample"
+    english = (sample / "state_of_the_union_2024.txt").read_text(encoding="utf-8")
+    chinese = (sample / "statutes_zh.jsonl").read_text(encoding="utf-8").splitlines()
+    return [english[:20_000], *(json.loads(line)["text"] for line in chinese[:40])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(iter(texts()), 900)
+
+
+def random_model(vocab_size: int, changes: dict[str, Any]) -> Transformer:
+    fields: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+    }
+    model = Transformer(ModelConfig(**{**fields, **changes}))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
+    return model.eval()
+
+
+def read_by_llama_cpp(path: Path, ids: list[int]) -> tuple[dict[str, Any], np.ndarray]:
+    job, out = path.with_suffix(".json"), path.with_suffix(".npy")
+    job.write_text(json.dumps({"texts": TEXTS + texts(), "ids": ids}), encoding="utf-8")
+    arguments = [PYTHON, "-c", READER, str(path), str(job), str(out)]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout), np.load(out)
+
+
+LLAMA3 = RopeScaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=8192)
+YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama, untied": {"tie_word_embeddings": False},
+    "llama, linear": {"rope_scaling": RopeScaling(rope_type="linear", factor=2.0)},
+    "llama, llama3": {"rope_scaling": LLAMA3, "rope_theta": 500_000.0},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 64},
+    "qwen3, yarn": {"qk_norm": True, "rope_scaling": YARN},
+}
+# Root mean square of the difference of logits, in units of their spread; other weights altogether
+# give 1.4. F32: two orders of fp32 sums. F16: llama.cpp rounds activations to 11 bits. Quantised:
+# it rounds them to 8 bits in groups of 32, by up to 1/254 of the largest, in each of 21 products.
+APART = {"F32": 1e-4, "F16": 0.004, "Q8_0": 0.08, "Q4_0": 0.08, "Q4_1": 0.08}
+CASES = [(name, "F32") for name in MODELS] + [
+    (name, kind) for name in ("llama", "qwen2", "qwen3") for kind in APART if kind != "F32"
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_llama_cpp_computes_the_same(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, kind: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    save_gguf(random_model(1024, MODELS[name]), tokenizer, path, kind)  # rows beyond the tokens
+    ours = load_gguf(path)
+    ids = [tokenizer.bos_id, *tokenizer.encode("".join(texts()[1:6]))[:199]]
+    found, theirs = read_by_llama_cpp(path, ids)
+    with torch.no_grad():
+        logits = ours.logits(ours(torch.tensor([ids])))[0].numpy()
+    apart = np.sqrt(np.square(theirs - logits).mean()) / logits.std()
+    agreement = (theirs.argmax(axis=1) == logits.argmax(axis=1)).mean()
+    print(f"{name} {kind}: apart {apart:.5f} of the spread, same top token {agreement:.1%}")
+    assert apart < APART[kind]
+    again = open_tokenizer(path)
+    for text, seen in zip(TEXTS + texts(), found["ids"], strict=True):
+        assert tokenizer.encode(text) == seen == again.encode(text), text[:80]
+    assert found["with_bos"] == [tokenizer.bos_id, *tokenizer.encode("x")]
+    assert found["eos"] == tokenizer.eos_id and found["end_of_turn"] == tokenizer.end_id
+    assert found["template"] and "generation %}" not in found["template"]
