@@ -20,6 +20,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "race": ("bench.race", [], "bits per byte after the same minutes, transformers and us"),
     "ours": ("bench.ours", [], "one timing of our own training step"),
     "peer": ("bench.peer_transformers", [], "one run or timing of the transformers loop"),
+    "infer": ("bench.infer", [], "prefill and decode tokens/s, llama.cpp and us"),
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),

@@ -77,17 +77,18 @@ class Engine:
             raise GenerationError(f"the prompt has token ids outside 0 to {last}")
         if not all(0 <= token <= last for token in params.logit_bias):
             raise GenerationError(f"logit_bias has token ids outside 0 to {last}")
+        need = params.n * self._need(len(prompt), params)
+        if need > self.cache_bytes:
+            raise GenerationError(
+                f"{len(prompt)} tokens and {params.n} x {params.max_tokens} of answer need"
+                f" {need >> 20} MB of cache, there are {self.cache_bytes >> 20}",
+                hint="ask for fewer tokens",
+            )
         matcher = matcher_for(params, self.tokenizer)
         wanted = self.lookup if lookup is None else lookup
         request = Request(
             next(self._ids), list(prompt), params, wanted and matcher is None, matcher
         )
-        if self._need(request) > self.cache_bytes:
-            raise GenerationError(
-                f"{len(prompt)} tokens and an answer of {params.max_tokens} need"
-                f" {self._need(request) >> 20} MB of cache, there are {self.cache_bytes >> 20}",
-                hint="ask for fewer tokens",
-            )
         self._waiting.append(request)
         return request.id
 
@@ -96,13 +97,20 @@ class Engine:
         left alone."""
         for request in [r for r in self._waiting if r.id == request_id]:
             self._waiting.remove(request)
-            self._outputs.extend(
-                Output(request.id, choice, "", (), 0, len(request.prompt), 0, (), "cancelled")
-                for choice in range(request.params.n)
-            )
+            self._cancelled(request, range(request.params.n))
         for sequence in [s for s in self._running if s.request.id == request_id]:
+            self._cancelled(
+                sequence.request, range(sequence.choice + 1, sequence.choice + sequence.choices)
+            )
             rest, _ = sequence.text.finish()
             self._leave(sequence, sequence.output(rest, reason="cancelled"))
+
+    def _cancelled(self, request: Request, choices: range) -> None:
+        """Last outputs of choices that never began."""
+        self._outputs.extend(
+            Output(request.id, choice, "", (), 0, len(request.prompt), 0, (), "cancelled")
+            for choice in choices
+        )
 
     @property
     def unfinished(self) -> bool:
@@ -132,23 +140,26 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ schedule
 
-    def _need(self, request: Request) -> int:
-        """Bytes of cache at most: half again what is filled, as caches grow by half."""
+    def _need(self, prompt: int, params: SamplingParams) -> int:
+        """Bytes of cache that one choice may come to hold, the room it grows ahead included."""
         config = self.runner.config
-        positions = len(request.prompt) + min(
-            request.params.max_tokens, self.context - len(request.prompt)
-        )
+        positions = SequenceCache.capacity_at_most(min(prompt + params.max_tokens, self.context))
         each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return request.params.n * positions * each * self.runner.cache_dtype.itemsize
+        return positions * each * self.runner.cache_dtype.itemsize
 
     def _admit(self) -> None:
-        held = sum(self._need(s.request) // s.request.params.n for s in self._running)
-        while self._waiting and len(self._running) < self.max_batch:
+        """Requests in their order, while batch and cache have room for all their choices."""
+        choices = sum(s.choices for s in self._running)
+        held = sum(
+            s.choices * self._need(len(s.request.prompt), s.request.params) for s in self._running
+        )
+        while self._waiting:
             request = self._waiting[0]
-            if self._running and held + self._need(request) > self.cache_bytes:
+            choices += request.params.n
+            held += request.params.n * self._need(len(request.prompt), request.params)
+            if self._running and (choices > self.max_batch or held > self.cache_bytes):
                 return
             self._waiting.popleft()
-            held += self._need(request)
             running = ((s.ids, s.cache) for s in self._running)
             cache = self.prefixes.take(request.prompt, running) or self.runner.new_cache()
             self._running.append(self._start(request, 0, cache))

@@ -99,6 +99,11 @@ class Sequence:
         )
 
     @property
+    def choices(self) -> int:
+        """It stands for all choices of its request until the prompt they share is done."""
+        return 1 if self.generated else self.request.params.n - self.choice
+
+    @property
     def pending(self) -> int:
         """Tokens whose keys and values are not cached yet."""
         return len(self.ids) - self.cache.length

@@ -1,0 +1,113 @@
+"""Quantised matrices and whole quantised models against their dequantised selves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from random_models import random_model, tokenizer
+
+from khaosz.inference import packed
+from khaosz.inference.engine import Engine
+from khaosz.inference.packed import pack, packable
+from khaosz.inference.runner import Chunk, Runner
+from khaosz.inference.sampling import SamplingParams
+from khaosz.interop import GgufModel, load_gguf, save_gguf
+from khaosz.interop.gguf_blocks import affine, quantize
+from khaosz.interop.gguf_file import TENSOR_TYPES
+
+torch.set_num_threads(1)
+
+
+def raw_rows(kind: str, rows: int, columns: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if kind in ("Q4_0", "Q4_1", "Q8_0"):
+        return quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
+    _, block, size = TENSOR_TYPES[kind]
+    raw = rng.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
+    for at in (0, 2):
+        raw[:, at : at + 2] = rng.normal(size=(len(raw), 1)).astype("<f2").view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_product_is_that_of_the_dequantised_weights(
+    kind: str, quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not quick:  # the way of a processor whose layout we don't know
+        monkeypatch.setattr(packed, "_layout_is_known", lambda: False)
+    raws = [raw_rows(kind, 320, 512), raw_rows(kind, 64, 512)]
+    matrix = pack(raws, kind)
+    dense = torch.from_numpy(np.concatenate([affine(raw, kind).dense() for raw in raws]))
+    x = torch.randn(5, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, expected = matrix(x).float(), x.float() @ dense.t()
+    # Scales, zeros and the output are bf16: 2**-9 each of terms that partly cancel.
+    assert (found - expected).abs().max() < 2**-7 * expected.abs().max()
+    assert matrix.nbytes < dense.nbytes / (3 if affine(raws[0], kind).bits > 4 else 6)
+
+
+def test_odd_matrices_are_left_to_others() -> None:
+    assert packable(128, 64, 32, 4)
+    assert not packable(100, 64, 32, 4)
+    assert not packable(128, 64, 16, 6)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantised_model_is_near_its_dequantised_self(
+    tmp_path: Path, kind: str, tied: bool
+) -> None:
+    model = random_model(
+        320,
+        hidden_size=128,
+        intermediate_size=192,
+        head_dim=32,
+        tie_word_embeddings=tied,
+        qkv_bias=True,
+        qk_norm=False,
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(0.3)
+    save_gguf(model, tokenizer(), tmp_path / "a.gguf", kind)
+    runner = Runner.open(tmp_path / "a.gguf")
+    exact = Runner.from_module(load_gguf(tmp_path / "a.gguf"))
+    plain = Runner.open(tmp_path / "a.gguf", dtype=torch.float32)
+    ids = list(range(20, 60))
+    a, b, c = (r.run([Chunk(ids, r.new_cache(), 40)])[0] for r in (runner, exact, plain))
+    # bf16 activations through two layers: a few times 2**-8.
+    assert (a - b).abs().max() < 0.03 * b.abs().max()
+    torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-4)  # fp32, in another order
+
+
+def test_a_quantised_model_is_deterministic_too(tmp_path: Path) -> None:
+    model = random_model(320, hidden_size=128, intermediate_size=192, head_dim=32)
+    save_gguf(model, tokenizer(), tmp_path / "a.gguf", "Q4_0")
+    source = GgufModel.open(tmp_path / "a.gguf")
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1)
+
+    def answers(step_tokens: int, together: bool, lookup: bool) -> list[object]:
+        runner = Runner.from_gguf(source, deterministic=True)
+        engine = Engine(runner, source.tokenizer(), step_tokens=step_tokens, lookup=lookup)
+        told: dict[int, list[object]] = {}
+        for prompt in ([5, 6, 7, 5, 6], list(range(30, 70))):
+            told[engine.add(prompt, params)] = []
+            while engine.unfinished and not together:
+                engine.step()
+        while engine.unfinished:
+            engine.step()
+        for output in engine.take():
+            told[output.request_id] += [output.token_ids, output.logprobs]
+        # How tokens are grouped in outputs is not the question.
+        return [
+            [t for part in parts for t in part]  # type: ignore[attr-defined]
+            for parts in (told[0][::2], told[0][1::2], told[1][::2], told[1][1::2])
+        ]
+
+    alone = answers(512, together=False, lookup=False)
+    assert answers(7, together=True, lookup=False) == alone
+    assert answers(512, together=True, lookup=True) == alone

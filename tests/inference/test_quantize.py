@@ -1,0 +1,101 @@
+"""`quantize`, `init`, `convert`, `bench infer` and `eval` on .gguf files, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from random_models import random_model, tokenizer
+from typer.testing import CliRunner
+
+from khaosz.cli import app
+from khaosz.errors import ConfigError, ModelError
+from khaosz.interop import GgufModel, save_model
+
+torch.set_num_threads(1)
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    model = random_model(320, hidden_size=64, intermediate_size=128, head_dim=16)
+    save_model(model, tmp_path / "model")
+    tokenizer().save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.jsonl"
+    records = [
+        {"text": "the quick brown fox " * 4, "lang": "en"},
+        {"text": "春眠不觉晓", "lang": "zh"},
+    ]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def asked(*words: str) -> Any:
+    done = RUNNER.invoke(app, list(words), catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_quantising_reports_what_it_costs(directory: Path, texts: Path, tmp_path: Path) -> None:
+    losses = {}
+    for to, kind in (("int8", "Q8_0"), ("int4", "Q4_1")):
+        out = tmp_path / f"{to}.gguf"
+        found = asked(
+            "quantize",
+            str(directory),
+            "--to",
+            to,
+            "--out",
+            str(out),
+            "--data",
+            str(texts),
+            "--json",
+        )
+        assert found["type"] == kind and found["bytes"] == out.stat().st_size
+        assert GgufModel.open(out).kind("layers.0.mlp.up_proj.weight") == kind
+        quality = found["quality"]
+        assert quality["by_lang"].keys() == {"zh", "en"} and quality["tokens"] > 30
+        losses[to] = abs(quality["loss_percent"])
+        again = asked("generate", str(out), "--prompt", "the", "--max-tokens", "4", "--json")
+        assert again["tokens"] >= 1
+        scored = asked("eval", "bpb", str(out), str(texts), "--json")
+        assert scored["bits_per_byte"] > 0
+    assert losses["int8"] < losses["int4"]
+    shown = RUNNER.invoke(app, ["quantize", str(directory), "--to", "Q4_0", "--data", str(texts)])
+    assert "same token" in shown.stdout and "Q4_0" in shown.stdout
+    assert (directory.parent / "model-Q4_0.gguf").exists()
+
+
+def test_what_cannot_be_quantised_is_said(directory: Path, tmp_path: Path) -> None:
+    taken = tmp_path / "taken.gguf"
+    taken.touch()
+    with pytest.raises(ModelError, match="exists"):
+        asked("quantize", str(directory), "--out", str(taken))
+    with pytest.raises(ModelError, match=r"does not end in \.gguf"):
+        asked("quantize", str(directory), "--out", str(tmp_path / "x.bin"))
+    with pytest.raises(ModelError, match="type 'int3'"):
+        asked("quantize", str(directory), "--to", "int3")
+    with pytest.raises(ModelError, match="no such model"):
+        asked("quantize", str(tmp_path / "none"))
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_a_size_can_be_tried_without_a_download(tmp_path: Path) -> None:
+    for out in (tmp_path / "nano.gguf", tmp_path / "nano"):
+        done = RUNNER.invoke(app, ["init", "--size", "nano", "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        found = asked("bench", "infer", str(out), "--rounds", "1", "--json")
+        assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
+        assert found["ttft_s"] >= found["load_s"] and 0 < found["bandwidth_share"] < 2
+    with pytest.raises(ModelError, match="exists"):
+        asked("init", "--size", "nano", "--out", str(tmp_path / "nano"))
+    with pytest.raises(ConfigError, match="'namo'"):
+        asked("init", "--size", "namo", "--out", str(tmp_path / "x"))
