@@ -22,6 +22,9 @@ from khaosz.interop.gguf_file import TENSOR_TYPES
 
 GROUP = 32
 _LANES = 64  # rows that the AVX-512 layout interleaves
+# From these rows and columns on a prompt goes through int8 products.
+_WIDE, _DEEP = 128, 1024
+_STRIPE = 512  # outputs at a time: 4 MB of fp32 at a width of 2,048, which the caches hold
 _ROWS = 256  # rows repacked at a time: bounds what loading needs beside the result
 
 
@@ -34,12 +37,56 @@ class PackedMatrix:
         self.halves = halves
 
     def __call__(self, x: Tensor) -> Tensor:
+        if len(x) >= _WIDE and x.shape[1] >= _DEEP and self.halves == 1 and _layout_is_known():
+            return self._wide(x)
         if self.halves == 2:
             x = torch.cat((x, x), dim=-1)
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x, self.packed, GROUP, self.scales_and_zeros
         )
         return out
+
+    def _wide(self, x: Tensor) -> Tensor:
+        """Many rows at once, a prompt: int8 products at several times the speed of the 4-bit
+        kernel, whose work per row does not fall.
+
+        Weights become int8 with one scale a row of N, a few hundred rows at a time: that adds a
+        sixteenth of a 4-bit step. Inputs are the sum of two int8 terms, so 15 bits of the largest
+        of a row are kept. Relative error of the product: 2**-7 (Frobenius).
+        """
+        rows, columns = len(x), x.shape[1]
+        outputs = len(self.packed)
+        wide = x.float()
+        first_scale = (wide.abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        first = (wide / first_scale).round_()
+        second_scale = first_scale / 254
+        second = ((wide - first * first_scale) / second_scale).round_()
+        terms = torch.cat((first, second)).to(torch.int8)  # (2M, K)
+        out = torch.empty(rows, outputs, dtype=torch.bfloat16)
+        for start in range(0, outputs, _STRIPE):
+            stop = min(start + _STRIPE, outputs)
+            weights, scale = self._stripe(start, stop, columns)
+            sums = torch._int_mm(terms, weights).float()  # (2M, N of the stripe)
+            out[:, start:stop] = (sums[:rows] * first_scale + sums[rows:] * second_scale) * scale
+        return out
+
+    def _stripe(self, start: int, stop: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Rows of the weights as int8 (K, N) and their scales (N,)."""
+        lanes, groups = (stop - start) // _LANES, columns // GROUP
+        packed = self.packed[start:stop].view(lanes, groups, GROUP, _LANES // 2)
+        step = self.scales_and_zeros[:, start:stop, 0].float()  # (G, N)
+        zero = self.scales_and_zeros[:, start:stop, 1].float() - 8 * step
+        # The largest weight that any code could stand for: no pass over the weights for it.
+        largest = torch.maximum(zero.abs(), (zero + 15 * step).abs()).amax(0)  # (N,)
+        scale = (largest / 127).clamp_min(1e-30)
+
+        def by_lane(values: Tensor) -> Tensor:
+            return (values / scale).view(groups, lanes, _LANES).transpose(0, 1)[:, :, None]
+
+        codes = torch.cat((packed & 15, packed >> 4), dim=-1).float()  # (lanes, G, 32, 64)
+        weights = torch.addcmul(by_lane(zero), codes, by_lane(step)).round_().to(torch.int8)
+        flat = weights.reshape(lanes, columns, _LANES).transpose(0, 1)
+        return flat.reshape(columns, stop - start), scale
 
     @property
     def nbytes(self) -> int:
