@@ -2,8 +2,8 @@
 
 The template is one Jinja string, stored in tokenizer_config.json and understood by transformers,
 vLLM and llama.cpp; `{% generation %}` marks what the assistant says (transformers' convention for
-`return_assistant_tokens_mask`). Templates of foreign models are code by strangers, so rendering
-runs in Jinja's immutable sandbox (CVE-2024-34359).
+`return_assistant_tokens_mask`). Templates of foreign models are code by strangers: they run in a
+sandbox with limits of time and size (sandbox.py).
 
 Control tokens come from the template alone. One written inside a message is text: it is swapped for
 a random marker before rendering and put back after the rendered chat has been cut at its special
@@ -17,6 +17,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from khaosz.data.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
 from khaosz.errors import DataError
 
 if TYPE_CHECKING:
@@ -118,7 +119,11 @@ def _strftime_now(pattern: str) -> str:
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    if len(template) > MAX_TEMPLATE:
+        raise DataError(
+            f"the chat template has {len(template):,} characters, over {MAX_TEMPLATE:,}"
+        )
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -151,14 +156,23 @@ def render(
     _check(messages)
     template = _compile(tokenizer.chat_template)
     variables = {**tokenizer.template_variables, _START: start_mark, _END: end_mark}
+    # Our own template needs no watch, and a preparation renders it a million times.
+    watched = nullcontext() if tokenizer.chat_template == CHAT_TEMPLATE else time_limit()
     try:
-        return template.render(
-            messages=list(messages),
-            tools=list(tools) if tools else None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
-        )
+        with watched:
+            parts, size = [], 0
+            for part in template.generate(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            ):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_TEXT:
+                    raise DataError(f"the chat template makes more than {MAX_TEXT:,} characters")
+            return "".join(parts)
     # What a template can raise: refusals, undefined names and sandbox limits (TemplateError,
     # OverflowError), and Python's complaints about values of a shape that it did not expect.
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from khaosz.data import chat
 from khaosz.data.chat import CHAT_TEMPLATE
+from khaosz.data.sandbox import time_limit
 from khaosz.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from khaosz.errors import DataError
 
@@ -206,11 +209,47 @@ def test_bad_chats(tokenizer: Tokenizer, messages: list[dict[str, Any]], reason:
         "{% for i in range(10**9) %}{% endfor %}",
         "{{ 1 / 0 }}",
         "{{ undefined.attribute }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ [1] * 10**9 }}",
+        "{{ 10**9 * 'a' }}",
+        "{{ 2 ** (10**6) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ ('a' * 10**6)|replace('a', 'b' * 10**6) }}",
+        "{{ ('\\n' * 10**6)|indent('b' * 10**6) }}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+        "{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+        "{% set n.x = n.x + n.x %}{% endfor %}",
     ],
 )
 def test_templates_run_in_a_sandbox(tokenizer: Tokenizer, attack: str) -> None:
     with pytest.raises(DataError, match="refuses this chat"):
         with_template(tokenizer, attack).render_chat([user("x")])
+
+
+def test_templates_have_limits_of_size_and_time(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flood = "{% for i in range(10**5) %}{{ 'a' * 10**6 }}{% endfor %}"
+    with pytest.raises(DataError, match="makes more than 16,777,216 characters"):
+        with_template(tokenizer, flood).render_chat([user("x")])
+    with pytest.raises(DataError, match="template has 200,000 characters"):
+        with_template(tokenizer, "x" * 200_000).render_chat([user("x")])
+    loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+    before = sys.gettrace()
+    with pytest.raises(DataError, match=r"more than 0\.2 seconds"):
+        monkeypatch.setattr(chat, "time_limit", lambda: time_limit(0.2))
+        with_template(tokenizer, loop).render_chat([user("x")])
+    assert sys.gettrace() is before
+
+
+def test_what_templates_use_still_works(tokenizer: Tokenizer) -> None:
+    template = (
+        "{{ ('a' ~ 1 ~ messages[0].content) + 'b' * 2 }}{{ 'x y'|replace(' ', '_') }}"
+        "{{ 'p\\nq'|indent(2) }}{{ '%s-%03d' % ('k', 7) }}{{ 2 ** 3 * 2 + 1 }}{{ [1] + [2] }}"
+    )
+    said = with_template(tokenizer, template).render_chat([user("u")])
+    assert said == "a1ubbx_yp\n  qk-00717[1, 2]"
 
 
 def test_broken_and_missing_templates(tokenizer: Tokenizer) -> None:
