@@ -62,9 +62,20 @@ class Engine:
     # ------------------------------------------------------------------ the three verbs, and cancel
 
     def add(self, prompt: list[int], params: SamplingParams, *, lookup: bool | None = None) -> int:
-        """Queue a request; its id. Raises `GenerationError` for a prompt that is empty, has ids
-        outside the vocabulary, fills the context or could never fit the cache, and for a grammar
-        that can't be used. A prompt is never cut."""
+        """Queue a request; its id. Raises `GenerationError` as `check` does, and for a grammar that
+        can't be used."""
+        self.check(prompt, params)
+        matcher = matcher_for(params, self.tokenizer)
+        wanted = self.lookup if lookup is None else lookup
+        request = Request(
+            next(self._ids), list(prompt), params, wanted and matcher is None, matcher
+        )
+        self._waiting.append(request)
+        return request.id
+
+    def check(self, prompt: list[int], params: SamplingParams) -> None:
+        """Raises `GenerationError` for a prompt that is empty, has ids outside the vocabulary,
+        fills the context or could never fit the cache. A prompt is never cut."""
         if not len(prompt):
             raise GenerationError("the prompt is empty")
         if len(prompt) >= self.context:
@@ -84,13 +95,6 @@ class Engine:
                 f" {need >> 20} MB of cache, there are {self.cache_bytes >> 20}",
                 hint="ask for fewer tokens",
             )
-        matcher = matcher_for(params, self.tokenizer)
-        wanted = self.lookup if lookup is None else lookup
-        request = Request(
-            next(self._ids), list(prompt), params, wanted and matcher is None, matcher
-        )
-        self._waiting.append(request)
-        return request.id
 
     def cancel(self, request_id: int) -> None:
         """Stop a request at once, also in the middle of its prompt; unknown or finished ones are

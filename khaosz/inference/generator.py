@@ -137,12 +137,15 @@ class Generator:
         """Text as it becomes final: never half a character, never any part of a stop string.
 
         Raises `GenerationError` at once for an empty prompt, one that fills the context, or an id
-        that the tokenizer does not have. A stream that is left cancels its request.
+        that the tokenizer does not have. Nothing is computed before the first piece is asked for;
+        a stream that is left cancels its request.
         """
         params = params or SamplingParams()
         if params.n != 1:
             raise GenerationError("a stream has one choice", hint="leave n at 1")
-        return self._pieces(self._add(prompt, params))
+        ids = self.ids(prompt)
+        self.engine.check(ids, params)
+        return self._pieces(ids, params)
 
     def chat(
         self,
@@ -160,22 +163,33 @@ class Generator:
         """
         if pooling not in ("last", "mean"):
             raise GenerationError(f"pooling '{pooling}' is unknown", hint="last or mean")
-        runner, rows = self.engine.runner, []
+        runner, chunks = self.engine.runner, []
         for text in texts:
             ids = self.prompt_ids(text)
             if not 0 < len(ids) <= self.context:
                 raise GenerationError(f"a text has {len(ids)} tokens, not 1 to {self.context}")
-            states = runner.hidden([Chunk(ids, runner.new_cache(), 0)])[0]  # (T, D)
-            pooled = states[-1] if pooling == "last" else states.mean(0)
-            rows.append((pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy())
-        return np.stack(rows) if rows else np.empty((0, runner.config.hidden_size), np.float32)
+            chunks.append(Chunk(ids, runner.new_cache(), 0))
+        vectors = np.empty((len(chunks), runner.config.hidden_size), np.float32)
+        first = 0
+        while first < len(chunks):  # as many in one pass as the engine's steps have room for
+            last, room = first, self.engine.step_tokens
+            while last < len(chunks) and (last == first or len(chunks[last].ids) <= room):
+                room -= len(chunks[last].ids)
+                last += 1
+            for row, states in enumerate(runner.hidden(chunks[first:last]), first):  # (T, D)
+                pooled = states[-1] if pooling == "last" else states.mean(0)
+                vectors[row] = (pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy()
+                chunks[row].cache = runner.new_cache()  # its keys and values have served
+            first = last
+        return vectors
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> int:
         if self._live and not self.engine.unfinished:
             self.engine.weights_changed()  # a live module may have moved since
         return self.engine.add(self.ids(prompt), params)
 
-    def _pieces(self, request_id: int) -> Iterator[Piece]:
+    def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
+        request_id = self._add(ids, params)
         try:
             while True:
                 self.engine.step()

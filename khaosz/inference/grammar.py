@@ -19,6 +19,8 @@ from khaosz.errors import GenerationError
 from khaosz.inference.sampling import SamplingParams
 
 MAX_GRAMMAR = 1 << 16  # characters of a schema or regular expression
+# Between JSON's tokens. Bounded: a weak model would stay in white space until its last token.
+_SPACE = r"[ \n]{0,32}"
 
 
 class Matcher:
@@ -54,8 +56,8 @@ class Matcher:
 def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
     """The matcher a request asks for, if any.
 
-    Raises `GenerationError` for a schema or expression that is broken, too large or too costly,
-    and when llguidance is not installed.
+    Raises `GenerationError` for a schema or expression that is broken, too large or too costly
+    (as far as the first token tells), and when llguidance is not installed.
     """
     source = params.json_schema if params.json_schema is not None else params.regex
     if source is None:
@@ -64,6 +66,10 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
     if len(source) > MAX_GRAMMAR:
         raise GenerationError(f"{what} has {len(source):,} characters, more than {MAX_GRAMMAR:,}")
     try:
+        source.encode()
+    except UnicodeEncodeError as error:
+        raise GenerationError(f"{what} is not text: {error.reason}") from None
+    try:
         import llguidance
     except ImportError:
         raise GenerationError(
@@ -71,20 +77,29 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
         ) from None
     if params.json_schema is not None:
         try:
-            json.loads(source)
+            schema = json.loads(source)
         except (ValueError, RecursionError) as error:
             raise GenerationError(f"json_schema is not JSON: {error}") from None
-        grammar = llguidance.LLMatcher.grammar_from_json_schema(source)
+        if not isinstance(schema, dict):
+            raise GenerationError("json_schema is not an object")
+        try:
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                source, defaults={"whitespace_pattern": _SPACE}
+            )
+        except ValueError as error:  # nested too deep, or NaN, which Python's parser lets through
+            raise GenerationError(f"json_schema cannot be used: {_first_line(error)}") from None
     else:
         grammar = llguidance.LLMatcher.grammar_from_regex(source)
     inner = llguidance.LLMatcher(_tokens(tokenizer), grammar, log_level=0)
     if inner.is_error():
         raise GenerationError(f"{what} cannot be used: {_first_line(inner.get_error())}")
-    return Matcher(inner, tokenizer.vocab_size)
+    matcher = Matcher(inner, tokenizer.vocab_size)
+    matcher.mask(torch.zeros(tokenizer.vocab_size))  # where most costly forms show what they are
+    return matcher
 
 
-def _first_line(error: str) -> str:
-    return error.splitlines()[0][:300]
+def _first_line(error: object) -> str:
+    return str(error).splitlines()[0][:300]
 
 
 @lru_cache(maxsize=4)

@@ -13,6 +13,7 @@ import numpy as np
 from khaosz.inference.sequence_cache import SequenceCache
 
 _LEAST = 8  # positions below which a copy is not worth the trouble
+_MOST = 256  # entries: all are compared with every new prompt
 
 
 @dataclass
@@ -36,11 +37,19 @@ class PrefixCache:
         return sum(entry.cache.nbytes for entry in self._entries.values())
 
     def put(self, ids: Sequence[int], cache: SequenceCache) -> None:
-        """Keep a finished sequence's cache; `ids` are the tokens of its positions."""
-        if cache.length >= _LEAST and cache.nbytes <= self.max_bytes:
-            held = Held(np.array(ids[: cache.length], dtype=np.int32), cache)
-            self._entries[next(self._keys)] = held
-            self.shrink(self.max_bytes)
+        """Keep a finished sequence's cache; `ids` are the tokens of its positions. Of two of which
+        one begins with the other only the longer is of use."""
+        if cache.length < _LEAST or cache.nbytes > self.max_bytes:
+            return
+        held = Held(np.array(ids[: cache.length], dtype=np.int32), cache)
+        for key, entry in list(self._entries.items()):
+            shorter = min(len(entry.ids), len(held.ids))
+            if common_prefix(entry.ids, held.ids) == shorter:
+                if len(entry.ids) > shorter:
+                    held = entry
+                del self._entries[key]
+        self._entries[next(self._keys)] = held
+        self.shrink(self.max_bytes)
 
     def take(
         self, prompt: Sequence[int], running: Iterable[tuple[Sequence[int], SequenceCache]] = ()
@@ -71,7 +80,7 @@ class PrefixCache:
         return best
 
     def shrink(self, max_bytes: int) -> None:
-        while self._entries and self.nbytes > max_bytes:
+        while len(self._entries) > _MOST or self.nbytes > max_bytes:
             self._entries.popitem(last=False)
 
     def clear(self) -> None:

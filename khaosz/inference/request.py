@@ -100,8 +100,8 @@ class Sequence:
 
     @property
     def choices(self) -> int:
-        """It stands for all choices of its request until the prompt they share is done."""
-        return 1 if self.generated else self.request.params.n - self.choice
+        """The first stands for all choices of its request until the prompt they share is done."""
+        return self.request.params.n if self.choice == self.generated == 0 else 1
 
     @property
     def pending(self) -> int:

@@ -17,6 +17,7 @@ from khaosz.errors import GenerationError
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP = 1024  # characters of a stop string: each may be looked for at every token
 MAX_BIASES = 1024
 _LIKELY = 1024  # candidates a filter looks at first, before it sorts the whole vocabulary
 
@@ -73,8 +74,8 @@ class SamplingParams:
             ("n", 1 <= self.n <= MAX_CHOICES, f"between 1 and {MAX_CHOICES}"),
             (
                 "stop",
-                all(self.stop) and len(self.stop) <= MAX_STOPS,
-                f"at most {MAX_STOPS} strings that are not empty",
+                len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP for s in self.stop),
+                f"at most {MAX_STOPS} strings of 1 to {MAX_STOP} characters",
             ),
             (
                 "logprobs",

@@ -50,6 +50,12 @@ class SequenceCache:
         grown[:, :, : self.length] = self._store[:, :, : self.length]
         self._store = grown
 
+    @staticmethod
+    def capacity_at_most(positions: int) -> int:
+        """What `reserve` may come to for a sequence that never has more than `positions`."""
+        blocks = -(-positions // BLOCK)
+        return (blocks + min(-(-blocks // 2), 16)) * BLOCK
+
     def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> tuple[Tensor, Tensor]:
         """Put T new positions (T, K, H) behind the last; returns keys and values (K, S, H) up to
         them and `extra` positions more. `advance` moves the length, once per pass."""

@@ -5,24 +5,30 @@ Keys and tensor names are llama.cpp's (gguf-py/gguf/constants.py, tensor_mapping
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from khaosz.config import ModelConfig, RopeScaling
+from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ModelError
 from khaosz.interop.gguf_blocks import dequantize, is_affine, quantize
+from khaosz.interop.gguf_config import (
+    ROPE_FACTORS,
+    config_from_metadata,
+    config_to_metadata,
+    llama3_factors,
+    with_llama3,
+)
 from khaosz.interop.gguf_file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf_tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
-from khaosz.interop.shown import one_line, shown
+from khaosz.interop.huggingface import check_rotary
+from khaosz.interop.shown import shown
 from khaosz.model import Transformer, parameter_shapes
-from khaosz.model.module import Rotary, rotary_frequencies
+from khaosz.model.module import Rotary
 
 _BLOCK_NAMES = {
     "input_layernorm": "attn_norm",
@@ -38,8 +44,8 @@ _BLOCK_NAMES = {
     "mlp.down_proj": "ffn_down",
 }
 _TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_ROPE_FACTORS = "rope_freqs.weight"
 _SLICE = 1 << 24  # weights converted at a time
+_LARGEST_HALF, _LARGEST_SINGLE = 65_504.0, 3.3e38  # what rounds to a finite number
 
 
 def gguf_name(name: str) -> str:
@@ -58,7 +64,7 @@ class GgufModel:
         """Raises `ModelError` for an architecture or feature we do not compute, and for tensors
         that are missing, unexpected or misshapen, by name."""
         self.file = file
-        self.config = _config(file)
+        self.config = config_from_metadata(file)
         shapes = parameter_shapes(self.config)
         self.names = {name: gguf_name(name) for name in shapes}
         for name, shape in shapes.items():
@@ -69,9 +75,13 @@ class GgufModel:
                 raise ModelError(
                     f"{file.source}: tensor '{self.names[name]}' is {tensor.shape}, not {shape}"
                 )
-        unexpected = file.tensors.keys() - set(self.names.values()) - {_ROPE_FACTORS}
+        unexpected = file.tensors.keys() - set(self.names.values()) - {ROPE_FACTORS}
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {shown(min(unexpected))}")
+        # Only now are the sizes known to be those of tensors, and what they cost to be bounded.
+        if ROPE_FACTORS in file.tensors:
+            self.config = with_llama3(self.config, file)
+        check_rotary(self.config, file.source)
 
     @classmethod
     def open(cls, path: str | Path) -> GgufModel:
@@ -155,11 +165,14 @@ def write_model(
         rows = partial(_rows, parameter, name, wanted, _permuted_heads(name, config), search)
         tensors.append(TensorToWrite(gguf_name(name), wanted, shape, rows))
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
-        factors = _llama3_factors(config)
+        factors = llama3_factors(config)
         tensors.append(
-            TensorToWrite(_ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)])
+            TensorToWrite(ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)])
         )
-    metadata = {**_metadata(config, kind), **tokenizer_to_metadata(tokenizer, config.vocab_size)}
+    metadata = {
+        **config_to_metadata(config, kind),
+        **tokenizer_to_metadata(tokenizer, config.vocab_size),
+    }
     write_gguf(path, metadata, tensors)
 
 
@@ -177,7 +190,12 @@ def _rows(
         weights = torch.from_numpy(_to_pairs(weights.float().numpy(), heads))
     step = max(1, _SLICE // weights.shape[1])
     for start in range(0, len(weights), step):
-        yield quantize(weights[start : start + step].float().numpy(), kind, search=search)
+        part = weights[start : start + step].float()
+        largest = float(part.abs().max())
+        # Scales are fp16 as well. NaN is no number's lesser.
+        if not largest <= (_LARGEST_HALF if kind not in ("F32", "BF16") else _LARGEST_SINGLE):
+            raise ModelError(f"'{name}' has a weight of {largest:g}, which {kind} cannot hold")
+        yield quantize(part.numpy(), kind, search=search)
 
 
 def _permuted_heads(name: str, config: ModelConfig) -> int | None:
@@ -201,151 +219,6 @@ def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 def _to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     swapped = rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(swapped).reshape(rows.shape)
-
-
-def _config(file: GgufFile) -> ModelConfig:
-    metadata, source = file.metadata, file.source
-    family = metadata.get("general.architecture")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise ModelError(
-            f"{source}: architecture {shown(family)} is not supported",
-            hint="llama, qwen2, qwen3 are",
-        )
-
-    def get(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"{family}.{name}", default)
-        if value is None:
-            raise ModelError(f"{source}: key '{family}.{name}' is missing")
-        if not isinstance(value, int | float | str):
-            raise ModelError(f"{source}: '{family}.{name}' is a {type(value).__name__}")
-        # Stored in fp32: 1e-6 is to be 1e-6 again, not 9.99999997e-07.
-        return float(str(np.float32(value))) if isinstance(value, float) else value
-
-    if get("expert_count", 0):
-        raise ModelError(f"{source}: mixtures of experts are not supported")
-    heads, width = get("attention.head_count"), get("embedding_length")
-    table = file.tensors.get("token_embd.weight")
-    if table is None:
-        raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
-    if not isinstance(heads, int) or not isinstance(width, int) or heads < 1:
-        raise ModelError(f"{source}: {shown(heads)} heads of a width of {shown(width)}")
-    head_dim = get("attention.key_length", width // heads)
-    if get("rope.dimension_count", head_dim) != head_dim:
-        raise ModelError(f"{source}: rotation of a part of each head is not supported")
-    fields = {
-        "vocab_size": table.shape[0],
-        "hidden_size": width,
-        "intermediate_size": get("feed_forward_length"),
-        "num_hidden_layers": get("block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": get("context_length"),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get("rope.freq_base", 10_000.0),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2",
-    }
-    if fields["num_hidden_layers"] > len(file.tensors):
-        raise ModelError(f"{source}: {fields['num_hidden_layers']} blocks, too few tensors")
-    try:
-        match get("rope.scaling.type", "none"):
-            case "none":
-                pass
-            case "linear":
-                fields["rope_scaling"] = RopeScaling(
-                    rope_type="linear", factor=get("rope.scaling.factor")
-                )
-            case "yarn":
-                fields["rope_scaling"] = RopeScaling(
-                    rope_type="yarn",
-                    factor=get("rope.scaling.factor"),
-                    original_max_position_embeddings=get("rope.scaling.original_context_length"),
-                )
-            case other:
-                raise ModelError(f"{source}: rope scaling {shown(other)} is not supported")
-        config = ModelConfig.parse(fields, source=source)
-        if _ROPE_FACTORS in file.tensors:
-            config = _with_llama3(config, file)
-        return config
-    except (ConfigError, ValueError) as error:
-        raise ModelError(one_line(str(error)), hint=getattr(error, "hint", None)) from None
-
-
-def _llama3_factors(config: ModelConfig) -> np.ndarray:
-    """What llama.cpp divides each frequency by: float32 (H / 2,)."""
-    plain, _ = rotary_frequencies(config.model_copy(update={"rope_scaling": None}))
-    scaled, _ = rotary_frequencies(config)
-    return (plain / scaled).numpy()
-
-
-def _with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
-    """The file holds the resulting factors only: find the published scaling that gives them."""
-    given = dequantize(file.raw(_ROPE_FACTORS), file.tensors[_ROPE_FACTORS].type).ravel()
-    largest = float(given.max())
-    for factor in (largest, 8.0, 32.0):
-        if not math.isfinite(factor) or factor < 1:
-            continue
-        for original in (8192, 4096, 16_384):
-            scaling = RopeScaling(
-                rope_type="llama3",
-                factor=factor,
-                low_freq_factor=1.0,
-                high_freq_factor=4.0,
-                original_max_position_embeddings=original,
-            )
-            candidate = config.model_copy(update={"rope_scaling": scaling})
-            ours = _llama3_factors(candidate)
-            # Both sides are fp32 formulas in different order: a few parts in 10^6 apart.
-            if ours.shape == given.shape and np.allclose(ours, given, rtol=1e-4):
-                return candidate
-    raise ModelError(f"{file.source}: the factors in '{_ROPE_FACTORS}' are of no known scaling")
-
-
-def _metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
-    family = config.family
-    values: dict[str, Any] = {
-        "general.architecture": family,
-        "general.name": "KHAOSZ",
-        "general.file_type": {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[
-            kind
-        ],
-        "general.quantization_version": 2,
-        f"{family}.block_count": config.num_hidden_layers,
-        f"{family}.context_length": config.max_position_embeddings,
-        f"{family}.embedding_length": config.hidden_size,
-        f"{family}.feed_forward_length": config.intermediate_size,
-        f"{family}.attention.head_count": config.num_attention_heads,
-        f"{family}.attention.head_count_kv": config.num_key_value_heads,
-        f"{family}.attention.key_length": config.head_dim,
-        f"{family}.attention.value_length": config.head_dim,
-        f"{family}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{family}.rope.freq_base": float(config.rope_theta),
-        f"{family}.rope.dimension_count": config.head_dim,
-        f"{family}.vocab_size": config.vocab_size,
-    }
-    match config.rope_scaling:
-        case RopeScaling(rope_type="linear", factor=factor):
-            values[f"{family}.rope.scaling.type"] = "linear"
-            values[f"{family}.rope.scaling.factor"] = float(factor)
-        case RopeScaling(rope_type="yarn") as yarn:
-            plain = RopeScaling(rope_type="yarn", factor=yarn.factor)
-            if (yarn.beta_fast, yarn.beta_slow, yarn.attention_factor, yarn.truncate) != (
-                plain.beta_fast,
-                plain.beta_slow,
-                plain.attention_factor,
-                plain.truncate,
-            ):
-                raise ModelError(
-                    "this YaRN scaling cannot be written to GGUF", hint="keep it in HF"
-                )
-            values[f"{family}.rope.scaling.type"] = "yarn"
-            values[f"{family}.rope.scaling.factor"] = float(yarn.factor)
-            values[f"{family}.rope.scaling.original_context_length"] = (
-                yarn.original_max_position_embeddings or config.max_position_embeddings
-            )
-    return values
 
 
 def tensor_kinds(kinds: Iterable[str]) -> str:

@@ -21,13 +21,14 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_DIGIT = r"\p{N}"
 _PATTERNS = {
     "qwen2": (QWEN2_PATTERN,),
     "deepseek-r1-qwen": (QWEN2_PATTERN,),
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
     "llama-v3": (_LLAMA3,),
-    "smollm": (r"\p{N}", _GPT2),
+    "smollm": (_DIGIT, _GPT2),
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
@@ -134,17 +135,40 @@ def _added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
     return {"id": token_id, "content": content, **flags, "special": special}
 
 
+def _patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """The regular expressions of a byte-level pre-tokenizer; None for one that does more."""
+    patterns: list[str] = []
+    byte_level = False
+    for step in (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(_DIGIT)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                byte_level = True
+                patterns += [_GPT2] if step.get("use_regex", True) else []
+            case _:
+                return None
+    return tuple(patterns) if byte_level else None
+
+
 def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """`tokenizer.*` keys for a model with `rows` rows of embedding (padding rows are named).
 
     Raises `ModelError` for a tokenizer whose pre-tokenizer has no name in llama.cpp.
     """
     spec = json.loads(tokenizer.serialized)
-    model = spec["model"]
-    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers") or []
-    patterns = tuple(s["pattern"].get("Regex") for s in steps if s["type"] == "Split")
-    names = [name for name, known in _PATTERNS.items() if known == patterns]
-    if model["type"] != "BPE" or spec.get("normalizer") is not None or not names:
+    model, patterns = spec["model"], _patterns(spec.get("pre_tokenizer"))
+    whole_words = bool(model.get("ignore_merges"))
+    names = [
+        name
+        for name, known in _PATTERNS.items()
+        if known == patterns and (name in _IGNORE_MERGES) == whole_words
+    ]
+    # Qwen2's composes characters (NFC) before anything else, which llama.cpp leaves out.
+    normalizer = (spec.get("normalizer") or {"type": "NFC"})["type"]
+    if model["type"] != "BPE" or normalizer != "NFC" or not names:
         raise ModelError(
             "the pre-tokenizer of this model has no name in llama.cpp",
             hint="models trained here have one: 'qwen2'",

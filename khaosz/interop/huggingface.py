@@ -19,8 +19,8 @@ from torch import Tensor
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.shown import one_line, shown
-from khaosz.model import Transformer
-from khaosz.model.module import Rotary
+from khaosz.model import Transformer, parameter_shapes
+from khaosz.model.module import Rotary, rotary_frequencies
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -28,6 +28,8 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _SAME_AS = {"mistral": "llama"}  # once its sliding window is out of the way
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MAX_LAYERS = 10_000  # far above any model, far below what would cost memory to name
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -69,9 +71,9 @@ def load_model(
     """
     directory = Path(directory)
     config = load_config(directory)
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {_hf_name(name): (name, p.shape) for name, p in model.named_parameters()}
+    if config.num_hidden_layers > _MAX_LAYERS:
+        raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
+    wanted = {_hf_name(name): (name, shape) for name, shape in parameter_shapes(config).items()}
     loaded: dict[str, Tensor] = {}
     head: Tensor | None = None  # a tied head that is written all the same
     for path in weight_files(directory):
@@ -80,11 +82,13 @@ def load_model(
                 for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
                     if name in wanted:
                         tensor = file.get_tensor(name)
-                        if not tensor.is_floating_point():
+                        if tensor.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
                         loaded[wanted[name][0]] = tensor.to(device, dtype)
                     elif name == "lm_head.weight" and config.tie_word_embeddings:
                         head = file.get_tensor(name)
+                        if head.dtype not in _DTYPES:
+                            raise ModelError(f"{path}: tensor '{name}' is {head.dtype}")
                     elif not name.endswith("rotary_emb.inv_freq"):
                         raise ModelError(f"{path}: unexpected tensor {shown(name)}")
         except (SafetensorError, OSError) as error:
@@ -92,13 +96,15 @@ def load_model(
     for hf_name, (name, shape) in wanted.items():
         if name not in loaded:
             raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
-        if loaded[name].shape != shape:
-            found, expected = tuple(loaded[name].shape), tuple(shape)
-            raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {expected}")
+        if (found := tuple(loaded[name].shape)) != shape:
+            raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {shape}")
     if head is not None and not torch.equal(head.to(device, dtype), loaded["embed_tokens.weight"]):
         raise ModelError(
             f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
         )
+    check_rotary(config, str(directory))
+    with torch.device("meta"):
+        model = Transformer(config)
     model.load_state_dict(loaded, assign=True)
     model.rotary = Rotary(config).to(device)  # derived, so not in the file
     return model.requires_grad_(True).eval()
@@ -120,6 +126,16 @@ def load_config(directory: Path) -> ModelConfig:
     if not isinstance(values, dict):
         raise ModelError(f"{path}: holds a {type(values).__name__}, not a JSON object")
     return config_from_hf(values, str(path))
+
+
+def check_rotary(config: ModelConfig, source: str) -> None:
+    """Raises `ModelError` for rotary settings, each in its range, that together mean nothing."""
+    try:
+        frequencies, amplitude = rotary_frequencies(config)
+    except (ArithmeticError, ValueError) as error:
+        raise ModelError(f"{source}: its rotary settings cannot be computed: {error}") from None
+    if not torch.isfinite(frequencies * amplitude).all():
+        raise ModelError(f"{source}: its rotary settings give frequencies that are not finite")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -175,7 +191,7 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         if not isinstance(window, int) or not isinstance(context, int) or window < context:
             raise ModelError(f"{source}: sliding_window={shown(window)} is not supported")
     family = _SAME_AS.get(str(family), family)
-    if family not in _ARCHITECTURES:
+    if not isinstance(family, str) or family not in _ARCHITECTURES:
         raise ModelError(
             f"{source}: model_type {shown(family)} is not supported",
             hint=f"supported: {', '.join([*_ARCHITECTURES, *_SAME_AS])}",
@@ -190,7 +206,8 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
     }.items():
         if values.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{source}: {key}={shown(values[key])} is not supported")
-    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+    layers = values.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise ModelError(f"{source}: layer_types other than full_attention are not supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):

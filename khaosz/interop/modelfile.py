@@ -1,6 +1,6 @@
 """An Ollama Modelfile beside an exported .gguf: `ollama create NAME -f Modelfile`.
 
-Format: https://github.com/ollama/ollama/blob/main/docs/modelfile.md
+Formats: https://docs.ollama.com/modelfile and https://docs.ollama.com/template
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from pathlib import Path
 from khaosz.data.chat import CHAT_TEMPLATE
 from khaosz.data.tokenizer import Tokenizer
 
-# Go's template of CHAT_TEMPLATE without tools. Ollama adds the begin token by itself.
+# Go's templates of CHAT_TEMPLATE and ChatML without tools. Ollama adds the begin token by itself,
+# and joins what is `system` among the messages into .System (template/template.go, `collate`).
 _TEMPLATE = (
     "{{- if .System }}<|system|>{{ .System }}<|end|>{{ end }}"
     "{{- range .Messages }}"
@@ -21,7 +22,8 @@ _TEMPLATE = (
 )
 _CHATML = (
     "{{- if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n{{ end }}"
-    "{{- range .Messages }}<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}"
+    '{{- range .Messages }}{{- if ne .Role "system" }}'
+    "<|im_start|>{{ .Role }}\n{{ .Content }}<|im_end|>\n{{ end }}{{ end }}"
     "<|im_start|>assistant\n"
 )
 

@@ -8,7 +8,7 @@ _LONGEST = 100  # characters
 def shown(value: object) -> str:
     """`repr(value)` cut to one short line. A file can name a tensor with line breaks, terminal
     escapes or a megabyte of text, and what we print must not."""
-    text = repr(value[: 2 * _LONGEST] if isinstance(value, str) else value)
+    text = " ".join(repr(value[: 2 * _LONGEST] if isinstance(value, str) else value).split("\n"))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

@@ -235,9 +235,7 @@ def test_requests_out_of_range_are_refused_by_name() -> None:
 
 
 def test_the_cache_budget_makes_requests_wait() -> None:
-    one = engine()
-    one.add(PROMPTS[0], GREEDY)
-    need = one._need(one._waiting[0])
+    need = engine()._need(len(PROMPTS[0]), GREEDY)
     by = engine(cache_bytes=need + 1)
     ids = [by.add(PROMPTS[0], GREEDY) for _ in range(3)]
     most = 0

@@ -11,6 +11,7 @@ import torch
 from random_models import bytewise, random_model, tokenizer
 
 from khaosz.errors import GenerationError
+from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 
@@ -39,16 +40,25 @@ def generator(seed: int = 0) -> Generator:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_random_weights_speak_json(seed: int, temperature: float) -> None:
     params = SamplingParams(
-        max_tokens=300, temperature=temperature, seed=seed, json_schema=json.dumps(SCHEMA)
+        max_tokens=480, temperature=temperature, seed=seed, json_schema=json.dumps(SCHEMA)
     )
-    # White space is allowed without end, and greedy random weights may stay in it.
+    # Room for 32 characters in each of 13 places for white space, and for what is to be said.
     completion = generator(seed).generate("x", params)
-    if completion.finish_reason == "stop":
-        said = json.loads(completion.text)
-        assert said.keys() == {"name", "age", "kind"}
-        assert len(said["name"]) <= 4 and 0 <= said["age"] <= 99 and said["kind"] in ("人", "cat")
-    else:
-        assert completion.text.count("  ") or len(completion.text) > 40
+    assert completion.finish_reason == "stop"
+    said = json.loads(completion.text)
+    assert said.keys() == {"name", "age", "kind"}
+    assert len(said["name"]) <= 4 and 0 <= said["age"] <= 99 and said["kind"] in ("人", "cat")
+
+
+def test_text_that_looks_like_a_special_token_is_not_one() -> None:
+    params = SamplingParams(
+        max_tokens=40,
+        temperature=0.0,
+        regex=r"<\|user\|>!",
+        logit_bias={tokenizer().special_id("<|user|>"): 100.0},
+    )
+    completion = generator().generate("x", params)
+    assert completion.text == "<|user|>!" and completion.tokens > 3
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -77,6 +87,12 @@ def test_every_choice_has_a_grammar_of_its_own() -> None:
         ({"json_schema": '{"type": "nonsense"}'}, "cannot be used"),
         ({"json_schema": '{"$ref": "http://example.com/x"}'}, "cannot be used"),
         ({"json_schema": '"' + "x" * 70_000 + '"'}, "70,002 characters"),
+        ({"json_schema": '{"items":' * 900 + "{}" + "}" * 900}, "cannot be used"),
+        ({"json_schema": '{"const": NaN}'}, "cannot be used"),
+        ({"json_schema": "true"}, "not an object"),
+        ({"json_schema": '{"$ref": "#"}'}, "the grammar failed"),
+        ({"regex": "\ud800"}, "not text"),
+        ({"regex": "((a?){99}){99}a{9801}"}, "the grammar failed"),
         ({"regex": "((("}, "cannot be used"),
     ],
     ids=lambda value: str(value)[:40],
@@ -87,10 +103,26 @@ def test_forms_that_cannot_be_used_are_refused(form: dict[str, str], message: st
     assert "\n" not in str(caught.value)
 
 
-def test_a_costly_expression_ends_its_request_only() -> None:
-    one = generator()
-    with pytest.raises(GenerationError, match="grammar"):
-        one.generate("x", SamplingParams(max_tokens=5, regex="(a{1000}){1000}"))
-    assert one.generate("x", SamplingParams(max_tokens=5)).tokens > 0
+def test_a_grammar_that_fails_later_ends_its_request_only() -> None:
+    """Refused tokens stand for whatever llguidance may meet in the middle of an answer."""
+    engine = Engine(generator().engine.runner, tokenizer())
+    params = SamplingParams(max_tokens=30, temperature=0.0, regex="[a-z]{20}")
+    bad, good = engine.add([20, 21], params), engine.add([20, 21], params)
+    engine.step()
+    matcher = engine._running[0].matcher
+    assert matcher is not None
+    with pytest.raises(GenerationError, match="the grammar failed"):
+        matcher.accept(tokenizer().encode("5")[0])
+    outputs = []
+    while engine.unfinished:
+        engine.step()
+        outputs += engine.take()
+    (failed,) = [o for o in outputs if o.request_id == bad and o.finish_reason]
+    assert failed.finish_reason == "error" and "the grammar failed" in str(failed.error)
+    text = "".join(o.text for o in outputs if o.request_id == good)
+    assert re.fullmatch("[a-z]{20}", text)
+
+
+def test_one_form_at_a_time() -> None:
     with pytest.raises(GenerationError, match="regex must be left out"):
         SamplingParams(regex="a", json_schema="{}")

@@ -180,6 +180,8 @@ def main(count: int) -> None:
                 print(f"seed {seed}", file=sys.stderr)
                 raise
             slowest = max(slowest, time.perf_counter() - started)
+            if seed % 50_000 == 49_999:
+                print(f"{seed + 1:,} files, slowest {slowest:.3f} s", file=sys.stderr)
     seconds = time.perf_counter() - begun
     report = {"files": count, "readable": readable, "seconds": seconds, "slowest": slowest}
     print(json.dumps(report))

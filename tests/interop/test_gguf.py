@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuzz_models import mutated, valid_gguf
+from fuzz_models import mutated, read_directory, read_gguf, valid_directory, valid_gguf
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
@@ -309,9 +309,15 @@ def rewritten(path: Path, name: str, **changes: Any) -> Path:
         ({"metadata": {"general.architecture": "mamba"}}, "architecture 'mamba'"),
         ({"metadata": {"llama.block_count": None}}, "'llama.block_count' is missing"),
         ({"metadata": {"llama.block_count": 10**6}}, "1000000 blocks"),
-        ({"metadata": {"llama.embedding_length": "wide"}}, "'wide'"),
+        (
+            {"metadata": {"llama.embedding_length": "wide"}},
+            "embedding_length = 'wide' is not a whole number",
+        ),
         ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "rope scaling 'longrope'"),
-        ({"metadata": {"llama.rope.dimension_count": 8}}, "a part of each head"),
+        (
+            {"metadata": {"llama.rope.dimension_count": 8}},
+            r"rope\.dimension_count = 8 is not supported",
+        ),
         ({"metadata": {"llama.expert_count": 8}}, "mixtures of experts"),
         ({"tensors": {"blk.1.ffn_up.weight": None}}, "'blk.1.ffn_up.weight' is missing"),
         ({"tensors": {"blk.1.ffn_up.weight": (96, 32)}}, r"is \(96, 32\), not \(96, 64\)"),
@@ -371,15 +377,16 @@ def test_files_that_are_not_right_are_refused(tmp_path: Path) -> None:
 
 def test_unknown_tensor_types_are_named(tmp_path: Path) -> None:
     good = bytearray(valid_gguf())
-    at = good.index(b"small.weight") + len(b"small.weight") + 4 + 16
+    at = good.index(b"blk.0.attn_v.weight") + len(b"blk.0.attn_v.weight") + 4 + 16
     good[at : at + 4] = struct.pack("<I", 23)
-    with pytest.raises(ModelError, match=r"'small\.weight' is of unsupported type IQ4_XS"):
+    with pytest.raises(ModelError, match=r"'blk\.0\.attn_v\.weight' is of unsupported type IQ4_XS"):
         GgufFile(memoryview(bytes(good)), "x")
 
 
-def test_mutated_files_are_refused_or_read_within_bounds() -> None:
+def test_mutated_files_are_refused_or_read_within_bounds(tmp_path: Path) -> None:
     """A few thousand here; `python tests/interop/fuzz_models.py 1000000` for the long run."""
-    assert sum(mutated(seed) for seed in range(3000)) > 100, "some mutations are harmless"
+    assert read_gguf(valid_gguf()) and read_directory(tmp_path, valid_directory())
+    assert sum(mutated(seed, tmp_path) for seed in range(3000)) > 100, "some are harmless"
 
 
 def test_a_full_disk_leaves_nothing_half_written(

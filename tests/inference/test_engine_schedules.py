@@ -1,0 +1,221 @@
+"""Any schedule of requests: everyone is answered as if alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_models import random_model, tokenizer
+
+from khaosz.inference.engine import Engine
+from khaosz.inference.generator import Generator
+from khaosz.inference.request import Output
+from khaosz.inference.runner import Chunk, Runner
+from khaosz.inference.sampling import SamplingParams
+from khaosz.inference.sequence_cache import SequenceCache
+
+torch.set_num_threads(1)
+
+MODEL = random_model(tokenizer().vocab_size)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, logprobs=1)
+SAMPLED = SamplingParams(temperature=1.0, max_tokens=12, seed=7, logprobs=1)
+PROMPTS = [
+    [20, 21, 22, 23, 24, 25, 26, 27, 28, 29],
+    [20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33],  # shares nine tokens with the first
+    [60, 61, 60, 61, 60, 61, 60],
+    [7],
+    list(range(40, 80)),
+]
+KINDS = [
+    GREEDY,
+    SAMPLED,
+    replace(SAMPLED, n=3, seed=1),
+    replace(SAMPLED, stop=("e", "th", "春"), frequency_penalty=0.5),
+    replace(GREEDY, repetition_penalty=1.3, max_tokens=70),
+]
+Told = tuple[list[int], list[tuple[int, float]], str, str | None]
+
+
+def runner() -> Runner:
+    return Runner.from_module(MODEL, deterministic=True)
+
+
+def told(outputs: list[Output], request_id: int, choice: int) -> Told:
+    mine = [o for o in outputs if (o.request_id, o.choice) == (request_id, choice)]
+    assert [o.finish_reason is None for o in mine] == [True] * (len(mine) - 1) + [False], mine
+    tokens = [token for o in mine for token in o.token_ids]
+    assert mine[-1].generated == len(tokens), "usage"
+    return (
+        tokens,
+        [(p.token, p.value) for o in mine for p in o.logprobs],
+        "".join(o.text for o in mine),
+        mine[-1].finish_reason,
+    )
+
+
+@cache
+def alone(prompt: int, kind: int) -> list[Told]:
+    by = Engine(runner(), tokenizer(), prefix_bytes=0)
+    request_id, outputs = by.add(PROMPTS[prompt], KINDS[kind]), []
+    while by.unfinished:
+        by.step()
+        outputs += by.take()
+    return [told(outputs, request_id, choice) for choice in range(KINDS[kind].n)]
+
+
+def live_caches() -> int:
+    """Without a collection: what waits for one is held too long already."""
+    return sum(type(thing) is SequenceCache for thing in gc.get_objects())
+
+
+arrivals = st.tuples(
+    st.integers(0, len(PROMPTS) - 1),
+    st.integers(0, len(KINDS) - 1),
+    st.booleans(),  # prompt lookup
+    st.integers(0, 15),  # steps before the next one comes
+    st.none() | st.integers(0, 5),  # which of the requests so far is then cancelled
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    schedule=st.lists(arrivals, min_size=1, max_size=6),
+    step_tokens=st.sampled_from([1, 7, 512]),
+    max_batch=st.sampled_from([1, 3, 8]),
+    prefix_bytes=st.sampled_from([0, 60_000, 1 << 20]),
+)
+def test_any_schedule(
+    schedule: list[Any], step_tokens: int, max_batch: int, prefix_bytes: int
+) -> None:
+    before = live_caches()
+    by = Engine(
+        runner(),
+        tokenizer(),
+        step_tokens=step_tokens,
+        max_batch=max_batch,
+        prefix_bytes=prefix_bytes,
+        cache_bytes=300_000,
+    )
+    outputs: list[Output] = []
+    asked: list[tuple[int, int, int]] = []
+    cancelled: set[int] = set()
+
+    def step() -> None:
+        by.step()
+        outputs.extend(by.take())
+        assert sum(s.cache.nbytes for s in by._running) <= by.cache_bytes
+        assert len(by._running) <= max(max_batch, *(s.request.params.n for s in by._running), 0)
+        assert by.prefixes.nbytes <= prefix_bytes
+
+    for prompt, kind, lookup, steps, cancel in schedule:
+        asked.append((by.add(PROMPTS[prompt], KINDS[kind], lookup=lookup), prompt, kind))
+        for _ in range(steps):
+            step()
+        if cancel is not None and cancel < len(asked):
+            by.cancel(asked[cancel][0])
+            cancelled.add(asked[cancel][0])
+            outputs.extend(by.take())
+    while by.unfinished:
+        step()
+    for request_id, prompt, kind in asked:
+        for choice, expected in enumerate(alone(prompt, kind)):
+            said = told(outputs, request_id, choice)
+            if said[3] == "cancelled":
+                assert request_id in cancelled
+                assert said[0] == expected[0][: len(said[0])]
+            else:
+                assert said == expected
+    assert live_caches() - before == len(by.prefixes._entries)
+
+
+def test_cancelling_a_prompt_ends_every_choice() -> None:
+    for steps in (0, 1, 8):  # waiting, in the prompt, answering
+        by = Engine(runner(), tokenizer(), step_tokens=7)
+        request_id = by.add(PROMPTS[4], KINDS[2])
+        for _ in range(steps):
+            by.step()
+        by.cancel(request_id)
+        ended = [o.choice for o in by.take() if o.finish_reason == "cancelled"]
+        assert sorted(ended) == [0, 1, 2] and not by.unfinished
+
+
+def test_prompts_come_behind_answers_and_do_not_stop_them() -> None:
+    by = Engine(runner(), tokenizer(), step_tokens=4)
+    first = by.add([7], GREEDY)
+    by.step()
+    by.take()
+    by.add(PROMPTS[4], GREEDY)
+    for _ in range(8):  # the prompt of forty tokens takes longer than that
+        by.step()
+        assert [o.request_id for o in by.take()] == [first]
+
+
+def test_choices_count_for_the_batch_before_they_part() -> None:
+    by = Engine(runner(), tokenizer(), max_batch=4)
+    for _ in range(3):
+        by.add(PROMPTS[0], KINDS[2])
+    by.step()
+    assert [s.choice for s in by._running] == [0, 1, 2]
+
+
+def test_a_stream_nobody_reads_costs_nothing() -> None:
+    generator = Generator(runner(), tokenizer())
+    pieces = generator.stream(PROMPTS[0], GREEDY)
+    assert not generator.engine.unfinished
+    del pieces
+    left = generator.stream(PROMPTS[0], GREEDY)
+    next(left)
+    assert generator.engine.unfinished
+    left.close()
+    assert not generator.engine.unfinished and not generator.engine.take()
+
+
+def test_the_same_question_again_is_kept_once() -> None:
+    by = Engine(runner(), tokenizer())
+    ((whole, *_),) = alone(4, 0)
+    for most in (12, 12, 2, 12):  # an answer cut short is the beginning of what is there
+        by.add(PROMPTS[4], replace(GREEDY, max_tokens=most))
+        while by.unfinished:
+            by.step()
+        (held,) = by.prefixes._entries.values()
+        assert len(held.ids) == len(PROMPTS[4]) + len(whole) - 1
+
+
+def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
+    """The next step must not see keys and values of tokens that were not chosen."""
+    by = Engine(runner(), tokenizer(), lookup=True)
+    # Few tokens to choose from: pairs come again, and what follows them is often another one.
+    bias = {token: 12.0 for token in (60, 61, 62)}
+    by.add(PROMPTS[2], replace(SAMPLED, max_tokens=24, logit_bias=bias))
+    drafted = 0
+    while by.unfinished:
+        by.step()
+        for sequence in by._running:
+            assert sequence.lookup is not None
+            drafted = max(drafted, sequence.lookup._drafted - sequence.lookup._accepted)
+            assert sequence.cache.length == len(sequence.ids) - 1
+            fresh = by.runner.new_cache()
+            by.runner.run([Chunk(sequence.ids[:-1], fresh, 0)])
+            length = fresh.length
+            assert torch.equal(
+                fresh._store[:, :, :length],
+                sequence.cache._store[:, :, :length],
+            )
+    assert drafted, "no draft was wrong"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_embeddings_together_are_embeddings_alone(pooling: Any) -> None:
+    generator = Generator(runner(), tokenizer())
+    generator.engine.step_tokens = 40  # several passes of several texts
+    texts = ["the fox", "春眠不觉晓", "x", "lazy dog " * 8, "处处", "the quick brown fox"] * 2
+    together = generator.embed(texts, pooling)
+    for text, vector in zip(texts, together, strict=True):
+        assert (generator.embed([text], pooling)[0] == vector).all()
+    assert together.dtype == "float32" and together.shape == (12, 32)
