@@ -148,8 +148,12 @@ class Engine:
         """Bytes of cache that one choice may come to hold, the room it grows ahead included."""
         config = self.runner.config
         positions = SequenceCache.capacity_at_most(min(prompt + params.max_tokens, self.context))
-        each = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return positions * each * self.runner.cache_dtype.itemsize
+        return positions * SequenceCache.bytes_per_position(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            self.runner.cache_dtype,
+        )
 
     def _admit(self) -> None:
         """Requests in their order, while batch and cache have room for all their choices."""

@@ -97,32 +97,51 @@ class Runner:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
         deterministic: bool = False,
     ) -> Runner:
         """A model directory or a .gguf file, its weights laid out for inference.
 
-        `dtype` is that of activations and caches. By default it is bf16 for quantised files on a
+        `dtype` is that of activations and, without a `cache_dtype` (int8), of caches. By default it is bf16 for quantised files on a
         CPU, whose kernels want it, and fp32 otherwise; fp32 on a quantised file dequantises it.
         Raises `ModelError`.
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
-            return cls.from_gguf(source, dtype=dtype, deterministic=deterministic)
+            return cls.from_gguf(
+                source, dtype=dtype, cache_dtype=cache_dtype, deterministic=deterministic
+            )
         dtype = dtype or torch.float32
         model = load_model(path, device=device)
         weights = fused_weights(model, dtype)
         return cls(
-            model.config, lambda: weights, device=device, dtype=dtype, deterministic=deterministic
+            model.config,
+            lambda: weights,
+            device=device,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            deterministic=deterministic,
         )
 
     @classmethod
     def from_gguf(
-        cls, source: GgufModel, *, dtype: torch.dtype | None = None, deterministic: bool = False
+        cls,
+        source: GgufModel,
+        *,
+        dtype: torch.dtype | None = None,
+        cache_dtype: torch.dtype | None = None,
+        deterministic: bool = False,
     ) -> Runner:
         """On the CPU; `dtype` as for `open`."""
         dtype = dtype or torch.bfloat16
         weights = gguf_weights(source, dtype)
-        return cls(source.config, lambda: weights, dtype=dtype, deterministic=deterministic)
+        return cls(
+            source.config,
+            lambda: weights,
+            dtype=dtype,
+            cache_dtype=cache_dtype,
+            deterministic=deterministic,
+        )
 
     def new_cache(self) -> SequenceCache:
         config = self.config

@@ -280,6 +280,31 @@ def test_the_fast_path_is_near_the_slow_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_an_int8_cache_is_near_and_smaller() -> None:
+    def runner(**settings: Any) -> Runner:
+        weights = Runner.from_module(MODEL).weights
+        return Runner(MODEL.config, weights, **settings)
+
+    plain, small = runner(), runner(cache_dtype=torch.int8)
+    outputs, caches = [], []
+    for one in (plain, small):
+        cache = one.new_cache()
+        first = one.run([Chunk(PROMPTS[2], cache, 3)])[0]
+        copy = cache.fork(30)
+        again = one.run([Chunk(PROMPTS[2][30:], copy, 3)])[0]
+        torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4)  # a fork takes scales along
+        outputs.append(first)
+        caches.append(cache)
+    # Half a step of 1/127 of the largest of a head, through attention and two layers.
+    assert (outputs[0] - outputs[1]).abs().max() < 0.03 * outputs[0].abs().max()
+    assert not torch.equal(*outputs)
+    assert caches[1].nbytes * 2 < caches[0].nbytes  # heads of 8 only: a scale costs half as much
+    by = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer())
+    again = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer(), step_tokens=5)
+    ids = [e.add(PROMPTS[2], GREEDY) for e in (by, again)]
+    assert told(finish(by), ids[0]) == told(finish(again), ids[1])
+
+
 # ------------------------------------------------------------------------------------------ pieces
 
 
