@@ -102,9 +102,9 @@ class Runner:
     ) -> Runner:
         """A model directory or a .gguf file, its weights laid out for inference.
 
-        `dtype` is that of activations and, without a `cache_dtype` (int8), of caches. By default it is bf16 for quantised files on a
-        CPU, whose kernels want it, and fp32 otherwise; fp32 on a quantised file dequantises it.
-        Raises `ModelError`.
+        `dtype` is that of activations and, without a `cache_dtype` (int8), of caches. By default
+        it is bf16 for quantised files on a CPU, whose kernels want it, and fp32 otherwise; fp32 on
+        a quantised file dequantises it. Raises `ModelError`.
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
