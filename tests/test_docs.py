@@ -31,7 +31,15 @@ from khaosz.interop import save_model
 from khaosz.model import Transformer
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("chat.md", "data.md", "inference.md", "models.md", "tokenizer.md", "training.md")
+GUIDES = (
+    "chat.md",
+    "data.md",
+    "gguf.md",
+    "inference.md",
+    "models.md",
+    "tokenizer.md",
+    "training.md",
+)
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 PAIRS = [READMES] + [(ROOT / "docs/en" / name, ROOT / "docs/zh" / name) for name in GUIDES]
 PAGES = [path for pair in PAIRS for path in pair]

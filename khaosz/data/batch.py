@@ -51,11 +51,3 @@ class Batch:
         )
         moved.__dict__["tokens"] = self.tokens
         return moved
-
-    def split(self, n: int) -> list[Batch]:
-        """`n` micro-batches of consecutive rows; their row counts differ by at most one."""
-        rows = self.ids.shape[0]
-        assert 1 <= n <= rows, f"cannot split {rows} rows into {n} micro-batches"
-        columns = (self.ids, self.labels, self.positions, self.doc_ids)
-        parts = zip(*(torch.tensor_split(column, n) for column in columns), strict=True)
-        return [Batch(*part) for part in parts]

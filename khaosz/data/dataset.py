@@ -14,46 +14,21 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from khaosz.data.batch import IGNORE, Batch
 from khaosz.data.packing import PackingPlan, PackingStats, TokenShard, load_plan
+from khaosz.data.prepared import Group, PreparedData
 from khaosz.data.sampler import MixtureSampler
 from khaosz.errors import ConfigError, DataError, nearest
-
-
-class TokenGroup(Protocol):
-    """What a dataset reads of a `khaosz.data.prepare.Group`."""
-
-    @property
-    def split(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def lang(self) -> str: ...
-    @property
-    def shards(self) -> Sequence[TokenShard]: ...
-
-
-class Prepared(Protocol):
-    """What a dataset reads of a `khaosz.data.prepare.PreparedData`."""
-
-    @property
-    def stage(self) -> str: ...
-    @property
-    def groups(self) -> Sequence[TokenGroup]: ...
 
 
 @dataclass(frozen=True)
 class _Planned:
     """A group of shards with its plan; shard numbers of the plan count from `first_shard`."""
 
-    name: str
-    lang: str
-    source: str
     plan: PackingPlan
     first_shard: int
 
@@ -70,44 +45,34 @@ class _Stream:
         return self.ends[-1] if self.ends else 0
 
     @property
-    def inputs(self) -> int:
-        return sum(group.plan.stats.inputs for group in self.groups)
+    def stats(self) -> PackingStats:
+        return sum((group.plan.stats for group in self.groups), PackingStats())
 
     def find(self, index: int) -> tuple[_Planned, int]:
         position = bisect_right(self.ends, index)
         return self.groups[position], index - (self.ends[position - 1] if position else 0)
 
 
+@dataclass(frozen=True, eq=False)
 class TokenDataset:
     """The packed training windows of prepared data, addressed by the number of the draw.
 
-    Made by `TokenDataset.open`.
+    Made by `TokenDataset.open`. `stats` say what became of the documents of all groups in use;
+    `masked` data (SFT) scores only what its loss mask marks.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[TokenShard],
-        streams: list[_Stream],
-        sampler: MixtureSampler,
-        *,
-        window: int,
-        masked: bool,
-        pad_id: int,
-    ) -> None:
-        self._shards = shards
-        self._streams = streams
-        self._sampler = sampler
-        self._masked = masked
-        self._pad_id = pad_id
-        self.window = window
-        groups = {group.name: group for stream in streams for group in stream.groups}
-        self.stats = sum((group.plan.stats for group in groups.values()), PackingStats())
-        """What became of the documents of all groups in use."""
+    shards: list[TokenShard]
+    streams: list[_Stream]
+    sampler: MixtureSampler
+    stats: PackingStats
+    window: int
+    masked: bool
+    pad_id: int
 
     @classmethod
     def open(
         cls,
-        prepared: Prepared,
+        prepared: PreparedData,
         window: int,
         split: str = "train",
         mix: dict[str, float] | None = None,
@@ -143,12 +108,11 @@ class TokenDataset:
             if i in selected:
                 folder = plan_dir or group.shards[0].path.parent
                 plan = load_plan(group.shards, prepared.stage, window, folder)
-                name = f"{group.source}/{group.lang}"
-                planned[i] = _Planned(name, group.lang, group.source, plan, first_shard)
+                planned[i] = _Planned(plan, first_shard)
             first_shard += len(group.shards)
 
         if mix is None:
-            streams, weights = [_stream(planned.values())], None
+            streams, weights = [_stream(planned.values())], [1.0]
             if streams[0].windows == 0:
                 raise _nothing_left(window, f"of the {split} split", streams[0])
         else:
@@ -158,33 +122,30 @@ class TokenDataset:
                 if weight and stream.windows == 0:
                     raise _nothing_left(window, f"of {key!r} in the {split} split", stream)
                 # A share of tokens, not of windows: rows that are half padding count half.
-                per_window = stream.inputs / stream.windows if stream.windows else 1.0
+                per_window = stream.stats.inputs / stream.windows if stream.windows else 1.0
                 weights.append(weight / per_window)
             if not any(weights):
                 raise ConfigError(
                     "the mix gives no source a weight", hint="for example zh = 1 and en = 1"
                 )
-        sampler = MixtureSampler([stream.windows for stream in streams], weights, seed)
-        masked = prepared.stage == "sft"
-        return cls(shards, streams, sampler, window=window, masked=masked, pad_id=pad_id)
+        return cls(
+            shards=shards,
+            streams=streams,
+            sampler=MixtureSampler([stream.windows for stream in streams], weights, seed),
+            stats=_stream(planned.values()).stats,
+            window=window,
+            masked=prepared.stage == "sft",
+            pad_id=pad_id,
+        )
 
     @property
     def windows(self) -> int:
         """Different windows that can be drawn; without a mix, the draws of an epoch."""
         return self.stats.windows
 
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Real (not padding) positions of all windows; in SFT only some of them are scored."""
-        return self.stats.inputs
-
     def epoch(self, draw: int) -> int:
         """Complete passes that the source of this draw has behind it."""
-        return self._sampler.epoch(draw)
-
-    def row(self, draw: int) -> Batch:
-        """The window of one draw, as a batch of shape (1, T)."""
-        return self.batch([draw])
+        return self.sampler.epoch(draw)
 
     def batch(self, draws: Iterable[int]) -> Batch:
         """The windows of the draws, in their order: (number of draws, T)."""
@@ -193,8 +154,8 @@ class TokenDataset:
         starts: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
         for draw in draws:
-            source, index = self._sampler.draw(draw)
-            group, window = self._streams[source].find(index)
+            source, index = self.sampler.draw(draw)
+            group, window = self.streams[source].find(index)
             plan = group.plan
             pieces = slice(int(plan.window_ptr[window]), int(plan.window_ptr[window + 1]))
             shards.append(plan.piece_shard[pieces] + group.first_shard)
@@ -203,18 +164,18 @@ class TokenDataset:
             rows.append(pieces.stop - pieces.start)
         assert rows, "a batch needs at least one draw"
         return _assemble(
-            self._shards,
+            self.shards,
             np.repeat(np.arange(len(rows)), rows),
             np.concatenate(shards),
             np.concatenate(starts),
             np.concatenate(lengths),
             shape=(len(rows), self.window),
-            masked=self._masked,
-            pad_id=self._pad_id,
+            masked=self.masked,
+            pad_id=self.pad_id,
         )
 
 
-def _groups_of(prepared: Prepared, split: str) -> tuple[list[TokenGroup], list[TokenShard]]:
+def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[TokenShard]]:
     groups = [group for group in prepared.groups if group.split == split and group.shards]
     if not groups:
         known = sorted({group.split for group in prepared.groups})
@@ -227,18 +188,15 @@ def _groups_of(prepared: Prepared, split: str) -> tuple[list[TokenGroup], list[T
     return groups, [shard for group in groups for shard in group.shards]
 
 
-def _members(groups: list[TokenGroup], key: str) -> list[int]:
+def _members(groups: list[Group], key: str) -> list[int]:
     """The groups a key of the mix names, by language first, then source, then source/lang."""
-    langs = {group.lang for group in groups}
-    sources = {group.source for group in groups}
-    pairs = {f"{group.source}/{group.lang}" for group in groups}
-    if key in langs:
-        return [i for i, group in enumerate(groups) if group.lang == key]
-    if key in sources:
-        return [i for i, group in enumerate(groups) if group.source == key]
-    if key in pairs:
-        return [i for i, group in enumerate(groups) if f"{group.source}/{group.lang}" == key]
-    known = sorted(langs | sources | pairs)
+    langs = [group.lang for group in groups]
+    sources = [group.source for group in groups]
+    pairs = [f"{group.source}/{group.lang}" for group in groups]
+    for names in (langs, sources, pairs):
+        if key in names:
+            return [i for i, name in enumerate(names) if name == key]
+    known = sorted({*langs, *sources, *pairs})
     close = nearest(key, known)
     raise ConfigError(
         f"the mix names {key!r}, which the prepared data does not have",
@@ -252,7 +210,7 @@ def _stream(groups: Iterable[_Planned]) -> _Stream:
 
 
 def _nothing_left(window: int, what: str, stream: _Stream) -> DataError:
-    stats = sum((group.plan.stats for group in stream.groups), PackingStats())
+    stats = stream.stats
     return DataError(
         f"a window of {window} leaves nothing {what}: of {stats.documents} documents "
         f"{stats.skipped_short} are too short, {stats.skipped_long} too long and "

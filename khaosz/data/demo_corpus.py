@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from khaosz.data.atomic import write_atomic
 from khaosz.data.demo_idioms import read_idioms
 from khaosz.data.demo_instructions import (
     read_encyclopedia,
@@ -133,7 +133,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     write_jsonl(corpus.eval, val)
     write_jsonl(corpus.sft_val, sft_val)
     prompts = choose_prompts(sft, sft_val)
-    _write_atomically(corpus.prompts, [json.dumps(prompts, ensure_ascii=False, indent=1)])
+    shown = json.dumps(prompts, ensure_ascii=False, indent=1) + "\n"
+    write_atomic(corpus.prompts, [shown.encode("utf-8")])
     return corpus
 
 
@@ -216,17 +217,5 @@ def _chat_record(chat: Chat, source: str) -> dict[str, Any]:
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """One JSON object per line, UTF-8, LF; `path` is replaced only when all is on the disk."""
-    _write_atomically(path, (json.dumps(record, ensure_ascii=False) for record in records))
-
-
-def _write_atomically(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for line in lines:
-                file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomic(path, (line.encode("utf-8") for line in lines))

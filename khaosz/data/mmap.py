@@ -1,62 +1,33 @@
-"""The token-file format (`*.tok`): written once, then read through a memory map.
-
-    offset 0     magic  b"KHAOSZTK"
-           8     u32    format version (1)
-          12     u32    length of the JSON
-          16     JSON   stage, vocab_size, fingerprint, n_tokens, n_documents, n_bytes,
-                        sections: name -> {dtype, offset, count, crc32}
-           .     zeros
-        4092     u32    CRC-32 of the 4092 bytes before it
-        4096     the sections, each at a multiple of 64, up to the end of the file
-
-Sections: `tokens` (uint16 when the vocabulary fits, else uint32), `doc_offsets` (uint64,
-n_documents + 1, counted in tokens) and for SFT `loss_mask` (uint8 per token). Little-endian.
-"""
+"""Token files (`*.tok`): written once, then read through a memory map. Format: `token_header`."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 
+from khaosz.data.token_header import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    PREPARE_AGAIN,
+    Stage,
+    check_sections,
+    decode_header,
+    encode_header,
+    section_dtypes,
+    token_dtype,
+)
 from khaosz.errors import TokenFileError
 
-MAGIC = b"KHAOSZTK"
-VERSION = 1
-HEADER_BYTES = 4096
-ALIGNMENT = 64
+__all__ = ["MmapFileHandler", "Stage", "TokenFileWriter", "remove_parts", "token_dtype"]
+
 _COPY_BYTES = 1 << 20
-_SECTION_DTYPES = {
-    "tokens": ("uint16", "uint32"),
-    "doc_offsets": ("uint64",),
-    "loss_mask": ("uint8",),
-}
-
-Stage = Literal["pt", "sft"]
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The narrowest unsigned type on disk that holds every id of the vocabulary."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def encode_header(header: dict[str, Any]) -> bytes:
-    """The 4096 bytes that open a token file, checksum included."""
-    body = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(body) <= HEADER_BYTES - 20, len(body)
-    head = (MAGIC + struct.pack("<II", VERSION, len(body)) + body).ljust(HEADER_BYTES - 4, b"\0")
-    return head + struct.pack("<I", zlib.crc32(head))
-
-
-def _aligned(position: int) -> int:
-    return -(-position // ALIGNMENT) * ALIGNMENT
 
 
 class TokenFileWriter:
@@ -71,28 +42,31 @@ class TokenFileWriter:
         self, path: str | Path, *, vocab_size: int, stage: Stage, fingerprint: str
     ) -> None:
         self._setup(path, vocab_size, stage, fingerprint)
-        self._files: dict[str, Any] = {}
-        try:
+        with self._abandoned_on_error():
             for name, part in self._parts.items():
                 # closed by close or abandon
                 self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
             _write_all(self._files["tokens"], memoryview(bytes(HEADER_BYTES)))
             self._write("doc_offsets", bytes(8))
-        except OSError:
-            self.abandon()
-            raise
 
     def _setup(self, path: str | Path, vocab_size: int, stage: Stage, fingerprint: str) -> None:
         self.path = Path(path)
         self.vocab_size = vocab_size
         self.stage = stage
         self.fingerprint = fingerprint
-        self.dtype = token_dtype(vocab_size)
-        self.n_tokens = 0
-        self.n_documents = 0
-        self.n_bytes = 0
-        self._parts = _part_paths(self.path, stage)
+        self._dtypes = section_dtypes(stage, vocab_size)
+        self.n_tokens = self.n_documents = self.n_bytes = 0
+        self._parts = {name: _part(self.path, name) for name in self._dtypes}
         self._crc = dict.fromkeys(self._parts, 0)
+        self._files: dict[str, Any] = {}
+
+    @contextmanager
+    def _abandoned_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, TokenFileError):
+            self.abandon()
+            raise
 
     @classmethod
     def resume(
@@ -111,8 +85,7 @@ class TokenFileWriter:
         writer.n_documents = state["n_documents"]
         writer.n_bytes = state["n_bytes"]
         writer._crc = dict(state["crc32"])
-        writer._files = {}
-        try:
+        with writer._abandoned_on_error():
             for name, part in writer._parts.items():
                 expected = writer._part_length(name)
                 actual = part.stat().st_size if part.exists() else -1
@@ -125,15 +98,14 @@ class TokenFileWriter:
                 writer._files[name] = file
                 file.truncate(expected)
                 file.seek(expected)
-        except (OSError, TokenFileError):
-            writer.abandon()
-            raise
         return writer
 
+    def _count(self, name: str) -> int:
+        return self.n_documents + 1 if name == "doc_offsets" else self.n_tokens
+
     def _part_length(self, name: str) -> int:
-        if name == "tokens":
-            return HEADER_BYTES + self.n_tokens * self.dtype.itemsize
-        return 8 * (self.n_documents + 1) if name == "doc_offsets" else self.n_tokens
+        before = HEADER_BYTES if name == "tokens" else 0
+        return before + self._count(name) * self._dtypes[name].itemsize
 
     def _write(self, name: str, data: Any) -> None:
         # `or bytes` because a zero-length array has no buffer that memoryview could cast
@@ -154,7 +126,7 @@ class TokenFileWriter:
             int(tokens.max()),
             self.vocab_size,
         )
-        self._write("tokens", np.ascontiguousarray(tokens, dtype=self.dtype))
+        self._write("tokens", np.ascontiguousarray(tokens, dtype=self._dtypes["tokens"]))
         ends = self.n_tokens + np.cumsum(lengths, dtype=np.uint64)
         self._write("doc_offsets", ends.astype("<u8"))
         if loss_mask is not None:
@@ -189,9 +161,8 @@ class TokenFileWriter:
         sections: dict[str, Any] = {}
         end = HEADER_BYTES
         for name, file in self._files.items():
-            count = self.n_documents + 1 if name == "doc_offsets" else self.n_tokens
-            dtype = self.dtype if name == "tokens" else np.dtype(_SECTION_DTYPES[name][0])
-            start = _aligned(end)
+            dtype, count = self._dtypes[name], self._count(name)
+            start = -(-end // ALIGNMENT) * ALIGNMENT
             if name != "tokens":
                 main.seek(end)
                 _write_all(main, memoryview(bytes(start - end)))
@@ -224,20 +195,17 @@ class TokenFileWriter:
             file.close()
 
 
-def _part_paths(path: Path, stage: str) -> dict[str, Path]:
-    parts = {
-        "tokens": path.with_name(path.name + ".partial"),
-        "doc_offsets": path.with_name(path.name + ".offsets.partial"),
-    }
-    if stage == "sft":
-        parts["loss_mask"] = path.with_name(path.name + ".mask.partial")
-    return parts
+_PARTS = {"tokens": ".partial", "doc_offsets": ".offsets.partial", "loss_mask": ".mask.partial"}
+
+
+def _part(path: Path, section: str) -> Path:
+    return path.with_name(path.name + _PARTS[section])
 
 
 def remove_parts(path: str | Path) -> None:
     """Remove what a writer of `path` may have left: the partial file and its side files."""
-    for part in _part_paths(Path(path), "sft").values():
-        part.unlink(missing_ok=True)
+    for section in _PARTS:
+        _part(Path(path), section).unlink(missing_ok=True)
 
 
 def _write_all(file: Any, raw: memoryview) -> None:
@@ -264,11 +232,12 @@ class MmapFileHandler:
             with open(self.path, "rb") as file:
                 head = file.read(HEADER_BYTES)
                 size = os.fstat(file.fileno()).st_size
-                self.header = _decode_header(self.path, head)
-                _check_sections(self.path, self.header, size)
+                self.header = decode_header(self.path, head)
+                check_sections(self.path, self.header, size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise TokenFileError(f"cannot open {self.path}: {error.strerror}") from error
+        self._sections: dict[str, dict[str, Any]] = self.header["sections"]
         self.stage: Stage = self.header["stage"]
         self.vocab_size: int = self.header["vocab_size"]
         self.fingerprint: str = self.header["fingerprint"]
@@ -282,12 +251,8 @@ class MmapFileHandler:
         if (first, last) != (0, self.n_tokens):
             raise TokenFileError(
                 f"{self.path}: documents span tokens {first} to {last}, not 0 to {self.n_tokens}",
-                hint=_PREPARE_AGAIN,
+                hint=PREPARE_AGAIN,
             )
-
-    @property
-    def _sections(self) -> dict[str, dict[str, Any]]:
-        return cast(dict[str, dict[str, Any]], self.header["sections"])
 
     def _view(self, name: str) -> np.ndarray:
         section = self._sections[name]
@@ -314,7 +279,7 @@ class MmapFileHandler:
         start, end = int(self.doc_offsets[i]), int(self.doc_offsets[i + 1])
         if not start <= end <= self.n_tokens:
             raise TokenFileError(
-                f"{self.path}: document {i} spans tokens {start} to {end}", hint=_PREPARE_AGAIN
+                f"{self.path}: document {i} spans tokens {start} to {end}", hint=PREPARE_AGAIN
             )
         return start, end
 
@@ -338,10 +303,10 @@ class MmapFileHandler:
         if last > first:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+    def verify(self) -> None:
         """Read every byte: checksums, offsets in order, ids inside the vocabulary.
 
-        `progress` receives the number of bytes checked. Raises TokenFileError naming the section.
+        Raises TokenFileError naming the section.
         """
         for name, section in self._sections.items():
             view = self._view(name)
@@ -359,15 +324,13 @@ class MmapFileHandler:
                         wrong = "document offsets go backwards"
                     previous = int(piece[-1])
                 if wrong is not None:
-                    raise TokenFileError(f"{self.path}: {wrong}", hint=_PREPARE_AGAIN)
+                    raise TokenFileError(f"{self.path}: {wrong}", hint=PREPARE_AGAIN)
                 first = section["offset"] + begin * view.itemsize
                 self._release(first, first + piece.nbytes)
-                if progress is not None:
-                    progress(first + piece.nbytes)
             if crc != section["crc32"]:
                 raise TokenFileError(
                     f"{self.path}: the checksum of section {name} does not match",
-                    hint=_PREPARE_AGAIN,
+                    hint=PREPARE_AGAIN,
                 )
 
     def close(self) -> None:
@@ -383,64 +346,3 @@ class MmapFileHandler:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-_PREPARE_AGAIN = "the file is damaged: prepare the data again"
-
-
-def _decode_header(path: Path, head: bytes) -> dict[str, Any]:
-    if head[:8] != MAGIC[: len(head[:8])] or not head:
-        raise TokenFileError(f"{path} is not a token file", hint="`khaosz data prepare` makes them")
-    if len(head) < HEADER_BYTES:
-        raise TokenFileError(f"{path} is cut short inside its header", hint=_PREPARE_AGAIN)
-    version, length = struct.unpack("<II", head[8:16])
-    if version != VERSION:
-        raise TokenFileError(
-            f"{path} has format version {version}, this program reads {VERSION}",
-            hint="prepare the data again with this version",
-        )
-    if struct.unpack("<I", head[-4:])[0] != zlib.crc32(head[:-4]):
-        raise TokenFileError(f"{path}: the header is damaged", hint=_PREPARE_AGAIN)
-    try:
-        header = json.loads(head[16 : 16 + length])
-    except ValueError as error:
-        raise TokenFileError(f"{path}: the header is not JSON", hint=_PREPARE_AGAIN) from error
-    return cast(dict[str, Any], header)
-
-
-def _check_sections(path: Path, header: dict[str, Any], size: int) -> None:
-    """Everything that the views rely on. A checksum is no proof of good faith, so types too."""
-
-    def bad(what: str) -> TokenFileError:
-        return TokenFileError(f"{path}: {what}", hint=_PREPARE_AGAIN)
-
-    if not isinstance(header, dict) or not isinstance(header.get("sections"), dict):
-        raise bad("the header has no sections")
-    for key in ("n_tokens", "n_documents", "n_bytes", "vocab_size"):
-        if type(header.get(key)) is not int or header[key] < 0:
-            raise bad(f"{key} is {header.get(key)!r}")
-    if header.get("stage") not in ("pt", "sft"):
-        raise bad(f"stage is {header.get('stage')!r}")
-    if not isinstance(header.get("fingerprint"), str):
-        raise bad("the header has no tokenizer fingerprint")
-    sections = header["sections"]
-    expected = set(_part_paths(path, header["stage"]))
-    if set(sections) != expected:
-        raise bad(f"sections are {sorted(sections)}, not {sorted(expected)}")
-    end = HEADER_BYTES
-    for name, section in sections.items():
-        if not isinstance(section, dict) or section.get("dtype") not in _SECTION_DTYPES[name]:
-            raise bad(f"section {name} has an unknown type")
-        if any(type(section.get(key)) is not int for key in ("offset", "count", "crc32")):
-            raise bad(f"section {name} is incomplete")
-        count = header["n_documents"] + 1 if name == "doc_offsets" else header["n_tokens"]
-        offset = section["offset"]
-        if section["count"] != count or offset < HEADER_BYTES or offset % ALIGNMENT:
-            raise bad(f"section {name} has {section['count']} values at byte {offset}")
-        end = max(end, offset + count * np.dtype(section["dtype"]).itemsize)
-    if sections["tokens"]["dtype"] != token_dtype(header["vocab_size"]).name:
-        raise bad(f"tokens of a vocabulary of {header['vocab_size']} have the wrong type")
-    if size < end:
-        raise bad(f"cut short: {size} bytes of {end}")
-    if size > end:
-        raise bad(f"{size - end} bytes too long")

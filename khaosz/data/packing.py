@@ -18,32 +18,24 @@ for pretraining documents: Ding et al., "Fewer Truncations Improve Language Mode
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from khaosz.data.plan_file import PackingPlan, PackingStats, Piece, PlanWriter, read_plan
 from khaosz.data.records import cut_at_turn
 from khaosz.errors import DataError, TokenFileError
 
 OPEN_BINS = 512
-_FORMAT = 1  # part of the digest: a plan made by another algorithm is never reused
+_FORMAT = 2  # part of the digest: a plan made by another algorithm is never reused
 _DOCUMENTS_PER_BLOCK = 1 << 14
-_PIECES_PER_FLUSH = 100_000
-_ARRAYS: dict[str, np.dtype[Any]] = {
-    "window_ptr": np.dtype("<i8"),
-    "piece_shard": np.dtype("<i4"),
-    "piece_start": np.dtype("<i8"),
-    "piece_length": np.dtype("<i4"),
-}
 
 
 class TokenShard(Protocol):
@@ -57,75 +49,6 @@ class TokenShard(Protocol):
     def doc_offsets(self) -> np.ndarray: ...
     @property
     def loss_mask(self) -> np.ndarray | None: ...
-
-
-@dataclass(frozen=True)
-class PackingStats:
-    """What became of the documents.
-
-    documents          all that were seen
-    windows, pieces    what the plan holds
-    skipped_short      fewer than two tokens: nothing to predict
-    skipped_long       SFT: no assistant turn ends within the window
-    skipped_untrained  SFT: no label is trained
-    cut                longer than the window: PT into segments (nothing is lost), SFT shortened
-    inputs, cells      real positions, and windows * T
-    """
-
-    documents: int = 0
-    windows: int = 0
-    pieces: int = 0
-    skipped_short: int = 0
-    skipped_long: int = 0
-    skipped_untrained: int = 0
-    cut: int = 0
-    inputs: int = 0
-    cells: int = 0
-
-    @property
-    def fill(self) -> float:
-        """Share of the cells that hold a token rather than padding; 0 without windows."""
-        return self.inputs / self.cells if self.cells else 0.0
-
-    def __add__(self, other: PackingStats) -> PackingStats:
-        mine, theirs = asdict(self), asdict(other)
-        return PackingStats(**{name: mine[name] + theirs[name] for name in mine})
-
-
-@dataclass(frozen=True, eq=False)
-class PackingPlan:
-    """The windows of one group of shards; the arrays are read-only memory maps.
-
-    Window w holds pieces [window_ptr[w], window_ptr[w + 1]). Piece p has `piece_length[p]` inputs
-    from token `piece_start[p]` of shard number `piece_shard[p]`; its labels are one token later.
-    """
-
-    window_ptr: np.ndarray  # (windows + 1,) int64
-    piece_shard: np.ndarray  # (pieces,) int32
-    piece_start: np.ndarray  # (pieces,) int64
-    piece_length: np.ndarray  # (pieces,) int32
-    stats: PackingStats
-
-    @property
-    def windows(self) -> int:
-        return self.window_ptr.shape[0] - 1
-
-
-def offset_blocks(shard: TokenShard) -> Iterator[np.ndarray]:
-    """The document bounds of a shard, some documents at a time: (documents + 1,) int64 each.
-
-    Raises TokenFileError when they go backwards, which opening a shard does not look for.
-    """
-    n_documents = len(shard.doc_offsets) - 1
-    for first in range(0, n_documents, _DOCUMENTS_PER_BLOCK):
-        last = min(first + _DOCUMENTS_PER_BLOCK, n_documents)
-        offsets = shard.doc_offsets[first : last + 1].astype(np.int64)
-        if (np.diff(offsets) < 0).any():
-            raise TokenFileError(
-                f"{shard.path}: document offsets go backwards",
-                hint="the file is damaged: prepare the data again",
-            )
-        yield offsets
 
 
 def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Path) -> PackingPlan:
@@ -152,7 +75,7 @@ def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Pat
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return _read_plan(path)
+    return read_plan(path)
 
 
 def _remove_stale(folder: Path) -> None:
@@ -180,114 +103,44 @@ def _publish(partial: Path, path: Path) -> None:
             raise
 
 
-def _read_plan(path: Path) -> PackingPlan:
-    hint = f"remove {path}: it is made again from the token files"
-    try:
-        arrays = {
-            name: np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in _ARRAYS
-        }
-        stats = PackingStats(**json.loads((path / "stats.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"the packing plan {path} cannot be read: {error}", hint=hint) from error
-    plan = PackingPlan(**arrays, stats=stats)
-    counts = {arrays[name].shape for name in ("piece_shard", "piece_start", "piece_length")}
-    if counts != {(stats.pieces,)} or plan.windows != stats.windows:
-        raise DataError(f"the packing plan {path} is damaged: its arrays disagree", hint=hint)
-    return plan
+def _write_plan(folder: Path, shards: Sequence[TokenShard], stage: str, window: int) -> None:
+    stats = PackingStats()
+    with closing(PlanWriter(folder, window)) as writer:
+        bins = _BestFit(window, writer)
+        for number, shard in enumerate(shards):
+            for offsets in _offset_blocks(shard):
+                if stage == "pt":
+                    stats += _plan_texts(offsets, window, number, writer, bins)
+                else:
+                    stats += _plan_conversations(offsets, window, number, shard, bins)
+        bins.finish()
+        writer.finish(stats)
 
 
-class _GrowingNpy:
-    """A one-dimensional .npy file written front to back without knowing its length.
+def _offset_blocks(shard: TokenShard) -> Iterator[np.ndarray]:
+    """The document bounds of a shard, some documents at a time: (documents + 1,) int64 each.
 
-    numpy leaves room in the header for the final length of the first axis, so the header is
-    simply written again at the end.
+    Raises TokenFileError when they go backwards, which opening a shard does not look for.
     """
-
-    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
-        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115  # closed by close()
-        self._dtype = dtype
-        self.length = 0
-        self._data_start = self._write_header()
-
-    def _write_header(self) -> int:
-        header = np.lib.format.header_data_from_array_1_0(np.empty(0, self._dtype))
-        header["shape"] = (self.length,)
-        np.lib.format.write_array_header_1_0(self._file, header)
-        return self._file.tell()
-
-    def append(self, values: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(values, dtype=self._dtype).data)
-        self.length += values.size
-
-    def finish(self) -> None:
-        self._file.seek(0)
-        data_start = self._write_header()
-        assert data_start == self._data_start, f"the header grew to {data_start} bytes"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _PlanWriter:
-    """Streams windows to the four files of a plan; holds at most a flush of them in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self._files = {
-            name: _GrowingNpy(folder / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()
-        }
-        self._files["window_ptr"].append(np.zeros(1, np.int64))
-        self._pieces: list[tuple[int, int, int]] = []  # (shard, start, length)
-        self._sizes: list[int] = []  # pieces per buffered window
-        self.windows = self.pieces = self.inputs = 0
-
-    def window(self, pieces: list[tuple[int, int, int]]) -> None:
-        self._pieces.extend(pieces)
-        self._sizes.append(len(pieces))
-        if len(self._pieces) >= _PIECES_PER_FLUSH:
-            self.flush()
-
-    def full_windows(self, shard: int, starts: np.ndarray, window: int) -> None:
-        """Windows of one piece each that fills them."""
-        self.flush()
-        n = starts.size
-        self._write(np.full(n, shard), starts, np.full(n, window), np.ones(n, np.int64))
-
-    def flush(self) -> None:
-        table = np.array(self._pieces, dtype=np.int64).reshape(-1, 3)
-        self._write(table[:, 0], table[:, 1], table[:, 2], np.array(self._sizes, np.int64))
-        self._pieces, self._sizes = [], []
-
-    def _write(
-        self, shard: np.ndarray, start: np.ndarray, length: np.ndarray, sizes: np.ndarray
-    ) -> None:
-        self._files["window_ptr"].append(self.pieces + np.cumsum(sizes))
-        self._files["piece_shard"].append(shard)
-        self._files["piece_start"].append(start)
-        self._files["piece_length"].append(length)
-        self.windows += sizes.size
-        self.pieces += start.size
-        self.inputs += int(length.sum())
-
-    def finish(self) -> None:
-        self.flush()
-        for file in self._files.values():
-            file.finish()
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+    n_documents = len(shard.doc_offsets) - 1
+    for first in range(0, n_documents, _DOCUMENTS_PER_BLOCK):
+        last = min(first + _DOCUMENTS_PER_BLOCK, n_documents)
+        offsets = shard.doc_offsets[first : last + 1].astype(np.int64)
+        if (np.diff(offsets) < 0).any():
+            raise TokenFileError(
+                f"{shard.path}: document offsets go backwards",
+                hint="the file is damaged: prepare the data again",
+            )
+        yield offsets
 
 
 class _BestFit:
     """At most `OPEN_BINS` open windows, found by their free size."""
 
-    def __init__(self, window: int, writer: _PlanWriter) -> None:
+    def __init__(self, window: int, writer: PlanWriter) -> None:
         self._window = window
         self._writer = writer
-        self._by_free: dict[int, list[list[tuple[int, int, int]]]] = {}
+        self._by_free: dict[int, list[list[Piece]]] = {}
         self._free_sizes = 0  # bit f is set when a window with f free cells is open
         self._open = 0
 
@@ -314,47 +167,23 @@ class _BestFit:
         while self._free_sizes:
             self._close(self._take_fullest())
 
-    def _take_fullest(self) -> list[tuple[int, int, int]]:
+    def _take_fullest(self) -> list[Piece]:
         return self._take((self._free_sizes & -self._free_sizes).bit_length() - 1)
 
-    def _take(self, free: int) -> list[tuple[int, int, int]]:
+    def _take(self, free: int) -> list[Piece]:
         candidates = self._by_free[free]
         pieces = candidates.pop()
         if not candidates:
             self._free_sizes ^= 1 << free
         return pieces
 
-    def _close(self, pieces: list[tuple[int, int, int]]) -> None:
+    def _close(self, pieces: list[Piece]) -> None:
         self._writer.window(pieces)
         self._open -= 1
 
 
-def _write_plan(folder: Path, shards: Sequence[TokenShard], stage: str, window: int) -> None:
-    stats = PackingStats()
-    with closing(_PlanWriter(folder)) as writer:
-        bins = _BestFit(window, writer)
-        for number, shard in enumerate(shards):
-            for offsets in offset_blocks(shard):
-                if stage == "pt":
-                    stats += _plan_texts(offsets, window, number, writer, bins)
-                else:
-                    stats += _plan_conversations(offsets, window, number, shard, bins)
-        bins.finish()
-        writer.finish()
-    fields = asdict(stats) | {
-        "windows": writer.windows,
-        "pieces": writer.pieces,
-        "inputs": writer.inputs,
-        "cells": writer.windows * window,
-    }
-    with open(folder / "stats.json", "w", encoding="utf-8") as file:
-        json.dump(fields, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _plan_texts(
-    offsets: np.ndarray, window: int, shard: int, writer: _PlanWriter, bins: _BestFit
+    offsets: np.ndarray, window: int, shard: int, writer: PlanWriter, bins: _BestFit
 ) -> PackingStats:
     lengths = np.maximum(np.diff(offsets) - 1, 0)  # inputs per document
     starts = offsets[:-1]
@@ -362,7 +191,7 @@ def _plan_texts(
     # Segment k of a document starts at k * window: k is the rank within the repeated document.
     rank = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
     if rank.size:
-        writer.full_windows(shard, np.repeat(starts, full) + rank * window, window)
+        writer.full_windows(shard, np.repeat(starts, full) + rank * window)
     rest = lengths - full * window
     packed = rest > 0
     bins.add(shard, (starts + full * window)[packed].tolist(), rest[packed].tolist())

@@ -19,9 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from khaosz.data.dedup import PrepareState
-from khaosz.data.documents import (
-    record_stage,
-)
+from khaosz.data.documents import record_stage
 from khaosz.data.mmap import Stage
 from khaosz.data.preparation import Preparation, PrepareProgress
 from khaosz.data.prepared import (
@@ -32,7 +30,7 @@ from khaosz.data.prepared import (
     format_report,
     read_manifest,
 )
-from khaosz.data.readers import Skip, expand_inputs, open_source, parse_line
+from khaosz.data.readers import Skip, expand_inputs, open_source, parsed
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
 
@@ -182,12 +180,7 @@ def _choose_stage(stage: str, paths: list[Path]) -> Stage:
         return cast(Stage, stage)
     for path in paths:
         for batch in open_source(path):
-            for line in batch.lines:
-                if line.isspace() or not line:
-                    continue
-                if batch.kind == "text":
-                    return "pt"
-                record = parse_line(line)
+            for _, record in parsed(batch):
                 found = None if isinstance(record, Skip) else record_stage(record)
                 if found is not None:
                     return found

@@ -11,12 +11,9 @@ restricted to [0, n) by cycle walking (Black and Rogaway, "Ciphers with Arbitrar
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from itertools import accumulate
 from math import isfinite
 
 import numpy as np
-import numpy.typing as npt
 
 from khaosz.errors import ConfigError
 
@@ -42,15 +39,10 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
     return [_mix((key + (i + 1) * _GOLDEN) & _MASK) for i in range(_ROUNDS)]
 
 
-def _half_bits(n: int) -> int:
-    """k such that 4^k is the smallest power of four that is at least n."""
-    return ((n - 1).bit_length() + 1) // 2
-
-
 def permute(index: int, n: int, seed: int, epoch: int) -> int:
     """Where `index` goes in the permutation of [0, n) that belongs to (seed, epoch)."""
     assert 0 <= index < n, f"index {index} outside [0, {n})"
-    bits = _half_bits(n)
+    bits = ((n - 1).bit_length() + 1) // 2  # 4^bits is the smallest power of four >= n
     low = (1 << bits) - 1
     keys = _round_keys(seed, epoch)
     value = index
@@ -61,28 +53,6 @@ def permute(index: int, n: int, seed: int, epoch: int) -> int:
         value = (left << bits) | right
         if value < n:
             return value
-
-
-def permute_array(
-    index: npt.ArrayLike, n: int, seed: int, epoch: int
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """`permute` of every element of a one-dimensional `index`, as int64."""
-    value = np.asarray(index).astype(np.uint64)
-    assert value.ndim == 1 and (value.size == 0 or int(value.max()) < n), f"outside [0, {n})"
-    bits, low = np.uint64(_half_bits(n)), np.uint64((1 << _half_bits(n)) - 1)
-    keys = [np.uint64(key) for key in _round_keys(seed, epoch)]
-    walking = np.arange(value.size)
-    while walking.size:
-        left, right = value[walking] >> bits, value[walking] & low
-        for key in keys:
-            x = right + key  # uint64 arrays wrap around, which is what the masks above do
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            left, right = right, left ^ ((x ^ (x >> np.uint64(31))) & low)
-        moved = (left << bits) | right
-        value[walking] = moved
-        walking = walking[moved >= np.uint64(n)]
-    return value.astype(np.int64)
 
 
 def draws_for(step: int, global_batch: int, rank: int, world: int) -> range:
@@ -96,18 +66,10 @@ def allocate_slots(weights: list[float]) -> list[int]:
 
     The cycle has `CYCLE` slots, doubled until the smallest positive weight gets one.
 
-    Raises ConfigError for a weight that is negative, not finite or below a millionth of the sum,
-    and when all are zero.
+    Raises ConfigError for a weight below a millionth of the sum.
     """
-    for weight in weights:
-        if not isfinite(weight) or weight < 0:
-            raise ConfigError(
-                f"a mixing weight must be a number of at least 0, got {weight}",
-                hint="weights are relative shares, for example 2 and 1",
-            )
     total = sum(weights)
-    if total <= 0:
-        raise ConfigError("all mixing weights are 0", hint="give at least one source a weight")
+    assert total > 0 and all(isfinite(w) and w >= 0 for w in weights), f"weights {weights}"
     smallest = min(weight for weight in weights if weight > 0) / total
     cycle = CYCLE
     while smallest * cycle < 1 and cycle < _LARGEST_CYCLE:
@@ -128,26 +90,18 @@ def allocate_slots(weights: list[float]) -> list[int]:
 class MixtureSampler:
     """Maps a global draw number to (source, index within the source).
 
-    Without weights the sources are one concatenation and an epoch visits each index once. With
-    weights a fixed cycle of slots, spread evenly, says which source a draw takes; every source
-    goes through its own epochs, each a complete permutation, however often it is repeated.
-
-    The state is O(sources + cycle): no list of indices exists anywhere.
+    A fixed cycle of slots, spread evenly in proportion to `weights`, says which source a draw
+    takes; every source goes through its own epochs, each a complete permutation, however often it
+    is repeated. The state is O(sources + cycle): no list of indices exists anywhere.
     """
 
-    def __init__(self, sizes: list[int], weights: list[float] | None, seed: int) -> None:
-        assert sizes and all(size >= 0 for size in sizes) and sum(sizes) > 0, f"sizes {sizes}"
-        self.sizes = list(sizes)
-        self.seed = seed
-        self._ends = list(accumulate(sizes))
-        self._slots: list[int] | None = None
-        if weights is None:
-            return
+    def __init__(self, sizes: list[int], weights: list[float], seed: int) -> None:
         assert len(weights) == len(sizes), f"{len(weights)} weights for {len(sizes)} sources"
         assert all(size > 0 or w == 0 for size, w in zip(sizes, weights, strict=True)), (
             f"an empty source has a weight: sizes {sizes}, weights {weights}"
         )
-        self._slots = allocate_slots(list(weights))
+        self.sizes = sizes
+        self._slots = allocate_slots(weights)
         # Slot j of k stands at (j + 1/2) / k of the cycle: any prefix of the cycle holds each
         # source within a slot or two of its share.
         counts = np.array(self._slots)
@@ -156,29 +110,22 @@ class MixtureSampler:
         order = np.lexsort((source, (rank + 0.5) / counts[source]))
         self._slot_source = source[order].astype(np.int32)
         self._slot_rank = rank[order].astype(np.int32)
-        self._source_seeds = [_mix((seed + s * _GOLDEN) & _MASK) for s in range(counts.size)]
+        several = [_mix((seed + s * _GOLDEN) & _MASK) for s in range(counts.size)]
+        self._seeds = several if len(sizes) > 1 else [seed]
 
-    def _locate(self, i: int) -> tuple[int, int]:
-        """(source, how often it was drawn before draw i); (0, i) for the concatenation."""
+    def _locate(self, i: int) -> tuple[int, int, int]:
+        """(source, its epoch, draws of that epoch before this one) of global draw `i` >= 0."""
         assert i >= 0, f"draw {i}"
-        if self._slots is None:
-            return 0, i
         cycle, slot = divmod(i, self._slot_source.size)
         source = int(self._slot_source[slot])
-        return source, cycle * self._slots[source] + int(self._slot_rank[slot])
+        drawn = cycle * self._slots[source] + int(self._slot_rank[slot])
+        return source, *divmod(drawn, self.sizes[source])
 
     def draw(self, i: int) -> tuple[int, int]:
-        """(source, index) of global draw number `i` >= 0."""
-        source, counter = self._locate(i)
-        if self._slots is None:
-            n = self._ends[-1]
-            flat = permute(counter % n, n, self.seed, counter // n)
-            source = bisect_right(self._ends, flat)
-            return source, flat - (self._ends[source] - self.sizes[source])
-        epoch, within = divmod(counter, self.sizes[source])
-        return source, permute(within, self.sizes[source], self._source_seeds[source], epoch)
+        """(source, index) of global draw number `i`."""
+        source, epoch, within = self._locate(i)
+        return source, permute(within, self.sizes[source], self._seeds[source], epoch)
 
     def epoch(self, i: int) -> int:
         """How many complete passes over its source lie behind draw `i`."""
-        source, counter = self._locate(i)
-        return counter // (self._ends[-1] if self._slots is None else self.sizes[source])
+        return self._locate(i)[1]

@@ -9,8 +9,9 @@ of strangers must not steer the terminal.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from khaosz.data.prepared import PreparedData
+from khaosz.data.readers import Skip, open_source, parsed
 from khaosz.data.records import to_messages
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
@@ -117,21 +120,10 @@ def _visible(char: str) -> str:
         return f"⟨{code - 0xDC00:02x}⟩"
     if char == "\n":
         return "↵\n"
-    category = unicodedata.category(char)
-    if category == "Cc" and char != "\t":  # escape sequences among them
+    if unicodedata.category(char) == "Cc" and char != "\t":  # escape sequences among them
         return f"⟨{code:02x}⟩"
-    # Embeddings and overrides (U+202A-E, U+2066-9) would reorder the line that we print.
-    if unicodedata.bidirectional(char) in {
-        "LRE",
-        "RLE",
-        "LRO",
-        "RLO",
-        "PDF",
-        "LRI",
-        "RLI",
-        "FSI",
-        "PDI",
-    }:
+    # Embeddings, overrides and isolates would reorder the line that we print.
+    if "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069":
         return f"⟨U+{code:04X}⟩"
     return char
 
@@ -139,8 +131,6 @@ def _visible(char: str) -> str:
 def _from_prepared(
     directory: Path, tokenizer: Tokenizer, n: int, rng: np.random.Generator
 ) -> Iterator[_Shown]:
-    from khaosz.data.prepare import PreparedData
-
     prepared = PreparedData.open(directory)
     if prepared.fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -169,9 +159,7 @@ def _from_raw(
 ) -> Iterator[_Shown]:
     chosen: list[tuple[int, dict[str, Any]]] = []
     # Reservoir sampling (Vitter 1985, algorithm R): one pass, n records kept.
-    for seen, numbered in enumerate(_raw_records(path)):
-        if seen >= _RAW_WINDOW:
-            break
+    for seen, numbered in enumerate(islice(_raw_records(path), _RAW_WINDOW)):
         if len(chosen) < n:
             chosen.append(numbered)
         elif (slot := int(rng.integers(seen + 1))) < n:
@@ -193,13 +181,8 @@ def _from_raw(
             yield _Shown(title, ids, mask)
 
 
-def _raw_records(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    from khaosz.data.readers import Skip, open_source, parse_line
-
+def _raw_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for batch in open_source(path):
-        for number, line in enumerate(batch.lines, start=batch.first_line):
-            if not line or line.isspace():
-                continue
-            record = {"text": line.decode("utf-8")} if batch.kind == "text" else parse_line(line)
+        for number, record in parsed(batch):
             if not isinstance(record, Skip):
                 yield number, record

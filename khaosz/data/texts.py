@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from khaosz.data.readers import Skip, detect_language, expand_inputs, open_source, parse_line
+from khaosz.data.readers import Skip, detect_language, expand_inputs, open_source, parsed
 from khaosz.data.records import to_messages
 from khaosz.errors import DataError
 
@@ -18,17 +18,10 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     for a file that can't be read at all.
     """
     for batch in open_source(path):
-        for line in batch.lines:
-            if not line.strip():
-                continue
-            if batch.kind == "text":
-                record: dict[str, Any] | Skip = {"text": line.decode("utf-8", errors="ignore")}
-            else:
-                record = parse_line(line)
+        for _, record in parsed(batch):
             if isinstance(record, Skip):
                 continue
-            text = _text_of(record)
-            if text:
+            if text := _text_of(record):
                 lang = record.get("lang")
                 yield (lang if isinstance(lang, str) else detect_language(text)), text
 

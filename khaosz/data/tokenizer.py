@@ -15,10 +15,10 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from khaosz.data import chat
+from khaosz.data.atomic import write_atomic
+from khaosz.data.token_bytes import token_table
+from khaosz.data.training_text import refuse_surrogates, training_sample
 from khaosz.errors import TokenizerError
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -49,18 +52,6 @@ QWEN2_PATTERN = (
 )
 # The end of a turn under the names that model families give it; the first one present counts.
 _END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>")
-# 256 letters, marks or blanks in a row; Python's classes are near enough to Qwen2's for a cut.
-_LONG_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|_){256}|\s{256}")
-_TRAINING_CUT = 1 << 20  # characters: longer documents are fed to the trainer in pieces
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, as character -> byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = (byte for byte in range(256) if byte not in set(printable))
-    table.update({chr(256 + n): byte for n, byte in enumerate(others)})
-    return table
 
 
 class Tokenizer:
@@ -157,54 +148,26 @@ class Tokenizer:
 
         Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot hold.
         """
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids as `encode` gives them, each with its character range [start, end) in `text`."""
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]` on all cores and without offsets."""
         for text in texts:
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     @cached_property
     def _decoder(self) -> tuple[list[bytes], bool]:
-        """Bytes of every id, and whether the first text token carries a space of its own.
-
-        Byte-level vocabularies spell bytes in GPT-2's alphabet. SentencePiece ones (Llama 2) spell
-        spaces as U+2581 and spare bytes as <0xE4>.
-        """
-        spec = json.loads(self._backend.to_str())
-        pieces = _components(spec.get("pre_tokenizer")) + _components(spec.get("decoder"))
-        byte_level = any(part["type"] == "ByteLevel" for part in pieces)
-        leading_space = any(
-            part["type"] == "Strip" and part.get("start", 0) > 0 for part in pieces
-        ) or any(
-            part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never"
-            for part in pieces
-        )
-        alphabet = _byte_alphabet()
-        table = [b""] * self.vocab_size  # ids that no token has stand for nothing
-        for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            if byte_level:
-                # A character outside the alphabet can only come from a token added by hand.
-                table[i] = b"".join(
-                    bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token
-                )
-            elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-                table[i] = bytes.fromhex(token[3:5])
-            else:
-                table[i] = token.replace("\u2581", " ").encode()
-        for i, added in self._backend.get_added_tokens_decoder().items():
-            table[i] = added.content.encode()
-        return table, leading_space and not byte_level
+        return token_table(self._backend, self.vocab_size)
 
     @cached_property
     def _special_id_set(self) -> frozenset[int]:
@@ -271,9 +234,9 @@ class Tokenizer:
         """Write tokenizer.json and tokenizer_config.json, each at once or not at all."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        _write_atomic(directory / "tokenizer.json", self.serialized)
+        write_atomic(directory / "tokenizer.json", [self.serialized])
         config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
-        _write_atomic(directory / "tokenizer_config.json", config.encode())
+        write_atomic(directory / "tokenizer_config.json", [config.encode()])
 
 
 class StreamDecoder:
@@ -367,13 +330,13 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    sample = _training_sample(texts, max_bytes)
+    sample = training_sample(texts, max_bytes)
     first = next(sample, None)
     if first is None:
         raise TokenizerError(
             "there is no text to train a tokenizer on", hint="the input is empty or only blank"
         )
-    backend.train_from_iterator(_chain(first, sample), trainer)
+    backend.train_from_iterator(chain([first], sample), trainer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
@@ -393,68 +356,6 @@ def train_tokenizer(
     return Tokenizer(backend.to_str(pretty=True).encode(), config)
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
-
-
-def _training_sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """At most `max_bytes` of text, long documents cut (for training only)."""
-    left = max_bytes
-    for text in texts:
-        _refuse_surrogates(text)
-        for piece in _training_pieces(text):
-            size = len(piece.encode())
-            if size > left:
-                piece = piece.encode()[:left].decode("utf-8", errors="ignore")
-            if piece:
-                yield piece
-            left -= size
-            if left <= 0:
-                return
-
-
-def _training_pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most 1 MB cut at line ends, and never 256 characters unbroken.
-
-    The trainer's time grows with the square of the longest unbroken run: a page of base64 or of
-    unpunctuated hanzi would take minutes, a megabyte of it days.
-    """
-    start = 0
-    while start < len(text):
-        end = min(len(text), start + _TRAINING_CUT)
-        if end < len(text):
-            newline = text.rfind("\n", start, end)
-            end = newline + 1 if newline >= 0 else end
-        for run in _LONG_RUN.finditer(text, start, end):
-            yield text[start : run.end()]
-            start = run.end()
-        yield text[start:end]
-        start = end
-
-
-def _refuse_surrogates(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TokenizerError(
-            f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: not text",
-            hint="a broken JSON escape or errors='surrogateescape' made it; repair or drop it",
-        ) from error
-
-
-def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A pre-tokenizer or decoder of tokenizer.json as the flat list of its steps."""
-    if part is None:
-        return []
-    if part["type"] == "Sequence":
-        inner = part.get("pretokenizers") or part.get("decoders") or []
-        return [step for child in inner for step in _components(child)]
-    return [part]
-
-
 def _read_json(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         content = json.loads(raw)
@@ -465,12 +366,3 @@ def _read_json(path: Path, raw: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
     return content
-
-
-def _write_atomic(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -103,9 +103,7 @@ class Engine:
             self._waiting.remove(request)
             self._cancelled(request, range(request.params.n))
         for sequence in [s for s in self._running if s.request.id == request_id]:
-            self._cancelled(
-                sequence.request, range(sequence.choice + 1, sequence.choice + sequence.choices)
-            )
+            self._cancelled(sequence.request, range(1, sequence.choices))
             rest, _ = sequence.text.finish()
             self._leave(sequence, sequence.output(rest, reason="cancelled"))
 

@@ -24,6 +24,7 @@ MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
 _MAX_NAME = 65_535  # bytes of a key, by the format document; a tensor's name may have 64
 _MAX_DIMENSIONS = 4
+_MAX_ENTRIES = 100_000  # tensors, keys: an entry of 32 bytes costs twenty times that in memory
 # Scalar metadata by type number: struct code. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
     10: "Q",
@@ -158,6 +159,8 @@ class GgufFile:
         # The smallest metadata pair takes 13 bytes, the smallest tensor entry 32.
         if pairs * 13 + tensors * 32 > cursor.left:
             raise ModelError(f"{source}: {tensors:,} tensors and {pairs:,} keys cannot fit")
+        if max(tensors, pairs) > _MAX_ENTRIES:
+            raise ModelError(f"{source}: {tensors:,} tensors and {pairs:,} keys are too many")
         self.metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = cursor.text("a key", _MAX_NAME)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hypothesis import strategies as st
 from khaosz.data.batch import IGNORE, Batch
 from khaosz.data.dataset import TokenDataset
 from khaosz.data.mmap import MmapFileHandler, Stage, TokenFileWriter
+from khaosz.data.prepared import Group, PreparedData
 from khaosz.data.sampler import draws_for
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.errors import ConfigError, DataError
@@ -24,18 +24,13 @@ from khaosz.errors import ConfigError, DataError
 PAD = 0
 
 
-@dataclass
-class Group:
-    split: str
-    source: str
-    lang: str
-    shards: list[MmapFileHandler]
+def group_of(source: str, lang: str, shards: list[MmapFileHandler]) -> Group:
+    documents, tokens = sum(map(len, shards)), sum(shard.n_tokens for shard in shards)
+    return Group("train", source, lang, shards, documents, tokens, bytes=0)
 
 
-@dataclass
-class Prepared:
-    stage: str
-    groups: list[Group]
+def prepared_of(stage: Stage, groups: list[Group]) -> PreparedData:
+    return PreparedData(Path(), stage, 60_000, "f", groups)
 
 
 def shard_of(
@@ -52,13 +47,13 @@ def shard_of(
     return MmapFileHandler(path)
 
 
-def pt_data(folder: Path, documents: list[list[int]], n_shards: int = 1) -> Prepared:
+def pt_data(folder: Path, documents: list[list[int]], n_shards: int = 1) -> PreparedData:
     shards = [
         shard_of(folder / f"{i}.tok", documents[i::n_shards])
         for i in range(n_shards)
         if documents[i::n_shards]
     ]
-    return Prepared("pt", [Group("train", "wiki", "en", shards)])
+    return prepared_of("pt", [group_of("wiki", "en", shards)])
 
 
 def distinct(lengths: list[int]) -> list[list[int]]:
@@ -121,7 +116,7 @@ def test_an_epoch_holds_every_pair_of_every_document_once(
             check_rows(batch)
             seen += scored_pairs(batch)
         assert seen == expected
-    assert data.tokens_per_epoch == sum(expected.values())
+    assert data.stats.inputs == sum(expected.values())
 
 
 def test_packed_rows_give_the_documents_back(tmp_path: Path) -> None:
@@ -129,7 +124,7 @@ def test_packed_rows_give_the_documents_back(tmp_path: Path) -> None:
     data = TokenDataset.open(pt_data(tmp_path, documents), 12)
     found = []
     for draw in range(data.windows):
-        row = data.row(draw)
+        row = data.batch([draw])
         for piece in range(int(row.doc_ids.max()) + 1):
             here = row.doc_ids[0] == piece
             ids, labels = row.ids[0][here].tolist(), row.labels[0][here].tolist()
@@ -141,7 +136,7 @@ def test_packed_rows_give_the_documents_back(tmp_path: Path) -> None:
 def test_a_long_document_is_continued_by_the_next_segment(tmp_path: Path) -> None:
     (document,) = distinct([21])
     data = TokenDataset.open(pt_data(tmp_path, [document]), 8)
-    rows = sorted(data.row(draw).ids[0].tolist() for draw in range(3))
+    rows = sorted(data.batch([draw]).ids[0].tolist() for draw in range(3))
     assert rows == [document[:8], document[8:16], [*document[16:20], PAD, PAD, PAD, PAD]]
     assert data.batch(range(3)).tokens == 20
 
@@ -149,9 +144,9 @@ def test_a_long_document_is_continued_by_the_next_segment(tmp_path: Path) -> Non
 def test_exactly_one_window_is_one_window(tmp_path: Path) -> None:
     (document,) = distinct([9])
     data = TokenDataset.open(pt_data(tmp_path, [document]), 8)
-    assert data.windows == 1 and data.tokens_per_epoch == 8 and data.stats.fill == 1.0
+    assert data.windows == 1 and data.stats.inputs == 8 and data.stats.fill == 1.0
     for draw in (0, 1, 5):
-        row = data.row(draw)
+        row = data.batch([draw])
         assert row.ids.tolist() == [document[:-1]] and row.labels.tolist() == [document[1:]]
         assert row.doc_ids.tolist() == [[0] * 8] and row.positions.tolist() == [list(range(8))]
         assert data.epoch(draw) == draw
@@ -159,12 +154,12 @@ def test_exactly_one_window_is_one_window(tmp_path: Path) -> None:
 
 def test_padding_is_told_by_doc_ids_and_never_by_an_id(tmp_path: Path) -> None:
     data = TokenDataset.open(pt_data(tmp_path, [[PAD, PAD, PAD, 5]]), 6, pad_id=PAD)
-    row = data.row(0)
+    row = data.batch([0])
     assert row.ids.tolist() == [[0, 0, 0, 0, 0, 0]]
     assert row.labels.tolist() == [[0, 0, 5, IGNORE, IGNORE, IGNORE]]
     assert row.doc_ids.tolist() == [[0, 0, 0, -1, -1, -1]]
     assert row.positions.tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert TokenDataset.open(pt_data(tmp_path, [[3, 4]]), 3, pad_id=7).row(0).ids.tolist() == [
+    assert TokenDataset.open(pt_data(tmp_path, [[3, 4]]), 3, pad_id=7).batch([0]).ids.tolist() == [
         [3, 7, 7]
     ]
 
@@ -216,9 +211,9 @@ def test_the_first_assistant_token_and_the_end_are_scored(tmp_path: Path) -> Non
     ]
     ids, mask = tokenizer.encode_chat(messages)
     shard = shard_of(tmp_path / "chat.tok", [ids], [mask])
-    prepared = Prepared("sft", [Group("train", "chat", "en", [shard])])
+    prepared = prepared_of("sft", [group_of("chat", "en", [shard])])
     data = TokenDataset.open(prepared, len(ids) - 1, pad_id=tokenizer.pad_id)
-    row = data.row(0)
+    row = data.batch([0])
     inputs, labels = row.ids[0].tolist(), row.labels[0].tolist()
     scored = [label for label in labels if label != IGNORE]
     end = tokenizer.special_id("<|end|>")
@@ -238,7 +233,7 @@ def test_the_first_assistant_token_and_the_end_are_scored(tmp_path: Path) -> Non
     assert all(labels[t - 1] == IGNORE for t in headers), "the header itself is not trained"
     # One cell less, and the conversation is cut after its first answer, end token included.
     short = TokenDataset.open(prepared, len(ids) - 2, pad_id=tokenizer.pad_id)
-    kept = [label for label in short.row(0).labels[0].tolist() if label != IGNORE]
+    kept = [label for label in short.batch([0]).labels[0].tolist() if label != IGNORE]
     assert kept == [*tokenizer.encode("It is four."), end]
     assert short.stats.cut == 1
 
@@ -257,7 +252,7 @@ def test_sft_scores_the_mask_and_nothing_else(
 ) -> None:
     documents = distinct([len(m) for m in masks])
     shard = shard_of(tmp_path / "a.tok", documents, masks)
-    prepared = Prepared("sft", [Group("train", "a", "en", [shard])])
+    prepared = prepared_of("sft", [group_of("a", "en", [shard])])
     data = TokenDataset.open(prepared, window)
     batch = data.batch(range(data.windows))
     check_rows(batch)
@@ -281,7 +276,7 @@ def test_sft_scores_the_mask_and_nothing_else(
 # --- mixtures
 
 
-def mixed(folder: Path) -> Prepared:
+def mixed(folder: Path) -> PreparedData:
     """Windows of 8: wiki/zh 10, web/zh 30, web/en 5 (half padding), notes/en 20."""
     groups = []
     first = 1
@@ -295,11 +290,11 @@ def mixed(folder: Path) -> Prepared:
         first += n * length
         documents = [tokens[i * length : (i + 1) * length] for i in range(n)]
         shard = shard_of(folder / f"{source}-{lang}.tok", documents)
-        groups.append(Group("train", source, lang, [shard]))
-    return Prepared("pt", groups)
+        groups.append(group_of(source, lang, [shard]))
+    return prepared_of("pt", groups)
 
 
-def tokens_by_group(prepared: Prepared, batch: Batch) -> dict[str, int]:
+def tokens_by_group(prepared: PreparedData, batch: Batch) -> dict[str, int]:
     counts = {}
     for group in prepared.groups:
         known = torch.from_numpy(group.shards[0].tokens.astype(np.int64))
@@ -346,7 +341,7 @@ def test_within_a_language_every_window_is_drawn_equally_often(tmp_path: Path) -
 
 def test_unused_groups_are_neither_planned_nor_counted(tmp_path: Path) -> None:
     data = TokenDataset.open(mixed(tmp_path), 8, mix={"wiki": 1.0}, plan_dir=tmp_path / "plans")
-    assert data.windows == 10 and data.tokens_per_epoch == 80
+    assert data.windows == 10 and data.stats.inputs == 80
     assert len(list((tmp_path / "plans").iterdir())) == 1
 
 
@@ -378,13 +373,13 @@ def test_nothing_left_is_explained(tmp_path: Path) -> None:
         TokenDataset.open(pt_data(tmp_path, [[1], [2]]), 512)
     assert short.value.hint
     shard = shard_of(tmp_path / "sft.tok", [[1] * 20], [[0] * 18 + [1, 1]])
-    prepared = Prepared("sft", [Group("train", "chat", "en", [shard])])
+    prepared = prepared_of("sft", [group_of("chat", "en", [shard])])
     with pytest.raises(DataError, match=r"a window of 4 leaves nothing.*1 too long") as long:
         TokenDataset.open(prepared, 4)
     assert long.value.hint == "use a longer window"
-    groups = [*mixed(tmp_path).groups, Group("train", "tiny", "fr", pt_shards(tmp_path))]
+    groups = [*mixed(tmp_path).groups, group_of("tiny", "fr", pt_shards(tmp_path))]
     with pytest.raises(DataError, match="leaves nothing of 'fr'"):
-        TokenDataset.open(Prepared("pt", groups), 8, mix={"zh": 1, "fr": 1})
+        TokenDataset.open(prepared_of("pt", groups), 8, mix={"zh": 1, "fr": 1})
 
 
 def pt_shards(folder: Path) -> list[MmapFileHandler]:
@@ -401,19 +396,12 @@ def test_a_missing_split_is_explained(tmp_path: Path) -> None:
 # --- batches
 
 
-def test_batch_counts_moves_and_splits(tmp_path: Path) -> None:
+def test_batch_counts_and_moves(tmp_path: Path) -> None:
     data = TokenDataset.open(pt_data(tmp_path, distinct([6, 9, 4, 9, 9, 5])), 8)
     batch = data.batch(range(5))
     assert batch.ids.dtype == batch.labels.dtype == torch.int64
     assert batch.positions.dtype == batch.doc_ids.dtype == torch.int64
     assert batch.tokens == int((batch.labels != -100).sum()) and type(batch.tokens) is int
-    parts = batch.split(3)
-    assert [part.ids.shape[0] for part in parts] == [2, 2, 1]
-    assert sum(part.tokens for part in parts) == batch.tokens
-    for name in ("ids", "labels", "positions", "doc_ids"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(batch, name))
     moved = batch.to("meta")
     assert moved.labels.device.type == "meta"
     assert moved.tokens == batch.tokens, "known without asking the device"
-    with pytest.raises(AssertionError, match="cannot split 5 rows into 6"):
-        batch.split(6)

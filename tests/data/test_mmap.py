@@ -15,13 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khaosz.data.mmap import (
-    HEADER_BYTES,
-    MmapFileHandler,
-    TokenFileWriter,
-    encode_header,
-    token_dtype,
-)
+from khaosz.data.mmap import MmapFileHandler, TokenFileWriter
+from khaosz.data.token_header import HEADER_BYTES, encode_header, token_dtype
 from khaosz.errors import TokenFileError
 
 GIGABYTE = 1 << 30

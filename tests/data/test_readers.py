@@ -10,11 +10,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from khaosz.data import readers
+from khaosz.data import json_array, readers
+from khaosz.data.charset import HEAD_BYTES, detect_encoding
 from khaosz.data.readers import (
     RawBatch,
     Skip,
-    detect_encoding,
     detect_language,
     expand_inputs,
     open_source,
@@ -83,10 +83,10 @@ def test_encodings_are_recognised(tmp_path: Path, encoding: str) -> None:
 
 def test_gb18030_is_decided_by_the_first_megabyte_cut_anywhere() -> None:
     raw = (POEM * 60_000).encode("gb18030")
-    for end in range(readers.BATCH_BYTES - 4, readers.BATCH_BYTES):
+    for end in range(HEAD_BYTES - 4, HEAD_BYTES):
         assert detect_encoding(raw[:end]) == "gb18030"
     raw = (POEM * 60_000).encode()
-    for end in range(readers.BATCH_BYTES - 4, readers.BATCH_BYTES):
+    for end in range(HEAD_BYTES - 4, HEAD_BYTES):
         assert detect_encoding(raw[:end]) == "utf-8"
 
 
@@ -170,6 +170,7 @@ def test_json_array_equals_json_load_whatever_the_window(
     path.write_bytes(f" {text} \n".encode(errors="surrogatepass"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_CHUNK", chunk)
+        patch.setattr(json_array, "_WINDOW", chunk)
         lines = [line for batch in open_source(path) for line in batch.lines]
     assert [json.loads(line) for line in lines] == records
 

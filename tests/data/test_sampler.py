@@ -16,7 +16,6 @@ from khaosz.data.sampler import (
     allocate_slots,
     draws_for,
     permute,
-    permute_array,
 )
 from khaosz.errors import ConfigError
 
@@ -29,34 +28,28 @@ def test_an_epoch_is_a_permutation(n: int) -> None:
         assert sorted(permute(i, n, 5, epoch) for i in range(n)) == list(range(n))
 
 
+def order(n: int, seed: int, epoch: int = 0) -> list[int]:
+    return [permute(i, n, seed, epoch) for i in range(n)]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
-    n=st.integers(1, 3000),
+    n=st.integers(1, 600),
     seed=st.integers(-(2**40), 2**63),
     epoch=st.integers(0, 2**40),
 )
-def test_the_array_version_is_the_same_bijection(n: int, seed: int, epoch: int) -> None:
-    whole = permute_array(np.arange(n), n, seed, epoch)
-    assert np.array_equal(np.sort(whole), np.arange(n))
-    some = range(0, n, max(1, n // 20))
-    assert [permute(i, n, seed, epoch) for i in some] == whole[list(some)].tolist()
+def test_any_seed_and_epoch_give_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert sorted(order(n, seed, epoch)) == list(range(n))
 
 
 def test_large_domains_stay_in_range_and_do_not_collide() -> None:
     n = 10**12 + 39
-    index = np.arange(n - 5000, n)
-    out = permute_array(index, n, 3, 7)
-    assert out.min() >= 0 and out.max() < n and np.unique(out).size == index.size
-    assert [permute(int(i), n, 3, 7) for i in index[:5]] == out[:5].tolist()
+    out = {permute(i, n, 3, 7) for i in range(n - 5000, n)}
+    assert min(out) >= 0 and max(out) < n and len(out) == 5000
 
 
 def test_epochs_and_seeds_give_different_orders() -> None:
-    n = 500
-    orders = {
-        permute_array(np.arange(n), n, seed, epoch).tobytes()
-        for seed in range(10)
-        for epoch in range(10)
-    }
+    orders = {tuple(order(500, seed, epoch)) for seed in range(10) for epoch in range(10)}
     assert len(orders) == 100
 
 
@@ -73,8 +66,7 @@ def test_positions_are_uniform() -> None:
 
 
 def test_neighbours_do_not_stay_neighbours() -> None:
-    n = 1000
-    out = np.concatenate([permute_array(np.arange(n), n, seed, 0) for seed in range(50)])
+    out = np.concatenate([order(1000, seed) for seed in range(50)])
     # A uniform permutation has one pair (i, i+1) on average that stays adjacent in order; the sum
     # over 50 of them is Poisson(50) and 50 + 4 sigma = 79.
     assert int((np.diff(out) == 1).sum()) < 79
@@ -95,15 +87,12 @@ def test_ranks_share_a_step_without_overlap(world: int) -> None:
         assert max(map(len, drawn)) - min(map(len, drawn)) <= 1
 
 
-def test_concatenation_visits_every_index_once_per_epoch() -> None:
-    sizes = [3, 0, 10, 1]
-    sampler = MixtureSampler(sizes, None, seed=4)
-    everything = {(s, i) for s, size in enumerate(sizes) for i in range(size)}
-    epochs = [[sampler.draw(i) for i in range(e * 14, e * 14 + 14)] for e in range(3)]
-    for epoch in epochs:
-        assert len(epoch) == 14 and set(epoch) == everything
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [sampler.epoch(i) for i in (0, 13, 14, 27, 28)] == [0, 0, 1, 1, 2]
+def test_one_source_is_visited_once_per_epoch_by_the_seed_itself() -> None:
+    sampler = MixtureSampler([14], [3.0], seed=4)
+    for epoch in range(3):
+        draws = range(epoch * 14, epoch * 14 + 14)
+        assert [sampler.draw(i) for i in draws] == [(0, i) for i in order(14, 4, epoch)]
+        assert {sampler.epoch(i) for i in draws} == {epoch}
 
 
 def test_weighted_sources_run_through_their_own_complete_epochs() -> None:
@@ -142,8 +131,7 @@ def test_slots_follow_the_largest_remainder() -> None:
     assert sum(small) == 1 << 17 and small[1] >= 1
 
 
-@pytest.mark.parametrize("weights", [[-1.0, 2.0], [float("nan"), 1.0], [0.0, 0.0], [1.0, 1e-9]])
-def test_impossible_weights_are_the_users_mistake(weights: list[float]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        MixtureSampler([5, 5], weights, seed=0)
+def test_a_weight_too_small_to_be_drawn_is_the_users_mistake() -> None:
+    with pytest.raises(ConfigError, match=r"1\.0e-09 of the sum") as caught:
+        MixtureSampler([5, 5], [1.0, 1e-9], seed=0)
     assert caught.value.hint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import random_model, tokenizer
+from random_models import CONTEXT, random_model, tokenizer
 
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
@@ -156,6 +157,13 @@ def test_prompts_come_behind_answers_and_do_not_stop_them() -> None:
         assert [o.request_id for o in by.take()] == [first]
 
 
+def test_short_prompts_share_a_step() -> None:
+    by = Engine(runner(), tokenizer())
+    ids = [by.add(prompt, GREEDY) for prompt in PROMPTS[:3]]
+    by.step()
+    assert [o.request_id for o in by.take()] == ids
+
+
 def test_choices_count_for_the_batch_before_they_part() -> None:
     by = Engine(runner(), tokenizer(), max_batch=4)
     for _ in range(3):
@@ -208,6 +216,73 @@ def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
                 sequence.cache._store[:, :, :length],
             )
     assert drafted, "no draft was wrong"
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED])
+def test_a_conversation_that_goes_on_in_two_ways_at_once(params: SamplingParams) -> None:
+    """The first takes the kept cache over; the second must not write into the same one."""
+    by = Engine(runner(), tokenizer())
+    request_id = by.add(PROMPTS[4], params)
+    outputs = []
+    while by.unfinished:
+        by.step()
+        outputs += by.take()
+    turn = [*PROMPTS[4], *told(outputs, request_id, 0)[0]]
+    ways = [[*turn, 5, 20, 21], [*turn, 5, 30, 31, 32]]
+    expected = []
+    for way in ways:
+        fresh = Engine(runner(), tokenizer())
+        fresh.add(way, params)
+        while fresh.unfinished:
+            fresh.step()
+        expected.append(told(fresh.take(), 0, 0))
+    ids = [by.add(way, params) for way in ways]
+    outputs = []
+    while by.unfinished:
+        by.step()
+        outputs += by.take()
+    assert [told(outputs, i, 0) for i in ids] == expected
+    assert all(o.cached_tokens >= len(PROMPTS[4]) for o in outputs), "both were hits"
+
+
+class Flat(Runner):
+    """Every token is as likely as any other."""
+
+    def run(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        return [torch.zeros_like(rows) for rows in super().run(chunks)]
+
+
+def test_a_draw_depends_on_its_place_in_the_answer_alone() -> None:
+    by = Engine(Flat.from_module(MODEL), tokenizer())
+    ids = [by.add(prompt, replace(SAMPLED, max_tokens=5)) for prompt in PROMPTS]
+    outputs = []
+    while by.unfinished:
+        by.step()
+        outputs += by.take()
+    assert len({tuple(told(outputs, i, 0)[0]) for i in ids}) == 1
+
+
+class Bounded(Runner):
+    def run(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+        for chunk in chunks:
+            assert chunk.cache.length + len(chunk.ids) < CONTEXT
+        assert sum(len(chunk.ids) for chunk in chunks) <= 64
+        return super().run(chunks)
+
+
+def test_drafts_stay_within_context_and_budget() -> None:
+    by = Engine(Bounded.from_module(MODEL), tokenizer(), lookup=True, step_tokens=64)
+    by.end_ids = set()
+    # One token again and again: every draft comes true, up to the very end.
+    params = replace(GREEDY, max_tokens=1000, logit_bias={60: 100.0})
+    ids = [by.add(prompt, params) for prompt in PROMPTS]
+    outputs = []
+    while by.unfinished:
+        by.step()
+        outputs += by.take()
+    for request_id, prompt in zip(ids, PROMPTS, strict=True):
+        tokens, _, _, reason = told(outputs, request_id, 0)
+        assert len(prompt) + len(tokens) == CONTEXT and reason == "length"
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

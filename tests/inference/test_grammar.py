@@ -98,9 +98,10 @@ def test_every_choice_has_a_grammar_of_its_own() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_forms_that_cannot_be_used_are_refused(form: dict[str, str], message: str) -> None:
+    engine = generator().engine
     with pytest.raises(GenerationError, match=message) as caught:
-        generator().generate("x", SamplingParams(max_tokens=5, **form))  # type: ignore[arg-type]
-    assert "\n" not in str(caught.value)
+        engine.add([1], SamplingParams(max_tokens=5, **form))  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) and not engine.unfinished
 
 
 def test_a_grammar_that_fails_later_ends_its_request_only() -> None:

@@ -281,6 +281,7 @@ def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
         ("seed", 2**63),
         ("stop", ("",)),
         ("stop", ("a", "")),
+        ("stop", ("a", "x" * 1025)),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:

@@ -126,6 +126,7 @@ def entry(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
 ONE = pair("a", 4, struct.pack("<I", 1))
 HUGE = 2**64 - 1
 REFUSED: dict[str, tuple[bytes, str]] = {
+    "too many tensors": (head(bytes(32 * 100_001), n=(0, 100_001)), "100,001 tensors .* too many"),
     "a key twice": (head(ONE * 2, n=(2, 0)), "key 'a' comes twice"),
     "a tensor twice": (
         head(b"", entry("t", (1,), 0, 0) * 2 + bytes(64), n=(0, 2)),

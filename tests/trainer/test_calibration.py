@@ -59,7 +59,7 @@ def test_a_window_longer_than_the_models_context(recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.slow
-# torch's compiler warns of itself, and where it hides a warning "error" would turn it into a failure.
+# torch's compiler warns of itself, and counts on hiding some of it, which "error" forbids.
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_runs_resume_bit_exactly(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
