@@ -21,6 +21,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "ours": ("bench.ours", [], "one timing of our own training step"),
     "peer": ("bench.peer_transformers", [], "one run or timing of the transformers loop"),
     "infer": ("bench.infer", [], "prefill and decode tokens/s, llama.cpp and us"),
+    "lookup": ("bench.lookup", [], "prompt lookup against plain decoding"),
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
