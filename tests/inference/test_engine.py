@@ -300,9 +300,9 @@ def test_an_int8_cache_is_near_and_smaller() -> None:
     assert not torch.equal(*outputs)
     assert caches[1].nbytes * 2 < caches[0].nbytes  # heads of 8 only: a scale costs half as much
     by = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer())
-    again = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer(), step_tokens=5)
-    ids = [e.add(PROMPTS[2], GREEDY) for e in (by, again)]
-    assert told(finish(by), ids[0]) == told(finish(again), ids[1])
+    chunked = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer(), step_tokens=5)
+    ids = [e.add(PROMPTS[2], GREEDY) for e in (by, chunked)]
+    assert told(finish(by), ids[0]) == told(finish(chunked), ids[1])
 
 
 # ------------------------------------------------------------------------------------------ pieces
@@ -355,7 +355,7 @@ def test_embeddings_are_pooled_and_of_length_one() -> None:
     generator = Generator(MODEL, tokenizer())
     texts = ["the fox", "春眠不觉晓"]
     for pooling in ("last", "mean"):
-        vectors = generator.embed(texts, pooling)  # type: ignore[arg-type]
+        vectors = generator.embed(texts, pooling)
         with torch.no_grad():
             for vector, text in zip(vectors, texts, strict=True):
                 states = MODEL(torch.tensor([generator.prompt_ids(text)]))[0]
