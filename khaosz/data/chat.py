@@ -225,13 +225,15 @@ def encode(
         text = ""
         spans.clear()
 
-    marks = rf"{nonce}(?:S|E|L\d+\.)|{pattern.pattern}"
     position = 0
-    for match in re.finditer(marks, rendered):
+    for match in _marks(pattern.pattern).finditer(rendered):
+        control = match[0] in tokenizer.special_ids
+        if not control and not match[0].startswith(nonce):
+            continue  # somebody's text that looks like a mark
         text += rendered[position : match.start()]
         position = match.end()
-        kind = match[0].removeprefix(nonce)
-        if kind == match[0]:  # a control token of the template
+        kind = match[0] if control else match[0].removeprefix(nonce)
+        if control:  # of the template
             flush()
             ids.append(tokenizer.special_ids[kind])
             loss_mask.append(int(generated_from is not None))
@@ -251,6 +253,14 @@ def encode(
             hint="put {% generation %} and {% endgeneration %} around the assistant's text",
         )
     return ids, loss_mask
+
+
+@lru_cache(maxsize=4)
+def _marks(special: str) -> re.Pattern[str]:
+    """Control tokens and the marks of any nonce: compiled once, not for every chat. A mark can't be
+    missed behind other hexadecimal digits, as it takes exactly 32 of them before a letter that is
+    none."""
+    return re.compile(rf"[0-9a-f]{{32}}(?:S|E|L\d+\.)|{special}")
 
 
 def _check(messages: Sequence[dict[str, Any]]) -> None:

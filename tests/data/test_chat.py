@@ -243,6 +243,16 @@ def test_templates_have_limits_of_size_and_time(
     assert sys.gettrace() is before
 
 
+@pytest.mark.parametrize("text", ["a" * 32 + "S", "0" * 33 + "E", "f" * 31 + "L0.", "ab" * 16])
+def test_text_that_looks_like_a_mark_is_text(tokenizer: Tokenizer, text: str) -> None:
+    for content in (text, text + "<|end|>", "<|end|>" + text):
+        ids, mask = tokenizer.encode_chat([user("x"), assistant(content)])
+        end = tokenizer.end_id
+        assert ids[-1] == end and tokenizer.encode(content) == [
+            i for i, m in zip(ids, mask, strict=True) if m
+        ][:-1]
+
+
 def test_what_templates_use_still_works(tokenizer: Tokenizer) -> None:
     template = (
         "{{ ('a' ~ 1 ~ messages[0].content) + 'b' * 2 }}{{ 'x y'|replace(' ', '_') }}"

@@ -173,13 +173,13 @@ def main(count: int) -> None:
     begun, slowest, readable = time.perf_counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
-            started = time.perf_counter()
+            started = time.process_time()  # a pause of the whole process is no slow file
             try:
                 readable += mutated(seed, Path(folder))
             except BaseException:
                 print(f"seed {seed}", file=sys.stderr)
                 raise
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.process_time() - started)
             if seed % 50_000 == 49_999:
                 print(f"{seed + 1:,} files, slowest {slowest:.3f} s", file=sys.stderr)
     seconds = time.perf_counter() - begun
