@@ -248,9 +248,10 @@ def test_text_that_looks_like_a_mark_is_text(tokenizer: Tokenizer, text: str) ->
     for content in (text, text + "<|end|>", "<|end|>" + text):
         ids, mask = tokenizer.encode_chat([user("x"), assistant(content)])
         end = tokenizer.end_id
-        assert ids[-1] == end and tokenizer.encode(content) == [
-            i for i, m in zip(ids, mask, strict=True) if m
-        ][:-1]
+        assert (
+            ids[-1] == end
+            and tokenizer.encode(content) == [i for i, m in zip(ids, mask, strict=True) if m][:-1]
+        )
 
 
 def test_what_templates_use_still_works(tokenizer: Tokenizer) -> None:
