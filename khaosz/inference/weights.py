@@ -22,6 +22,7 @@ from khaosz.interop.gguf_blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer
 from khaosz.model.module import Block
 
+_TOUCHED = 512  # rows read from a map before its pages are given back, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
 
 
@@ -143,7 +144,6 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
             down=matrix(f"{block}.mlp.down_proj.weight"),
         )
 
-    table, kind = model.raw("embed_tokens.weight"), model.kind("embed_tokens.weight")
     # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
     with ThreadPoolExecutor(2) as pool:
         layers = list(pool.map(layer, range(model.config.num_hidden_layers)))
@@ -151,11 +151,10 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
     if not isinstance(head, DenseMatrix):
-        rows, of = model.raw(name), model.kind(name)
-        head = RefinedHead(head, lambda ids: torch.from_numpy(dequantize(rows[ids], of)))
+        head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
     return Weights(
-        embed=lambda ids: torch.from_numpy(dequantize(table[ids], kind)),
+        embed=MappedRows(model, "embed_tokens.weight"),
         layers=lambda: layers,
         norm=vector("norm.weight"),
         head=head,
@@ -192,6 +191,23 @@ class SideBySide:
         return sum(part.nbytes for part in self.parts)
 
 
+class MappedRows:
+    """Rows of a matrix in a GGUF file, fp32, read from the map when they are asked for."""
+
+    def __init__(self, model: GgufModel, name: str) -> None:
+        self._file, self._rows, self._kind = model.file, model.raw(name), model.kind(name)
+        self._touched = 0
+
+    def __call__(self, ids: Sequence[int] | np.ndarray) -> Tensor:
+        rows = torch.from_numpy(dequantize(self._rows[ids], self._kind))
+        # A row brings its neighbours in, up to 64 KB: left alone, the whole table would stay.
+        self._touched += len(ids)
+        if self._touched > _TOUCHED:
+            self._file.release()
+            self._touched = 0
+        return rows
+
+
 class RefinedHead:
     """A quantised head whose likeliest tokens are computed again in fp32, from the file's rows.
 
@@ -199,7 +215,7 @@ class RefinedHead:
     the distance between rivals. That alone turned one greedy token in ninety.
     """
 
-    def __init__(self, coarse: Matrix, rows: Callable[[np.ndarray], Tensor]) -> None:
+    def __init__(self, coarse: Matrix, rows: MappedRows) -> None:
         self._coarse, self._rows = coarse, rows
 
     def __call__(self, x: Tensor) -> Tensor:
