@@ -5,7 +5,7 @@ Keys and tensor names are llama.cpp's (gguf-py/gguf/constants.py, tensor_mapping
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError
-from khaosz.interop.gguf_blocks import dequantize, is_affine, quantize
+from khaosz.interop.gguf_blocks import dequantize, quantize
 from khaosz.interop.gguf_config import (
     ROPE_FACTORS,
     config_from_metadata,
@@ -219,12 +219,3 @@ def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
 def _to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     swapped = rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)
     return np.ascontiguousarray(swapped).reshape(rows.shape)
-
-
-def tensor_kinds(kinds: Iterable[str]) -> str:
-    """A one-line summary, "210 Q4_1, 1 Q8_0", of quantised or dense types."""
-    counts: dict[str, int] = {}
-    for kind in kinds:
-        counts[kind] = counts.get(kind, 0) + 1
-    quantised = sorted(counts, key=lambda k: (not is_affine(k), -counts[k]))
-    return ", ".join(f"{counts[k]} {k}" for k in quantised)
