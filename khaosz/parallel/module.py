@@ -48,17 +48,21 @@ def across(values: list[float], context: ParallelContext) -> list[float]:
 
 
 def data_parallel(module: nn.Module, context: ParallelContext) -> nn.Module:
-    """The module as it is alone, or under DDP with gradients *summed* over ranks.
+    """The module as it is alone, or under DDP, which *averages* gradients over the ranks.
 
-    The loop has already divided by the global count, so an average would divide twice; the sum is
-    a communication hook of our own rather than a factor on the loss.
+    The loop wants the sum of what it divided by the global count, so it divides by that count's
+    share of one rank (`share_of`). DDP's own reduction runs without Python; a summing hook written
+    in Python is called, and freed, on gloo's threads, which abort a process that is just exiting.
     """
     if context.world == 1:
         return module
     # Buffers are derived from the configuration and equal everywhere: nothing to broadcast.
-    wrapped = DistributedDataParallel(module, broadcast_buffers=False)
-    wrapped.register_comm_hook(None, _sum_hook)
-    return wrapped
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def share_of(count: float, context: ParallelContext) -> float:
+    """What a rank divides its loss sum by, so that DDP's average is the sum over `count`."""
+    return count / context.world
 
 
 def no_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -66,10 +70,3 @@ def no_sync(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return nullcontext()
-
-
-# Without annotations: DDP compares them with its own classes, and ours are strings.
-def _sum_hook(state, bucket):
-    work = dist.all_reduce(bucket.buffer(), op=dist.ReduceOp.SUM, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])

@@ -16,7 +16,7 @@ import torch
 from khaosz.data.batch import Batch
 from khaosz.errors import TrainingError
 from khaosz.parallel import across, data_parallel
-from khaosz.parallel.module import no_sync
+from khaosz.parallel.module import no_sync, share_of
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.schedule import lr_factor
 from khaosz.trainer.strategy import Compute, LossModule, Strategy
@@ -98,11 +98,12 @@ class Trainer:
     def _accumulate(self, batches: list[Batch], count: float) -> torch.Tensor | None:
         """Gradients of loss sum / count over all micro-batches; returns this rank's loss sum."""
         total = torch.zeros((), device=self.context.parallel.device)
+        share = share_of(count, self.context.parallel)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with no_sync(self.module, last):
                 loss = self.module(batch.to(self.context.parallel.device))
-                (loss / count).backward()
+                (loss / share).backward()
             total += loss.detach()
             if not last and self.context.stopping and self.context.parallel.world == 1:
                 self.context.model.zero_grad(set_to_none=True)

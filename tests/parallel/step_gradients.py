@@ -16,7 +16,9 @@ from khaosz.config import load_recipe
 from khaosz.parallel import across, setup_parallel
 from khaosz.trainer import run as running
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """A function, so that the model and its process group are gone before the interpreter ends."""
     torch.set_num_threads(1)
     config = load_recipe(Path(sys.argv[1]))
     parallel = setup_parallel(config.parallel)
@@ -32,3 +34,7 @@ if __name__ == "__main__":
         save_file({**gradients, "loss": torch.tensor(total)}, sys.argv[2])
     parallel.barrier()
     parallel.close()
+
+
+if __name__ == "__main__":
+    main()
