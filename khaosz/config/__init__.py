@@ -1,5 +1,12 @@
 """Configuration is data with closed fields: a misspelt key is an error that names the right one."""
 
+from khaosz.config.align_config import (
+    LORA_TARGETS,
+    LoRAConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from khaosz.config.model_config import ModelConfig, RopeScaling
 from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minutes
 from khaosz.config.recipe import (
@@ -9,14 +16,27 @@ from khaosz.config.recipe import (
     save_config,
     shipped_recipe,
 )
-from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
+from khaosz.config.train_config import (
+    PAIR_STAGES,
+    ROLLOUT_STAGES,
+    ParallelConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 
 __all__ = [
+    "LORA_TARGETS",
+    "PAIR_STAGES",
+    "ROLLOUT_STAGES",
     "SIZES",
     "Derived",
+    "LoRAConfig",
     "ModelConfig",
     "ParallelConfig",
+    "PreferenceConfig",
     "Preset",
+    "RewardConfig",
+    "RolloutConfig",
     "RopeScaling",
     "ScheduleConfig",
     "TrainConfig",

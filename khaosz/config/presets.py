@@ -106,7 +106,7 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         Derived("parameters", f"{model.parameters() / 1e6:,.1f}M", "counted exactly"),
     ]
     numbers = training_numbers(width, stage)
-    if stage == "sft":
+    if stage != "pt":
         window, batch = context, max(2_048, batch // 2)
         why_window = "the whole context: a conversation is not cut into segments"
         why_batch = "half of pretraining's: few tokens of a conversation are trained on"
@@ -126,12 +126,20 @@ def training_numbers(width: int, stage: str) -> list[Derived]:
     """Learning rates and weight decay for a width, each with its reason."""
     # The update of Muon has a fixed size per matrix; 1/sqrt(width) from the tuned nano run is the
     # usual guide where nobody has swept the larger sizes.
-    shrink = (256 / width) ** 0.5 * (0.3 if stage == "sft" else 1.0)
-    after = ", 0.3 of it after pretraining" if stage == "sft" else ""
+    share = {"pt": 1.0, "sft": 0.3}.get(stage, 0.03)
+    shrink = (256 / width) ** 0.5 * share
+    after = {
+        "pt": "",
+        "sft": ", 0.3 of it after pretraining",
+    }.get(stage, ", 0.03 of it: alignment moves a model, it does not make one")
+    decay = 0.1 if stage in ("pt", "sft") else 0.0
+    why_decay = "the usual 0.1; one short epoch hardly feels it"
+    if not decay:
+        why_decay = "none: decay would pull the model away from where it starts"
     return [
         Derived("lr", round(0.01 * shrink, 6), f"Muon, 0.01 at width 256, by sqrt(width){after}"),
         Derived("embedding_lr", round(0.015 * shrink, 6), "AdamW for embeddings, head and norms"),
-        Derived("weight_decay", 0.1, "the usual 0.1; one short epoch hardly feels it"),
+        Derived("weight_decay", decay, why_decay),
     ]
 
 

@@ -7,12 +7,20 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from khaosz.config.align_config import (
+    LoRAConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RolloutConfig,
+)
 from khaosz.config.closed import Closed
 from khaosz.config.model_config import ModelConfig
 from khaosz.config.presets import SIZES
 from khaosz.errors import nearest
 
-Stage = Literal["pt", "sft"]
+Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo"]
+PAIR_STAGES = ("rm", "dpo")
+ROLLOUT_STAGES = ("ppo", "grpo")
 
 
 class ScheduleConfig(Closed):
@@ -77,6 +85,15 @@ class TrainConfig(Closed):
     gradient_checkpointing: bool = False
     loss_chunk: int = Field(default=1024, ge=1, description="tokens per logits chunk")
 
+    lora: LoRAConfig | None = None
+    batch_pairs: int | None = Field(default=None, ge=1, description="pairs per optimizer step")
+    reward: RewardConfig = RewardConfig()
+    preference: PreferenceConfig = PreferenceConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reference: Path | None = Field(default=None, description="None: the model as it starts")
+    reward_model: Path | None = None
+    reward_function: str | None = Field(default=None, description="module:name or file.py:name")
+
     mix: dict[str, float] | None = None
     val_fraction: float = Field(default=0.005, ge=0, lt=1)
     dedup: bool = True
@@ -133,8 +150,24 @@ class TrainConfig(Closed):
         given = [n for n in ("max_minutes", "max_steps", "epochs") if getattr(self, n) is not None]
         if not given:
             raise ValueError("say how long to train: max_minutes, max_steps or epochs")
-        if self.stage == "sft" and self.init_from is None and self.size is None:
-            raise ValueError("sft needs init_from=MODEL (or size=... to start from nothing)")
+        if self.stage != "pt" and self.init_from is None and self.size is None:
+            raise ValueError(
+                f"{self.stage} needs init_from=MODEL (or size=... to start from nothing)"
+            )
+        if self.stage in ROLLOUT_STAGES:
+            if self.max_steps is None and self.epochs is None:
+                raise ValueError(f"{self.stage} is planned in steps: give max_steps or epochs")
+            judges = [self.reward_model, self.reward_function]
+            if judges.count(None) != 1:
+                raise ValueError(
+                    f"{self.stage} needs a judge: reward_model=DIR or reward_function=MODULE:NAME"
+                )
+            if self.stage == "grpo" and self.rollout.group < 2:
+                raise ValueError("grpo compares answers: rollout.group must be 2 or more")
+        elif self.reward_model is not None or self.reward_function is not None:
+            raise ValueError(
+                f"reward_model and reward_function are for ppo and grpo, not {self.stage}"
+            )
         if self.model and self.init_from is not None:
             raise ValueError("[model] shapes a new model, init_from brings its own: drop one")
         return self

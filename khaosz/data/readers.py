@@ -29,6 +29,7 @@ _CHUNK = 1 << 16
 _PARQUET_COLUMNS = (
     *("text", "lang", "source", "messages", "conversations", "instruction", "input", "output"),
     *("system", "history", "tools"),
+    *("prompt", "chosen", "rejected", "margin", "answers", "ranking", "answer"),
 )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from khaosz.data.preference import to_pairs, to_prompt
 from khaosz.data.readers import Skip, detect_language, expand_inputs, open_source, parsed
-from khaosz.data.records import to_messages
+from khaosz.data.records import Message, to_messages
 from khaosz.errors import DataError
 
 
@@ -41,12 +42,29 @@ def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
 def _text_of(record: dict[str, Any]) -> str | None:
     text = record.get("text")
     if text is None:
-        try:
-            messages = to_messages(record).messages
-        except DataError:
+        messages = _messages_of(record)
+        if messages is None:
             return None
         text = "\n".join(message["content"] for message in messages if message.get("content"))
     if not isinstance(text, str):
         return None
     # A lone surrogate can't be written as UTF-8, so no tokenizer and no byte count knows it.
     return text.encode("utf-8", errors="ignore").decode("utf-8")
+
+
+def _messages_of(record: dict[str, Any]) -> list[Message] | None:
+    """All that is said in a record of a chat, of a pair of answers or of a prompt alone."""
+    try:
+        return to_messages(record).messages
+    except DataError:
+        pass
+    try:
+        pairs = to_pairs(record)
+        answers = [{"content": text} for pair in pairs for text in (pair.chosen, pair.rejected)]
+        return [*pairs[0].prompt, *answers] if pairs else None
+    except DataError:
+        pass
+    try:
+        return to_prompt(record).prompt
+    except DataError:
+        return None

@@ -38,6 +38,7 @@ class Completion:
     tokens: int  # generated, the one that ends the turn included
     finish_reason: str  # "stop": an end token or a stop string; "length": a limit was reached
     logprobs: tuple[Logprob, ...] = ()
+    ids: tuple[int, ...] = ()  # what was generated, token by token; `text` leaves the end token out
 
 
 class Generator:
@@ -215,7 +216,8 @@ def _joined(outputs: Sequence[Output]) -> Completion:
     assert last.finish_reason is not None
     logprobs = tuple(value for output in outputs for value in output.logprobs)
     text = "".join(output.text for output in outputs)
-    return Completion(text, last.generated, last.finish_reason, logprobs)
+    ids = tuple(token for output in outputs for token in output.token_ids)
+    return Completion(text, last.generated, last.finish_reason, logprobs, ids)
 
 
 def generate(

@@ -3,7 +3,9 @@
 from khaosz.interop.gguf_model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.huggingface import (
     WEIGHTS,
+    is_reward_model,
     load_config,
+    load_reward_model,
     save_model,
     write_json,
 )
@@ -14,9 +16,11 @@ __all__ = [
     "GgufModel",
     "convert",
     "is_gguf",
+    "is_reward_model",
     "load_config",
     "load_gguf",
     "load_model",
+    "load_reward_model",
     "open_tokenizer",
     "save_gguf",
     "save_model",

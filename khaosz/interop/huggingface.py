@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,7 @@ from torch import Tensor
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.shown import one_line, shown
-from khaosz.model import Transformer, parameter_shapes
+from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
 _ARCHITECTURES = {
@@ -27,9 +27,14 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_REWARD = {
+    family: name.replace("CausalLM", "SequenceClassification")
+    for family, name in _ARCHITECTURES.items()
+}
 _SAME_AS = {"mistral": "llama"}  # once its sliding window is out of the way
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MAX_LAYERS = 10_000  # far above any model, far below what would cost memory to name
+M = TypeVar("M", bound=Transformer)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -43,13 +48,19 @@ def save_model(
     pad_id: int | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` (the parameters as
-    they are: fp32 masters stay fp32), each file atomically."""
+    they are: fp32 masters stay fp32), each file atomically. A `RewardModel` is written as a
+    sequence classifier of one label."""
     directory.mkdir(parents=True, exist_ok=True)
     tokens = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
     given = {name: value for name, value in tokens.items() if value is not None}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    write_json(directory / "config.json", {**config_to_hf(model.config), **given, "dtype": dtype})
-    write_json(directory / "generation_config.json", {**given, "do_sample": True})
+    values = {**config_to_hf(model.config), **given, "dtype": dtype}
+    if isinstance(model, RewardModel):
+        values["architectures"] = [_REWARD[model.config.family]]
+        values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    else:
+        write_json(directory / "generation_config.json", {**given, "do_sample": True})
+    write_json(directory / "config.json", values)
     tensors = {_hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
     partial = directory / f".{WEIGHTS}.partial"
     save_file(tensors, str(partial), metadata={"format": "pt"})
@@ -71,11 +82,62 @@ def load_model(
     """
     directory = Path(directory)
     config = load_config(directory)
+    if is_reward_model(directory):
+        raise ModelError(
+            f"{directory} is a reward model: it judges text and writes none",
+            hint="name it as reward_model=, or in `khaosz eval preference`",
+        )
+    loaded, head = _read_parameters(directory, config, parameter_shapes(config), device, dtype)
+    if head is not None and not torch.equal(head.to(device, dtype), loaded["embed_tokens.weight"]):
+        raise ModelError(
+            f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
+        )
+    return _assembled(Transformer, config, loaded, device)
+
+
+def load_reward_model(
+    directory: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> RewardModel:
+    """A `RewardModel` from a directory of a one-label sequence classifier, in evaluation mode.
+
+    Raises `ModelError` as `load_model` does, and for a directory that is no reward model.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    if not is_reward_model(directory):
+        raise ModelError(
+            f"{directory} is no reward model",
+            hint="train one with stage=rm, or name a one-label sequence classifier",
+        )
+    loaded, _ = _read_parameters(directory, config, reward_shapes(config), device, dtype)
+    return _assembled(RewardModel, config, loaded, device)
+
+
+def is_reward_model(directory: str | Path) -> bool:
+    """Whether a model directory holds a sequence classifier rather than a language model."""
+    try:
+        values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        return any(name in _REWARD.values() for name in values.get("architectures") or [])
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+
+
+def _read_parameters(
+    directory: Path,
+    config: ModelConfig,
+    shapes: dict[str, tuple[int, ...]],
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Every parameter by our name, and a tied head that is written all the same."""
     if config.num_hidden_layers > _MAX_LAYERS:
         raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
-    wanted = {_hf_name(name): (name, shape) for name, shape in parameter_shapes(config).items()}
+    wanted = {_hf_name(name): (name, shape) for name, shape in shapes.items()}
     loaded: dict[str, Tensor] = {}
-    head: Tensor | None = None  # a tied head that is written all the same
+    head: Tensor | None = None
     for path in weight_files(directory):
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -85,7 +147,7 @@ def load_model(
                         if tensor.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
                         loaded[wanted[name][0]] = tensor.to(device, dtype)
-                    elif name == "lm_head.weight" and config.tie_word_embeddings:
+                    elif name == "lm_head.weight" and "lm_head.weight" not in shapes:
                         head = file.get_tensor(name)
                         if head.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {head.dtype}")
@@ -98,16 +160,19 @@ def load_model(
             raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
         if (found := tuple(loaded[name].shape)) != shape:
             raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {shape}")
-    if head is not None and not torch.equal(head.to(device, dtype), loaded["embed_tokens.weight"]):
-        raise ModelError(
-            f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
-        )
     check_rotary(config, str(directory))
+    return loaded, head
+
+
+def _assembled(
+    kind: type[M], config: ModelConfig, loaded: dict[str, Tensor], device: str | torch.device
+) -> M:
     with torch.device("meta"):
-        model = Transformer(config)
+        model = kind(config)
     model.load_state_dict(loaded, assign=True)
     model.rotary = Rotary(config).to(device)  # derived, so not in the file
-    return model.requires_grad_(True).eval()
+    model.requires_grad_(True)
+    return model.eval()
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -292,4 +357,4 @@ def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _hf_name(name: str) -> str:
-    return name if name.startswith("lm_head.") else f"model.{name}"
+    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"

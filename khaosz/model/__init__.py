@@ -2,6 +2,7 @@
 or losses."""
 
 from khaosz.model.cache import KVCache
+from khaosz.model.reward import RewardModel, reward_shapes
 from khaosz.model.transformer import Transformer, parameter_shapes
 
-__all__ = ["KVCache", "Transformer", "parameter_shapes"]
+__all__ = ["KVCache", "RewardModel", "Transformer", "parameter_shapes", "reward_shapes"]

@@ -23,7 +23,7 @@ from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext, across
 from khaosz.trainer.loss import chunk_loss
 from khaosz.trainer.optimizer import build_optimizers
-from khaosz.trainer.strategy import Compute, LossModule, PTStrategy
+from khaosz.trainer.strategy import Compute, LossModule, Strategy
 from khaosz.trainer.train_context import Plan
 
 _TOKENS_PER_FORWARD = {"cpu": 8_192}  # elsewhere twice that: the caches of a CPU are small
@@ -70,7 +70,7 @@ def calibrate(
     model: Transformer,
     config: TrainConfig,
     parallel: ParallelContext,
-    strategy: PTStrategy,
+    strategy: Strategy,
     rows: int,
     micro: int,
     console: Console,
@@ -118,6 +118,7 @@ def calibrate(
     compute = _compute(model, config, dtype, compiled)
     seconds = _step_seconds(model, config, strategy, compute, batches, parallel)
     total = _total_steps(config, strategy, rows, seconds)
+    strategy.tally.clear()
     chosen = across(
         [float(x) if parallel.is_main else 0.0
          for x in (dtype == torch.bfloat16, compiled, total, seconds)],
@@ -139,7 +140,7 @@ def calibrate(
 def _try_compiled(
     model: Transformer,
     config: TrainConfig,
-    strategy: PTStrategy,
+    strategy: Strategy,
     dtype: torch.dtype,
     eager: dict[torch.dtype, float],
     batches: list[Batch],
@@ -176,7 +177,7 @@ def _compute(
 
 def _micro_seconds(
     model: Transformer,
-    strategy: PTStrategy,
+    strategy: Strategy,
     compute: Compute,
     batch: Batch,
     parallel: ParallelContext,
@@ -193,7 +194,7 @@ def _micro_seconds(
 def _step_seconds(
     model: Transformer,
     config: TrainConfig,
-    strategy: PTStrategy,
+    strategy: Strategy,
     compute: Compute,
     batches: list[Batch],
     parallel: ParallelContext,
@@ -244,13 +245,13 @@ def _synchronise(parallel: ParallelContext) -> None:
 
 
 def _total_steps(
-    config: TrainConfig, strategy: PTStrategy, rows: int, seconds_per_step: float
+    config: TrainConfig, strategy: Strategy, rows: int, seconds_per_step: float
 ) -> int:
     limits = []
     if config.max_steps is not None:
         limits.append(config.max_steps)
     if config.epochs is not None:
-        limits.append(-(-round(strategy.dataset.windows * config.epochs) // rows))
+        limits.append(-(-round(strategy.examples * config.epochs) // rows))
     if config.max_minutes is not None:
         limits.append(int(config.max_minutes * 60 / seconds_per_step))
     return max(1, min(limits))

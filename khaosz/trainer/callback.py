@@ -4,14 +4,14 @@ is the order they run in."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from khaosz.inference.scoring import Score
-from khaosz.trainer.checkpoint import point, rotate, save_checkpoint
+from khaosz.trainer.checkpoint import point, rotate, save_checkpoint, write_rollout
 from khaosz.trainer.train_context import TrainContext
 
 Evaluate = Callable[[TrainContext], dict[str, Score]]
@@ -87,6 +87,8 @@ class Checkpointing(Callback):
             self._save(context, gained=False)
 
     def _save(self, context: TrainContext, gained: bool) -> None:
+        write_rollout(context)
+        context.parallel.barrier()
         if context.parallel.is_main:
             directory = save_checkpoint(context)
             if gained:
@@ -113,8 +115,17 @@ class Samples(Callback):
 class ProgressLine(Callback):
     """Prints loss, bits per byte, rate, FLOP utilisation and remaining time every few steps."""
 
-    def __init__(self, console: Console, every: int, flops: float, peak: float | None) -> None:
+    def __init__(
+        self,
+        console: Console,
+        every: int,
+        flops: float,
+        peak: float | None,
+        shown: Sequence[str] = (),
+        unit: str | None = None,
+    ) -> None:
         self.console, self.every, self.flops, self.peak = console, every, flops, peak
+        self.shown, self.unit = shown, unit
         self._last_print = 0.0
 
     def on_start(self, context: TrainContext) -> None:
@@ -125,7 +136,7 @@ class ProgressLine(Callback):
         self.console.print(
             f"[bold]{config.stage}[/bold] {verb} "
             f"{context.progress.step or plan.total_steps:,} steps"
-            f" of {plan.rows * (config.window or 0):,} tokens"
+            f" of {self.unit or f'{plan.rows * (config.window or 0):,} tokens'}"
         )
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
@@ -149,10 +160,16 @@ class ProgressLine(Callback):
         ]
         if "mfu" in metrics:
             parts.append(f"mfu {metrics['mfu']:.0%}")
+        parts += [f"{_plain(n)} {metrics[n]:.3g}" for n in self.shown if n in metrics]
         if "val_bits_per_byte" in metrics:
             parts.append(
                 f"[cyan]val {metrics['val_loss']:.3f}, "
                 f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]"
+            )
+        elif "val_loss" in metrics:
+            also = [f"{n} {metrics[f'val_{n}']:.3g}" for n in self.shown if f"val_{n}" in metrics]
+            parts.append(
+                "[cyan]" + ", ".join([f"val {metrics['val_loss']:.3f}", *also]) + "[/cyan]"
             )
         if context.progress.skipped:
             parts.append(f"[red]{context.progress.skipped} steps skipped[/red]")

@@ -1,7 +1,9 @@
 """Checkpoints: a model directory that can be served as it is, with the training state beside it.
 
     OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
-    OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json
+    OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
+    OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
+                              learning critic.safetensors and each rank's rollout-R.safetensors
     OUT/last, OUT/best        links to such a directory, swapped atomically
 
 A checkpoint is written under a temporary name and renamed when it is complete: a kill or a full
@@ -10,6 +12,7 @@ disk leaves the earlier ones as they were.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -25,7 +28,12 @@ from safetensors.torch import load_file, save_file
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError
 from khaosz.interop import save_model, write_json
+from khaosz.interop.adapter import save_adapter
+from khaosz.model import Transformer
+from khaosz.model.lora import merge_lora
 from khaosz.trainer.train_context import Plan, Progress, TrainContext
+
+ADAPTER = "adapter"
 
 # Keys that may differ between a run and its resumption: they change no number of the training.
 _FREE = {
@@ -61,8 +69,11 @@ def _write(context: TrainContext, directory: Path) -> None:
     tokenizer = context.tokenizer
     state = directory / "state"
     state.mkdir(parents=True)
+    if context.config.lora is not None:
+        base = context.config.init_from or "a model of its own"
+        save_adapter(context.model, directory / ADAPTER, base)
     save_model(
-        context.model,
+        merged(context.model) if context.config.lora else context.model,
         directory,
         bos_id=tokenizer.bos_id,
         eos_ids=[tokenizer.eos_id, tokenizer.end_id],
@@ -75,10 +86,35 @@ def _write(context: TrainContext, directory: Path) -> None:
     }
     save_file(tensors, str(state / "optimizer.safetensors"))
     save_file(_rng_state(context), str(state / "rng.safetensors"))
+    if context.value is not None:
+        critic = {n: p.detach().cpu() for n, p in context.value.named_parameters()}
+        save_file(critic, str(state / "critic.safetensors"))
+    for rank in range(context.parallel.world):
+        waiting = _waiting_rollout(context, rank)
+        if waiting.exists():
+            shutil.move(waiting, state / f"rollout-{rank}.safetensors")
     write_json(state / "state.json", context.state())
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _fsync(path)
+
+
+def merged(model: Transformer) -> Transformer:
+    """A copy of an adapted model with the adapters folded in."""
+    copied = copy.deepcopy(model)
+    merge_lora(copied)
+    return copied
+
+
+def write_rollout(context: TrainContext) -> None:
+    """Every rank's part of a checkpoint: its rollout, laid aside for rank 0 to take along."""
+    if context.rollouts is not None:
+        tensors = context.rollouts.state_tensors()
+        save_file(tensors, str(_waiting_rollout(context, context.parallel.rank)))
+
+
+def _waiting_rollout(context: TrainContext, rank: int) -> Path:
+    return context.config.out / f".rollout-{rank}.partial"
 
 
 @dataclass(frozen=True)
@@ -119,6 +155,11 @@ def restore(context: TrainContext, directory: Path) -> None:
     try:
         context.load_optimizer_tensors(load_file(str(state / "optimizer.safetensors")))
         rng = load_file(str(state / "rng.safetensors"))
+        if context.value is not None:
+            context.value.load_state_dict(load_file(str(state / "critic.safetensors")))
+        own = state / f"rollout-{context.parallel.rank}.safetensors"
+        if context.rollouts is not None:
+            context.rollouts.load_state_tensors(load_file(str(own)))
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{state}: broken or cut short: {error}") from None
     torch.set_rng_state(rng["cpu"])

@@ -118,7 +118,7 @@ def _prepare(
             [path],
             tokenizer,
             out,
-            stage=config.stage,
+            stage="pt" if config.stage == "pt" else "sft",
             val_fraction=val_fraction,
             dedup=config.dedup,
             progress=progress,

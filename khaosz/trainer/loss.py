@@ -18,7 +18,7 @@ from torch import Tensor
 from khaosz.data.batch import IGNORE
 
 # Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
-_CHUNK_LOGITS = 1 << 23
+CHUNK_LOGITS = 1 << 23
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -99,7 +99,7 @@ def cross_entropy_sum(
     if not bool(scored.all()):
         kept = scored.nonzero().squeeze(1)
         flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
-    chunk = min(chunk, max(1, _CHUNK_LOGITS // weight.shape[0]))
+    chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     missing = -len(targets) % chunk if inner is not chunk_loss else 0
     if missing:
         flat = torch.cat((flat, flat.new_zeros(missing, flat.shape[1])))

@@ -101,16 +101,18 @@ def build_optimizers(
     """
     assert config.lr is not None and config.embedding_lr is not None
     assert config.weight_decay is not None
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    # Adapters are factors of a matrix, not matrices of the network: Muon has no business there.
+    matrices = [] if config.lora else [p for p in model.layers.parameters() if p.ndim == 2]
     inside = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in inside]
+    others = [p for p in trained if id(p) not in inside]
     groups: list[dict[str, Any]] = [
         {"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}
     ]
     optimizers: list[Optimizer] = []
-    if config.optimizer == "muon":
+    if config.optimizer == "muon" and matrices:
         optimizers.append(Muon(matrices, config.lr, 0.95, config.weight_decay, dtype))
-    else:
+    elif matrices:
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
     on_device = next(model.parameters()).device.type
     # The fused kernel updates in one pass; not every backend has it.

@@ -4,8 +4,8 @@ the loop divides by the global count, steps, and knows nothing else about the st
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,22 +32,52 @@ class Strategy(Protocol):
     """One stage of training."""
 
     stage: str
+    tally: dict[str, Tensor]
+    """Sums that `loss` has noted, detached, over what `count` counts; the loop empties it."""
+    facts: dict[str, float]
+    """Numbers about this step's data that all ranks share, for the log (a rollout's reward)."""
+    shown: tuple[str, ...]
+    """Which of them stand in the progress line."""
+    companion: nn.Module | None
+    """A second trained module (a critic), or None."""
 
-    def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`: a pure function of the step."""
+    @property
+    def examples(self) -> int:
+        """How many of what a step's rows count make an epoch."""
         ...
 
-    def count(self, batch: Batch) -> int:
+    def micro_batches(self, step: int) -> list[Any]:
+        """This rank's micro-batches of optimizer step `step`: a pure function of the step, and in
+        reinforcement learning of the weights."""
+        ...
+
+    def count(self, batch: Any) -> int:
         """Tokens (or pairs) the loss sum of a micro-batch is taken over."""
         ...
 
-    def loss(self, model: Transformer, batch: Batch, compute: Compute) -> Tensor:
+    def loss(self, model: Any, batch: Any, compute: Compute) -> Tensor:
         """The loss sum of a micro-batch: fp32 scalar, not divided by anything."""
         ...
 
 
 @dataclass
-class PTStrategy:
+class Notes:
+    """What a strategy reports beside its loss; see `Strategy`."""
+
+    tally: dict[str, Tensor] = field(default_factory=dict, init=False)
+    facts: dict[str, float] = field(default_factory=dict, init=False)
+    shown: tuple[str, ...] = field(default=(), init=False)
+    companion: nn.Module | None = field(default=None, init=False)
+
+    def note(self, **sums: Tensor) -> None:
+        """Add to the tally; NaN where a NaN comes in, so that nothing hides."""
+        for name, value in sums.items():
+            value = value.detach().float()
+            self.tally[name] = self.tally[name] + value if name in self.tally else value
+
+
+@dataclass
+class PTStrategy(Notes):
     """Pretraining: L_PT = -sum_t log P(x_t | x_<t) over every token of packed documents."""
 
     dataset: TokenDataset
@@ -63,6 +93,10 @@ class PTStrategy:
     def _cut(self, draws: range) -> Iterator[Batch]:
         for start in range(0, len(draws), self.micro_rows):
             yield self.dataset.batch(draws[start : start + self.micro_rows])
+
+    @property
+    def examples(self) -> int:
+        return self.dataset.windows
 
     def count(self, batch: Batch) -> int:
         return batch.tokens
@@ -100,15 +134,18 @@ def build_strategy(
             return PTStrategy(dataset, rows, micro, parallel)
         case "sft":
             return SFTStrategy(dataset, rows, micro, parallel)
+        case stage:
+            raise AssertionError(f"{stage} does not read token files")
 
 
 class LossModule(nn.Module):
-    """Model and loss as one module, so that everything that makes gradients runs inside the
-    wrapper that all-reduces them."""
+    """Model (and critic) and loss as one module, so that everything that makes gradients runs
+    inside the wrapper that all-reduces them."""
 
     def __init__(self, model: Transformer, strategy: Strategy, compute: Compute) -> None:
         super().__init__()
         self.model, self.strategy, self.compute = model, strategy, compute
+        self.companion = strategy.companion  # registered, so that its gradients are reduced too
 
     def forward(self, batch: Batch) -> Tensor:
         return self.strategy.loss(self.model, batch, self.compute)

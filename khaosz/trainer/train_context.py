@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from khaosz.config import TrainConfig
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.model import Transformer
+from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 
 
@@ -46,9 +47,22 @@ class Plan:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
 
+class Rollouts(Protocol):
+    """What a reinforcement-learning run has under way beside its weights, as tensors."""
+
+    def state_tensors(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_tensors(self, held: dict[str, torch.Tensor]) -> None: ...
+
+
 @dataclass
 class TrainContext:
-    """The model, its optimizers, the plan and the position of one run."""
+    """The models, their optimizers, the plan and the position of one run.
+
+    `model` is what is trained and saved: the policy. A preference or reinforcement-learning run
+    has a frozen `reference`, a frozen `reward` model and a trained critic `value` beside it, each
+    where it is needed.
+    """
 
     config: TrainConfig
     model: Transformer
@@ -59,6 +73,10 @@ class TrainContext:
     windows: int = 0  # windows of the training data: a resumed run must find as many
     progress: Progress = field(default_factory=Progress)
     stopping: str | None = None  # why the run ends early
+    reference: Transformer | None = None
+    reward: RewardModel | None = None
+    value: RewardModel | None = None
+    rollouts: Rollouts | None = None
 
     def state(self) -> dict[str, Any]:
         """The json-able part of a checkpoint."""
@@ -70,9 +88,16 @@ class TrainContext:
             "windows": self.windows,
         }
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Every parameter that a step may move: the model's, and a critic's as "value.<name>"."""
+        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        if self.value is not None:
+            named |= {f"value.{n}": p for n, p in self.value.named_parameters()}
+        return named
+
     def named_optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """Every optimizer tensor under "<parameter name>/<state name>"."""
-        names = {id(p): name for name, p in self.model.named_parameters()}
+        names = {id(p): name for name, p in self.trained().items()}
         return {
             f"{names[id(parameter)]}/{key}": value
             for optimizer in self.optimizers
@@ -82,7 +107,7 @@ class TrainContext:
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """The reverse of `named_optimizer_tensors`, on the parameters' own devices."""
-        parameters = dict(self.model.named_parameters())
+        parameters = self.trained()
         owner = {
             id(p): optimizer
             for optimizer in self.optimizers

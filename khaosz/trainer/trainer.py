@@ -37,6 +37,7 @@ class Trainer:
     ) -> None:
         self.context, self.strategy, self.callbacks = context, strategy, callbacks
         self.module = data_parallel(LossModule(context.model, strategy, compute), context.parallel)
+        self._trained = list(context.trained().values())
         self._skipped_in_a_row = 0
 
     def run(self) -> TrainContext:
@@ -68,31 +69,38 @@ class Trainer:
         started = time.perf_counter()
         batches = self.strategy.micro_batches(step)
         mine = float(sum(map(self.strategy.count, batches)))
-        count, stop = across([mine, float(context.stopping is not None)], parallel)
+        labels = float(sum(batch.tokens for batch in batches))
+        count, tokens, stop = across([mine, labels, float(context.stopping is not None)], parallel)
         if stop:
             context.stopping = context.stopping or "stopped by another rank"
             return None
         if count == 0:
-            raise TrainingError(f"step {step}: no token to train on")
+            raise TrainingError(f"step {step}: nothing to train on")
         loss = self._accumulate(batches, count)
         if loss is None:
             return None
-        norm = torch.nn.utils.clip_grad_norm_(context.model.parameters(), context.config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self._trained, context.config.grad_clip)
         factor = lr_factor(context.config.schedule, step, context.plan.total_steps)
-        # One transfer a step: the loss of this rank's tokens and the norm, which all ranks share.
-        loss_sum, grad_norm = torch.stack((loss, norm.to(loss.device))).tolist()
+        # One transfer a step: the norm, which all ranks share, and this rank's sums.
+        names = list(self.strategy.tally)
+        sums = [norm.to(loss.device), loss, *self.strategy.tally.values()]
+        grad_norm, *mine_summed = torch.stack(sums).tolist()
+        self.strategy.tally.clear()
         self._update(factor, finite=math.isfinite(grad_norm), step=step)
         progress = context.progress
         progress.step += 1
-        progress.tokens += int(count)
+        progress.tokens += int(tokens)
+        loss_sum, *noted = across(mine_summed, parallel)
         seconds = time.perf_counter() - started
         return {
             "step": progress.step,
             "tokens": progress.tokens,
-            "loss": across([loss_sum], parallel)[0] / count,
+            "loss": loss_sum / count,
             "lr": (context.config.lr or 0.0) * factor,
             "grad_norm": grad_norm,
-            "tokens_per_s": count / seconds,
+            "tokens_per_s": tokens / seconds,
+            **{name: value / count for name, value in zip(names, noted, strict=True)},
+            **self.strategy.facts,
         }
 
     def _accumulate(self, batches: list[Batch], count: float) -> torch.Tensor | None:
@@ -106,7 +114,7 @@ class Trainer:
                 (loss / share).backward()
             total += loss.detach()
             if not last and self.context.stopping and self.context.parallel.world == 1:
-                self.context.model.zero_grad(set_to_none=True)
+                self._forget_gradients()
                 return None
         return total
 
@@ -127,7 +135,11 @@ class Trainer:
                     f"step {step}: the gradient was not finite {_MOST_SKIPPED} times in a row",
                     hint="lower lr, or try dtype=fp32; the last checkpoint is intact",
                 )
-        context.model.zero_grad(set_to_none=True)
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._trained:
+            parameter.grad = None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

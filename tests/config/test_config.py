@@ -92,7 +92,7 @@ def test_a_misspelt_model_key_is_named_in_a_model_config_too() -> None:
         ("betas", (0.9, 1.0)),
         ("betas", (-0.1, 0.9)),
         ("grad_clip", 0.0),
-        ("stage", "dpo"),
+        ("stage", "dpoo"),
         ("optimizer", "sgd"),
         ("dtype", "fp16"),
         ("size", "nanoo"),

@@ -23,7 +23,7 @@ def main() -> None:
     config = load_recipe(Path(sys.argv[1]))
     parallel = setup_parallel(config.parallel)
     console = Console(quiet=True)
-    context, trainer = running._build(running.Start(config), parallel, console)
+    context, trainer = running.build_run(running.Start(config), parallel, console)
     batches = trainer.strategy.micro_batches(0)
     count = across([float(sum(batch.tokens for batch in batches))], parallel)[0]
     loss = trainer._accumulate(batches, count)

@@ -28,19 +28,21 @@ from khaosz.interop import load_model
 from khaosz.model import Transformer
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import Compute, Notes
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
 QUIET = Console(file=io.StringIO())
 
 
-class Ragged:
+class Ragged(Notes):
     """Micro-batches of very different numbers of labels, as fine-tuning has them."""
 
     stage = "sft"
+    examples = 1
 
     def __init__(self, batches: list[Batch]) -> None:
+        super().__init__()
         self.batches = batches
 
     def micro_batches(self, step: int) -> list[Batch]:

@@ -1,0 +1,110 @@
+"""What a recipe can say about alignment: LoRA, reward models, preference losses, rollouts."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from khaosz.config.closed import Closed
+from khaosz.errors import nearest
+
+LORA_TARGETS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
+
+
+class LoRAConfig(Closed):
+    """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685).
+
+    `rslora` scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) rather than
+    alpha / rank. `base="int8"` keeps the frozen weights at 8 bits while training.
+    """
+
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] = Field(default=LORA_TARGETS, min_length=1)
+    rslora: bool = False
+    base: Literal["fp32", "int8"] = "fp32"
+
+    @field_validator("target_modules")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in LORA_TARGETS:
+                guess = nearest(name, LORA_TARGETS)
+                more = f"did you mean '{guess}'?" if guess else f"known: {', '.join(LORA_TARGETS)}"
+                raise ValueError(f"unknown module {name!r}, {more}")
+        return tuple(dict.fromkeys(value))
+
+
+class RewardConfig(Closed):
+    """The reward model's loss: -log sigma(r_chosen - r_rejected - margin), Bradley-Terry.
+
+    `margin` is taken from records that carry one (Llama 2, Touvron et al. 2023, arXiv:2307.09288)
+    where `use_margins`. `centre` weighs (r_chosen + r_rejected)^2, which pins rewards around zero
+    (Eisenstein et al. 2023, arXiv:2312.09244).
+    """
+
+    use_margins: bool = True
+    centre: float = Field(default=0.0, ge=0)
+
+
+class PreferenceConfig(Closed):
+    """The loss of a preference pair. With d = log-ratio of chosen - log-ratio of rejected:
+
+    sigmoid  -log sigma(beta d)  (Rafailov et al. 2023, arXiv:2305.18290); with `label_smoothing`
+             e: -(1 - e) log sigma(beta d) - e log sigma(-beta d)  (cDPO, Mitchell 2023)
+    robust   the unbiased form of the same noise model  (Chowdhury et al. 2024, arXiv:2403.00409)
+    ipo      (d - 1 / (2 beta))^2  (Azar et al. 2023, arXiv:2310.12036)
+    hinge    max(0, 1 - beta d)  (SLiC, Zhao et al. 2023, arXiv:2305.10425)
+    simpo    -log sigma(beta (mean log p_chosen - mean log p_rejected) - gamma), no reference
+             (Meng et al. 2024, arXiv:2405.14734)
+    orpo     -mean log p_chosen - beta log sigma(log-odds difference), no reference
+             (Hong et al. 2024, arXiv:2403.07691)
+
+    `length_normalised` divides log-ratios by the answer's tokens. `sft_weight` adds that multiple
+    of -mean log p_chosen, which keeps the chosen answer likely (RPO, Pang et al. 2024,
+    arXiv:2404.19733).
+    """
+
+    loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
+    beta: float = Field(default=0.1, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    gamma: float = Field(default=0.5, ge=0)
+    length_normalised: bool = False
+    sft_weight: float = Field(default=0.0, ge=0)
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss not in ("simpo", "orpo")
+
+
+class RolloutConfig(Closed):
+    """PPO and GRPO: how answers are sampled, judged and learned from.
+
+    Each rollout samples `group` answers to each of `prompts` prompts, then takes `epochs` passes
+    over them in `minibatches` optimizer steps each.
+    """
+
+    prompts: int = Field(default=16, ge=1, description="prompts per rollout, all ranks")
+    group: int = Field(default=1, ge=1, description="answers per prompt; GRPO wants 4 or more")
+    max_new_tokens: int = Field(default=64, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    epochs: int = Field(default=2, ge=1)
+    minibatches: int = Field(default=2, ge=1)
+
+    clip: float = Field(default=0.2, gt=0, description="of the ratio, on both sides")
+    value_clip: float = Field(default=0.2, gt=0)
+    value_weight: float = Field(default=0.5, gt=0)
+    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
+    whiten: bool = True
+
+    kl: float = Field(default=0.05, ge=0, description="weight of the KL penalty")
+    kl_target: float | None = Field(default=None, gt=0, description="adapt `kl` towards this")
+    kl_horizon: float = Field(default=2_000.0, gt=0, description="answers until it has adapted")
+    missing_end_penalty: float = Field(default=0.0, ge=0, description="off an unfinished answer")
+    scale_by_std: bool = Field(default=True, description="GRPO; False: Dr. GRPO")

@@ -1,0 +1,141 @@
+"""LoRA adapters in PEFT's layout, in and out: adapter_config.json, adapter_model.safetensors.
+
+What we write, PEFT loads. Of what it writes (https://huggingface.co/docs/peft, `LoraConfig`) we
+load plain LoRA on the linear layers; an option that we do not compute is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from khaosz.config import LoRAConfig
+from khaosz.errors import ConfigError, ModelError
+from khaosz.interop.huggingface import write_json
+from khaosz.interop.shown import one_line, shown
+from khaosz.model import Transformer, parameter_shapes
+from khaosz.model.lora import adapter_state, add_lora, named_adapters
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model.model."  # PEFT's two wrappers, then transformers' own "model."
+_OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+# Options that are read, or that mean nothing once the matrices are drawn; every other must be off.
+_READ = {*_OURS, "peft_type", "target_modules", "base_model_name_or_path", "revision"}
+_READ |= {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size"}
+_ALLOWED = {
+    "task_type": ("CAUSAL_LM", None),
+    "bias": ("none",),
+    # Other ways to draw them, such as PiSSA, take what they drew out of the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+
+
+def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
+    """Write the model's adapters, to be loaded onto the model at `base`.
+
+    Both files are on the disk before they take their names, the old configuration gone first: a
+    crash in between leaves what is refused, never old weights with a new scale. Raises
+    `ModelError` when the disk refuses, and what was there stays.
+    """
+    config = next(iter(named_adapters(model).values())).config
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "inference_mode": True,
+        **{theirs: getattr(config, ours) for theirs, ours in _OURS.items()},
+        "target_modules": list(config.target_modules),
+        "bias": "none",
+    }
+    state = adapter_state(model).items()
+    tensors = {f"{_PREFIX}{name}.weight": tensor.cpu() for name, tensor in state}
+    weights, settings = directory / f".{WEIGHTS}.partial", directory / f".{CONFIG}.new"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, str(weights), metadata={"format": "pt"})
+        with open(weights, "r+b") as file:  # Windows flushes only what is open for writing
+            os.fsync(file.fileno())
+        write_json(settings, values)
+        (directory / CONFIG).unlink(missing_ok=True)
+        os.replace(weights, directory / WEIGHTS)
+        os.replace(settings, directory / CONFIG)
+    except (OSError, SafetensorError) as error:
+        what = f"{directory}: the adapter cannot be written ({one_line(str(error))})"
+        raise ModelError(what, hint="free some space, or name another directory") from None
+
+
+def load_adapter(
+    model: Transformer, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
+) -> LoRAConfig:
+    """Add the adapters in `directory` to a plain model, in place, and return what they are.
+
+    `base` is how the model's own matrices are kept; the files do not say. Raises `ModelError`
+    (missing or broken file, option we do not compute, tensor that is missing, unexpected or
+    misshapen, each by name) with the model as it was.
+    """
+    config = _read_config(directory, base)
+    wanted: dict[str, tuple[int, int]] = {}
+    for name, shape in parameter_shapes(model.config).items():
+        layer = name.rpartition(".")[0]
+        if len(shape) == 2 and layer.rpartition(".")[2] in config.target_modules:
+            wanted[f"{_PREFIX}{layer}.lora_A.weight"] = (config.rank, shape[1])
+            wanted[f"{_PREFIX}{layer}.lora_B.weight"] = (shape[0], config.rank)
+    path = directory / WEIGHTS
+    if not path.exists():
+        pickled = (directory / "adapter_model.bin").exists()
+        hint = "adapter_model.bin is a pickle, never read: load it with PEFT and save it again"
+        raise ModelError(f"{directory}: no {WEIGHTS}", hint=hint if pickled else None)
+    loaded: dict[str, Tensor] = {}
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            names = set(file.keys())
+            for name in sorted(names - wanted.keys()):
+                raise ModelError(f"{path}: unexpected tensor {shown(name)}")
+            for name, size in wanted.items():
+                found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
+                if found != size:
+                    raise ModelError(f"{path}: tensor '{name}' is {found}, expected {size}")
+                loaded[name] = file.get_tensor(name)
+                if not loaded[name].dtype.is_floating_point:
+                    raise ModelError(f"{path}: tensor '{name}' is {loaded[name].dtype}")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
+    add_lora(model, config, torch.Generator())  # a draw that torch's own need not make
+    for name, matrix in adapter_state(model).items():
+        matrix.copy_(loaded[f"{_PREFIX}{name}.weight"])
+    return config
+
+
+def _read_config(directory: Path, base: str) -> LoRAConfig:
+    path = directory / CONFIG
+    if not path.exists():
+        hint = f"an adapter is a directory with {CONFIG} and {WEIGHTS}"
+        raise ModelError(f"{directory}: no {CONFIG}", hint=hint)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{path}: not readable JSON: {error}") from None
+    if (kind := values.get("peft_type") if isinstance(values, dict) else None) != "LORA":
+        raise ModelError(f"{path}: peft_type {shown(kind)} is not supported", hint="LORA is")
+    for key in sorted(values.keys() - _READ):
+        value = values[key]
+        if value not in _ALLOWED[key] if key in _ALLOWED else value:
+            raise ModelError(f"{path}: {one_line(key)}={shown(value)} is not supported")
+    if not isinstance(targets := values.get("target_modules"), list):
+        raise ModelError(f"{path}: target_modules={shown(targets)} is not a list of names")
+    # PEFT takes the end of a name: "self_attn.q_proj" is every q_proj.
+    found = {"target_modules": [str(name).rpartition(".")[2] for name in targets], "base": base}
+    # What is left out is 0: off for dropout and rsLoRA, and refused for the rank and alpha.
+    found |= {ours: values.get(theirs, 0) for theirs, ours in _OURS.items()}
+    try:
+        return LoRAConfig.parse(found, source=str(path))
+    except ConfigError as error:
+        raise ModelError(one_line(str(error)), hint=error.hint) from None

@@ -1,0 +1,177 @@
+"""LoRA: a trained low-rank update beside a frozen matrix (Hu et al. 2021, arXiv:2106.09685).
+
+    y = W x + scale * B A dropout(x)        scale = alpha / r; rsLoRA: alpha / sqrt(r)
+
+B begins at zero, hence training at the base model. With rsLoRA (Kalajdzievski 2023,
+arXiv:2312.03732) the update keeps its size at any rank. Shapes: I inputs, O outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from khaosz.config import LoRAConfig
+
+
+class LoRALinear(nn.Module):
+    """A frozen layer `base`, its update `lora_A` (r, I) and `lora_B` (O, r), both fp32."""
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        config: LoRAConfig,
+        *,
+        quantize_base: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        self.base = Int8Linear(base) if quantize_base else base
+        self.config, self.enabled = config, True  # see `without_lora`
+        self.scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        a = nn.init.kaiming_uniform_(
+            torch.empty(config.rank, base.in_features), a=math.sqrt(5), generator=generator
+        )
+        b = torch.zeros(base.out_features, config.rank)
+        self.lora_A, self.lora_B = (nn.Parameter(x.to(base.weight.device)) for x in (a, b))
+        self.train(base.training)  # or dropout would run in an evaluated model
+
+    @property
+    def weight(self) -> Tensor:
+        """W + scale * B A (O, I), summed in fp32: what a `Runner` multiplies by."""
+        base = self.base.weight
+        if not self.enabled:
+            return base
+        wide = torch.promote_types(base.dtype, torch.float32)
+        with torch.autocast(base.device.type, enabled=False):
+            update = self.lora_B.to(wide) @ self.lora_A.to(wide)
+        return (base.to(wide) + self.scale * update).to(base.dtype)
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O), in the type of the base's answer."""
+        y: Tensor = self.base(x)
+        if not self.enabled:
+            return y
+        x = F.dropout(x, self.config.dropout, self.training).to(self.lora_A.dtype)
+        return y + F.linear(self.scale * F.linear(x, self.lora_A), self.lora_B).to(y.dtype)
+
+
+class Int8Linear(nn.Module):
+    """A frozen layer whose W[o, i] is codes[o, i] * scales[o], off by at most scales[o] / 2."""
+
+    codes: Tensor  # (O, I) int8
+    scales: Tensor  # (O, 1) fp32
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        weight = base.weight.detach().float()
+        # Clamped for rows of zeros or subnormals, where largest / 127 is zero.
+        scales = (weight.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo().tiny)
+        self.register_buffer("codes", (weight / scales).round().to(torch.int8))
+        self.register_buffer("scales", scales)
+        self.bias = base.bias
+
+    @property
+    def weight(self) -> Tensor:
+        return self.codes * self.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Int8Product.apply(x, self.codes, self.scales)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Int8Product(torch.autograd.Function):
+    """x W^T. Autograd's own would keep every dequantised W for backward; this makes it anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, scales)
+        return F.linear(x, (codes * scales).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        codes, scales = ctx.saved_tensors
+        return gradient @ (codes * scales).to(gradient.dtype), None, None
+
+
+def named_adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapted layers, each under the name of the layer it stands for: one at least."""
+    found = {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
+    assert found, "the model has no adapters"
+    return found
+
+
+def add_lora(
+    model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None
+) -> None:
+    """Wrap the target layers in place and freeze the rest. The CPU's `generator` draws A."""
+    adapted = any(isinstance(part, LoRALinear) for part in model.modules())
+    assert not adapted, "the model has adapters already"
+    model.requires_grad_(False)
+    int8 = config.base == "int8"
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in config.target_modules:
+            new = LoRALinear(layer, config, quantize_base=int8, generator=generator)
+            model.set_submodule(name, new)
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Fold the updates in, summed in fp32: a plain model in place, all of it trainable again."""
+    for name, layer in named_adapters(model).items():
+        assert layer.enabled, "merging within without_lora would drop the adapters"
+        weight = nn.Parameter(layer.weight)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        plain.weight = weight
+        plain.register_parameter("bias", layer.bias)
+        model.set_submodule(name, plain.train(layer.training))
+    model.requires_grad_(True)
+
+
+@contextmanager
+def without_lora(model: nn.Module) -> Iterator[None]:
+    """The base model within: the reference of DPO and PPO, from the same weights. Nests. A
+    backward pass that checkpoints gradients computes the forward again, so keep it inside too."""
+    before = [(layer, layer.enabled) for layer in named_adapters(model).values()]
+    try:
+        for layer, _ in before:
+            layer.enabled = False
+        yield
+    finally:
+        for layer, enabled in before:
+            layer.enabled = enabled
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every A and B: all there is to train."""
+    layers = named_adapters(model).values()
+    return [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of every adapted layer, under "layers.0.self_attn.q_proj.lora_A" and so on."""
+    layers = named_adapters(model).items()
+    return {f"{n}.{k}": getattr(m, k).detach() for n, m in layers for k in ("lora_A", "lora_B")}
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model as it was before `add_lora`, int8 matrices dequantised."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, layer in named_adapters(model).items():
+        for part in layer.state_dict():
+            del state[f"{name}.{part}"]
+        state[f"{name}.weight"] = layer.base.weight.detach()
+        if layer.bias is not None:
+            state[f"{name}.bias"] = layer.bias.detach()
+    return state

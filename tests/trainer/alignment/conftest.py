@@ -1,0 +1,116 @@
+"""Pairs and prompts from real text, and tiny models in which every weight matters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY_MODEL
+
+from khaosz.config import ModelConfig, TrainConfig
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.model import Transformer
+
+Align = Callable[..., TrainConfig]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> Transformer:
+    """Random in every weight: the initialisation of training leaves blocks at the identity."""
+    config = ModelConfig.parse(
+        {
+            **TINY_MODEL,
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": 256,
+            "qk_norm": True,
+        }
+    )
+    made = Transformer(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1:
+                spread = 0.5 if "embed" in name else 1.2 / parameter.shape[-1] ** 0.5
+                parameter.normal_(0, spread, generator=generator)
+    return made
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
+    """Sixteen pairs of ragged length in both languages."""
+    lines = corpus_file.read_text(encoding="utf-8").splitlines()
+    texts = [text for line in lines if len(text := json.loads(line)["text"]) > 40]
+    path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
+    records = []
+    for i in range(16):
+        text = texts[i]
+        record = {
+            "prompt": text[: 8 + 2 * i],
+            "chosen": text[20 : 24 + 5 * (i % 7)],
+            "rejected": texts[i + 20][: 4 + 6 * (i % 5)],
+        }
+        records.append(json.dumps(record, ensure_ascii=False))
+    path.write_text("\n".join(records) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = ["你好", "Hello", "数数", "Count", "春天", "Spring", "水", "Water"]
+    lines = [json.dumps({"prompt": t, "answer": t[0]}, ensure_ascii=False) for t in texts]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def align(tmp_path: Path, tokenizer_dir: Path, pairs_file: Path, prompts_file: Path) -> Align:
+    """`align("dpo", key=value)`: a tiny alignment run."""
+
+    def build(stage: str, **changes: Any) -> TrainConfig:
+        values: dict[str, Any] = {
+            "stage": stage,
+            "data": pairs_file if stage in ("rm", "dpo") else prompts_file,
+            "out": tmp_path / "run",
+            "tokenizer": tokenizer_dir,
+            "size": "nano",
+            "model": TINY_MODEL,
+            "window": 128,
+            "batch_pairs": 4,
+            "micro_batch": 2,
+            "max_steps": 6,
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "embedding_lr": 1e-3,
+            "dtype": "fp32",
+            "compile": "off",
+            "eval_every": 3,
+            "save_every": 2,
+            "log_every": 1,
+            "keep": 10,
+            "val_fraction": 0.2,
+            "schedule": {"name": "constant", "warmup_steps": 0},
+        }
+        if stage in ("ppo", "grpo"):
+            values |= {
+                "reward_function": "khaosz.rewards:brevity",
+                "rollout": {
+                    "prompts": 4,
+                    "group": 3,
+                    "max_new_tokens": 8,
+                    "epochs": 2,
+                    "minibatches": 2,
+                },
+            }
+        return TrainConfig.parse({**values, **changes})
+
+    return build
