@@ -61,8 +61,9 @@ def verbs(group: Typer = app, prefix: str = "") -> Iterator[Verb]:
         doc = inspect.cleandoc(callback.__doc__ or "")
         yield Verb(f"{prefix}{name}", " ".join(doc.split()), list(_parameters(callback)))
     for member in group.registered_groups:
-        assert isinstance(member.name, str) and member.typer_instance is not None
-        yield from verbs(member.typer_instance, f"{prefix}{member.name} ")
+        assert member.typer_instance is not None
+        named = f"{member.name} " if isinstance(member.name, str) else ""  # or verbs of no group
+        yield from verbs(member.typer_instance, f"{prefix}{named}")
 
 
 def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:

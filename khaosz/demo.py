@@ -23,7 +23,7 @@ from khaosz.trainer.run import run
 _LEAST_MINUTES = 0.2
 # Share of the time left that pretraining gets, and fine-tuning of what is left then; the rest
 # goes to calibration, compilation and evaluation.
-_PT_SHARE, _SFT_SHARE = 0.5, 0.7
+_PT_SHARE, _SFT_SHARE, _DPO_SHARE = 0.46, 0.56, 0.4
 _ANSWERS = SamplingParams(
     max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
 )
@@ -53,7 +53,7 @@ def run_demo(
     corpus = build_demo_corpus(sources, out / "corpus")
     _show_corpus(corpus, console)
 
-    pt, sft = load_stages(shipped_recipe("demo.toml"))
+    pt, sft, dpo = load_stages(shipped_recipe("demo.toml"))
     console.rule("2  pretraining: what Chinese and English look like")
     left = minutes * 60 - (time.monotonic() - started)
     pt = _stage(pt, out / "pt", corpus.pt, corpus.eval, left * _PT_SHARE)
@@ -69,7 +69,15 @@ def run_demo(
     if context.stopping:
         return model
 
-    console.rule("4  what came out")
+    console.rule("4  preferences: to answer what was asked")
+    left = minutes * 60 - (time.monotonic() - started)
+    dpo = _stage(dpo, out / "dpo", corpus.preference, corpus.preference_val, left * _DPO_SHARE)
+    context = run(dpo.updated(init_from=model), console=console)
+    model = out / "dpo" / "last"
+    if context.stopping:
+        return model
+
+    console.rule("5  what came out")
     _show_result(out, corpus, console)
     took = time.monotonic() - started
     console.print(
@@ -107,7 +115,7 @@ def _show_corpus(corpus: DemoCorpus, console: Console) -> None:
 
 
 def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
-    for stage in ("pt", "sft"):
+    for stage in ("pt", "sft", "dpo"):
         losses = [row["loss"] for row in read_metrics(out / stage / "metrics.jsonl")]
         console.print(f"  {stage:<4} loss {losses[0]:.2f} {_sparkline(losses)} {losses[-1]:.2f}"
                       f"   {out / stage / 'loss.png'}", highlight=False)  # fmt: skip
@@ -118,7 +126,7 @@ def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
     )
     console.print()
     prompts = json.loads(corpus.prompts.read_text(encoding="utf-8"))
-    transcript = _converse(Generator.from_directory(out / "sft" / "last"), prompts, console)
+    transcript = _converse(Generator.from_directory(out / "dpo" / "last"), prompts, console)
     (out / "samples.json").write_text(
         json.dumps(transcript, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
     )

@@ -19,19 +19,25 @@ from typer.testing import CliRunner
 
 from khaosz.cli import app
 from khaosz.config import (
+    LoRAConfig,
     ModelConfig,
     ParallelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RolloutConfig,
     ScheduleConfig,
     TrainConfig,
     load_stages,
     preset,
 )
+from khaosz.config.closed import Closed
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.interop import save_model
 from khaosz.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
+    "alignment.md",
     "chat.md",
     "data.md",
     "gguf.md",
@@ -204,13 +210,14 @@ def test_every_key_stands_there_with_its_default(language: str) -> None:
         if field.is_required():
             return required
         value = field.get_default(call_default_factory=True)
-        if isinstance(value, ScheduleConfig | ParallelConfig):
+        if isinstance(value, Closed):
             return table
         return f"`{'-' if value is None else json.dumps(value)}`"
 
     for page, owners in {
         "training.md": (TrainConfig, ScheduleConfig, ParallelConfig),
         "models.md": (ModelConfig,),
+        "alignment.md": (LoRAConfig, RewardConfig, PreferenceConfig, RolloutConfig),
     }.items():
         text = read(ROOT / "docs" / language / page)
         for owner in owners:
@@ -251,7 +258,7 @@ def test_python_examples_run(
     )
     model = Transformer(config)
     model.initialise(torch.Generator().manual_seed(0))
-    directory = tmp_path / "runs/demo/sft/last"
+    directory = tmp_path / "runs/demo/dpo/last"
     save_model(model, directory, eos_ids=[tokenizer.eos_id, tokenizer.end_id])
     tokenizer.save(directory)
     monkeypatch.chdir(tmp_path)

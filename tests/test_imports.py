@@ -61,7 +61,7 @@ def torch_free() -> list[Path]:
     """Modules that run without torch: in many processes, or before the first second is over."""
     data = [PACKAGE / "data" / f"{name}.py" for name in TORCH_FREE_DATA]
     data += sorted((PACKAGE / "data").glob("demo_*.py"))
-    tops = [PACKAGE / "__init__.py", PACKAGE / "cli.py", PACKAGE / "errors.py"]
+    tops = [PACKAGE / "__init__.py", *(PACKAGE / "cli").glob("*.py"), PACKAGE / "errors.py"]
     return [*tops, *sorted((PACKAGE / "config").glob("*.py")), *data]
 
 

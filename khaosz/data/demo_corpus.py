@@ -6,6 +6,7 @@
     val.jsonl      same                            held-out documents, both languages
     sft.jsonl      {"messages", "lang", "source"}  conversations
     sft_val.jsonl  same                            held-out conversations
+    preference.jsonl, preference_val.jsonl  {"prompt", "chosen", "rejected", "lang"}
     prompts.json   [{"lang", "kind", "prompt"}]    what the demo may ask the trained model
 
 The split is by unit (a statute, an idiom, a chapter, ...): nothing derived from a held-out unit is
@@ -31,6 +32,7 @@ from khaosz.data.demo_instructions import (
     read_sample,
     read_web,
 )
+from khaosz.data.demo_preference import swapped_answers
 from khaosz.data.demo_texts import (
     Chat,
     Unit,
@@ -78,6 +80,8 @@ class DemoCorpus:
     sft: Path
     eval: Path
     sft_val: Path
+    preference: Path
+    preference_val: Path
     prompts: Path
     stats: dict[str, SourceStats]
 
@@ -125,6 +129,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
         sft=out / "sft.jsonl",
         eval=out / "val.jsonl",
         sft_val=out / "sft_val.jsonl",
+        preference=out / "preference.jsonl",
+        preference_val=out / "preference_val.jsonl",
         prompts=out / "prompts.json",
         stats=stats,
     )
@@ -132,6 +138,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     write_jsonl(corpus.sft, sft)
     write_jsonl(corpus.eval, val)
     write_jsonl(corpus.sft_val, sft_val)
+    write_jsonl(corpus.preference, swapped_answers(sft, seed))
+    write_jsonl(corpus.preference_val, swapped_answers(sft_val, seed))
     prompts = choose_prompts(sft, sft_val)
     shown = json.dumps(prompts, ensure_ascii=False, indent=1) + "\n"
     write_atomic(corpus.prompts, [shown.encode("utf-8")])

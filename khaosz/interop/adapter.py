@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,10 +18,11 @@ from torch import Tensor
 
 from khaosz.config import LoRAConfig
 from khaosz.errors import ConfigError, ModelError
-from khaosz.interop.huggingface import write_json
+from khaosz.interop.huggingface import save_model, write_json
+from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.interop.shown import one_line, shown
 from khaosz.model import Transformer, parameter_shapes
-from khaosz.model.lora import adapter_state, add_lora, named_adapters
+from khaosz.model.lora import adapter_state, add_lora, merge_lora, named_adapters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -114,15 +115,45 @@ def load_adapter(
     return config
 
 
-def _read_config(directory: Path, base: str) -> LoRAConfig:
-    path = directory / CONFIG
+def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Path:
+    """The base model with the adapter folded in, written to `out` with the base's tokenizer.
+
+    `base` is what adapter_config.json names unless given. Raises `ModelError`, also when `out`
+    exists.
+    """
+    if out.exists():
+        raise ModelError(f"{out} exists", hint="name another output, or remove it")
+    if base is None:
+        values = _read_values(directory / CONFIG)
+        named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        base = Path(str(named or ""))
+        if not named or not base.exists():
+            raise ModelError(
+                f"{directory}: its base {shown(named)} is not on this machine",
+                hint="name it with --base DIR",
+            )
+    model, tokenizer = load_model(base), open_tokenizer(base)
+    load_adapter(model, directory)
+    merge_lora(model)
+    tokenizer.save(out)
+    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
+    save_model(model, out, bos_id=tokenizer.bos_id, eos_ids=ends, pad_id=tokenizer.pad_id)
+    return out
+
+
+def _read_values(path: Path) -> Any:
     if not path.exists():
         hint = f"an adapter is a directory with {CONFIG} and {WEIGHTS}"
-        raise ModelError(f"{directory}: no {CONFIG}", hint=hint)
+        raise ModelError(f"{path.parent}: no {CONFIG}", hint=hint)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"{path}: not readable JSON: {error}") from None
+        raise ModelError(f"{path}: not readable JSON: {one_line(str(error))}") from None
+
+
+def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
+    path = directory / CONFIG
+    values = _read_values(path)
     if (kind := values.get("peft_type") if isinstance(values, dict) else None) != "LORA":
         raise ModelError(f"{path}: peft_type {shown(kind)} is not supported", hint="LORA is")
     for key in sorted(values.keys() - _READ):

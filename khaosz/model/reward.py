@@ -24,13 +24,23 @@ class RewardModel(Transformer):
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
     @classmethod
-    def from_transformer(cls, model: Transformer) -> RewardModel:
-        """A judge that starts from a language model's body (copied), with a head of zeros: every
-        answer is worth nothing until it has learned."""
+    def from_transformer(
+        cls, model: Transformer, generator: torch.Generator | None = None
+    ) -> RewardModel:
+        """A judge that starts from a language model's body (copied).
+
+        Without a `generator` its head is zero: every state is worth nothing until a critic learns
+        otherwise. With one, the CPU's, it is drawn small: two answers that end alike would give a
+        head of zeros no gradient, and it gives the body none.
+        """
         made = cls(model.config)
         body = {n: v for n, v in model.state_dict().items() if not n.startswith("lm_head.")}
         made.load_state_dict({**body, "score.weight": made.score.weight})
-        nn.init.zeros_(made.score.weight)
+        if generator is None:
+            nn.init.zeros_(made.score.weight)
+        else:
+            spread = 0.1 * model.config.hidden_size**-0.5
+            nn.init.normal_(made.score.weight, std=spread, generator=generator)
         return made.to(model.embed_tokens.weight.device)
 
     def rewards(self, hidden: Tensor) -> Tensor:

@@ -204,7 +204,10 @@ def _open(
 
 
 def _as_reward_model(model: Transformer, config: TrainConfig, start: Start) -> RewardModel:
-    judge = model if isinstance(model, RewardModel) else RewardModel.from_transformer(model)
+    judge = model
+    if not isinstance(judge, RewardModel):
+        head = torch.Generator().manual_seed(config.seed)
+        judge = RewardModel.from_transformer(model, head)
     if config.lora is not None:
         add_adapters(judge, config, start)
         judge.score.requires_grad_(True)  # new, so there is nothing to adapt: it is trained whole

@@ -13,6 +13,7 @@ from khaosz.model import RewardModel
 from khaosz.parallel import across
 from khaosz.trainer.alignment.dpo import DPOStrategy
 from khaosz.trainer.alignment.pairs import PairStrategy
+from khaosz.trainer.alignment.preference_loss import preferred
 from khaosz.trainer.alignment.reward import sequence_rewards
 from khaosz.trainer.alignment.rlhf import RLHFStrategy
 from khaosz.trainer.callback import Callback, is_last
@@ -109,5 +110,6 @@ def calibration_table(gaps: Tensor, bins: int = 5) -> list[tuple[float, float, i
     table = []
     for part in torch.tensor_split(order, min(bins, len(order))):
         own = gaps[part]
-        table.append((float(own.abs().sigmoid().mean()), float((own > 0).float().mean()), len(own)))
+        right = preferred(own, torch.zeros_like(own)).mean()
+        table.append((float(own.abs().sigmoid().mean()), float(right), len(own)))
     return table

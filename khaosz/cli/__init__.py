@@ -1,0 +1,52 @@
+"""The `khaosz` command: thin verbs over the package. Heavy imports happen inside the verbs, so
+that `--help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from khaosz.cli.data import data_app, tokenizer_app
+from khaosz.cli.model import bench_app, model_app
+from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
+from khaosz.errors import KhaoszError
+
+app = typer.Typer(
+    help="A private, local, bilingual language model: train it, align it, talk to it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+app.add_typer(training_app)
+app.add_typer(eval_app, name="eval")
+app.add_typer(preference_app, name="preference")
+app.add_typer(lora_app, name="lora")
+app.add_typer(model_app)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Entry point: user mistakes become one line, a hint and exit status 1."""
+    for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
+            stream.reconfigure(encoding="utf-8", errors=errors)
+    try:
+        app()
+    except KhaoszError as error:
+        _fail(f"error: {error}", error.hint)
+    except KeyboardInterrupt:
+        _fail("interrupted", None, status=130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _fail(message: str, hint: str | None, status: int = 1) -> NoReturn:
+    print(message, file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    sys.exit(status)

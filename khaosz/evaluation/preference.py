@@ -1,0 +1,134 @@
+"""How often a model prefers the answer that people preferred."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from khaosz.config import PreferenceConfig
+from khaosz.data.preference import load_pairs
+from khaosz.errors import ModelError
+from khaosz.interop import is_reward_model, load_model, load_reward_model, open_tokenizer
+from khaosz.model import RewardModel, Transformer
+from khaosz.parallel import ParallelContext
+from khaosz.trainer.alignment.dpo import DPOStrategy, reference_logprobs
+from khaosz.trainer.alignment.judge import check_same_tokenizer
+from khaosz.trainer.alignment.pairs import PairSet, PairStrategy
+from khaosz.trainer.alignment.preference_loss import preferred
+from khaosz.trainer.alignment.reward import RMStrategy
+from khaosz.trainer.alignment.validation import calibration_table, pair_gaps
+from khaosz.trainer.checkpoint import stored_window
+from khaosz.trainer.strategy import Compute
+
+_ROWS = 8  # of a window, in one forward pass
+
+
+@dataclass(frozen=True)
+class PreferenceAccuracy:
+    """Agreement on the pairs of a file.
+
+    judged_by    "reward" (a reward model), "implicit" (a policy's log-ratio to its reference),
+                 "likelihood" (a policy's log-probability per token)
+    interval     95 % of the accuracy (Wilson 1927)
+    calibration  (confidence, accuracy, pairs) of bins, for reward models
+    """
+
+    judged_by: Literal["reward", "implicit", "likelihood"]
+    accuracy: float
+    interval: tuple[float, float]
+    margin: float
+    pairs: int
+    skipped: int
+    calibration: list[tuple[float, float, int]]
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def preference_accuracy(
+    model_dir: Path,
+    file: Path,
+    *,
+    reference: Path | None = None,
+    window: int | None = None,
+    device: str = "cpu",
+) -> PreferenceAccuracy:
+    """Judge every pair of `file` with the model in `model_dir`.
+
+    A reward model is asked for its reward. A policy's implicit reward is log pi - log ref against
+    `reference`, what it started from; without one, its log-probability per token decides. Raises
+    `ModelError`, `DataError`, `ConfigError` (a reference with another tokenizer).
+    """
+    judge = is_reward_model(model_dir)
+    if judge and reference is not None:
+        raise ModelError(
+            f"{model_dir} is a reward model, which needs no reference", hint="drop --reference"
+        )
+    model: Transformer
+    model = (load_reward_model if judge else load_model)(model_dir, device=device)
+    tokenizer = open_tokenizer(model_dir)
+    window = window or stored_window(model_dir) or model.config.max_position_embeddings
+    loaded = load_pairs([file], tokenizer, window)
+    data = PairSet(loaded.train)
+    here = ParallelContext(torch.device(device))
+    place = (PairSet([]), data, 1, window, _ROWS, tokenizer.pad_id, 0, here)
+    compute = Compute()
+    strategy: PairStrategy
+    if judge:
+        strategy = RMStrategy(*place)
+    elif reference is None:
+        strategy = DPOStrategy(*place, config=PreferenceConfig(loss="simpo", beta=1.0))
+    else:
+        frozen = load_model(reference, device=device)
+        check_same_tokenizer(tokenizer, open_tokenizer(reference), reference)
+        strategy = DPOStrategy(*place, config=PreferenceConfig(beta=1.0))
+        data.reference = _reference_table(strategy, frozen, compute)
+    gaps = pair_gaps(strategy, model, compute)
+    right = float(preferred(gaps, torch.zeros_like(gaps)).sum())
+    return PreferenceAccuracy(
+        judged_by="reward" if judge else "likelihood" if reference is None else "implicit",
+        accuracy=right / len(gaps),
+        interval=wilson(right, len(gaps)),
+        margin=float(gaps.mean()),
+        pairs=len(gaps),
+        skipped=loaded.report.read - len(gaps),
+        calibration=calibration_table(gaps) if isinstance(model, RewardModel) else [],
+    )
+
+
+def wilson(right: float, total: int) -> tuple[float, float]:
+    """The 95 % interval of a proportion that was `right` of `total` times so."""
+    z = 1.959964
+    share = right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    half /= 1 + z * z / total
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def format_preference(found: PreferenceAccuracy) -> str:
+    """The result for people."""
+    low, high = found.interval
+    lines = [
+        f"{found.accuracy:.1%} of {found.pairs:,} pairs as people would"
+        f" (95 %: {low:.1%} to {high:.1%}), judged by {found.judged_by},"
+        f" mean margin {found.margin:+.3f}"
+    ]
+    if found.skipped:
+        lines.append(f"{found.skipped:,} records without a usable pair")
+    for confidence, accuracy, pairs in found.calibration:
+        lines.append(f"  {confidence:4.0%} sure, {accuracy:4.0%} right ({pairs} pairs)")
+    return "\n".join(lines)
+
+
+def _reference_table(strategy: DPOStrategy, model: Transformer, compute: Compute) -> torch.Tensor:
+    data = strategy.held_out
+    table = torch.zeros(len(data.pairs), 2)
+    for batch in strategy.batches(data, data.draws):
+        on_device = batch.to(strategy.parallel.device)
+        table[batch.fields["pair"]] = reference_logprobs(model, on_device, compute).cpu()
+    return table
