@@ -24,6 +24,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "lookup": ("bench.lookup", [], "prompt lookup against plain decoding"),
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
+    "learn": ("bench.learn", [], "whether RM, DPO, PPO and GRPO learn, over seeds"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 

@@ -107,4 +107,5 @@ class RolloutConfig(Closed):
     kl_target: float | None = Field(default=None, gt=0, description="adapt `kl` towards this")
     kl_horizon: float = Field(default=2_000.0, gt=0, description="answers until it has adapted")
     missing_end_penalty: float = Field(default=0.0, ge=0, description="off an unfinished answer")
+    kl_loss: Literal["k2", "k3"] = Field(default="k3", description="GRPO's KL term")
     scale_by_std: bool = Field(default=True, description="GRPO; False: Dr. GRPO")

@@ -72,6 +72,12 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     return logprobs - reference
 
 
+def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """(log pi - log ref)^2 / 2 (N,): biased as a number, but its gradient on sampled tokens is that
+    of KL(pi || ref), where k3's is that of KL(ref || pi) (Tang and Munos 2025, arXiv:2506.09477)."""
+    return 0.5 * (logprobs - reference).square()
+
+
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """exp(d) - 1 - d with d = log ref - log pi (N,): unbiased, never negative, of low variance."""
     difference = reference - logprobs

@@ -32,6 +32,7 @@ from khaosz.trainer.alignment.policy_loss import (
     gae,
     group_advantages,
     kl_k1,
+    kl_k2,
     kl_k3,
     token_rewards,
     whitened,
@@ -152,7 +153,8 @@ class RLHFStrategy(Notes):
             loss = loss + config.value_weight * value_loss
             self.note(value_loss=value_loss)
         elif self.kl.weight:
-            penalty = kl_k3(logprobs, fields["reference"]).sum()
+            estimate = kl_k2 if config.kl_loss == "k2" else kl_k3
+            penalty = estimate(logprobs, fields["reference"]).sum()
             loss = loss + self.kl.weight * penalty
             self.note(kl_loss=penalty)
         return loss

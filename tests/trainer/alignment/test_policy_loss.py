@@ -16,6 +16,7 @@ from khaosz.trainer.alignment.policy_loss import (
     gae,
     group_advantages,
     kl_k1,
+    kl_k2,
     kl_k3,
     token_rewards,
     whitened,
@@ -85,6 +86,24 @@ def test_estimators_of_kl() -> None:
         assert float((p * estimator(p.log(), q.log())).sum()) == pytest.approx(exact, rel=1e-12)
     assert kl_k1(p.log(), q.log()).min() < 0 <= kl_k3(p.log(), q.log()).min()
     assert kl_k3(p.log(), q.log())[0].item() == pytest.approx(0.4 / 0.7 - 1 - math.log(0.4 / 0.7))
+
+
+def test_whose_gradient_an_estimator_has() -> None:
+    """On sampled tokens k2 follows KL(pi || ref) and k3 KL(ref || pi)."""
+    logits = torch.tensor([0.3, -0.2, 0.9], dtype=torch.float64, requires_grad=True)
+    q = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64)
+
+    def gradient(loss: torch.Tensor) -> list[float]:
+        return torch.autograd.grad(loss, logits)[0].tolist()
+
+    p = logits.softmax(-1)
+    weights = p.detach()  # the shares that sampling gives
+    reverse, forward = (p * (p / q).log()).sum(), (q * (q / p).log()).sum()
+    for estimator, wanted in ((kl_k2, reverse), (kl_k3, forward)):
+        logprobs = logits.log_softmax(-1)
+        found = gradient((weights * estimator(logprobs, q.log())).sum())
+        again = torch.autograd.grad(wanted, logits, retain_graph=True)[0].tolist()
+        assert found == pytest.approx(again, rel=1e-10)
 
 
 def test_groups_are_judged_among_themselves() -> None:
