@@ -25,6 +25,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
     "learn": ("bench.learn", [], "whether RM, DPO, PPO and GRPO learn, over seeds"),
+    "mutants": ("bench.mutants", [], "defects of this field put back: do the tests notice?"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 

@@ -216,7 +216,7 @@ def starting_model(
         for name in ("window", "batch_tokens", "lr", "embedding_lr", "weight_decay")
         if getattr(config, name) is None
     }
-    if config.optimizer == "adamw" and config.lr is None:
+    if (config.optimizer == "adamw" or config.lora is not None) and config.lr is None:
         changes["lr"] = changes.get("embedding_lr", config.embedding_lr)
     kept = [d for d in derived if getattr(config, d.name, None) is None]
     if config.model:

@@ -102,17 +102,17 @@ def build_optimizers(
     assert config.lr is not None and config.embedding_lr is not None
     assert config.weight_decay is not None
     trained = [p for p in model.parameters() if p.requires_grad]
-    # Adapters are factors of a matrix, not matrices of the network: Muon has no business there.
-    matrices = [] if config.lora else [p for p in model.layers.parameters() if p.ndim == 2]
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2 and p.requires_grad]
     inside = {id(p) for p in matrices}
     others = [p for p in trained if id(p) not in inside]
     groups: list[dict[str, Any]] = [
         {"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}
     ]
     optimizers: list[Optimizer] = []
-    if config.optimizer == "muon" and matrices:
+    # Adapters are factors of a matrix, not matrices of the network: Muon has no business there.
+    if config.optimizer == "muon" and config.lora is None:
         optimizers.append(Muon(matrices, config.lr, 0.95, config.weight_decay, dtype))
-    elif matrices:
+    else:
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
     on_device = next(model.parameters()).device.type
     # The fused kernel updates in one pass; not every backend has it.

@@ -61,6 +61,16 @@ def test_a_prompt_that_is_scored_whole_has_no_target_for_its_first_token() -> No
     assert batch.labels.tolist() == [[6, 7, IGNORE]]
 
 
+@pytest.mark.parametrize("pad", [0, 9])
+def test_padding_is_told_by_its_place_and_never_by_its_id(pad: int) -> None:
+    """A vocabulary may pad with 0, or with the token that ends a turn: both are trained on."""
+    batch = pack_sequences([TokenSequence([5, 0, 9, 0, 9], 1), TokenSequence([0, 9], 0)], 8, pad)
+    assert batch.labels.tolist() == [[0, 9, 0, 9, IGNORE, 9, IGNORE]]
+    assert batch.tokens == 5 and batch.ends.tolist() == [4, 6]
+    padded = pack_sequences([TokenSequence([5, 0, 9], 1)], 8, pad, rows=1)
+    assert padded.labels.tolist() == [[0, 9, *[IGNORE] * 6]] and padded.tokens == 2
+
+
 def test_rows_are_filled() -> None:
     lengths = [7, 3, 5, 5, 10, 2]
     rows = fit_rows(lengths, 10)

@@ -1,13 +1,22 @@
-"""Chunked cross-entropy against a float64 reference, and its edges."""
+"""Chunked cross-entropy against a float64 reference, its edges, and what a strategy makes of it."""
 
 from __future__ import annotations
+
+import copy
+from typing import cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import TINY_MODEL
 
-from khaosz.data.batch import IGNORE
+from khaosz.config import ModelConfig
+from khaosz.data.batch import IGNORE, Batch
+from khaosz.data.dataset import TokenDataset
+from khaosz.model import Transformer
+from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import chunk_loss, cross_entropy_sum
+from khaosz.trainer.strategy import Compute, PTStrategy
 
 
 def reference(
@@ -21,6 +30,11 @@ def reference(
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     return loss.detach(), hidden.grad, weight.grad
+
+
+def grad_of(tensor: torch.Tensor) -> torch.Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
@@ -37,8 +51,8 @@ def test_equals_the_float64_reference(chunk: int, masked: bool) -> None:
     expected, grad_hidden, grad_weight = reference(hidden, weight, labels)
     # fp32 sums of at most 60 terms of size about 10: 1e-4 absolute is a few hundred ulp.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(hidden.grad.double() * 7, grad_hidden, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(weight.grad.double() * 7, grad_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_of(hidden).double() * 7, grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_of(weight).double() * 7, grad_weight, rtol=1e-4, atol=1e-5)
 
 
 def test_masked_positions_are_selected_not_multiplied() -> None:
@@ -51,8 +65,8 @@ def test_masked_positions_are_selected_not_multiplied() -> None:
     loss = cross_entropy_sum(hidden, weight, labels)
     loss.backward()
     assert torch.isfinite(loss)
-    assert torch.isfinite(weight.grad).all()
-    assert (hidden.grad[0, 1] == 0).all()
+    assert torch.isfinite(grad_of(weight)).all()
+    assert (grad_of(hidden)[0, 1] == 0).all()
 
 
 def test_nothing_scored_is_zero_with_zero_gradients() -> None:
@@ -61,7 +75,7 @@ def test_nothing_scored_is_zero_with_zero_gradients() -> None:
     loss = cross_entropy_sum(hidden, weight, torch.full((2, 4), IGNORE))
     loss.backward()
     assert loss == 0
-    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+    assert (grad_of(hidden) == 0).all() and (grad_of(weight) == 0).all()
 
 
 def test_token_id_zero_is_a_label_like_any_other() -> None:
@@ -95,7 +109,7 @@ def test_the_logits_of_all_tokens_never_exist_together() -> None:
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_function__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             if isinstance(out, torch.Tensor):
@@ -127,5 +141,101 @@ def test_a_compiled_inner_loss_sees_whole_chunks_only() -> None:
     expected, grad_hidden, grad_weight = reference(hidden, weight, labels)
     # The tolerances of the reference test above.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-4)
-    torch.testing.assert_close(hidden.grad.double(), grad_hidden, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(weight.grad.double(), grad_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_of(hidden).double(), grad_hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grad_of(weight).double(), grad_weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_masked_row_is_selected_away_inside_a_chunk_too() -> None:
+    """`chunk_loss` keeps what it says of `IGNORE` whatever stands in that row."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(5, 8), torch.randn(10, 8)
+    hidden[2] = float("nan")
+    labels = torch.tensor([3, 0, IGNORE, 9, 1])
+    loss, gradient = chunk_loss(hidden, weight, labels)
+    kept = [0, 1, 3, 4]
+    alone, own = chunk_loss(hidden[kept], weight, labels[kept])
+    # The same rows in a smaller matrix product, and four losses summed in another order.
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[kept], own, rtol=1e-5, atol=1e-7)
+    assert (gradient[2] == 0).all()
+
+
+def test_bf16_logits_are_summed_in_fp32() -> None:
+    """The product may be bf16; the softmax over the vocabulary and the sum over tokens may not."""
+    torch.manual_seed(4)
+    hidden, weight = torch.randn(300, 32).bfloat16(), (torch.randn(200, 32) * 0.2).bfloat16()
+    labels = torch.randint(0, 200, (300,))
+    logits = (hidden @ weight.t()).double()
+    wanted = F.cross_entropy(logits, labels, reduction="sum")
+    found = cross_entropy_sum(hidden, weight, labels, dtype=torch.bfloat16)
+    # The same bf16 logits: what differs is fp32 against fp64, at most 1e-7 a term. Sums kept in
+    # bf16 would be off by up to 2^-8 = 4e-3.
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
+def tiny_model() -> Transformer:
+    """Random in every weight: a fresh model's blocks are the identity, and see no neighbours."""
+    model = Transformer(ModelConfig.parse({**TINY_MODEL, "vocab_size": 50}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3, generator=generator)
+    return model
+
+
+class Windows:
+    """A data set that notes which draws were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def batch(self, draws: range) -> Batch:
+        self.asked.append(list(draws))
+        shape = (len(draws), 4)
+        return Batch(*(torch.zeros(shape, dtype=torch.long) for _ in range(4)))
+
+
+def pt_strategy(data: Windows, rows: int, micro: int, rank: int = 0, world: int = 1) -> PTStrategy:
+    parallel = ParallelContext(torch.device("cpu"), rank, world)
+    return PTStrategy(cast(TokenDataset, data), rows, micro, parallel)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_micro_batches_hold_every_window_of_a_step(world: int) -> None:
+    """The last, incomplete one of each rank included: 10 windows in threes."""
+    for step in (0, 7):
+        asked: list[int] = []
+        for rank in range(world):
+            data = Windows()
+            batches = pt_strategy(data, 10, 3, rank, world).micro_batches(step)
+            assert [len(draws) for draws in data.asked] == [len(batch.ids) for batch in batches]
+            assert max(len(batch.ids) for batch in batches) <= 3
+            asked += [draw for draws in data.asked for draw in draws]
+        assert sorted(asked) == list(range(10 * step, 10 * step + 10))
+
+
+def test_packed_documents_cost_what_each_costs_alone() -> None:
+    """The strategy hands on where documents begin; without, a document would see its neighbour."""
+    model = tiny_model()
+    documents = [[7, 3, 9, 4, 1], [2, 8, 8], [5, 6, 30, 31]]
+    ids, labels = torch.zeros(1, 12, dtype=torch.long), torch.full((1, 12), IGNORE)
+    positions, doc_ids = torch.zeros_like(ids), torch.full_like(ids, -1)
+    wanted, at = 0.0, 0
+    wide = copy.deepcopy(model).double()
+    for number, document in enumerate(documents):
+        own = torch.tensor(document)
+        here = slice(at, at + len(own) - 1)
+        ids[0, here], labels[0, here] = own[:-1], own[1:]
+        positions[0, here], doc_ids[0, here] = torch.arange(len(own) - 1), number
+        at += len(own) - 1
+        with torch.no_grad():
+            logits = wide.logits(wide(own[None, :-1]))[0]
+        wanted += float(F.cross_entropy(logits, own[1:], reduction="sum"))
+    batch = Batch(ids, labels, positions, doc_ids)
+    strategy = pt_strategy(Windows(), 1, 1)
+    found = strategy.loss(model, batch, Compute())
+    assert strategy.count(batch) == 9
+    # fp32 against float64 over nine tokens of a few nats each.
+    assert found.item() == pytest.approx(wanted, rel=1e-5)

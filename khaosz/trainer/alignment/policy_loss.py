@@ -73,8 +73,8 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2 (N,): biased as a number, but its gradient on sampled tokens is that
-    of KL(pi || ref), where k3's is that of KL(ref || pi) (Tang and Munos 2025, arXiv:2506.09477)."""
+    """(log pi - log ref)^2 / 2 (N,): biased as a number, but its gradient on sampled tokens is
+    KL(pi || ref)'s, where k3's is KL(ref || pi)'s (Tang and Munos 2025, arXiv:2506.09477)."""
     return 0.5 * (logprobs - reference).square()
 
 

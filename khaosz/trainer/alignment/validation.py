@@ -24,7 +24,8 @@ from khaosz.trainer.train_context import TrainContext
 def held_out_batches(strategy: PairStrategy) -> list[SequenceBatch]:
     """This rank's micro-batches of the held-out pairs."""
     parallel = strategy.parallel
-    mine = strategy.held_out.draws[parallel.rank :: parallel.world]
+    # A rank without any looks at the first, and counts it as nothing: all must know what to sum.
+    mine = strategy.held_out.draws[parallel.rank :: parallel.world] or strategy.held_out.draws[:1]
     return list(strategy.batches(strategy.held_out, mine))
 
 
@@ -34,6 +35,8 @@ def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict
     before, strategy.tally = strategy.tally, {}
     total = torch.zeros(())
     count = 0
+    was_training = model.training
+    model.eval()
     try:
         for batch in held_out_batches(strategy):
             total += strategy.loss(model, batch.to(strategy.parallel.device), compute).cpu()
@@ -41,7 +44,10 @@ def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict
         names, sums = list(strategy.tally), [float(value) for value in strategy.tally.values()]
     finally:
         strategy.tally = before
-    every, loss, *noted = across([float(count), float(total), *sums], strategy.parallel)
+        model.train(was_training)
+    counted = strategy.parallel.rank < len(strategy.held_out.draws)
+    mine = [float(count), float(total), *sums]
+    every, loss, *noted = across([x if counted else 0.0 for x in mine], strategy.parallel)
     means = {name: value / every for name, value in zip(names, noted, strict=True)}
     return {"loss": loss / every, **means}
 
