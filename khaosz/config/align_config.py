@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from khaosz.config.closed import Closed
 from khaosz.errors import nearest
@@ -75,6 +75,16 @@ class PreferenceConfig(Closed):
     gamma: float = Field(default=0.5, ge=0)
     length_normalised: bool = False
     sft_weight: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> PreferenceConfig:
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            raise ValueError(f"label_smoothing has no meaning with loss={self.loss}")
+        if self.gamma != 0.5 and self.loss != "simpo":
+            raise ValueError(f"gamma has no meaning with loss={self.loss}, only with simpo")
+        if self.length_normalised and self.loss in ("simpo", "orpo"):
+            raise ValueError(f"{self.loss} is length-normalised by itself")
+        return self
 
     @property
     def needs_reference(self) -> bool:

@@ -131,6 +131,11 @@ class TrainConfig(Closed):
                 raise ValueError(f"unknown key '{key}'{more}")
         return value
 
+    @field_validator("reward_function")
+    @classmethod
+    def _unset(cls, value: str | None) -> str | None:
+        return value or None  # so that an override can take back what a recipe says
+
     @field_validator("betas")
     @classmethod
     def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -158,9 +163,14 @@ class TrainConfig(Closed):
             if self.max_steps is None and self.epochs is None:
                 raise ValueError(f"{self.stage} is planned in steps: give max_steps or epochs")
             judges = [self.reward_model, self.reward_function]
-            if judges.count(None) != 1:
+            if judges.count(None) == 2:
                 raise ValueError(
                     f"{self.stage} needs a judge: reward_model=DIR or reward_function=MODULE:NAME"
+                )
+            if None not in judges:
+                raise ValueError(
+                    "one judge, not two: give reward_model or reward_function"
+                    ' (reward_function="" unsets a recipe\'s)'
                 )
             if self.stage == "grpo" and self.rollout.group < 2:
                 raise ValueError("grpo compares answers: rollout.group must be 2 or more")

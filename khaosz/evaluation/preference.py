@@ -95,7 +95,9 @@ def preference_accuracy(
         interval=wilson(right, len(gaps)),
         margin=float(gaps.mean()),
         pairs=len(gaps),
-        skipped=loaded.report.read - len(gaps),
+        skipped=sum(
+            found["count"] for entry in loaded.report.inputs for found in entry.skipped.values()
+        ),
         calibration=calibration_table(gaps) if isinstance(model, RewardModel) else [],
     )
 
@@ -119,7 +121,7 @@ def format_preference(found: PreferenceAccuracy) -> str:
         f" mean margin {found.margin:+.3f}"
     ]
     if found.skipped:
-        lines.append(f"{found.skipped:,} records without a usable pair")
+        lines.append(f"{found.skipped:,} left out as unusable")
     for confidence, accuracy, pairs in found.calibration:
         lines.append(f"  {confidence:4.0%} sure, {accuracy:4.0%} right ({pairs} pairs)")
     return "\n".join(lines)

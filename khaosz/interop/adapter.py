@@ -21,7 +21,7 @@ from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.huggingface import save_model, write_json
 from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.interop.shown import one_line, shown
-from khaosz.model import Transformer, parameter_shapes
+from khaosz.model import RewardModel, Transformer, parameter_shapes
 from khaosz.model.lora import adapter_state, add_lora, merge_lora, named_adapters
 
 CONFIG = "adapter_config.json"
@@ -32,7 +32,7 @@ _OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rsl
 _READ = {*_OURS, "peft_type", "target_modules", "base_model_name_or_path", "revision"}
 _READ |= {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size"}
 _ALLOWED = {
-    "task_type": ("CAUSAL_LM", None),
+    "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
     "bias": ("none",),
     # Other ways to draw them, such as PiSSA, take what they drew out of the base's weights.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
@@ -49,7 +49,7 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
     config = next(iter(named_adapters(model).values())).config
     values = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if isinstance(model, RewardModel) else "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         **{theirs: getattr(config, ours) for theirs, ours in _OURS.items()},
@@ -83,6 +83,12 @@ def load_adapter(
     misshapen, each by name) with the model as it was.
     """
     config = _read_config(directory, base)
+    judge = _read_values(directory / CONFIG).get("task_type") == "SEQ_CLS"
+    if judge and not isinstance(model, RewardModel):
+        raise ModelError(
+            f"{directory / CONFIG}: task_type='SEQ_CLS' is not supported by a language model",
+            hint="it is a reward model's",
+        )
     wanted: dict[str, tuple[int, int]] = {}
     for name, shape in parameter_shapes(model.config).items():
         layer = name.rpartition(".")[0]
@@ -123,8 +129,13 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
     """
     if out.exists():
         raise ModelError(f"{out} exists", hint="name another output, or remove it")
+    values = _read_values(directory / CONFIG)
+    if isinstance(values, dict) and values.get("task_type") == "SEQ_CLS":
+        raise ModelError(
+            f"{directory} is a reward model's, whose head is not in it",
+            hint="the checkpoint around it is the merged reward model",
+        )
     if base is None:
-        values = _read_values(directory / CONFIG)
         named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
         base = Path(str(named or ""))
         if not named or not base.exists():

@@ -218,6 +218,8 @@ def starting_model(
     }
     if (config.optimizer == "adamw" or config.lora is not None) and config.lr is None:
         changes["lr"] = changes.get("embedding_lr", config.embedding_lr)
+        why = "AdamW: as embedding_lr"
+        derived = [Derived("lr", changes["lr"], why) if d.name == "lr" else d for d in derived]
     kept = [d for d in derived if getattr(config, d.name, None) is None]
     if config.model:
         kept.append(

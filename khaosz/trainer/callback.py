@@ -74,6 +74,7 @@ class Checkpointing(Callback):
 
     def __init__(self, every: int) -> None:
         self.every = every
+        self._saved = -1
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         progress = context.progress
@@ -83,10 +84,11 @@ class Checkpointing(Callback):
             self._save(context, gained)
 
     def on_end(self, context: TrainContext) -> None:
-        if context.progress.step:
+        if context.progress.step and context.progress.step != self._saved:
             self._save(context, gained=False)
 
     def _save(self, context: TrainContext, gained: bool) -> None:
+        self._saved = context.progress.step
         write_rollout(context)
         context.parallel.barrier()
         if context.parallel.is_main:

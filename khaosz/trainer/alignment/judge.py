@@ -111,11 +111,13 @@ def load_function(name: str) -> RewardFunction:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-        function = getattr(module, attribute)
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"reward_function: {place} can't be loaded: {error}") from None
-    except AttributeError:
-        raise ConfigError(f"reward_function: {place} has no '{attribute}'") from None
+    except Exception as error:
+        raise ConfigError(
+            f"reward_function: {place} can't be loaded: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, attribute, None)
+    if function is None:
+        raise ConfigError(f"reward_function: {place} has no '{attribute}'")
     if not callable(function):
         raise ConfigError(f"reward_function: {name} is not a function")
     return function
