@@ -4,7 +4,7 @@ embeddings; text, messages or ids."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,8 @@ class Completion:
     tokens: int  # generated, the one that ends the turn included
     finish_reason: str  # "stop": an end token or a stop string; "length": a limit was reached
     logprobs: tuple[Logprob, ...] = ()
-    ids: tuple[int, ...] = ()  # what was generated, token by token; `text` leaves the end token out
+    # What was generated, token by token, an end token included. It says no more than `text` does.
+    ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 class Generator:

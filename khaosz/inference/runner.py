@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from khaosz.config import ModelConfig
+from khaosz.inference.native import library
 from khaosz.inference.sequence_cache import BLOCK, SequenceCache
 from khaosz.inference.weights import (
     LayerWeights,
@@ -24,6 +25,7 @@ from khaosz.inference.weights import (
     live_weights,
 )
 from khaosz.interop import GgufModel, is_gguf, load_model
+from khaosz.interop.gguf_blocks import is_affine
 from khaosz.model import Transformer
 from khaosz.model.module import rotary_frequencies
 
@@ -102,9 +104,10 @@ class Runner:
     ) -> Runner:
         """A model directory or a .gguf file, its weights laid out for inference.
 
-        `dtype` is that of activations and, without a `cache_dtype` (int8), of caches. By default
-        it is bf16 for quantised files on a CPU, whose kernels want it, and fp32 otherwise; fp32 on
-        a quantised file dequantises it. Raises `ModelError`.
+        `dtype` is that of activations and, without a `cache_dtype` (int8, bf16), of caches. By
+        default it is fp32, but bf16 for .gguf files on a CPU that are not quantised, or where the
+        compiled kernel is not used: PyTorch's want it. fp32 asked for on a quantised file
+        dequantises it. Raises `ModelError`.
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
@@ -133,8 +136,12 @@ class Runner:
         deterministic: bool = False,
     ) -> Runner:
         """On the CPU; `dtype` as for `open`."""
-        dtype = dtype or torch.bfloat16
-        weights = gguf_weights(source, dtype)
+        native = None
+        if not deterministic and dtype != torch.float32:
+            quantised = any(is_affine(source.kind(name)) for name in source.names)
+            native = library() if quantised else None
+        dtype = dtype or (torch.bfloat16 if native is None else torch.float32)
+        weights = gguf_weights(source, dtype, native)
         return cls(
             source.config,
             lambda: weights,
@@ -283,6 +290,7 @@ class Runner:
             keys, vals = chunk.cache.write(
                 index, turned[real, heads:], values[real], extra=behind
             )  # (K, S, H)
+            keys, vals = keys.to(self.dtype), vals.to(self.dtype)  # a cache may be in a smaller one
             mixed[start:end] = self._attend(turned[start:end, :heads], keys, vals, bool(sum(pad)))
             start = end
         return layer.o(mixed.view(len(x), heads * width))

@@ -6,6 +6,7 @@ width, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from khaosz.inference.packed import pack, packable
+from khaosz.inference.native import LEAST_ROWS, MappedMatrix
+from khaosz.inference.packed import PackedMatrix, pack, packable
 from khaosz.interop import GgufModel
 from khaosz.interop.gguf_blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer
@@ -27,7 +29,7 @@ _REFINED = 32  # tokens of each position whose logits are exact
 
 
 class Matrix(Protocol):
-    """(M, in) -> (M, out), in the runner's dtype."""
+    """(M, in) -> (M, out), in the dtype of what comes in."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...
 
@@ -102,23 +104,29 @@ def _layer(block: nn.Module, matrix: Callable[..., Matrix], dtype: torch.dtype) 
     )
 
 
-def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
-    """Matrices of a GGUF file, packed as they are where the kernel takes them, else dense.
+def gguf_weights(
+    model: GgufModel, dtype: torch.dtype, library: ctypes.CDLL | None = None
+) -> Weights:
+    """Matrices of a GGUF file for activations of `dtype`. With a library they stay in the memory
+    map; without, they are packed where PyTorch's kernel takes them, else dense.
 
     The embedding is read row by row from the memory map: a token needs one row.
     """
+    stored = dtype if library is None else torch.bfloat16  # what is not quantised
 
     def matrix(*names: str) -> Matrix:
         kinds = {model.kind(name) for name in names}
         if len(kinds) > 1:
             return SideBySide([matrix(name) for name in names])
         kind, raws = kinds.pop(), [model.raw(name) for name in names]
+        if library is not None and is_affine(kind) and min(map(len, raws)) >= LEAST_ROWS:
+            return MappedMatrix(library, raws, kind)
         if dtype == torch.bfloat16 and is_affine(kind):
             sample = affine(raws[0][:1], kind)
             columns = sample.codes.shape[1]
             if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
                 return pack(raws, kind)
-        return dense([torch.from_numpy(model.float32(name)) for name in names], dtype)
+        return dense([torch.from_numpy(model.float32(name)) for name in names], stored)
 
     def vector(name: str) -> Tensor:
         return torch.from_numpy(np.array(model.float32(name)))
@@ -150,7 +158,7 @@ def gguf_weights(model: GgufModel, dtype: torch.dtype) -> Weights:
     tied = model.config.tie_word_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
-    if not isinstance(head, DenseMatrix):
+    if isinstance(head, PackedMatrix):
         head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
     return Weights(
@@ -237,7 +245,7 @@ class DenseMatrix:
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight)
+        return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
     @property
     def nbytes(self) -> int:
