@@ -54,8 +54,9 @@ def setup_parallel(config: ParallelConfig) -> ParallelContext:
         raise DeviceError(
             f"backend '{backend}' is not in this build of PyTorch", hint="try parallel.backend=gloo"
         )
-    # Rank 0 may prepare data for hours before the others hear from it.
-    dist.init_process_group(backend, timeout=timedelta(hours=12))
+    if not dist.is_initialized():  # a stage before this one may have joined already
+        # Rank 0 may prepare data for hours before the others hear from it.
+        dist.init_process_group(backend, timeout=timedelta(hours=12))
     return ParallelContext(device, rank, world, local, backend, threads)
 
 

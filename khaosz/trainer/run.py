@@ -29,19 +29,24 @@ def run(
     Raises a `KhaoszError` for everything that can't work; earlier output stays intact.
     """
     parallel = setup_parallel(config.parallel)
-    console = console or Console(stderr=True)
-    console.quiet = console.quiet or not parallel.is_main
     try:
-        start = _find_start(config, resume)
-        if start.saved is not None:
-            torch.set_num_threads(start.saved.plan.threads)
-        context, trainer = build_run(start, parallel, console)
-        if context.progress.step >= context.plan.total_steps:
-            console.print(f"nothing left to do: {config.out} is trained to its last step")
-            return context
-        return trainer.run()
+        return _run(config, resume, parallel, console or Console(stderr=True))
     finally:
         parallel.close()
+
+
+def _run(
+    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
+) -> TrainContext:
+    console.quiet = console.quiet or not parallel.is_main
+    start = _find_start(config, resume)
+    if start.saved is not None:
+        torch.set_num_threads(start.saved.plan.threads)
+    context, trainer = build_run(start, parallel, console)
+    if context.progress.step >= context.plan.total_steps:
+        console.print(f"nothing left to do: {config.out} is trained to its last step")
+        return context
+    return trainer.run()
 
 
 def run_stages(
@@ -52,12 +57,20 @@ def run_stages(
     With `resume`, finished stages are passed over, a begun one goes on and the rest start; a stop
     asked for during one stage ends them all.
     """
-    for config in configs:
-        begun = resolve(config.out / "last") is not None
-        context = run(config, resume=resume and (begun or len(configs) == 1), console=console)
-        yield context
-        if context.stopping:
-            return
+    console = console or Console(stderr=True)
+    parallel: ParallelContext | None = None
+    try:
+        for config in configs:
+            # All stages are of one process group: it can be left once, not joined again.
+            parallel = setup_parallel(config.parallel)
+            begun = resolve(config.out / "last") is not None
+            context = _run(config, resume and (begun or len(configs) == 1), parallel, console)
+            yield context
+            if context.stopping:
+                return
+    finally:
+        if parallel is not None:
+            parallel.close()
 
 
 def _find_start(config: TrainConfig, resume: bool) -> Start:

@@ -96,9 +96,9 @@ class RLHFStrategy(Notes):
         total = len(rollout.sequences)
         key = self.seed + 7919 * (rollout.number + 1)
         order = [permute(i, total, key, epoch) if epoch else i for i in range(total)]
-        share = -(-total // self.config.minibatches)
+        first, end = (n * total // self.config.minibatches for n in (minibatch, minibatch + 1))
         # A rank left with few answers still takes part in every update.
-        return order[minibatch * share : (minibatch + 1) * share] or order[:1]
+        return order[first:end] or order[:1]
 
     def _batches(self, rollout: Rollout, members: Sequence[int]) -> Iterator[SequenceBatch]:
         lengths = [len(rollout.sequences[i].ids) for i in members]
