@@ -20,6 +20,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "race": ("bench.race", [], "bits per byte after the same minutes, transformers and us"),
     "ours": ("bench.ours", [], "one timing of our own training step"),
     "peer": ("bench.peer_transformers", [], "one run or timing of the transformers loop"),
+    "align": ("bench.align", [], "SFT and DPO tokens/s and peak memory, TRL and us"),
     "infer": ("bench.infer", [], "prefill and decode tokens/s, llama.cpp and us"),
     "lookup": ("bench.lookup", [], "prompt lookup against plain decoding"),
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),

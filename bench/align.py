@@ -1,0 +1,577 @@
+"""Fine-tuning and preference tokens/s and peak memory: TRL and us on the same ragged chats.
+
+SFT and DPO of a 17M model (vocabulary 8192, d 384, 8 layers, tied) on chats of 32 to 512 tokens,
+every length as likely, eight chats or pairs in a step. Each run is a process of its own, the
+contenders taking turns (A B C A B C) so that a drifting machine drifts for all. TRL lives in a
+Python of its own:
+
+    python -m bench align --peer-python VENV_WITH_TRL/bin/python --rounds 3
+
+Useful tokens are counted on both sides: every token of every sequence once, its prompt included,
+of a pair both answers with the prompt before each; padding never. A third of the shorter sequence
+is prompt and not trained on. TRL runs the reference in every step; we once before training, and
+those seconds are spread over one pass of the data (`tokens_per_s`); `later_tokens_per_s` is
+without them, as in a second epoch. What compilation and calibration take is in `ready_s`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.machine import as_markdown, describe, peak_rss_mb
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SPECIAL = 16  # ids below are special tokens and stand in no chat
+_STAGES = ("sft", "dpo")
+
+# Settings of TRL laid over its defaults, which are bf16 and gradient checkpointing.
+TRL_SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "fp32": {"bf16": False, "gradient_checkpointing": False},
+    "bf16": {"gradient_checkpointing": False},
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A process to start. `setting` is one of `TRL_SETTINGS`, or None for us."""
+
+    name: str
+    setting: str | None = None
+
+
+OURS = Contender("khaosz, defaults")
+CONTENDERS = (
+    Contender("TRL, defaults", "defaults"),
+    OURS,
+    Contender("TRL, fp32, no checkpointing", "fp32"),
+    Contender("TRL, bf16, no checkpointing", "bf16"),
+)
+
+
+# -- the data, the same for both ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One or two token sequences that share a prompt: a chat, or a pair of them."""
+
+    prompt: np.ndarray
+    answers: tuple[np.ndarray, ...]
+
+
+def ragged(args: argparse.Namespace) -> list[Sequences]:
+    """As many as all steps take, of random tokens; nothing is seen twice."""
+    generator = np.random.default_rng(args.seed)
+    made = []
+    for _ in range(args.batch * (args.warmups + args.steps)):
+        size = 1 if args.stage == "sft" else 2
+        lengths = generator.integers(args.shortest, args.longest + 1, size=size)
+        prompt = int(lengths.min()) // 3
+        draw = [
+            generator.integers(_SPECIAL, args.vocab, size=n).astype(np.int32)
+            for n in (prompt, *(lengths - prompt).tolist())
+        ]
+        made.append(Sequences(draw[0], tuple(draw[1:])))
+    return made
+
+
+# -- us ----------------------------------------------------------------------------------------
+
+
+def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The real `Trainer.step` under what calibration chooses, batch assembly included."""
+    from khaosz.config import ModelConfig, ParallelConfig, TrainConfig
+    from khaosz.config.presets import nearest_size, preset
+    from khaosz.data.tokenizer import train_tokenizer
+    from khaosz.model import Transformer
+    from khaosz.parallel import setup_parallel
+
+    size = nearest_size(args.d)
+    numbers = preset(size, vocab_size=args.vocab, stage=args.stage)
+    average = (args.shortest + args.longest) // 2
+    config = TrainConfig(
+        stage=args.stage,
+        data=folder,
+        out=folder,
+        size=size,
+        window=numbers.window,
+        # SFT counts a step in tokens, DPO in pairs; there this only bounds a forward pass.
+        batch_tokens=args.batch * average if args.stage == "sft" else numbers.batch_tokens,
+        batch_pairs=args.batch,
+        lr=numbers.lr,
+        embedding_lr=numbers.embedding_lr,
+        weight_decay=numbers.weight_decay,
+        # Calibration weighs compilation against the length of the run; ours stands for a real one.
+        max_minutes=10,
+        parallel=ParallelConfig(device="cpu"),
+    )
+    model = Transformer(
+        ModelConfig(
+            vocab_size=args.vocab,
+            hidden_size=args.d,
+            intermediate_size=args.ffn,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+            head_dim=args.d // args.heads,
+            max_position_embeddings=numbers.window,
+            qk_norm=True,
+        )
+    )
+    model.initialise(_generator(args.seed))
+    # Only its ids are used: no step reads text.
+    tokenizer = train_tokenizer(iter(["to be or not to be", "学而时习之，不亦说乎"]), 300)
+    parallel = setup_parallel(config.parallel)
+    run = _ours_sft if args.stage == "sft" else _ours_dpo
+    return run(args, folder, config, model, tokenizer, parallel)
+
+
+def _ours_sft(
+    args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
+) -> dict[str, Any]:
+    from rich.console import Console
+
+    from bench.ours import RandomData, RandomGroup
+    from khaosz.data.dataset import TokenDataset
+    from khaosz.data.mmap import MmapFileHandler, TokenFileWriter
+    from khaosz.trainer.calibration import calibrate, rows_per_step
+    from khaosz.trainer.strategy import SFTStrategy
+
+    chats = ragged(args)
+    path = folder / "random.tok"
+    writer = TokenFileWriter(
+        path, vocab_size=args.vocab, stage="sft", fingerprint=tokenizer.fingerprint
+    )
+    tokens = np.concatenate([np.concatenate((c.prompt, c.answers[0])) for c in chats])
+    lengths = np.array([len(c.prompt) + len(c.answers[0]) for c in chats])
+    mask = np.concatenate(
+        [np.repeat((0, 1), (len(c.prompt), len(c.answers[0]))) for c in chats]
+    ).astype(np.uint8)
+    writer.append(tokens.astype(np.int64), lengths, mask, n_bytes=0)
+    writer.close()
+    shard = MmapFileHandler(path)
+    try:
+        data: Any = RandomData([RandomGroup([shard])], stage="sft")
+        dataset = TokenDataset.open(data, config.window, pad_id=tokenizer.pad_id, plan_dir=folder)
+        rows, micro = rows_per_step(config, parallel)
+        strategy = SFTStrategy(dataset, rows, micro, parallel)
+        started = time.perf_counter()
+        plan = calibrate(model, config, parallel, strategy, rows, micro, Console(stderr=True))
+        ready = time.perf_counter() - started
+
+        def useful(batch: Any) -> int:
+            # A chat of L tokens has L - 1 inputs.
+            pieces = batch.doc_ids.amax(1) + 1
+            return int((batch.doc_ids >= 0).sum() + pieces.sum())
+
+        return _our_steps(args, config, model, tokenizer, parallel, plan, strategy, useful, ready)
+    finally:
+        shard.close()
+
+
+def _ours_dpo(
+    args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
+) -> dict[str, Any]:
+    """As `khaosz.trainer.alignment.build.build_pairs` sets a run up, without reading text."""
+    from rich.console import Console
+
+    from khaosz.data.preference import EncodedPair
+    from khaosz.trainer.alignment.build import _calibrated
+    from khaosz.trainer.alignment.dpo import DPOStrategy, reference_logprobs
+    from khaosz.trainer.alignment.pairs import PairSet
+    from khaosz.trainer.alignment.reference import add_reference
+    from khaosz.trainer.calibration import apply_plan, rows_per_step
+
+    pairs = [EncodedPair(s.prompt, s.answers[0], s.answers[1]) for s in ragged(args)]
+    micro = rows_per_step(config, parallel)[1]
+    strategy = DPOStrategy(
+        PairSet(pairs), PairSet([]), args.batch, config.window, micro, tokenizer.pad_id,
+        config.seed, parallel, config=config.preference,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    started = time.perf_counter()
+    plan = _calibrated(strategy, model, config, parallel, console)
+    strategy.one_shape = plan.compiled
+    compute = apply_plan(plan, model, config)
+    reference_logprobs(model.train(), strategy.micro_batches(0)[0], compute)  # compiles
+    ready = time.perf_counter() - started
+    started = time.perf_counter()
+    add_reference(strategy, strategy.data, model, compute, folder / "reference", parallel, console)
+    reference = (time.perf_counter() - started) / (args.warmups + args.steps)
+
+    def useful(batch: Any) -> int:
+        return int((batch.doc_ids >= 0).sum())
+
+    return _our_steps(
+        args, config, model, tokenizer, parallel, plan, strategy, useful, ready, reference
+    )
+
+
+def _our_steps(
+    args: argparse.Namespace,
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    parallel: Any,
+    plan: Any,
+    strategy: Any,
+    useful: Callable[[Any], int],
+    ready: float,
+    reference: float = 0.0,
+) -> dict[str, Any]:
+    """`reference`: seconds for the reference's numbers of one step's pairs."""
+    from khaosz.trainer.calibration import apply_plan
+    from khaosz.trainer.optimizer import build_optimizers
+    from khaosz.trainer.train_context import TrainContext
+    from khaosz.trainer.trainer import Trainer
+
+    compute = apply_plan(plan, model, config)
+    context = TrainContext(
+        config=config,
+        model=model.train(),
+        tokenizer=tokenizer,
+        parallel=parallel,
+        plan=plan,
+        optimizers=build_optimizers(model, config, dtype=compute.dtype),
+    )
+    trainer = Trainer(context, strategy, compute)
+    seconds, tokens, cells, loss = 0.0, 0, 0, 0.0
+    for step in range(args.warmups + args.steps):
+        before = time.perf_counter()
+        metrics = trainer.step(step)
+        took = time.perf_counter() - before
+        assert metrics is not None, context.stopping
+        if step >= args.warmups:
+            batches = strategy.micro_batches(step)  # a function of the step: the same once more
+            seconds += took
+            tokens += sum(map(useful, batches))
+            cells += sum(batch.ids.numel() for batch in batches)
+            loss = metrics["loss"]
+    once = seconds + reference * args.steps
+    return {
+        **_result(args, tokens, cells, once, loss, ready),
+        "later_tokens_per_s": round(tokens / seconds, 1),
+        "dtype": plan.dtype,
+        "compiled": plan.compiled,
+        "parameters": model.config.parameters(),
+        "reasons": plan.reasons,
+    }
+
+
+def _generator(seed: int) -> Any:
+    import torch
+
+    return torch.Generator().manual_seed(seed)
+
+
+# -- TRL ---------------------------------------------------------------------------------------
+
+
+def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """`SFTTrainer` or `DPOTrainer`, its own loop from the second warm-up step to the last."""
+    import transformers
+    import trl
+
+    model = _trl_model(args, folder)
+    kind, configuration = (
+        (trl.SFTTrainer, trl.SFTConfig) if args.stage == "sft" else (trl.DPOTrainer, trl.DPOConfig)
+    )
+
+    class Counted(kind):  # type: ignore[misc, valid-type]
+        useful, cells = 0, 0
+
+        def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+            mask = inputs["attention_mask"]
+            self.useful += int(mask.sum())
+            self.cells += mask.numel()
+            return super().training_step(model, inputs, *rest, **more)
+
+    class Clock(transformers.TrainerCallback):
+        """The time and the tokens at the end of every step: loading and logging are between."""
+
+        ends: list[tuple[float, int, int]] = []  # noqa: RUF012
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.ends.append((time.perf_counter(), trainer.useful, trainer.cells))
+
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": args.batch,
+        "max_steps": args.warmups + args.steps,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **TRL_SETTINGS[args.setting],
+    }
+    started = time.perf_counter()
+    trainer = Counted(
+        model=str(model),
+        args=configuration(**settings),
+        train_dataset=_trl_data(args),
+        processing_class=transformers.AutoTokenizer.from_pretrained(model),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    ends = Clock.ends
+    (begun, useful, cells), (done, all_useful, all_cells) = ends[args.warmups - 1], ends[-1]
+    loss = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    result = _result(
+        args,
+        all_useful - useful,
+        all_cells - cells,
+        done - begun,
+        float(loss[-1]) if loss else 0.0,
+        ends[0][0] - started,
+    )
+    return {
+        **result,
+        "later_tokens_per_s": result["tokens_per_s"],
+        "dtype": "bf16" if trainer.args.bf16 else "fp32",
+        "compiled": False,
+        "parameters": trainer.model.num_parameters(),
+        "checkpointing": trainer.args.gradient_checkpointing,
+        "trl": trl.__version__,
+    }
+
+
+def _trl_model(args: argparse.Namespace, folder: Path) -> Path:
+    """A fresh Llama with transformers' own initialisation, and a tokenizer in which the word
+    "t17" is token 17: DPO takes text only."""
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(args.seed)
+    words = {"<pad>": 0, "<eos>": 1, "<unk>": 2}
+    words |= {f"t{i}": i for i in range(len(words), args.vocab)}
+    plain = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.d,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    path = folder / "model"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _trl_data(args: argparse.Namespace) -> Any:
+    import datasets
+
+    if args.stage == "sft":
+        return datasets.Dataset.from_list(
+            [
+                {
+                    "input_ids": [*chat.prompt.tolist(), *chat.answers[0].tolist()],
+                    "labels": [-100] * len(chat.prompt) + chat.answers[0].tolist(),
+                }
+                for chat in ragged(args)
+            ]
+        )
+
+    def words(ids: np.ndarray) -> str:
+        return " ".join(f"t{i}" for i in ids.tolist())
+
+    rows = []
+    for pair in ragged(args):
+        # TRL adds the end token, which takes the place of the last word.
+        chosen, rejected = (f" {words(answer[:-1])}" for answer in pair.answers)
+        rows.append({"prompt": words(pair.prompt), "chosen": chosen, "rejected": rejected})
+    return datasets.Dataset.from_list(rows)
+
+
+# -- taking turns ------------------------------------------------------------------------------
+
+
+def _result(
+    args: argparse.Namespace, tokens: int, cells: int, seconds: float, loss: float, ready: float
+) -> dict[str, Any]:
+    return {
+        "tokens_per_s": round(tokens / seconds, 1),
+        "tokens": tokens,
+        "useful": round(tokens / cells, 4),
+        "seconds": round(seconds, 3),
+        "steps": args.steps,
+        "peak_rss_mb": peak_rss_mb(),
+        "ready_s": round(ready, 2),
+        "loss": round(loss, 4),
+    }
+
+
+def run_contender(contender: Contender, stage: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON line of one fresh process. Raises SystemExit with its last words when it fails."""
+    names = ("vocab", "d", "layers", "heads", "ffn", "batch", "shortest", "longest", "seed")
+    options = [
+        part for n in (*names, "steps", "warmups") for part in (f"--{n}", str(vars(args)[n]))
+    ]
+    python = sys.executable if contender.setting is None else args.peer_python
+    command = [python, "-m", "bench.align", "--stage", stage, *options]
+    if contender.setting is not None:
+        command += ["--setting", contender.setting]
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command,
+        cwd=_ROOT,
+        env={**os.environ, **quiet},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-3:]
+        raise SystemExit(f"error: {contender.name} exited {done.returncode}: {' / '.join(last)}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def compare(stage: str, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Every contender once per round, in turn."""
+    results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in CONTENDERS}
+    for number in range(args.rounds):
+        for contender in CONTENDERS:
+            result = run_contender(contender, stage, args)
+            results[contender.name].append(result)
+            print(
+                f"  {stage} round {number + 1}/{args.rounds}  {contender.name}:"
+                f" {result['tokens_per_s']:,.0f} tokens/s, {result['peak_rss_mb']:,.0f} MB",
+                file=sys.stderr,
+                flush=True,
+            )
+    return results
+
+
+def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One row per contender: medians over rounds, and what ours is of it in the same rounds."""
+    rows = []
+    for name, runs in results.items():
+        row: dict[str, Any] = {"name": name, "runs": runs}
+        for key in ("tokens_per_s", "later_tokens_per_s", "peak_rss_mb", "useful", "ready_s"):
+            row[key] = round(statistics.median(run[key] for run in runs), 4)
+        for key, ratio in (("tokens_per_s", "ours_speed"), ("peak_rss_mb", "ours_memory")):
+            # Round by round: what slowed a whole round cancels out.
+            pairs = zip(results[OURS.name], runs, strict=True)
+            row[ratio] = round(statistics.median(own[key] / run[key] for own, run in pairs), 3)
+        row["dtype"] = sorted({run["dtype"] for run in runs})
+        row["compiled"] = sorted({run["compiled"] for run in runs})
+        row["parameters"] = runs[0]["parameters"]
+        rows.append(row)
+    return rows
+
+
+def table(stage: str, rows: list[dict[str, Any]]) -> str:
+    """A Markdown table."""
+    lines = [
+        f"### {stage.upper()}",
+        "",
+        "| | computes | useful tokens/s (later epochs) | ours / it | useful of computed | peak MB"
+        " | ours / it | ready s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        how = "/".join("compiled" if value else "eager" for value in row["compiled"])
+        lines.append(
+            f"| {row['name']} | {how} {'/'.join(row['dtype'])} | {row['tokens_per_s']:,.0f}"
+            f" ({row['later_tokens_per_s']:,.0f}) | {row['ours_speed']:.2f} | {row['useful']:.0%}"
+            f" | {row['peak_rss_mb']:,.0f} | {row['ours_memory']:.2f} | {row['ready_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ours against the fastest, and against the smallest, of TRL's settings."""
+    peers = [row for row in rows if row["name"] != OURS.name]
+    fastest = max(peers, key=lambda row: float(row["tokens_per_s"]))
+    smallest = min(peers, key=lambda row: float(row["peak_rss_mb"]))
+    return {
+        "fastest_peer": fastest["name"],
+        "speed": fastest["ours_speed"],
+        "smallest_peer": smallest["name"],
+        "memory": smallest["ours_memory"],
+    }
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="SFT and DPO on ragged chats, TRL and khaosz, interleaved.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--peer-python", help="a Python that has trl")
+    parser.add_argument("--only", choices=_STAGES, help="one stage; default: both")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each process")
+    parser.add_argument("--warmups", type=int, default=3, help="steps before the clock starts")
+    shape = {"vocab": 8192, "d": 384, "layers": 8, "heads": 6, "ffn": 1024}
+    lengths = {"batch": 8, "shortest": 32, "longest": 512, "seed": 0}
+    for name, value in (shape | lengths).items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    one = parser.add_argument_group("one process of the comparison")
+    one.add_argument("--stage", choices=_STAGES, help="run this alone, ours unless --setting")
+    one.add_argument("--setting", choices=tuple(TRL_SETTINGS), help="of TRL")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
+    args = parser.parse_args()
+    if args.warmups < 1:
+        parser.error("--warmups: 1 or more")
+    if args.stage is not None:
+        run = run_ours if args.setting is None else run_trl
+        # Ignoring errors: Windows does not remove a file that is still mapped.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            print(json.dumps(run(args, Path(folder))))
+        return
+    if args.peer_python is None:
+        parser.error("--peer-python: name a Python that has trl")
+    machine = describe()
+    report: dict[str, Any] = {"bench": "align", "machine": machine}
+    print(as_markdown(machine) + "\n", flush=True)
+    for stage in (args.only,) if args.only else _STAGES:
+        rows = summarise(compare(stage, args))
+        found = verdict(rows)
+        report[stage] = {"rows": rows, **found}
+        print(table(stage, rows))
+        print(
+            f"\nours is {found['speed']:.2f}x the fastest ({found['fastest_peer']}) and takes"
+            f" {found['memory']:.2f}x the memory of the smallest ({found['smallest_peer']})\n",
+            flush=True,
+        )
+    line = json.dumps(report, ensure_ascii=False)
+    print(line)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(line + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
