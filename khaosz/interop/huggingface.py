@@ -81,7 +81,7 @@ def load_model(
     unexpected or misshapen tensor (each by name).
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = _loadable_config(directory)
     if is_reward_model(directory):
         raise ModelError(
             f"{directory} is a reward model: it judges text and writes none",
@@ -106,7 +106,7 @@ def load_reward_model(
     Raises `ModelError` as `load_model` does, and for a directory that is no reward model.
     """
     directory = Path(directory)
-    config = load_config(directory)
+    config = _loadable_config(directory)
     if not is_reward_model(directory):
         raise ModelError(
             f"{directory} is no reward model",
@@ -125,6 +125,13 @@ def is_reward_model(directory: str | Path) -> bool:
         return False
 
 
+def _loadable_config(directory: Path) -> ModelConfig:
+    config = load_config(directory)
+    if config.num_hidden_layers > _MAX_LAYERS:  # before anything names them one by one
+        raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
+    return config
+
+
 def _read_parameters(
     directory: Path,
     config: ModelConfig,
@@ -133,8 +140,6 @@ def _read_parameters(
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Every parameter by our name, and a tied head that is written all the same."""
-    if config.num_hidden_layers > _MAX_LAYERS:
-        raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
     wanted = {_hf_name(name): (name, shape) for name, shape in shapes.items()}
     loaded: dict[str, Tensor] = {}
     head: Tensor | None = None
