@@ -292,13 +292,15 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
 
     class Counted(kind):  # type: ignore[misc, valid-type]
-        useful, cells = 0, 0
+        useful, cells, loss = 0, 0, 0.0
 
         def training_step(self, model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
             mask = inputs["attention_mask"]
             self.useful += int(mask.sum())
             self.cells += mask.numel()
-            return super().training_step(model, inputs, *rest, **more)
+            loss = super().training_step(model, inputs, *rest, **more)
+            self.loss = loss  # a tensor: reading it at every step would cost time
+            return loss
 
     class Clock(transformers.TrainerCallback):
         """The time and the tokens at the end of every step: loading and logging are between."""
@@ -329,13 +331,12 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     trainer.train()
     ends = Clock.ends
     (begun, useful, cells), (done, all_useful, all_cells) = ends[args.warmups - 1], ends[-1]
-    loss = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     result = _result(
         args,
         all_useful - useful,
         all_cells - cells,
         done - begun,
-        float(loss[-1]) if loss else 0.0,
+        float(trainer.loss),
         ends[0][0] - started,
     )
     return {

@@ -59,8 +59,11 @@ CONFIGS = [
     for loss in ("sigmoid", "robust", "ipo", "hinge", "simpo", "orpo")
     for more in (
         {},
-        {"beta": 0.5, "length_normalised": True},
-        {"label_smoothing": 0.2, "sft_weight": 0.3},
+        {"beta": 0.5, "length_normalised": loss not in ("simpo", "orpo")},
+        {
+            "label_smoothing": 0.2 if loss in ("sigmoid", "robust", "simpo") else 0.0,
+            "sft_weight": 0.3,
+        },
     )
 ]
 
