@@ -168,6 +168,7 @@ class Engine:
             self._waiting.popleft()
             running = ((s.ids, s.cache) for s in self._running)
             cache = self.prefixes.take(request.prompt, running) or self.runner.new_cache()
+            cache.reserve(len(request.prompt))  # known: growing chunk by chunk would copy it
             self._running.append(self._start(request, 0, cache))
 
     def _start(self, request: Request, choice: int, cache: SequenceCache) -> Sequence:

@@ -1,8 +1,8 @@
 """Products with quantised matrices as they lie in a GGUF file: `quantised.cpp`, compiled once for
 this processor and kept in the user's cache.
 
-Only with `KHAOSZ_NATIVE=1`, until it has been timed on an idle machine. Otherwise, without a
-compiler, or with one that fails, matrices are repacked for PyTorch's kernel (`packed.py`).
+Without a compiler, with one that fails, or with `KHAOSZ_NATIVE=0`, matrices are repacked for
+PyTorch's kernel (`packed.py`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MappedMatrix:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where there are none, and where they would be slow."""
-    if os.environ.get("KHAOSZ_NATIVE") != "1":
+    if os.environ.get("KHAOSZ_NATIVE") == "0":
         return None
     try:
         return _library(os.environ.get("CXX", ""), default_cache() / "native")

@@ -12,8 +12,8 @@ BLOCK = 64  # positions by which a cache grows at least
 
 
 class SequenceCache:
-    """One tensor (L, 2K, capacity, H), keys before values; grown on demand, never to the maximum
-    in advance. `truncate` forgets the end (speculation, a chat that goes back); `fork` copies the
+    """A tensor (2K, capacity, H) a layer, keys before values; grown on demand, never to the maximum
+    in advance, and layer by layer, so that no second cache is in memory meanwhile. `truncate` forgets the end (speculation, a chat that goes back); `fork` copies the
     beginning (a shared prefix).
 
     With dtype int8 a position's key and value of each head have a scale of their own: half the
@@ -31,10 +31,11 @@ class SequenceCache:
     ) -> None:
         self.length = 0
         self.kv_heads = kv_heads
-        self._store = torch.zeros(layers, 2 * kv_heads, 0, head_dim, dtype=dtype, device=device)
-        self._scales: Tensor | None = None  # fp32 (L, 2K, capacity, 1)
+        shape = 2 * kv_heads, 0, head_dim
+        self._stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._scales: list[Tensor] = []  # fp32 (2K, capacity, 1)
         if dtype == torch.int8:
-            self._scales = torch.zeros(layers, 2 * kv_heads, 0, 1, device=device)
+            self._scales = [torch.zeros(2 * kv_heads, 0, 1, device=device) for _ in range(layers)]
 
     @staticmethod
     def bytes_per_position(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -43,12 +44,12 @@ class SequenceCache:
 
     @property
     def capacity(self) -> int:
-        return self._store.shape[2]
+        return self._stores[0].shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, filled or not."""
-        return self._store.nbytes + (0 if self._scales is None else self._scales.nbytes)
+        return sum(tensor.nbytes for tensor in (*self._stores, *self._scales))
 
     def reserve(self, positions: int) -> None:
         """Room for `positions` in all, by half as much again at least: the copies of a growing
@@ -57,16 +58,12 @@ class SequenceCache:
             return
         wanted = max(positions, min(self.capacity + self.capacity // 2, positions + 16 * BLOCK))
         capacity = -(-wanted // BLOCK) * BLOCK
-        self._store = self._grown(self._store, capacity)
-        if self._scales is not None:
-            self._scales = self._grown(self._scales, capacity)
-
-    def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        layers, rows, _, width = old.shape
-        # Zeroed: positions behind the last are masked out, but 0 * NaN would still be NaN.
-        new = old.new_zeros(layers, rows, capacity, width)
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
+        for tensors in (self._stores, self._scales):
+            for layer, old in enumerate(tensors):
+                # Zeroed: positions behind the last are masked out, but 0 * NaN would still be NaN.
+                new = old.new_zeros(len(old), capacity, old.shape[2])
+                new[:, : self.length] = old[:, : self.length]
+                tensors[layer] = new
 
     @staticmethod
     def capacity_at_most(positions: int) -> int:
@@ -79,8 +76,8 @@ class SequenceCache:
         them and `extra` positions more. `advance` moves the length, once per pass."""
         end = self.length + len(keys)
         new = slice(self.length, end)
-        store, heads = self._store[layer], self.kv_heads  # (2K, capacity, H)
-        if self._scales is None:
+        store, heads = self._stores[layer], self.kv_heads  # (2K, capacity, H)
+        if not self._scales:
             store[:heads, new], store[heads:, new] = keys.transpose(0, 1), values.transpose(0, 1)
             return store[:heads, : end + extra], store[heads:, : end + extra]
         both = torch.cat((keys, values), dim=1).transpose(0, 1).float()  # (2K, T, H)
@@ -102,13 +99,18 @@ class SequenceCache:
     def fork(self, length: int) -> SequenceCache:
         """A copy of the first `length` positions."""
         assert 0 <= length <= self.length, (length, self.length)
-        layers, _, _, width = self._store.shape
+        first = self._stores[0]
         copy = SequenceCache(
-            layers, self.kv_heads, width, dtype=self._store.dtype, device=self._store.device
+            len(self._stores),
+            self.kv_heads,
+            first.shape[2],
+            dtype=first.dtype,
+            device=first.device,
         )
         copy.reserve(length)
-        copy._store[:, :, :length] = self._store[:, :, :length]
-        if self._scales is not None and copy._scales is not None:
-            copy._scales[:, :, :length] = self._scales[:, :, :length]
+        pairs = (copy._stores, self._stores), (copy._scales, self._scales)
+        for mine, theirs in pairs:
+            for new, old in zip(mine, theirs, strict=True):
+                new[:, :length] = old[:, :length]
         copy.length = length
         return copy

@@ -30,7 +30,7 @@ BOUND = 1e-4
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KHAOSZ_NATIVE", "1")
+        patch.delenv("KHAOSZ_NATIVE", raising=False)
         found = native.library()
     if found is None:
         pytest.skip("no compiler, or a processor without vectors")
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
 
 @pytest.fixture(autouse=True)
 def switched_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("KHAOSZ_NATIVE", "1")
+    monkeypatch.delenv("KHAOSZ_NATIVE", raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -249,7 +249,7 @@ def test_weights_are_not_copied(library: ctypes.CDLL, model_file: Path) -> None:
 
 
 def test_it_can_be_switched_off(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KHAOSZ_NATIVE")
+    monkeypatch.setenv("KHAOSZ_NATIVE", "0")
     assert native.library() is None
     runner = Runner.open(model_file)
     assert runner.dtype == torch.bfloat16
