@@ -13,8 +13,9 @@ BLOCK = 64  # positions by which a cache grows at least
 
 class SequenceCache:
     """A tensor (2K, capacity, H) a layer, keys before values; grown on demand, never to the maximum
-    in advance, and layer by layer, so that no second cache is in memory meanwhile. `truncate` forgets the end (speculation, a chat that goes back); `fork` copies the
-    beginning (a shared prefix).
+    in advance, and layer by layer, so that no second cache is in memory meanwhile. `truncate`
+    forgets the end (speculation, a chat that goes back); `fork` copies the beginning (a shared
+    prefix).
 
     With dtype int8 a position's key and value of each head have a scale of their own: half the
     memory of bf16, at the price of widening what attention reads.
