@@ -167,7 +167,7 @@ def _ours_sft(
     try:
         data: Any = RandomData([RandomGroup([shard])], stage="sft")
         dataset = TokenDataset.open(data, config.window, pad_id=tokenizer.pad_id, plan_dir=folder)
-        rows, micro = rows_per_step(config, parallel)
+        rows, micro = rows_per_step(config, parallel, model.config.hidden_size)
         strategy = SFTStrategy(dataset, rows, micro, parallel)
         started = time.perf_counter()
         plan = calibrate(model, config, parallel, strategy, rows, micro, Console(stderr=True))
@@ -197,7 +197,7 @@ def _ours_dpo(
     from khaosz.trainer.calibration import apply_plan, rows_per_step
 
     pairs = [EncodedPair(s.prompt, s.answers[0], s.answers[1]) for s in ragged(args)]
-    micro = rows_per_step(config, parallel)[1]
+    micro = rows_per_step(config, parallel, model.config.hidden_size)[1]
     strategy = DPOStrategy(
         PairSet(pairs), PairSet([]), args.batch, config.window, micro, tokenizer.pad_id,
         config.seed, parallel, config=config.preference,

@@ -126,7 +126,7 @@ def _measure_on(
         )
     )
     model.initialise(torch.Generator().manual_seed(args.seed))
-    rows, micro = rows_per_step(config, parallel)
+    rows, micro = rows_per_step(config, parallel, model.config.hidden_size)
     strategy = PTStrategy(dataset, rows, micro, parallel)
     started = time.perf_counter()
     plan = calibrate(model, config, parallel, strategy, rows, micro, Console(stderr=True))

@@ -83,6 +83,9 @@ class SequenceBatch(Batch):
         return found
 
 
+_OPEN_BATCHES = 16  # that are looked at for room: time stays linear in the number of groups
+
+
 def fit_rows(lengths: Sequence[int], window: int) -> list[list[int]]:
     """First-fit decreasing: the sequences of each row. None may be longer than `window`."""
     rows: list[list[int]] = []
@@ -102,20 +105,21 @@ def fit_rows(lengths: Sequence[int], window: int) -> list[list[int]]:
 def group_into_batches(
     groups: Sequence[Sequence[int]], lengths: Sequence[int], window: int, rows: int
 ) -> list[list[int]]:
-    """Micro-batches of at most `rows` rows each, keeping every group of sequences together.
+    """Micro-batches of at most `rows` rows each, keeping every group of sequences together: the
+    longest groups first, each into the first of the latest few that has room for it.
 
     groups: sequence numbers that must share a forward pass (a pair). A group that needs more rows
     by itself gets a micro-batch of its own.
     """
     batches: list[list[int]] = []
-    current: list[int] = []
-    for group in groups:
-        tried = [*current, *group]
-        if current and len(fit_rows([lengths[i] for i in tried], window)) > rows:
-            batches.append(current)
-            tried = list(group)
-        current = tried
-    return [*batches, current] if current else batches
+    for group in sorted(groups, key=lambda group: -sum(lengths[i] for i in group)):
+        for batch in batches[-_OPEN_BATCHES:]:
+            if len(fit_rows([lengths[i] for i in (*batch, *group)], window)) <= rows:
+                batch.extend(group)
+                break
+        else:
+            batches.append(list(group))
+    return batches
 
 
 def pack_sequences(

@@ -86,7 +86,7 @@ def build(
     )
     _show_stats(dataset, console)
     if saved is None:
-        rows, micro = rows_per_step(config, parallel)
+        rows, micro = rows_per_step(config, parallel, model.config.hidden_size)
     else:
         rows, micro = saved.plan.rows, saved.plan.micro_rows
         _check_place(saved, dataset, parallel, console)

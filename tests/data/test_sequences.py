@@ -83,6 +83,6 @@ def test_groups_stay_together() -> None:
     lengths = [6] * 10
     groups = [[0, 1], [2, 3, 4], [5], [6, 7, 8, 9]]
     batches = group_into_batches(groups, lengths, 10, 3)
-    assert batches == [[0, 1], [2, 3, 4], [5], [6, 7, 8, 9]]  # the last needs a fourth row
-    assert group_into_batches(groups, [5] * 10, 10, 3) == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9]]
+    assert batches == [[6, 7, 8, 9], [2, 3, 4], [0, 1, 5]]  # the first needs a fourth row
+    assert group_into_batches(groups, [5] * 10, 10, 3) == [[6, 7, 8, 9, 0, 1], [2, 3, 4, 5]]
     assert group_into_batches([], [], 10, 3) == []

@@ -72,7 +72,7 @@ def build_pairs(
             f"the data holds {len(data.pairs):,} pairs, the run began with {saved.windows:,}",
             hint="resume with the data it was started with",
         )
-    micro = saved.plan.micro_rows if saved else rows_per_step(config, parallel)[1]
+    micro = saved.plan.micro_rows if saved else _rows(config, parallel, model)
     common = (
         data, held_out, per_step, config.window, micro, tokenizer.pad_id, config.seed, parallel,
     )  # fmt: skip
@@ -129,7 +129,7 @@ def build_rollouts(
             f" {saved.windows:,} on {saved.world}",
             hint="resume with the data and the number of processes it was started with",
         )
-    plan = saved.plan if saved else _planned(config, parallel, len(prompts))
+    plan = saved.plan if saved else _planned(config, parallel, model, len(prompts))
     compute = apply_plan(plan, model, config)
     reference = None
     if config.lora is None or config.reference is not None:
@@ -245,6 +245,8 @@ def _calibrated(
     console: Console,
 ) -> Plan:
     strategy.one_shape = config.compile != "off" and compiler_problem(parallel.device) is None
+    if strategy.one_shape and config.micro_batch is None:
+        strategy.fit_micro_rows()
     strategy.data.reference = torch.zeros(len(strategy.data.pairs), 2)  # the time is the same
     plan = calibrate(
         model, config, parallel, strategy, strategy.per_step, strategy.micro_rows, console
@@ -253,7 +255,13 @@ def _calibrated(
     return plan
 
 
-def _planned(config: TrainConfig, parallel: ParallelContext, prompts: int) -> Plan:
+def _rows(config: TrainConfig, parallel: ParallelContext, model: Transformer) -> int:
+    return rows_per_step(config, parallel, model.config.hidden_size)[1]
+
+
+def _planned(
+    config: TrainConfig, parallel: ParallelContext, model: Transformer, prompts: int
+) -> Plan:
     """A plan without calibration: most of such a run's time goes to sampling, not to steps."""
     rollout = config.rollout
     limits = []
@@ -270,7 +278,7 @@ def _planned(config: TrainConfig, parallel: ParallelContext, prompts: int) -> Pl
         compiled=config.compile == "on",
         threads=torch.get_num_threads(),
         rows=rollout.prompts,
-        micro_rows=rows_per_step(config, parallel)[1],
+        micro_rows=_rows(config, parallel, model),
         seconds_per_step=0.0,
         reasons=[f"dtype {dtype}: ratios of probabilities need every bit"],
     )

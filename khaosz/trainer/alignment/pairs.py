@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,14 @@ from khaosz.data.sampler import draws_for, permute
 from khaosz.data.sequences import (
     SequenceBatch,
     TokenSequence,
+    fit_rows,
     group_into_batches,
     pack_sequences,
 )
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.strategy import Compute, Notes
+
+_STEPS_TO_FIT = 16
 
 
 @dataclass
@@ -46,7 +50,7 @@ class PairSet:
 
 
 @dataclass
-class PairStrategy(Notes):
+class PairStrategy(Notes, ABC):
     """Micro-batches of pairs: a step's pairs are packed into rows of `window` tokens, both answers
     of a pair in one forward pass. The loss is summed over pairs and counted in pairs."""
 
@@ -61,21 +65,41 @@ class PairStrategy(Notes):
     one_shape: bool = False  # every micro-batch of `micro_rows` whole rows, for a compiled model
     stage: str = ""
 
+    @abstractmethod
     def loss(self, model: Any, batch: SequenceBatch, compute: Compute) -> Tensor:
         """The loss sum over the batch's pairs: what a stage is."""
-        raise NotImplementedError
 
     def micro_batches(self, step: int) -> list[SequenceBatch]:
-        draws = draws_for(step, self.per_step, self.parallel.rank, self.parallel.world)
-        total = len(self.data.draws)
-        picked = []
-        for draw in draws:
+        return list(self.batches(self.data, self._picked(step, self.parallel.rank)))
+
+    def _picked(self, step: int, rank: int) -> list[list[int]]:
+        total, picked = len(self.data.draws), []
+        for draw in draws_for(step, self.per_step, rank, self.parallel.world):
             epoch, within = divmod(draw, total)
             picked.append(self.data.draws[permute(within, total, self.seed, epoch)])
-        return list(self.batches(self.data, picked))
+        return picked
+
+    def fit_micro_rows(self) -> None:
+        """Make `micro_rows`, which is the most that is wanted, what leaves the fewest rows empty
+        over the first steps. The same on all ranks."""
+        steps = []
+        for step in range(_STEPS_TO_FIT):
+            sequences, groups, _ = _sequences(self.data, self._picked(step, rank=0))
+            steps.append((groups, [len(sequence.ids) for sequence in sequences]))
+
+        def computed(rows: int) -> int:
+            total = 0
+            for groups, lengths in steps:
+                for batch in group_into_batches(groups, lengths, self.window, rows):
+                    placed = fit_rows([lengths[i] for i in batch], self.window)
+                    total += max(rows, len(placed))
+            return total
+
+        # Of equals the largest: fewer passes.
+        self.micro_rows = min(range(self.micro_rows, 0, -1), key=computed)
 
     def batches(self, data: PairSet, draws: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
-        """Micro-batches of the given draws, in their order."""
+        """Micro-batches of the given draws."""
         sequences, groups, members = _sequences(data, draws)
         lengths = [len(sequence.ids) for sequence in sequences]
         of_sequence = {i: d for d, group in enumerate(groups) for i in group}

@@ -308,3 +308,15 @@ def test_every_pair_comes_once_an_epoch(pairs: list[EncodedPair]) -> None:
                 for batch in strategy.micro_batches(step):
                     seen += batch.fields["pair"].tolist()
         assert sorted(seen) == list(range(len(pairs)))
+
+
+def test_compiled_rows_are_fitted_to_the_pairs() -> None:
+    """Two answers of 24 tokens in rows of 32 need two rows a pair: of up to five, four at once
+    leave none empty over steps of two pairs."""
+    answer = np.arange(20, 40, dtype=np.int32)
+    same = [EncodedPair(answer[:4], answer + i, answer + i + 1) for i in range(6)]
+    strategy = dpo(same, per_step=2, window=32, micro_rows=5)
+    strategy.fit_micro_rows()
+    assert strategy.micro_rows == 4
+    strategy.one_shape = True
+    assert [batch.ids.shape for batch in strategy.micro_batches(0)] == [(4, 32)]
