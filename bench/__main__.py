@@ -27,6 +27,8 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
     "learn": ("bench.learn", [], "whether RM, DPO, PPO and GRPO learn, over seeds"),
     "mutants": ("bench.mutants", [], "defects of this field put back: do the tests notice?"),
+    "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
+    "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 

@@ -43,6 +43,7 @@ GUIDES = (
     "gguf.md",
     "inference.md",
     "models.md",
+    "rag.md",
     "tokenizer.md",
     "training.md",
 )

@@ -25,6 +25,7 @@ RANK = {
     "interop": 4,
     "inference": 5,
     "trainer": 6,
+    "rag": 6,
     "evaluation": 7,
     "demo": 8,
     "doctor": 8,

@@ -10,6 +10,7 @@ import typer
 
 from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.model import bench_app, model_app
+from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
 from khaosz.errors import KhaoszError
 
@@ -28,6 +29,7 @@ app.add_typer(preference_app, name="preference")
 app.add_typer(lora_app, name="lora")
 app.add_typer(model_app)
 app.add_typer(bench_app, name="bench")
+app.add_typer(rag_app, name="rag")
 
 
 def main() -> None:

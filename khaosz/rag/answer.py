@@ -1,0 +1,157 @@
+"""An answer from the documents, streamed, with citations that resolve to their very characters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from khaosz.rag.chat_model import ChatModel, Messages
+from khaosz.rag.knowledge_base import KnowledgeBase
+from khaosz.rag.lexical import coverage
+from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
+from khaosz.rag.retrieve import Hit, Mode, Reranker, merge_neighbours
+
+GOOD_COVERAGE = 0.25  # of the question's weight in terms, in the best passage
+GOOD_COSINE = 0.82  # of multilingual-e5-small, whose unrelated texts come to .70 to .80
+_MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
+_BEGUN = re.compile(r"[\[【][\d\s,，、]*$")  # what may still become a marker
+_LONGEST = 24  # characters of one: a bracket with more digits is text
+
+
+@dataclass(frozen=True)
+class Citation:
+    """`[number]` in the answer: characters start to end of the text with the SHA-256 `hash`."""
+
+    number: int
+    hash: str
+    start: int
+    end: int
+    doc: str
+    doc_id: str
+    page: int | None
+
+
+@dataclass
+class Answer:
+    """Iterate for the text as it comes; the rest is complete when it has ended.
+
+    found: whether retrieval found something good; if not, no model was asked. prompt: what the
+    model was sent. hits: all that was found, in the inspector's order. invalid: markers that named
+    no passage and were taken out.
+    """
+
+    question: str
+    query: str
+    hits: list[Hit]
+    found: bool
+    prompt: Prompt | None
+    pieces: Iterator[str]
+    text: str = ""
+    citations: list[Citation] = field(default_factory=list)
+    invalid: int = 0
+
+    def __iter__(self) -> Iterator[str]:
+        passages = self.prompt.passages if self.prompt else ()
+        stream = CitationStream(len(passages))
+        for piece in self.pieces:
+            yield from self._said(stream.feed(piece))
+        yield from self._said(stream.finish())
+        self.invalid = stream.invalid
+        for number in stream.used:
+            hit = passages[number - 1]
+            span = hit.hash, hit.start, hit.end
+            self.citations.append(Citation(number, *span, hit.doc, hit.doc_id, hit.page))
+
+    def _said(self, text: str) -> Iterator[str]:
+        if text:
+            self.text += text
+            yield text
+
+
+class CitationStream:
+    """Takes pieces of an answer and hands out text in which every marker names a passage. Only
+    what may still become a marker is held back."""
+
+    def __init__(self, passages: int) -> None:
+        self._passages = passages
+        self._held = ""
+        self.used: list[int] = []  # in the order in which they were first named
+        self.invalid = 0
+
+    def feed(self, piece: str) -> str:
+        text = _MARKER.sub(self._checked, self._held + piece)
+        begun = _BEGUN.search(text)
+        cut = begun.start() if begun and len(text) - begun.start() <= _LONGEST else len(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        rest, self._held = self._held, ""
+        return rest
+
+    def _checked(self, match: re.Match[str]) -> str:
+        numbers = [int(number) for number in re.findall(r"\d+", match[1])]
+        valid = [number for number in numbers if 1 <= number <= self._passages]
+        self.invalid += len(numbers) - len(valid)
+        self.used += [n for n in dict.fromkeys(valid) if n not in self.used]
+        return "".join(f"[{number}]" for number in valid)
+
+
+def ask(
+    base: KnowledgeBase,
+    question: str,
+    model: ChatModel | Callable[[], ChatModel],
+    *,
+    history: Messages = (),
+    k: int = 5,
+    mode: Mode | None = None,
+    collection: str | None = None,
+    reranker: Reranker | None = None,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+) -> Answer:
+    """Retrieve, build the prompt, and answer while it is iterated. A function given as `model` is
+    called only if something was found. Raises as `KnowledgeBase.search` and `build_prompt` do."""
+    query = question if not history else standalone(question, history, _opened(model))
+    hits = base.search(query, k, mode=mode, collection=collection, reranker=reranker)
+    if not good(base, query, hits):
+        return Answer(question, query, hits, False, None, iter([REFUSAL[language_of(question)]]))
+    chosen = _opened(model)
+    prompt = build_prompt(
+        question,
+        merge_neighbours(hits),
+        lambda messages: chosen.count([*history, *messages]),
+        chosen.context - max_tokens,
+    )
+    pieces = chosen.stream([*history, *prompt.messages], max_tokens, temperature)
+    return Answer(question, query, hits, True, prompt, pieces)
+
+
+def good(base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
+    """Whether any hit is about the question: it holds enough of its weight in words, or lies near
+    enough in meaning."""
+    for hit in hits:
+        leg = hit.legs.get("dense")
+        if leg is not None and leg.score >= GOOD_COSINE:
+            return True
+    return bool(hits) and max(coverage(base.store, query, hits)) >= GOOD_COVERAGE
+
+
+def standalone(question: str, history: Messages, model: ChatModel) -> str:
+    """A follow-up as a question that can be searched for. What was asked before stays in it: small
+    models rewrite badly, and a search is not hurt by words too many."""
+    asked = [message["content"] for message in history if message["role"] == "user"]
+    order = {
+        "zh": "把最后一个问题改写成不看上文也能懂的一句话，只写这句话。",
+        "en": "Rewrite the last question so that it can be understood alone. Write only that.",
+    }[language_of(question)]
+    lines = [*asked[-2:], question]
+    messages = [{"role": "user", "content": order + "\n\n" + "\n".join(lines)}]
+    rewritten = "".join(model.stream(messages, 64, 0.0)).strip().splitlines()
+    first = rewritten[0][:500] if rewritten else ""
+    return "\n".join(dict.fromkeys(text for text in (question, first, *asked[-1:]) if text))
+
+
+def _opened(model: ChatModel | Callable[[], ChatModel]) -> ChatModel:
+    return model() if callable(model) else model

@@ -1,0 +1,101 @@
+"""Whoever answers: an engine of ours, or a server with an OpenAI-style API."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from khaosz.errors import ConfigError, ModelError
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+
+Messages = Sequence[dict[str, str]]
+
+
+class ChatModel(Protocol):
+    context: int  # tokens of prompt and answer together
+
+    def count(self, messages: Messages) -> int:
+        """Tokens of a prompt, or a bound on them."""
+
+    def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
+        """Pieces of an answer."""
+
+
+class LocalModel:
+    """Drafts from the prompt (`lookup`), since an answer quotes its passages."""
+
+    def __init__(self, model: Path | str | Generator, *, device: str = "cpu") -> None:
+        if not isinstance(model, Generator):
+            model = Generator.from_directory(model, device=device, lookup=True)
+        self._generator = model
+        self.context = self._generator.context
+
+    def count(self, messages: Messages) -> int:
+        return len(self._generator.chat_ids(messages))
+
+    def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
+        params = SamplingParams(max_tokens, temperature)
+        for piece in self._generator.stream(self._generator.chat_ids(messages), params):
+            yield piece.text
+
+
+class HttpModel:
+    """`/chat/completions` of any OpenAI-compatible server; a key comes from `OPENAI_API_KEY`.
+
+    Its tokenizer is not known here, so `count` is a bound: a token has at least one byte, and
+    Chinese and English come to three bytes or more on average. Raises `ModelError` when the server
+    cannot be reached or answers otherwise.
+    """
+
+    _BYTES_PER_TOKEN = 3
+    _SECONDS = 300
+
+    def __init__(self, url: str, model: str, *, context: int = 4096) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ConfigError(f"{url!r} is no http address", hint="http://127.0.0.1:8000/v1")
+        self._url, self._model, self.context = url.rstrip("/"), model, context
+
+    def count(self, messages: Messages) -> int:
+        size = sum(len(message["content"].encode()) for message in messages)
+        return size // self._BYTES_PER_TOKEN + 16 * len(messages)
+
+    def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
+        body = {
+            "model": self._model,
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "stream": True,
+        }
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self._url}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._SECONDS) as answer:
+                for line in answer:
+                    name, _, data = line.decode("utf-8").strip().partition(":")
+                    if name != "data" or not data.strip():
+                        continue
+                    if data.strip() == "[DONE]":
+                        return
+                    for choice in json.loads(data).get("choices", ()):
+                        yield choice.get("delta", {}).get("content") or ""
+        except (OSError, urllib.error.URLError, ValueError, AttributeError) as error:
+            raise ModelError(f"{address}: {error}", hint="is the server running?") from error
+
+
+def open_chat_model(name: str, *, device: str = "cpu") -> ChatModel:
+    """`http://host/v1#model`, or a model directory or .gguf file."""
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        return HttpModel(url, model or "default")
+    return LocalModel(name, device=device)

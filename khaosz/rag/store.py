@@ -1,0 +1,450 @@
+"""A knowledge base in one SQLite file: the truth, from which every index can be made again.
+
+    sources     a file that was added: path, size, time, hash     (what need not be read again)
+    documents   name, hash of the text, pages, metadata           (one or more of a source)
+    chunks      start, end, text, heading path, terms             (they cover their document)
+    vectors     float32 of a chunk
+    terms       in how many chunks a term stands
+    postings    FTS5 without positions, fed with our own terms: which chunks a term stands in
+
+One writer and any number of readers at once (WAL). What is in one `with store.writing()` is there
+whole or not at all, after a crash too.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from khaosz.errors import DataError
+from khaosz.rag.terms import terms
+
+VERSION = 1
+_BUSY_S = 30.0  # a writer waits for another one
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE sources (
+    id INTEGER PRIMARY KEY, collection TEXT NOT NULL, path TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, UNIQUE (collection, path));
+CREATE TABLE documents (
+    id INTEGER PRIMARY KEY, source INTEGER NOT NULL REFERENCES sources ON DELETE CASCADE,
+    collection TEXT NOT NULL, doc_id TEXT NOT NULL, name TEXT NOT NULL, hash TEXT NOT NULL,
+    length INTEGER NOT NULL, pages TEXT NOT NULL, metadata TEXT NOT NULL);
+CREATE INDEX documents_of_source ON documents (source);
+CREATE INDEX documents_of_collection ON documents (collection, doc_id);
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY, document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    start INTEGER NOT NULL, "end" INTEGER NOT NULL, text TEXT NOT NULL, headings TEXT NOT NULL,
+    terms INTEGER NOT NULL);
+CREATE INDEX chunks_of_document ON chunks (document, start);
+CREATE TABLE vectors (chunk INTEGER PRIMARY KEY REFERENCES chunks ON DELETE CASCADE,
+    vector BLOB NOT NULL);
+CREATE TABLE terms (term TEXT PRIMARY KEY, chunks INTEGER NOT NULL) WITHOUT ROWID;
+CREATE VIRTUAL TABLE postings USING fts5(
+    terms, content='', detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 0");
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """A file as it was when it was added. Size in bytes, time in nanoseconds."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """pages: offsets at which pages 2, 3, ... begin. length: characters. hash: SHA-256 of the
+    text, which citations name."""
+
+    id: int
+    collection: str
+    doc_id: str
+    name: str
+    hash: str
+    length: int
+    pages: tuple[int, ...]
+    metadata: dict[str, str]
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class StoredChunk:
+    id: int
+    document: int
+    start: int
+    end: int
+    text: str
+    headings: tuple[str, ...]
+    terms: int
+
+
+@dataclass(frozen=True, slots=True)
+class NewChunk:
+    """A chunk to store, with its vector where there is an embedder."""
+
+    start: int
+    end: int
+    text: str
+    headings: tuple[str, ...]
+    vector: np.ndarray | None = None
+
+    @property
+    def indexed(self) -> str:
+        """What lexical search reads: the headings above a chunk are about it too."""
+        return "\n".join((*self.headings, self.text))
+
+
+@dataclass(frozen=True, slots=True)
+class NewDocument:
+    doc_id: str
+    name: str
+    hash: str
+    length: int
+    chunks: Sequence[NewChunk]
+    pages: tuple[int, ...] = ()
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class Store:
+    """Raises `DataError` for a file that is no knowledge base, is broken or of a later version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA foreign_keys = ON")
+            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                self._create()
+            found = self.get("version")
+        except (sqlite3.DatabaseError, OSError) as error:
+            raise DataError(
+                f"{path} cannot be used as a knowledge base: {error}",
+                hint="name another file, or `khaosz rag reindex` from its documents",
+            ) from error
+        if found != str(VERSION):
+            raise DataError(f"{path} has version {found} of the layout, this program {VERSION}")
+
+    def _create(self) -> None:
+        with self.writing():
+            # Another process may have been first.
+            if not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                for statement in _SCHEMA.split(";\n"):
+                    self._db.execute(statement)
+                self.set("version", str(VERSION))
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """One transaction; another writer is waited for. Raises `DataError`, and nothing is
+        changed, when the disk is full or the file cannot be written."""
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:  # whatever was raised; a full disk may have rolled back already
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            raise DataError(
+                f"{self.path}: {error}", hint="is the disk full, or read-only?"
+            ) from error
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All reads inside see one state of the base, whatever is written meanwhile."""
+        if self._db.in_transaction:
+            yield
+            return
+        self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self._db.execute("COMMIT")
+
+    # ---------------------------------------------------------------------------------------- meta
+
+    def get(self, key: str) -> str | None:
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else row[0]
+
+    def set(self, key: str, value: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def _count(self, key: str, by: int) -> None:
+        self.set(key, str(int(self.get(key) or 0) + by))
+
+    @property
+    def chunk_count(self) -> int:
+        return int(self.get("chunks") or 0)
+
+    @property
+    def term_count(self) -> int:
+        """Occurrences of terms in all chunks."""
+        return int(self.get("terms") or 0)
+
+    @property
+    def generation(self) -> int:
+        """Grows with every change: what an index was made from."""
+        return int(self.get("generation") or 0)
+
+    # --------------------------------------------------------------------------------------- write
+
+    def replace(
+        self, collection: str, source: SourceFile, documents: Sequence[NewDocument]
+    ) -> None:
+        """Put a file's documents where its former ones were. Inside `writing`."""
+        self.remove_source(collection, source.path)
+        add = self._db.execute
+        number = add(
+            "INSERT INTO sources (collection, path, size, mtime_ns, sha256) VALUES (?,?,?,?,?)",
+            (collection, source.path, source.size, source.mtime_ns, source.sha256),
+        ).lastrowid
+        frequency: Counter[str] = Counter()
+        chunks = total = 0
+        for document in documents:
+            owner = add(
+                "INSERT INTO documents (source, collection, doc_id, name, hash, length, pages,"
+                " metadata) VALUES (?,?,?,?,?,?,?,?)",
+                (
+                    *(number, collection, document.doc_id, document.name, document.hash),
+                    *(document.length, json.dumps(document.pages)),
+                    json.dumps(document.metadata, ensure_ascii=False),
+                ),
+            ).lastrowid
+            for chunk in document.chunks:
+                found = terms(chunk.indexed)
+                distinct = set(found)
+                frequency.update(distinct)
+                total += len(found)
+                chunks += 1
+                headings = json.dumps(chunk.headings, ensure_ascii=False)
+                row = add(
+                    'INSERT INTO chunks (document, start, "end", text, headings, terms)'
+                    " VALUES (?,?,?,?,?,?)",
+                    (owner, chunk.start, chunk.end, chunk.text, headings, len(found)),
+                ).lastrowid
+                add("INSERT INTO postings (rowid, terms) VALUES (?,?)", (row, " ".join(distinct)))
+                if chunk.vector is not None:
+                    add("INSERT INTO vectors VALUES (?,?)", (row, _packed(chunk.vector)))
+        self._count_terms(frequency)
+        self._count("chunks", chunks)
+        self._count("terms", total)
+        self._count("generation", 1)
+
+    def _count_terms(self, frequency: Counter[str], sign: int = 1) -> None:
+        self._db.executemany(
+            "INSERT INTO terms VALUES (?1, ?2)"
+            " ON CONFLICT (term) DO UPDATE SET chunks = chunks + ?2",
+            [(term, sign * count) for term, count in frequency.items()],
+        )
+
+    def touch(self, collection: str, source: SourceFile) -> None:
+        """The same bytes with another time. Inside `writing`."""
+        self._db.execute(
+            "UPDATE sources SET size = ?, mtime_ns = ? WHERE collection = ? AND path = ?",
+            (source.size, source.mtime_ns, collection, source.path),
+        )
+
+    def remove_source(self, collection: str, path: str) -> bool:
+        """Whether it was there. Inside `writing`."""
+        row = self._db.execute(
+            "SELECT id FROM sources WHERE collection = ? AND path = ?", (collection, path)
+        ).fetchone()
+        if row is None:
+            return False
+        frequency: Counter[str] = Counter()
+        chunks = total = 0
+        owned = self._db.execute(
+            "SELECT c.id, c.text, c.headings, c.terms FROM chunks c JOIN documents d"
+            " ON c.document = d.id WHERE d.source = ?",
+            row,
+        ).fetchall()
+        for number, text, headings, length in owned:
+            # FTS5 without contents forgets a row when it is told what stood in it.
+            distinct = set(terms(NewChunk(0, 0, text, tuple(json.loads(headings))).indexed))
+            self._db.execute(
+                "INSERT INTO postings (postings, rowid, terms) VALUES ('delete', ?, ?)",
+                (number, " ".join(distinct)),
+            )
+            frequency.update(distinct)
+            chunks += 1
+            total += length
+        self._count_terms(frequency, -1)
+        self._db.execute("DELETE FROM sources WHERE id = ?", row)
+        self._count("chunks", -chunks)
+        self._count("terms", -total)
+        self._count("generation", 1)
+        return True
+
+    def rebuild_postings(self) -> None:
+        """Lexical search made again from the chunks. Inside `writing`."""
+        self._db.execute("INSERT INTO postings (postings) VALUES ('delete-all')")
+        self._db.execute("DELETE FROM terms")
+        frequency: Counter[str] = Counter()
+        chunks = total = 0
+        for number, text, headings in self._db.execute("SELECT id, text, headings FROM chunks"):
+            found = terms(NewChunk(0, 0, text, tuple(json.loads(headings))).indexed)
+            distinct = set(found)
+            frequency.update(distinct)
+            total += len(found)
+            chunks += 1
+            self._db.execute("UPDATE chunks SET terms = ? WHERE id = ?", (len(found), number))
+            self._db.execute(
+                "INSERT INTO postings (rowid, terms) VALUES (?,?)", (number, " ".join(distinct))
+            )
+        self._count_terms(frequency)
+        self.set("chunks", str(chunks))
+        self.set("terms", str(total))
+        self._count("generation", 1)
+
+    def set_vectors(self, vectors: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Of chunks, by their numbers. Inside `writing`."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO vectors VALUES (?,?)",
+            ((number, _packed(vector)) for number, vector in vectors),
+        )
+        self._count("generation", 1)
+
+    def forget_vectors(self) -> None:
+        self._db.execute("DELETE FROM vectors")
+        self._count("generation", 1)
+
+    # ---------------------------------------------------------------------------------------- read
+
+    def source(self, collection: str, path: str) -> SourceFile | None:
+        row = self._db.execute(
+            "SELECT path, size, mtime_ns, sha256 FROM sources WHERE collection = ? AND path = ?",
+            (collection, path),
+        ).fetchone()
+        return None if row is None else SourceFile(*row)
+
+    def source_paths(self, collection: str) -> list[str]:
+        rows = self._db.execute("SELECT path FROM sources WHERE collection = ?", (collection,))
+        return [row[0] for row in rows]
+
+    def counts(self) -> dict[str, int]:
+        tables = ("sources", "documents", "chunks", "vectors", "terms")
+        return {
+            table: int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+            for table in tables
+        }
+
+    def documents(self, collection: str | None = None) -> list[StoredDocument]:
+        where, values = (
+            ("", ()) if collection is None else (" WHERE d.collection = ?", (collection,))
+        )
+        rows = self._db.execute(_DOCUMENT + where + " ORDER BY d.collection, d.name, d.id", values)
+        return [_document(row) for row in rows]
+
+    def document(self, number: int) -> StoredDocument:
+        return _document(self._db.execute(_DOCUMENT + " WHERE d.id = ?", (number,)).fetchone())
+
+    def document_by_hash(self, digest: str) -> StoredDocument | None:
+        row = self._db.execute(_DOCUMENT + " WHERE d.hash = ? LIMIT 1", (digest,)).fetchone()
+        return None if row is None else _document(row)
+
+    def text(self, document: int) -> str:
+        """The whole text: chunks cover it, and may overlap."""
+        parts, end = [], 0
+        for start, stop, text in self._db.execute(
+            'SELECT start, "end", text FROM chunks WHERE document = ? ORDER BY start', (document,)
+        ):
+            parts.append(text[end - start :] if start < end else text)
+            end = max(end, stop)
+        return "".join(parts)
+
+    def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
+        """In the order asked for; those that are gone are left out."""
+        rows = {}
+        for first in range(0, len(numbers), 500):
+            some = list(map(int, numbers[first : first + 500]))
+            marks = ",".join("?" * len(some))
+            for row in self._db.execute(f"{_CHUNK} WHERE id IN ({marks})", some):
+                rows[row[0]] = row
+        return [_chunk(rows[number]) for number in map(int, numbers) if number in rows]
+
+    def chunks_of(self, document: int) -> list[StoredChunk]:
+        rows = self._db.execute(_CHUNK + " WHERE document = ? ORDER BY start", (document,))
+        return [_chunk(row) for row in rows]
+
+    def chunk_numbers(
+        self, *, collection: str | None = None, name: str | None = None
+    ) -> np.ndarray:
+        """int64 numbers of the chunks of a collection, of documents whose name fits a GLOB."""
+        clauses = {"d.collection = ?": collection, "d.name GLOB ?": name}
+        used = {clause: value for clause, value in clauses.items() if value is not None}
+        rows = self._db.execute(
+            "SELECT c.id FROM chunks c JOIN documents d ON c.document = d.id WHERE "
+            + (" AND ".join(used) or "1"),
+            tuple(used.values()),
+        )
+        return np.fromiter((row[0] for row in rows), np.int64)
+
+    def unembedded(self) -> Iterator[StoredChunk]:
+        for row in self._db.execute(_CHUNK + " WHERE id NOT IN (SELECT chunk FROM vectors)"):
+            yield _chunk(row)
+
+    @property
+    def vector_count(self) -> int:
+        return int(self._db.execute("SELECT count(*) FROM vectors").fetchone()[0])
+
+    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 chunk numbers (N,) and float32 vectors (N, D)."""
+        dimension = int(self.get("dimension") or 0)
+        count = self.vector_count
+        numbers, matrix = np.empty(count, np.int64), np.empty((count, dimension), np.float32)
+        rows = self._db.execute("SELECT chunk, vector FROM vectors ORDER BY chunk")
+        for i, (number, raw) in enumerate(rows):
+            numbers[i], matrix[i] = number, np.frombuffer(raw, np.float32)
+        return numbers, matrix
+
+    def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
+        marks = ",".join("?" * len(wanted))
+        rows = self._db.execute(f"SELECT term, chunks FROM terms WHERE term IN ({marks})", wanted)
+        return {term: count for term, count in rows if count > 0}
+
+    def postings(self, term: str) -> np.ndarray:
+        """int64 numbers of the chunks that a term stands in, ascending."""
+        rows = self._db.execute("SELECT rowid FROM postings WHERE postings MATCH ?", (f'"{term}"',))
+        return np.array(rows.fetchall(), np.int64).reshape(-1)
+
+
+_DOCUMENT = (
+    "SELECT d.id, d.collection, d.doc_id, d.name, d.hash, d.length, d.pages, d.metadata, s.path"
+    " FROM documents d JOIN sources s ON d.source = s.id"
+)
+_CHUNK = 'SELECT id, document, start, "end", text, headings, terms FROM chunks'
+
+
+def _document(row: tuple) -> StoredDocument:
+    number, collection, doc_id, name, digest, length, pages, metadata, path = row
+    return StoredDocument(
+        *(number, collection, doc_id, name, digest, length),
+        *(tuple(json.loads(pages)), json.loads(metadata), path),
+    )
+
+
+def _chunk(row: tuple) -> StoredChunk:
+    number, document, start, end, text, headings, count = row
+    return StoredChunk(number, document, start, end, text, tuple(json.loads(headings)), count)
+
+
+def _packed(vector: np.ndarray) -> bytes:
+    return np.ascontiguousarray(vector, np.float32).tobytes()

@@ -1,0 +1,119 @@
+"""Nearest vectors: exactly for small bases, by a usearch graph beside the file for large ones.
+
+The graph is never the truth. It is kept with the base's fingerprint and made again when that does
+not fit, when it is missing or broken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from khaosz.rag.store import Store
+
+EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions
+_MORE = 4  # times as many are asked of the graph when only some chunks are allowed
+
+
+class VectorIndex(Protocol):
+    generation: int
+
+    def nearest(
+        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+    ) -> list[tuple[int, float]]:
+        """Chunk numbers and cosines, best first; `allowed` are the only numbers that may be."""
+
+
+def open_index(store: Store) -> VectorIndex:
+    count, dimension = vector_shape(store)
+    if count > EXACT_UP_TO and importlib.util.find_spec("usearch") is not None:
+        return GraphIndex(store, count, dimension)
+    return ExactIndex(store)
+
+
+def vector_shape(store: Store) -> tuple[int, int]:
+    """How many vectors there are, and of how many dimensions."""
+    return store.vector_count, int(store.get("dimension") or 0)
+
+
+class ExactIndex:
+    """Every vector is compared."""
+
+    def __init__(self, store: Store) -> None:
+        with store.reading():
+            self.generation = store.generation
+            self._numbers, self._matrix = store.vectors()
+
+    def nearest(
+        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+    ) -> list[tuple[int, float]]:
+        numbers, cosines = self._numbers, self._matrix @ query
+        if allowed is not None:
+            keep = np.isin(numbers, allowed, assume_unique=True)
+            numbers, cosines = numbers[keep], cosines[keep]
+        best = np.argsort(-cosines, kind="stable")[:limit]
+        return [(int(numbers[i]), float(cosines[i])) for i in best]
+
+
+class GraphIndex:
+    """HNSW (Malkov and Yashunin 2016) in half precision, mapped from a file beside the base."""
+
+    def __init__(self, store: Store, count: int, dimension: int) -> None:
+        from usearch.index import Index
+
+        self._dimension = dimension
+        self._index: Any = Index(ndim=dimension, metric="cos", dtype="f16")
+        path = Path(f"{store.path}.usearch")
+        with store.reading():
+            self.generation = store.generation
+            mark = {"generation": store.generation, "count": count, "dimension": dimension}
+            if not self._opened(path, mark):
+                self._build(store, path, mark)
+
+    def _opened(self, path: Path, mark: dict[str, int]) -> bool:
+        try:
+            if json.loads(_marks(path).read_text()) != {**mark, "bytes": path.stat().st_size}:
+                return False
+            self._index.view(str(path))
+        except (OSError, ValueError, RuntimeError):
+            return False
+        return len(self._index) == mark["count"] and self._index.ndim == self._dimension
+
+    def _build(self, store: Store, path: Path, mark: dict[str, int]) -> None:
+        numbers, matrix = store.vectors()
+        self._index.reset()
+        self._index.add(numbers, matrix)
+        part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        # A base on a medium that cannot be written is searched from memory.
+        with contextlib.suppress(OSError, RuntimeError):
+            self._index.save(str(part))
+            size = part.stat().st_size
+            _marks(path).unlink(missing_ok=True)
+            os.replace(part, path)
+            _marks(path).write_text(json.dumps({**mark, "bytes": size}))
+
+    def nearest(
+        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+    ) -> list[tuple[int, float]]:
+        wanted = limit if allowed is None else limit * _MORE
+        found: list[tuple[int, float]] = []
+        while True:
+            matches = self._index.search(query, min(wanted, len(self._index)))
+            found = [(int(m.key), 1.0 - float(m.distance)) for m in matches]
+            if allowed is not None:
+                keep = np.isin(np.array([key for key, _ in found]), allowed)
+                found = [pair for pair, kept in zip(found, keep, strict=True) if kept]
+            enough = min(limit, len(self._index) if allowed is None else len(allowed))
+            if len(found) >= enough or wanted >= len(self._index):
+                return found[:limit]
+            wanted *= _MORE
+
+
+def _marks(path: Path) -> Path:
+    return path.with_name(path.name + ".json")

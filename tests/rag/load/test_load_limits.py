@@ -1,0 +1,258 @@
+"""Workers that hang, swell, die or cannot start: a problem each, and the others load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from make_documents import load, load_one, pdf_bytes, problem_of, word, write_docx
+
+from khaosz.errors import DataError
+from khaosz.rag.load import Limits, Problem, load_paths
+from khaosz.rag.load.document import Found
+from khaosz.rag.load.frames import read_frame, write_frame
+from khaosz.rag.load.pool import WorkerPool, _Worker
+
+pytest.importorskip("selectolax")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="see `Limits` for what holds where")
+
+# A parser of HTML opens the elements of the first paragraph again in each that follows: 220 KB
+# become sixty million elements.
+SWELLING = "<p>" + "".join(f"<b id={n}>" for n in range(3000)) + "<p>x" * 20_000
+
+
+def page(path: Path, text: str) -> Path:
+    path.write_text(f"<p>{text}", encoding="utf-8")
+    return path
+
+
+def found(path: Path) -> Found:
+    return Found(path, path.name, "html")
+
+
+def test_formats_side_by_side_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+    pytest.importorskip("pypdfium2")
+    pytest.importorskip("mammoth")
+    for n in range(0, 100, 4):  # more than may wait
+        (tmp_path / f"{n:02}.txt").write_text(f"text {n}")
+        page(tmp_path / f"{n + 1:02}.html", f"text {n + 1}")
+        write_docx(tmp_path / f"{n + 2:02}.docx", word(f"text {n + 2}"))
+        (tmp_path / f"{n + 3:02}.pdf").write_bytes(pdf_bytes([[(72, 700, f"text {n + 3}")]]))
+    loaded, problems = load(tmp_path)
+    assert not problems
+    texts = [document.text for _, documents in loaded.values() for document in documents]
+    assert texts == [f"text {n}" for n in range(100)]
+
+
+def test_the_source_of_a_formatted_file_is_the_parents(tmp_path: Path) -> None:
+    path = page(tmp_path / "页.html", "你好")
+    ((source, _),) = load_paths([path], on_problem=pytest.fail)
+    assert source.path == path.resolve() and source.size == path.stat().st_size
+    assert source.mtime_ns == path.stat().st_mtime_ns and len(source.sha256) == 64
+
+
+def test_a_worker_is_reused(tmp_path: Path) -> None:
+    path = page(tmp_path / "a.html", "x")
+    with WorkerPool(Limits(workers=1)) as pool:
+        pool.submit(found(path)).result()
+        first = pool.processes
+        for _ in range(20):
+            pool.submit(found(path)).result()
+        assert pool.processes == first and len(first) == 1
+
+
+def test_a_file_that_hangs_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
+    page(tmp_path / "a.html", "before")
+    (tmp_path / "b.html").write_text(SWELLING)
+    page(tmp_path / "c.html", "after")
+    limits = Limits(seconds=1.5, memory_bytes=1 << 40, workers=1)
+    loaded, (problem,) = load(tmp_path, limits=limits)
+    assert [d.text for _, (d,) in loaded.values()] == ["before", "after"]
+    assert problem.path.name == "b.html" and problem.message == "takes longer than 1.5 seconds"
+
+
+def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(SWELLING)
+    limits = Limits(memory_bytes=1 << 40)
+    worker = _Worker(limits)
+    try:
+        assert worker.ask(asdict(limits), 60) == {}
+        request = {"path": str(tmp_path / "a.html"), "name": "a.html", "kind": "html"}
+        with pytest.raises(DataError, match=r"takes longer than 0\.2 seconds"):
+            worker.ask(request, 0.2)
+        assert worker.process.wait(60) == (1 if os.name == "nt" else -signal.SIGKILL)
+    finally:
+        worker.close()
+
+
+@linux
+def test_a_file_that_swells_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
+    page(tmp_path / "a.html", "before")
+    (tmp_path / "b.html").write_text(SWELLING)
+    page(tmp_path / "c.html", "after")
+    loaded, (problem,) = load(tmp_path, limits=Limits(memory_bytes=200 << 20, workers=1))
+    assert [d.text for _, (d,) in loaded.values()] == ["before", "after"]
+    assert problem.path.name == "b.html" and "200 MB" in problem.message + problem.hint
+
+
+@linux
+def test_python_code_that_swells_is_told_as_memory(tmp_path: Path) -> None:
+    pytest.importorskip("mammoth")
+    path = write_docx(tmp_path / "a.docx", "".join(word(f"{n * n:x}") for n in range(12_000)))
+    with WorkerPool(Limits(memory_bytes=150 << 20)) as pool:
+        with pytest.raises(DataError, match="needs more than 150 MB of memory"):
+            pool.submit(Found(path, path.name, "docx")).result()
+        assert not pool.processes  # its heap is full, and its limit was lifted for the answer
+    assert load_one(path).text.startswith("0\n\n1\n\n4\n\n9")
+
+
+def test_a_worker_that_dies_takes_its_file_only(tmp_path: Path) -> None:
+    path = page(tmp_path / "a.html", "x")
+    with WorkerPool(Limits(workers=1)) as pool:
+        pool.submit(found(path)).result()
+        (dead,) = pool.processes
+        os.kill(dead, signal.SIGTERM)
+        while _is_running(dead):
+            time.sleep(0.01)
+        with pytest.raises(DataError, match="makes its parser fail"):
+            pool.submit(found(path)).result()
+        _, (document,) = pool.submit(found(path)).result()
+        assert document.text == "x" and pool.processes != [dead]
+
+
+def _is_running(process: int) -> bool:
+    """Of a child that nobody has waited for: whether it is not yet a zombie."""
+    if sys.platform != "linux":
+        time.sleep(1)
+        return False
+    return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+@linux
+def test_a_worker_that_cannot_start_is_a_problem(tmp_path: Path) -> None:
+    problem = problem_of(page(tmp_path / "a.html", "x"), Limits(memory_bytes=1 << 20))
+    assert problem.hint
+
+
+def test_no_process_outlives_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mammoth.py").write_text("import time; time.sleep(1000)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    page(tmp_path / "1.html", "x")
+    write_docx(tmp_path / "2.docx", word("x"))
+    page(tmp_path / "3.html", "x")
+    problems: list[Problem] = []
+    paths = [tmp_path / name for name in ("1.html", "2.docx", "3.html")]
+    loading = load_paths(paths, on_problem=problems.append)
+    next(loading)
+    started = _children()
+    assert started
+    loading.close()  # while a worker is busy with 2.docx
+    assert not _children() & started and not problems
+
+
+def _children() -> set[int]:
+    psutil = pytest.importorskip("psutil")
+    return {child.pid for child in psutil.Process().children()}
+
+
+def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
+    psutil = pytest.importorskip("psutil")
+    page(tmp_path / "a.html", "x")
+    page(tmp_path / "b.html", "x")
+    code = (
+        "import os, pathlib, psutil\nfrom khaosz.rag.load import load_paths\n"
+        f"loading = load_paths([pathlib.Path({str(tmp_path)!r})], on_problem=print)\n"
+        "next(loading)\n"
+        "print(*(child.pid for child in psutil.Process().children()), flush=True)\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert workers, done.stderr
+    for pid in workers:
+        if psutil.pid_exists(pid):
+            try:
+                psutil.Process(pid).wait(30)
+            except psutil.NoSuchProcess:
+                continue
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("selectolax", "a.html"), ("mammoth", "a.docx"), ("pypdfium2", "a.pdf")],
+)
+def test_a_package_that_is_missing_is_a_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
+    """The worker finds a package that fails as one does that is not there."""
+    shadow = tmp_path / "site"
+    shadow.mkdir()
+    (shadow / f"{package}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {package}', name='{package}')"
+    )
+    monkeypatch.syspath_prepend(str(shadow))
+    path = tmp_path / name
+    path.write_bytes(b"<p>x")
+    problem = problem_of(path)
+    assert problem.message == f"needs the package {package}"
+    assert problem.hint == 'pip install "khaosz[rag]"'
+
+
+def test_a_worker_has_no_network_and_starts_no_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parser that a file has taken over tries (a package in its place plays it)."""
+    attempts = {
+        "a": "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "b": "import subprocess; subprocess.run(['true'])",
+        "c": "import os; os.system('true')",
+    }
+    for name, attempt in attempts.items():
+        shadow = tmp_path / name
+        shadow.mkdir()
+        (shadow / "mammoth.py").write_text(attempt)
+        path = write_docx(tmp_path / f"{name}.docx", word("x"))
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(shadow))
+            assert "in a document loader" in problem_of(path).message
+
+
+def test_what_a_parser_prints_does_not_disturb_the_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mammoth.py").write_text("import os; os.write(1, b'x' * 99)\nraise ValueError('y')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = write_docx(tmp_path / "a.docx", word("x"))
+    assert problem_of(path).message == "cannot be parsed: ValueError: y"
+
+
+def test_files_over_the_limits_of_size(tmp_path: Path) -> None:
+    path = page(tmp_path / "a.html", "x" * 1000)
+    assert problem_of(path, Limits(file_bytes=999)).message == "is larger than 999 bytes"
+    assert problem_of(path, Limits(text_characters=999)).message == "has more than 999 characters"
+
+
+def test_frames_are_whole_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    messages = [{}, {"a": "中\udcff" * 100_000}, {"b": [1, None, True]}]
+    with open(path, "wb", buffering=0) as pipe:
+        for message in messages:
+            write_frame(pipe, message)
+    with open(path, "rb", buffering=0) as pipe:
+        assert [read_frame(pipe) for _ in range(4)] == [*messages, None]
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1])
+    with open(path, "rb", buffering=0) as pipe:
+        assert [read_frame(pipe) for _ in range(3)] == [*messages[:2], None]
+    path.write_bytes(b"\xff\xff\xff\xff")
+    with open(path, "rb", buffering=0) as pipe, pytest.raises(ValueError, match="are allowed"):
+        read_frame(pipe, 1000)
+    path.write_bytes(b"\0\0\0\x02[]")
+    with open(path, "rb", buffering=0) as pipe, pytest.raises(ValueError, match="a list"):
+        read_frame(pipe)

@@ -1,0 +1,358 @@
+"""A knowledge base as a user has one: files in, passages out, changes followed, kills survived."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from khaosz.errors import ConfigError, DataError
+from khaosz.rag import KnowledgeBase, StructureSplitter
+from khaosz.rag.lexical import K1, B, lexical_search
+from khaosz.rag.retrieve import merge_neighbours
+from khaosz.rag.terms import terms
+from khaosz.rag.vectors import ExactIndex, GraphIndex
+
+TEXTS = {
+    "城市.md": "# 北京\n\n北京是中国的首都，有故宫和长城。\n\n"
+    "# 上海\n\n上海在长江的入海口，是最大的港口。\n",
+    "birds.txt": "Penguins are birds that swim. They cannot fly.\n\nOwls hunt at night.\n",
+    "law.md": "# 第一章\n\n为了保护民事主体的合法权益，制定本法。\n\n"
+    "民事主体的人身权利受法律保护。\n",
+}
+
+
+class Hashed:
+    """A deterministic embedder: sums of a random direction per term."""
+
+    dimension = 48
+
+    def __init__(self, name: str = "hashed", dimension: int = 48) -> None:
+        self.name, self.dimension, self.calls = name, dimension, 0
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        self.calls += len(texts)
+        rows = []
+        for text in texts:
+            total = np.full(self.dimension, 1e-3)
+            for term in terms(text):
+                seed = int.from_bytes(term.encode()[:8], "little")
+                total += np.random.default_rng(seed).normal(size=self.dimension)
+            rows.append(total / np.linalg.norm(total))
+        return np.array(rows, np.float32)
+
+    queries = passages
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name, text in TEXTS.items():
+        (docs / name).write_text(text, encoding="utf-8")
+    return docs
+
+
+@pytest.fixture
+def base(tmp_path: Path, folder: Path) -> KnowledgeBase:
+    made = KnowledgeBase(tmp_path / "a.kb", splitter=StructureSplitter(max_chars=40))
+    made.add([folder])
+    return made
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [("中国的首都", "城市.md"), ("港口", "城市.md"), ("penguin", "birds.txt"), ("权益", "law.md")],
+)
+def test_questions_find_their_documents(base: KnowledgeBase, query: str, name: str) -> None:
+    hit = base.search(query, 1)[0]
+    assert hit.doc == name
+    text = TEXTS[name]
+    assert hit.text == text[hit.start : hit.end]
+    document = base.store.document_by_hash(hit.hash)
+    assert document is not None and base.store.text(document.id) == text
+
+
+def test_headings_are_searched_but_not_in_the_text(base: KnowledgeBase) -> None:
+    hits = base.search("上海 港口", 1)
+    assert hits[0].headings == ("上海",)
+
+
+def test_scores_are_bm25(base: KnowledgeBase) -> None:
+    """Against the formula, computed from the chunks anew in float64."""
+    chunks = [c for d in base.documents() for c in base.store.chunks_of(d.id)]
+    bags = {c.id: Counter(terms("\n".join((*c.headings, c.text)))) for c in chunks}
+    average = sum(sum(bag.values()) for bag in bags.values()) / len(bags)
+    for query in ("民事主体的权利", "birds that fly", "长江"):
+        expected = {}
+        for number, bag in bags.items():
+            score = 0.0
+            for term in terms(query):
+                df = sum(term in other for other in bags.values())
+                idf = math.log(1 + (len(bags) - df + 0.5) / (df + 0.5))
+                idf *= 0.5 if len(term) == 1 and "一" <= term <= "龥" else 1
+                norm = K1 * (1 - B + B * sum(bag.values()) / average)
+                score += idf * bag[term] * (K1 + 1) / (bag[term] + norm)
+            if score:
+                expected[number] = score
+        found = dict(lexical_search(base.store, query, 100))
+        assert found == pytest.approx(expected, rel=1e-12)
+        assert list(found) == sorted(expected, key=lambda n: (-expected[n], n))
+
+
+def test_what_is_unchanged_is_not_read(base: KnowledgeBase, folder: Path) -> None:
+    before = base.store.generation
+    report = base.add([folder])
+    assert (report.unchanged, report.added, report.updated) == (3, 0, 0)
+    os.utime(folder / "birds.txt", ns=(1, 1))  # touched: read, found the same
+    report = base.add([folder])
+    assert (report.unchanged, report.updated) == (3, 0)
+    assert base.store.generation == before
+
+
+def test_changes_and_deletions_are_followed(base: KnowledgeBase, folder: Path) -> None:
+    (folder / "birds.txt").write_text("Emus run.\n", encoding="utf-8")
+    (folder / "law.md").unlink()
+    report = base.add([folder])
+    assert (report.updated, report.removed, report.unchanged) == (1, 1, 1)
+    assert not base.search("penguin", 5) and not base.search("权益", 5)
+    assert base.search("emus", 1)[0].doc == "birds.txt"
+    consistent(base)
+
+
+def consistent(base: KnowledgeBase) -> None:
+    """Every count and index agrees with the chunks."""
+    chunks = [c for d in base.documents() for c in base.store.chunks_of(d.id)]
+    bags = [set(terms("\n".join((*c.headings, c.text)))) for c in chunks]
+    frequency = Counter(term for bag in bags for term in bag)
+    assert base.store.document_frequencies(list(frequency)) == frequency
+    for term in list(frequency)[:50]:
+        expected = sorted(c.id for c, bag in zip(chunks, bags, strict=True) if term in bag)
+        assert base.store.postings(term).tolist() == expected
+    assert base.store.chunk_count == len(chunks)
+    assert base.store.term_count == sum(c.terms for c in chunks)
+    for document in base.documents():
+        assert len(base.store.text(document.id)) == document.length
+    db = sqlite3.connect(base.store.path)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    known = [row[0] for row in db.execute("SELECT term FROM terms WHERE chunks != 0")]
+    assert set(known) == set(frequency)
+    db.close()
+
+
+def test_removing(base: KnowledgeBase) -> None:
+    assert base.remove("birds.txt") == 1
+    assert not base.search("penguin", 5)
+    consistent(base)
+    with pytest.raises(DataError, match=r"no document 'birds\.txt'"):
+        base.remove("birds.txt")
+
+
+def test_reindexing_finds_the_same(base: KnowledgeBase) -> None:
+    before = base.search("北京的长城", 5)
+    base.reindex()
+    assert base.search("北京的长城", 5) == before
+    consistent(base)
+
+
+def test_collections_and_names_are_filters(base: KnowledgeBase, folder: Path) -> None:
+    base.add_text("北京的冬天很冷。", name="冬天", collection="notes")
+    assert {h.doc for h in base.search("北京", 9)} == {"城市.md", "冬天"}
+    assert {h.doc for h in base.search("北京", 9, collection="notes")} == {"冬天"}
+    assert {h.doc for h in base.search("北京", 9, name="*.md")} == {"城市.md"}
+    assert base.search("北京", 9, collection="none") == []
+
+
+def test_a_json_lines_file_is_one_document_a_line(tmp_path: Path, base: KnowledgeBase) -> None:
+    file = tmp_path / "set.jsonl"
+    file.write_text('{"id": "p1", "text": "鲸是哺乳动物。"}\n{"id": "p2", "text": "鲨是鱼。"}\n')
+    base.add([file])
+    assert [h.doc_id for h in base.search("鲸", 1)] == ["p1"]
+
+
+def test_doubles_come_once(base: KnowledgeBase) -> None:
+    for i in range(3):
+        base.add_text("乌鸦是黑色的鸟。", name=f"crow{i}")
+    assert len(base.search("乌鸦", 9)) == 1
+
+
+def test_neighbours_are_one_passage(base: KnowledgeBase) -> None:
+    text = TEXTS["law.md"]
+    merged = merge_neighbours(base.search("民事主体的合法权益 人身权利受法律保护", 9))
+    (hit,) = [h for h in merged if h.doc == "law.md"]
+    assert hit.text == text[hit.start : hit.end] and "制定" in hit.text and "人身" in hit.text
+
+
+# --------------------------------------------------------------------------------------- embedders
+
+
+def test_dense_and_hybrid(tmp_path: Path, folder: Path) -> None:
+    base = KnowledgeBase(tmp_path / "a.kb", embedder=Hashed())
+    base.add([folder])
+    for mode in ("dense", "hybrid"):
+        hit = base.search("penguins swim", 1, mode=mode)[0]
+        assert hit.doc == "birds.txt" and "dense" in hit.legs
+    hit = base.search("penguins swim", 1)[0]
+    assert set(hit.legs) == {"lexical", "dense"}
+    assert hit.score == pytest.approx(sum(1 / (60 + leg.rank) for leg in hit.legs.values()))
+    assert base.search("penguins", 1, mode="lexical")[0].legs.keys() == {"lexical"}
+
+
+def test_another_embedder_is_refused(tmp_path: Path, folder: Path) -> None:
+    path = tmp_path / "a.kb"
+    with KnowledgeBase(path, embedder=Hashed()) as base:
+        base.add([folder])
+    with pytest.raises(ConfigError, match="was embedded by hashed"):
+        KnowledgeBase(path, embedder=Hashed("other"))
+    with KnowledgeBase(path, embedder=Hashed(dimension=9)) as base:
+        with pytest.raises(ConfigError, match="9"):
+            base.add_text("new", name="new")
+        assert all(document.name != "new" for document in base.documents())
+
+
+def test_a_lexical_base_says_so_and_can_be_embedded(base: KnowledgeBase) -> None:
+    with pytest.raises(ConfigError, match="this base is lexical"):
+        base.search("北京", mode="dense")
+    with pytest.raises(ConfigError, match="is lexical"):
+        KnowledgeBase(base.store.path, embedder=Hashed())
+    base.reindex(Hashed())
+    assert base.search("北京", 1, mode="dense")[0].doc == "城市.md"
+    by = Hashed("other", 16)
+    base.reindex(by)
+    assert by.calls == base.store.chunk_count
+    by.calls = 0
+    base.reindex(by)
+    assert by.calls == 0  # none is missing
+
+
+def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path) -> None:
+    pytest.importorskip("usearch")
+    base = KnowledgeBase(tmp_path / "a.kb", embedder=Hashed())
+    for i in range(300):
+        base.add_text(f"word{i} other{i % 7} 第{i}条", name=str(i))
+    exact = ExactIndex(base.store)
+    queries = Hashed().queries([f"word{i}" for i in range(40)])
+    path = tmp_path / "a.kb.usearch"
+    for state in ("new", "kept", "broken", "gone", "of another time"):
+        if state == "broken":
+            path.write_bytes(path.read_bytes()[:-100])
+        elif state == "gone":
+            path.unlink()
+        elif state == "of another time":
+            base.add_text("word40 late", name="late")
+            exact = ExactIndex(base.store)
+        graph = GraphIndex(base.store, base.store.vector_count, 48)
+        found = sum(
+            len({n for n, _ in graph.nearest(q, 10)} & {n for n, _ in exact.nearest(q, 10)})
+            for q in queries
+        )
+        assert found >= 0.97 * 400, state
+        allowed = base.store.chunk_numbers(name="1*")
+        assert {n for n, _ in graph.nearest(queries[0], 20, allowed)} <= set(allowed.tolist())
+        assert len(graph.nearest(queries[0], 20, allowed)) == 20
+        del graph
+
+
+# ---------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+def test_empty_queries(base: KnowledgeBase, query: str) -> None:
+    with pytest.raises(ConfigError, match="empty"):
+        base.search(query)
+
+
+@pytest.mark.parametrize("query", ['"', "NEAR(", "a AND", "*", "。。。", "北\x00京", "' OR 1=1 --"])
+def test_queries_are_no_syntax(base: KnowledgeBase, query: str) -> None:
+    base.search(query, 5)
+
+
+def test_a_file_that_is_no_base(tmp_path: Path) -> None:
+    path = tmp_path / "a.kb"
+    path.write_bytes(b"this is text, not a database" * 50)
+    with pytest.raises(DataError, match="cannot be used"):
+        KnowledgeBase(path)
+
+
+def test_a_later_version_is_refused(base: KnowledgeBase) -> None:
+    with base.store.writing():
+        base.store.set("version", "99")
+    with pytest.raises(DataError, match="version 99"):
+        KnowledgeBase(base.store.path)
+
+
+def test_readers_see_one_state_while_another_writes(base: KnowledgeBase) -> None:
+    reader = KnowledgeBase(base.store.path)
+    with reader.store.reading():
+        count = len(reader.documents())
+        base.add_text("new", name="new")
+        assert len(reader.documents()) == count
+    assert len(reader.documents()) == count + 1
+
+
+def test_a_full_disk_loses_nothing(base: KnowledgeBase) -> None:
+    pages = base.store._db.execute("PRAGMA page_count").fetchone()[0]
+    base.store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
+    with pytest.raises(DataError, match="full"):
+        base.add_text("字" * 400_000, name="big")
+    base.store._db.execute("PRAGMA max_page_count = 1000000")
+    assert all(document.name != "big" for document in base.documents())
+    consistent(base)
+
+
+ADDER = """
+import sys
+from khaosz.rag import KnowledgeBase
+base = KnowledgeBase(sys.argv[1])
+import khaosz.rag.knowledge_base as kb
+kb._FILES = 3
+print("ready", flush=True)
+base.add([sys.argv[2]])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_a_hundred_kills(tmp_path: Path) -> None:
+    """Whenever it is killed: what was committed is there once, and adding goes on to the end."""
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for i in range(60):
+        (docs / f"{i:02}.txt").write_text(f"文件{i}说明第{i}号规则。" * 60, encoding="utf-8")
+    path = tmp_path / "a.kb"
+    chance = np.random.default_rng(0)
+    seen: set[str] = set()
+    for _ in range(100):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ADDER, str(path), str(docs)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(float(chance.uniform(0, 0.06)))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        with KnowledgeBase(path) as base:
+            names = [document.name for document in base.documents()]
+            assert len(names) == len(set(names))
+            assert seen <= set(names)
+            seen = set(names)
+            if len(seen) == 60:
+                base.remove("00.txt")
+                (docs / "01.txt").write_text(f"改{chance.integers(1000)}" * 99, encoding="utf-8")
+                seen.remove("00.txt")
+            consistent(base)
+    with KnowledgeBase(path) as base:
+        base.add([docs])
+        assert len(base.documents()) == 60
+        consistent(base)

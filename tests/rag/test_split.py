@@ -1,0 +1,324 @@
+"""Chunks tile the text, keep the budget, and are cut where a reader would cut."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from khaosz.errors import ConfigError
+from khaosz.rag.sentence import CLOSING, sentence_spans
+from khaosz.rag.split import Chunk, StructureSplitter
+from khaosz.rag.split_layout import find_layout
+
+# Everything the splitter treats specially, so that random texts are full of it.
+_PIECES = st.sampled_from(
+    [
+        *"ab7 \n\t\r#|`~=-.,!?;:\"'()”“。！？；…，、」「）（\u3000第章\u0301\u200d🚀👩🏽🇨🇳\ud83d\ude00",
+        "\n\n", "\r\n", "\n# ", "\n## ab\n", "\n```\n", "\n| a | b |", "\n- ", "\n1. ", "ab ab. ",
+        "中文。", "\n第三章 总则\n", "Dr. ", "e.g. ", "U.S. ", "3.14", "\n---\n", "\n===\n", "……",
+    ]
+)  # fmt: skip
+_TEXTS = st.lists(_PIECES, max_size=80).map("".join)
+
+
+def chars(text: str, size: int, overlap: int = 0) -> list[Chunk]:
+    return StructureSplitter(max_chars=size, overlap=overlap).split(text)
+
+
+def texts(text: str, size: int) -> list[str]:
+    return [chunk.text for chunk in chars(text, size)]
+
+
+def tokens(text: str) -> int:
+    """Words of up to three letters, and bytes: does not add up over a cut, as real ones do not."""
+    runs = "".join(c if c.isascii() and c.isalpha() else f" {c} " for c in text).split(" ")
+    return sum((len(run) + 2) // 3 if run.isalpha() else len(run) * 2 for run in runs)
+
+
+def assert_tiles(text: str, chunks: list[Chunk]) -> None:
+    at = 0
+    for chunk in chunks:
+        assert chunk.start == at < chunk.end
+        assert chunk.text == text[chunk.start : chunk.end]
+        at = chunk.end
+    assert at == len(text)
+
+
+# -- what holds of every text --------------------------------------------------------------------
+
+
+@settings(max_examples=400, deadline=None)
+@given(_TEXTS, st.integers(1, 40))
+def test_chunks_tile_the_text_within_the_budget(text: str, size: int) -> None:
+    chunks = chars(text, size)
+    assert_tiles(text, chunks)
+    assert all(len(chunk.text) <= size for chunk in chunks)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_TEXTS, st.integers(6, 40))
+def test_chunks_tile_the_text_within_a_budget_of_tokens(text: str, size: int) -> None:
+    chunks = StructureSplitter(max_tokens=size, count_tokens=tokens).split(text)
+    assert_tiles(text, chunks)
+    assert all(tokens(chunk.text) <= size for chunk in chunks)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_TEXTS, st.integers(2, 40), st.data())
+def test_overlap_repeats_no_more_than_asked_and_leaves_no_gap(
+    text: str, size: int, data: st.DataObject
+) -> None:
+    overlap = data.draw(st.integers(0, size // 2))
+    at = 0
+    for chunk in chars(text, size, overlap):
+        assert at - overlap <= chunk.start <= at < chunk.end
+        assert chunk.text == text[chunk.start : chunk.end] and len(chunk.text) <= size
+        at = chunk.end
+    assert at == len(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_TEXTS, st.integers(1, 40))
+def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_other_place(
+    text: str, size: int
+) -> None:
+    layout = find_layout(text)
+    starts = set(layout.starts if layout else ())
+    chunks = chars(text, size)
+    for before, chunk in zip(chunks, chunks[1:], strict=False):
+        if chunk.text[0] in CLOSING and not chunk.text.startswith("!["):
+            window = text[before.start + 1 : before.start + size + 1]
+            space = len(window) - len(window.lstrip())
+            assert all(c in CLOSING or c.isspace() for c in window[space:]) or (
+                chunk.start in starts
+            ) or not _other_place(text, before.start, size), (before, chunk)
+
+
+def _other_place(text: str, start: int, size: int) -> bool:
+    """Whether some cut within the budget leaves text before it and no closing mark behind it."""
+    places = range(start + 1, min(start + size, len(text) - 1) + 1)
+    return any(
+        text[start:at].strip() and text[at] not in CLOSING and _whole(text, at) for at in places
+    )
+
+
+def _whole(text: str, at: int) -> bool:
+    import unicodedata
+
+    before, after = text[at - 1], text[at]
+    if unicodedata.category(after)[0] == "M" or "\u200d" in (before, after):
+        return False
+    if (before, after) == ("\r", "\n") or (before == "…" and after == "…"):
+        return False
+    return not (
+        "\U0001f3fb" <= after <= "\U0001f3ff"
+        or "\U0001f1e6" <= after <= "\U0001f1ff"
+        or "\udc00" <= after <= "\udfff"
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(_TEXTS)
+def test_sentences_tile_the_text(text: str) -> None:
+    assert "".join(text[start:end] for start, end in sentence_spans(text)) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(_TEXTS, st.integers(8, 40))
+def test_no_chunk_is_blank_unless_a_blank_run_is_as_long_as_the_budget(
+    text: str, size: int
+) -> None:
+    runs = [run for run in _blank_runs(text) if run >= size - 1]
+    if not runs and text.strip():
+        assert all(chunk.text.strip() for chunk in chars(text, size))
+
+
+def _blank_runs(text: str) -> list[int]:
+    return [len(run) for run in "".join(" " if c.isspace() else "x" for c in text).split("x")]
+
+
+# -- sentences -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("他来了。她走了！真的吗？是的；好……嗯", ["他来了。", "她走了！", "真的吗？", "是的；", "好……", "嗯"]),
+        ("他说：“走吧。”然后走了。", ["他说：“走吧。”", "然后走了。"]),
+        ("（见下。）再看『此处！』」完。", ["（见下。）", "再看『此处！』」", "完。"]),
+        ('他说"好。"又说"不。""行！"', ['他说"好。"', '又说"不。"', '"行！"']),
+        ("Dr. Smith met Mr. J. Doe. They left.", ["Dr. Smith met Mr. J. Doe. ", "They left."]),
+        ("Use it, e.g. Here. In the U.S. Senate too.", ["Use it, e.g. Here. ", "In the U.S. Senate too."]),
+        ("It is 3.14. Version 2.0.1 is out! Yes.", ["It is 3.14. ", "Version 2.0.1 is out! ", "Yes."]),
+        ('"Who?" he said. "Me."  Then (so.) We', ['"Who?" he said. ', '"Me."  ', "Then (so.) ", "We"]),
+        ("用 Python 3.11 写。See Fig. 3 for it. 好的", ["用 Python 3.11 写。", "See Fig. 3 for it. ", "好的"]),
+        ("1. Open it.\n2. Close it.", ["1. Open it.\n", "2. Close it."]),
+        ("访问 example.com。谢谢", ["访问 example.com。", "谢谢"]),
+        ("A line of text that has been wrapped by hand at\nseventy columns. Next.",
+         ["A line of text that has been wrapped by hand at\nseventy columns. ", "Next."]),
+        ("标题\n正文一。\n\n正文二", ["标题\n", "正文一。\n\n", "正文二"]),
+        ("", []),
+        ("  \n ", ["  \n "]),
+    ],
+)  # fmt: skip
+def test_sentences(text: str, expected: list[str]) -> None:
+    assert [text[start:end] for start, end in sentence_spans(text)] == expected
+
+
+# -- where chunks are cut ------------------------------------------------------------------------
+
+
+def test_chinese_is_cut_at_the_last_sentence_that_fits() -> None:
+    assert texts("春天来了。花都开了！你看见了吗？我看见了。", 14) == [
+        "春天来了。花都开了！",
+        "你看见了吗？我看见了。",
+    ]
+
+
+def test_english_is_cut_behind_sentences_not_abbreviations() -> None:
+    assert texts("We met Dr. Who. He left at 5 p.m. on Monday. It rained.", 30) == [
+        "We met Dr. Who. ",
+        "He left at 5 p.m. on Monday. ",
+        "It rained.",
+    ]
+
+
+def test_a_late_paragraph_is_preferred_to_a_later_sentence() -> None:
+    text = "One is short. Two is short.\n\nThree. Four goes on for quite a while."
+    assert texts(text, 40) == ["One is short. Two is short.\n\n", "Three. Four goes on for quite a while."]
+
+
+def test_without_sentences_clauses_then_words_then_characters() -> None:
+    assert texts("一二三四，五六七八九十", 8) == ["一二三四，", "五六七八九十"]
+    assert texts("alpha beta gamma delta", 12) == ["alpha beta ", "gamma delta"]
+    assert texts("abcdefghij", 4) == ["abcd", "efgh", "ij"]
+
+
+def test_lists_are_cut_between_items() -> None:
+    text = "Bring\n- a rope of ten metres\n- a lamp, with oil\n- bread"
+    assert texts(text, 36) == ["Bring\n- a rope of ten metres\n", "- a lamp, with oil\n- bread"]
+
+
+def test_code_that_fits_is_kept_whole_and_else_cut_between_lines() -> None:
+    code = "```python\nx = 1. \ny = 2\n```\n"
+    assert texts("Some words come first.\n" + code + "After.", 30)[1] == code
+    long = "```\n" + "".join(f"line{i} = f(a). B\n" for i in range(6)) + "```\n"
+    pieces = texts(long, 40)
+    assert len(pieces) > 2 and all(piece.endswith("\n") for piece in pieces)
+
+
+def test_tables_are_cut_between_rows() -> None:
+    table = "| a. B | b |\n|---|---|\n" + "".join(f"| {i}. X | yes. No |\n" for i in range(8))
+    pieces = texts(table, 50)
+    assert len(pieces) > 2
+    assert all(piece.startswith("|") and piece.endswith("|\n") for piece in pieces)
+    pieces = texts("Words. " * 30 + "\n\n" + table + "\nMore. " * 30, 220)
+    assert any(table in piece for piece in pieces)
+
+
+def test_what_looks_like_a_heading_in_code_is_none() -> None:
+    assert find_layout("```\n# a comment\n```\n# Real\n").paths == [(), ("Real",)]  # type: ignore
+
+
+def test_headings_of_every_kind_make_paths() -> None:
+    text = "Intro.\n\nTitle\n=====\n\nText.\n\n## Part ##\n\nText.\n\n### Deep\n\nText.\n\n## Other\nEnd."
+    layout = find_layout(text)
+    assert layout is not None
+    assert layout.paths == [
+        (), ("Title",), ("Title", "Part"), ("Title", "Part", "Deep"), ("Title", "Other"),
+    ]  # fmt: skip
+    assert [text[start:].split("\n")[0] for start in layout.starts[1:]] == [
+        "Title", "## Part ##", "### Deep", "## Other",
+    ]  # fmt: skip
+
+
+def test_chinese_headings() -> None:
+    text = "某法\n第一章 总则\n第一条 为了。\n第一节 范围\n内容。\n第二章　附则\n第三章，本法所称。\n"
+    layout = find_layout(text)
+    assert layout is not None
+    assert layout.paths == [(), ("第一章 总则",), ("第一章 总则", "第一节 范围"), ("第二章 附则",)]
+
+
+def test_chunks_carry_the_headings_that_hold_for_all_of_them() -> None:
+    body = "Words go on here. " * 5
+    text = f"# A\n\n## B\n\n{body}\n\n## C\n\n{body}\n\n# D\n\nshort.\n\n## E\n\nshort.\n"
+    assert [chunk.headings for chunk in chars(text, 120)] == [("A", "B"), ("A", "C"), ("D",)]
+
+
+def test_no_chunk_reaches_across_a_heading_unless_a_section_is_short() -> None:
+    text = "# A\n" + "Words go on. " * 4 + "\n# B\n" + "Words go on. " * 4
+    assert [chunk.headings for chunk in chars(text, 100)] == [("A",), ("B",)]
+
+
+def test_characters_are_not_torn() -> None:
+    family = "👩\u200d👩\u200d👧"
+    assert texts(family * 3, 6) == [family] * 3
+    assert texts("e\u0301" * 4, 3) == ["e\u0301"] * 4
+    assert texts("🇨🇳🇺🇸🇩🇪", 3) == ["🇨🇳", "🇺🇸", "🇩🇪"]
+    assert texts("ab\r\ncd", 3) == ["ab", "\r\nc", "d"]
+    assert texts("\ud83d\ude00" * 2, 3) == ["\ud83d\ude00"] * 2
+
+
+def test_trailing_blank_lines_go_with_the_text_before() -> None:
+    assert texts("Aaaa. Bbbb.\n\n\n", 11) == ["Aaaa. ", "Bbbb.\n\n\n"]
+    assert texts("   \n", 10) == ["   \n"]
+    assert texts("", 10) == []
+
+
+# -- time in proportion to the length ------------------------------------------------------------
+
+
+class Counted(str):
+    """Not usable inside `re`, so windows are counted through the token counter instead."""
+
+
+@pytest.mark.parametrize("unit", list("a .\n\"#。”-`|~=第\u0301") + ["\r\n", "“”", "Dr. ", "a,", "\n#"])
+def test_hostile_texts_of_a_million_characters(unit: str) -> None:
+    # Quadratic time would be hours here.
+    text = unit * (1_000_000 // len(unit))
+    chunks = chars(text, 800)
+    assert_tiles(text, chunks)
+    assert max(len(chunk.text) for chunk in chunks) <= 800
+    assert len(chunks) <= 4 * len(text) // 800 + 2
+
+
+def test_tokens_are_counted_a_few_times_a_chunk() -> None:
+    counted = 0
+
+    def count(text: str) -> int:
+        nonlocal counted
+        counted += len(text)
+        return len(text.encode()) // 3 + 1
+
+    text = "今天天气很好，我们出去走走。It was fine. " * 2000
+    chunks = StructureSplitter(max_tokens=128, count_tokens=count).split(text)
+    assert_tiles(text, chunks)
+    assert counted < 8 * len(text)  # 3 to 4 passes; a count per sentence would be 10
+
+
+# -- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_chars": 0},
+        {"max_chars": 10, "overlap": 6},
+        {"max_chars": 10, "overlap": -1},
+        {"max_chars": 10, "max_tokens": 10, "count_tokens": len},
+        {"max_tokens": 10},
+        {"max_chars": 10, "count_tokens": len},
+        {"max_tokens": -1, "count_tokens": len},
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(arguments: dict[str, object]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        StructureSplitter(**arguments)  # type: ignore[arg-type]
+    assert "\n" not in str(refused.value) and refused.value.hint
+
+
+def test_a_character_over_the_budget_is_refused() -> None:
+    splitter = StructureSplitter(max_tokens=2, count_tokens=lambda text: len(text.encode()))
+    with pytest.raises(ConfigError, match="alone takes 3 tokens"):
+        splitter.split("ab好")

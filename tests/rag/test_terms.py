@@ -1,0 +1,55 @@
+"""Terms against what a reader would expect to match."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khaosz.rag.terms import stem, terms
+
+
+def test_chinese_is_characters_and_pairs() -> None:
+    assert sorted(terms("北京大学")) == sorted(["北", "京", "大", "学", "北京", "京大", "大学"])
+
+
+def test_pairs_do_not_reach_over_punctuation() -> None:
+    assert "京上" not in terms("北京，上海") and "北京" in terms("北京，上海")
+
+
+def test_mixed_runs_are_cut_where_the_script_changes() -> None:
+    assert terms("GPT模型v2") == ["gpt", "模", "型", "模型", "v2"]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [("ＡＢＣ１２", "abc12"), ("ﬁle", "FILE"), ("Straße", "STRASSE"), ("㍿", "株式会社")],
+)
+def test_width_case_and_ligatures_are_one(a: str, b: str) -> None:
+    assert terms(a) == terms(b)
+
+
+@pytest.mark.parametrize(
+    ("word", "stemmed"),
+    [
+        *(("queries", "query"), ("files", "file"), ("classes", "classe"), ("cats", "cat")),
+        *(("class", "class"), ("status", "status"), ("is", "is"), ("gas", "gas")),
+        *(("shoes", "shoe"), ("trees", "tree"), ("eies", "eie")),
+    ],
+)
+def test_plurals(word: str, stemmed: str) -> None:
+    assert stem(word) == stemmed
+
+
+@given(st.text())
+def test_terms_are_what_fts5_takes_for_one_token(text: str) -> None:
+    import sqlite3
+
+    db = sqlite3.connect(":memory:")
+    db.execute("CREATE VIRTUAL TABLE t USING fts5(x, tokenize='unicode61 remove_diacritics 0')")
+    found = sorted(set(terms(text)))
+    db.execute("INSERT INTO t VALUES (?)", (" ".join(found),))
+    for term in found:
+        assert db.execute("SELECT count(*) FROM t WHERE t MATCH ?", (f'"{term}"',)).fetchone()[0]
+    db.execute("CREATE VIRTUAL TABLE v USING fts5vocab(t, row)")
+    assert sum(count for (count,) in db.execute("SELECT cnt FROM v")) == len(found)
