@@ -683,20 +683,20 @@ ROLLOUTS = [
     ),
     Mutant(
         "KL of GRPO's loss reversed", RLHF,
-        'penalty = kl_k3(logprobs, fields["reference"]).sum()',
-        'penalty = kl_k3(fields["reference"], logprobs).sum()',
+        'penalty = estimate(logprobs, fields["reference"]).sum()',
+        'penalty = estimate(fields["reference"], logprobs).sum()',
         GRPO_FORMULA,
     ),
     Mutant(
         "k1 in GRPO's loss", RLHF,
-        'penalty = kl_k3(logprobs, fields["reference"]).sum()',
+        'penalty = estimate(logprobs, fields["reference"]).sum()',
         'penalty = kl_k1(logprobs, fields["reference"]).sum()',
         GRPO_FORMULA,
     ),
     Mutant(
         "KL against the old policy", RLHF,
-        'penalty = kl_k3(logprobs, fields["reference"]).sum()',
-        'penalty = kl_k3(logprobs, fields["old"]).sum()',
+        'penalty = estimate(logprobs, fields["reference"]).sum()',
+        'penalty = estimate(logprobs, fields["old"]).sum()',
         GRPO_FORMULA,
     ),
     Mutant(

@@ -60,7 +60,7 @@ class SemanticSplitter:
         self.max_chars = max_chars
         self.min_chars = min_chars
         self.window = window
-        self.percentile = 80.0 if percentile is None and threshold is None else percentile
+        self.percentile = 75.0 if percentile is None and threshold is None else percentile
         self.threshold = threshold
 
     def split(self, text: str) -> list[Chunk]:

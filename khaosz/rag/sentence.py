@@ -36,7 +36,7 @@ _FULL_MARKS = frozenset(_FULL)
 _CLOSER_MARKS = frozenset(_CLOSERS)
 # After these a line break ends a paragraph, not only a line of hard-wrapped text.
 PARAGRAPH_ENDS = frozenset(_FULL + _CLOSERS + ".!?:：\n")
-PARAGRAPH_MARKS = PARAGRAPH_ENDS - {"\n"}
+SENTENCE_MARKS = PARAGRAPH_ENDS - frozenset(":：\n")
 LINE_ENDS = PARAGRAPH_ENDS | frozenset(",，;、")  # a title ends with none of these
 _FIRST_CJK = "\u2e80"
 _WRAPPED, _WRAPPED_CJK = 40, 25  # characters of a line that may have been wrapped
@@ -189,9 +189,11 @@ def is_item(text: str, start: int) -> bool:
 def paragraph_end(text: str, line: int, low: int, high: int) -> int:
     """Where a chunk ends that is cut at the line break at `line`, blank lines included, in
     (low, high]; 0 when no paragraph ends there or the next one opens with closing punctuation."""
-    if not ends_paragraph(text, line):
+    if text[line - 1] not in SENTENCE_MARKS and not ends_paragraph(text, line):
         return 0
-    end = after_blank(text, line, high)
+    end = line + 1
+    if end < high and text[end].isspace():
+        end = after_blank(text, line, high)
     return end if end > low and may_open(text, end) else 0
 
 
@@ -330,11 +332,11 @@ def _abbreviated(text: str, dot: int, spaced: bool) -> bool:
     previous = text[dot - 1 : dot]
     if previous >= _FIRST_CJK:
         return False
-    if not spaced:
-        return True  # "3.节" is a number, "Inc.的" a name
     found = _LATIN_WORD.search(text, max(0, dot - _WORD_BEFORE), dot)
     if found is None:
         return False
+    if not spaced and not (found[0].isalpha() and found[0].islower() and len(found[0]) > 3):
+        return True  # Chinese behind it: "3.节" is a number, "Inc.的" a name
     word = found[0].lower()
     if _list_number(text, dot):
         return True
@@ -355,9 +357,9 @@ def _list_number(text: str, dot: int) -> bool:
 
 def _clause_end(text: str, match: Match[str]) -> int:
     end = match.end()
-    if end < len(text) and text[end - 1] < _FIRST_CJK and text[end].isalnum():
-        if text[end] < _FIRST_CJK:
-            return 0  # 10,000 or a:b
+    after = text[end : end + 1]
+    if text[end - 1] < _FIRST_CJK and after < _FIRST_CJK and after.isalnum():
+        return 0  # 10,000 or a:b
     return _opening(text, match)
 
 

@@ -125,13 +125,13 @@ class Tokens(Characters):
     def reach(self, text: str, start: int, end: int) -> int:
         fits, fails = start, end + 1
         guess = start + max(1, int(self.size * self.ratio))
-        for _ in range(40):
+        while fails - fits > 1:
             guess = min(max(guess, fits + 1), fails - 1)
             tokens = self.count(text[start:guess])
             if tokens <= self.size:
                 fits = guess
                 # Closer than this is not worth another count.
-                if guess + 1 == fails or tokens >= 0.95 * self.size:
+                if tokens >= 0.95 * self.size:
                     break
                 guess = start + int((guess - start) * min(2.0, self.size / max(tokens, 1)) * 0.99)
             else:
@@ -142,11 +142,9 @@ class Tokens(Characters):
                         f" {self.size}",
                         hint="raise max_tokens",
                     )
-                if fails - fits == 1:
-                    break
                 guess = start + int((guess - start) * min(0.97, self.size / tokens))
         self.ratio = 0.5 * self.ratio + 0.5 * (fits - start) / self.size
-        return max(fits, start + 1)
+        return fits
 
     def kept(self, text: str, start: int, end: int) -> bool:
         # A token is at least a byte nearly always; what is far too long is not counted at all.

@@ -12,15 +12,15 @@ from khaosz.rag import sentence
 _PARAGRAPH_FROM = 0.05  # a paragraph is kept apart however short the chunk, but for a scrap of one
 _REST_FROM = 0.2  # a longer remainder of a cut paragraph is a chunk, and nothing is added to it
 _SENTENCE_FROM = 0.3  # a line's end before this is taken first
+# Characters: a long sentence that would leave more than this of the chunk empty is cut at a clause.
+_NO_LOSS = 120
 _TITLE = 80  # characters of a line that may be a title, if no mark ends it
-_LOSS = 80
-def FULL(text,low,high): return 0
 
 
 def last_prose_cut(text: str, start: int, low: int, high: int) -> int:
     """The best place in (low, high] to end the chunk of prose that opens at `start`."""
     span = high - start
-    if start and text[start - 1] != "\n":
+    if low and text[low - 1] != "\n":
         # What is left of a long paragraph reads better alone than with half of the next one.
         end = _first_paragraph_end(text, max(low, start + int(span * _REST_FROM)), high)
         if end:
@@ -29,12 +29,12 @@ def last_prose_cut(text: str, start: int, low: int, high: int) -> int:
     end = _last_paragraph_end(text, floor, high) or _last_record_end(text, floor, high)
     if end:
         return end
-    full = max(low, high - _LOSS)
+    late = max(low, high - _NO_LOSS)
     middle = max(low, start + int(span * _SENTENCE_FROM))
     return (
-        sentence.last_sentence_end(text, full, high)
-        or FULL(text, full, high)
-        or sentence.last_sentence_end(text, middle, full)
+        sentence.last_sentence_end(text, late, high)
+        or sentence.last_clause_end(text, late, high)
+        or sentence.last_sentence_end(text, middle, late)
         or sentence.last_line_end(text, middle, high)
         or sentence.last_sentence_end(text, low, middle)
         or sentence.last_clause_end(text, middle, high)
@@ -59,13 +59,13 @@ def _last_paragraph_end(text: str, low: int, high: int) -> int:
     line = text.rfind("\n", low, high)
     while line >= 0:
         end = sentence.paragraph_end(text, line, low, high)
-        if end > low and text[line - 1] in sentence.PARAGRAPH_MARKS:
+        if end > low and text[line - 1] in sentence.SENTENCE_MARKS:
             return end
         content = line
         while content > low and text[content - 1].isspace():
             content -= 1
         if end > low:
-            # A title goes with what it is the title of; three in a row are a list.
+            # A title and "as follows:" go with what follows; three such lines are a list.
             if titles == 2 or not _is_title(text, low, content):
                 return kept or end
             titles += 1
@@ -75,6 +75,8 @@ def _last_paragraph_end(text: str, low: int, high: int) -> int:
 
 
 def _is_title(text: str, low: int, content: int) -> bool:
+    if text[content - 1] in ":：":
+        return True
     if text[content - 1] in sentence.LINE_ENDS:
         return False
     above = text.rfind("\n", max(low, content - _TITLE), content)

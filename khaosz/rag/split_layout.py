@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from re import Match
 
 _MARKED_LINE = re.compile(
-    r"""\n(?:
+    r"""\n(?=[ \t\u3000\#`~=|第-])(?:
         [ ]{0,3}(?P<atx>\#{1,6})(?:[ \t]+(?P<title>[^\n]*+))?+(?=\n|\Z)
       | [ ]{0,3}(?P<fence>`{3,}+|~{3,}+)(?P<info>[^\n]*+)
       | [ ]{0,3}(?P<rule>=++|-++)[ \t]*+(?=\n|\Z)
@@ -32,7 +32,8 @@ class Layout:
     """What was found, in order of position; all positions are in characters.
 
     `starts[i]` is where the section opens that stands under the headings `paths[i]`; the first is
-    0. `bare[i]`: nothing stands between its heading and the next. `blocks` are the code blocks and tables as (start, end), apart from each other.
+    0. `bare[i]`: nothing stands between its heading and the next. `blocks` are
+    the code blocks and tables as (start, end), apart from each other.
     """
 
     starts: list[int] = field(default_factory=lambda: [0])
