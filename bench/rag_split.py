@@ -10,7 +10,8 @@ all are run:
 
 Speed: documents of the demo corpus, one call each, MB of UTF-8. A cut is at a
 sentence when the text before it ends with a sentence mark and its closers, and clean when it is at
-one or at the end of a line: of a title, a verse, an item or a row. A document's last chunk is no cut.
+one or at the end of a line: of a title, a verse, an item or a row. A document's last chunk is no
+cut.
 Evidence: the three corpora of Chroma's chunking evaluation that lie in shared/data/chunking, cap
 800 characters, Okapi BM25 over all chunks, top five; recall and IoU of characters as they define
 them (Smith and Troynikov, 2024, "Evaluating Chunking Strategies for Retrieval").

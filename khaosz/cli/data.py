@@ -57,6 +57,37 @@ def data_get(
     typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.eval}")
 
 
+@data_app.command("from-docs")
+def data_from_docs(
+    paths: Annotated[list[Path], typer.Argument(help="Documents and folders of them.")],
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
+    max_chars: Annotated[int, typer.Option(help="Characters of a record at most.")] = 4000,
+    as_json: Json = False,
+) -> None:
+    """Cut documents (PDF, DOCX, HTML, Markdown, ...) into texts to train on."""
+    import json
+
+    from khaosz.data.atomic import write_atomic
+    from khaosz.errors import DataError
+    from khaosz.rag import StructureSplitter
+    from khaosz.rag.load import Problem
+    from khaosz.rag.records import text_records
+
+    problems: list[Problem] = []
+    records = list(text_records(paths, StructureSplitter(max_chars=max_chars), problems.append))
+    for problem in problems:
+        typer.echo(f"  {problem.path}: {problem.message}", err=True)
+    if not records:
+        raise DataError(f"no text in {', '.join(map(str, paths))}")
+    lines = (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    try:
+        write_atomic(out, lines)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}") from error
+    values = {"records": len(records), "not_read": len(problems), "out": str(out)}
+    answer(as_json, values, f"{len(records):,} texts, {len(problems):,} files not read; {out}")
+
+
 @data_app.command("prepare")
 def data_prepare(
     inputs: Annotated[list[Path], typer.Argument(help="Files, directories or globs.")],

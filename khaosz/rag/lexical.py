@@ -39,9 +39,7 @@ def lexical_search(
     if not frequency:
         return []
     total = max(store.chunk_count, 1)
-    weight = {
-        term: wanted[term] * _weight(term, count, total) for term, count in frequency.items()
-    }
+    weight = {term: wanted[term] * _weight(term, count, total) for term, count in frequency.items()}
     candidates = _candidates(store, frequency, weight, max(CANDIDATES, limit), allowed)
     average = max(store.term_count / total, 1.0)
     scored = []

@@ -42,96 +42,17 @@ _FIRST_CJK = "\u2e80"
 _WRAPPED, _WRAPPED_CJK = 40, 25  # characters of a line that may have been wrapped
 _WORD_BEFORE = 14  # characters looked at for an abbreviation, longer than any of them
 
-_ABBREVIATIONS = frozenset(
-    [
-        "adm",
-        "al",
-        "approx",
-        "apr",
-        "art",
-        "assn",
-        "aug",
-        "ave",
-        "bros",
-        "ca",
-        "capt",
-        "cf",
-        "ch",
-        "chap",
-        "cmdr",
-        "co",
-        "col",
-        "comm",
-        "corp",
-        "dec",
-        "dept",
-        "dr",
-        "ed",
-        "eds",
-        "eq",
-        "eqs",
-        "esp",
-        "est",
-        "etc",
-        "ex",
-        "fig",
-        "figs",
-        "feb",
-        "fr",
-        "gen",
-        "gov",
-        "hon",
-        "inc",
-        "int",
-        "jan",
-        "jr",
-        "jul",
-        "jun",
-        "lt",
-        "ltd",
-        "mar",
-        "max",
-        "messrs",
-        "min",
-        "misc",
-        "mr",
-        "mrs",
-        "ms",
-        "mt",
-        "mts",
-        "no",
-        "nos",
-        "nov",
-        "oct",
-        "op",
-        "pp",
-        "pl",
-        "pres",
-        "prof",
-        "pt",
-        "pub",
-        "ref",
-        "refs",
-        "rep",
-        "resp",
-        "rev",
-        "sec",
-        "sen",
-        "sep",
-        "sept",
-        "sgt",
-        "sr",
-        "st",
-        "ste",
-        "suppl",
-        "tab",
-        "univ",
-        "viz",
-        "vol",
-        "vols",
-        "vs",
-    ]
-)
+_ABBREVIATIONS = frozenset((
+    "adm", "al", "approx", "assn", "ave", "bros", "ca", "capt", "cf", "cmdr", "co", "corp", "dept",
+    "dr", "ed", "eds", "esp", "est", "fr", "gen", "gov", "hon", "inc", "jr", "lt", "ltd", "messrs",
+    "mr", "mrs", "ms", "mt", "pres", "prof", "rep", "resp", "rev", "sen", "sgt", "sr", "st", "ste",
+    "univ", "viz", "vs",
+))  # fmt: skip
+_BEFORE_NUMBERS = frozenset((
+    "app", "apr", "art", "aug", "ch", "chap", "col", "dec", "eq", "eqs", "ex", "feb", "fig", "figs",
+    "jan", "jul", "jun", "mar", "max", "min", "no", "nos", "nov", "oct", "op", "pl", "pp", "pt",
+    "ref", "refs", "sec", "sep", "sept", "suppl", "tab", "vol", "vols",
+))  # fmt: skip
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
@@ -342,6 +263,8 @@ def _abbreviated(text: str, dot: int, spaced: bool) -> bool:
         return True
     if word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()):
         return True
+    if word in _BEFORE_NUMBERS:
+        return text[dot + 2 : dot + 3].isdigit()
     return "." in word and all(len(part) <= 1 for part in word.split("."))
 
 

@@ -66,8 +66,10 @@ def _last_paragraph_end(text: str, low: int, high: int) -> int:
             content -= 1
         if end > low:
             # A title and "as follows:" go with what follows; three such lines are a list.
-            if titles == 2 or not _is_title(text, low, content):
-                return kept or end
+            if not _is_title(text, low, content):
+                return end
+            if titles == 2:
+                return kept
             titles += 1
             kept = kept or end
         line = text.rfind("\n", low, content)

@@ -11,7 +11,8 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -100,10 +101,15 @@ def calibrate(
     dtype = torch.float32 if config.dtype != "bf16" else torch.bfloat16
     eager: dict[torch.dtype, float] = {}
     if config.dtype == "auto":
+        able: list[tuple[torch.dtype, Compute]] = []
         for candidate in (torch.float32, torch.bfloat16):
             with contextlib.suppress(RuntimeError):  # a device without bf16 kernels says so
                 compute = _compute(model, config, candidate, False)
-                eager[candidate] = _micro_seconds(model, strategy, compute, batches[0], parallel)
+                _least_seconds(model, strategy, [(None, compute)], batches[0], parallel, rounds=1)
+                able.append((candidate, compute))
+        plain = [(None, compute) for _, compute in able]
+        seconds_of = _least_seconds(model, strategy, plain, batches[0], parallel)
+        eager = {name: s for (name, _), s in zip(able, seconds_of, strict=True)}
         dtype = min(eager, key=lambda name: eager[name])
         shown = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
         reasons.append(f"dtype {_name(dtype)}: a forward and backward takes {shown}")
@@ -120,9 +126,7 @@ def calibrate(
             reasons.append("not compiled: the run is too short for it to pay")
         else:
             console.print("  [dim]compiling (once; cached for the next run)[/dim]")
-            compiled, reason = _try_compiled(
-                model, config, strategy, dtype, eager, batches, parallel
-            )
+            compiled, reason = _try_compiled(model, config, strategy, dtype, batches[0], parallel)
             reasons.append(reason)
 
     compute = _compute(model, config, dtype, compiled)
@@ -152,22 +156,20 @@ def _try_compiled(
     config: TrainConfig,
     strategy: Strategy,
     dtype: torch.dtype,
-    eager: dict[torch.dtype, float],
-    batches: list[Batch],
+    batch: Batch,
     parallel: ParallelContext,
 ) -> tuple[bool, str]:
-    plain = eager.get(dtype)
-    if plain is None:
-        compute = _compute(model, config, dtype, False)
-        plain = _micro_seconds(model, strategy, compute, batches[0], parallel)
+    eager = _compute(model, config, dtype, False)
     compute = _compute(model, config, dtype, True)
+    candidates = [(None, eager), (model.compiled_blocks, compute)]
     started = time.perf_counter()
     try:
-        fast = _micro_seconds(model, strategy, compute, batches[0], parallel)
+        _least_seconds(model, strategy, candidates[1:], batch, parallel, rounds=1)
+        took = time.perf_counter() - started
+        plain, fast = _least_seconds(model, strategy, candidates, batch, parallel)
     except (RuntimeError, OSError) as error:  # dynamo and inductor raise subclasses of RuntimeError
         first = str(error).strip().splitlines()[0][:100]
         return False, f"not compiled: the compiler failed ({first})"
-    took = time.perf_counter() - started
     gain = plain / fast
     if gain < 1.03:
         return False, f"not compiled: it gains {gain - 1:+.0%} here"
@@ -185,20 +187,25 @@ def _compute(
     return Compute(dtype, config.loss_chunk, inner)
 
 
-def _micro_seconds(
+def _least_seconds(
     model: Transformer,
     strategy: Strategy,
-    compute: Compute,
+    candidates: Sequence[tuple[Any, Compute]],
     batch: Batch,
     parallel: ParallelContext,
-) -> float:
-    module = LossModule(model.train(), strategy, compute)
-
-    def once() -> None:
-        module(batch).backward()
-        model.zero_grad(set_to_none=True)
-
-    return _median_seconds(once, parallel, warmups=2, runs=3)
+    rounds: int = 4,
+) -> list[float]:
+    """The least that a forward and backward takes with each, compiled blocks and compute, in turn:
+    work beside us slows rounds, and never one candidate alone."""
+    modules = [LossModule(model.train(), strategy, compute) for _, compute in candidates]
+    seconds: list[list[float]] = [[] for _ in candidates]
+    for _ in range(rounds):
+        for (blocks, _), module, own in zip(candidates, modules, seconds, strict=True):
+            model.compiled_blocks = blocks
+            with _timed(parallel, own):
+                module(batch).backward()
+            model.zero_grad(set_to_none=True)
+    return [min(own) for own in seconds]
 
 
 def _step_seconds(
@@ -225,18 +232,11 @@ def _step_seconds(
         model.zero_grad(set_to_none=True)
 
     runs = 5 if config.max_minutes is not None else 1
-    return _median_seconds(once, parallel, warmups=1, runs=runs)
-
-
-def _median_seconds(
-    run: Callable[[], None], parallel: ParallelContext, *, warmups: int, runs: int
-) -> float:
-    for _ in range(warmups):
-        run()
+    once()
     seconds: list[float] = []
     for _ in range(runs):
         with _timed(parallel, seconds):
-            run()
+            once()
     return statistics.median(seconds)
 
 

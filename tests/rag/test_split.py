@@ -17,7 +17,8 @@ from khaosz.rag.split_layout import find_layout
 # Everything the splitter treats specially, so that random texts are full of it.
 _PIECES = st.sampled_from(
     [
-        *"ab7 \n\t\r#|`~=-.,!?;:\"'()”“。！？；…，、」「）（\u3000第章\u0301\u200d🚀👩🏽🇨🇳\ud83d\ude00",
+        *"ab7 \n\t\r#|`~=-.,!?;:\"'()”“。！？；…，、」「）（\u3000第章",
+        *"\u0301\u200d🚀👩🏽🇨🇳\ud83d\ude00",
         "\n\n", "\r\n", "\n# ", "\n## ab\n", "\n```\n", "\n| a | b |", "\n- ", "\n1. ", "ab ab. ",
         "中文。", "\n第三章 总则\n", "Dr. ", "e.g. ", "U.S. ", "3.14", "\n---\n", "\n===\n", "……",
     ]
@@ -145,27 +146,30 @@ def _blank_runs(text: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "marked",  # a bar stands where a sentence ends
     [
-        ("他来了。她走了！真的吗？是的；好……嗯", ["他来了。", "她走了！", "真的吗？", "是的；", "好……", "嗯"]),
-        ("他说：“走吧。”然后走了。", ["他说：“走吧。”", "然后走了。"]),
-        ("（见下。）再看『此处！』」完。", ["（见下。）", "再看『此处！』」", "完。"]),
-        ('他说"好。"又说"不。""行！"', ['他说"好。"', '又说"不。"', '"行！"']),
-        ("Dr. Smith met Mr. J. Doe. They left.", ["Dr. Smith met Mr. J. Doe. ", "They left."]),
-        ("Use it, e.g. Here. In the U.S. Senate too.", ["Use it, e.g. Here. ", "In the U.S. Senate too."]),
-        ("It is 3.14. Version 2.0.1 is out! Yes.", ["It is 3.14. ", "Version 2.0.1 is out! ", "Yes."]),
-        ('"Who?" he said. "Me."  Then (so.) We', ['"Who?" he said. ', '"Me."  ', "Then (so.) ", "We"]),
-        ("用 Python 3.11 写。See Fig. 3 for it. 好的", ["用 Python 3.11 写。", "See Fig. 3 for it. ", "好的"]),
-        ("1. Open it.\n2. Close it.", ["1. Open it.\n", "2. Close it."]),
-        ("访问 example.com。谢谢", ["访问 example.com。", "谢谢"]),
-        ("A line of text that has been wrapped by hand at\nseventy columns. Next.",
-         ["A line of text that has been wrapped by hand at\nseventy columns. ", "Next."]),
-        ("标题\n正文一。\n\n正文二", ["标题\n", "正文一。\n\n", "正文二"]),
-        ("", []),
-        ("  \n ", ["  \n "]),
+        "他来了。¦她走了！¦真的吗？¦是的；¦好……¦嗯",
+        "他说：“走吧。”¦然后走了。",
+        "（见下。）¦再看『此处！』」¦完。",
+        '他说"好。"¦又说"不。"¦"行！"',
+        "Dr. Smith met Mr. J. Doe. ¦They left.",
+        "Use it, e.g. Here. ¦In the U.S. Senate too.",
+        "It is 3.14. ¦Version 2.0.1 is out! ¦Yes.",
+        '"Who?" he said. ¦"Me."  ¦Then (so.) ¦We',
+        "用 Python 3.11 写。¦See Fig. 3 for it. ¦好的",
+        "访问 example.com。¦谢谢 Acme Inc.的人。¦It works well.¦好的",
+        "See No. 5 and vol. 3 of it. ¦He said no. ¦Then etc. ¦Done.",
+        "1. Open it.\n¦2. Close it.",
+        "A line of text that has been wrapped by hand at\nseventy columns. ¦Next.",
+        "标题\n¦正文一。\n\n¦正文二",
+        r"He wrote it.\n\n¦2. Then he left.\n¦See \nabla.",
+        "",
+        "  \n ",
     ],
-)  # fmt: skip
-def test_sentences(text: str, expected: list[str]) -> None:
+)
+def test_sentences(marked: str) -> None:
+    text = marked.replace("¦", "")
+    expected = marked.split("¦") if text else []
     assert [text[start:end] for start, end in sentence_spans(text)] == expected
 
 
@@ -206,6 +210,40 @@ def test_lists_are_cut_between_items() -> None:
     assert texts(text, 36) == ["Bring\n- a rope of ten metres\n", "- a lamp, with oil\n- bread"]
 
 
+def test_a_title_and_a_line_with_a_colon_go_with_what_follows() -> None:
+    assert texts("One is short. Two.\n\nA Title\n\nThree. Four goes on.", 34) == [
+        "One is short. Two.\n\n",
+        "A Title\n\nThree. Four goes on.",
+    ]
+    assert texts("春天来了。\n步骤如下：\n先洗手。再吃饭。", 16) == [
+        "春天来了。\n",
+        "步骤如下：\n先洗手。再吃饭。",
+    ]
+
+
+def test_the_rest_of_a_long_paragraph_is_not_filled_up() -> None:
+    long = "Aaa bbb ccc ddd. Eee fff ggg hhh. Iii jjj kkk.\n"
+    assert texts(long + "Lll.\nMmm.\n" * 3, 40) == [
+        "Aaa bbb ccc ddd. Eee fff ggg hhh. ",
+        "Iii jjj kkk.\n",
+        "Lll.\nMmm.\n" * 3,
+    ]
+
+
+def test_a_long_sentence_is_cut_at_a_clause_where_too_much_would_stay_empty() -> None:
+    text = "It is so. " * 5 + "word " * 40 + "end, " + "word " * 40
+    assert texts(text, 300)[0].endswith("end, ")
+    assert texts("It is so. " * 15 + "word, " * 40, 250)[0].endswith("so. ")
+
+
+def test_dumped_records_are_cut_between_objects_and_at_escaped_blank_lines() -> None:
+    text = "[{'role': 'user', 'text': 'Hi. Now'}, {'role': 'x', 'text': 'Yes. One'}, {'role': 'y'}]"
+    assert texts(text, 50)[0] == "[{'role': 'user', 'text': 'Hi. Now'}, "
+    assert texts(r"{'text': 'One thing\n\nTwo. Three things and four'", 40)[0] == (
+        r"{'text': 'One thing\n\n"
+    )
+
+
 def test_code_that_fits_is_kept_whole_and_else_cut_between_lines() -> None:
     code = "```python\nx = 1. \ny = 2\n```\n"
     assert texts("Some words come first.\n" + code + "After.", 30)[1] == code
@@ -228,7 +266,8 @@ def test_what_looks_like_a_heading_in_code_is_none() -> None:
 
 
 def test_headings_of_every_kind_make_paths() -> None:
-    text = "Intro.\n\nTitle\n=====\n\nText.\n\n## Part ##\n\nText.\n\n### Deep\n\nText.\n\n## Other\nEnd."
+    text = "Intro.\n\nTitle\n=====\n\nText.\n\n## Part ##\n\nText.\n\n### Deep\n\nText.\n\n"
+    text += "## Other\nEnd."
     layout = find_layout(text)
     assert layout is not None
     assert layout.paths == [
@@ -277,9 +316,10 @@ def test_trailing_blank_lines_go_with_the_text_before() -> None:
 # -- time in proportion to the length ------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "unit", list('a .\n"#。”-`|~=第\u0301') + ["\r\n", "“”", "Dr. ", "a,", "\n#"]
-)
+_HOSTILE = [*'a .\n"#。”-`|~=第\u0301…', "\r\n", "“”", "Dr. ", "a,", "\n#", "a\n", "\n|a", "}, {"]
+
+
+@pytest.mark.parametrize("unit", _HOSTILE)
 def test_hostile_texts_of_a_million_characters(unit: str) -> None:
     # Quadratic time would be hours here.
     text = unit * (1_000_000 // len(unit))
