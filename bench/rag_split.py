@@ -42,8 +42,9 @@ from typing import Any
 from bench.machine import as_markdown, describe
 
 _ROOT = Path(__file__).resolve().parent.parent
-_CORPUS = _ROOT.parent / "shared/data/corpus/train.jsonl.zst"
-_EVIDENCE = _ROOT.parent / "shared/data/chunking"
+_SHARED = Path(os.environ.get("KHAOSZ_SHARED", _ROOT.parent / "shared")) / "data"
+_CORPUS = _SHARED / "corpus/train.jsonl.zst"
+_EVIDENCE = _SHARED / "chunking"
 _CAPS = {"zh": 300, "en": 1000}
 _PARTS = ("speed", "evidence", "semantic")
 

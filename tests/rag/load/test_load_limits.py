@@ -104,9 +104,9 @@ def test_a_file_that_swells_is_a_problem_and_the_others_load(tmp_path: Path) -> 
 @linux
 def test_python_code_that_swells_is_told_as_memory(tmp_path: Path) -> None:
     pytest.importorskip("mammoth")
-    path = write_docx(tmp_path / "a.docx", "".join(word(f"{n * n:x}") for n in range(12_000)))
-    with WorkerPool(Limits(memory_bytes=150 << 20)) as pool:
-        with pytest.raises(DataError, match="needs more than 150 MB of memory"):
+    path = write_docx(tmp_path / "a.docx", "".join(word(f"{n * n:x}") for n in range(20_000)))
+    with WorkerPool(Limits(memory_bytes=80 << 20)) as pool:
+        with pytest.raises(DataError, match="needs more than 80 MB of memory"):
             pool.submit(Found(path, path.name, "docx")).result()
         assert not pool.processes  # its heap is full, and its limit was lifted for the answer
     assert load_one(path).text.startswith("0\n\n1\n\n4\n\n9")
