@@ -97,15 +97,20 @@ def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_othe
             assert (
                 all(c in CLOSING or c.isspace() for c in window[space:])
                 or (chunk.start in starts)
+                or text[chunk.start - 1] == "\n"  # the line begins so
                 or not _other_place(text, before.start, size)
             ), (before, chunk)
 
 
 def _other_place(text: str, start: int, size: int) -> bool:
-    """Whether some cut within the budget leaves text before it and no closing mark behind it."""
+    """Whether some cut within the budget leaves text on both sides and no closing mark behind."""
     places = range(start + 1, min(start + size, len(text) - 1) + 1)
     return any(
-        text[start:at].strip() and text[at] not in CLOSING and _whole(text, at) for at in places
+        text[start:at].strip()
+        and text[at:].strip()
+        and text[at] not in CLOSING
+        and _whole(text, at)
+        for at in places
     )
 
 
