@@ -98,16 +98,17 @@ def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_othe
                 all(c in CLOSING or c.isspace() for c in window[space:])
                 or (chunk.start in starts)
                 or text[chunk.start - 1] == "\n"  # the line begins so
-                or not _other_place(text, before.start, size)
+                or not _other_place(text, before.start, size, starts)
             ), (before, chunk)
 
 
-def _other_place(text: str, start: int, size: int) -> bool:
-    """Whether some cut within the budget leaves text on both sides and no closing mark behind."""
+def _other_place(text: str, start: int, size: int, starts: set[int]) -> bool:
+    """Whether some cut within the budget leaves text on both sides, on the right before the next
+    section, and no closing mark behind it."""
     places = range(start + 1, min(start + size, len(text) - 1) + 1)
     return any(
         text[start:at].strip()
-        and text[at:].strip()
+        and text[at : min((s for s in starts if s > at), default=len(text))].strip()
         and text[at] not in CLOSING
         and _whole(text, at)
         for at in places
