@@ -59,7 +59,7 @@ Split = Callable[[str], list[str]]
 
 
 def _khaosz(cap: int) -> Split:
-    from khaosz.rag.split import StructureSplitter
+    from khaosz.rag.split.structure import StructureSplitter
 
     splitter = StructureSplitter(max_chars=cap)
     return lambda text: [chunk.text for chunk in splitter.split(text)]
@@ -282,7 +282,7 @@ def spliced(language: str, count: int, seed: int = 0) -> list[tuple[str, list[in
     """Documents of 4 to 8 passages of 3 to 8 sentences, each of another document, and where the
     later passages open. Nothing but a space, in Chinese nothing at all, stands between sentences.
     """
-    from khaosz.rag.sentence import sentence_spans
+    from khaosz.rag.split.sentence import sentence_spans
 
     generator = random.Random(seed)
     passages = []
@@ -336,7 +336,7 @@ def embedder() -> Embed:
 
 
 def _khaosz_semantic(embed: Embed, language: str) -> Split:
-    from khaosz.rag.semantic import SemanticSplitter
+    from khaosz.rag.split.semantic import SemanticSplitter
 
     splitter = SemanticSplitter(embed, max_chars=4000, min_chars=0)
     return lambda text: [chunk.text for chunk in splitter.split(text)]

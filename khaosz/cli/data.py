@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,18 +75,26 @@ def data_from_docs(
     from khaosz.rag.records import text_records
 
     problems: list[Problem] = []
-    records = list(text_records(paths, StructureSplitter(max_chars=max_chars), problems.append))
-    for problem in problems:
-        typer.echo(f"  {problem.path}: {problem.message}", err=True)
-    if not records:
-        raise DataError(f"no text in {', '.join(map(str, paths))}")
-    lines = (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        splitter = StructureSplitter(max_chars=max_chars)
+        for record in text_records(paths, splitter, problems.append):
+            count += 1
+            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        if not count:  # before `out` is replaced
+            raise DataError(f"no text in {', '.join(map(str, paths))}")
+
     try:
-        write_atomic(out, lines)
+        write_atomic(out, lines())
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror}") from error
-    values = {"records": len(records), "not_read": len(problems), "out": str(out)}
-    answer(as_json, values, f"{len(records):,} texts, {len(problems):,} files not read; {out}")
+    finally:
+        for problem in problems:
+            typer.echo(f"  {problem.path}: {problem.message}", err=True)
+    values = {"records": count, "not_read": len(problems), "out": str(out)}
+    answer(as_json, values, f"{count:,} texts, {len(problems):,} files not read; {out}")
 
 
 @data_app.command("prepare")

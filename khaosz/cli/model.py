@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from khaosz.cli.output import Device, Json, answer, chosen_device, print_json, progress_console
+from khaosz.cli.output import (
+    Device,
+    Json,
+    answer,
+    chosen_device,
+    default_model,
+    print_json,
+    progress_console,
+)
 
 model_app = typer.Typer()
 bench_app = typer.Typer(help="Time a model on this machine.", no_args_is_help=True)
@@ -108,7 +116,7 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    directory = model or _default_model()
+    directory = model or default_model()
     converse(
         Generator.from_directory(directory, device=chosen_device(device)),
         params,
@@ -209,18 +217,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-
-
-def _default_model() -> Path:
-    """The newest model trained here, else the newest pulled, else say how to get one."""
-    from khaosz.errors import ModelError
-    from khaosz.inference.chat import newest_model
-    from khaosz.interop.pull import pulled_models
-
-    try:
-        return newest_model(Path("runs"))
-    except ModelError:
-        found = pulled_models()
-        if found:
-            return found[0]
-        raise

@@ -13,6 +13,7 @@ from khaosz.cli.output import (
     Json,
     answer,
     chosen_device,
+    default_model,
     one_of,
     print_json,
     progress_console,
@@ -21,8 +22,8 @@ from khaosz.cli.output import (
 if TYPE_CHECKING:
     from khaosz.rag.knowledge_base import AddReport, KnowledgeBase
     from khaosz.rag.retrieve import Mode as RetrievalMode
-    from khaosz.rag.semantic import SemanticSplitter
-    from khaosz.rag.split import StructureSplitter
+    from khaosz.rag.split.semantic import SemanticSplitter
+    from khaosz.rag.split.structure import StructureSplitter
 
 rag_app = typer.Typer(help="Your documents: add, search, ask.", no_args_is_help=True)
 
@@ -209,8 +210,11 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to answer.")],
     kb: Base = KB,
     model: Annotated[
-        str, typer.Option(help="Model directory, .gguf file or http://host/v1#model.")
-    ] = "runs/demo/dpo/last",
+        str | None,
+        typer.Option(
+            help="Model directory, .gguf file or http://host/v1#model; default: as for chat."
+        ),
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Passages at most.")] = 5,
     mode: Mode = None,
     collection: Collection = None,
@@ -232,7 +236,7 @@ def ask(
         reply = ask_base(
             base,
             question,
-            lambda: open_chat_model(model, device=chosen_device(device)),
+            lambda: open_chat_model(model or str(default_model()), device=chosen_device(device)),
             k=k,
             mode=_mode(mode),
             collection=collection,

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from khaosz.rag.knowledge_base import KnowledgeBase
-    from khaosz.rag.semantic import SemanticSplitter
-    from khaosz.rag.split import Chunk, StructureSplitter
+    from khaosz.rag.split.semantic import SemanticSplitter
+    from khaosz.rag.split.structure import Chunk, StructureSplitter
 
 _HOMES = {
-    "Chunk": "khaosz.rag.split",
+    "Chunk": "khaosz.rag.split.structure",
     "KnowledgeBase": "khaosz.rag.knowledge_base",
-    "SemanticSplitter": "khaosz.rag.semantic",
-    "StructureSplitter": "khaosz.rag.split",
+    "SemanticSplitter": "khaosz.rag.split.semantic",
+    "StructureSplitter": "khaosz.rag.split.structure",
 }
 
 __all__ = ["Chunk", "KnowledgeBase", "SemanticSplitter", "StructureSplitter"]

@@ -13,7 +13,6 @@ from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
 from khaosz.rag.retrieve import Hit, Mode, Reranker, merge_neighbours
 
 GOOD_COVERAGE = 0.25  # of the question's weight in terms, in the best passage
-GOOD_COSINE = 0.82  # of multilingual-e5-small, whose unrelated texts come to .70 to .80
 _MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
 _BEGUN = re.compile(r"[\[【][\d\s,，、]*$")  # what may still become a marker
 _LONGEST = 24  # characters of one: a bracket with more digits is text
@@ -130,11 +129,12 @@ def ask(
 
 def good(base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
     """Whether any hit is about the question: it holds enough of its weight in words, or lies near
-    enough in meaning."""
-    for hit in hits:
-        leg = hit.legs.get("dense")
-        if leg is not None and leg.score >= GOOD_COSINE:
-            return True
+    enough in meaning, if its embedder's cosines can tell."""
+    dense = [hit.legs["dense"].score for hit in hits if "dense" in hit.legs]
+    embedder = base.embedder() if dense else None
+    near = embedder.good_cosine if embedder is not None else None
+    if near is not None and max(dense) >= near:
+        return True
     return bool(hits) and max(coverage(base.store, query, hits)) >= GOOD_COVERAGE
 
 

@@ -22,7 +22,7 @@ class ChatModel(Protocol):
     context: int  # tokens of prompt and answer together
 
     def count(self, messages: Messages) -> int:
-        """Tokens of a prompt, or a bound on them."""
+        """Tokens of a prompt."""
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
         """Pieces of an answer."""
@@ -49,12 +49,12 @@ class LocalModel:
 class HttpModel:
     """`/chat/completions` of any OpenAI-compatible server; a key comes from `OPENAI_API_KEY`.
 
-    Its tokenizer is not known here, so `count` is a bound: a token has at least one byte, and
-    Chinese and English come to three bytes or more on average. Raises `ModelError` when the server
-    cannot be reached or answers otherwise.
+    Its tokenizer is not known here, so `count` is an estimate, too high for the vocabularies of
+    today, not for one that spells Chinese in bytes. Raises `ModelError` when the server cannot be
+    reached or answers otherwise.
     """
 
-    _BYTES_PER_TOKEN = 3
+    _BYTES_PER_TOKEN = 2
     _SECONDS = 300
 
     def __init__(self, url: str, model: str, *, context: int = 4096) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +15,12 @@ from khaosz.errors import ConfigError, DataError
 from khaosz.rag.embed import Embedder, open_embedder
 from khaosz.rag.load import Document, Problem, Source, load_paths
 from khaosz.rag.retrieve import Hit, Mode, Reranker, search
-from khaosz.rag.split import StructureSplitter
+from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store, StoredDocument
 from khaosz.rag.vectors import VectorIndex, open_index
 
 if TYPE_CHECKING:
-    from khaosz.rag.semantic import SemanticSplitter
+    from khaosz.rag.split.semantic import SemanticSplitter
 
 DEFAULT_COLLECTION = "default"
 _FILES = 64  # written in one transaction, at most
@@ -109,12 +110,10 @@ class KnowledgeBase:
         report = AddReport()
         roots = [Path(path).resolve() for path in paths]
 
-        def unchanged(path: Path, stat: object) -> bool:
+        def unchanged(path: Path, stat: os.stat_result) -> bool:
             known = self.store.source(collection, str(path))
-            same = known is not None and (known.size, known.mtime_ns) == (
-                getattr(stat, "st_size"),  # noqa: B009 - os.stat_result
-                getattr(stat, "st_mtime_ns"),  # noqa: B009
-            )
+            now = stat.st_size, stat.st_mtime_ns
+            same = known is not None and (known.size, known.mtime_ns) == now
             report.unchanged += same
             return same
 
@@ -147,8 +146,12 @@ class KnowledgeBase:
             same = known is not None and known.sha256 == file.sha256
             made = None if same else [self._split(document) for document in documents]
             prepared.append((file, known, made))
-        self._embed([d for _, _, made in prepared for d in made or ()])
         embedder = self.embedder()
+        if embedder is not None:
+            prepared = [
+                (file, known, made and [self._embedded(embedder, d) for d in made])
+                for file, known, made in prepared
+            ]
         with self.store.writing():
             if embedder is not None:
                 self.store.set("embedder", embedder.name)
@@ -178,16 +181,13 @@ class KnowledgeBase:
             *(document.pages, document.metadata),
         )
 
-    def _embed(self, documents: Sequence[NewDocument]) -> None:
-        embedder = self.embedder()
-        if embedder is None:
-            return
-        places = [(d, i) for d in documents for i in range(len(d.chunks))]
-        for first in range(0, len(places), _EMBEDDED):
-            some = places[first : first + _EMBEDDED]
-            vectors = self._vectors(embedder, [d.chunks[i].indexed for d, i in some])
-            for (document, i), vector in zip(some, vectors, strict=True):
-                object.__setattr__(document.chunks[i], "vector", vector)
+    def _embedded(self, embedder: Embedder, document: NewDocument) -> NewDocument:
+        chunks: list[NewChunk] = []
+        for first in range(0, len(document.chunks), _EMBEDDED):
+            some = document.chunks[first : first + _EMBEDDED]
+            vectors = self._vectors(embedder, [chunk.indexed for chunk in some])
+            chunks += [replace(c, vector=v) for c, v in zip(some, vectors, strict=True)]
+        return replace(document, chunks=chunks)
 
     def _vectors(self, embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
         vectors = embedder.passages(texts)
@@ -207,6 +207,8 @@ class KnowledgeBase:
             if any(Path(path).is_relative_to(folder) for folder in folders)
             and not Path(path).exists()
         ]
+        if not gone:
+            return
         with self.store.writing():
             for path in gone:
                 report.removed += self.store.remove_source(collection, path)

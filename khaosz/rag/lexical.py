@@ -84,9 +84,12 @@ def _candidates(
     allowed: np.ndarray | None,
 ) -> np.ndarray:
     """The chunks with the largest sums of weights over the rarest terms."""
-    numbers, weights, read = [], [], 0
+    numbers: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    read = 0
     for term in sorted(frequency, key=lambda term: frequency[term]):
-        if read and read + frequency[term] > BUDGET:
+        # Until something that may be found was found: a filter may leave nothing of rare terms.
+        if any(map(len, numbers)) and read + frequency[term] > BUDGET:
             break
         rows = store.postings(term)
         read += len(rows)

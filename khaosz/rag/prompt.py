@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from khaosz.errors import GenerationError
 from khaosz.rag.retrieve import Hit
-from khaosz.rag.split import StructureSplitter
+from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.terms import terms
 
 _MARKS = re.compile(r"<(?=[/\s]*passage\b|\|)", re.IGNORECASE)  # ours, and control tokens <|...|>

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from khaosz.rag.load import Problem, load_paths
-from khaosz.rag.semantic import SemanticSplitter
-from khaosz.rag.split import StructureSplitter
+from khaosz.rag.split.semantic import SemanticSplitter
+from khaosz.rag.split.structure import StructureSplitter
 
 
 def text_records(

@@ -402,14 +402,18 @@ class Store:
             yield _chunk(row)
 
     @property
+    def dimension(self) -> int:
+        """Of vectors; 0 where there are none."""
+        return int(self.get("dimension") or 0)
+
+    @property
     def vector_count(self) -> int:
         return int(self._db.execute("SELECT count(*) FROM vectors").fetchone()[0])
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """int64 chunk numbers (N,) and float32 vectors (N, D)."""
-        dimension = int(self.get("dimension") or 0)
         count = self.vector_count
-        numbers, matrix = np.empty(count, np.int64), np.empty((count, dimension), np.float32)
+        numbers, matrix = np.empty(count, np.int64), np.empty((count, self.dimension), np.float32)
         rows = self._db.execute("SELECT chunk, vector FROM vectors ORDER BY chunk")
         for i, (number, raw) in enumerate(rows):
             numbers[i], matrix[i] = number, np.frombuffer(raw, np.float32)

@@ -31,15 +31,9 @@ class VectorIndex(Protocol):
 
 
 def open_index(store: Store) -> VectorIndex:
-    count, dimension = vector_shape(store)
-    if count > EXACT_UP_TO and importlib.util.find_spec("usearch") is not None:
-        return GraphIndex(store, count, dimension)
+    if store.vector_count > EXACT_UP_TO and importlib.util.find_spec("usearch") is not None:
+        return GraphIndex(store)
     return ExactIndex(store)
-
-
-def vector_shape(store: Store) -> tuple[int, int]:
-    """How many vectors there are, and of how many dimensions."""
-    return store.vector_count, int(store.get("dimension") or 0)
 
 
 class ExactIndex:
@@ -64,15 +58,19 @@ class ExactIndex:
 class GraphIndex:
     """HNSW (Malkov and Yashunin 2016) in half precision, mapped from a file beside the base."""
 
-    def __init__(self, store: Store, count: int, dimension: int) -> None:
+    def __init__(self, store: Store) -> None:
         from usearch.index import Index
 
-        self._dimension = dimension
-        self._index: Any = Index(ndim=dimension, metric="cos", dtype="f16")
+        self._dimension = store.dimension
+        self._index: Any = Index(ndim=self._dimension, metric="cos", dtype="f16")
         path = Path(f"{store.path}.usearch")
         with store.reading():
             self.generation = store.generation
-            mark = {"generation": store.generation, "count": count, "dimension": dimension}
+            mark = {
+                "generation": store.generation,
+                "count": store.vector_count,
+                "dimension": self._dimension,
+            }
             if not self._opened(path, mark):
                 self._build(store, path, mark)
 

@@ -218,9 +218,9 @@ def test_any_server_answers(base: KnowledgeBase, url: str) -> None:
 
 
 def test_any_server_embeds(url: str) -> None:
-    vectors = HttpEmbedder(url, "m", passage_prefix="p: ").passages(["a", "b"])
+    vectors = HttpEmbedder(url, "m").passages(["a", "b"])
     assert vectors.tolist() == [[1.0, 0.0], pytest.approx([0.6, 0.8])]
-    assert Server.bodies[-1]["input"] == ["p: a", "p: b"]
+    assert Server.bodies[-1]["input"] == ["a", "b"]
 
 
 def test_a_server_that_is_not_there(base: KnowledgeBase) -> None:

@@ -39,6 +39,7 @@ class Hashed:
 
     def __init__(self, name: str = "hashed", dimension: int = 48) -> None:
         self.name, self.dimension, self.calls = name, dimension, 0
+        self.good_cosine: float | None = None
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         self.calls += len(texts)
@@ -251,7 +252,7 @@ def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path) -> None:
         elif state == "of another time":
             base.add_text("word40 late", name="late")
             exact = ExactIndex(base.store)
-        graph = GraphIndex(base.store, base.store.vector_count, 48)
+        graph = GraphIndex(base.store)
         found = sum(
             len({n for n, _ in graph.nearest(q, 10)} & {n for n, _ in exact.nearest(q, 10)})
             for q in queries
@@ -356,3 +357,14 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
         base.add([docs])
         assert len(base.documents()) == 60
         consistent(base)
+
+
+def test_a_filter_is_not_starved_by_the_budget(
+    base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rare term stands only where the filter forbids; the common one must still be read."""
+    for i in range(30):
+        base.add_text(f"common word {i} " + "rare " * (i < 3), name=f"n{i}", collection="crowd")
+    base.add_text("common here", name="kept", collection="mine")
+    monkeypatch.setattr("khaosz.rag.lexical.BUDGET", 5)
+    assert [h.doc for h in base.search("rare common", 5, collection="mine")] == ["kept"]

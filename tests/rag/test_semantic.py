@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khaosz.errors import ConfigError
-from khaosz.rag.semantic import SemanticSplitter, depths, similarities
-from khaosz.rag.split import Chunk
+from khaosz.rag.split.semantic import SemanticSplitter, depths, similarities
+from khaosz.rag.split.structure import Chunk
 
 SUBJECTS = {
     "sea": "The sea is deep and salt. Waves of the sea break on rocks. A sea has tides and fish. ",

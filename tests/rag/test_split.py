@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khaosz.errors import ConfigError
-from khaosz.rag.sentence import CLOSING, sentence_spans
-from khaosz.rag.split import Chunk, StructureSplitter
-from khaosz.rag.split_layout import find_layout
+from khaosz.rag.split.layout import find_layout
+from khaosz.rag.split.sentence import CLOSING, sentence_spans
+from khaosz.rag.split.structure import Chunk, StructureSplitter
 
 # Everything the splitter treats specially, so that random texts are full of it.
 _PIECES = st.sampled_from(

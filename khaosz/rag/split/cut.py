@@ -6,7 +6,7 @@ Only the window between `low` and `high` is looked at. Which order serves retrie
 
 from __future__ import annotations
 
-from khaosz.rag import sentence
+from khaosz.rag.split import sentence
 
 # Fractions of the window.
 _PARAGRAPH_FROM = 0.05  # a paragraph is kept apart however short the chunk, but for a scrap of one

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from khaosz.errors import ConfigError
-from khaosz.rag.sentence import sentence_spans
-from khaosz.rag.split import Characters, Chunk, fill
-from khaosz.rag.split_layout import find_layout
+from khaosz.rag.split.layout import find_layout
+from khaosz.rag.split.sentence import sentence_spans
+from khaosz.rag.split.structure import Characters, Chunk, fill
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 

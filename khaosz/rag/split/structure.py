@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from khaosz.errors import ConfigError
-from khaosz.rag import sentence
-from khaosz.rag.split_cut import last_prose_cut
-from khaosz.rag.split_layout import Layout, find_layout
+from khaosz.rag.split import sentence
+from khaosz.rag.split.cut import last_prose_cut
+from khaosz.rag.split.layout import Layout, find_layout
 
 # A section shorter than this part of the budget is joined to the next one.
 _SECTION_FROM = 0.3

@@ -1,0 +1,1 @@
+"""Texts into chunks: by structure (`structure.py`) or by subject (`semantic.py`)."""

