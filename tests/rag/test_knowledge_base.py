@@ -301,6 +301,14 @@ def test_readers_see_one_state_while_another_writes(base: KnowledgeBase) -> None
     assert len(reader.documents()) == count + 1
 
 
+def test_a_change_that_fails_half_way_is_none(base: KnowledgeBase) -> None:
+    with pytest.raises(ZeroDivisionError), base.store.writing():
+        base.store.remove_source("default", base.documents()[0].path)
+        raise ZeroDivisionError
+    assert len(base.documents()) == 3
+    consistent(base)
+
+
 def test_a_full_disk_loses_nothing(base: KnowledgeBase) -> None:
     pages = base.store._db.execute("PRAGMA page_count").fetchone()[0]
     base.store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
