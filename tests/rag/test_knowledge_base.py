@@ -253,9 +253,11 @@ def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path) -> None:
             base.add_text("word40 late", name="late")
             exact = ExactIndex(base.store)
         graph = GraphIndex(base.store)
+        # By cosine, since half precision (11 bits) changes the order of what is as near.
         found = sum(
-            len({n for n, _ in graph.nearest(q, 10)} & {n for n, _ in exact.nearest(q, 10)})
+            cosine >= exact.nearest(q, 10)[-1][1] - 2**-9
             for q in queries
+            for _, cosine in graph.nearest(q, 10)
         )
         assert found >= 0.97 * 400, state
         allowed = base.store.chunk_numbers(name="1*")

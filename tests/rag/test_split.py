@@ -374,3 +374,54 @@ def test_a_character_over_the_budget_is_refused() -> None:
     splitter = StructureSplitter(max_tokens=2, count_tokens=lambda text: len(text.encode()))
     with pytest.raises(ConfigError, match="alone takes 3 tokens"):
         splitter.split("ab好")
+
+
+def test_a_shorter_text_may_take_more_tokens() -> None:
+    """As when a merge reaches across the cut: text that ends in "b" takes four tokens more."""
+
+    def count(text: str) -> int:
+        return len(text) + 4 * text.rstrip().endswith("b")
+
+    text = "aaab " * 30
+    chunks = StructureSplitter(max_tokens=13, count_tokens=count).split(text)
+    assert_tiles(text, chunks)
+    assert all(count(chunk.text) <= 13 for chunk in chunks)
+
+
+def test_overlap_is_counted_in_tokens() -> None:
+    def count(text: str) -> int:
+        return 2 * len(text)
+
+    text = "Aa bb. " * 40
+    before = 0
+    for chunk in StructureSplitter(max_tokens=60, overlap=20, count_tokens=count).split(text):
+        assert count(text[chunk.start : before]) <= 20
+        before = chunk.end
+
+
+def test_a_heading_with_nothing_under_it_goes_with_the_next() -> None:
+    text = "# Whole\n\n## Part\n\n" + "Words stand here. " * 4
+    first = chars(text, 90)[0]
+    assert first.text.startswith("# Whole\n\n## Part\n\nWords") and first.headings == (
+        "Whole",
+        "Part",
+    )
+
+
+def test_an_underline_without_a_blank_line_above_its_text_is_no_heading() -> None:
+    assert find_layout("first line\nsecond line\n---\nmore\n") is not None
+    assert find_layout("first line\nsecond line\n---\nmore\n").paths == [()]  # type: ignore[union-attr]
+    assert find_layout("\nTitle\n---\nmore\n").paths[-1] == ("Title",)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("pair", ["e\u0301", "\r\n"])
+def test_what_is_one_character_is_not_cut(pair: str) -> None:
+    for size in (2, 3, 4, 5, 7):
+        for chunk in chars("ab" + pair * 40, size)[1:]:
+            assert chunk.text[0] not in ("\u0301", "\n")
+
+
+def test_a_sentence_one_character_longer_than_the_overlap_is_not_repeated() -> None:
+    text = "Aa bb. Cc dd. " * 9  # a sentence with its space takes seven
+    starts = {overlap: chars(text, 28, overlap)[1].start for overlap in (6, 7)}
+    assert starts == {6: 24, 7: 21}  # 24: at least at a word

@@ -226,7 +226,7 @@ def _cut(text: str, start: int, done: int, high: int, layout: Layout | None) -> 
         # Not a chunk of nothing but the space that did not fit into the one before.
         low = sentence.after_space(text, low, high)
         if low >= high:
-            return high
+            return sentence.last_character_end(text, done, high)
     span = high - start
     if layout is not None and layout.blocks:
         block = layout.block_at(high)
