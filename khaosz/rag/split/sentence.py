@@ -141,7 +141,8 @@ def last_line_end(text: str, low: int, high: int) -> int:
 def first_sentence_start(text: str, low: int, high: int) -> int:
     """The first sentence start in [low, high), else the first word, else 0: where overlap opens."""
     for pattern, accept in ((_SENTENCE, _sentence_end), (_SPACE, _opening)):
-        for match in pattern.finditer(text, low, high):
+        # From a little before: a sentence that opens at `low` has its mark there.
+        for match in pattern.finditer(text, max(0, low - 8), high):
             end = accept(text, match)
             end = after_blank(text, end, high) if end else 0
             if low <= end < high and may_open(text, end):
