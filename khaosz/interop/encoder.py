@@ -1,0 +1,159 @@
+"""Encoders of the BERT family from local folders, as transformers and sentence-transformers lay
+them out: `config.json`, `model.safetensors`. A feature we do not compute is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from khaosz.errors import ModelError
+from khaosz.interop.huggingface import weight_files
+from khaosz.interop.shown import one_line, shown
+from khaosz.model.encoder import Encoder, EncoderConfig
+
+_FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                "relu": "relu", "silu": "silu", "swish": "silu"}  # fmt: skip
+_LAYER = {
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "attention_norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "mlp_norm": "output.LayerNorm",
+}
+# Beside the body: what is in many files and serves nothing here.
+_UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "classifier.")
+
+
+def is_encoder(directory: str | Path) -> bool:
+    """Whether a folder's config.json names a family of this module."""
+    try:
+        values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        return values["model_type"] in _FAMILIES
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def load_encoder(
+    directory: str | Path, *, device: str | torch.device = "cpu", head: bool = False
+) -> Encoder:
+    """An fp32 `Encoder` in evaluation mode, with its classification head if asked for.
+
+    Raises `ModelError` for a missing or broken file, a feature that is not computed here, a
+    missing or misshapen tensor, and for a head that the folder does not have.
+    """
+    directory = Path(directory)
+    values = read_json(directory / "config.json")
+    config = _config(values, str(directory / "config.json"), head)
+    with torch.device("meta"):
+        model = Encoder(config)
+    names = {_theirs(name, config.pooler): name for name in model.state_dict()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    loaded: dict[str, Tensor] = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    plain = _plain(name)
+                    if plain in names:
+                        loaded[names[plain]] = file.get_tensor(name).to(device, torch.float32)
+                    elif not plain.startswith(_UNUSED):
+                        raise ModelError(f"{path}: unexpected tensor {shown(name)}")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
+    for theirs, name in names.items():
+        if name not in loaded:
+            raise ModelError(f"{directory}: tensor '{theirs}' is missing")
+        if (found := tuple(loaded[name].shape)) != shapes[name]:
+            raise ModelError(f"{directory}: tensor '{theirs}' is {found}, expected {shapes[name]}")
+    model.load_state_dict(loaded, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises `ModelError` for what is missing or no JSON object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}", hint="is this a model folder?") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: holds a {type(values).__name__}, not a JSON object")
+    return values
+
+
+def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
+    family = values.get("model_type")
+    if family not in _FAMILIES:
+        raise ModelError(
+            f"{source}: model_type {shown(family)} is no encoder we compute",
+            hint=f"one of {', '.join(_FAMILIES)}; or serve it, and name the server's address",
+        )
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise ModelError(f"{source}: positions other than absolute ones are not supported")
+    if (activation := values.get("hidden_act", "gelu")) not in _ACTIVATIONS:
+        raise ModelError(f"{source}: hidden_act {shown(activation)} is not supported")
+    if values.get("is_decoder") or values.get("add_cross_attention"):
+        raise ModelError(f"{source}: a decoder of the BERT family is not supported")
+    architecture = (values.get("architectures") or [""])[0]
+    classifies = str(architecture).endswith("ForSequenceClassification")
+    if head and not classifies:
+        raise ModelError(
+            f"{source}: {shown(architecture)} has no classification head",
+            hint="a reranker is a ...ForSequenceClassification",
+        )
+    sizes: dict[str, int] = {}
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size", "max_position_embeddings", "type_vocab_size"):  # fmt: skip
+        size = values.get(name)
+        if not isinstance(size, int) or not 0 < size < 2**31:
+            raise ModelError(f"{source}: {name} is {shown(size)}")
+        sizes[name] = size
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise ModelError(f"{source}: {sizes['num_attention_heads']} heads do not part the width")
+    # transformers counts RoBERTa's positions from the one behind the padding id.
+    padding = values.get("pad_token_id")
+    first = 0 if family == "bert" else (1 if padding is None else int(padding)) + 1
+    labels = len(values.get("id2label") or {"0": "", "1": ""}) if head else 0
+    return EncoderConfig(
+        **sizes,
+        layer_norm_eps=float(values.get("layer_norm_eps", 1e-12)),
+        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+        first_position=first,
+        labels=labels,
+        pooler=family == "bert",
+    )
+
+
+def _theirs(name: str, pooler: bool) -> str:
+    """A parameter of ours by the name that transformers gives it."""
+    part, _, kind = name.rpartition(".")
+    match part.split("."):
+        case ["layers", index, own]:
+            return f"encoder.layer.{index}.{_LAYER[own]}.{kind}"
+        case ["dense"]:
+            return f"pooler.dense.{kind}" if pooler else f"classifier.dense.{kind}"
+        case ["classes"]:
+            return f"classifier.{kind}" if pooler else f"classifier.out_proj.{kind}"
+        case ["norm"]:
+            return f"embeddings.LayerNorm.{kind}"
+    table = {"words": "word", "positions": "position", "types": "token_type"}[part]
+    return f"embeddings.{table}_embeddings.{kind}"
+
+
+def _plain(name: str) -> str:
+    """Without the name of the family before it, and as newer files spell it."""
+    for family in ("bert.", "roberta."):
+        name = name.removeprefix(family)
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )

@@ -1,0 +1,112 @@
+"""The BERT family of encoders: every token sees every other, positions are learned.
+
+BERT (Devlin et al. 2019, arXiv:1810.04805), RoBERTa and XLM-RoBERTa differ only in what counts as
+position 0. Embedders (E5, BGE, GTE) and cross-encoders are such models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """first_position: where a text's positions begin; RoBERTa's begin behind the padding id.
+    labels: outputs of the classification head, 0 where there is none. pooler: whether BERT's
+    dense layer over the first token comes before it, or RoBERTa's own."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    activation: Literal["gelu", "gelu_tanh", "relu", "silu"] = "gelu"
+    first_position: int = 0
+    labels: int = 0
+    pooler: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text."""
+        return self.max_position_embeddings - self.first_position
+
+
+class EncoderLayer(nn.Module):
+    """Attention and MLP, each added and then normalised."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.heads, self.activation = config.num_attention_heads, config.activation
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        self.attention_norm = nn.LayerNorm(width, eps)
+        self.up = nn.Linear(width, config.intermediate_size)
+        self.down = nn.Linear(config.intermediate_size, width)
+        self.mlp_norm = nn.LayerNorm(width, eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, T, D); mask (B, 1, 1, T), true where there is a token."""
+        batch, length, _ = x.shape
+        q, k, v = (
+            part(x).view(batch, length, self.heads, -1).transpose(1, 2)
+            for part in (self.query, self.key, self.value)
+        )  # (B, H, T, D / H)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(x.shape)
+        x = self.attention_norm(x + self.output(mixed))
+        return self.mlp_norm(x + self.down(_activated(self.up(x), self.activation)))
+
+
+class Encoder(nn.Module):
+    """Ids to hidden states, and to class logits where there is a head."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.words = nn.Embedding(config.vocab_size, width)
+        self.positions = nn.Embedding(config.max_position_embeddings, width)
+        self.types = nn.Embedding(config.type_vocab_size, width)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        if config.labels:
+            self.dense = nn.Linear(width, width)
+            self.classes = nn.Linear(width, config.labels)
+
+    def forward(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T), padded on the right to T; lengths (B,). What
+        stands in the padding means nothing."""
+        length = ids.shape[1]
+        places = torch.arange(length, device=ids.device)
+        x = self.words(ids) + self.positions(places + self.config.first_position)
+        x = self.norm(x + self.types(torch.zeros_like(ids) if types is None else types))
+        mask = None
+        if int(lengths.min()) < length:
+            mask = (places < lengths[:, None])[:, None, None]
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Class logits (B, labels), from the first token of hidden (B, T, D)."""
+        return self.classes(torch.tanh(self.dense(hidden[:, 0])))
+
+
+def _activated(x: Tensor, name: str) -> Tensor:
+    match name:
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+        case _:
+            return F.silu(x)
