@@ -22,6 +22,7 @@ from khaosz.cli.output import (
 if TYPE_CHECKING:
     from khaosz.rag.knowledge_base import AddReport, KnowledgeBase
     from khaosz.rag.retrieve import Mode as RetrievalMode
+    from khaosz.rag.retrieve import Reranker
     from khaosz.rag.split.semantic import SemanticSplitter
     from khaosz.rag.split.structure import StructureSplitter
 
@@ -32,6 +33,10 @@ KB = Path("khaosz.kb")
 Collection = Annotated[str | None, typer.Option(help="Only this collection.")]
 Mode = Annotated[
     str | None, typer.Option(help="lexical, dense or hybrid; without it, what the base has.")
+]
+RerankerName = Annotated[
+    str | None,
+    typer.Option("--reranker", help="A cross-encoder's folder, or a model that says yes or no."),
 ]
 MaxChars = Annotated[int | None, typer.Option(help="Characters of a chunk at most.")]
 
@@ -189,11 +194,15 @@ def search(
     mode: Mode = None,
     collection: Collection = None,
     name: Annotated[str | None, typer.Option(help="Only documents so named: *.md")] = None,
+    reranker: RerankerName = None,
     as_json: Json = False,
 ) -> None:
     """Find passages."""
     with _existing(kb) as base:
-        hits = base.search(query, k, mode=_mode(mode), collection=collection, name=name)
+        hits = base.search(
+            query, k, mode=_mode(mode), collection=collection, name=name,
+            reranker=_reranker(reranker),
+        )  # fmt: skip
     if as_json:
         typer.echo(json.dumps([hit.as_dict() for hit in hits], ensure_ascii=False))
         return
@@ -218,6 +227,7 @@ def ask(
     k: Annotated[int, typer.Option("-k", help="Passages at most.")] = 5,
     mode: Mode = None,
     collection: Collection = None,
+    reranker: RerankerName = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     show_prompt: Annotated[
@@ -240,6 +250,7 @@ def ask(
             k=k,
             mode=_mode(mode),
             collection=collection,
+            reranker=_reranker(reranker),
             max_tokens=max_tokens,
             temperature=temperature,
         )
@@ -292,6 +303,14 @@ def _mode(mode: str | None) -> RetrievalMode | None:
         return None
     one_of("mode", mode, ("lexical", "dense", "hybrid"))
     return cast("RetrievalMode", mode)
+
+
+def _reranker(name: str | None) -> Reranker | None:
+    if name is None:
+        return None
+    from khaosz.rag.rerank import open_reranker
+
+    return open_reranker(name)
 
 
 def _splitter(

@@ -165,25 +165,43 @@ class Generator:
         """
         if pooling not in ("last", "mean"):
             raise GenerationError(f"pooling '{pooling}' is unknown", hint="last or mean")
-        runner, chunks = self.engine.runner, []
-        for text in texts:
-            ids = self.prompt_ids(text)
-            if not 0 < len(ids) <= self.context:
-                raise GenerationError(f"a text has {len(ids)} tokens, not 1 to {self.context}")
-            chunks.append(Chunk(ids, runner.new_cache(), 0))
-        vectors = np.empty((len(chunks), runner.config.hidden_size), np.float32)
+        chunks = [self._chunk(self.prompt_ids(text)) for text in texts]
+        vectors = np.empty((len(chunks), self.engine.runner.config.hidden_size), np.float32)
+        for first, some in self._passes(chunks):
+            for row, states in enumerate(self.engine.runner.hidden(some), first):  # (T, D)
+                pooled = states[-1] if pooling == "last" else states.mean(0)
+                vectors[row] = (pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy()
+        return vectors
+
+    def next_logits(self, prompts: Sequence[Prompt], ids: Sequence[int]) -> np.ndarray:
+        """What every prompt says of these tokens as its next one: float32 logits (prompts, ids).
+
+        Raises `GenerationError` for a prompt that fills the context or has no token.
+        """
+        chunks = [self._chunk(self.ids(prompt), want=1) for prompt in prompts]
+        logits = np.empty((len(chunks), len(ids)), np.float32)
+        for first, some in self._passes(chunks):
+            for row, last in enumerate(self.engine.runner.run(some), first):  # (1, V)
+                logits[row] = last[0, list(ids)].cpu().numpy()
+        return logits
+
+    def _chunk(self, ids: list[int], want: int = 0) -> Chunk:
+        if not 0 < len(ids) <= self.context:
+            raise GenerationError(f"a text has {len(ids)} tokens, not 1 to {self.context}")
+        return Chunk(ids, self.engine.runner.new_cache(), want)
+
+    def _passes(self, chunks: list[Chunk]) -> Iterator[tuple[int, list[Chunk]]]:
+        """As many in one pass as the engine's steps have room for, with the first one's place."""
         first = 0
-        while first < len(chunks):  # as many in one pass as the engine's steps have room for
+        while first < len(chunks):
             last, room = first, self.engine.step_tokens
             while last < len(chunks) and (last == first or len(chunks[last].ids) <= room):
                 room -= len(chunks[last].ids)
                 last += 1
-            for row, states in enumerate(runner.hidden(chunks[first:last]), first):  # (T, D)
-                pooled = states[-1] if pooling == "last" else states.mean(0)
-                vectors[row] = (pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy()
-                chunks[row].cache = runner.new_cache()  # its keys and values have served
+            yield first, chunks[first:last]
+            for chunk in chunks[first:last]:  # their keys and values have served
+                chunk.cache = self.engine.runner.new_cache()
             first = last
-        return vectors
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> int:
         if self._live and not self.engine.unfinished:

@@ -136,6 +136,20 @@ def test_nothing_of_a_long_text_is_left_out(tmp_path: Path) -> None:
         assert np.abs(embedder.passages([changed])[0] - whole).max() > 1e-4
 
 
+def test_windows_weigh_as_much_as_they_hold(tmp_path: Path) -> None:
+    model = folder_of("bert", tmp_path, longest=12)
+    text = "the cat sat and dogs run all day long " * 2 + "北京"
+    tokenizer = tokenizer_of("bert")
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    room = 12 - 2 - 2  # two marks; and two tokens of slack
+    windows = [[1, *ids[at : at + room], 2] for at in range(0, len(ids), room)]
+    assert len({len(window) for window in windows}) > 1
+    with torch.no_grad():
+        total = sum(model(torch.tensor([w])).last_hidden_state[0].double().sum(0) for w in windows)
+    (ours,) = EncoderEmbedder(tmp_path).passages([text])
+    np.testing.assert_allclose(ours, (total / total.norm()).numpy(), **_CLOSE)
+
+
 def test_the_best_window_of_a_long_passage_counts(tmp_path: Path) -> None:
     folder_of("bert", tmp_path, labels=1, longest=16)
     judge = CrossEncoder(tmp_path)
