@@ -100,6 +100,28 @@ def test_short_groups_stay_when_no_neighbour_has_room() -> None:
     assert sizes == [len(SUBJECTS["sea"]), 23, len(SUBJECTS["tea"])]
 
 
+def test_a_short_group_joins_no_neighbour_that_has_no_room() -> None:
+    short = "The war. A war. "
+    text = document("sea") + short + document("sea")
+    chunks = split(text, min_chars=len(short) + 1, window=1, threshold=0.9,
+                   max_chars=len(SUBJECTS["sea"]) + len(short) - 1)  # fmt: skip
+    assert [chunk.text for chunk in chunks] == [SUBJECTS["sea"], short, SUBJECTS["sea"]]
+
+
+def test_a_gap_that_is_less_alike_than_the_next_but_not_than_the_last_is_none() -> None:
+    cosines = [0.9, 0.1, 0.2, 0.9]
+    angles = np.cumsum([0.0, *np.arccos(cosines)])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    splitter = SemanticSplitter(lambda _: vectors, min_chars=0, window=1, threshold=0.5)
+    assert [chunk.start for chunk in splitter.split("一句话。" * 5)] == [0, 8]
+
+
+def test_a_heading_stands_with_the_heading_under_it() -> None:
+    text = "The sea is deep.\n\n# Waves\n\n## Tides\n\nThe tea is hot.\n"
+    chunks = split(text, min_chars=0, window=1)
+    assert [chunk.text.split("\n")[0] for chunk in chunks] == ["The sea is deep.", "# Waves"]
+
+
 def test_long_groups_are_cut_at_sentences() -> None:
     chunks = split(document("sea") * 2, max_chars=60, min_chars=10)
     assert all(chunk.text.endswith(". ") and len(chunk.text) <= 60 for chunk in chunks)

@@ -12,6 +12,8 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from re import Match
 
+from khaosz.rag.split.sentence import CLOSING
+
 _MARKED_LINE = re.compile(
     r"""\n(?=[ \t\u3000\#`~=|第-])(?:
         [ ]{0,3}(?P<atx>\#{1,6})(?:[ \t]+(?P<title>[^\n]*+))?+(?=\n|\Z)
@@ -25,6 +27,8 @@ _MARKED_LINE = re.compile(
 )
 # Below the six levels of Markdown: a law's chapters stand under the title of its document.
 _UNITS = {"编": 7, "篇": 7, "部": 7, "卷": 7, "章": 8, "回": 8, "节": 9}
+# What opens a line that is no underlined title: other marks, and reStructuredText's fields.
+_NO_TITLE = CLOSING | set("#|>`~-*+")
 
 
 @dataclass(slots=True)
@@ -138,7 +142,7 @@ class _Reader:
         title = lines[above + 1 : start].strip()
         blank_before = above == 0 or lines[lines.rfind("\n", 0, above) + 1 : above].isspace()
         blank_before = blank_before or lines[above - 1 : above] == "\n"
-        if title and blank_before and title[0] not in "#|>`~-*+":
+        if title and blank_before and title[0] not in _NO_TITLE:
             self._heading(above, end, 1 if mark == "=" else 2, title)
 
     def _fence(self, start: int, end: int, fence: str, info: str) -> int:

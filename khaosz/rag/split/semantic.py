@@ -73,7 +73,8 @@ class SemanticSplitter:
         chosen = self._boundaries(vectors)  # (n - 1,), one for each gap
         if layout is not None:
             # A heading opens a subject, and stands with what is under it.
-            opens = np.isin([start for start, _ in spans], layout.starts)  # (n,)
+            headings = [s for s, path in zip(layout.starts, layout.paths, strict=True) if path]
+            opens = np.isin([start for start, _ in spans], headings)  # (n,)
             chosen = (chosen & ~opens[:-1]) | (opens[1:] & ~opens[:-1])
         ends = [*(np.flatnonzero(chosen) + 1).tolist(), len(spans)]
         groups = list(zip([0, *ends[:-1]], ends, strict=True))

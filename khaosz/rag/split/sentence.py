@@ -292,12 +292,12 @@ def _opening(text: str, match: Match[str]) -> int:
 
 
 def _joined(text: str, at: int) -> bool:
-    """Whether a cut at `at` would tear a character apart: \\r\\n, surrogates, emoji sequences."""
+    """Whether a cut at `at` would tear a character apart: surrogates, emoji sequences."""
     if not 0 < at < len(text):
         return False
     before, after = text[at - 1], text[at]
     if after < "\u0300":
-        return after == "\n" and before == "\r"
+        return False
     if after in "\u200d…" or before == "\u200d":
         return after != "…" or before == "…"
     if "\U0001f3fb" <= after <= "\U0001f3ff" or unicodedata.category(after)[0] == "M":

@@ -17,6 +17,8 @@ from khaosz.rag.split.layout import Layout, find_layout
 
 # A section shorter than this part of the budget is joined to the next one.
 _SECTION_FROM = 0.3
+_TRIES = 20  # earlier ends of a chunk that are looked at before one is taken as it is
+_BLANK = 1000  # characters of blank space behind which the next chunk's first mark is looked for
 
 
 class Chunk(NamedTuple):
@@ -200,6 +202,8 @@ def fill(
         cut = high
         if high < end:
             cut = _cut(text, start, done, high, layout)
+            if text[cut] in sentence.CLOSING or text[cut].isspace():
+                cut = _openable(text, start, done, cut, layout)
             if cut >= content > done + 1:
                 # What is left is blank: leave it some text to stand with.
                 cut = _cut(text, start, done, content - 1, layout)
@@ -217,6 +221,19 @@ def fill(
         else:
             start = cut
     return chunks
+
+
+def _openable(text: str, start: int, done: int, cut: int, layout: Layout | None) -> int:
+    """`cut`, or an earlier one if the next chunk would open with closing punctuation there."""
+    sought = cut
+    for _ in range(_TRIES):
+        after = sentence.after_space(text, sought, min(len(text), sought + _BLANK))
+        if sentence.may_open(text, after):
+            return sought
+        if sought <= done + 1:
+            break
+        sought = _cut(text, start, done, sought - 1, layout)
+    return cut
 
 
 def _cut(text: str, start: int, done: int, high: int, layout: Layout | None) -> int:
