@@ -33,6 +33,7 @@ _REWARD = {
 }
 _SAME_AS = {"mistral": "llama"}  # once its sliding window is out of the way
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ALIGNMENT = 64  # bytes
 _MAX_LAYERS = 10_000  # far above any model, far below what would cost memory to name
 M = TypeVar("M", bound=Transformer)
 WEIGHTS = "model.safetensors"
@@ -151,7 +152,7 @@ def _read_parameters(
                         tensor = file.get_tensor(name)
                         if tensor.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
-                        loaded[wanted[name][0]] = tensor.to(device, dtype)
+                        loaded[wanted[name][0]] = _aligned(tensor.to(device, dtype))
                     elif name == "lm_head.weight" and "lm_head.weight" not in shapes:
                         head = file.get_tensor(name)
                         if head.dtype not in _DTYPES:
@@ -167,6 +168,13 @@ def _read_parameters(
             raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {shape}")
     check_rotary(config, str(directory))
     return loaded, head
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """Where PyTorch would have put it: a file's tensors lie at any multiple of eight bytes, and
+    kernels that sum in another order there make a resumed run differ in its last bit (seen on AMD).
+    """
+    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
 
 def _assembled(

@@ -268,11 +268,7 @@ def test_a_live_model_answers_as_its_weights_saved_and_loaded(tmp_path: Any) -> 
                 parameter.add_(0.01 * seed)
         save_model(model, tmp_path / str(seed))
         kept = Generator(load_model(tmp_path / str(seed)), tokenizer())
-        said, expected = live.generate(PROMPTS[0], GREEDY), kept.generate(PROMPTS[0], GREEDY)
-        assert said.ids == expected.ids
-        # Kernels may sum in another order for weights that lie at other addresses (seen on AMD).
-        ours, theirs = ([one.value for one in answer.logprobs] for answer in (said, expected))
-        assert ours == pytest.approx(theirs, abs=1e-5)
+        assert live.generate(PROMPTS[0], GREEDY) == kept.generate(PROMPTS[0], GREEDY)
 
 
 def test_the_fast_path_is_near_the_slow_one() -> None:
