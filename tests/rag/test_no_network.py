@@ -1,0 +1,84 @@
+"""The whole way from files to an answer, in a process that may reach no other host."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from khaosz.config import ModelConfig
+from khaosz.data.tokenizer import train_tokenizer
+from khaosz.interop import save_model
+from khaosz.model import Transformer
+
+_STEPS = """
+import sys
+
+def refuse(event, arguments):
+    # Local sockets are pipes between processes; an address of two parts is on a network.
+    if event == "socket.connect" and isinstance(arguments[1], tuple):
+        print("CONNECTED", arguments[1])
+        sys.exit(3)
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"):
+        print("ASKED", event, arguments)
+        sys.exit(3)
+
+sys.addaudithook(refuse)
+from khaosz.cli import main
+kb, docs, model = sys.argv[1:]
+for arguments in (
+    ["rag", "add", docs, "--kb", kb, "--embedder", model],
+    ["rag", "search", "企鹅住在哪里", "--kb", kb, "--mode", "hybrid", "--reranker", model],
+    ["rag", "reindex", "--kb", kb],
+    ["rag", "ask", "企鹅住在哪里？", "--kb", kb, "--model", model, "--max-tokens", "8"],
+    ["rag", "split", docs + "/a.md", "--semantic", "--embedder", model, "--json"],
+):
+    sys.argv = ["khaosz", *arguments]
+    try:
+        main()
+    except SystemExit as stop:
+        if stop.code not in (0, None):
+            raise
+print("DONE")
+"""
+
+
+def test_nothing_asks_the_network(tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "a.md").write_text("# 鸟\n\n企鹅住在南极。它们不会飞。\n", encoding="utf-8")
+    remote = '<img src="http://192.0.2.1/x.png"><link rel="stylesheet" href="http://192.0.2.1/">'
+    (docs / "b.html").write_text(f"<p>The penguin lives in the south.</p>{remote}")
+    tokenizer = train_tokenizer(iter(["企鹅住在南极 the quick brown fox yes no"] * 20), 320)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=2048,
+    )  # fmt: skip
+    network = Transformer(config)
+    network.initialise(torch.Generator().manual_seed(0))
+    save_model(network, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    base, model = tmp_path / "a.kb", tmp_path / "model"
+    command = [sys.executable, "-c", _STEPS, str(base), str(docs), str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
+    assert done.returncode == 0 and "DONE" in done.stdout, done.stdout + done.stderr
+    assert "CONNECTED" not in done.stdout and "ASKED" not in done.stdout
+    # That the watcher watches:
+    asking = [*command[:-3], str(tmp_path / "b.kb"), str(docs), "http://127.0.0.1:9/v1"]
+    caught = subprocess.run(asking, capture_output=True, text=True, timeout=240)
+    assert caught.returncode == 3 and "DONE" not in caught.stdout
+    base.unlink()
+    if sys.platform == "linux" and shutil.which("unshare"):
+        # And once where there is no network at all, sockets of compiled code included.
+        apart = subprocess.run(
+            ["unshare", "-rn", *command], capture_output=True, text=True, encoding="utf-8",
+            timeout=240,
+        )  # fmt: skip
+        if "unshare failed" in apart.stderr or "Operation not permitted" in apart.stderr:
+            pytest.skip("this user may make no namespace")
+        assert "DONE" in apart.stdout, apart.stdout + apart.stderr
