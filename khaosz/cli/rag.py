@@ -54,20 +54,31 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add files and folders, or what has changed in them."""
-    from rich.live import Live
-    from rich.text import Text
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     from khaosz.rag import KnowledgeBase
 
     console = progress_console()
+    columns = (
+        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+    )  # fmt: skip
     with KnowledgeBase(kb, embedder=embedder, splitter=_splitter(max_chars, None, False)) as base:
-        with Live(Text(""), console=console, transient=True, auto_refresh=False) as live:
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=None, rate="")
 
             def shown(name: str, report: AddReport) -> None:
-                done = report.added + report.updated
-                live.update(
-                    Text(f"  {done:,} files, {report.chunks:,} chunks  {name}"), refresh=True
-                )
+                rate = report.done / max(progress.tasks[0].elapsed or 0.0, 1e-3)
+                progress.update(
+                    task, total=report.found, completed=report.done, description=name,
+                    rate=f"{rate:,.0f} files/s, {report.chunks:,} chunks",
+                )  # fmt: skip
 
             report = base.add(paths, collection=collection, on_file=shown)
         named = base.embedder_name

@@ -13,7 +13,7 @@ import numpy as np
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.embed import Embedder, open_embedder
-from khaosz.rag.load import Document, Problem, Source, load_paths
+from khaosz.rag.load import Document, Problem, Source, count_files, load_paths
 from khaosz.rag.retrieve import Hit, Mode, Reranker, search
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store, StoredDocument
@@ -30,8 +30,10 @@ _EMBEDDED = 64  # chunks handed to an embedder at once
 
 @dataclass
 class AddReport:
-    """Files by what became of them; chunks that are new."""
+    """Files by what became of them, of `found` in all (where progress is shown); chunks that are
+    new."""
 
+    found: int = 0
     added: int = 0
     updated: int = 0
     unchanged: int = 0
@@ -40,6 +42,10 @@ class AddReport:
     chunks: int = 0
     characters: int = 0
     problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        return self.added + self.updated + self.unchanged + len(self.problems)
 
 
 class KnowledgeBase:
@@ -107,8 +113,8 @@ class KnowledgeBase:
         A file that cannot be read is a problem in the report and stops no other. Raises `DataError`
         for a path that does not exist.
         """
-        report = AddReport()
         roots = [Path(path).resolve() for path in paths]
+        report = AddReport(found=count_files(roots) if on_file is not None else 0)
 
         def unchanged(path: Path, stat: os.stat_result) -> bool:
             known = self.store.source(collection, str(path))

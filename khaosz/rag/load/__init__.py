@@ -22,7 +22,7 @@ from khaosz.rag.load.plain import load_plain
 from khaosz.rag.load.pool import Loaded, WorkerPool
 from khaosz.rag.load.walk import OnProblem, walk
 
-__all__ = ["Document", "Limits", "Problem", "Source", "load_paths"]
+__all__ = ["Document", "Limits", "Problem", "Source", "count_files", "load_paths"]
 
 _FORMATTED = ("html", "pdf", "docx")
 _LOOK_AHEAD = 64
@@ -45,6 +45,11 @@ def load_paths(
     Raises DataError, at once, when one of `paths` does not exist.
     """
     return _load(walk(paths, on_problem), on_problem, unchanged, limits or Limits())
+
+
+def count_files(paths: Sequence[Path]) -> int:
+    """How many files `load_paths` would look at, without opening one."""
+    return sum(1 for _ in walk(paths, lambda problem: None))
 
 
 def _load(
