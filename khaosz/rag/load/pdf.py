@@ -1,4 +1,5 @@
-"""PDF as paragraphs, by PDFium: pages in order, lines in reading order, wrapped lines joined."""
+"""PDF as headings and paragraphs, by PDFium: pages in order, lines in reading order, wrapped lines
+joined."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pypdfium2
 
 from khaosz.errors import DataError
 from khaosz.rag.load.decode import clean
+from khaosz.rag.load.pdf_headings import heading_levels, with_headings
 from khaosz.rag.load.pdf_lines import Line, in_reading_order, join_lines
 
 # PDFium writes U+FFFE for a hyphen at a line's end, without the line end.
@@ -39,11 +41,12 @@ def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
         for line in page
         for word in _INLINE_HYPHEN.findall(line.text)
     }
+    levels = heading_levels(pages)
     parts: list[str] = []
     offsets = []
     length = 0
     for number, page in enumerate(pages):
-        body = join_lines(page, compounds)
+        body = _page(page, levels, compounds)
         if body and length:
             parts.append("\n\n")
             length += 2
@@ -52,6 +55,14 @@ def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
         parts.append(body)
         length += len(body)
     return "".join(parts), title, tuple(offsets)
+
+
+def _page(lines: list[Line], levels: dict[float, int], compounds: set[str]) -> str:
+    parts = []
+    for level, some in with_headings(lines, levels):
+        text = join_lines(some, compounds)
+        parts.append(f"{'#' * level} {' '.join(text.split())}" if level else text)
+    return "\n\n".join(parts)
 
 
 def _lines(pdf: pypdfium2.PdfDocument, number: int) -> list[Line]:

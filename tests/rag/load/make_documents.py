@@ -10,7 +10,8 @@ from xml.sax.saxutils import escape
 
 from khaosz.rag.load import Document, Limits, Problem, Source, load_paths
 
-Placed = tuple[float, float, str]  # x and y of a line in points, and the line
+# x and y of a line in points, the line, and the size of its letters if not that of the page.
+Placed = tuple[float, float, str] | tuple[float, float, str, float]
 
 _W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
 _CONTENT_TYPES = (
@@ -112,7 +113,7 @@ def pdf_bytes(pages: Sequence[Sequence[Placed]], title: str = "", size: float = 
         b" /DescendantFonts [5 0 R] /ToUnicode 6 0 R >>",
         5: b"<< /Type /Font /Subtype /CIDFontType2 /BaseFont /Song /DW 1000 /CIDSystemInfo"
         b" << /Registry (Adobe) /Ordering (Identity) /Supplement 0 >> /FontDescriptor 8 0 R >>",
-        6: _stream(_to_unicode({c for page in pages for *_, line in page for c in line})),
+        6: _stream(_to_unicode({c for page in pages for _, _, line, *_ in page for c in line})),
         7: b"<< /Title <" + ("\ufeff" + title).encode("utf-16-be").hex().encode() + b"> >>",
         8: b"<< /Type /FontDescriptor /FontName /Song /Flags 4 /FontBBox [0 -200 1000 800]"
         b" /ItalicAngle 0 /Ascent 800 /Descent -200 /CapHeight 700 /StemV 80 >>",
@@ -125,7 +126,9 @@ def pdf_bytes(pages: Sequence[Sequence[Placed]], title: str = "", size: float = 
             b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 595 842] /Contents %d 0 R"
             b" /Resources << /Font << /F1 3 0 R /F2 4 0 R >> >> >>" % (number + 1)
         )
-        objects[number + 1] = _stream(b"\n".join(_drawn(*line, size) for line in page))
+        objects[number + 1] = _stream(
+            b"\n".join(_drawn(*line[:3], *line[3:] or (size,)) for line in page)
+        )
     objects[2] = b"<< /Type /Pages /Count %d /Kids [%s] >>" % (len(kids), b" ".join(kids))
     return pdf_file(objects, b"/Info 7 0 R")
 

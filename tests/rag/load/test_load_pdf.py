@@ -200,3 +200,40 @@ def test_flipped_bytes_do_not_escape(tmp_path: Path) -> None:
         for document in documents:
             document.text.encode("utf-8")
             assert "\0" not in document.text
+
+
+def sized(*parts: tuple[float, str]) -> bytes:
+    """One page; size of the letters, and a line or more."""
+    y, drawn = 780.0, []
+    for size, text in parts:
+        for line in text.split("\n"):
+            drawn.append((72.0, y, line, size))
+            y -= 1.3 * size
+        y -= 0.7 * size
+    return pdf_bytes([drawn])
+
+
+def test_what_is_set_larger_is_a_heading() -> None:
+    text, _, _ = parse_pdf(
+        sized(
+            (24, "第三章 合同的履行"),
+            (12, CHINESE.replace("　", "")),
+            (16, "Costs and a title\nof two lines"),
+            (12, ENGLISH + "\n" + ENGLISH),
+            (16, "Large, but it goes on,"),
+            (16, "3 Utilities . . . . . . . . 5"),
+            (12, "in the next line."),
+        )
+    )
+    lines = text.split("\n\n")
+    assert lines[0] == "# 第三章 合同的履行"
+    assert "## Costs and a title of two lines" in lines
+    assert [line for line in lines if line.startswith("#")] == [lines[0], lines[2]]
+    assert "Large, but it goes on," in text
+
+
+def test_a_poster_has_no_headings() -> None:
+    text, _, _ = parse_pdf(sized((30, "Come to the fair"), (12, "on Friday"), (20, "Free beer")))
+    assert "#" not in text
+    text, _, _ = parse_pdf(pdf_bytes([lines(ENGLISH)]))
+    assert "#" not in text
