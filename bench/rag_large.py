@@ -1,8 +1,8 @@
 """Hybrid search in a million chunks: p95 without encoding the query, recall, memory.
 
 Text: 60 words a chunk, drawn by Zipf's law from 50,000 of either language; a query is eight words
-of a text that is not in the base. Vectors: those of 20,000 real Chinese passages, each many times over
-with seeded noise, so large that two copies are as near as a real passage and its nearest
+of a text that is not in the base. Vectors: those of 20,000 real Chinese passages, each many times
+over with seeded noise, so large that two copies are as near as a real passage and its nearest
 neighbour; queries are the vectors of CMRC's questions, which are in no passage. The base is made by
 one process and searched by another, whose memory is what is reported.
 """
