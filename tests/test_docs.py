@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from khaosz.cli import app
 from khaosz.config import (
+    EmbedConfig,
     LoRAConfig,
     ModelConfig,
     ParallelConfig,
@@ -216,7 +217,7 @@ def test_every_key_stands_there_with_its_default(language: str) -> None:
         return f"`{'-' if value is None else json.dumps(value)}`"
 
     for page, owners in {
-        "training.md": (TrainConfig, ScheduleConfig, ParallelConfig),
+        "training.md": (TrainConfig, ScheduleConfig, ParallelConfig, EmbedConfig),
         "models.md": (ModelConfig,),
         "alignment.md": (LoRAConfig, RewardConfig, PreferenceConfig, RolloutConfig),
     }.items():

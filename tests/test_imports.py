@@ -55,6 +55,7 @@ TORCH_FREE_DATA = (
     "texts",
     "pieces",
     "preference",
+    "contrastive",
 )
 
 

@@ -7,6 +7,7 @@ from khaosz.config.align_config import (
     RewardConfig,
     RolloutConfig,
 )
+from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig, RopeScaling
 from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minutes
 from khaosz.config.recipe import (
@@ -30,6 +31,7 @@ __all__ = [
     "ROLLOUT_STAGES",
     "SIZES",
     "Derived",
+    "EmbedConfig",
     "LoRAConfig",
     "ModelConfig",
     "ParallelConfig",

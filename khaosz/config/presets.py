@@ -126,11 +126,12 @@ def training_numbers(width: int, stage: str) -> list[Derived]:
     """Learning rates and weight decay for a width, each with its reason."""
     # The update of Muon has a fixed size per matrix; 1/sqrt(width) from the tuned nano run is the
     # usual guide where nobody has swept the larger sizes.
-    share = {"pt": 1.0, "sft": 0.3, "rm": 0.03, "dpo": 0.03}.get(stage, 0.003)
+    share = {"pt": 1.0, "sft": 0.3, "embed": 0.03, "rm": 0.03, "dpo": 0.03}.get(stage, 0.003)
     shrink = (256 / width) ** 0.5 * share
     after = {
         "pt": "",
         "sft": ", 0.3 of it after pretraining",
+        "embed": ", 0.03 of it: what a model has read is to be compared, not read anew",
     }.get(stage, f", {share:g} of it: alignment moves a model, it does not make one")
     decay = 0.1 if stage in ("pt", "sft") else 0.0
     why_decay = "the usual 0.1; one short epoch hardly feels it"

@@ -14,11 +14,12 @@ from khaosz.config.align_config import (
     RolloutConfig,
 )
 from khaosz.config.closed import Closed
+from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
 from khaosz.config.presets import SIZES
 from khaosz.errors import nearest
 
-Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo"]
+Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo", "embed"]
 PAIR_STAGES = ("rm", "dpo")
 ROLLOUT_STAGES = ("ppo", "grpo")
 
@@ -90,6 +91,7 @@ class TrainConfig(Closed):
     reward: RewardConfig = RewardConfig()
     preference: PreferenceConfig = PreferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
+    embed: EmbedConfig = EmbedConfig()
     reference: Path | None = Field(default=None, description="None: the model as it starts")
     reward_model: Path | None = None
     reward_function: str | None = Field(default=None, description="module:name or file.py:name")

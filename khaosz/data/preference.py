@@ -9,8 +9,7 @@ turn; a null counts as left out. What can't be used is skipped with a reason and
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, combinations, product
@@ -24,7 +23,7 @@ from khaosz.data.prepared import InputReport, PrepareReport
 from khaosz.data.readers import Skip, expand_inputs, open_source, parsed
 from khaosz.data.records import Message, text_of, to_messages
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import DataError, TokenizerError
+from khaosz.errors import DataError
 
 Paths = str | Path | Iterable[str | Path]
 IDENTICAL = "chosen and rejected are the same"
@@ -85,13 +84,7 @@ class PreferenceReport:
 
     def lines(self) -> list[str]:
         """The report for people."""
-        out = []
-        for entry in self.inputs:
-            out.append(f"{entry.path}: {entry.records:,} records, {entry.kept:,} kept")
-            for reason, found in sorted(entry.skipped.items(), key=lambda item: -item[1]["count"]):
-                where = ", ".join(map(str, found["lines"]))
-                more = ", ..." if found["count"] > len(found["lines"]) else ""
-                out.append(f"  skipped {found['count']:,}: {reason} (line {where}{more})")
+        out = [line for entry in self.inputs for line in entry.lines()]
         cut = f", {self.truncated:,} cut to the window of {self.window}" if self.truncated else ""
         out.append(f"{self.kept:,} kept, {self.validation:,} of them for validation{cut}")
         for name, of in self.lengths.items():
@@ -229,14 +222,14 @@ def _load(
             for line, record in chain(unread, parsed(batch)):
                 entry.records += 1
                 found: list[Any] = []
-                with _skipping(entry, line):
+                with entry.skipping(line):
                     if isinstance(record, Skip):
                         raise DataError(record.reason)
                     found = read(record)
                     if not found:
                         raise DataError("all answers are ranked equal")
                 for each in found:
-                    with _skipping(entry, line):
+                    with entry.skipping(line):
                         item = encode(each)
                         key = text_hash(f"{seed} {prompt_key(each.prompt)}")
                         held_out = int.from_bytes(key) < val_fraction * 2.0 ** (8 * len(key))
@@ -259,14 +252,6 @@ def _load(
             p50, p95 = map(float, np.percentile(n, (50, 95)))
             report.lengths[name] = {"mean": sum(n) / len(n), "p50": p50, "p95": p95, "max": max(n)}
     return data
-
-
-@contextmanager
-def _skipping(entry: InputReport, line: int) -> Iterator[None]:
-    try:
-        yield
-    except (DataError, TokenizerError, RecursionError) as error:
-        entry.skip(line, str(error))
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: list[Message], window: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from khaosz.data.documents import EncodedBatch
 from khaosz.data.mmap import MmapFileHandler, Stage
 from khaosz.data.readers import RawBatch
-from khaosz.errors import DataError, TokenFileError
+from khaosz.errors import DataError, TokenFileError, TokenizerError
 
 MANIFEST_FORMAT = 1
 EXAMPLE_LINES = 20
@@ -42,6 +44,23 @@ class InputReport:
         entry["count"] += 1
         if len(entry["lines"]) < EXAMPLE_LINES:
             entry["lines"].append(line)
+
+    @contextmanager
+    def skipping(self, line: int) -> Iterator[None]:
+        """What is wrong with the record of this line skips it."""
+        try:
+            yield
+        except (DataError, TokenizerError, RecursionError) as error:
+            self.skip(line, str(error))
+
+    def lines(self) -> list[str]:
+        """For people: how many records, and which were skipped why."""
+        out = [f"{self.path}: {self.records:,} records, {self.kept:,} kept"]
+        for reason, found in sorted(self.skipped.items(), key=lambda item: -item[1]["count"]):
+            where = ", ".join(map(str, found["lines"]))
+            more = ", ..." if found["count"] > len(found["lines"]) else ""
+            out.append(f"  skipped {found['count']:,}: {reason} (line {where}{more})")
+        return out
 
 
 @dataclass

@@ -14,7 +14,7 @@ from rich.markup import escape
 from khaosz.errors import KhaoszError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import WEIGHTS
+from khaosz.interop import WEIGHTS, is_embedder
 
 HELP = """\
 /help               this list                        这份说明
@@ -56,7 +56,7 @@ def newest_model(runs: Path) -> Path:
         path.parent
         for pattern in ("last/config.json", "*/last/config.json", "*/*/last/config.json")
         for path in runs.glob(pattern)
-        if (path.parent / WEIGHTS).exists()
+        if (path.parent / WEIGHTS).exists() and not is_embedder(path.parent)
     ]
     if not found:
         raise ModelError(

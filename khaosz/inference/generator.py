@@ -158,14 +158,16 @@ class Generator:
         """The assistant's answer to a conversation."""
         return self.generate(self.chat_ids(messages, tools), params)
 
-    def embed(self, texts: Sequence[str], pooling: Literal["last", "mean"] = "mean") -> np.ndarray:
-        """Hidden states of texts, pooled and of length 1: float32 (texts, D).
+    def embed(
+        self, texts: Sequence[Prompt], pooling: Literal["last", "mean"] = "mean"
+    ) -> np.ndarray:
+        """Hidden states of texts (or ids), pooled and of length 1: float32 (texts, D).
 
         Raises `GenerationError` for a text that fills the context or has no token.
         """
         if pooling not in ("last", "mean"):
             raise GenerationError(f"pooling '{pooling}' is unknown", hint="last or mean")
-        chunks = [self._chunk(self.prompt_ids(text)) for text in texts]
+        chunks = [self._chunk(self.ids(text)) for text in texts]
         vectors = np.empty((len(chunks), self.engine.runner.config.hidden_size), np.float32)
         for first, some in self._passes(chunks):
             for row, states in enumerate(self.engine.runner.hidden(some), first):  # (T, D)

@@ -335,7 +335,7 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         raise ModelError(one_line(str(error)), hint=error.hint) from None
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
     """Write one JSON file atomically."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w", encoding="utf-8") as file:

@@ -43,27 +43,43 @@ class Embedder(Protocol):
 
 
 class EngineEmbedder:
-    """Hidden states of a causal model, averaged over a text: it was not trained for retrieval, and
-    is far behind models that were. Raises `ModelError` for what is no model; a text longer than its
-    context is a `GenerationError`."""
+    """Pooled hidden states of a causal model. A directory that was trained to embed says how
+    (`interop.embedder`), and a text beyond its `max_length` tokens is cut and counted in `cut`.
+    Any other model is averaged over a text, far behind those that were trained for retrieval; a
+    text longer than its context is a `GenerationError`. Raises `ModelError` for what is no model.
+    """
 
     good_cosine: float | None = None  # all texts lie close together
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
+        from khaosz.interop import load_embedder_settings
 
+        self._settings = load_embedder_settings(model)
         self._generator = Generator.from_directory(model)
         self.name = str(Path(model).resolve())
+        self.cut = 0
 
     @property
     def dimension(self) -> int:
         return self._generator.engine.runner.config.hidden_size
 
+    @property
+    def max_length(self) -> int | None:
+        return self._settings.max_length
+
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._generator.embed(texts)
+        return self._embedded(self._settings.passage_prefix, texts)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._generator.embed(texts)
+        return self._embedded(self._settings.query_prefix, texts)
+
+    def _embedded(self, prefix: str, texts: Sequence[str]) -> np.ndarray:
+        limit = self.max_length
+        ids = [self._generator.prompt_ids(prefix + text) for text in texts]
+        if limit is not None:
+            self.cut += sum(len(each) > limit for each in ids)
+        return self._generator.embed([each[:limit] for each in ids], self._settings.pooling)
 
 
 class E5Embedder:

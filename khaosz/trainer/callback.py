@@ -50,12 +50,7 @@ class Validation(Callback):
         for lang, score in scores.items():
             if score.text_bytes and len(scores) > 1:
                 metrics[f"val_bits_per_byte_{lang}"] = score.bits_per_byte
-        progress = context.progress
-        if progress.best is None or total.loss < progress.best:
-            progress.best, progress.best_step = total.loss, progress.step
-            progress.evaluations_without_gain = 0
-        else:
-            progress.evaluations_without_gain += 1
+        context.progress.judged(total.loss)
 
 
 class EarlyStop(Callback):

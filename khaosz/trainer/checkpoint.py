@@ -1,6 +1,7 @@
 """Checkpoints: a model directory that can be served as it is, with the training state beside it.
 
     OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
+                        and of an embedder how it is to be used (interop/embedder.py)
     OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
     OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
                               learning critic.safetensors and each rank's rollout-R.safetensors
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError
-from khaosz.interop import save_model, write_json
+from khaosz.interop import EmbedderSettings, save_embedder, save_model, write_json
 from khaosz.interop.adapter import save_adapter
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora
@@ -79,7 +80,11 @@ def _write(context: TrainContext, directory: Path) -> None:
         eos_ids=[tokenizer.eos_id, tokenizer.end_id],
         pad_id=tokenizer.pad_id,
     )
-    tokenizer.save(directory)
+    if context.config.stage == "embed":
+        width = context.model.config.hidden_size
+        save_embedder(directory, embedder_settings(context.config), width, tokenizer)
+    else:
+        tokenizer.save(directory)
     save_config(context.config, directory / "train_config.json")
     tensors = {
         k: v.detach().cpu().contiguous() for k, v in context.named_optimizer_tensors().items()
@@ -97,6 +102,13 @@ def _write(context: TrainContext, directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             _fsync(path)
+
+
+def embedder_settings(config: TrainConfig) -> EmbedderSettings:
+    """How what the stage `embed` has trained is to be used."""
+    embed = config.embed
+    prefixes = embed.query_prefix, embed.passage_prefix
+    return EmbedderSettings(embed.pooling, *prefixes, embed.max_length)
 
 
 def merged(model: Transformer) -> Transformer:

@@ -14,6 +14,7 @@ from khaosz.trainer import build
 from khaosz.trainer.alignment import build as alignment
 from khaosz.trainer.build import Start
 from khaosz.trainer.checkpoint import check_same_run, load_state, resolve
+from khaosz.trainer.embedding.build import build_embedder
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -95,4 +96,6 @@ def build_run(
         return alignment.build_pairs(start, parallel, console)
     if start.config.stage in ROLLOUT_STAGES:
         return alignment.build_rollouts(start, parallel, console)
+    if start.config.stage == "embed":
+        return build_embedder(start, parallel, console)
     return build.build(start, parallel, console)

@@ -27,6 +27,14 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
 
+    def judged(self, loss: float) -> None:
+        """An evaluation after this step gave `loss`."""
+        if self.best is None or loss < self.best:
+            self.best, self.best_step = loss, self.step
+            self.evaluations_without_gain = 0
+        else:
+            self.evaluations_without_gain += 1
+
 
 @dataclass(frozen=True)
 class Plan:

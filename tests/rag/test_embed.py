@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import train_tokenizer
+from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
-from khaosz.interop import save_model
+from khaosz.interop import EmbedderSettings, save_embedder, save_model
 from khaosz.model import Transformer
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.embed import E5Embedder, HttpEmbedder, open_embedder, unit
+from khaosz.rag.embed import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder, unit
 
 
 @pytest.fixture
@@ -71,3 +71,27 @@ def test_multilingual_e5_tells_what_is_meant() -> None:
     assert passages.shape == (2, embedder.dimension) and passages.dtype == np.float32
     cosines = embedder.queries(["企鹅住在哪里？", "When does the contract end?"]) @ passages.T
     assert cosines[0].argmax() == 0 and cosines[1].argmax() == 1
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_trained_embedder_says_how_it_embeds(model: Path, pooling: str) -> None:
+    """Against transformers' model and tokenizer, told by hand what the directory says."""
+    transformers = pytest.importorskip("transformers")
+    plain = EngineEmbedder(model)
+    settings = EmbedderSettings(pooling, "ask ", "fox ", 12)  # type: ignore[arg-type]
+    save_embedder(model, settings, 32, load_tokenizer(model))
+    embedder = EngineEmbedder(model)
+    texts = ["春眠不觉晓", "the quick brown fox " * 9]
+    found = {"ask ": embedder.queries(texts), "fox ": embedder.passages(texts)}
+    assert embedder.cut == 2  # the long one, twice
+    body = transformers.AutoModel.from_pretrained(model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    for prefix, vectors in found.items():
+        for text, vector in zip(texts, vectors, strict=True):
+            ids = tokenizer(prefix + text, truncation=True, max_length=12, return_tensors="pt")
+            with torch.no_grad():
+                hidden = body(**ids).last_hidden_state[0]
+            wanted = hidden.mean(0) if pooling == "mean" else hidden[-1]
+            wanted = (wanted / wanted.norm()).numpy()
+            np.testing.assert_allclose(vector, wanted, atol=1e-5)  # fp32, in another order
+    assert plain.cut == 0 and not np.allclose(plain.queries(texts), found["ask "], atol=1e-3)

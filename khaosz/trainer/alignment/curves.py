@@ -45,7 +45,7 @@ class PreferenceCurve(Callback):
         self.out, self.console, self.strategy, self.compute = out, console, strategy, compute
 
     def on_end(self, context: TrainContext) -> None:
-        if not _can_draw(self.console):
+        if not can_draw(self.console):
             return
         rows = read_metrics(self.out / "metrics.jsonl")
         title = f"{self.out.name} ({context.config.stage})"
@@ -68,7 +68,7 @@ class RewardCurve(Callback):
 
     def on_end(self, context: TrainContext) -> None:
         rows = read_metrics(self.out / "metrics.jsonl")
-        if len(rows) < 2 or not _can_draw(self.console):
+        if len(rows) < 2 or not can_draw(self.console):
             return
         path = self.out / "loss.png"
         draw_panels(rows, _REWARD_PANELS, path, f"{self.out.name} ({context.config.stage})")
@@ -128,7 +128,7 @@ def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
     return [float(step) for step, _ in held], [float(value) for _, value in held]
 
 
-def _can_draw(console: Console) -> bool:
+def can_draw(console: Console) -> bool:
     if importlib.util.find_spec("matplotlib") is None:
         console.print("  no picture: pip install 'khaosz\\[train]' brings matplotlib")
         return False

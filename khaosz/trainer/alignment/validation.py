@@ -63,12 +63,7 @@ class PairValidation(Callback):
             return
         found = evaluate_pairs(self.strategy, context.model, self.compute)
         metrics |= {f"val_{name}": value for name, value in found.items()}
-        progress = context.progress
-        if progress.best is None or found["loss"] < progress.best:
-            progress.best, progress.best_step = found["loss"], progress.step
-            progress.evaluations_without_gain = 0
-        else:
-            progress.evaluations_without_gain += 1
+        context.progress.judged(found["loss"])
 
 
 class RolloutSamples(Callback):
