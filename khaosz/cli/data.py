@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from khaosz.cli.output import Json, answer, one_of, plain, progress_console
+
+if TYPE_CHECKING:
+    from khaosz.rag.load import Problem
 
 tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
 data_app = typer.Typer(help="Get, prepare, check and look at data.", no_args_is_help=True)
@@ -55,7 +59,7 @@ def data_get(
     for note in sources.notes:
         console.print(note, highlight=False)
     corpus = build_demo_corpus(sources, out)
-    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.eval}")
+    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.eval}\n{corpus.pairs}")
 
 
 @data_app.command("from-docs")
@@ -66,35 +70,28 @@ def data_from_docs(
     as_json: Json = False,
 ) -> None:
     """Cut documents (PDF, DOCX, HTML, Markdown, ...) into texts to train on."""
-    import json
-
-    from khaosz.data.atomic import write_atomic
-    from khaosz.errors import DataError
     from khaosz.rag import StructureSplitter
-    from khaosz.rag.load import Problem
     from khaosz.rag.records import text_records
 
-    problems: list[Problem] = []
-    count = 0
+    splitter = StructureSplitter(max_chars=max_chars)
+    _write_records(out, paths, partial(text_records, paths, splitter), "texts", as_json)
 
-    def lines() -> Iterator[bytes]:
-        nonlocal count
-        splitter = StructureSplitter(max_chars=max_chars)
-        for record in text_records(paths, splitter, problems.append):
-            count += 1
-            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        if not count:  # before `out` is replaced
-            raise DataError(f"no text in {', '.join(map(str, paths))}")
 
-    try:
-        write_atomic(out, lines())
-    except OSError as error:
-        raise DataError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        for problem in problems:
-            typer.echo(f"  {problem.path}: {problem.message}", err=True)
-    values = {"records": count, "not_read": len(problems), "out": str(out)}
-    answer(as_json, values, f"{count:,} texts, {len(problems):,} files not read; {out}")
+@data_app.command("pairs")
+def data_pairs(
+    paths: Annotated[list[Path], typer.Argument(help="Documents and folders of them.")],
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
+    max_chars: Annotated[int, typer.Option(help="Characters of a passage at most.")] = 600,
+    seed: Annotated[int, typer.Option(help="Which sentences become queries.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Make pairs to train an embedder on from documents: headings and single sentences as queries,
+    what stands below and around them as passages."""
+    from khaosz.rag import StructureSplitter
+    from khaosz.rag.records import pair_records
+
+    splitter = StructureSplitter(max_chars=max_chars)
+    _write_records(out, paths, partial(pair_records, paths, splitter, seed), "pairs", as_json)
 
 
 @data_app.command("prepare")
@@ -159,6 +156,41 @@ def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.
     for shard in shards:
         shard.verify()
     typer.echo(f"{data}: {len(shards)} shards, all sound")
+
+
+def _write_records(
+    out: Path,
+    paths: list[Path],
+    made: Callable[[Callable[[Problem], None]], Iterator[dict[str, str]]],
+    what: str,
+    as_json: bool,
+) -> None:
+    """Records of documents as JSON lines; files that could not be read are named."""
+    import json
+
+    from khaosz.data.atomic import write_atomic
+    from khaosz.errors import DataError
+
+    problems: list[Problem] = []
+    count = 0
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for record in made(problems.append):
+            count += 1
+            yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        if not count:  # before `out` is replaced
+            raise DataError(f"no {what[:-1]} in {', '.join(map(str, paths))}")
+
+    try:
+        write_atomic(out, lines())
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        for problem in problems:
+            typer.echo(f"  {problem.path}: {problem.message}", err=True)
+    values = {"records": count, "not_read": len(problems), "out": str(out)}
+    answer(as_json, values, f"{count:,} {what}, {len(problems):,} files not read; {out}")
 
 
 def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]:

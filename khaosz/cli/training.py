@@ -118,6 +118,29 @@ def eval_preference(
     answer(as_json, found.as_dict(), format_preference(found))
 
 
+@eval_app.command("retrieval")
+def eval_retrieval(
+    file: Annotated[Path, typer.Argument(help="Pairs as for stage=embed: jsonl, json, parquet.")],
+    embedder: Annotated[
+        str | None, typer.Option(help="As for `rag add`; without one: BM25.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """How often a query finds its passage among all passages of the file."""
+    from khaosz.evaluation import retrieval_accuracy
+    from khaosz.rag.embed import open_embedder
+
+    with progress_console().status("searching"):
+        found = retrieval_accuracy(file, open_embedder(embedder) if embedder else None)
+    answer(
+        as_json,
+        found.as_dict(),
+        f"{found.accuracy:.1%} come first, mean reciprocal rank {found.mrr:.3f};"
+        f" {found.queries:,} queries, {found.passages:,} passages, {found.skipped:,} records"
+        f" skipped; {found.found_by}",
+    )
+
+
 @lora_app.command("merge")
 def lora_merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory (PEFT's layout).")],

@@ -7,6 +7,7 @@
     sft.jsonl      {"messages", "lang", "source"}  conversations
     sft_val.jsonl  same                            held-out conversations
     preference.jsonl, preference_val.jsonl  {"prompt", "chosen", "rejected", "lang"}
+    pairs.jsonl, pairs_val.jsonl  {"query", "positive", "lang", "source"}
     prompts.json   [{"lang", "kind", "prompt"}]    what the demo may ask the trained model
 
 The split is by unit (a statute, an idiom, a chapter, ...): nothing derived from a held-out unit is
@@ -32,6 +33,7 @@ from khaosz.data.demo_instructions import (
     read_sample,
     read_web,
 )
+from khaosz.data.demo_pairs import unit_pairs
 from khaosz.data.demo_preference import swapped_answers
 from khaosz.data.demo_texts import (
     Chat,
@@ -82,6 +84,8 @@ class DemoCorpus:
     sft_val: Path
     preference: Path
     preference_val: Path
+    pairs: Path
+    pairs_val: Path
     prompts: Path
     stats: dict[str, SourceStats]
 
@@ -103,6 +107,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     val: list[dict[str, Any]] = []
     sft: list[dict[str, Any]] = []
     sft_val: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    pairs_val: list[dict[str, Any]] = []
     stats: dict[str, SourceStats] = {}
     for source, units in by_source.items():
         held = held_out(units, seed)
@@ -115,12 +121,13 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
                     texts.append({"text": text, "lang": unit.lang, "source": source})
                     documents += 1
                     characters += len(text)
+            (pairs_val if unit.key in held else pairs).extend(unit_pairs(unit, seed))
             for chat in unique_chats(unit.chats, asked):
                 repeat = 1 if chats is sft_val else chat.repeat
                 chats += [_chat_record(chat, source)] * repeat
                 conversations += repeat
         stats[source] = SourceStats(documents, characters, conversations, len(held))
-    for records in (pt, val, sft, sft_val):
+    for records in (pt, val, sft, sft_val, pairs, pairs_val):
         rng.shuffle(records)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -131,6 +138,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
         sft_val=out / "sft_val.jsonl",
         preference=out / "preference.jsonl",
         preference_val=out / "preference_val.jsonl",
+        pairs=out / "pairs.jsonl",
+        pairs_val=out / "pairs_val.jsonl",
         prompts=out / "prompts.json",
         stats=stats,
     )
@@ -140,6 +149,8 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     write_jsonl(corpus.sft_val, sft_val)
     write_jsonl(corpus.preference, swapped_answers(sft, seed))
     write_jsonl(corpus.preference_val, swapped_answers(sft_val, seed))
+    write_jsonl(corpus.pairs, pairs)
+    write_jsonl(corpus.pairs_val, pairs_val)
     prompts = choose_prompts(sft, sft_val)
     shown = json.dumps(prompts, ensure_ascii=False, indent=1) + "\n"
     write_atomic(corpus.prompts, [shown.encode("utf-8")])

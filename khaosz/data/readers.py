@@ -30,6 +30,8 @@ _PARQUET_COLUMNS = (
     *("text", "lang", "source", "messages", "conversations", "instruction", "input", "output"),
     *("system", "history", "tools"),
     *("prompt", "chosen", "rejected", "margin", "answers", "ranking", "answer"),
+    *("query", "anchor", "positive", "positives", "pos", "negative", "negatives", "neg"),
+    *(f"negative_{i}" for i in range(1, 17)),
 )
 
 

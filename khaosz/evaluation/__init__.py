@@ -1,4 +1,4 @@
-"""How good a model is: bits per byte of texts, agreement with what people prefer."""
+"""How good a model is: bits per byte of texts, agreement with what people prefer, retrieval."""
 
 from khaosz.evaluation.bits_per_byte import BitsPerByte, bits_per_byte
 from khaosz.evaluation.preference import (
@@ -6,11 +6,14 @@ from khaosz.evaluation.preference import (
     format_preference,
     preference_accuracy,
 )
+from khaosz.evaluation.retrieval import RetrievalAccuracy, retrieval_accuracy
 
 __all__ = [
     "BitsPerByte",
     "PreferenceAccuracy",
+    "RetrievalAccuracy",
     "bits_per_byte",
     "format_preference",
     "preference_accuracy",
+    "retrieval_accuracy",
 ]

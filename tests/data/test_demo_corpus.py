@@ -132,7 +132,10 @@ def test_stats_count_what_was_written(corpus: DemoCorpus) -> None:
 def test_same_seed_same_bytes(corpus: DemoCorpus, offline: DemoSources, tmp_path: Path) -> None:
     again = build_demo_corpus(offline, tmp_path / "a", seed=0)
     other = build_demo_corpus(offline, tmp_path / "b", seed=1)
-    for name in ("pt.jsonl", "sft.jsonl", "val.jsonl", "sft_val.jsonl", "prompts.json"):
+    for name in (
+        *("pt.jsonl", "sft.jsonl", "val.jsonl", "sft_val.jsonl", "prompts.json"),
+        *("pairs.jsonl", "pairs_val.jsonl"),
+    ):
         first = (corpus.pt.parent / name).read_bytes()
         assert first == (tmp_path / "a" / name).read_bytes()
         assert name == "prompts.json" or first != (tmp_path / "b" / name).read_bytes()

@@ -1,0 +1,123 @@
+"""How well passages are found: each query of a file of pairs against all passages of the file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from khaosz.data.contrastive import Texts, to_texts
+from khaosz.data.prepared import InputReport, PrepareReport
+from khaosz.data.readers import Skip, expand_inputs, open_source, parsed
+from khaosz.errors import DataError
+from khaosz.rag.embed import Embedder
+from khaosz.rag.lexical import lexical_search
+from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store
+
+_EMBEDDED = 64  # texts handed to an embedder at once
+
+
+@dataclass(frozen=True)
+class RetrievalAccuracy:
+    """accuracy: share of queries whose passage comes first. mrr: mean of 1 / its rank. Other
+    passages that answer the query are left out; one of equal score stands before it."""
+
+    found_by: str
+    accuracy: float
+    mrr: float
+    queries: int
+    passages: int
+    skipped: int
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> RetrievalAccuracy:
+    """With an embedder by cosine, without one by the BM25 of a knowledge base.
+
+    Raises `DataError` when the file holds no pair.
+    """
+    report = InputReport(str(file))
+    records = list(_records(report))
+    if not records:
+        why = PrepareReport([report]).worst_reason()
+        raise DataError(f"no pair in {report.records} records of {file}{why}")
+    numbers: dict[str, int] = {}
+    for text in chain.from_iterable((*r.positives, *r.negatives) for r in records):
+        numbers.setdefault(text, len(numbers))
+    answers: dict[str, set[int]] = {}
+    for record in records:
+        known = answers.setdefault(record.query, set())
+        known.update(numbers[text] for text in record.positives)
+    queries, passages = list(answers), list(numbers)
+    found = []
+    if embedder is None:
+        scored = _by_words(queries, passages)
+    else:
+        scored = _by_cosine(queries, passages, embedder)
+    for query, scores in zip(queries, scored, strict=True):
+        for own in answers[query]:
+            before = scores >= scores[own]
+            before[list(answers[query])] = False
+            found.append(1 + int(before.sum()))
+    ranks = np.array(found)
+    return RetrievalAccuracy(
+        "bm25" if embedder is None else embedder.name,
+        round(float((ranks == 1).mean()), 4),
+        round(float((1 / ranks).mean()), 4),
+        len(ranks),
+        len(passages),
+        report.records - report.kept,
+    )
+
+
+def _records(report: InputReport) -> Iterator[Texts]:
+    for path in expand_inputs([report.path]):
+        for batch in open_source(path):
+            for line, record in parsed(batch):
+                report.records += 1
+                with report.skipping(line):
+                    if isinstance(record, Skip):
+                        raise DataError(record.reason)
+                    texts = to_texts(record)
+                    report.kept += 1
+                    yield texts
+
+
+def _by_cosine(
+    queries: Sequence[str], passages: Sequence[str], embedder: Embedder
+) -> Iterator[np.ndarray]:
+    """(P,) for each query."""
+    matrix = np.concatenate([embedder.passages(part) for part in _parts(passages)])
+    for part in _parts(queries):
+        yield from embedder.queries(part) @ matrix.T
+
+
+def _by_words(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.ndarray]:
+    """(P,) for each query; 0 where no word of it is."""
+    number = {text: i for i, text in enumerate(passages)}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "passages.kb")
+        try:
+            chunks = [NewChunk(0, len(text), text, ()) for text in passages]
+            source = SourceFile("passages", 0, 0, "")
+            with store.writing():
+                store.replace("default", source, [NewDocument("", "passages", "", 0, chunks)])
+            for query in queries:
+                scores = np.zeros(len(passages))
+                ranked = dict(lexical_search(store, query, len(passages)))
+                for chunk in store.chunks(list(ranked)):
+                    scores[number[chunk.text]] = ranked[chunk.id]
+                yield scores
+        finally:
+            store.close()
+
+
+def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for first in range(0, len(texts), _EMBEDDED):
+        yield texts[first : first + _EMBEDDED]
