@@ -94,6 +94,47 @@ def data_pairs(
     _write_records(out, paths, partial(pair_records, paths, splitter, seed), "pairs", as_json)
 
 
+@data_app.command("grounded")
+def data_grounded(
+    model: Annotated[Path, typer.Argument(help="Whose tokenizer and context prompts must fit.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo/corpus"),
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens left for an answer, as in `rag ask`.")
+    ] = 256,
+    limit: Annotated[int, typer.Option(help="Records to train on at most.")] = 12_000,
+    seed: Annotated[int, typer.Option(help="Which passages stand beside which.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write records that teach to answer from passages, with citation and refusal: of the demo's
+    idioms, statutes and Python documentation, those held out apart."""
+    from khaosz.data.demo_corpus import write_jsonl
+    from khaosz.data.demo_facts import split_facts
+    from khaosz.data.fetch import fetch_demo
+    from khaosz.interop import load_config, open_tokenizer
+    from khaosz.rag.grounded import grounded_records
+
+    tokenizer = open_tokenizer(model)
+    room = load_config(model).max_position_embeddings - max_tokens
+
+    def count(messages: list[dict[str, str]]) -> int:
+        return len(tokenizer.encode_chat(messages, add_generation_prompt=True)[0])
+
+    console = progress_console()
+    sources = fetch_demo(progress=console.print)
+    facts, held_out = split_facts(sources, seed, limit)
+    written = {}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, some in (("grounded", facts), ("grounded_val", held_out)):
+        records = list(grounded_records(some, count, room, seed))
+        write_jsonl(out / f"{name}.jsonl", records)
+        written[name] = len(records)
+    answer(
+        as_json,
+        {**written, "out": str(out)},
+        f"{written['grounded']:,} records, {written['grounded_val']:,} held out; {out}",
+    )
+
+
 @data_app.command("prepare")
 def data_prepare(
     inputs: Annotated[list[Path], typer.Argument(help="Files, directories or globs.")],

@@ -141,6 +141,24 @@ def eval_retrieval(
     )
 
 
+@eval_app.command("grounded")
+def eval_grounded(
+    model: Annotated[str, typer.Argument(help="As for `rag ask`: directory, .gguf or address.")],
+    file: Annotated[Path, typer.Argument(help="Records of `khaosz data grounded`.")],
+    limit: Annotated[int | None, typer.Option(help="Records to ask at most.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """How often a model answers with the passage's own words, cites it, and refuses rightly."""
+    from khaosz.evaluation import groundedness
+    from khaosz.rag.chat_model import open_chat_model
+
+    with progress_console().status("asking"):
+        chosen = open_chat_model(model, device=chosen_device(device))
+        found = groundedness(chosen, file, limit=limit)
+    answer(as_json, found.as_dict(), found.format())
+
+
 @lora_app.command("merge")
 def lora_merge(
     adapter: Annotated[Path, typer.Argument(help="Adapter directory (PEFT's layout).")],

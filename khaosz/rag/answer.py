@@ -97,6 +97,11 @@ class CitationStream:
         return "".join(f"[{number}]" for number in valid)
 
 
+def without_markers(text: str) -> str:
+    """An answer's words alone."""
+    return _MARKER.sub("", text)
+
+
 def ask(
     base: KnowledgeBase,
     question: str,
