@@ -47,7 +47,6 @@ def grounded_records(
             rng.choice(near if rng.random() < NEAR else far) for _ in range(rng.choice(_OTHERS))
         ]
         passages = {other.passage: other for other in others if fact.answer not in other.passage}
-        passages.pop(fact.passage, None)
         if rng.random() < MISSING and passages:
             shown = list(passages.values())
         else:

@@ -54,7 +54,7 @@ def test_an_answer_is_in_the_passage_that_it_cites(records: list[dict[str, Any]]
     answered = [r for r in records if r["answer"] is not None]
     refused = [r for r in records if r["answer"] is None]
     assert 0.1 < len(refused) / len(records) < 0.4
-    assert {r["citation"] for r in answered} >= {1, 2, 3}
+    assert {r["citation"] for r in answered if r["passages"] == 3} == {1, 2, 3}
     for record in answered:
         prompt, said = (message["content"] for message in record["messages"])
         _, passage = prompt.split(f'<passage id="{record["citation"]}"', 1)
