@@ -63,7 +63,6 @@ def add(
     )
 
     from khaosz.rag import KnowledgeBase
-    from khaosz.rag.embed import EngineEmbedder
 
     console = progress_console()
     columns = (
@@ -83,13 +82,6 @@ def add(
 
             report = base.add(paths, collection=collection, on_file=shown)
         named = base.embedder_name
-        chosen = base.embedder() if report.chunks else None
-    if isinstance(chosen, EngineEmbedder) and chosen.cut:
-        console.print(
-            f"  {chosen.cut:,} chunks are longer than the {chosen.max_length} tokens that the"
-            " embedder reads: by meaning, only their beginnings are found",
-            highlight=False,
-        )
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""
         console.print(f"  {problem.path}: {problem.message}{hint}", highlight=False, markup=False)

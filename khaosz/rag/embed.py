@@ -15,7 +15,7 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -44,9 +44,9 @@ class Embedder(Protocol):
 
 class EngineEmbedder:
     """Pooled hidden states of a causal model. A directory that was trained to embed says how
-    (`interop.embedder`), and a text beyond its `max_length` tokens is cut and counted in `cut`.
-    Any other model is averaged over a text, far behind those that were trained for retrieval; a
-    text longer than its context is a `GenerationError`. Raises `ModelError` for what is no model.
+    (`interop.embedder`); any other model is averaged over a text, far behind those that were
+    trained for retrieval. A text longer than the model reads is cut in windows, whose vectors are
+    averaged by their length; nothing of it is left out. Raises `ModelError` for what is no model.
     """
 
     good_cosine: float | None = None  # all texts lie close together
@@ -58,15 +58,10 @@ class EngineEmbedder:
         self._settings = load_embedder_settings(model)
         self._generator = Generator.from_directory(model)
         self.name = str(Path(model).resolve())
-        self.cut = 0
 
     @property
     def dimension(self) -> int:
         return self._generator.engine.runner.config.hidden_size
-
-    @property
-    def max_length(self) -> int | None:
-        return self._settings.max_length
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         return self._embedded(self._settings.passage_prefix, texts)
@@ -75,11 +70,26 @@ class EngineEmbedder:
         return self._embedded(self._settings.query_prefix, texts)
 
     def _embedded(self, prefix: str, texts: Sequence[str]) -> np.ndarray:
-        limit = self.max_length
-        ids = [self._generator.prompt_ids(prefix + text) for text in texts]
-        if limit is not None:
-            self.cut += sum(len(each) > limit for each in ids)
-        return self._generator.embed([each[:limit] for each in ids], self._settings.pooling)
+        owners, windows = [], []
+        for owner, text in enumerate(texts):
+            for ids in self._windows(prefix, text):
+                owners.append(owner)
+                windows.append(ids)
+        vectors = self._generator.embed(windows, self._settings.pooling)
+        lengths = np.array([len(ids) for ids in windows], np.float32)
+        sums = np.zeros((len(texts), self.dimension), np.float32)
+        np.add.at(sums, owners, vectors * lengths[:, None])
+        return unit(sums) if len(texts) else sums
+
+    def _windows(self, prefix: str, text: str) -> Iterator[list[int]]:
+        """Ids, each part with the prefix before it."""
+        context = self._generator.context
+        longest = min(self._settings.max_length or context, context)
+        ids, head = self._generator.prompt_ids(prefix + text), self._generator.prompt_ids(prefix)
+        yield ids[:longest]
+        room = max(1, longest - len(head))
+        for start in range(longest, len(ids), room):
+            yield head[: longest - 1] + ids[start : start + room]
 
 
 class E5Embedder:
