@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from khaosz.data.contrastive import to_texts
 from khaosz.data.preference import to_pairs, to_prompt
 from khaosz.data.readers import Skip, detect_language, expand_inputs, open_source, parsed
 from khaosz.data.records import Message, to_messages
@@ -53,7 +54,8 @@ def _text_of(record: dict[str, Any]) -> str | None:
 
 
 def _messages_of(record: dict[str, Any]) -> list[Message] | None:
-    """All that is said in a record of a chat, of a pair of answers or of a prompt alone."""
+    """All that is said in a record of a chat, of a pair of answers, of a prompt alone, or of a
+    query with its passages."""
     try:
         return to_messages(record).messages
     except DataError:
@@ -67,4 +69,9 @@ def _messages_of(record: dict[str, Any]) -> list[Message] | None:
     try:
         return to_prompt(record).prompt
     except DataError:
+        pass
+    try:
+        found = to_texts(record)
+    except DataError:
         return None
+    return [{"content": text} for text in (found.query, *found.positives, *found.negatives)]

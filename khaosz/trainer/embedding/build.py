@@ -7,7 +7,7 @@ from rich.console import Console
 from khaosz.config import TrainConfig
 from khaosz.data.contrastive import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import CheckpointError, ConfigError
+from khaosz.errors import CheckpointError, ConfigError, DataError
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.build import (
@@ -34,9 +34,14 @@ _PAIRS_PER_STEP = 64
 def build_embedder(
     start: Start, parallel: ParallelContext, console: Console
 ) -> tuple[TrainContext, Trainer]:
-    """Raises `DataError` when no pair is left to train on."""
+    """Raises `DataError` when no pair is left to train on, or no negative for any."""
     config, tokenizer, model = _open(start, parallel, console)
     data, held_out = _pairs(config, tokenizer, console)
+    if len(data.passages) < 2:
+        raise DataError(
+            f"{config.data}: {len(data):,} pairs, and all have one passage",
+            hint="a query needs another one's passage for a negative",
+        )
     per_step = config.batch_pairs or _PAIRS_PER_STEP
     if per_step < max(2, parallel.world):
         raise ConfigError(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tiny import write_recipe
 from translation import translation_pairs, written
 
+from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, DataError
 from khaosz.inference.chat import newest_model
 from khaosz.interop import EmbedderSettings, load_embedder_settings
@@ -127,7 +128,7 @@ def test_a_resumed_run_wants_its_own_pairs(embedder: Any, tmp_path: Path) -> Non
 def test_the_head_of_the_vocabulary_is_left_alone(embedder: Any) -> None:
     config = embedder(max_steps=2, model={**embedder().model, "tie_word_embeddings": False})
     context = go(config)
-    assert context.model.lm_head is not None
+    assert context.model.training and context.model.lm_head is not None
     assert "lm_head.weight" not in context.trained()
     assert {"embed_tokens.weight", "norm.weight"} <= context.trained().keys()
 
@@ -151,6 +152,20 @@ def test_what_is_cut_is_said(embedder: Any, tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(embedder: Any, changes: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         go(embedder(**changes))
+
+
+def test_one_passage_has_no_negative(embedder: Any, tmp_path: Path) -> None:
+    records = [{"query": f"q{i}", "positive": "p"} for i in range(9)]
+    data = written(tmp_path / "one.jsonl", records)
+    with pytest.raises(DataError, match="9 pairs, and all have one passage"):
+        go(embedder(data=data, val_fraction=0.0))
+
+
+def test_from_nothing_the_tokenizer_hears_queries_and_passages(embedder: Any) -> None:
+    values = {**embedder(max_steps=1, vocab_size=300).model_dump(exclude_unset=True)}
+    del values["tokenizer"]
+    tokenizer = go(TrainConfig.parse(values)).tokenizer
+    assert len(tokenizer.encode("天地玄黄")) < 12  # three bytes each, were they new to it
 
 
 def test_closed_keys(embedder: Any) -> None:

@@ -17,6 +17,7 @@ from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.embedding.loss import info_nce, ranks
 from khaosz.trainer.embedding.strategy import EmbedStrategy
+from khaosz.trainer.embedding.validation import evaluate_retrieval
 from khaosz.trainer.strategy import Compute
 
 
@@ -180,3 +181,35 @@ def test_pass_by_pass_is_the_plain_gradient(
             assert found is not None and scale > 0, name
             # fp64, summed in another order.
             torch.testing.assert_close(found, gradient, rtol=0, atol=1e-9 * scale, msg=name)
+
+
+def test_held_out_retrieval_is_counted_by_hand(
+    model: Transformer, tokenizer: Tokenizer, data: TextPairs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each query against every held-out passage but its other answers, in parts or at once."""
+    model = model.double()
+    strategy = strategy_of(data, tokenizer)
+    strategy.held_out = data
+    with torch.no_grad():
+
+        def vector(ids: Any) -> Tensor:
+            pooled = model(torch.tensor([ids.tolist()]))[0].mean(0)
+            return pooled / pooled.norm()
+
+        passages = torch.stack([vector(ids) for ids in data.passages])
+        losses, places = [], []
+        for i, query in enumerate(data.queries):
+            scores, own = passages @ vector(query), data.positive[i]
+            others = [n for n in range(len(passages)) if n not in answers_of(data, i)]
+            seen = scores[[own, *others]]
+            losses.append(float((seen / 0.1).logsumexp(0) - seen[0] / 0.1))
+            places.append(1 + int((scores[others] >= scores[own]).sum()))
+    assert len(set(places)) > 2
+    wanted = {
+        "loss": sum(losses) / len(losses),
+        "accuracy": places.count(1) / len(places),
+        "mrr": sum(1 / place for place in places) / len(places),
+    }
+    for compared in (1 << 24, 1):
+        monkeypatch.setattr("khaosz.trainer.embedding.validation._COMPARED", compared)
+        assert evaluate_retrieval(strategy, model, Compute()) == pytest.approx(wanted, rel=1e-9)
