@@ -44,7 +44,10 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainCon
             if owner not in names:
                 _assign(merged, dotted, value)
             elif owner == name:
-                _assign(merged, rest, value)
+                # `embed` is a stage and a table: what no recipe has for a key is the table's.
+                keys = TrainConfig.model_fields
+                of_table = owner in keys and rest.partition(".")[0] not in keys
+                _assign(merged, dotted if of_table else rest, value)
         configs.append(TrainConfig.parse(merged, source=str(path)))
     return configs
 

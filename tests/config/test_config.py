@@ -349,3 +349,14 @@ def test_rope_scaling_keeps_what_was_given() -> None:
     config = ModelConfig.parse({**SHAPE, "rope_scaling": scaling})
     assert config.rope_scaling == scaling
     assert config.updated(vocab_size=65).rope_scaling == scaling
+
+
+def test_embed_is_a_stage_and_a_table(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('stage = "embed"\ndata = "d"\nout = "o"\nsize = "nano"\nmax_steps = 1\n')
+    changed = ["embed.temperature=0.5", "embed.lr=0.25", "embed.schedule.name=cosine"]
+    config = load_recipe(recipe, changed)
+    assert (config.embed.temperature, config.lr, config.schedule.name) == (0.5, 0.25, "cosine")
+    with pytest.raises(ConfigError, match=r"embed\.temprature") as refused:
+        load_recipe(recipe, ["embed.temprature=1"])
+    assert refused.value.hint == "did you mean 'embed.temperature'?"
