@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,32 @@ def test_a_resumed_run_is_the_same_run(
     if lora is not None:
         wanted = EmbedderSettings("last", "q: ", "p: ", 40)
     assert load_embedder_settings(one) == load_embedder_settings(two) == wanted
+
+
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
+    embedder: Any, tmp_path: Path
+) -> None:
+    """Killed amid a step, as a machine that loses its power: nothing is told or saved before."""
+    changes = {"max_steps": 30, "eval_every": 100, "save_every": 5}
+    whole, killed = (embedder(out=tmp_path / name, **changes) for name in ("whole", "killed"))
+    recipe = write_recipe(killed, tmp_path / "recipe.toml")
+    command = [sys.executable, "-m", "khaosz", "train", str(recipe)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while resolve(killed.out / "last") is None:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait(timeout=60)
+    last = resolve(killed.out / "last")
+    assert last is not None and last.name != "step-000030"
+    go(killed, resume=True)
+    go(whole)
+    one, two = resolve(whole.out / "last"), resolve(killed.out / "last")
+    assert one is not None and two is not None and one.name == two.name == "step-000030"
+    for file in ("model.safetensors", "state/optimizer.safetensors"):
+        a, b = load_file(one / file), load_file(two / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
 
 
 def test_a_resumed_run_wants_its_own_pairs(embedder: Any, tmp_path: Path) -> None:
