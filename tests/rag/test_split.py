@@ -87,16 +87,12 @@ def test_overlap_repeats_no_more_than_asked_and_leaves_no_gap(
 def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_other_place(
     text: str, size: int
 ) -> None:
-    chunks = chars(text, size)
-    for before, chunk in itertools.pairwise(chunks):
+    layout = find_layout(text)
+    starts = set(layout.starts if layout else ())
+    for before, chunk in itertools.pairwise(chars(text, size)):
         opening = chunk.text.lstrip()
-        if opening[:1] in CLOSING and opening and not opening.startswith("!["):
-            window = text[before.start + 1 : before.start + size + 1]
-            space = len(window) - len(window.lstrip())
-            assert all(
-                c in CLOSING or c.isspace() or unicodedata.category(c)[0] in "MC"
-                for c in window[space:]
-            )
+        if opening and opening[0] in CLOSING and not opening.startswith("!["):
+            assert not _other_place(text, before.start, size, starts), (before, chunk)
 
 
 def _other_place(text: str, start: int, size: int, starts: set[int]) -> bool:
@@ -106,7 +102,7 @@ def _other_place(text: str, start: int, size: int, starts: set[int]) -> bool:
     return any(
         text[start:at].strip()
         and text[at : min((s for s in starts if s > at), default=len(text))].strip()
-        and text[at] not in CLOSING
+        and text[at:].lstrip()[0] not in CLOSING
         and _whole(text, at)
         for at in places
     )

@@ -202,11 +202,11 @@ def fill(
         cut = high
         if high < end:
             cut = _cut(text, start, done, high, layout)
-            if text[cut] in sentence.CLOSING or text[cut].isspace():
-                cut = _openable(text, start, done, cut, layout)
             if cut >= content > done + 1:
                 # What is left is blank: leave it some text to stand with.
                 cut = _cut(text, start, done, content - 1, layout)
+            if text[cut] in sentence.CLOSING or text[cut].isspace():
+                cut = _openable(text, start, done, cut, layout)
             # Tokens merge across the end, so that a shorter text may take more of them.
             while cut < high and not budget.kept(text, start, cut):
                 high = max(done + 1, cut - 1 - (cut - start) // 10)
