@@ -1,4 +1,4 @@
-"""Verbs over a knowledge base: rag add, list, remove, reindex, stats, split, search, ask."""
+"""Verbs over a knowledge base: rag add, list, remove, reindex, move, stats, split, search, ask."""
 
 from __future__ import annotations
 
@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 
 rag_app = typer.Typer(help="Your documents: add, search, ask.", no_args_is_help=True)
 
-Base = Annotated[Path, typer.Option("--kb", help="The knowledge base: one file.")]
-KB = Path("khaosz.kb")
+Base = Annotated[
+    str,
+    typer.Option(
+        "--kb",
+        help="The knowledge base: a file, postgresql://user@host/db#NAME"
+        " or qdrant+http://host:6333/NAME.",
+    ),
+]
+KB = "khaosz.kb"
 Collection = Annotated[str | None, typer.Option(help="Only this collection.")]
 Mode = Annotated[
     str | None, typer.Option(help="lexical, dense or hybrid; without it, what the base has.")
@@ -81,7 +88,7 @@ def add(
                 )  # fmt: skip
 
             report = base.add(paths, collection=collection, on_file=shown)
-        named = base.embedder_name
+        named, where = base.embedder_name, base.store.where
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""
         console.print(f"  {problem.path}: {problem.message}{hint}", highlight=False, markup=False)
@@ -89,7 +96,7 @@ def add(
     text = (
         f"{report.added:,} added, {report.updated:,} updated, {report.unchanged:,} unchanged,"
         f" {report.removed:,} removed, {len(report.problems):,} not read; {report.chunks:,} new"
-        f" chunks. {kb}: " + (f"embedded by {named}" if named else "lexical (no --embedder)")
+        f" chunks. {where}: " + (f"embedded by {named}" if named else "lexical (no --embedder)")
     )
     answer(as_json, values, text)
     if report.problems and not (report.added or report.updated or report.unchanged):
@@ -148,6 +155,35 @@ def reindex(
             )
         stats = base.stats()
     answer(as_json, stats, f"{stats['chunks']:,} chunks indexed anew")
+
+
+@rag_app.command()
+def move(
+    source: Annotated[str, typer.Option("--from", help="A base as --kb names it; it stays.")],
+    target: Annotated[str, typer.Option("--to", help="An empty place for it.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a base to another store, and compare."""
+    from contextlib import closing
+
+    from rich.progress import Progress
+
+    from khaosz.rag.move import move as move_base
+    from khaosz.rag.store import open_store
+
+    with (
+        closing(open_store(source, new=False)) as origin,
+        closing(open_store(target)) as destination,
+        Progress(console=progress_console(), transient=True) as progress,
+    ):
+        task = progress.add_task("moving", total=None)
+        counts = move_base(
+            *(origin, destination),
+            lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        left, where = origin.where, destination.where
+    text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    answer(as_json, {"to": where, **counts}, f"{text} in {where}, the same as in {left}")
 
 
 @rag_app.command()
@@ -298,15 +334,11 @@ def ask(
             typer.echo(f"[{i}] {hit.doc}  {hit.start:,}-{hit.end:,}")
 
 
-def _existing(path: Path) -> KnowledgeBase:
-    from khaosz.errors import DataError
+def _existing(where: str) -> KnowledgeBase:
     from khaosz.rag import KnowledgeBase
+    from khaosz.rag.store import open_store
 
-    if not path.exists():
-        raise DataError(
-            f"there is no knowledge base {path}", hint=f"khaosz rag add FILES --kb {path}"
-        )
-    return KnowledgeBase(path)
+    return KnowledgeBase(open_store(where, new=False))
 
 
 def _mode(mode: str | None) -> RetrievalMode | None:

@@ -16,7 +16,14 @@ from khaosz.rag.embed import Embedder, open_embedder
 from khaosz.rag.load import Document, Problem, Source, count_files, load_paths
 from khaosz.rag.retrieve import Hit, Mode, Reranker, search
 from khaosz.rag.split.structure import StructureSplitter
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store, StoredDocument
+from khaosz.rag.store import (
+    NewChunk,
+    NewDocument,
+    SourceFile,
+    Store,
+    StoredDocument,
+    open_store,
+)
 from khaosz.rag.vectors import VectorIndex, open_index
 
 if TYPE_CHECKING:
@@ -49,33 +56,38 @@ class AddReport:
 
 
 class KnowledgeBase:
-    """Opens `path`, or begins a base there. The embedder of an existing base is opened by the name
-    it has in it; without one the base is lexical.
+    """Opens the base at `where` (see `khaosz.rag.store`), or begins one there. The embedder of an
+    existing base is opened by the name it has in it; without one the base is lexical.
 
-    Raises `DataError` for a file that is no base, `ConfigError` for another embedder than the one
-    its vectors are from.
+    Raises `DataError` for what is no base or half moved, `ConfigError` for another embedder than
+    the one its vectors are from.
     """
 
     def __init__(
         self,
-        path: Path | str,
+        where: Path | str | Store,
         *,
         embedder: Embedder | str | None = None,
         splitter: StructureSplitter | SemanticSplitter | None = None,
     ) -> None:
-        self.store = Store(Path(path))
+        self.store = open_store(where) if isinstance(where, Path | str) else where
         self.splitter = splitter or StructureSplitter()
         self._embedder = open_embedder(embedder) if isinstance(embedder, str) else embedder
         self._index: VectorIndex | None = None
+        if (origin := self.store.get("moving")) is not None:
+            raise DataError(
+                f"{self.store.where} holds a part of {origin}",
+                hint="khaosz rag move --from ... --to ... goes on where it stopped",
+            )
         known = self.store.get("embedder")
         if self._embedder is not None and known not in (None, self._embedder.name):
             raise ConfigError(
-                f"{path} was embedded by {known}, not by {self._embedder.name}",
+                f"{self.store.where} was embedded by {known}, not by {self._embedder.name}",
                 hint="khaosz rag reindex --embedder NAME embeds it anew",
             )
         if self._embedder is not None and known is None and self.store.chunk_count:
             raise ConfigError(
-                f"{path} is lexical and has {self.store.chunk_count:,} chunks",
+                f"{self.store.where} is lexical and has {self.store.chunk_count:,} chunks",
                 hint="khaosz rag reindex --embedder NAME embeds them",
             )
 
@@ -229,7 +241,7 @@ class KnowledgeBase:
             if name in (document.name, document.doc_id) or document.path in (name, resolved)
         ]
         if not found:
-            raise DataError(f"no document {name!r} in {self.store.path}", hint="khaosz rag list")
+            raise DataError(f"no document {name!r} in {self.store.where}", hint="khaosz rag list")
         with self.store.writing():
             for owner, path in {(document.collection, document.path) for document in found}:
                 self.store.remove_source(owner, path)
@@ -296,8 +308,8 @@ class KnowledgeBase:
 
     def stats(self) -> dict[str, object]:
         return {
-            "path": str(self.store.path),
-            "bytes": self.store.path.stat().st_size,
+            "path": self.store.where,
+            "bytes": self.store.size(),
             **self.store.counts(),
             "embedder": self.store.get("embedder"),
         }

@@ -106,7 +106,7 @@ def search(
             legs["lexical"] = lexical_search(store, query, depth, allowed)
         if mode != "lexical" and embedder is not None and index is not None:
             vector = embedder.queries([query])[0]
-            legs["dense"] = index.nearest(vector, depth, allowed)
+            legs["dense"] = index.nearest(vector, depth, allowed, collection=collection, name=name)
         hits = _hits(store, fuse(legs))
     hits = _distinct(hits)
     if reranker is not None:
@@ -145,7 +145,7 @@ def fuse(
 
 def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
     chunks = {chunk.id: chunk for chunk in store.chunks([number for number, _, _ in fused])}
-    documents: dict[int, StoredDocument] = {}
+    documents: dict[int, StoredDocument | None] = {}
     hits = []
     for number, score, legs in fused:
         if number not in chunks:  # gone since the vector index was made
@@ -154,6 +154,8 @@ def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[
         if chunk.document not in documents:
             documents[chunk.document] = store.document(chunk.document)
         owner = documents[chunk.document]
+        if owner is None:  # gone since its chunk was read, in a store without transactions
+            continue
         page = sum(start <= chunk.start for start in owner.pages) + 1 if owner.pages else None
         hits.append(
             Hit(

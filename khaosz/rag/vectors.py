@@ -1,4 +1,5 @@
-"""Nearest vectors: exactly for small bases, by a usearch graph beside the file for large ones.
+"""Nearest vectors: exactly for small bases, by a usearch graph beside the file for large ones. A
+store on a server searches by itself.
 
 The graph is never the truth. It is kept with the base's fingerprint and made again when that does
 not fit, when it is missing or broken.
@@ -11,11 +12,12 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from khaosz.rag.store import Store
+from khaosz.rag.store.sqlite import SqliteStore
 
 EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions
 # Near neighbours of an encoder's vectors are many and close: usearch's own 16, 128 and 64 find 94 %
@@ -24,16 +26,28 @@ _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 32, 128, 512
 _MORE = 4  # times as many are asked of the graph when only some chunks are allowed
 
 
+@runtime_checkable
 class VectorIndex(Protocol):
-    generation: int
+    @property
+    def generation(self) -> int: ...
 
     def nearest(
-        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+        self,
+        query: np.ndarray,
+        limit: int,
+        allowed: np.ndarray | None = None,
+        *,
+        collection: str | None = None,
+        name: str | None = None,
     ) -> list[tuple[int, float]]:
-        """Chunk numbers and cosines, best first; `allowed` are the only numbers that may be."""
+        """Chunk numbers and cosines, best first. `allowed` are the only numbers that may be: those
+        of `collection` and `name`, by which a server filters."""
 
 
 def open_index(store: Store) -> VectorIndex:
+    if isinstance(store, VectorIndex):
+        return store
+    assert isinstance(store, SqliteStore), store
     if store.vector_count > EXACT_UP_TO and importlib.util.find_spec("usearch") is not None:
         return GraphIndex(store)
     return ExactIndex(store)
@@ -48,7 +62,7 @@ class ExactIndex:
             self._numbers, self._matrix = store.vectors()
 
     def nearest(
-        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None
     ) -> list[tuple[int, float]]:
         numbers, cosines = self._numbers, self._matrix @ query
         if allowed is not None:
@@ -61,7 +75,7 @@ class ExactIndex:
 class GraphIndex:
     """HNSW (Malkov and Yashunin 2016) in half precision, mapped from a file beside the base."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: SqliteStore) -> None:
         from usearch.index import Index
 
         self._dimension = store.dimension
@@ -90,7 +104,7 @@ class GraphIndex:
             return False
         return len(self._index) == mark["count"] and self._index.ndim == self._dimension
 
-    def _build(self, store: Store, path: Path, mark: dict[str, int]) -> None:
+    def _build(self, store: SqliteStore, path: Path, mark: dict[str, int]) -> None:
         self._index.reset()
         for numbers, matrix in store.vector_blocks():
             self._index.add(numbers, matrix)
@@ -104,7 +118,7 @@ class GraphIndex:
             _marks(path).write_text(json.dumps({**mark, "bytes": size}))
 
     def nearest(
-        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None
+        self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None
     ) -> list[tuple[int, float]]:
         wanted = limit if allowed is None else limit * _MORE
         found: list[tuple[int, float]] = []

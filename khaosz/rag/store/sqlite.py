@@ -18,12 +18,19 @@ import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from khaosz.errors import DataError
+from khaosz.rag.store.protocol import (
+    NewChunk,
+    NewDocument,
+    SourceFile,
+    StoredChunk,
+    StoredDocument,
+    whole_text,
+)
 from khaosz.rag.terms import terms
 
 VERSION = 1
@@ -52,75 +59,12 @@ CREATE VIRTUAL TABLE postings USING fts5(
 """
 
 
-@dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A file as it was when it was added. Size in bytes, time in nanoseconds."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredDocument:
-    """pages: offsets at which pages 2, 3, ... begin. length: characters. hash: SHA-256 of the
-    text, which citations name."""
-
-    id: int
-    collection: str
-    doc_id: str
-    name: str
-    hash: str
-    length: int
-    pages: tuple[int, ...]
-    metadata: dict[str, str]
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoredChunk:
-    id: int
-    document: int
-    start: int
-    end: int
-    text: str
-    headings: tuple[str, ...]
-    terms: int
-
-
-@dataclass(frozen=True, slots=True)
-class NewChunk:
-    """A chunk to store, with its vector where there is an embedder."""
-
-    start: int
-    end: int
-    text: str
-    headings: tuple[str, ...]
-    vector: np.ndarray | None = None
-
-    @property
-    def indexed(self) -> str:
-        """What lexical search reads: the headings above a chunk are about it too."""
-        return "\n".join((*self.headings, self.text))
-
-
-@dataclass(frozen=True, slots=True)
-class NewDocument:
-    doc_id: str
-    name: str
-    hash: str
-    length: int
-    chunks: Sequence[NewChunk]
-    pages: tuple[int, ...] = ()
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-class Store:
+class SqliteStore:
     """Raises `DataError` for a file that is no knowledge base, is broken or of a later version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.where = str(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
@@ -186,6 +130,12 @@ class Store:
 
     def set(self, key: str, value: str) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def unset(self, key: str) -> None:
+        self._db.execute("DELETE FROM meta WHERE key = ?", (key,))
+
+    def settings(self) -> dict[str, str]:
+        return dict(self._db.execute("SELECT key, value FROM meta"))
 
     def _count(self, key: str, by: int) -> None:
         self.set(key, str(int(self.get(key) or 0) + by))
@@ -339,12 +289,44 @@ class Store:
         rows = self._db.execute("SELECT path FROM sources WHERE collection = ?", (collection,))
         return [row[0] for row in rows]
 
+    def sources(self) -> Iterator[tuple[str, SourceFile]]:
+        rows = self._db.execute(
+            "SELECT collection, path, size, mtime_ns, sha256 FROM sources ORDER BY id"
+        )
+        for collection, *file in rows:
+            yield collection, SourceFile(*file)
+
+    def contents(self, collection: str, path: str) -> list[NewDocument]:
+        rows = self._db.execute(
+            _DOCUMENT + " WHERE s.collection = ? AND s.path = ? ORDER BY d.id", (collection, path)
+        ).fetchall()
+        return [self._content(_document(row)) for row in rows]
+
+    def _content(self, document: StoredDocument) -> NewDocument:
+        rows = self._db.execute(
+            'SELECT c.start, c."end", c.text, c.headings, v.vector FROM chunks c'
+            " LEFT JOIN vectors v ON v.chunk = c.id WHERE c.document = ? ORDER BY c.id",
+            (document.id,),
+        )
+        chunks = [
+            NewChunk(
+                *(start, end, text, tuple(json.loads(headings))),
+                None if raw is None else np.frombuffer(raw, np.float32),
+            )
+            for start, end, text, headings, raw in rows
+        ]
+        return document.with_chunks(chunks)
+
     def counts(self) -> dict[str, int]:
-        tables = ("sources", "documents", "chunks", "vectors", "terms")
+        # A term that stands nowhere any more may keep its row.
+        tables = ("sources", "documents", "chunks", "vectors", "terms WHERE chunks > 0")
         return {
-            table: int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+            table.split()[0]: int(self._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
             for table in tables
         }
+
+    def size(self) -> int:
+        return self.path.stat().st_size
 
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
         where, values = (
@@ -353,22 +335,16 @@ class Store:
         rows = self._db.execute(_DOCUMENT + where + " ORDER BY d.collection, d.name, d.id", values)
         return [_document(row) for row in rows]
 
-    def document(self, number: int) -> StoredDocument:
-        return _document(self._db.execute(_DOCUMENT + " WHERE d.id = ?", (number,)).fetchone())
+    def document(self, number: int) -> StoredDocument | None:
+        row = self._db.execute(_DOCUMENT + " WHERE d.id = ?", (number,)).fetchone()
+        return None if row is None else _document(row)
 
     def document_by_hash(self, digest: str) -> StoredDocument | None:
         row = self._db.execute(_DOCUMENT + " WHERE d.hash = ? LIMIT 1", (digest,)).fetchone()
         return None if row is None else _document(row)
 
     def text(self, document: int) -> str:
-        """The whole text: chunks cover it, and may overlap."""
-        parts, end = [], 0
-        for start, stop, text in self._db.execute(
-            'SELECT start, "end", text FROM chunks WHERE document = ? ORDER BY start', (document,)
-        ):
-            parts.append(text[end - start :] if start < end else text)
-            end = max(end, stop)
-        return "".join(parts)
+        return whole_text(self.chunks_of(document))
 
     def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
         """In the order asked for; those that are gone are left out."""
