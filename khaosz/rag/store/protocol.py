@@ -7,6 +7,7 @@ other ones. What a citation names (hash, start, end) is the same in every store.
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -199,6 +200,11 @@ class Store(Protocol):
 
     def postings(self, term: str) -> np.ndarray:
         """int64 numbers of the chunks that a term stands in, ascending."""
+
+
+def key_of(collection: str, path: str) -> str:
+    """A source's, of one length however long its path is."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}"))
 
 
 def whole_text(chunks: Iterable[StoredChunk]) -> str:

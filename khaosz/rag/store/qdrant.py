@@ -40,6 +40,7 @@ from khaosz.rag.store.protocol import (
     StoredChunk,
     StoredDocument,
     glob_pattern,
+    key_of,
     whole_text,
 )
 from khaosz.rag.store.qdrant_points import (
@@ -56,7 +57,6 @@ from khaosz.rag.store.qdrant_points import (
     file_of,
     is_,
     is_any,
-    key_of,
     live,
     point,
     put,
@@ -215,7 +215,7 @@ class QdrantStore:
             self._points.upsert(part, some)
         if staged:
             of_keys = is_any("key", list(staged))
-            new = [is_any("source", numbers)]
+            new = [is_any("source", numbers or [0])]  # 0 is no number
             changing = [unfinished(key, change, former.get(key)) for key, change in staged.items()]
             self._points.update("records", put(changing), delete([of_keys], new))
             for part in ("chunks", "vectors"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,13 @@ from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
 from khaosz.errors import DataError
-from khaosz.rag.store.protocol import NewDocument, SourceFile, StoredChunk, StoredDocument
+from khaosz.rag.store.protocol import (
+    NewDocument,
+    SourceFile,
+    StoredChunk,
+    StoredDocument,
+    key_of,
+)
 from khaosz.rag.terms import terms
 
 Change = tuple[str, SourceFile | None, Sequence[NewDocument]]  # collection; without a file it goes
@@ -80,11 +85,6 @@ class Points:
     def number_of(self, part: str, must: list[Any]) -> int:
         wanted = models.Filter(must=must)
         return self.ask("count", part, count_filter=wanted, exact=True).count
-
-
-def key_of(collection: str, path: str) -> str:
-    """The number of a source's point, which its documents, chunks and vectors name."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}"))
 
 
 def is_(key: str, value: str | int | bool) -> Any:

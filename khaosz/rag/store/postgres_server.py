@@ -1,0 +1,125 @@
+"""A connection to PostgreSQL as a store needs it: one schema, our errors, pgvector's type."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import numpy as np
+import psycopg
+from psycopg.adapt import Dumper, Loader
+from psycopg.pq import Format, TransactionStatus
+from psycopg.types import TypeInfo
+
+from khaosz.errors import DataError
+
+_CONNECT_S = 10
+
+
+class Database:
+    """Raises `DataError` for whatever the server refuses, and for a server that is not there."""
+
+    def __init__(self, url: str, schema: str) -> None:
+        self.where = f"{_without_password(url)}#{schema}"
+        self._schema = schema
+        with self._typed("is the server running, and the address right?"):
+            self._db = psycopg.connect(url, autocommit=True, connect_timeout=_CONNECT_S)
+
+    def _path(self) -> None:
+        """Our schema, and whichever the extension was installed in."""
+        found = self._one(
+            "SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
+            " WHERE e.extname = 'vector'"
+        )
+        path = f'{self._schema}, "{found[0] if found else "public"}"'
+        self._run("SELECT set_config('search_path', %s, false)", (path,))
+
+    def _adapt(self) -> None:
+        """Vectors go and come as arrays; the extension has to be there."""
+        with self._typed():
+            info = TypeInfo.fetch(self._db, "vector")
+            assert info is not None
+            info.register(self._db)
+            dumper = type("VectorDumper", (_VectorDumper,), {"oid": info.oid})
+            self._db.adapters.register_dumper(np.ndarray, dumper)
+            self._db.adapters.register_loader(info.oid, _VectorLoader)
+
+    @contextmanager
+    def _typed(self, hint: str | None = None) -> Iterator[None]:
+        try:
+            yield
+        except psycopg.errors.LockNotAvailable as error:
+            raise DataError(f"{self.where} is being written by another process") from error
+        except psycopg.Error as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.where}: {reason}", hint=hint) from error
+
+    def _run(
+        self, query: str, values: Sequence[Any] = (), *, binary: bool = False
+    ) -> psycopg.Cursor[Any]:
+        with self._typed():
+            return self._db.execute(query, values or None, binary=binary)
+
+    def _one(self, query: str, values: Sequence[Any] = ()) -> tuple | None:
+        return self._run(query, values).fetchone()
+
+    def _number(self, query: str, values: Sequence[Any] = ()) -> int:
+        found = self._one(query, values)
+        assert found is not None, query
+        return int(found[0])
+
+    def _copy(self, into: str, types: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        query = f"COPY {into} FROM STDIN (FORMAT BINARY)"
+        with self._typed(), self._db.cursor() as cursor, cursor.copy(query) as copy:
+            copy.set_types(types)
+            for row in rows:
+                copy.write_row(row)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """All reads inside see one state of the base, whatever is written meanwhile."""
+        if self._db.info.transaction_status != TransactionStatus.IDLE:
+            yield
+            return
+        with self._typed(), self._db.transaction():
+            self._run("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+            yield
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    query = [(key, value) for key, value in parse_qsl(parts.query) if key != "password"]
+    netloc = user.partition(":")[0] + at + host
+    return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, safe="/")))
+
+
+def escaped(text: str) -> str:
+    """PostgreSQL's text holds no NUL, and documents may: as two characters, with ESC before."""
+    return text.replace("\x1b", "\x1be").replace("\0", "\x1b0")
+
+
+def plain(text: str) -> str:
+    return text.replace("\x1b0", "\0").replace("\x1be", "\x1b")
+
+
+class _VectorDumper(Dumper):
+    """As vector_recv of pgvector reads it: uint16 dimensions, uint16 zero, float32, big-endian."""
+
+    format = Format.BINARY
+
+    def dump(self, obj: np.ndarray) -> bytes:
+        return struct.pack(">HH", len(obj), 0) + obj.astype(">f4").tobytes()
+
+
+class _VectorLoader(Loader):
+    format = Format.BINARY
+
+    def load(self, data: Any) -> np.ndarray:
+        return np.frombuffer(bytes(data), ">f4", offset=4).astype(np.float32)
