@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,8 +57,9 @@ class AddReport:
 
 
 class KnowledgeBase:
-    """Opens the base at `where` (see `khaosz.rag.store`), or begins one there. The embedder of an
-    existing base is opened by the name it has in it; without one the base is lexical.
+    """Opens the base at `where` (see `khaosz.rag.store`), or begins one there; a store that is
+    given is closed with it. The embedder of an existing base is opened by the name it has in it;
+    without one the base is lexical.
 
     Raises `DataError` for what is no base or half moved, `ConfigError` for another embedder than
     the one its vectors are from.
@@ -70,10 +72,16 @@ class KnowledgeBase:
         embedder: Embedder | str | None = None,
         splitter: StructureSplitter | SemanticSplitter | None = None,
     ) -> None:
+        self._embedder = open_embedder(embedder) if isinstance(embedder, str) else embedder
         self.store = open_store(where) if isinstance(where, Path | str) else where
         self.splitter = splitter or StructureSplitter()
-        self._embedder = open_embedder(embedder) if isinstance(embedder, str) else embedder
         self._index: VectorIndex | None = None
+        with ExitStack() as opened:
+            opened.callback(self.store.close)
+            self._check()
+            opened.pop_all()
+
+    def _check(self) -> None:
         if (origin := self.store.get("moving")) is not None:
             raise DataError(
                 f"{self.store.where} holds a part of {origin}",

@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -83,11 +83,10 @@ class PostgresStore(Database):
         super().__init__(url, schema)
         self._frequency: Counter[str] = Counter()  # what one transaction changes
         self._counted: Counter[str] = Counter()  # the same
-        try:
+        with ExitStack() as opened:
+            opened.callback(self._db.close)
             self._open(new)
-        except BaseException:
-            self._db.close()
-            raise
+            opened.pop_all()
 
     def _open(self, new: bool) -> None:
         self._path()

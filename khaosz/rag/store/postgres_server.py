@@ -17,6 +17,7 @@ from psycopg.types import TypeInfo
 from khaosz.errors import DataError
 
 _CONNECT_S = 10
+PGVECTOR = (0, 8)  # which goes on through its graph until a filter has let enough pass
 
 
 class Database:
@@ -38,7 +39,14 @@ class Database:
         self._run("SELECT set_config('search_path', %s, false)", (path,))
 
     def _adapt(self) -> None:
-        """Vectors go and come as arrays; the extension has to be there."""
+        """Vectors go and come as arrays. The extension has to be there, and not too old."""
+        found = self._one("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
+        version = tuple(map(int, found[0].split(".")[:2])) if found else (0, 0)
+        if version < PGVECTOR:
+            raise DataError(
+                f"{self.where} has pgvector {found[0] if found else 'not installed'}",
+                hint="{}.{} is needed: ALTER EXTENSION vector UPDATE".format(*PGVECTOR),
+            )
         with self._typed():
             info = TypeInfo.fetch(self._db, "vector")
             assert info is not None

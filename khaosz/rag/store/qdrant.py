@@ -25,7 +25,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -86,18 +86,28 @@ def open_qdrant(address: str, *, new: bool = True) -> QdrantStore:
         timeout=_TIMEOUT_S,
         check_compatibility=False,  # an old server says so when it is asked for what it lacks
     )
-    return QdrantStore(client, name, where=address, new=new)
+    with ExitStack() as opened:
+        opened.callback(client.close)
+        store = QdrantStore(client, name, where=address, new=new, owned=True)
+        opened.pop_all()
+    return store
 
 
 class QdrantStore:
-    """Raises `DataError` for a server that is not there, a base that is not there and not `new`,
-    and for a later version."""
+    """owned: the client is closed with the store. Raises `DataError` for a server that is not
+    there, a base that is not there and not `new`, and for a later version."""
 
     def __init__(
-        self, client: QdrantClient, name: str, *, where: str = "", new: bool = True
+        self,
+        client: QdrantClient,
+        name: str,
+        *,
+        where: str = "",
+        new: bool = True,
+        owned: bool = False,
     ) -> None:
         self.where = where or f"qdrant:{name}"
-        self._points = Points(client, name, self.where)
+        self._points, self._owned = Points(client, name, self.where), owned
         self._staged: dict[str, Change] | None = None  # by key, inside `writing`
         self._touched: dict[str, dict[str, int]] = {}  # the same
         self._settings: dict[str, str] = {}  # inside `writing`
@@ -117,7 +127,8 @@ class QdrantStore:
             )
 
     def close(self) -> None:
-        self._points.client.close()
+        if self._owned:
+            self._points.client.close()
 
     @contextmanager
     def writing(self) -> Iterator[None]:

