@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,19 +85,21 @@ def _candidates(
     allowed: np.ndarray | None,
 ) -> np.ndarray:
     """The chunks with the largest sums of weights over the rarest terms."""
+    ranked = sorted(frequency, key=lambda term: frequency[term])
+    read = accumulate(frequency[term] for term in ranked)
+    first = max(1, sum(total <= BUDGET for total in read))
     numbers: list[np.ndarray] = []
     weights: list[np.ndarray] = []
-    read = 0
-    for term in sorted(frequency, key=lambda term: frequency[term]):
-        # Until something that may be found was found: a filter may leave nothing of rare terms.
-        if any(map(len, numbers)) and read + frequency[term] > BUDGET:
+    # All that the budget allows at once; then one by one, until something that may be found was
+    # found: a filter may leave nothing of rare terms.
+    for group in (ranked[:first], *([term] for term in ranked[first:])):
+        if any(map(len, numbers)):
             break
-        rows = store.postings(term)
-        read += len(rows)
-        if allowed is not None:
-            rows = rows[np.isin(rows, allowed, assume_unique=True)]
-        numbers.append(rows)
-        weights.append(np.full(len(rows), weight[term]))
+        for term, rows in zip(group, store.postings(group), strict=True):
+            if allowed is not None:
+                rows = rows[np.isin(rows, allowed, assume_unique=True)]
+            numbers.append(rows)
+            weights.append(np.full(len(rows), weight[term]))
     distinct, which = np.unique(np.concatenate(numbers), return_inverse=True)
     sums = np.bincount(which, np.concatenate(weights), len(distinct))
     if len(distinct) > limit:

@@ -11,7 +11,7 @@ import numpy as np
 from khaosz.errors import ConfigError
 from khaosz.rag.embed import Embedder
 from khaosz.rag.lexical import lexical_search
-from khaosz.rag.store import Store, StoredDocument
+from khaosz.rag.store import Store
 from khaosz.rag.vectors import VectorIndex
 
 Mode = Literal["lexical", "dense", "hybrid"]
@@ -145,17 +145,13 @@ def fuse(
 
 def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
     chunks = {chunk.id: chunk for chunk in store.chunks([number for number, _, _ in fused])}
-    documents: dict[int, StoredDocument | None] = {}
+    owners = store.owners([chunk.document for chunk in chunks.values()])
     hits = []
     for number, score, legs in fused:
-        if number not in chunks:  # gone since the vector index was made
-            continue
+        if number not in chunks or chunks[number].document not in owners:
+            continue  # gone since the vector index was made, or in a store without transactions
         chunk = chunks[number]
-        if chunk.document not in documents:
-            documents[chunk.document] = store.document(chunk.document)
-        owner = documents[chunk.document]
-        if owner is None:  # gone since its chunk was read, in a store without transactions
-            continue
+        owner = owners[chunk.document]
         page = sum(start <= chunk.start for start in owner.pages) + 1 if owner.pages else None
         hits.append(
             Hit(

@@ -122,7 +122,7 @@ def consistent(base: KnowledgeBase) -> None:
     assert base.store.document_frequencies(list(frequency)) == frequency
     for term in list(frequency)[:50]:
         expected = sorted(c.id for c, bag in zip(chunks, bags, strict=True) if term in bag)
-        assert base.store.postings(term).tolist() == expected
+        assert base.store.postings([term])[0].tolist() == expected
     assert base.store.chunk_count == len(chunks)
     assert base.store.term_count == sum(c.terms for c in chunks)
     for document in base.documents():

@@ -140,7 +140,7 @@ def test_two_writers_lose_nothing(homes: Homes) -> None:
             thread.join(60)
         assert store.counts()["documents"] == 20
         assert store.document_frequencies(["shared", "word"]) == {"shared": 20, "word": 20}
-        assert (store.chunk_count, len(store.postings("shared"))) == (20, 20)
+        assert (store.chunk_count, len(store.postings(["shared"])[0])) == (20, 20)
     one, two = (KnowledgeBase(homes("qdrant")()) for _ in "ab")
     for i in range(10):
         one.add_text(f"shared word a{i}", name=f"a{i}")
@@ -320,7 +320,8 @@ def test_patterns_mean_the_same_in_every_store(kind: str, homes: Homes) -> None:
             store.replace("c", SourceFile(f"/{name}", 1, 2, "s"), [made])
     for pattern in GLOBS:
         found = store.chunk_numbers(name=pattern)
-        names = {store.document(c.document).name for c in store.chunks(found.tolist())}  # type: ignore[union-attr]
+        owners = store.owners([chunk.document for chunk in store.chunks(found.tolist())])
+        names = {owner.name for owner in owners.values()}
         assert names == {name for name in NAMES if sqlite_fits(pattern, name)}, pattern
 
 

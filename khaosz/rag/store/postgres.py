@@ -57,7 +57,7 @@ CREATE TABLE chunks (
     start bigint NOT NULL, "end" bigint NOT NULL, text text NOT NULL, headings text NOT NULL,
     terms integer NOT NULL, words text[] NOT NULL);
 CREATE INDEX ON chunks (document, start);
-CREATE INDEX ON chunks USING gin (words);
+CREATE INDEX ON chunks USING gin (words) WITH (fastupdate = off);
 CREATE TABLE vectors (
     chunk bigint PRIMARY KEY REFERENCES chunks ON DELETE CASCADE, vector vector NOT NULL);
 CREATE TABLE terms (term text COLLATE "C" PRIMARY KEY, chunks bigint NOT NULL);
@@ -361,9 +361,10 @@ class PostgresStore(Database):
         order = " ORDER BY d.collection, d.name, d.id"
         return [_document(row) for row in self._run(_DOCUMENT + where + order, values)]
 
-    def document(self, number: int) -> StoredDocument | None:
-        row = self._one(_DOCUMENT + " WHERE d.id = %s", (int(number),))
-        return None if row is None else _document(row)
+    def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
+        wanted = sorted({int(number) for number in numbers})
+        found = map(_document, self._run(_DOCUMENT + " WHERE d.id = ANY(%s)", (wanted,)))
+        return {document.id: document for document in found}
 
     def document_by_hash(self, digest: str) -> StoredDocument | None:
         row = self._one(_DOCUMENT + " WHERE d.hash = %s LIMIT 1", (digest,))
@@ -408,9 +409,19 @@ class PostgresStore(Database):
             ).fetchall()
         )
 
-    def postings(self, term: str) -> np.ndarray:
-        query = "SELECT id FROM chunks WHERE words @> %s::text[] ORDER BY id"
-        return _numbers(self._run(query, ([term],), binary=True))
+    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
+        with self.reading():
+            # The planner does not know that looking into an array of hundreds takes its time.
+            self._run("SET LOCAL enable_seqscan = off; SET LOCAL enable_indexscan = off")
+            rows = self._run(
+                "SELECT (SELECT array_agg(c.id ORDER BY c.id) FROM chunks c"
+                " WHERE c.words @> ARRAY[x.term])"
+                " FROM unnest(%s::text[]) WITH ORDINALITY x (term, place) ORDER BY place",
+                (list(wanted),),
+                binary=True,
+            ).fetchall()
+            self._run("SET LOCAL enable_seqscan = on; SET LOCAL enable_indexscan = on")
+        return [np.array(found or [], np.int64) for (found,) in rows]
 
     def nearest(
         self,

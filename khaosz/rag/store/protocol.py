@@ -173,7 +173,8 @@ class Store(Protocol):
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
         """By collection, name and number."""
 
-    def document(self, number: int) -> StoredDocument | None: ...
+    def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
+        """Documents by their numbers; those that are gone are left out."""
 
     def document_by_hash(self, digest: str) -> StoredDocument | None: ...
 
@@ -198,8 +199,8 @@ class Store(Protocol):
     def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
         """In how many chunks a term stands; terms that stand nowhere are left out."""
 
-    def postings(self, term: str) -> np.ndarray:
-        """int64 numbers of the chunks that a term stands in, ascending."""
+    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
+        """For each term the int64 numbers of the chunks that it stands in, ascending."""
 
 
 def key_of(collection: str, path: str) -> str:

@@ -25,6 +25,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -44,7 +45,6 @@ from khaosz.rag.store.protocol import (
     whole_text,
 )
 from khaosz.rag.store.qdrant_points import (
-    READ,
     SENT,
     SETTINGS,
     Change,
@@ -69,6 +69,7 @@ from khaosz.rag.terms import terms
 
 VERSION = "1"
 _TIMEOUT_S = 60
+_AT_ONCE = 8  # questions about the terms of a query: Qdrant takes one term at a time
 
 
 def open_qdrant(address: str, *, new: bool = True) -> QdrantStore:
@@ -301,12 +302,8 @@ class QdrantStore:
 
     def _records(self, keys: list[str]) -> dict[str, dict[str, Any]]:
         """Payloads of sources by key, unfinished ones too."""
-        found: dict[str, dict[str, Any]] = {}
-        for first in range(0, len(keys), READ):
-            some = keys[first : first + READ]
-            for record in self._points.ask("retrieve", "records", ids=list(some)):
-                found[str(record.id)] = record.payload or {}
-        return found
+        found = self._points.retrieve("records", keys)
+        return {str(record.id): record.payload or {} for record in found}
 
     def source(self, collection: str, path: str) -> SourceFile | None:
         found = self._records([key_of(collection, path)])
@@ -367,9 +364,10 @@ class QdrantStore:
         found = map(document_of, self._points.scroll("records", must))
         return sorted(found, key=lambda document: (document.collection, document.name, document.id))
 
-    def document(self, number: int) -> StoredDocument | None:
-        found = self._points.ask("retrieve", "records", ids=[int(number)])
-        return document_of(found[0]) if found and (found[0].payload or {}).get("live") else None
+    def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
+        wanted = sorted({int(number) for number in numbers})
+        found = self._points.retrieve("records", wanted)
+        return {int(r.id): document_of(r) for r in found if (r.payload or {}).get("live")}
 
     def document_by_hash(self, digest: str) -> StoredDocument | None:
         must = [*live(), is_("hash", digest)]
@@ -379,13 +377,9 @@ class QdrantStore:
         return whole_text(self.chunks_of(document))
 
     def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
-        rows: dict[int, StoredChunk] = {}
         wanted = [int(number) for number in numbers]
-        for first in range(0, len(wanted), READ):
-            some = wanted[first : first + READ]
-            for record in self._points.ask("retrieve", "chunks", ids=list(some)):
-                if (record.payload or {})["live"]:
-                    rows[int(record.id)] = chunk_of(record)
+        found = self._points.retrieve("chunks", wanted)
+        rows = {int(r.id): chunk_of(r) for r in found if (r.payload or {})["live"]}
         return [rows[number] for number in wanted if number in rows]
 
     def chunks_of(self, document: int) -> list[StoredChunk]:
@@ -435,11 +429,17 @@ class QdrantStore:
         return numbers, matrix.reshape(len(found), self.dimension)
 
     def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
-        found = {t: self._points.number_of("chunks", [*live(), is_("words", t)]) for t in wanted}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            counts = pool.map(lambda term: self._points.number_of("chunks", _holding(term)), wanted)
+            found = dict(zip(wanted, counts, strict=True))
         return {term: count for term, count in found.items() if count > 0}
 
-    def postings(self, term: str) -> np.ndarray:
-        found = self._points.scroll("chunks", [*live(), is_("words", term)], payload=False)
+    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return list(pool.map(self._holders, wanted))
+
+    def _holders(self, term: str) -> np.ndarray:
+        found = self._points.scroll("chunks", _holding(term), payload=False)
         return np.fromiter((int(record.id) for record in found), np.int64)
 
     def nearest(
@@ -460,3 +460,7 @@ class QdrantStore:
         )  # fmt: skip
         pairs = [(int(point.id), float(point.score)) for point in found.points]
         return sorted(pairs, key=lambda pair: (-pair[1], pair[0]))
+
+
+def _holding(term: str) -> list[Any]:
+    return [*live(), is_("words", term)]

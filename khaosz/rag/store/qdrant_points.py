@@ -68,6 +68,11 @@ class Points:
         """One request: the operations are done in this order."""
         self.ask("batch_update_points", part, update_operations=list(operations), wait=True)
 
+    def retrieve(self, part: str, ids: Sequence[Any]) -> Iterator[models.Record]:
+        """Those that are there."""
+        for first in range(0, len(ids), READ):
+            yield from self.ask("retrieve", part, ids=list(ids[first : first + READ]))
+
     def scroll(
         self, part: str, must: list[Any], payload: Any = True, vectors: bool = False
     ) -> Iterator[models.Record]:

@@ -335,9 +335,13 @@ class SqliteStore:
         rows = self._db.execute(_DOCUMENT + where + " ORDER BY d.collection, d.name, d.id", values)
         return [_document(row) for row in rows]
 
-    def document(self, number: int) -> StoredDocument | None:
-        row = self._db.execute(_DOCUMENT + " WHERE d.id = ?", (number,)).fetchone()
-        return None if row is None else _document(row)
+    def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
+        found = {}
+        for number in set(numbers):
+            row = self._db.execute(_DOCUMENT + " WHERE d.id = ?", (number,)).fetchone()
+            if row is not None:
+                found[number] = _document(row)
+        return found
 
     def document_by_hash(self, digest: str) -> StoredDocument | None:
         row = self._db.execute(_DOCUMENT + " WHERE d.hash = ? LIMIT 1", (digest,)).fetchone()
@@ -409,10 +413,10 @@ class SqliteStore:
         rows = self._db.execute(f"SELECT term, chunks FROM terms WHERE term IN ({marks})", wanted)
         return {term: count for term, count in rows if count > 0}
 
-    def postings(self, term: str) -> np.ndarray:
-        """int64 numbers of the chunks that a term stands in, ascending."""
-        rows = self._db.execute("SELECT rowid FROM postings WHERE postings MATCH ?", (f'"{term}"',))
-        return np.array(rows.fetchall(), np.int64).reshape(-1)
+    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
+        query = "SELECT rowid FROM postings WHERE postings MATCH ?"
+        rows = (self._db.execute(query, (f'"{term}"',)).fetchall() for term in wanted)
+        return [np.array(found, np.int64).reshape(-1) for found in rows]
 
 
 _DOCUMENT = (
