@@ -13,7 +13,6 @@ from khaosz.rag.store.protocol import COUNTED, NewDocument, SourceFile, Store
 
 _SOURCES = 64  # written in one transaction, at most
 _CHARACTERS = 4_000_000  # the same
-_KEPT = ("sources", "documents", "chunks", "vectors", "terms")
 
 
 def move(
@@ -29,44 +28,46 @@ def move(
     origin = source.where
     if (earlier := source.get("moving")) is not None:
         raise DataError(f"{origin} holds a part of {earlier}", hint="finish that move first")
-    if target.get("moving") != origin and target.counts()["sources"]:
+    goes_on = target.get("moving") == origin
+    if not goes_on and target.counts()["sources"]:
         raise DataError(
             f"{target.where} is not empty", hint="move to a new file, schema or collection name"
         )
     with source.reading():
+        settings = _settings(source)
         with target.writing():
-            target.set("moving", origin)
-        _forget_others(source, target)
-        settings = {k: v for k, v in source.settings().items() if k not in COUNTED}
-        with target.writing():
-            for key, value in settings.items():
+            if not goes_on:
+                target.forget_vectors()  # and what was made for them: they may have another length
+            for key in _settings(target).keys() - settings.keys():
+                target.unset(key)
+            for key, value in {**settings, "moving": origin}.items():
                 target.set(key, value)
-        total = source.counts()["sources"]
+        _forget_others(source, target)
+        counts = source.counts()
         wanted: list[bytes] = []
         batch: list[tuple[str, SourceFile, list[NewDocument]]] = []
-        characters = 0
+        characters = chunks = 0
         for done, (collection, file) in enumerate(source.sources(), 1):
             documents = source.contents(collection, file.path)
             wanted.append(_digest(collection, file, documents))
+            chunks += sum(len(document.chunks) for document in documents)
             if target.source(collection, file.path) is None:
                 batch.append((collection, file, documents))
                 characters += sum(document.length for document in documents)
-            if len(batch) >= _SOURCES or characters >= _CHARACTERS or done == total:
-                with target.writing():
-                    for part in batch:
-                        target.replace(*part)
+            if len(batch) >= _SOURCES or characters >= _CHARACTERS:
+                _write(target, batch)
                 batch, characters = [], 0
-                if on_source is not None:
-                    on_source(done, total)
-        counts = {key: source.counts()[key] for key in _KEPT}
+            if on_source is not None:
+                on_source(done, counts["sources"])
+        _write(target, batch)
     with target.reading():
         found = [
             _digest(collection, file, target.contents(collection, file.path))
             for collection, file in target.sources()
         ]
-        copied = {key: target.counts()[key] for key in _KEPT}
-        kept = {k: v for k, v in target.settings().items() if k not in COUNTED | {"moving"}}
-    if sorted(found) != sorted(wanted) or copied != counts or kept != settings:
+        same = sorted(found) == sorted(wanted) and _settings(target) == settings
+        same &= target.chunk_count == target.counts()["chunks"] == chunks
+    if not same:
         raise DataError(
             f"{target.where} is not what {origin} was when the move began",
             hint="was one of them written meanwhile? move again, to an empty place",
@@ -74,6 +75,16 @@ def move(
     with target.writing():
         target.unset("moving")
     return counts
+
+
+def _settings(store: Store) -> dict[str, str]:
+    return {k: v for k, v in store.settings().items() if k not in COUNTED | {"moving"}}
+
+
+def _write(target: Store, batch: list[tuple[str, SourceFile, list[NewDocument]]]) -> None:
+    with target.writing():
+        for part in batch:
+            target.replace(*part)
 
 
 def _forget_others(source: Store, target: Store) -> None:

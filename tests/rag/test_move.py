@@ -159,6 +159,17 @@ def test_a_full_target_is_refused(kind: str, homes: Homes) -> None:
     assert everything(target) == before
 
 
+@pytest.mark.parametrize("kind", ["sqlite", *OTHERS])
+def test_a_target_that_was_emptied_is_as_new(kind: str, homes: Homes, hashed: Hashed) -> None:
+    source, target = homes("sqlite")("a"), homes(kind)("b")
+    base = KnowledgeBase(target, embedder=hashed("other", 7))
+    base.add_text("mine", name="mine")
+    base.remove("mine")
+    fill(source)
+    move(source, target)
+    assert everything(target) == everything(source)
+
+
 LOSSES: dict[str, Callable[[NewDocument], NewDocument]] = {
     "a vector's last bit": lambda d: replace(d, chunks=[nudged(d.chunks[0]), *d.chunks[1:]]),
     "a chunk": lambda d: replace(d, chunks=d.chunks[:-1]),

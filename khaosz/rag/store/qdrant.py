@@ -69,6 +69,7 @@ from khaosz.rag.terms import terms
 
 VERSION = "1"
 _TIMEOUT_S = 60
+_TERMS = 1_000_000  # distinct ones that are counted
 _AT_ONCE = 8  # questions about the terms of a query: Qdrant takes one term at a time
 
 
@@ -343,7 +344,7 @@ class QdrantStore:
     def counts(self) -> dict[str, int]:
         whole = models.Filter(must=[is_("kind", "source")], must_not=[is_("unfinished", True)])
         sources = self._points.ask("count", "records", count_filter=whole, exact=True).count
-        words = self._points.ask("facet", "chunks", key="words", limit=100_000_000,
+        words = self._points.ask("facet", "chunks", key="words", limit=_TERMS,
             facet_filter=models.Filter(must=live()),
         )  # fmt: skip
         return {

@@ -28,7 +28,8 @@ INDEXED: dict[str, dict[str, str]] = {
     "chunks": {**_SHARED, "name": "keyword", "document": "integer", "words": "keyword"},
     "vectors": {**_SHARED, "name": "keyword"},
 }
-SENT = 256  # points in one request; Qdrant takes 32 MB
+SENT = 256  # points in one request
+_BYTES = 16_000_000  # the same; Qdrant takes 32 MB
 READ = 1000  # points with payload in one answer
 _NUMBERS = 20_000  # points without
 SETTINGS = 0  # the number of their point
@@ -60,9 +61,19 @@ class Points:
             for key, kind in INDEXED[part].items():
                 self.ask("create_payload_index", part, field_name=key, field_schema=kind)
 
-    def upsert(self, part: str, points: list[models.PointStruct]) -> None:
-        for first in range(0, len(points), SENT):
-            self.ask("upsert", part, points=points[first : first + SENT], wait=True)
+    def upsert(self, part: str, points: Sequence[models.PointStruct]) -> None:
+        batch: list[models.PointStruct] = []
+        size = 0
+        for one in points:
+            # A number is up to 22 characters of JSON, a character up to 6.
+            more = 22 * len(one.vector or ()) + 6 * len(str(one.payload))  # type: ignore[arg-type]
+            if batch and (len(batch) == SENT or size + more > _BYTES):
+                self.ask("upsert", part, points=batch, wait=True)
+                batch, size = [], 0
+            batch.append(one)
+            size += more
+        if batch:
+            self.ask("upsert", part, points=batch, wait=True)
 
     def update(self, part: str, *operations: Any) -> None:
         """One request: the operations are done in this order."""
