@@ -177,6 +177,19 @@ def test_a_waiting_writer_gives_up(homes: Homes, monkeypatch: pytest.MonkeyPatch
         pass
 
 
+def test_a_role_that_may_make_no_schema(homes: Homes, postgres_url: str) -> None:
+    admin: Any = homes("postgres")()
+    role = f"r{admin._schema}"[:60]
+    admin._run(f"CREATE ROLE {role} LOGIN")
+    address = f"{postgres_url.replace('postgres:@', f'{role}@')}#{role}"
+    with pytest.raises(DataError, match="permission denied"):
+        open_store(address)
+    admin._run(f"CREATE SCHEMA {role} AUTHORIZATION {role}")
+    with KnowledgeBase(address) as base:
+        base.add_text("字 word", name="a")
+        assert base.search("字", 1)[0].doc == "a"
+
+
 def test_an_old_pgvector_is_refused(homes: Homes, monkeypatch: pytest.MonkeyPatch) -> None:
     home = homes("postgres")
     home()

@@ -115,7 +115,9 @@ class PostgresStore(Database):
             with self._typed("pgvector has to be installed on the server, by its administrator"):
                 self._db.execute("CREATE EXTENSION IF NOT EXISTS vector SCHEMA public")
             self._path()
-            self._run(f"CREATE SCHEMA IF NOT EXISTS {self._schema}")
+            # An administrator may have made it for one who may make none.
+            if self._one("SELECT FROM pg_namespace WHERE nspname = %s", (self._schema,)) is None:
+                self._run(f"CREATE SCHEMA {self._schema}")
             self._run(_SCHEMA)
             self.set("version", VERSION)
 
@@ -135,7 +137,7 @@ class PostgresStore(Database):
         """The sums of a transaction, at its end."""
         changed = {term: count for term, count in self._frequency.items() if count}
         if changed:
-            # In one order, and of one transaction at once: a row is written once.
+            # Once for a transaction: a row that is written again and again leaves its ghosts.
             names = sorted(changed)
             self._run(
                 "INSERT INTO terms SELECT * FROM unnest(%s::text[], %s::bigint[])"
