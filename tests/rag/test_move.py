@@ -159,13 +159,19 @@ def test_a_full_target_is_refused(kind: str, homes: Homes) -> None:
     assert everything(target) == before
 
 
+@pytest.mark.parametrize("embedded", [True, False])
 @pytest.mark.parametrize("kind", ["sqlite", *OTHERS])
-def test_a_target_that_was_emptied_is_as_new(kind: str, homes: Homes, hashed: Hashed) -> None:
+def test_a_target_that_was_emptied_is_as_new(
+    kind: str, embedded: bool, homes: Homes, hashed: Hashed
+) -> None:
     source, target = homes("sqlite")("a"), homes(kind)("b")
     base = KnowledgeBase(target, embedder=hashed("other", 7))
     base.add_text("mine", name="mine")
     base.remove("mine")
-    fill(source)
+    if embedded:
+        fill(source)
+    else:
+        KnowledgeBase(source).add_text("lexical", name="a")
     move(source, target)
     assert everything(target) == everything(source)
 
