@@ -102,6 +102,8 @@ def test_what_is_unchanged_is_not_read(base: KnowledgeBase, folder: Path) -> Non
     report = base.add([folder])
     assert (report.unchanged, report.updated) == (3, 0)
     assert base.store.generation == before
+    known = base.store.source("default", str((folder / "birds.txt").resolve()))
+    assert known is not None and known.mtime_ns == 1  # and not read the next time
 
 
 def test_changes_and_deletions_are_followed(base: KnowledgeBase, folder: Path) -> None:
