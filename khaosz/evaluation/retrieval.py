@@ -16,7 +16,7 @@ from khaosz.data.readers import Skip, expand_inputs, open_source, parsed
 from khaosz.errors import DataError
 from khaosz.rag.embed import Embedder
 from khaosz.rag.lexical import lexical_search
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store
+from khaosz.rag.store import NewChunk, NewDocument, SourceFile, open_store
 
 _EMBEDDED = 64  # texts handed to an embedder at once
 
@@ -102,7 +102,7 @@ def _by_words(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.nd
     """(P,) for each query; 0 where no word of it is."""
     number = {text: i for i, text in enumerate(passages)}
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "passages.kb")
+        store = open_store(Path(folder) / "passages.kb")
         try:
             chunks = [NewChunk(0, len(text), text, ()) for text in passages]
             source = SourceFile("passages", 0, 0, "")
