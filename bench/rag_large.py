@@ -49,7 +49,7 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     np.save(options.work / "large-real.npy", embedder.passages(passages))
     questions = [question for question, _ in cmrc()[1]]
     np.save(options.work / "large-questions.npy", embedder.queries(questions))
-    command = [sys.executable, "-m", "bench", *sys.argv[1:], "--step"]
+    command = [sys.executable, "-m", "bench", "rag", *sys.argv[1:], "--step"]
     # Processes of their own: the embedder's memory is not the search's.
     made = subprocess.run([*command, "build"], check=True, stdout=subprocess.PIPE, text=True)
     asked = subprocess.run([*command, "ask"], check=True, stdout=subprocess.PIPE, text=True)

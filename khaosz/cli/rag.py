@@ -78,14 +78,24 @@ def add(
     )  # fmt: skip
     with KnowledgeBase(kb, embedder=embedder, splitter=_splitter(max_chars, None, False)) as base:
         with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task("", total=None, rate="")
+            files = progress.add_task("", total=None, rate="")
+            vectors = progress.add_task("embedding", total=None, rate="", visible=False)
 
             def shown(name: str, report: AddReport) -> None:
                 rate = report.done / max(progress.tasks[0].elapsed or 0.0, 1e-3)
                 progress.update(
-                    task, total=report.found, completed=report.done, description=name,
+                    files, total=report.found, completed=report.done, description=name,
                     rate=f"{rate:,.0f} files/s, {report.chunks:,} chunks",
                 )  # fmt: skip
+                if report.to_embed:
+                    progress.stop_task(files)
+                    if not progress.tasks[1].visible:
+                        progress.reset(vectors)
+                    rate = report.embedded / max(progress.tasks[1].elapsed or 0.0, 1e-3)
+                    progress.update(
+                        vectors, total=report.to_embed, completed=report.embedded,
+                        visible=True, rate=f"{rate:,.1f} chunks/s",
+                    )  # fmt: skip
 
             report = base.add(paths, collection=collection, on_file=shown)
         named, where = base.embedder_name, base.store.where

@@ -6,11 +6,9 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.embed import Embedder, open_embedder
@@ -39,7 +37,7 @@ _EMBEDDED = 64  # chunks handed to an embedder at once
 @dataclass
 class AddReport:
     """Files by what became of them, of `found` in all (where progress is shown); chunks that are
-    new."""
+    new, and how many of those without a vector have one now."""
 
     found: int = 0
     added: int = 0
@@ -49,6 +47,8 @@ class AddReport:
     documents: int = 0
     chunks: int = 0
     characters: int = 0
+    embedded: int = 0
+    to_embed: int = 0
     problems: list[Problem] = field(default_factory=list)
 
     @property
@@ -149,6 +149,13 @@ class KnowledgeBase:
             if on_file is not None:
                 on_file(batch[-1][0].name, report)
         self._forget_missing(collection, roots, report)
+
+        def embedded(done: int, of: int) -> None:
+            report.embedded, report.to_embed = done, of
+            if on_file is not None:
+                on_file("", report)
+
+        self._embed_missing(embedded)
         return report
 
     def add_text(
@@ -160,6 +167,7 @@ class KnowledgeBase:
         source = Source(Path(name), name, len(raw), 0, hashlib.sha256(raw).hexdigest())
         document = Document(name, text, name, (), dict(metadata))
         self._write(collection, [(source, [document])], report)
+        self._embed_missing()
         return report
 
     def _write(
@@ -173,11 +181,8 @@ class KnowledgeBase:
             made = None if same else [self._split(document) for document in documents]
             prepared.append((file, known, made))
         embedder = self.embedder()
-        if embedder is not None:
-            prepared = [
-                (file, known, made and [self._embedded(embedder, d) for d in made])
-                for file, known, made in prepared
-            ]
+        if embedder is not None and self.store.dimension not in (0, embedder.dimension):
+            raise self._other_dimension(embedder, embedder.dimension)
         with self.store.writing():
             if embedder is not None:
                 self.store.set("embedder", embedder.name)
@@ -207,23 +212,31 @@ class KnowledgeBase:
             *(document.pages, document.metadata),
         )
 
-    def _embedded(self, embedder: Embedder, document: NewDocument) -> NewDocument:
-        chunks: list[NewChunk] = []
-        for first in range(0, len(document.chunks), _EMBEDDED):
-            some = document.chunks[first : first + _EMBEDDED]
-            vectors = self._vectors(embedder, [chunk.indexed for chunk in some])
-            chunks += [replace(c, vector=v) for c, v in zip(some, vectors, strict=True)]
-        return replace(document, chunks=chunks)
+    def _embed_missing(self, on_chunk: Callable[[int, int], None] | None = None) -> None:
+        """Texts are stored first and found by their words at once; their vectors follow, a few at
+        a time, so that hours of embedding can be interrupted."""
+        embedder = self.embedder()
+        if embedder is None or self.store.vector_count >= self.store.chunk_count:
+            return
+        missing = [chunk.id for chunk in self.store.unembedded()]
+        for first in range(0, len(missing), _EMBEDDED):
+            chunks = self.store.chunks(missing[first : first + _EMBEDDED])
+            texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]
+            vectors = embedder.passages(texts)
+            if vectors.shape != (len(texts), self.store.dimension):
+                raise self._other_dimension(embedder, vectors.shape)
+            with self.store.writing():
+                self.store.set_vectors(
+                    (chunk.id, vector) for chunk, vector in zip(chunks, vectors, strict=True)
+                )
+            if on_chunk is not None:
+                on_chunk(first + len(chunks), len(missing))
 
-    def _vectors(self, embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
-        vectors = embedder.passages(texts)
-        expected = int(self.store.get("dimension") or vectors.shape[1])
-        if vectors.shape != (len(texts), expected):
-            raise ConfigError(
-                f"{embedder.name} gave vectors {vectors.shape}, the base has {expected} dimensions",
-                hint="khaosz rag reindex --embedder NAME embeds it anew",
-            )
-        return vectors
+    def _other_dimension(self, embedder: Embedder, found: object) -> ConfigError:
+        return ConfigError(
+            f"{embedder.name} gave vectors {found}, the base has {self.store.dimension} dimensions",
+            hint="khaosz rag reindex --embedder NAME embeds it anew",
+        )
 
     def _forget_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
         folders = [root for root in roots if root.is_dir()]
@@ -271,20 +284,7 @@ class KnowledgeBase:
                 self.store.set("dimension", str(chosen.dimension))
         self._embedder = chosen or self._embedder
         self._index = None
-        by = self.embedder()
-        if by is None:
-            return
-        missing = [chunk.id for chunk in self.store.unembedded()]
-        for first in range(0, len(missing), _EMBEDDED):
-            chunks = self.store.chunks(missing[first : first + _EMBEDDED])
-            texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]
-            vectors = self._vectors(by, texts)
-            with self.store.writing():
-                self.store.set_vectors(
-                    (chunk.id, vector) for chunk, vector in zip(chunks, vectors, strict=True)
-                )
-            if on_chunk is not None:
-                on_chunk(first + len(chunks), len(missing))
+        self._embed_missing(on_chunk)
 
     # ---------------------------------------------------------------------------------------- find
 

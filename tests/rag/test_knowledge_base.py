@@ -224,6 +224,36 @@ def test_a_lexical_base_says_so_and_can_be_embedded(
     assert by.calls == 0  # none is missing
 
 
+def test_embedding_that_broke_off_goes_on(
+    opened: Open, hashed: Hashed, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("khaosz.rag.knowledge_base._EMBEDDED", 2)
+    by = hashed()
+    embed, left = by.passages, [2]
+
+    def failing(texts: list[str]) -> np.ndarray:
+        if not left[0]:
+            raise ConnectionError("the server is gone")
+        left[0] -= 1
+        return embed(texts)
+
+    by.passages = failing
+    base = KnowledgeBase(opened(), embedder=by, splitter=StructureSplitter(max_chars=40))
+    with pytest.raises(ConnectionError):
+        base.add([folder])
+    chunks = base.store.chunk_count
+    assert base.store.vector_count == 4 < chunks and len(base.documents()) == 3
+    assert base.search("penguins", 1, mode="lexical")  # words are found at once
+    left[0], by.calls = 100, 0
+    seen: list[tuple[int, int]] = []
+    report = base.add([folder], on_file=lambda _, r: seen.append((r.embedded, r.to_embed)))
+    assert report.unchanged == 3 and by.calls == chunks - 4 == report.embedded
+    assert seen[-1] == (chunks - 4, chunks - 4)
+    assert base.store.vector_count == chunks
+    base.add([folder])
+    assert by.calls == chunks - 4
+
+
 def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path, hashed: Hashed) -> None:
     pytest.importorskip("usearch")
     base = KnowledgeBase(tmp_path / "a.kb", embedder=hashed())
