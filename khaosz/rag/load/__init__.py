@@ -10,6 +10,7 @@ first such file comes along. Nothing is fetched from a network.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,14 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from khaosz.errors import DataError
-from khaosz.rag.load.document import Document, Found, Limits, Problem, Source
+from khaosz.rag.load.document import FOR_DOCLING, Document, Found, Limits, Problem, Source
 from khaosz.rag.load.plain import load_plain
 from khaosz.rag.load.pool import Loaded, WorkerPool
 from khaosz.rag.load.walk import OnProblem, walk
 
 __all__ = ["Document", "Limits", "Problem", "Source", "count_files", "load_paths"]
 
-_FORMATTED = ("html", "pdf", "docx")
+_FORMATTED = ("html", "pdf", "docx", "pptx", "xlsx")
 _LOOK_AHEAD = 64
 """How many files may wait behind one that a worker is reading, so that the others have work."""
 
@@ -35,21 +36,27 @@ def load_paths(
     on_problem: Callable[[Problem], None],
     unchanged: Callable[[Path, os.stat_result], bool] | None = None,
     limits: Limits | None = None,
+    docling: bool = False,
 ) -> Iterator[tuple[Source, list[Document]]]:
     """Each file that could be read, with its documents (none when it is empty), in a fixed order.
 
     Files are read when they are asked for, and what cannot be read goes to `on_problem` without
     stopping the others. `unchanged` is asked before a file is opened, with its resolved path and
-    its size and times; a file for which it says True is passed over.
+    its size and times; a file for which it says True is passed over. `docling`: formatted files but
+    HTML are read by that package (`by_docling`).
 
-    Raises DataError, at once, when one of `paths` does not exist.
+    Raises DataError, at once, when one of `paths` does not exist, and when docling does not.
     """
-    return _load(walk(paths, on_problem), on_problem, unchanged, limits or Limits())
+    if docling and importlib.util.find_spec("docling") is None:
+        raise DataError("docling is not installed", hint="pip install 'khaosz[docling]'")
+    limits = limits or (FOR_DOCLING if docling else Limits())
+    files = walk(paths, on_problem, docling=docling)
+    return _load(files, on_problem, unchanged, limits, docling)
 
 
-def count_files(paths: Sequence[Path]) -> int:
+def count_files(paths: Sequence[Path], *, docling: bool = False) -> int:
     """How many files `load_paths` would look at, without opening one."""
-    return sum(1 for _ in walk(paths, lambda problem: None))
+    return sum(1 for _ in walk(paths, lambda problem: None, docling=docling))
 
 
 def _load(
@@ -57,9 +64,10 @@ def _load(
     on_problem: OnProblem,
     unchanged: Callable[[Path, os.stat_result], bool] | None,
     limits: Limits,
+    docling: bool,
 ) -> Iterator[tuple[Source, list[Document]]]:
     waiting: deque[tuple[Found, Future[Loaded] | None]] = deque()
-    with WorkerPool(limits) as pool:
+    with WorkerPool(limits, docling=docling) as pool:
         for file in files:
             if unchanged and _is_unchanged(file, unchanged):
                 continue

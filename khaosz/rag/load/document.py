@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["text", "markdown", "code", "jsonl", "html", "pdf", "docx"]
+Kind = Literal["text", "markdown", "code", "jsonl", "html", "pdf", "docx", "pptx", "xlsx"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Limits:
     that call without holding to it, and Windows has none. There the other limits bound memory:
     an HTML page takes about thirty times its size, a DOCX file about fifty times its XML.
     `ratio` is bytes out per byte in, for parts of more than a megabyte.
+
+    docling (`--docling`) brings PyTorch into the worker: `FOR_DOCLING` gives it more of both.
     """
 
     file_bytes: int = 256 << 20
@@ -90,3 +92,7 @@ class Limits:
     ratio: int = 250
     xml_depth: int = 256
     workers: int = 2
+
+
+FOR_DOCLING = Limits(seconds=600.0, memory_bytes=64 << 30, workers=1)
+"""Address space, of which compiled libraries take much more than they use."""

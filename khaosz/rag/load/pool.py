@@ -37,8 +37,8 @@ _BOOTSTRAP = (
 class WorkerPool:
     """At most `limits.workers` processes; the first one starts with the first file."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, limits: Limits, *, docling: bool = False) -> None:
+        self._limits, self._docling = limits, docling
         self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="khaosz-load")
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
@@ -100,7 +100,9 @@ class WorkerPool:
             worker = _Worker(self._limits)
             self._workers.add(worker)
         try:
-            worker.ask(asdict(self._limits), _START_SECONDS)
+            # Docling takes its time to be imported.
+            seconds = _START_SECONDS + (self._limits.seconds if self._docling else 0.0)
+            worker.ask({"limits": asdict(self._limits), "docling": self._docling}, seconds)
         except DataError as error:
             self._drop(worker)
             raise DataError(

@@ -29,14 +29,17 @@ _SUFFIXES: dict[Kind, str] = {
     ),
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+_BY_DOCLING: dict[str, Kind] = {".pptx": "pptx", ".xlsx": "xlsx"}
 _NAMES: dict[str, Kind] = {
     **dict.fromkeys(("readme", "license", "copying", "authors", "changelog", "notice"), "text"),
     **dict.fromkeys(("makefile", "dockerfile", "rakefile", "gemfile", "jenkinsfile"), "code"),
 }
 _INSTEAD = {
     **dict.fromkeys((".doc", ".wps", ".rtf", ".odt", ".pages"), "save it as .docx or .pdf"),
-    **dict.fromkeys((".ppt", ".pptx", ".odp", ".key", ".dps"), "save it as .pdf"),
-    **dict.fromkeys((".xls", ".xlsx", ".ods", ".numbers", ".et"), "save it as .csv"),
+    ".pptx": "save it as .pdf, or --docling",
+    ".xlsx": "save it as .csv, or --docling",
+    **dict.fromkeys((".ppt", ".odp", ".key", ".dps"), "save it as .pdf"),
+    **dict.fromkeys((".xls", ".ods", ".numbers", ".et"), "save it as .csv"),
     **dict.fromkeys((".epub", ".mobi", ".azw3", ".caj", ".djvu", ".chm"), "convert it to .pdf"),
     **dict.fromkeys((".mht", ".mhtml"), "save it as .html"),
 }
@@ -45,16 +48,17 @@ _IGNORE_FILE_BYTES = 1 << 20
 OnProblem = Callable[[Problem], None]
 
 
-def walk(paths: Sequence[Path], on_problem: OnProblem) -> Iterator[Found]:
+def walk(paths: Sequence[Path], on_problem: OnProblem, *, docling: bool = False) -> Iterator[Found]:
     """The files to read: `paths` in their order, folders recursively and by name, each file once.
 
     A file that was named is read whatever its name says, as text when it says nothing. In a
     folder, names that say nothing are passed over, hidden files and folders too (unless
     `.khaoszignore` takes them in with `!`; `.git` never). A symbolic link is followed when it
-    stays within the folder that was added. Raises DataError for a path that does not exist.
+    stays within the folder that was added. `docling`: slides and sheets are read, too. Raises
+    DataError for a path that does not exist.
     """
     named = [(path, _stat_named(path)) for path in map(Path, paths)]
-    return _walk(named, on_problem)
+    return _walk(named, on_problem, docling)
 
 
 def _stat_named(path: Path) -> os.stat_result:
@@ -68,16 +72,19 @@ def _stat_named(path: Path) -> os.stat_result:
         ) from error
 
 
-def _walk(named: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem) -> Iterator[Found]:
+def _walk(
+    named: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem, docling: bool
+) -> Iterator[Found]:
     seen: set[str] = set()
     for path, status in named:
         real = os.path.realpath(path)
         if stat.S_ISDIR(status.st_mode):
-            found = _walk_folder(real, on_problem)
+            found = _walk_folder(real, on_problem, docling)
         else:
-            found = iter([Found(Path(real), path.name, kind_of(path.name) or "text")])
+            kind = kind_of(path.name, docling=docling)
+            found = iter([Found(Path(real), path.name, kind or "text")])
             suffix = path.suffix.lower()
-            if suffix in _INSTEAD:
+            if suffix in _INSTEAD and not kind:
                 on_problem(Problem(path, f"{suffix} files cannot be read", _INSTEAD[suffix]))
                 continue
             if not stat.S_ISREG(status.st_mode):
@@ -93,13 +100,15 @@ def _walk(named: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem) -
             yield file
 
 
-def kind_of(name: str) -> Kind | None:
+def kind_of(name: str, *, docling: bool = False) -> Kind | None:
     """What a file is by its name; None when that says nothing."""
     stem, dot, suffix = name.lower().rpartition(".")
+    if docling and stem and dot + suffix in _BY_DOCLING:
+        return _BY_DOCLING[dot + suffix]
     return _KIND_OF.get(dot + suffix) if stem and dot else _NAMES.get(name.lower())
 
 
-def _walk_folder(root: str, on_problem: OnProblem) -> Iterator[Found]:
+def _walk_folder(root: str, on_problem: OnProblem, docling: bool) -> Iterator[Found]:
     """Depth first with a stack of our own: folders nest deeper than Python's calls do."""
     seen = {root}
     rules = _with_ignore_file(parse_rules([".*"]), root, (), on_problem)
@@ -139,19 +148,20 @@ def _walk_folder(root: str, on_problem: OnProblem) -> Iterator[Found]:
                 inside = _with_ignore_file(rules, real, names, on_problem)
                 stack.append((names, inside, _entries(real, on_problem)))
         else:
-            yield from _of_folder(entry, real, "/".join(names), status, on_problem)
+            kind = kind_of(entry.name, docling=docling)
+            yield from _of_folder(entry, real, "/".join(names), kind, status, on_problem)
 
 
 def _of_folder(
     entry: os.DirEntry[str],
     real: str,
     name: str,
+    kind: Kind | None,
     status: os.stat_result,
     on_problem: OnProblem,
 ) -> Iterator[Found]:
-    kind = kind_of(entry.name)
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in _INSTEAD:
+    if suffix in _INSTEAD and not kind:
         on_problem(Problem(Path(entry.path), f"{suffix} files cannot be read", _INSTEAD[suffix]))
     elif kind and stat.S_ISREG(status.st_mode):
         yield Found(Path(real), name, kind)

@@ -7,13 +7,15 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khaosz.errors import DataError
 from khaosz.rag.load.document import Document, Found, Limits, Source
 from khaosz.rag.load.frames import read_frame, write_frame
 from khaosz.rag.load.plain import read_source
 
+if TYPE_CHECKING:
+    from khaosz.rag.load.by_docling import DoclingParser
 if sys.platform != "win32":
     import resource  # at the top: there is no memory for imports where it is needed
 
@@ -30,8 +32,10 @@ def main() -> None:
     first = read_frame(requests)
     if first is None:
         return
-    limits = Limits(**first)
+    limits = Limits(**first["limits"])
     limit_memory(limits.memory_bytes)
+    # Before sockets and programs are refused: its imports ask what machine this is.
+    docling = _docling() if first["docling"] else None
     reserve = [bytearray(_RESERVE_BYTES)]
     sys.addaudithook(_refuse)
     write_frame(replies, {})
@@ -39,7 +43,7 @@ def main() -> None:
         # Ends this process should the parent be gone, which otherwise ends it at `seconds`.
         _set_alarm(limits.seconds + _GRACE_SECONDS)
         file = Found(Path(request["path"]), request["name"], request["kind"])
-        reply = _answer(file, limits, reserve)
+        reply = _answer(file, limits, reserve, docling)
         _set_alarm(0)
         write_frame(replies, reply)
 
@@ -69,11 +73,20 @@ def _refuse(event: str, arguments: object) -> None:
         raise PermissionError(f"{event} in a document loader")
 
 
-def _answer(file: Found, limits: Limits, reserve: list[bytearray]) -> dict[str, Any]:
+def _docling() -> DoclingParser:
+    os.environ["HF_HUB_OFFLINE"] = "1"  # models are on the disk, or missing
+    from khaosz.rag.load.by_docling import DoclingParser
+
+    return DoclingParser()
+
+
+def _answer(
+    file: Found, limits: Limits, reserve: list[bytearray], docling: DoclingParser | None
+) -> dict[str, Any]:
     """A reply that says "spent" is the last one of this process. `reserve` is memory that is
     given back when there is no other."""
     try:
-        source, documents = _load(file, limits)
+        source, documents = _load(file, limits, docling)
     except DataError as error:
         return {"message": str(error), "hint": error.hint or ""}
     except MemoryError:
@@ -88,10 +101,12 @@ def _answer(file: Found, limits: Limits, reserve: list[bytearray]) -> dict[str, 
     }
 
 
-def _load(file: Found, limits: Limits) -> tuple[Source, list[Document]]:
+def _load(
+    file: Found, limits: Limits, docling: DoclingParser | None
+) -> tuple[Source, list[Document]]:
     source, raw = read_source(file.path, file.name, limits.file_bytes)
     try:
-        document = _parse(file, raw, limits)
+        document = _parse(file, raw, limits, docling)
     except (DataError, MemoryError):
         raise
     except ImportError as error:
@@ -110,14 +125,16 @@ def _load(file: Found, limits: Limits) -> tuple[Source, list[Document]]:
     return source, [document]
 
 
-def _parse(file: Found, raw: bytes, limits: Limits) -> Document:
+def _parse(file: Found, raw: bytes, limits: Limits, docling: DoclingParser | None) -> Document:
     # Imported here: each is optional, and needed for its own format only.
     match file.kind:
+        case "pdf" | "docx" | "pptx" | "xlsx" if docling is not None:
+            text, title, pages = docling.parse(raw, file.path.name, file.kind)
         case "html":
             from khaosz.rag.load.html import parse_html
 
             text, title = parse_html(raw)
-            pages: tuple[int, ...] = ()
+            pages = ()
         case "docx":
             from khaosz.rag.load.docx import parse_docx
 

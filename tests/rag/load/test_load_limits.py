@@ -82,7 +82,7 @@ def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
     limits = Limits(memory_bytes=1 << 40)
     worker = _Worker(limits)
     try:
-        assert worker.ask(asdict(limits), 60) == {}
+        assert worker.ask({"limits": asdict(limits), "docling": False}, 60) == {}
         request = {"path": str(tmp_path / "a.html"), "name": "a.html", "kind": "html"}
         with pytest.raises(DataError, match=r"takes longer than 0\.2 seconds"):
             worker.ask(request, 0.2)
