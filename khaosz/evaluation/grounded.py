@@ -16,13 +16,15 @@ from khaosz.rag.prompt import REFUSAL
 
 @dataclass(frozen=True)
 class Groundedness:
-    """Shares of the `answerable` records: `exact` words of the passage and no others, `cited` by
+    """Shares of the `answerable` records: `exact` words of the passage and no others, `said` among
+    others, `cited` by
     its number and no other, both, and wrongly `refused`. `refusals`: share of the `unanswerable`
     ones that were refused. None where there are no such records."""
 
     answerable: int
     unanswerable: int
     exact: float | None
+    said: float | None
     cited: float | None
     both: float | None
     refused: float | None
@@ -32,10 +34,14 @@ class Groundedness:
         def shown(share: float | None) -> str:
             return "-" if share is None else f"{share:.1%}"
 
+        of_answers = (
+            f"{shown(self.exact)} exact, {shown(self.said)} said among other words,"
+            f" {shown(self.cited)} rightly cited, {shown(self.both)} exact and cited,"
+            f" {shown(self.refused)} wrongly refused"
+        )
         return (
-            f"of {self.answerable:,} answers {shown(self.exact)} exact, {shown(self.cited)} rightly"
-            f" cited, {shown(self.both)} both, {shown(self.refused)} wrongly refused; of"
-            f" {self.unanswerable:,} questions without one {shown(self.refusals)} refused"
+            f"of {self.answerable:,} answers {of_answers}; of {self.unanswerable:,} questions"
+            f" without one {shown(self.refusals)} refused"
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -47,7 +53,7 @@ def groundedness(
 ) -> Groundedness:
     """Of records that `khaosz data grounded` wrote, the first `limit` of them. Answers are greedy.
     Raises `DataError` for a file of anything else, `GenerationError` for a prompt too long."""
-    exact = cited = both = refused = right = answerable = unanswerable = 0
+    exact = said = cited = both = refused = right = answerable = unanswerable = 0
     for record in _records(file, limit):
         stream = CitationStream(record["passages"])
         pieces = model.stream(record["messages"][:-1], max_tokens, 0.0)
@@ -58,7 +64,9 @@ def groundedness(
             right += refusal
             continue
         answerable += 1
-        same = _plain(without_markers(text)) == _plain(record["answer"])
+        words, wanted = _plain(without_markers(text)), _plain(record["answer"])
+        same = words == wanted
+        said += wanted in words and not same
         named = stream.used == [record["citation"]] and not stream.invalid
         exact, cited, both = exact + same, cited + named, both + (same and named)
         refused += refusal
@@ -66,6 +74,7 @@ def groundedness(
         answerable,
         unanswerable,
         exact=_share(exact, answerable),
+        said=_share(said, answerable),
         cited=_share(cited, answerable),
         both=_share(both, answerable),
         refused=_share(refused, answerable),

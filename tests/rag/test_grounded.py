@@ -143,7 +143,7 @@ def test_what_is_counted(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n")
     right = {r["messages"][0]["content"]: r["messages"][1]["content"] for r in records}
     perfect = groundedness(Parrot(right), path)
-    assert (perfect.exact, perfect.cited, perfect.both) == (1, 1, 1)
+    assert (perfect.exact, perfect.said, perfect.cited, perfect.both) == (1, 0, 1, 1)
     assert (perfect.refused, perfect.refusals) == (0, 1)
     assert perfect.answerable + perfect.unanswerable == len(records)
     silent = groundedness(Parrot(REFUSAL["zh"]), path, limit=40)
@@ -152,6 +152,8 @@ def test_what_is_counted(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     # The right words with a marker too many, and other words with the right one.
     more = groundedness(Parrot({k: v + "[99]" for k, v in right.items()}), path)
     assert (more.exact, more.cited) == (1, 0)
+    wordy = groundedness(Parrot({k: "是这样：" + v for k, v in right.items()}), path)
+    assert (wordy.exact, wordy.said, wordy.cited, wordy.both) == (0, 1, 1, 0)
     other = {k: v.replace("道理", "意思") for k, v in right.items()}
     wrong = groundedness(Parrot(other), path)
     assert wrong.cited == 1 and wrong.exact is not None and wrong.exact < 1
