@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--embedder")
     parser.add_argument("--distractors", type=int, default=0)
     parser.add_argument("--chunks", type=int, default=1_000_000)
+    parser.add_argument("--noise", choices=["real", "even"], default="real", help="for `large`")
     parser.add_argument("--step", choices=["build", "ask"], help="one process of `large`")
     parser.add_argument("--queries", type=int, default=500)
     options = parser.parse_args()
