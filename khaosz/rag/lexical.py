@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from khaosz.rag.store import NewChunk, Store
-from khaosz.rag.terms import is_character, terms
+from khaosz.rag.terms import counter_of, is_character, terms
 
 if TYPE_CHECKING:
     from khaosz.rag.retrieve import Hit
@@ -43,10 +43,11 @@ def lexical_search(
     weight = {term: wanted[term] * _weight(term, count, total) for term, count in frequency.items()}
     candidates = _candidates(store, frequency, weight, max(CANDIDATES, limit), allowed)
     average = max(store.term_count / total, 1.0)
+    counted = counter_of(weight)
     scored = []
     for chunk in store.chunks(candidates.tolist()):
         indexed = NewChunk(chunk.start, chunk.end, chunk.text, chunk.headings).indexed
-        found = Counter(term for term in terms(indexed) if term in weight)
+        found = counted(indexed)
         norm = K1 * (1 - B + B * chunk.terms / average)
         score = sum(
             weight[term] * count * (K1 + 1) / (count + norm) for term, count in found.items()
