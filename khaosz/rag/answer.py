@@ -12,7 +12,9 @@ from khaosz.rag.lexical import coverage
 from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
 from khaosz.rag.retrieve import Hit, Mode, Reranker, merge_neighbours
 
-GOOD_COVERAGE = 0.25  # of the question's weight in terms, in the best passage
+# Of the question's weight in terms, in the best of the passages found. 97 % of CMRC's questions
+# find as much where their passage is there, 8 % where it is not (20,000 other passages).
+GOOD_COVERAGE = 0.3
 _MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
 _BEGUN = re.compile(r"[\[【][\d\s,，、]*$")  # what may still become a marker
 _LONGEST = 24  # characters of one: a bracket with more digits is text
@@ -140,7 +142,11 @@ def good(base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
     near = embedder.good_cosine if embedder is not None else None
     if near is not None and max(dense) >= near:
         return True
-    return bool(hits) and max(coverage(base.store, query, hits)) >= GOOD_COVERAGE
+    # Of a follow-up, what was asked before may say what it is about: each line by itself.
+    lines = [line for line in query.splitlines() if line.strip()]
+    return bool(hits) and any(
+        max(coverage(base.store, line, hits)) >= GOOD_COVERAGE for line in lines
+    )
 
 
 def standalone(question: str, history: Messages, model: ChatModel) -> str:

