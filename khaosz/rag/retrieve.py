@@ -107,13 +107,11 @@ def search(
         if mode != "lexical" and embedder is not None and index is not None:
             vector = embedder.queries([query])[0]
             legs["dense"] = index.nearest(vector, depth, allowed, collection=collection, name=name)
-        hits = _hits(store, fuse(legs))
-    hits = _distinct(hits)
+        few = _distinct(store, fuse(legs), limit if reranker is None else 4 * limit)
     if reranker is not None:
-        few = hits[: 4 * limit]
         judged = reranker.scores(query, [hit.text for hit in few])
         order = np.argsort(-judged, kind="stable")
-        hits = [
+        few = [
             replace(
                 few[i],
                 score=float(judged[i]),
@@ -121,7 +119,7 @@ def search(
             )
             for rank, i in enumerate(order, 1)
         ]
-    return hits[:limit]
+    return few[:limit]
 
 
 def fuse(
@@ -143,7 +141,7 @@ def fuse(
     return sorted(fused, key=lambda item: (-item[1], item[0]))
 
 
-def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
+def _hits(store: Store, fused: Sequence[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
     chunks = {chunk.id: chunk for chunk in store.chunks([number for number, _, _ in fused])}
     owners = store.owners([chunk.document for chunk in chunks.values()])
     hits = []
@@ -162,16 +160,22 @@ def _hits(store: Store, fused: list[tuple[int, float, dict[str, Leg]]]) -> list[
     return hits
 
 
-def _distinct(hits: list[Hit]) -> list[Hit]:
-    """The same text from several documents once, from the best."""
+def _distinct(
+    store: Store, fused: Sequence[tuple[int, float, dict[str, Leg]]], limit: int
+) -> list[Hit]:
+    """At most `limit`, the same text from several documents once, from the best. No more chunks are
+    read than that takes."""
     seen: set[str] = set()
-    kept = []
-    for hit in hits:
-        key = " ".join(hit.text.split())
-        if key not in seen:
-            seen.add(key)
-            kept.append(hit)
-    return kept
+    kept: list[Hit] = []
+    for first in range(0, len(fused), 2 * limit):
+        for hit in _hits(store, fused[first : first + 2 * limit]):
+            key = " ".join(hit.text.split())
+            if key not in seen:
+                seen.add(key)
+                kept.append(hit)
+        if len(kept) >= limit:
+            break
+    return kept[:limit]
 
 
 def merge_neighbours(hits: Sequence[Hit]) -> list[Hit]:

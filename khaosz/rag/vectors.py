@@ -22,7 +22,7 @@ from khaosz.rag.store.sqlite import SqliteStore
 EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions
 # Near neighbours of an encoder's vectors are many and close: usearch's own 16, 128 and 64 find 94 %
 # of the ten nearest of 50,000 passages. `python -m bench rag large`.
-_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 32, 128, 1024
+_CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 32, 128, 896
 _MORE = 4  # times as many are asked of the graph when only some chunks are allowed
 
 

@@ -436,7 +436,9 @@ def _document(row: tuple) -> StoredDocument:
 
 def _chunk(row: tuple) -> StoredChunk:
     number, document, start, end, text, headings, count = row
-    return StoredChunk(number, document, start, end, text, tuple(json.loads(headings)), count)
+    # Most chunks of most bases have none, and a search looks at hundreds.
+    path = () if headings == "[]" else tuple(json.loads(headings))
+    return StoredChunk(number, document, start, end, text, path, count)
 
 
 def _packed(vector: np.ndarray) -> bytes:
