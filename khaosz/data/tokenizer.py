@@ -152,6 +152,15 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
+    def marks(self) -> tuple[list[int], list[int]]:
+        """Ids that tokenizer.json puts before and behind a text; `encode` leaves them away."""
+        plain = self.encode("a")
+        marked: list[int] = self._backend.encode("a").ids
+        if len(marked) == len(plain):
+            return [], []
+        first = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        return marked[:first], marked[first + len(plain) :]
+
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids as `encode` gives them, each with its character range [start, end) in `text`."""
         refuse_surrogates(text)

@@ -147,9 +147,11 @@ def _read_parameters(
     for path in weight_files(directory):
         try:
             with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                for stored in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
+                    # A body saved without its head (Qwen3-Embedding) leaves its name away.
+                    name = f"model.{stored}" if f"model.{stored}" in wanted else stored
                     if name in wanted:
-                        tensor = file.get_tensor(name)
+                        tensor = file.get_tensor(stored)
                         if tensor.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
                         loaded[wanted[name][0]] = _aligned(tensor.to(device, dtype))

@@ -53,10 +53,16 @@ class EngineEmbedder:
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
-        from khaosz.interop import load_embedder_settings
+        from khaosz.interop import is_embedder, load_embedder_settings
 
         self._settings = load_embedder_settings(model)
         self._generator = Generator.from_directory(model)
+        tokenizer = self._generator.tokenizer
+        # What was trained to embed has its marks in tokenizer.json: the begin token, or an end.
+        self._before, self._behind = tokenizer.marks()
+        if not is_embedder(model):
+            self._before = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
+            self._behind = []
         self.name = str(Path(model).resolve())
 
     @property
@@ -82,14 +88,19 @@ class EngineEmbedder:
         return unit(sums) if len(texts) else sums
 
     def _windows(self, prefix: str, text: str) -> Iterator[list[int]]:
-        """Ids, each part with the prefix before it."""
+        """Ids, each part with the prefix before it and between the model's marks."""
+        encode = self._generator.tokenizer.encode
         context = self._generator.context
         longest = min(self._settings.max_length or context, context)
-        ids, head = self._generator.prompt_ids(prefix + text), self._generator.prompt_ids(prefix)
-        yield ids[:longest]
-        room = max(1, longest - len(head))
-        for start in range(longest, len(ids), room):
-            yield head[: longest - 1] + ids[start : start + room]
+        room = max(1, longest - len(self._before) - len(self._behind))
+        ids, head = encode(prefix + text), encode(prefix)[: room - 1]
+        part, at = ids[:room], room
+        while True:
+            yield [*self._before, *part, *self._behind]
+            if at >= len(ids):
+                return
+            part = head + ids[at : at + room - len(head)]
+            at += room - len(head)
 
 
 class E5Embedder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +110,62 @@ def test_a_text_longer_than_the_context_is_embedded(model: Path) -> None:
     (vector,) = embedder.passages(["the quick brown fox " * 400])
     assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-5)
     assert embedder.passages([]).shape == (0, 32)
+
+
+@pytest.mark.parametrize("pooling", ["lasttoken", "mean_tokens"])
+def test_a_folder_like_qwen3_embedding(tmp_path: Path, pooling: str) -> None:
+    """A body without `model.` in its names, an end token by tokenizer.json, a prompt for queries:
+    vectors are those of transformers."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
+    tokenizer.save(tmp_path)
+    made = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    end = {"SpecialToken": {"id": "END", "type_id": 0}}
+    made["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+        "pair": [{"Sequence": {"id": w, "type_id": i}} for i, w in enumerate("AB")] + [end],
+        "special_tokens": {
+            "END": {"id": "END", "ids": [tokenizer.eos_id], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    torch.manual_seed(0)
+    body = transformers.Qwen3Model(
+        transformers.Qwen3Config(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+            initializer_range=0.3,
+        )
+    ).eval()
+    body.save_pretrained(tmp_path)
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    (tmp_path / "1_Pooling").mkdir()
+    for name, values in {
+        "modules.json": [
+            {"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in kinds
+        ],
+        "1_Pooling/config.json": {f"pooling_mode_{pooling}": True},
+        "config_sentence_transformers.json": {"prompts": {"query": "the fox ", "document": ""}},
+    }.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    embedder = open_embedder(str(tmp_path))
+    texts = ["春眠不觉晓", "quick brown"]
+    for prefix, ours in (("", embedder.passages(texts)), ("the fox ", embedder.queries(texts))):
+        for text, vector in zip(texts, ours, strict=True):
+            ids = [*tokenizer.encode(prefix + text), tokenizer.eos_id]
+            with torch.no_grad():
+                states = body.double()(torch.tensor([ids])).last_hidden_state[0]
+            pooled = states[-1] if pooling == "lasttoken" else states.mean(0)
+            # fp32 sums in another order, over two layers of width 32.
+            expected = (pooled / pooled.norm()).numpy()
+            np.testing.assert_allclose(vector, expected, rtol=1e-4, atol=2e-5)
+    long = "quick brown fox " * 30  # windows, each with its end token
+    assert np.isfinite(embedder.queries([long])).all()
