@@ -73,7 +73,9 @@ def add(
     )
 
     from khaosz.rag import KnowledgeBase
+    from khaosz.rag.load import load_paths
 
+    load_paths(paths, on_problem=lambda problem: None)  # a path that is wrong begins no base
     console = progress_console()
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),

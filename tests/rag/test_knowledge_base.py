@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from khaosz.cli import app
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag import KnowledgeBase, StructureSplitter
 from khaosz.rag.lexical import K1, B, lexical_search
@@ -401,3 +403,9 @@ def test_a_filter_is_not_starved_by_the_budget(
     base.add_text("common here", name="kept", collection="mine")
     monkeypatch.setattr("khaosz.rag.lexical.BUDGET", 5)
     assert [h.doc for h in base.search("rare common", 5, collection="mine")] == ["kept"]
+
+
+def test_a_path_that_is_wrong_begins_no_base(tmp_path: Path) -> None:
+    kb = tmp_path / "a.kb"
+    found = CliRunner().invoke(app, ["rag", "add", str(tmp_path / "none"), "--kb", str(kb)])
+    assert isinstance(found.exception, DataError) and not kb.exists()
