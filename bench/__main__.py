@@ -29,6 +29,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "mutants": ("bench.mutants", [], "defects of this field put back: do the tests notice?"),
     "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
+    "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 
