@@ -24,7 +24,18 @@ from khaosz.interop.shown import shown
 _MODULES = "modules.json"
 _POOLING = "1_Pooling"
 _NO_LENGTH = 10**9  # transformers writes 10^30 where nobody has set one
+_QUERY, _PASSAGE = ("query", "s2p_query"), ("document", "passage", "corpus")
 _KINDS = ("Transformer", "Pooling", "Normalize")
+
+
+Pooling = Literal["mean", "last", "cls"]
+_POOLINGS: dict[str, Pooling] = {
+    "mean_tokens": "mean",
+    "lasttoken": "last",
+    "cls_token": "cls",
+    "mean": "mean",
+    "cls": "cls",  # as sentence-transformers 6 names them
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +43,7 @@ class EmbedderSettings:
     """Prefixes are part of the text that is pooled; a text is cut to `max_length` tokens, prefix
     and begin token included."""
 
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Pooling = "mean"
     query_prefix: str = ""
     passage_prefix: str = ""
     max_length: int | None = None
@@ -87,9 +98,8 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
     Raises `ModelError` for broken files and for what we do not compute.
     """
     directory = Path(directory)
-    if not is_embedder(directory):
-        return EmbedderSettings()
-    modules = _read(directory / _MODULES)
+    said = is_embedder(directory)  # an encoder's folder may have less
+    modules = _read(directory / _MODULES) if said else []
     if not isinstance(modules, list) or not all(isinstance(part, dict) for part in modules):
         raise ModelError(f"{directory / _MODULES}: not a list of modules")
     folder = _POOLING
@@ -104,36 +114,37 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
             folder = str(part.get("path"))
     if Path(folder).name != folder:
         raise ModelError(f"{directory / _MODULES}: {shown(folder)} is no folder beside it")
-    pooling = _table(directory / folder / "config.json", needed=True)
+    pooling = _table(directory / folder / "config.json", needed=said)
+    pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
     if "pooling_mode" in pooling:  # sentence-transformers 6 names it
         modes = {str(pooling["pooling_mode"])}
-    known: dict[str, Literal["mean", "last"]] = {
-        "mean_tokens": "mean",
-        "mean": "mean",
-        "lasttoken": "last",
-    }
-    if len(modes) != 1 or not modes <= known.keys() or pooling.get("include_prompt", True) is False:
+    if (
+        len(modes) != 1
+        or not modes <= _POOLINGS.keys()
+        or pooling.get("include_prompt", True) is False
+    ):
         named = ", ".join(sorted(modes)) or "none"
         raise ModelError(
             f"{directory / folder / 'config.json'}: pooling {shown(named)} is not supported",
-            hint="mean over all tokens, prompts included, or the last token",
+            hint="mean over all tokens, prompts included, the last token, or the first",
         )
     prompts = _table(directory / "config_sentence_transformers.json").get("prompts") or {}
     longest = _table(directory / "sentence_bert_config.json").get("max_seq_length")
-    if longest is None:
+    if longest is None and said:
         longest = _table(directory / "tokenizer_config.json").get("model_max_length")
         if isinstance(longest, float) or (isinstance(longest, int) and longest > _NO_LENGTH):
             longest = None
-    query = prompts.get("query", "") if isinstance(prompts, dict) else None
-    passage = prompts.get("document", prompts.get("passage", "")) if query is not None else None
+    known = prompts if isinstance(prompts, dict) else {"query": None}
+    query = next((known[name] for name in _QUERY if name in known), "")
+    passage = next((known[name] for name in _PASSAGE if name in known), "")
     if not isinstance(query, str) or not isinstance(passage, str):
         raise ModelError(f"{directory / 'config_sentence_transformers.json'}: prompts are no texts")
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ModelError(
             f"{directory / 'sentence_bert_config.json'}: max_seq_length={shown(longest)}"
         )
-    return EmbedderSettings(known[modes.pop()], query, passage, longest)
+    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, longest)
 
 
 def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:

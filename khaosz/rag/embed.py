@@ -56,6 +56,9 @@ class EngineEmbedder:
         from khaosz.interop import is_embedder, load_embedder_settings
 
         self._settings = load_embedder_settings(model)
+        if self._settings.pooling == "cls":
+            raise ModelError(f"{model}: the first token of a causal model has seen nothing")
+        self._pooling = self._settings.pooling
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer
         # What was trained to embed has its marks in tokenizer.json: the begin token, or an end.
@@ -81,7 +84,7 @@ class EngineEmbedder:
             for ids in self._windows(prefix, text):
                 owners.append(owner)
                 windows.append(ids)
-        vectors = self._generator.embed(windows, self._settings.pooling)
+        vectors = self._generator.embed(windows, self._pooling)
         lengths = np.array([len(ids) for ids in windows], np.float32)
         sums = np.zeros((len(texts), self.dimension), np.float32)
         np.add.at(sums, owners, vectors * lengths[:, None])

@@ -8,7 +8,6 @@ Folders are as sentence-transformers lays them out: how a text becomes one vecto
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,11 +19,11 @@ import torch
 from torch import Tensor
 
 from khaosz.errors import ModelError
-from khaosz.interop.encoder import load_encoder, read_json
+from khaosz.interop.embedder import load_embedder_settings
+from khaosz.interop.encoder import load_encoder
 from khaosz.rag.embed import unit
 
 _BATCH = 4096  # tokens of one pass, padding counted
-_PROMPTS = {"query": ("query", "s2p_query"), "passage": ("passage", "document", "corpus")}
 
 
 class EncoderEmbedder:
@@ -36,9 +35,8 @@ class EncoderEmbedder:
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
         self._encoder = load_encoder(folder, device=device)
+        self._settings = load_embedder_settings(folder)
         self._texts = _Texts(folder, self._encoder.config.longest)
-        self._pooling = _pooling(folder)
-        self._prefixes = _prefixes(folder)
         self._device = device
         self.name = str(folder.resolve())
 
@@ -47,10 +45,10 @@ class EncoderEmbedder:
         return self._encoder.config.hidden_size
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded([self._prefixes["passage"] + text for text in texts])
+        return self._embedded([self._settings.passage_prefix + text for text in texts])
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded([self._prefixes["query"] + text for text in texts])
+        return self._embedded([self._settings.query_prefix + text for text in texts])
 
     def _embedded(self, texts: Sequence[str]) -> np.ndarray:
         owners, encodings = [], []
@@ -65,7 +63,7 @@ class EncoderEmbedder:
         return unit(sums) if len(texts) else sums
 
     def _pooled(self, hidden: Tensor, lengths: Tensor) -> Tensor:
-        match self._pooling:
+        match self._settings.pooling:
             case "cls":
                 return hidden[:, 0]
             case "last":
@@ -120,9 +118,7 @@ class _Texts:
             raise ModelError(f"{path} is broken ({error})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        limits = folder / "sentence_bert_config.json"
-        stated = read_json(limits).get("max_seq_length") if limits.exists() else None
-        self._longest = min(longest, stated) if isinstance(stated, int) else longest
+        self._longest = min(longest, load_embedder_settings(folder).max_length or longest)
 
     def windows(self, text: str) -> Iterator[Any]:
         marks = len(self._tokenizer.encode("").ids)
@@ -184,40 +180,3 @@ def _passes(
         lengths = torch.tensor([len(encodings[row].ids) for row in rows], device=device)
         yield rows, encoder(ids.to(device), lengths, types.to(device)), lengths
         first = last
-
-
-def _pooling(folder: Path) -> str:
-    """ "cls", "mean" or "last"; mean where the folder does not say."""
-    if (modules := folder / "modules.json").exists():
-        for module in _modules(modules):
-            kind = str(module.get("type", "")).rpartition(".")[2]
-            if kind not in ("Transformer", "Pooling", "Normalize"):
-                raise ModelError(f"{modules}: a module {kind!r} is not supported")
-    path = folder / "1_Pooling" / "config.json"
-    if not path.exists():
-        return "mean"
-    values = read_json(path)
-    modes = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean",
-             "pooling_mode_lasttoken": "last"}  # fmt: skip
-    chosen = [name for name, value in values.items() if name.startswith("pooling_mode") and value]
-    if len(chosen) != 1 or chosen[0] not in modes:
-        raise ModelError(f"{path}: {', '.join(chosen) or 'no pooling'} is not supported")
-    return modes[chosen[0]]
-
-
-def _modules(path: Path) -> list[dict[str, Any]]:
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        return [dict(module) for module in modules]
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"{path}: no list of modules ({error})") from None
-
-
-def _prefixes(folder: Path) -> dict[str, str]:
-    path = folder / "config_sentence_transformers.json"
-    prompts = read_json(path).get("prompts") if path.exists() else None
-    known = prompts if isinstance(prompts, dict) else {}
-    return {
-        kind: next((str(known[name]) for name in names if name in known), "")
-        for kind, names in _PROMPTS.items()
-    }
