@@ -24,6 +24,7 @@ from psycopg.pq import TransactionStatus
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.store.postgres_server import Database, escaped, plain
 from khaosz.rag.store.protocol import (
+    Counted,
     NewChunk,
     NewDocument,
     SourceFile,
@@ -70,7 +71,7 @@ _DOCUMENT = (
 _CHUNK = 'SELECT c.id, c.document, c.start, c."end", c.text, c.headings, c.terms FROM chunks c'
 
 
-class PostgresStore(Database):
+class PostgresStore(Database, Counted):
     """Raises `DataError` for a server that is not there or lacks pgvector, a base that is not there
     and not `new`, and for a later version; `ConfigError` for an address that cannot be right."""
 
@@ -165,22 +166,6 @@ class PostgresStore(Database):
 
     def settings(self) -> dict[str, str]:
         return dict(self._run("SELECT key, value FROM meta").fetchall())
-
-    @property
-    def chunk_count(self) -> int:
-        return int(self.get("chunks") or 0)
-
-    @property
-    def term_count(self) -> int:
-        return int(self.get("terms") or 0)
-
-    @property
-    def generation(self) -> int:
-        return int(self.get("generation") or 0)
-
-    @property
-    def dimension(self) -> int:
-        return int(self.get("dimension") or 0)
 
     @property
     def vector_count(self) -> int:

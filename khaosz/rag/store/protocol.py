@@ -203,6 +203,29 @@ class Store(Protocol):
         """For each term the int64 numbers of the chunks that it stands in, ascending."""
 
 
+class Counted:
+    """What every store keeps among its settings; see `Store`."""
+
+    def get(self, key: str) -> str | None:
+        raise NotImplementedError
+
+    @property
+    def chunk_count(self) -> int:
+        return int(self.get("chunks") or 0)
+
+    @property
+    def term_count(self) -> int:
+        return int(self.get("terms") or 0)
+
+    @property
+    def generation(self) -> int:
+        return int(self.get("generation") or 0)
+
+    @property
+    def dimension(self) -> int:
+        return int(self.get("dimension") or 0)
+
+
 def key_of(collection: str, path: str) -> str:
     """A source's, of one length however long its path is."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}"))

@@ -35,6 +35,7 @@ from qdrant_client import QdrantClient, models
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.store.protocol import (
+    Counted,
     NewChunk,
     NewDocument,
     SourceFile,
@@ -95,7 +96,7 @@ def open_qdrant(address: str, *, new: bool = True) -> QdrantStore:
     return store
 
 
-class QdrantStore:
+class QdrantStore(Counted):
     """owned: the client is closed with the store. Raises `DataError` for a server that is not
     there, a base that is not there and not `new`, and for a later version."""
 
@@ -169,22 +170,6 @@ class QdrantStore:
 
     def _count(self, key: str, by: int) -> None:
         self._settings[key] = str(int(self._settings.get(key, 0)) + by)
-
-    @property
-    def chunk_count(self) -> int:
-        return int(self.get("chunks") or 0)
-
-    @property
-    def term_count(self) -> int:
-        return int(self.get("terms") or 0)
-
-    @property
-    def generation(self) -> int:
-        return int(self.get("generation") or 0)
-
-    @property
-    def dimension(self) -> int:
-        return int(self.get("dimension") or 0)
 
     @property
     def vector_count(self) -> int:

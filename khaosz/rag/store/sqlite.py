@@ -24,6 +24,7 @@ import numpy as np
 
 from khaosz.errors import DataError
 from khaosz.rag.store.protocol import (
+    Counted,
     NewChunk,
     NewDocument,
     SourceFile,
@@ -59,7 +60,7 @@ CREATE VIRTUAL TABLE postings USING fts5(
 """
 
 
-class SqliteStore:
+class SqliteStore(Counted):
     """Raises `DataError` for a file that is no knowledge base, is broken or of a later version."""
 
     def __init__(self, path: Path) -> None:
@@ -139,20 +140,6 @@ class SqliteStore:
 
     def _count(self, key: str, by: int) -> None:
         self.set(key, str(int(self.get(key) or 0) + by))
-
-    @property
-    def chunk_count(self) -> int:
-        return int(self.get("chunks") or 0)
-
-    @property
-    def term_count(self) -> int:
-        """Occurrences of terms in all chunks."""
-        return int(self.get("terms") or 0)
-
-    @property
-    def generation(self) -> int:
-        """Grows with every change: what an index was made from."""
-        return int(self.get("generation") or 0)
 
     # --------------------------------------------------------------------------------------- write
 
@@ -380,11 +367,6 @@ class SqliteStore:
     def unembedded(self) -> Iterator[StoredChunk]:
         for row in self._db.execute(_CHUNK + " WHERE id NOT IN (SELECT chunk FROM vectors)"):
             yield _chunk(row)
-
-    @property
-    def dimension(self) -> int:
-        """Of vectors; 0 where there are none."""
-        return int(self.get("dimension") or 0)
 
     @property
     def vector_count(self) -> int:
