@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
+from khaosz.rag.server import checked, post
 
 Messages = Sequence[dict[str, str]]
 
@@ -58,9 +55,7 @@ class HttpModel:
     _SECONDS = 300
 
     def __init__(self, url: str, model: str, *, context: int = 4096) -> None:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise ConfigError(f"{url!r} is no http address", hint="http://127.0.0.1:8000/v1")
-        self._url, self._model, self.context = url.rstrip("/"), model, context
+        self._url, self._model, self.context = checked(url), model, context
 
     def count(self, messages: Messages) -> int:
         size = sum(len(message["content"].encode()) for message in messages)
@@ -74,13 +69,9 @@ class HttpModel:
             "temperature": temperature,
             "stream": True,
         }
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
         address = f"{self._url}/chat/completions"
-        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=self._SECONDS) as answer:
+            with post(address, body, self._SECONDS) as answer:
                 for line in answer:
                     name, _, data = line.decode("utf-8").strip().partition(":")
                     if name != "data" or not data.strip():
@@ -89,7 +80,7 @@ class HttpModel:
                         return
                     for choice in json.loads(data).get("choices", ()):
                         yield choice.get("delta", {}).get("content") or ""
-        except (OSError, urllib.error.URLError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise ModelError(f"{address}: {error}", hint="is the server running?") from error
 
 

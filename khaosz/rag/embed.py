@@ -12,17 +12,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from khaosz.errors import ConfigError, ModelError
+from khaosz.rag.server import checked, post
 
 
 class Embedder(Protocol):
@@ -140,9 +137,7 @@ class HttpEmbedder:
     _SECONDS = 120
 
     def __init__(self, url: str, model: str) -> None:
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise ConfigError(f"{url!r} is no http address", hint="http://127.0.0.1:8000/v1")
-        self._url, self._model = url.rstrip("/"), model
+        self._url, self._model = checked(url), model
         self.name = f"{self._url}#{model}"
         self._dimension: int | None = None
 
@@ -166,16 +161,12 @@ class HttpEmbedder:
         return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
     def _asked(self, texts: Sequence[str]) -> np.ndarray:
-        body = json.dumps({"model": self._model, "input": list(texts)}).encode()
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self._url}/embeddings", body, headers)
+        body = {"model": self._model, "input": list(texts)}
         try:
-            with urllib.request.urlopen(request, timeout=self._SECONDS) as answer:
+            with post(f"{self._url}/embeddings", body, self._SECONDS) as answer:
                 rows = sorted(json.load(answer)["data"], key=lambda row: row["index"])
             vectors = np.array([row["embedding"] for row in rows], np.float32)
-        except (OSError, urllib.error.URLError, KeyError, TypeError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ModelError(
                 f"{self._url}/embeddings: {error}", hint="is the server running?"
             ) from error

@@ -188,6 +188,11 @@ class Server(BaseHTTPRequestHandler):
             events.insert(0, {"choices": [{"delta": {"role": "assistant", "content": None}}]})
             lines = [f"data: {json.dumps(event)}\n\n" for event in events]
             payload = ": ping\n\n".join([*lines, "data: [DONE]\n\n"]).encode()
+        elif self.path.startswith("/away/"):
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/stolen")
+            self.end_headers()
+            return
         else:
             self.send_error(404)
             return
@@ -195,6 +200,10 @@ class Server(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         self.wfile.write(payload)
+
+    def do_GET(self) -> None:
+        self.bodies.append({"stolen": self.headers["Authorization"]})
+        self.send_error(404)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -226,3 +235,13 @@ def test_any_server_embeds(url: str) -> None:
 def test_a_server_that_is_not_there(base: KnowledgeBase) -> None:
     with pytest.raises(ModelError, match=r"127\.0\.0\.1:9"):
         read(ask(base, "企鹅住在哪里？", HttpModel("http://127.0.0.1:9/v1", "m")))
+
+
+def test_a_redirect_is_not_followed_with_the_key(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    away = url.removesuffix("/v1") + "/away"
+    with pytest.raises(ModelError, match="302"):
+        HttpEmbedder(away, "m").passages(["text"])
+    with pytest.raises(ModelError, match="302"):
+        list(HttpModel(away, "m").stream([{"role": "user", "content": "text"}], 8, 0.0))
+    assert not any("stolen" in body for body in Server.bodies)
