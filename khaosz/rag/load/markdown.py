@@ -36,6 +36,11 @@ _DEEPEST = 8
 """Lists and quotes within each other; deeper ones count as the eighth."""
 
 
+def plain(text: str) -> str:
+    """Text that Markdown takes for nothing else: no heading, fence or table row begins in it."""
+    return _STRUCTURE.sub(r"\\", text)
+
+
 @dataclass
 class _Container:
     """A quote (`marker` "> "), a list (no marker) or a list's item that has (not) begun."""
@@ -155,7 +160,7 @@ class MarkdownWriter:
             self._emit("#" * heading + " " + text.replace("\n", " "))
         else:
             for paragraph in re.split(r"\n{2,}", text):
-                self._emit(_STRUCTURE.sub(r"\\", paragraph))
+                self._emit(plain(paragraph))
 
     def _end_pre(self) -> None:
         assert self._pre is not None

@@ -9,6 +9,7 @@ import pypdfium2
 
 from khaosz.errors import DataError
 from khaosz.rag.load.decode import clean
+from khaosz.rag.load.markdown import plain
 from khaosz.rag.load.pdf_headings import heading_levels, with_headings
 from khaosz.rag.load.pdf_lines import Line, in_reading_order, join_lines
 
@@ -61,7 +62,7 @@ def _page(lines: list[Line], levels: dict[float, int], compounds: set[str]) -> s
     parts = []
     for level, some in with_headings(lines, levels):
         text = join_lines(some, compounds)
-        parts.append(f"{'#' * level} {' '.join(text.split())}" if level else text)
+        parts.append(f"{'#' * level} {' '.join(text.split())}" if level else plain(text))
     return "\n\n".join(parts)
 
 

@@ -223,6 +223,7 @@ def test_what_is_set_larger_is_a_heading() -> None:
             (16, "Large, but it goes on,"),
             (16, "3 Utilities . . . . . . . . 5"),
             (12, "in the next line."),
+            (12, "# a line of a program"),
         )
     )
     lines = text.split("\n\n")
@@ -230,6 +231,7 @@ def test_what_is_set_larger_is_a_heading() -> None:
     assert "## Costs and a title of two lines" in lines
     assert [line for line in lines if line.startswith("#")] == [lines[0], lines[2]]
     assert "Large, but it goes on," in text
+    assert "\n\\# a line of a program" in text
 
 
 def test_a_poster_has_no_headings() -> None:
