@@ -41,7 +41,7 @@ from khaosz.trainer.corpus import prepared_data, tokenizer_for, validation_data
 from khaosz.trainer.loggers import ExternalLogger, JsonLines, LossCurve
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.strategy import build_strategy
-from khaosz.trainer.train_context import Progress, TrainContext
+from khaosz.trainer.train_context import Plan, Progress, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
 
@@ -96,16 +96,7 @@ def build(
         saved.plan if saved else calibrate(model, config, parallel, strategy, rows, micro, console)
     )
     compute = apply_plan(plan, model, config)
-    context = TrainContext(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        parallel=parallel,
-        plan=plan,
-        optimizers=build_optimizers(model, config, dtype=compute.dtype),
-        windows=dataset.windows,
-        progress=saved.progress if saved else Progress(),
-    )
+    context = new_context(start, config, model, tokenizer, parallel, plan, dataset.windows)
     begin(context, start)
     held_out = validation_data(config, prepared, tokenizer, parallel, console)
     evaluate = evaluate_on(*held_out, config)
@@ -126,6 +117,28 @@ def add_adapters(model: Transformer, config: TrainConfig, start: Start) -> None:
             layer.config = config.lora
     else:
         add_lora(model, config.lora, torch.Generator().manual_seed(config.seed))
+
+
+def new_context(
+    start: Start,
+    config: TrainConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    parallel: ParallelContext,
+    plan: Plan,
+    examples: int,
+) -> TrainContext:
+    """A run at its beginning, or where its checkpoint left it; `examples` are what is drawn."""
+    return TrainContext(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        parallel=parallel,
+        plan=plan,
+        optimizers=build_optimizers(model, config, dtype=plan.torch_dtype),
+        windows=examples,
+        progress=start.saved.progress if start.saved else Progress(),
+    )
 
 
 def begin(context: TrainContext, start: Start) -> None:

@@ -9,16 +9,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import train_tokenizer
 from khaosz.errors import GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.model import Transformer
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, CitationStream, ask
 from khaosz.rag.chat_model import HttpModel, LocalModel, Messages
@@ -152,22 +148,12 @@ def test_a_conversation_finds_what_its_follow_up_means(base: KnowledgeBase) -> N
     assert model.sent[-1][:2] == history
 
 
-def test_an_engine_of_ours_answers(base: KnowledgeBase) -> None:
-    tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=2048,
-    )  # fmt: skip
-    network = Transformer(config)
-    network.initialise(torch.Generator().manual_seed(0))
-    generator = Generator(network, tokenizer)
-    answer = ask(
-        base, "Which is the largest animal?", LocalModel(generator), max_tokens=8, temperature=0
-    )
+def test_an_engine_of_ours_answers(base: KnowledgeBase, tiny_generator: Generator) -> None:
+    model = LocalModel(tiny_generator)
+    answer = ask(base, "Which is the largest animal?", model, max_tokens=8, temperature=0)
     said = read(answer)
     assert answer.prompt is not None and answer.prompt.passages[0].doc == "whales.md"
-    alone = generator.chat(answer.prompt.messages, SamplingParams(8, 0)).text
+    alone = tiny_generator.chat(answer.prompt.messages, SamplingParams(8, 0)).text
     stream = CitationStream(len(answer.prompt.passages))
     assert said == stream.feed(alone) + stream.finish()
 

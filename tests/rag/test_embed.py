@@ -9,28 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
-from khaosz.interop import EmbedderSettings, save_embedder, save_model
-from khaosz.model import Transformer
+from khaosz.interop import EmbedderSettings, save_embedder
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.embed import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder, unit
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=512,
-    )  # fmt: skip
-    network = Transformer(config)
-    network.initialise(torch.Generator().manual_seed(0))
-    save_model(network, tmp_path / "model")
-    tokenizer.save(tmp_path / "model")
-    return tmp_path / "model"
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 def test_a_base_embedded_by_a_model_is_opened_again(tmp_path: Path, model: Path) -> None:

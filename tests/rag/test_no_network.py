@@ -8,12 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import train_tokenizer
-from khaosz.interop import save_model
-from khaosz.model import Transformer
 
 _STEPS = """
 import sys
@@ -47,24 +41,14 @@ print("DONE")
 """
 
 
-def test_nothing_asks_the_network(tmp_path: Path) -> None:
+def test_nothing_asks_the_network(tmp_path: Path, tiny_model: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "a.md").write_text("# 鸟\n\n企鹅住在南极。它们不会飞。\n", encoding="utf-8")
     remote = '<img src="http://192.0.2.1/x.png"><link rel="stylesheet" href="http://192.0.2.1/">'
     (docs / "b.html").write_text(f"<p>The penguin lives in the south.</p>{remote}")
-    tokenizer = train_tokenizer(iter(["企鹅住在南极 the quick brown fox yes no"] * 20), 320)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=2048,
-    )  # fmt: skip
-    network = Transformer(config)
-    network.initialise(torch.Generator().manual_seed(0))
-    save_model(network, tmp_path / "model")
-    tokenizer.save(tmp_path / "model")
-    base, model = tmp_path / "a.kb", tmp_path / "model"
-    command = [sys.executable, "-c", _STEPS, str(base), str(docs), str(model)]
+    base = tmp_path / "a.kb"
+    command = [sys.executable, "-c", _STEPS, str(base), str(docs), str(tiny_model)]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
     assert done.returncode == 0 and "DONE" in done.stdout, done.stdout + done.stderr
     assert "CONNECTED" not in done.stdout and "ASKED" not in done.stdout

@@ -12,11 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 from khaosz.cli import app
-from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import train_tokenizer
 from khaosz.errors import ConfigError, ModelError
 from khaosz.inference.generator import Generator
-from khaosz.interop import save_model
 from khaosz.model import Transformer
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.rerank import ModelJudge, open_reranker
@@ -25,22 +22,8 @@ PASSAGES = ["春眠不觉晓，处处闻啼鸟。", "the quick brown fox", "no"]
 
 
 @pytest.fixture
-def judge(tmp_path: Path) -> ModelJudge:
-    tokenizer = train_tokenizer(iter(["the quick brown fox yes no", "春眠不觉晓"] * 20), 320)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=512,
-    )  # fmt: skip
-    network = Transformer(config)
-    network.initialise(torch.Generator().manual_seed(0))
-    with torch.no_grad():  # fresh blocks add nothing: all answers would be alike
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
-    save_model(network, tmp_path / "model")
-    tokenizer.save(tmp_path / "model")
-    return ModelJudge(Generator(network, tokenizer))
+def judge(tiny_generator: Generator) -> ModelJudge:
+    return ModelJudge(tiny_generator)
 
 
 def plain(judge: ModelJudge, query: str, passage: str) -> float:
@@ -66,7 +49,7 @@ def test_scores_are_yes_less_no(judge: ModelJudge) -> None:
 
 
 def test_the_best_part_of_a_passage_beyond_the_context_counts(judge: ModelJudge) -> None:
-    sentences = [f"{text} {i}. " for i in range(40) for text in PASSAGES]
+    sentences = [f"{text} {i}. " for i in range(160) for text in PASSAGES]
     (whole,) = judge.scores("fox", ["".join(sentences)])
     prompts = judge._prompts("fox", "".join(sentences))
     assert len(prompts) > 1 and all(len(ids) <= judge._generator.context for ids in prompts)
@@ -76,10 +59,12 @@ def test_the_best_part_of_a_passage_beyond_the_context_counts(judge: ModelJudge)
     logits = [judge._generator.next_logits([ids], judge._answers)[0] for ids in prompts]
     assert whole == pytest.approx(max(float(yes - no) for yes, no in logits), abs=1e-5)
     with pytest.raises(ModelError, match="fills the judge's context"):
-        judge.scores("fox " * 600, ["a passage"])
+        judge.scores("fox " * 2500, ["a passage"])
 
 
-def test_a_search_is_reordered_by_its_judge(tmp_path: Path, judge: ModelJudge) -> None:
+def test_a_search_is_reordered_by_its_judge(
+    tmp_path: Path, tiny_model: Path, judge: ModelJudge
+) -> None:
     kb = tmp_path / "a.kb"
     with KnowledgeBase(kb) as base:
         for i, text in enumerate(["fox one", "the fox is two", "three is a fox by the river"]):
@@ -93,7 +78,7 @@ def test_a_search_is_reordered_by_its_judge(tmp_path: Path, judge: ModelJudge) -
     assert {hit.doc for hit in hits} == set(plain_order)
     assert [hit.legs["rerank"].rank for hit in hits] == [1, 2, 3]
     asked = ["rag", "search", "fox", "--kb", str(kb), "-k", "3", "--json"]
-    found = CliRunner().invoke(app, [*asked, "--reranker", str(tmp_path / "model")])
+    found = CliRunner().invoke(app, [*asked, "--reranker", str(tiny_model)])
     assert found.exit_code == 0, found.output
     assert [hit["doc"] for hit in json.loads(found.stdout)] == [hit.doc for hit in hits]
 

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from khaosz.config import TrainConfig
+import pytest
+import torch
+
+from khaosz.config import ModelConfig, TrainConfig
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.model import Transformer
+from khaosz.trainer.callback import Callback
+from khaosz.trainer.train_context import TrainContext
+from khaosz.trainer.trainer import Trainer
 
 Recipe = Callable[..., TrainConfig]
 
@@ -31,3 +41,46 @@ def write_recipe(config: TrainConfig, path: Path) -> Path:
         lines += [f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in table.items())]
     path.write_text("\n".join(lines))
     return path
+
+
+def random_model(tokenizer: Tokenizer) -> Transformer:
+    """Random in every weight: the initialisation of training leaves blocks at the identity."""
+    config = ModelConfig.parse(
+        {
+            **TINY_MODEL,
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": 256,
+            "qk_norm": True,
+        }
+    )
+    made = Transformer(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.ndim > 1:
+                spread = 0.5 if "embed" in name else 1.2 / parameter.shape[-1] ** 0.5
+                parameter.normal_(0, spread, generator=generator)
+    return made
+
+
+class StopAfter(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == self.step:
+            context.stopping = "the test said so"
+
+
+@contextmanager
+def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Trainers made inside stop after that step, as by Ctrl-C."""
+    built = Trainer.__init__
+
+    def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        built(self, *args, **kwargs)
+        self.callbacks = [*self.callbacks[:-1], StopAfter(step), *self.callbacks[-1:]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", stopping)
+        yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -203,11 +204,11 @@ class Store(Protocol):
         """For each term the int64 numbers of the chunks that it stands in, ascending."""
 
 
-class Counted:
+class Counted(ABC):
     """What every store keeps among its settings; see `Store`."""
 
-    def get(self, key: str) -> str | None:
-        raise NotImplementedError
+    @abstractmethod
+    def get(self, key: str) -> str | None: ...
 
     @property
     def chunk_count(self) -> int:

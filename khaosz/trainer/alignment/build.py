@@ -16,7 +16,7 @@ from khaosz.errors import CheckpointError, ConfigError
 from khaosz.interop import is_reward_model, load_model, load_reward_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.alignment.curves import PreferenceCurve, RewardCurve
+from khaosz.trainer.alignment.curves import REWARD_PANELS, PreferenceCurve
 from khaosz.trainer.alignment.dpo import DPOStrategy
 from khaosz.trainer.alignment.judge import (
     FunctionJudge,
@@ -35,6 +35,7 @@ from khaosz.trainer.build import (
     add_adapters,
     begin,
     eval_every,
+    new_context,
     resolve_config,
     show_derived,
     standard_callbacks,
@@ -43,8 +44,9 @@ from khaosz.trainer.build import (
 from khaosz.trainer.calibration import apply_plan, calibrate, compiler_problem, rows_per_step
 from khaosz.trainer.corpus import tokenizer_for
 from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.panels import PanelCurve
 from khaosz.trainer.strategy import Compute
-from khaosz.trainer.train_context import Plan, Progress, TrainContext
+from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import sample_text
 
@@ -87,7 +89,7 @@ def build_pairs(
     compute = apply_plan(plan, model, config)
     if isinstance(strategy, DPOStrategy) and config.preference.needs_reference:
         _add_references(strategy, model, config, start, compute, tokenizer, console)
-    context = _context(start, config, model, tokenizer, parallel, plan, len(data.pairs))
+    context = new_context(start, config, model, tokenizer, parallel, plan, len(data.pairs))
     begin(context, start)
     validation = None
     if held_out.pairs:
@@ -159,7 +161,7 @@ def build_rollouts(
         reference=reference,
         critic=critic,
     )
-    context = _context(start, config, model, tokenizer, parallel, plan, len(prompts))
+    context = new_context(start, config, model, tokenizer, parallel, plan, len(prompts))
     context.reference, context.reward, context.value = reference, reward, critic
     context.rollouts = strategy
     if critic is not None:
@@ -169,7 +171,7 @@ def build_rollouts(
         context,
         console,
         None,
-        RewardCurve(config.out, console),
+        PanelCurve(config.out, console, REWARD_PANELS),
         shown=strategy.shown,
         unit=f"{rollout.prompts * rollout.group} answers, {strategy.steps_per_rollout} a rollout",
         samples=sample_text,
@@ -349,24 +351,3 @@ def _judge(
             f" the window is {config.window}"
         )
     return ModelJudge(reward, compute, config.window, rows, tokenizer.pad_id), reward
-
-
-def _context(
-    start: Start,
-    config: TrainConfig,
-    model: Transformer,
-    tokenizer: Tokenizer,
-    parallel: ParallelContext,
-    plan: Plan,
-    examples: int,
-) -> TrainContext:
-    return TrainContext(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        parallel=parallel,
-        plan=plan,
-        optimizers=build_optimizers(model, config, dtype=plan.torch_dtype),
-        windows=examples,
-        progress=start.saved.progress if start.saved else Progress(),
-    )

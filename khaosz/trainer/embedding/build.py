@@ -15,6 +15,7 @@ from khaosz.trainer.build import (
     add_adapters,
     begin,
     eval_every,
+    new_context,
     resolve_config,
     show_derived,
     standard_callbacks,
@@ -23,9 +24,9 @@ from khaosz.trainer.build import (
 from khaosz.trainer.calibration import apply_plan, calibrate, compiler_problem, rows_per_step
 from khaosz.trainer.corpus import tokenizer_for
 from khaosz.trainer.embedding.strategy import EmbedStrategy
-from khaosz.trainer.embedding.validation import RetrievalCurve, RetrievalValidation
-from khaosz.trainer.optimizer import build_optimizers
-from khaosz.trainer.train_context import Plan, Progress, TrainContext
+from khaosz.trainer.embedding.validation import PANELS, RetrievalValidation
+from khaosz.trainer.panels import PanelCurve
+from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 
 _PAIRS_PER_STEP = 64
@@ -71,16 +72,7 @@ def build_embedder(
     plan = saved.plan if saved else _calibrated(strategy, model, config, console)
     strategy.one_shape = plan.compiled
     compute = apply_plan(plan, model, config)
-    context = TrainContext(
-        config=config,
-        model=model,
-        tokenizer=tokenizer,
-        parallel=parallel,
-        plan=plan,
-        optimizers=build_optimizers(model, config, dtype=plan.torch_dtype),
-        windows=len(data),
-        progress=saved.progress if saved else Progress(),
-    )
+    context = new_context(start, config, model, tokenizer, parallel, plan, len(data))
     begin(context, start)
     validation = None
     if held_out.queries:
@@ -89,7 +81,7 @@ def build_embedder(
         context,
         console,
         validation,
-        RetrievalCurve(config.out, console),
+        PanelCurve(config.out, console, PANELS),
         shown=strategy.shown,
         unit=f"{per_step} pairs",
     )

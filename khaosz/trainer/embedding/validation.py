@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 
 from khaosz.data.contrastive import TextPairs
 from khaosz.model import Transformer
-from khaosz.trainer.alignment.curves import can_draw, draw_panels
 from khaosz.trainer.callback import Callback, is_last
 from khaosz.trainer.embedding.loss import info_nce, ranks
 from khaosz.trainer.embedding.strategy import EmbedStrategy
-from khaosz.trainer.loggers import read_metrics
 from khaosz.trainer.strategy import Compute
 from khaosz.trainer.train_context import TrainContext
 
 _COMPARED = 1 << 24  # cosines that exist at one time
-_PANELS = (
+PANELS = (
     ("loss", [("loss", "training"), ("val_loss", "held out, more candidates")]),
     ("right passage first", [("accuracy", "training"), ("val_accuracy", "held out")]),
     ("mean reciprocal rank", [("val_mrr", "held out")]),
@@ -92,18 +88,3 @@ class RetrievalValidation(Callback):
         found = evaluate_retrieval(self.strategy, context.model, self.compute)
         metrics |= {f"val_{name}": value for name, value in found.items()}
         context.progress.judged(found["loss"])
-
-
-class RetrievalCurve(Callback):
-    """OUT/loss.png of an embedder's run."""
-
-    def __init__(self, out: Path, console: Console) -> None:
-        self.out, self.console = out, console
-
-    def on_end(self, context: TrainContext) -> None:
-        rows = read_metrics(self.out / "metrics.jsonl")
-        if len(rows) < 2 or not can_draw(self.console):
-            return
-        path = self.out / "loss.png"
-        draw_panels(rows, _PANELS, path, f"{self.out.name} ({context.config.stage})")
-        self.console.print(f"  curves: {path}")

@@ -22,11 +22,11 @@ from torch import Tensor
 from khaosz.config import load_recipe
 from khaosz.parallel import setup_parallel
 from khaosz.trainer import run as running
-from khaosz.trainer.alignment.curves import RewardCurve
 from khaosz.trainer.alignment.rlhf import RLHFStrategy
 from khaosz.trainer.alignment.validation import PairValidation
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.loggers import JsonLines
+from khaosz.trainer.panels import PanelCurve
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -77,7 +77,7 @@ def run(recipe: Path, stop_after: int | None) -> None:
 
     def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:
         built(self, *args, **kwargs)
-        self.callbacks = [c for c in self.callbacks if not isinstance(c, RewardCurve)]
+        self.callbacks = [c for c in self.callbacks if not isinstance(c, PanelCurve)]
         if stop_after is not None:
             self.callbacks.append(StopLastRank(stop_after))
 

@@ -12,14 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import stopping_after
 
 from khaosz.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from khaosz.interop import is_reward_model, load_model, load_reward_model
-from khaosz.trainer.callback import Callback
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
 from khaosz.trainer.train_context import TrainContext
-from khaosz.trainer.trainer import Trainer
 
 QUIET = Console(file=io.StringIO())
 ROLLOUT = {"prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 2, "minibatches": 2}
@@ -88,15 +87,6 @@ STAGES = {
 }
 
 
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if metrics["step"] == self.step:
-            context.stopping = "the test said so"
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_a_resumed_run_is_the_same_run(
     align: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -106,14 +96,7 @@ def test_a_resumed_run_is_the_same_run(
     whole = align(stage, out=tmp_path / "whole", **STAGES[name])
     go(whole)
     parts = align(stage, out=tmp_path / "parts", **STAGES[name])
-    built = Trainer.__init__
-
-    def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        built(self, *args, **kwargs)
-        self.callbacks = [*self.callbacks[:-1], StopAfter(3), *self.callbacks[-1:]]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "__init__", stopping)
+    with stopping_after(3, monkeypatch):
         assert go(parts).progress.step == 3
     torch.manual_seed(99)  # nothing may hang on what the process did before
     assert go(parts, resume=True).progress.step == 6

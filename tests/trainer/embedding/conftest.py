@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tiny import TINY_MODEL
+from tiny import TINY_MODEL, random_model
 from translation import translation_pairs, written
 
-from khaosz.config import ModelConfig, TrainConfig
+from khaosz.config import TrainConfig
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.model import Transformer
 
@@ -25,22 +24,7 @@ def tokenizer(tokenizer_dir: Path) -> Tokenizer:
 
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> Transformer:
-    """Random in every weight: the initialisation of training leaves blocks at the identity."""
-    config = ModelConfig.parse(
-        {
-            **TINY_MODEL,
-            "vocab_size": tokenizer.vocab_size,
-            "max_position_embeddings": 256,
-            "qk_norm": True,
-        }
-    )
-    made = Transformer(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(0, 1.2 / parameter.shape[-1] ** 0.5, generator=generator)
-    return made
+    return random_model(tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import write_recipe
+from tiny import stopping_after, write_recipe
 from translation import translation_pairs, written
 
 from khaosz.config import TrainConfig
@@ -23,11 +23,9 @@ from khaosz.errors import CheckpointError, ConfigError, DataError
 from khaosz.inference.chat import newest_model
 from khaosz.interop import EmbedderSettings, load_embedder_settings
 from khaosz.rag.embed import EngineEmbedder
-from khaosz.trainer.callback import Callback
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
 from khaosz.trainer.train_context import TrainContext
-from khaosz.trainer.trainer import Trainer
 
 QUIET = Console(file=io.StringIO())
 LORA = {"rank": 4, "alpha": 8.0}
@@ -73,15 +71,6 @@ def test_what_it_learns_holds_for_texts_it_has_not_seen(embedder: Any, tmp_path:
     assert np.mean(hit) == pytest.approx(log[-1]["val_accuracy"], abs=0.02)
 
 
-class StopAfter(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if metrics["step"] == self.step:
-            context.stopping = "the test said so"
-
-
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
 def test_a_resumed_run_is_the_same_run(
     embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
@@ -90,14 +79,7 @@ def test_a_resumed_run_is_the_same_run(
     more: dict[str, Any] = {} if lora is None else {"lora": lora, "embed": embed}
     whole, parts = (embedder(out=tmp_path / name, **more) for name in ("whole", "parts"))
     go(whole)
-    built = Trainer.__init__
-
-    def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:
-        built(self, *args, **kwargs)
-        self.callbacks = [*self.callbacks[:-1], StopAfter(3), *self.callbacks[-1:]]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "__init__", stopping)
+    with stopping_after(3, monkeypatch):
         assert go(parts).progress.step == 3
     torch.manual_seed(99)  # nothing may hang on what the process did before
     assert go(parts, resume=True).progress.step == 6
