@@ -79,7 +79,8 @@ def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> Retrieva
 def _records(report: InputReport) -> Iterator[Texts]:
     for path in expand_inputs([report.path]):
         for batch in open_source(path):
-            for line, record in parsed(batch):
+            unread = [(line, Skip(reason)) for line, reason in batch.skipped]
+            for line, record in chain(unread, parsed(batch)):
                 report.records += 1
                 with report.skipping(line):
                     if isinstance(record, Skip):

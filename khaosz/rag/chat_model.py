@@ -10,7 +10,7 @@ from typing import Protocol
 from khaosz.errors import ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.rag.server import checked, post
+from khaosz.rag.http_client import checked, post
 
 Messages = Sequence[dict[str, str]]
 

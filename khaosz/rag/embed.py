@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from khaosz.errors import ConfigError, ModelError
-from khaosz.rag.server import checked, post
+from khaosz.rag.http_client import checked, post
 
 
 class Embedder(Protocol):
