@@ -27,6 +27,7 @@ RANK = {
     "trainer": 6,
     "rag": 6,
     "evaluation": 7,
+    "serve": 7,
     "demo": 8,
     "doctor": 8,
     "cli": 9,

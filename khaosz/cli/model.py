@@ -1,4 +1,4 @@
-"""Verbs that run a model: generate, chat, pull, convert, quantize, init, bench."""
+"""Verbs that run a model: generate, chat, serve, pull, convert, quantize, init, bench."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from khaosz.cli.output import (
 )
 
 model_app = typer.Typer()
+API_KEY = "KHAOSZ_API_KEY"
 bench_app = typer.Typer(help="Time a model on this machine.", no_args_is_help=True)
 
 
@@ -122,6 +123,43 @@ def chat(
         params,
         str(directory),
         system,
+    )
+
+
+@model_app.command()
+def serve(
+    model: Annotated[
+        Path | None,
+        typer.Argument(help="Directory or .gguf; default: the newest trained here, or pulled."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="That clients must send; better in the environment.", envvar=API_KEY),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default: from its path.")
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Requests held at most, answering and waiting.")
+    ] = 128,
+    device: Device = "auto",
+) -> None:
+    """Serve a model over HTTP as OpenAI's API does, to this machine."""
+    from khaosz.serve.run import serve as run
+
+    run(
+        model or default_model(),
+        host=host,
+        port=port,
+        api_key=api_key,
+        name=name,
+        device=chosen_device(device),
+        max_queue=max_queue,
+        announce=typer.echo,
     )
 
 

@@ -1,0 +1,120 @@
+"""Who may ask, and how much: checked before anything of a request is read.
+
+A page of the web can make a browser talk to this machine. It can't choose the Host and Origin that
+the browser sends, so those tell it apart, also when its name was rebound to a loopback address
+(CVE-2024-28224).
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from khaosz.serve.answers import error_body
+
+MAX_BODY = 4 << 20  # bytes
+_DRAINED = 32 << 20  # bytes read of a body too large, so that its sender comes to read the answer
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware: Host and Origin, the key, the size of the body."""
+
+    def __init__(self, app: App, *, key: str | None, hosts: tuple[str, ...] | None) -> None:
+        """`key` None: nobody needs one. `hosts`: names this server answers to; None: any."""
+        self.app, self.hosts = app, hosts
+        self._key = None if key is None else key.encode()
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers: dict[str, bytes] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), value)
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is None:
+            body = await _body(receive)
+            if body is not None:
+                await self.app(scope, _replay(body, receive), send)
+                return
+            message = f"the request's body has more than {MAX_BODY:,} bytes"
+            refusal = 413, error_body(message, "invalid_request_error")
+        await _answer(send, *refusal)
+
+    def _refusal(self, path: str, headers: dict[str, bytes]) -> tuple[int, dict[str, Any]] | None:
+        """Status and body of the answer to a request that goes no further."""
+        host = headers.get("host", b"").decode("latin-1")
+        if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
+            message = "this server does not answer to the name in the Host header"
+            return 403, error_body(message, "invalid_request_error", code="host_not_allowed")
+        origin = headers.get("origin")
+        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+            message = "pages of other origins may not use this server"
+            return 403, error_body(message, "invalid_request_error", code="origin_not_allowed")
+        if self._key is None or path.startswith("/health/"):
+            return None
+        scheme, _, given = headers.get("authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
+            return None
+        message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
+        return 401, error_body(message, "invalid_request_error", code="invalid_api_key")
+
+
+def _hostname(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body; None for one that is too large."""
+    parts: list[bytes] = []
+    size = 0
+    while size <= _DRAINED:
+        message = await receive()
+        if message["type"] != "http.request":  # the client left
+            break
+        part = message.get("body", b"")
+        size += len(part)
+        if size <= MAX_BODY:
+            parts.append(part)
+        if not message.get("more_body", False):
+            break
+    return b"".join(parts) if size <= MAX_BODY else None
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that hands out a body that was read, then what comes after it."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+        (b"connection", b"close"),  # what is left of the body is not read
+    ]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

@@ -1,0 +1,106 @@
+"""`khaosz serve`: an address, a model, and a server until it is told to stop."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from khaosz.errors import ConfigError
+
+DRAIN = 30  # seconds that answers under way have after SIGTERM
+
+
+def serve(
+    model: Path,
+    *,
+    host: str,
+    port: int,
+    api_key: str | None,
+    name: str | None,
+    device: str,
+    max_queue: int,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `announce` is told the
+    address once the model is there.
+
+    Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
+    loopback, and where fastapi or uvicorn is missing; `ModelError`.
+    """
+    if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
+        raise ConfigError("the API key is empty, or has spaces around it or letters beyond ASCII")
+    if max_queue < 1:
+        raise ConfigError(f"--max-queue is {max_queue}, less than 1")
+    local = is_loopback(host)
+    if not local and api_key is None:
+        raise ConfigError(
+            f"{host} can be reached from other machines: a key is required",
+            hint="set KHAOSZ_API_KEY, or leave --host away to serve this machine only",
+        )
+    try:
+        import uvicorn
+
+        from khaosz.serve.app import build_app
+    except ImportError as error:
+        raise ConfigError(
+            f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
+        ) from None
+    from khaosz.inference.generator import Generator
+    from khaosz.serve.guard import LOOPBACK, Guard
+
+    with listen(host, port) as bound:
+        generator = Generator.from_directory(model, device=device)
+        shown = name or default_name(model)
+        app = build_app(generator, shown, max_queue=max_queue)
+        hosts = (*LOOPBACK, host) if local else None
+        guarded = Guard(app, key=api_key, hosts=hosts)
+        config = uvicorn.Config(
+            guarded,
+            http="h11",
+            ws="none",
+            lifespan="on",
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=DRAIN,
+        )
+        announce(f"{shown}: http://{_shown(host)}:{bound.getsockname()[1]}/v1")
+        uvicorn.Server(config).run([bound])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before anything is loaded: a port in use is known at once. Port 0 is any
+    free one."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, _, _, _, address = found[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise ConfigError(
+            f"{host} port {port} cannot be used: {why}", hint="choose another with --port"
+        ) from None
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def default_name(model: Path) -> str:
+    """What the model's path calls it: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
+    path = model.resolve()
+    named = path.parent if path.name == "last" else path
+    return named.name.removesuffix(".gguf")
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

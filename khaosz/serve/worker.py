@@ -1,0 +1,191 @@
+"""The engine's own thread, and the tickets by which requests of an event loop share it.
+
+Between two steps the thread does what the loop asked of it (begin, cancel); after a step it hands
+out what became final. So a request that is cancelled takes part in one more step at most, also
+amid its prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
+from functools import partial
+from queue import SimpleQueue
+from typing import TypeVar
+
+from khaosz.errors import KhaoszError
+from khaosz.inference.engine import Engine
+from khaosz.inference.request import Output
+from khaosz.inference.sampling import SamplingParams
+
+T = TypeVar("T")
+
+_log = logging.getLogger("khaosz.serve")
+
+
+class Busy(Exception):
+    """As many requests as may be held are under way or waiting."""
+
+
+class Failed(Exception):
+    """The engine met an error that nobody asked for; the log has it."""
+
+
+class Ticket:
+    """One request, as the event loop sees it."""
+
+    def __init__(self, prompt: list[int], params: SamplingParams, close: Callable[[], None]):
+        self.prompt, self.params = prompt, params
+        self.close = close  # gives the request up, or its place back when it is done
+        self.request_id: int | None = None  # the engine thread's
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.events: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+
+    async def outputs(self) -> AsyncIterator[Output]:
+        """What becomes final, of all choices; ends early when the ticket was closed.
+
+        Raises `Failed`, or the `GenerationError` that ended a choice.
+        """
+        choices = self.params.n
+        while choices:
+            match await self.events.get():
+                case None:
+                    return
+                case Exception() as error:
+                    raise error
+                case Output(error=error) if error is not None:
+                    raise error
+                case output:
+                    choices -= output.finish_reason is not None
+                    yield output
+
+
+class EngineThread:
+    """Steps an engine while there is work. Its methods belong to one event loop."""
+
+    def __init__(self, engine: Engine, max_queue: int) -> None:
+        """`max_queue`: requests held at most, under way and waiting."""
+        assert max_queue >= 1, max_queue
+        self.engine, self.max_queue = engine, max_queue
+        self._held: set[Ticket] = set()  # the event loop's
+        self._tickets: dict[int, Ticket] = {}  # the thread's, by request id
+        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="khaosz-engine", daemon=True)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Requests that are still under way end without an answer."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    async def submit(self, prompt: list[int], params: SamplingParams) -> Ticket:
+        """A request that the engine has taken on. Close its ticket, whatever comes.
+
+        Raises `Busy` when no more are held, `GenerationError` as `Engine.add` does, `Failed`.
+        """
+        if len(self._held) >= self.max_queue:
+            raise Busy
+        if not self.alive:
+            raise Failed("the engine's thread has ended")
+        ticket = Ticket(prompt, params, lambda: self._close(ticket))
+        self._held.add(ticket)
+        self._inbox.put(partial(self._begin, ticket))
+        with ExitStack() as undo:
+            undo.callback(ticket.close)
+            await ticket.accepted
+            undo.pop_all()
+        return ticket
+
+    def _close(self, ticket: Ticket) -> None:
+        if ticket in self._held:
+            self._held.remove(ticket)
+            ticket.events.put_nowait(None)
+            self._inbox.put(partial(self._cancel, ticket))
+
+    # ----------------------------------------------------------------------- in the engine's thread
+
+    def _work(self) -> None:
+        while True:
+            if self._inbox.empty() and self.engine.unfinished:
+                self._advance()
+                continue
+            order = self._inbox.get()
+            if order is None:
+                return
+            order()
+
+    def _begin(self, ticket: Ticket) -> None:
+        try:
+            ticket.request_id = _or_failed(
+                lambda: self.engine.add(ticket.prompt, ticket.params), "a request was not taken on"
+            )
+        except (KhaoszError, Failed) as error:
+            self._tell(_settle, ticket.accepted, error)
+        else:
+            self._tickets[ticket.request_id] = ticket
+            self._tell(_settle, ticket.accepted, None)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if ticket.request_id in self._tickets:
+            del self._tickets[ticket.request_id]
+            self.engine.cancel(ticket.request_id)
+            self.engine.take(ticket.request_id)
+
+    def _advance(self) -> None:
+        try:
+            _or_failed(self.engine.step, "a step of the engine failed")
+        except Failed as error:
+            # Which request it was isn't known, nor what the caches hold: begin anew.
+            for request_id, ticket in self._tickets.items():
+                self.engine.cancel(request_id)
+                self._tell(ticket.events.put_nowait, error)
+            self._tickets.clear()
+            self.engine.take()
+            self.engine.weights_changed()
+            return
+        for output in self.engine.take():
+            held = self._tickets.get(output.request_id)
+            if held is not None:
+                self._tell(held.events.put_nowait, output)
+
+    def _tell(self, what: Callable[..., object], *values: object) -> None:
+        self._loop.call_soon_threadsafe(what, *values)
+
+
+def _or_failed(work: Callable[[], T], what: str) -> T:
+    """Raises `Failed` for anything that isn't a `KhaoszError`: one request's surprise must not end
+    the thread that all of them share."""
+    try:
+        return work()
+    except KhaoszError:
+        raise
+    except Exception as error:
+        raise _logged(Failed(what)) from error
+
+
+def _logged(error: Failed) -> Failed:
+    _log.exception(str(error))
+    return error
+
+
+def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():  # whoever waited has left
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
