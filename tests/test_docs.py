@@ -45,6 +45,7 @@ GUIDES = (
     "inference.md",
     "models.md",
     "rag.md",
+    "serve.md",
     "tokenizer.md",
     "training.md",
 )

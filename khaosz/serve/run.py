@@ -44,7 +44,7 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
         ) from None
@@ -74,13 +74,15 @@ def serve(
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket, before anything is loaded: a port in use is known at once. Port 0 is any
-    free one."""
+    free one. Raises `ConfigError`."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take what is left of it modulo 2**16
+        raise ConfigError(f"--port is {port}, not 0 to 65535")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, _, _, _, address = found[0]
         return socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    except OSError as error:
+        why = str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
         raise ConfigError(
             f"{host} port {port} cannot be used: {why}", hint="choose another with --port"
         ) from None

@@ -195,12 +195,25 @@ def test_what_cannot_be_served(tiny: Path) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1 port {port} cannot be used: Address al"):
             run(port=port)
-    with pytest.raises(ConfigError, match="port 99999 cannot be used"):
+    with pytest.raises(ConfigError, match="--port is 99999"):
         run(port=99999)
+    with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid"):
+        run(host="no.such.host.invalid", api_key="x")
     assert is_loopback("::1") and is_loopback("127.8.8.8") and not is_loopback("192.168.0.1")
     assert default_name(Path("/runs/demo/dpo/last")) == "dpo"
     assert default_name(Path("/m/qwen-0.6B")) == "qwen-0.6B"
     assert default_name(Path("/m/a.Q4_0.gguf")) == "a.Q4_0"
+
+
+def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.delitem(sys.modules, "khaosz.serve.app")
+    with pytest.raises(ConfigError, match="needs fastapi") as missing:
+        serve(
+            tiny, host="localhost", port=0, api_key=None, name=None, device="cpu", max_queue=1,
+            announce=print,
+        )  # fmt: skip
+    assert missing.value.hint == "pip install 'khaosz[serve]'"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
