@@ -57,7 +57,8 @@ def build_app(generator: Generator, name: str, *, max_queue: int) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(asked: ChatRequest, request: Request) -> Response:
-        _check_model(asked.model)
+        check_model(asked.model)
+        worker.check_room()
         messages = [message.for_template() for message in asked.messages]
         # Beside the loop and the engine: a long text takes a while.
         prompt = await asyncio.to_thread(generator.chat_ids, messages)
@@ -65,7 +66,8 @@ def build_app(generator: Generator, name: str, *, max_queue: int) -> FastAPI:
 
     @app.post("/v1/completions")
     async def complete(asked: CompletionRequest, request: Request) -> Response:
-        _check_model(asked.model)
+        check_model(asked.model)
+        worker.check_room()
         prompt = await asyncio.to_thread(generator.ids, asked.prompt)
         return await answer(asked, prompt, request, chat=False, logprobs=False)
 
@@ -75,7 +77,7 @@ def build_app(generator: Generator, name: str, *, max_queue: int) -> FastAPI:
 
     @app.get("/v1/models/{model:path}")
     async def model(model: str) -> dict[str, Any]:
-        _check_model(model)
+        check_model(model)
         return model_card()
 
     @app.get("/health/live")
@@ -91,7 +93,7 @@ def build_app(generator: Generator, name: str, *, max_queue: int) -> FastAPI:
     def model_card() -> dict[str, Any]:
         return {"id": name, "object": "model", "created": started, "owned_by": "khaosz"}
 
-    def _check_model(asked: str) -> None:
+    def check_model(asked: str) -> None:
         if asked != name:
             raise Refused(
                 404,

@@ -92,13 +92,17 @@ class EngineThread:
     def held(self) -> int:
         return len(self._held)
 
+    def check_room(self) -> None:
+        """Raises `Busy` when no more requests are held; worth asking before a text is encoded."""
+        if len(self._held) >= self.max_queue:
+            raise Busy
+
     async def submit(self, prompt: list[int], params: SamplingParams) -> Ticket:
         """A request that the engine has taken on. Close its ticket, whatever comes.
 
         Raises `Busy` when no more are held, `GenerationError` as `Engine.add` does, `Failed`.
         """
-        if len(self._held) >= self.max_queue:
-            raise Busy
+        self.check_room()
         if not self.alive:
             raise Failed("the engine's thread has ended")
         ticket = Ticket(prompt, params, lambda: self._close(ticket))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import replace
+from http.client import HTTPConnection
 from typing import Any
 
 import openai
@@ -68,6 +69,21 @@ def test_a_stream_is_the_answer_in_pieces(service: Service, n: int) -> None:
     assert whole.usage is not None
     assert usage.completion_tokens == whole.usage.completion_tokens == 24 * n
     assert usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_events_are_as_the_standard_has_them(service: Service) -> None:
+    """Blank lines between events, and the end that OpenAI's stream has."""
+    body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 4, "stream": True})
+    connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.getheader("content-type", "").startswith("text/event-stream")
+    *events, done, rest = answer.read().decode().split("\n\n")
+    connection.close()
+    assert done == "data: [DONE]" and rest == ""
+    for event in events:
+        assert "\n" not in event
+        assert json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk"
 
 
 def test_no_usage_unless_it_is_asked_for(service: Service) -> None:
