@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -190,8 +190,9 @@ def _explain_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # The deepest: of a union, that is the member that fits best.
         first = max(error.errors(), key=lambda each: len(each["loc"]))
-        param = ".".join(str(part) for part in first["loc"][1:]) or None
-        what = "unknown field" if first["type"] == "extra_forbidden" else str(first["msg"])
+        unknown = first["type"] == "extra_forbidden"
+        what = "unknown field" if unknown else str(first["msg"])
+        param = _path(first["loc"][1:], unknown)
         message = what.removeprefix("Value error, ")
         message = f"{param}: {message}" if param else message
         return refused(400, error_body(message, "invalid_request_error", param))
@@ -210,3 +211,15 @@ def _explain_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def surprise(request: Request, error: Exception) -> Response:
         return refused(500, error_body("the request failed", "server_error"))
+
+
+def _path(parts: Sequence[str | int], unknown: bool) -> str | None:
+    """Where a field stands. Of a union pydantic also names the member that it tried, by its type;
+    an unknown field may be called like one."""
+    last = len(parts) - 1
+    kept = [
+        str(part)
+        for at, part in enumerate(parts)
+        if (unknown and at == last) or not (part == "str" or str(part).startswith("list["))
+    ]
+    return ".".join(kept) or None

@@ -80,7 +80,7 @@ class EngineThread:
         self._thread.start()
 
     async def stop(self) -> None:
-        """Requests that are still under way end without an answer."""
+        """Requests that are still under way fail."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
@@ -123,14 +123,18 @@ class EngineThread:
     # ----------------------------------------------------------------------- in the engine's thread
 
     def _work(self) -> None:
-        while True:
-            if self._inbox.empty() and self.engine.unfinished:
-                self._advance()
-                continue
-            order = self._inbox.get()
-            if order is None:
-                return
-            order()
+        try:
+            while True:
+                if self._inbox.empty() and self.engine.unfinished:
+                    self._advance()
+                    continue
+                order = self._inbox.get()
+                if order is None:
+                    return
+                order()
+        finally:
+            for ticket in self._tickets.values():
+                self._tell(ticket.events.put_nowait, Failed("the engine's thread has ended"))
 
     def _begin(self, ticket: Ticket) -> None:
         try:

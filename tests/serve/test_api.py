@@ -156,6 +156,19 @@ def test_bias_reaches_the_engine(service: Service) -> None:
     assert answer.choices[0].message.content == "qqqqqq"
 
 
+def test_the_end_of_a_turn_is_counted_and_not_shown(service: Service) -> None:
+    answer = service.client().chat.completions.create(
+        model="tiny",
+        messages=HELLO,
+        logprobs=True,
+        logit_bias={str(service.generator.tokenizer.end_id): 100},
+    )
+    [choice] = answer.choices
+    assert choice.finish_reason == "stop" and choice.message.content == ""
+    assert choice.logprobs is not None and choice.logprobs.content == []
+    assert answer.usage is not None and answer.usage.completion_tokens == 1
+
+
 def test_an_answer_fits_its_schema(service: Service) -> None:
     schema = {
         "type": "object",
@@ -212,6 +225,10 @@ def test_models_and_health(service: Service) -> None:
         ({"stop": ["x"] * 99}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+         "messages.0.content.0.type"),
+        ({"stop": 1}, "stop"),
+        ({"extra_body": {"str": 1}}, "str"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
                 "type": "nonsense"}}}},

@@ -90,29 +90,64 @@ def test_a_full_queue_says_when_to_come_again(tiny: Path) -> None:
         service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
 
 
-def test_a_request_that_fails_hurts_nobody_after_it(
+def test_a_step_that_fails_hurts_nobody_after_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with served(tiny) as service:
-        short = {**LONG, "max_tokens": 8}
-        client = service.client()
-        before = client.chat.completions.create(**short).choices[0].message.content
-        run, add = service.engine.runner.run, service.engine.add
+        run = service.engine.runner.run
+        short = {**LONG, "max_tokens": 8, "messages": [{"role": "user", "content": "fox " * 60}]}
 
-        def broken(*given: Any) -> Any:
+        def broken(chunks: Any) -> Any:
+            run(chunks)
+            for chunk in chunks:  # nobody knows what a step that failed has written
+                for store in chunk.cache._stores:
+                    store.fill_(9.0)
             raise RuntimeError("secret /path")
 
-        for name, target in (("run", service.engine.runner), ("add", service.engine)):
-            monkeypatch.setattr(target, name, broken)
-            with pytest.raises(openai.InternalServerError) as failed:
-                client.chat.completions.create(**short)
-            assert "secret" not in str(failed.value)
-            if name == "run":
-                with pytest.raises(openai.APIError, match="the answer failed"):
-                    list(client.chat.completions.create(**short, stream=True))
-            monkeypatch.setattr(target, name, run if name == "run" else add)
-            assert client.chat.completions.create(**short).choices[0].message.content == before
+        client = service.client()
+        monkeypatch.setattr(service.engine.runner, "run", broken)
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.chat.completions.create(**short)
+        assert "secret" not in str(failed.value)
+        with pytest.raises(openai.APIError, match="the answer failed"):
+            list(client.chat.completions.create(**short, stream=True))
         assert "secret /path" in caplog.text  # whoever runs the server can see it
+        monkeypatch.setattr(service.engine.runner, "run", run)
+        after = client.chat.completions.create(**short).choices[0].message.content
+    with served(tiny) as fresh:
+        expected = fresh.client().chat.completions.create(**short).choices[0].message.content
+    assert after == expected
+
+
+def test_a_request_that_is_not_taken_on_hurts_nobody(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: Any) -> Any:
+        raise RuntimeError("secret /path")
+
+    monkeypatch.setattr(service.engine, "add", broken)
+    with pytest.raises(openai.InternalServerError) as failed:
+        service.client().chat.completions.create(**LONG)
+    assert "secret" not in str(failed.value)
+    monkeypatch.undo()
+    service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
+
+
+def test_requests_do_not_wait_for_a_thread_that_has_ended(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(tiny) as service:
+        stream = service.client().chat.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        # Nothing that a request does gets this far; it stands for a defect of ours.
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        monkeypatch.setattr(service.engine, "take", None)
+        with pytest.raises(openai.APIError, match="the answer failed"):
+            list(stream)
+        wait_until(lambda: service.ask("GET", "/health/ready")[0] == 503)
+        assert service.ask("GET", "/health/live")[0] == 200
+        with pytest.raises(openai.InternalServerError, match="the request failed"):
+            service.client().chat.completions.create(**LONG)
 
 
 def test_one_answer_fails_and_its_neighbour_does_not(
