@@ -16,7 +16,8 @@ from torch import Tensor
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError
-from khaosz.inference.grammar import matcher_for
+from khaosz.inference.adapter import Adapter
+from khaosz.inference.grammar import Matcher, matcher_for
 from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.request import Output, Request, Sequence
 from khaosz.inference.runner import Chunk, Runner
@@ -61,14 +62,25 @@ class Engine:
 
     # ------------------------------------------------------------------ the three verbs, and cancel
 
-    def add(self, prompt: list[int], params: SamplingParams, *, lookup: bool | None = None) -> int:
-        """Queue a request; its id. Raises `GenerationError` as `check` does, and for a grammar that
-        can't be used."""
+    def add(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        lookup: bool | None = None,
+        adapter: Adapter | None = None,
+        matcher: Matcher | None = None,
+    ) -> int:
+        """Queue a request; its id. `adapter`: whose weights it is answered with beside the model's
+        own; `matcher`: what `matcher_for` made of these parameters, where it was called before (a
+        large grammar takes a while). Raises `GenerationError` as `check` does, and for a grammar
+        that can't be used."""
         self.check(prompt, params)
-        matcher = matcher_for(params, self.tokenizer)
+        if matcher is None:
+            matcher = matcher_for(params, self.tokenizer)
         wanted = self.lookup if lookup is None else lookup
         request = Request(
-            next(self._ids), list(prompt), params, wanted and matcher is None, matcher
+            next(self._ids), list(prompt), params, wanted and matcher is None, matcher, adapter
         )
         self._waiting.append(request)
         return request.id
@@ -166,8 +178,10 @@ class Engine:
             if self._running and (choices > self.max_batch or held > self.cache_bytes):
                 return
             self._waiting.popleft()
-            running = ((s.ids, s.cache) for s in self._running)
-            cache = self.prefixes.take(request.prompt, running) or self.runner.new_cache()
+            adapter = request.adapter
+            running = ((s.ids, s.cache) for s in self._running if s.request.adapter is adapter)
+            found = self.prefixes.take(request.prompt, running, adapter)
+            cache = found or self.runner.new_cache()
             cache.reserve(len(request.prompt))  # known: growing chunk by chunk would copy it
             self._running.append(self._start(request, 0, cache))
 
@@ -184,7 +198,7 @@ class Engine:
                     sequence.draft = sequence.lookup.propose()[:room]
                 ids = [sequence.ids[-1], *sequence.draft]
                 budget -= len(ids)
-                yield sequence, Chunk(ids, sequence.cache, len(ids))
+                yield sequence, Chunk(ids, sequence.cache, len(ids), sequence.request.adapter)
         for sequence in self._running:
             if not sequence.generated:
                 if budget <= 0:
@@ -193,7 +207,8 @@ class Engine:
                 ids = sequence.ids[first : first + budget]
                 budget -= len(ids)
                 done = first + len(ids) == len(sequence.ids)
-                yield sequence, Chunk(ids, sequence.cache, int(done))
+                adapter = sequence.request.adapter
+                yield sequence, Chunk(ids, sequence.cache, int(done), adapter)
 
     # -------------------------------------------------------------------------------------- answer
 
@@ -222,4 +237,4 @@ class Engine:
         self._running.remove(sequence)
         self._outputs.append(output)
         if output.finish_reason != "error" and sequence.choice == 0:
-            self.prefixes.put(sequence.ids, sequence.cache)
+            self.prefixes.put(sequence.ids, sequence.cache, sequence.request.adapter)

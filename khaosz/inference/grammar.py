@@ -1,4 +1,4 @@
-"""Structured output: JSON schemas and regular expressions, by llguidance.
+"""Structured output: JSON schemas, regular expressions and grammars, by llguidance.
 
 https://github.com/guidance-ai/llguidance: the set of tokens allowed next, as a bit mask, whatever
 the tokenizer; its limits bound what a hostile schema may cost.
@@ -59,10 +59,11 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
     Raises `GenerationError` for a schema or expression that is broken, too large or too costly
     (as far as the first token tells), and when llguidance is not installed.
     """
-    source = params.json_schema if params.json_schema is not None else params.regex
-    if source is None:
+    forms = {"json_schema": params.json_schema, "regex": params.regex, "lark": params.lark}
+    found = [(name, source) for name, source in forms.items() if source is not None]
+    if not found:
         return None
-    what = "json_schema" if params.json_schema is not None else "regex"
+    [(what, source)] = found
     if len(source) > MAX_GRAMMAR:
         raise GenerationError(f"{what} has {len(source):,} characters, more than {MAX_GRAMMAR:,}")
     try:
@@ -75,7 +76,7 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
         raise GenerationError(
             f"{what} needs llguidance", hint="pip install 'khaosz[structured]'"
         ) from None
-    if params.json_schema is not None:
+    if what == "json_schema":
         try:
             schema = json.loads(source)
         except (ValueError, RecursionError) as error:
@@ -88,8 +89,10 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
             )
         except ValueError as error:  # nested too deep, or NaN, which Python's parser lets through
             raise GenerationError(f"json_schema cannot be used: {_first_line(error)}") from None
-    else:
+    elif what == "regex":
         grammar = llguidance.LLMatcher.grammar_from_regex(source)
+    else:
+        grammar = llguidance.LLMatcher.grammar_from_lark(source)
     inner = llguidance.LLMatcher(_tokens(tokenizer), grammar, log_level=0)
     if inner.is_error():
         raise GenerationError(f"{what} cannot be used: {_first_line(inner.get_error())}")

@@ -18,10 +18,11 @@ _MOST = 256  # entries: all are compared with every new prompt
 
 @dataclass
 class Held:
-    """Token ids int32 (S,) and the cache of their S positions."""
+    """Token ids int32 (S,), the cache of their S positions, and whose weights made it."""
 
     ids: np.ndarray
     cache: SequenceCache
+    owner: object = None
 
 
 class PrefixCache:
@@ -36,13 +37,16 @@ class PrefixCache:
     def nbytes(self) -> int:
         return sum(entry.cache.nbytes for entry in self._entries.values())
 
-    def put(self, ids: Sequence[int], cache: SequenceCache) -> None:
-        """Keep a finished sequence's cache; `ids` are the tokens of its positions. Of two of which
-        one begins with the other only the longer is of use."""
+    def put(self, ids: Sequence[int], cache: SequenceCache, owner: object = None) -> None:
+        """Keep a finished sequence's cache; `ids` are the tokens of its positions, `owner` the
+        adapter that it was computed with. Of two of which one begins with the other only the
+        longer is of use."""
         if cache.length < _LEAST or cache.nbytes > self.max_bytes:
             return
-        held = Held(np.array(ids[: cache.length], dtype=np.int32), cache)
+        held = Held(np.array(ids[: cache.length], dtype=np.int32), cache, owner)
         for key, entry in list(self._entries.items()):
+            if entry.owner is not owner:
+                continue
             shorter = min(len(entry.ids), len(held.ids))
             if common_prefix(entry.ids, held.ids) == shorter:
                 if len(entry.ids) > shorter:
@@ -52,14 +56,20 @@ class PrefixCache:
         self.shrink(self.max_bytes)
 
     def take(
-        self, prompt: Sequence[int], running: Iterable[tuple[Sequence[int], SequenceCache]] = ()
+        self,
+        prompt: Sequence[int],
+        running: Iterable[tuple[Sequence[int], SequenceCache]] = (),
+        owner: object = None,
     ) -> SequenceCache | None:
         """A cache of the longest known beginning of `prompt`, short of its last token, whose
         logits are needed. An entry that `prompt` goes on from is handed over, others are copied;
-        so are the caches of `running` sequences."""
+        so are the caches of `running` sequences. Only what `owner` has put counts, and all that
+        is running must be its own."""
         wanted = np.array(prompt[:-1], dtype=np.int32)
         best, length, chosen = None, _LEAST - 1, None
         for key, entry in self._entries.items():
+            if entry.owner is not owner:
+                continue
             shared = common_prefix(entry.ids, wanted)
             if shared > length:
                 best, length, chosen = entry.cache, shared, key

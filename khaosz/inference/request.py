@@ -9,6 +9,7 @@ from torch import Tensor
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError
+from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher
 from khaosz.inference.lookup import PromptLookup
 from khaosz.inference.sampling import Draws, SamplingParams, TokenCounts, needs_counts, sample
@@ -50,6 +51,7 @@ class Request:
     params: SamplingParams
     lookup: bool
     matcher: Matcher | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass

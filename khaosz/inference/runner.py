@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from khaosz.config import ModelConfig
+from khaosz.inference.adapter import Adapter, Spans, adapted
 from khaosz.inference.native import library
 from khaosz.inference.sequence_cache import BLOCK, SequenceCache
 from khaosz.inference.weights import (
@@ -40,6 +41,7 @@ class Chunk:
     ids: Sequence[int]
     cache: SequenceCache
     want: int = 1
+    adapter: Adapter | None = None
 
 
 class Runner:
@@ -223,13 +225,16 @@ class Runner:
             positions.extend(range(past - before, past + len(chunk.ids) + behind))
         ids.extend([0] * behind)
         cos, sin = self._rotation(positions)
+        spans = _spans(chunks, pad)
         x = weights.embed(ids)  # (N, D)
         for index, layer in enumerate(weights.layers()):
             normed = self._norm(x, layer.input_norm).to(self.dtype)
-            x = x + self._attention(index, layer, normed, cos, sin, chunks, pad)
+            x = x + self._attention(index, layer, normed, cos, sin, chunks, pad, spans)
             normed = self._norm(x, layer.post_norm).to(self.dtype)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+            both = adapted(spans, index, "gate_up", normed, layer.gate_up(normed))
+            gate, up = both.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+            x = x + adapted(spans, index, "down", inner, layer.down(inner))
         for chunk in chunks:
             chunk.cache.advance(len(chunk.ids))
         return x[before : len(x) - behind]
@@ -261,6 +266,7 @@ class Runner:
         sin: Tensor,
         chunks: Sequence[Chunk],
         pad: tuple[int, int],
+        spans: Spans,
     ) -> Tensor:
         config = self.config
         heads, kv_heads, width = (
@@ -268,7 +274,7 @@ class Runner:
             config.num_key_value_heads,
             config.head_dim,
         )
-        projected = layer.qkv(x)
+        projected = adapted(spans, index, "qkv", x, layer.qkv(x))
         if layer.qkv_bias is not None:
             projected = projected + layer.qkv_bias
         projected = projected.view(len(x), heads + 2 * kv_heads, width)
@@ -293,7 +299,8 @@ class Runner:
             keys, vals = keys.to(self.dtype), vals.to(self.dtype)  # a cache may be in a smaller one
             mixed[start:end] = self._attend(turned[start:end, :heads], keys, vals, bool(sum(pad)))
             start = end
-        return layer.o(mixed.view(len(x), heads * width))
+        mixed = mixed.view(len(x), heads * width)
+        return adapted(spans, index, "o", mixed, layer.o(mixed))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, tile: bool) -> Tensor:
         """(T, Q, H) queries at the last T of S positions over keys and values (K, S, H)."""
@@ -321,6 +328,21 @@ class Runner:
         return mixed[0].transpose(0, 1)
 
 
+def _spans(chunks: Sequence[Chunk], pad: tuple[int, int]) -> Spans:
+    """Rows of a pass that have an adapter; those of neighbours that share one in one span."""
+    spans: list[tuple[Adapter, slice]] = []
+    start = 0
+    for chunk in chunks:
+        end = start + pad[0] + len(chunk.ids) + pad[1]
+        if chunk.adapter is not None:
+            if spans and spans[-1][0] is chunk.adapter and spans[-1][1].stop == start:
+                spans[-1] = chunk.adapter, slice(spans[-1][1].start, end)
+            else:
+                spans.append((chunk.adapter, slice(start, end)))
+        start = end
+    return spans
+
+
 def _tiles(chunk: Chunk) -> list[tuple[Chunk, tuple[int, int]]]:
     """A chunk cut at multiples of `TILE`, each piece with the rows that fill its tile."""
     pieces = []
@@ -329,7 +351,8 @@ def _tiles(chunk: Chunk) -> list[tuple[Chunk, tuple[int, int]]]:
         before = position % TILE
         count = min(TILE - before, len(chunk.ids) - done)
         pad = (before, TILE - before - count)
-        pieces.append((Chunk(chunk.ids[done : done + count], chunk.cache), pad))
+        ids = chunk.ids[done : done + count]
+        pieces.append((Chunk(ids, chunk.cache, adapter=chunk.adapter), pad))
         position += count
         done += count
     return pieces

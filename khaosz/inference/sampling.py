@@ -32,8 +32,8 @@ class SamplingParams:
     arXiv:2202.00666). `repetition_penalty` is CTRL's (Keskar et al. 2019, arXiv:1909.05858) over
     prompt and output; `presence_penalty` and `frequency_penalty` are OpenAI's, over the output.
     `logit_bias` adds to single tokens. `n` choices share one prompt. `logprobs` asks for that many
-    alternatives beside each token's own log-probability. `json_schema` (a JSON text) or `regex`
-    holds the output to a form.
+    alternatives beside each token's own log-probability. `json_schema` (a JSON text), `regex` or
+    `lark` (a grammar as llguidance has it) holds the output to a form.
     """
 
     max_tokens: int = 256
@@ -52,6 +52,7 @@ class SamplingParams:
     logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+    lark: str | None = None
 
     def __post_init__(self) -> None:
         biases = self.logit_bias.values()
@@ -84,8 +85,8 @@ class SamplingParams:
             ),
             (
                 "regex",
-                self.regex is None or self.json_schema is None,
-                "left out where json_schema is given",
+                sum(form is not None for form in (self.json_schema, self.regex, self.lark)) <= 1,
+                "left out where another form is given",
             ),
         ]
         for name, fine, expected in rules:

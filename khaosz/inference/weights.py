@@ -126,7 +126,9 @@ def gguf_weights(
             columns = sample.codes.shape[1]
             if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
                 return pack(raws, kind)
-        return dense([torch.from_numpy(model.float32(name)) for name in names], stored)
+        # Of an F32 file these are the map itself, which torch takes only writable: a copy.
+        rows = [np.require(model.float32(name), requirements="W") for name in names]
+        return dense([torch.from_numpy(row) for row in rows], stored)
 
     def vector(name: str) -> Tensor:
         return torch.from_numpy(np.array(model.float32(name)))

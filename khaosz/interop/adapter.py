@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from khaosz.config import LoRAConfig
+from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.errors import ConfigError, ModelError
 from khaosz.interop.huggingface import save_model, write_json
 from khaosz.interop.models import load_model, open_tokenizer
@@ -82,43 +82,54 @@ def load_adapter(
     (missing or broken file, option we do not compute, tensor that is missing, unexpected or
     misshapen, each by name) with the model as it was.
     """
-    config = _read_config(directory, base)
-    judge = _read_values(directory / CONFIG).get("task_type") == "SEQ_CLS"
+    values = _read_values(directory / CONFIG)
+    judge = isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
     if judge and not isinstance(model, RewardModel):
         raise ModelError(
             f"{directory / CONFIG}: task_type='SEQ_CLS' is not supported by a language model",
             hint="it is a reward model's",
         )
+    config, tensors = read_adapter(model.config, directory, base=base)
+    add_lora(model, config, torch.Generator())  # a draw that torch's own need not make
+    for name, matrix in adapter_state(model).items():
+        matrix.copy_(tensors[name])
+    return config
+
+
+def read_adapter(
+    model: ModelConfig, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
+) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """What an adapter is, and its matrices by names such as `layers.0.mlp.up_proj.lora_A`: A
+    (r, inputs) and B (outputs, r). Raises `ModelError` as `load_adapter` does."""
+    config = _read_config(directory, base)
     wanted: dict[str, tuple[int, int]] = {}
-    for name, shape in parameter_shapes(model.config).items():
+    for name, shape in parameter_shapes(model).items():
         layer = name.rpartition(".")[0]
         if len(shape) == 2 and layer.rpartition(".")[2] in config.target_modules:
-            wanted[f"{_PREFIX}{layer}.lora_A.weight"] = (config.rank, shape[1])
-            wanted[f"{_PREFIX}{layer}.lora_B.weight"] = (shape[0], config.rank)
+            wanted[f"{layer}.lora_A"] = (config.rank, shape[1])
+            wanted[f"{layer}.lora_B"] = (shape[0], config.rank)
     path = directory / WEIGHTS
     if not path.exists():
         pickled = (directory / "adapter_model.bin").exists()
         hint = "adapter_model.bin is a pickle, never read: load it with PEFT and save it again"
         raise ModelError(f"{directory}: no {WEIGHTS}", hint=hint if pickled else None)
+    stored = {f"{_PREFIX}{name}.weight": name for name in wanted}
     loaded: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
             names = set(file.keys())
-            for name in sorted(names - wanted.keys()):
+            for name in sorted(names - stored.keys()):
                 raise ModelError(f"{path}: unexpected tensor {shown(name)}")
-            for name, size in wanted.items():
+            for name, ours in stored.items():
                 found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
-                if found != size:
-                    raise ModelError(f"{path}: tensor '{name}' is {found}, expected {size}")
-                loaded[name] = file.get_tensor(name)
-                if not loaded[name].dtype.is_floating_point:
-                    raise ModelError(f"{path}: tensor '{name}' is {loaded[name].dtype}")
+                if found != wanted[ours]:
+                    raise ModelError(f"{path}: tensor '{name}' is {found}, expected {wanted[ours]}")
+                loaded[ours] = file.get_tensor(name)
+                if not loaded[ours].dtype.is_floating_point:
+                    raise ModelError(f"{path}: tensor '{name}' is {loaded[ours].dtype}")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
-    add_lora(model, config, torch.Generator())  # a draw that torch's own need not make
-    for name, matrix in adapter_state(model).items():
-        matrix.copy_(loaded[f"{_PREFIX}{name}.weight"])
-    return config
+    return config, loaded
 
 
 def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Path:

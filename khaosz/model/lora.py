@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from khaosz.config import LoRAConfig
 
 
+def scale_of(config: LoRAConfig) -> float:
+    """What B A is multiplied by."""
+    return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+
+
 class LoRALinear(nn.Module):
     """A frozen layer `base`, its update `lora_A` (r, I) and `lora_B` (O, r), both fp32."""
 
@@ -35,7 +40,7 @@ class LoRALinear(nn.Module):
         base.requires_grad_(False)
         self.base = Int8Linear(base) if quantize_base else base
         self.config, self.enabled = config, True  # see `without_lora`
-        self.scale = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+        self.scale = scale_of(config)
         a = nn.init.kaiming_uniform_(
             torch.empty(config.rank, base.in_features), a=math.sqrt(5), generator=generator
         )
