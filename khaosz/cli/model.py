@@ -128,9 +128,18 @@ def chat(
 
 @model_app.command()
 def serve(
-    model: Annotated[
-        Path | None,
-        typer.Argument(help="Directory or .gguf; default: the newest trained here, or pulled."),
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Directories or .gguf files, or NAME=PATH; default: the newest trained here, or"
+            " pulled. The first is loaded at once, others when they are asked for.",
+            metavar="[MODEL]...",
+            show_default=False,
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter, NAME=DIR; of another than the first: MODEL:NAME=DIR."),
     ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key.")
@@ -140,25 +149,32 @@ def serve(
         str | None,
         typer.Option(help="That clients must send; better in the environment.", envvar=API_KEY),
     ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="What clients call the model; default: from its path.")
-    ] = None,
     max_queue: Annotated[
-        int, typer.Option(help="Requests held at most, answering and waiting.")
+        int, typer.Option(help="Requests that a model holds at most, answering and waiting.", min=1)
     ] = 128,
+    max_batch: Annotated[int, typer.Option(help="Sequences answered in one step.", min=1)] = 64,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds for a request, waiting included.")
+    ] = 600.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="GB for weights and kept caches; idle models go when it is short."),
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a model over HTTP as OpenAI's API does, to this machine."""
+    """Serve models over HTTP as OpenAI's API does, to this machine."""
+    from khaosz.serve.models import Limits
+    from khaosz.serve.run import Address
     from khaosz.serve.run import serve as run
 
+    memory = None if memory_limit is None else int(memory_limit * (1 << 30))
     run(
-        model or default_model(),
-        host=host,
-        port=port,
-        api_key=api_key,
-        name=name,
+        models or [str(default_model())],
+        loras=lora or (),
+        address=Address(host, port, api_key),
         device=chosen_device(device),
-        max_queue=max_queue,
+        limits=Limits(max_queue, max_batch, memory),
+        timeout=request_timeout,
         announce=typer.echo,
     )
 

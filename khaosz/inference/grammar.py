@@ -59,11 +59,9 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
     Raises `GenerationError` for a schema or expression that is broken, too large or too costly
     (as far as the first token tells), and when llguidance is not installed.
     """
-    forms = {"json_schema": params.json_schema, "regex": params.regex, "lark": params.lark}
-    found = [(name, source) for name, source in forms.items() if source is not None]
-    if not found:
+    if params.form is None:
         return None
-    [(what, source)] = found
+    what, source = params.form
     if len(source) > MAX_GRAMMAR:
         raise GenerationError(f"{what} has {len(source):,} characters, more than {MAX_GRAMMAR:,}")
     try:

@@ -93,6 +93,12 @@ class SamplingParams:
             if not fine:  # a NaN compares false and lands here too
                 raise GenerationError(f"{name} must be {expected} (got {getattr(self, name)!r})")
 
+    @property
+    def form(self) -> tuple[str, str] | None:
+        """What the output is held to: which kind of form, and its text."""
+        forms = {"json_schema": self.json_schema, "regex": self.regex, "lark": self.lark}
+        return next(((name, text) for name, text in forms.items() if text is not None), None)
+
 
 class TokenCounts:
     """What penalties need to know of a sequence, updated token by token at a constant cost."""

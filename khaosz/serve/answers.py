@@ -12,9 +12,11 @@ from typing import Any
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.request import Logprob, Output
+from khaosz.serve.parts import Calls, Part, PartStream, ToolCall
 from khaosz.serve.worker import Failed
 
 DONE = "data: [DONE]\n\n"
+TOO_LATE = "the answer took longer than this server gives a request"
 
 
 def error_body(
@@ -37,8 +39,11 @@ class Usage:
     prompt: int = 0
     cached: int = 0
     generated: dict[int, int] = field(default_factory=dict)  # by choice
+    first: float | None = None  # when the first output came, by `time.perf_counter`
 
     def count(self, output: Output) -> None:
+        if self.first is None:
+            self.first = time.perf_counter()
         self.prompt = output.prompt_tokens
         self.cached = max(self.cached, output.cached_tokens)
         self.generated[output.choice] = output.generated
@@ -53,102 +58,166 @@ class Usage:
         }
 
 
-class Answer:
-    """How one request is answered. `chat` chooses between the two layouts."""
+@dataclass(frozen=True)
+class Form:
+    """How a request's answer is taken apart and shown. `chat` chooses between the two layouts;
+    `calls` is how this model writes calls of tools, `thinking` that its prompt has opened the
+    reasoning, `one_call` that further calls are left out."""
 
-    def __init__(
-        self, chat: bool, model: str, tokenizer: Tokenizer, ends: set[int], logprobs: bool
-    ) -> None:
-        self.chat, self.tokenizer, self.ends, self.logprobs = chat, tokenizer, ends, logprobs
-        name = "chatcmpl" if chat else "cmpl"
+    chat: bool
+    logprobs: bool = False
+    calls: Calls = "none"
+    thinking: bool = False
+    one_call: bool = False
+
+
+class Choice:
+    """One choice as it comes: outputs in, pieces of a message out."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
+        self._parts = PartStream(form.calls, thinking=form.thinking) if form.chat else None
+        self.calls = 0
+
+    def take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
+        """Deltas, and why the choice ended."""
+        reason = output.finish_reason
+        if self._parts is None:
+            return ([{"content": output.text}] if output.text else []), reason
+        found = self._parts.feed(output.text)
+        if reason is not None:
+            found += self._parts.finish()
+        deltas = [delta for part in found for delta in self._delta(part)]
+        return deltas, "tool_calls" if self.calls and reason == "stop" else reason
+
+    def _delta(self, part: Part | ToolCall) -> list[dict[str, Any]]:
+        if isinstance(part, ToolCall):
+            if self.calls and self._form.one_call:
+                return []
+            self.calls += 1
+            return [{"tool_calls": [{"index": self.calls - 1, **part.body()}]}]
+        key = "reasoning_content" if part.kind == "reasoning" else "content"
+        return [{key: part.text}]
+
+
+class Answer:
+    """How one request is answered: whole or as events."""
+
+    def __init__(self, form: Form, model: str, tokenizer: Tokenizer, ends: set[int]) -> None:
+        self.form, self.tokenizer, self.ends = form, tokenizer, ends
+        self.usage = Usage()
+        self._choices: dict[int, Choice] = {}
         self._head = {
-            "id": f"{name}-{secrets.token_hex(12)}",
+            "id": f"{'chatcmpl' if form.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
 
     async def whole(self, outputs: AsyncIterator[Output]) -> dict[str, Any] | None:
         """The answer when all of it is there; None if the client left before."""
-        usage = Usage()
-        choices: dict[int, list[Output]] = {}
+        said: dict[int, list[dict[str, Any]]] = {}
+        logprobs: dict[int, list[Logprob]] = {}
+        reasons: dict[int, str | None] = {}
         async for output in outputs:
-            usage.count(output)
-            choices.setdefault(output.choice, []).append(output)
-        if not choices or any(parts[-1].finish_reason is None for parts in choices.values()):
+            deltas, reasons[output.choice] = self._take(output)
+            said.setdefault(output.choice, []).extend(deltas)
+            logprobs.setdefault(output.choice, []).extend(output.logprobs)
+        if not reasons or None in reasons.values():
             return None
-        return {
-            **self._head,
-            "object": "chat.completion" if self.chat else "text_completion",
-            "choices": [self._choice(index, choices[index]) for index in sorted(choices)],
-            "usage": usage.body(),
-        }
+        choices = [
+            {
+                "index": index,
+                "finish_reason": reasons[index],
+                "logprobs": self._logprobs(logprobs[index]),
+                **self._message(said[index]),
+            }
+            for index in sorted(reasons)
+        ]
+        kind = "chat.completion" if self.form.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, "usage": self.usage.body()}
 
     async def events(
         self, outputs: AsyncIterator[Output], include_usage: bool
     ) -> AsyncIterator[str]:
         """Chunks as they come, and `[DONE]`; an error that comes amid them is the last event."""
-        usage = Usage()
         begun: set[int] = set()
+        usage = {"usage": None} if include_usage else {}
         try:
             async for output in outputs:
-                usage.count(output)
                 first = output.choice not in begun
                 begun.add(output.choice)
                 for choice in self._pieces(output, first):
-                    yield event(self._chunk([choice], {"usage": None} if include_usage else {}))
+                    yield event(self._chunk([choice], usage))
         except Failed:
             yield event(error_body("the answer failed", "server_error"))
+            return
+        except TimeoutError:
+            yield event(error_body(TOO_LATE, "server_error", code="request_timeout"))
             return
         except KhaoszError as error:
             yield event(error_body(str(error), "server_error"))
             return
         if include_usage:
-            yield event(self._chunk([], {"usage": usage.body()}))
+            yield event(self._chunk([], {"usage": self.usage.body()}))
         yield DONE
 
-    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, **more}
+    def _take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
+        self.usage.count(output)
+        if output.choice not in self._choices:
+            self._choices[output.choice] = Choice(self.form)
+        return self._choices[output.choice].take(output)
 
-    def _choice(self, index: int, parts: Sequence[Output]) -> dict[str, Any]:
-        text = "".join(part.text for part in parts)
-        choice: dict[str, Any] = {"index": index, "finish_reason": parts[-1].finish_reason}
-        choice["logprobs"] = self._logprobs([each for part in parts for each in part.logprobs])
-        if self.chat:
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            choice["text"] = text
-        return choice
+    def _message(self, deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        texts = {
+            key: "".join(delta[key] for delta in deltas if key in delta)
+            for key in ("content", "reasoning_content")
+        }
+        if not self.form.chat:
+            return {"text": texts["content"]}
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        content = texts["content"] or (None if calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        if texts["reasoning_content"]:
+            message["reasoning_content"] = texts["reasoning_content"]
+        if calls:
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"} for call in calls
+            ]
+        return {"message": message}
+
+    def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.form.chat else "text_completion"
+        return {**self._head, "object": kind, "choices": choices, **more}
 
     def _pieces(self, output: Output, first: bool) -> list[dict[str, Any]]:
         """The choices that stand in chunks for one output: who speaks, what is said, why it ended.
-        Text that is held back for now leaves none."""
-        pieces = []
-        if first and self.chat:
-            pieces.append(self._piece(output.choice, {"role": "assistant", "content": ""}))
+        Text that is held back for now leaves none, unless it has log-probabilities."""
+        deltas, reason = self._take(output)
         logprobs = self._logprobs(output.logprobs)
-        if output.text or (logprobs and logprobs["content"]):
-            said: dict[str, str] | str
-            said = {"content": output.text} if self.chat else output.text
-            pieces.append(self._piece(output.choice, said, logprobs))
-        if output.finish_reason is not None:
-            nothing: dict[str, str] | str = {} if self.chat else ""
-            pieces.append(self._piece(output.choice, nothing, reason=output.finish_reason))
+        if logprobs and logprobs["content"] and not deltas:
+            deltas = [{"content": ""}]
+        pieces = []
+        if first and self.form.chat:
+            pieces.append(self._piece(output.choice, {"role": "assistant", "content": ""}))
+        for at, delta in enumerate(deltas):
+            pieces.append(self._piece(output.choice, delta, None if at else logprobs))
+        if reason is not None:
+            pieces.append(self._piece(output.choice, {}, reason=reason))
         return pieces
 
     def _piece(
         self,
         index: int,
-        said: dict[str, str] | str,
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        key = "delta" if self.chat else "text"
-        return {"index": index, key: said, "logprobs": logprobs, "finish_reason": reason}
+        said = {"delta": delta} if self.form.chat else {"text": delta.get("content", "")}
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, values: Sequence[Logprob]) -> dict[str, Any] | None:
         """Of the tokens that make text: the one that ends the turn isn't shown."""
-        if not self.logprobs:
+        if not self.form.logprobs:
             return None
         content = [
             {

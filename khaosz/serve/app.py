@@ -1,141 +1,89 @@
-"""The routes: OpenAI's paths over one engine thread."""
+"""The service as one ASGI application: OpenAI's paths over the models, and what is beside them."""
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import Response
 
-from khaosz.inference.generator import Generator
-from khaosz.serve.answers import Answer
-from khaosz.serve.refusals import Refused, explain_errors
-from khaosz.serve.schema import ChatRequest, CompletionRequest
-from khaosz.serve.worker import EngineThread, Ticket
+from khaosz.serve.chat import chat_routes
+from khaosz.serve.metrics import Metered, Meters
+from khaosz.serve.models import Models
+from khaosz.serve.refusals import Refused, errors, explain_errors
+from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
+from khaosz.serve.tokens import token_routes
+
+TIMEOUT = 600.0  # seconds that a request may take
 
 
 def build_app(
-    generator: Generator, name: str, *, max_queue: int, routers: Sequence[APIRouter] = ()
+    models: Models, *, timeout: float = TIMEOUT, routers: Sequence[APIRouter] = ()
 ) -> FastAPI:
-    """The service of one model under one name; it starts and stops the engine's thread. `routers`:
-    what is served beside the model."""
-    worker = EngineThread(generator.engine, max_queue)
-    started = int(time.time())
+    """The service of these models; it stops their threads when it ends. `routers`: what is served
+    beside them."""
+    meters = Meters(models)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        worker.start()
+        models.give_back(await models.take(models.names[0]))
         yield
-        await worker.stop()
+        await models.stop()
 
     # No /docs: that page loads its scripts from another host.
     app = FastAPI(title="KHAOSZ", docs_url=None, redoc_url=None, lifespan=lifespan)
     explain_errors(app)
+    app.add_middleware(Metered, meters=meters)
+    app.include_router(chat_routes(models, meters, timeout))
+    app.include_router(token_routes(models))
     for router in routers:
         app.include_router(router)
 
-    @app.post("/v1/chat/completions")
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        check_model(asked.model)
-        worker.check_room()
-        messages = [message.for_template() for message in asked.messages]
-        # Beside the loop and the engine: a long text takes a while.
-        prompt = await asyncio.to_thread(generator.chat_ids, messages)
-        return await answer(asked, prompt, request, chat=True, logprobs=bool(asked.logprobs))
+    @app.get("/v1/models", response_model=ModelList, responses=errors())
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_card(name) for name in models.names]}
 
-    @app.post("/v1/completions")
-    async def complete(asked: CompletionRequest, request: Request) -> Response:
-        check_model(asked.model)
-        worker.check_room()
-        prompt = await asyncio.to_thread(generator.ids, asked.prompt)
-        return await answer(asked, prompt, request, chat=False, logprobs=False)
+    @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
+    async def one_model(model: str) -> dict[str, Any]:
+        return model_card(model)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card()]}
+    def model_card(name: str) -> dict[str, Any]:
+        model = models.find(name)
+        return {
+            "id": name,
+            "object": "model",
+            "created": models.started,
+            "owned_by": "khaosz",
+            "kind": "chat",
+            "context": model.context,
+            "parent": None if name == model.name else model.name,
+        }
 
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        check_model(model)
-        return model_card()
-
-    @app.get("/health/live")
+    @app.get("/health/live", response_model=Live, responses=errors())
     async def live() -> dict[str, str]:
+        """Whether the process answers."""
         return {"status": "live"}
 
-    @app.get("/health/ready")
+    @app.get("/health/ready", response_model=Ready, responses=errors(503))
     async def ready() -> dict[str, Any]:
-        if not worker.alive:
-            raise Refused(503, "the engine has ended", "server_error")
-        return {"status": "ready", "requests": worker.held, "max_queue": worker.max_queue}
+        """Whether every model that is loaded can answer; `models` says which are."""
+        if not all(model.loaded.worker.alive for model in models.all if model.loaded):
+            raise Refused(503, "an engine has ended", "server_error")
+        loaded = {model.name: model.loaded is not None for model in models.all}
+        return {"status": "ready", "models": loaded}
 
-    def model_card() -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": started, "owned_by": "khaosz"}
-
-    def check_model(asked: str) -> None:
-        if asked != name:
-            raise Refused(
-                404,
-                f"the model {asked!r} does not exist; this server has {name!r}",
-                param="model",
-                code="model_not_found",
-            )
-
-    async def answer(
-        asked: ChatRequest | CompletionRequest,
-        prompt: list[int],
-        request: Request,
-        *,
-        chat: bool,
-        logprobs: bool,
-    ) -> Response:
-        if len(prompt) >= generator.context:
-            raise Refused(
-                400,
-                f"the prompt has {len(prompt)} tokens, the model's context is {generator.context}",
-                param="messages" if chat else "prompt",
-                code="context_length_exceeded",
-            )
-        ticket = await worker.submit(prompt, asked.params())
-        watch = asyncio.create_task(_close_when_left(request, ticket))
-        given = Answer(chat, name, generator.tokenizer, generator.engine.end_ids, logprobs)
-        if asked.stream:
-            events = given.events(ticket.outputs(), asked.include_usage)
-            return EventStream(events, ticket, watch)
-        try:
-            body = await given.whole(ticket.outputs())
-        finally:
-            ticket.close()
-            watch.cancel()
-        return Response(status_code=499) if body is None else JSONResponse(body)
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses={
+            200: {"content": {meters.content_type: {"schema": {"type": "string"}}}},
+            **errors(),
+        },
+    )
+    async def metrics() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(meters.text(), media_type=meters.content_type)
 
     return app
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of a ticket, which it closes however it ends."""
-
-    def __init__(
-        self, events: AsyncIterator[str], ticket: Ticket, watch: asyncio.Task[None]
-    ) -> None:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._ticket, self._watch = ticket, watch
-
-    async def __call__(self, *asgi: Any) -> None:
-        try:
-            await super().__call__(*asgi)
-        finally:
-            self._ticket.close()
-            self._watch.cancel()
-
-
-async def _close_when_left(request: Request, ticket: Ticket) -> None:
-    """Nothing is sent amid a prompt, so only asking tells that nobody waits any more."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    ticket.close()

@@ -9,14 +9,50 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
-from khaosz.serve.answers import error_body
+from khaosz.serve.answers import TOO_LATE, error_body
+from khaosz.serve.models import UnknownModel
 from khaosz.serve.schema import ChatRequest
 from khaosz.serve.worker import Busy, Failed
 
 RETRY_AFTER = 1  # seconds, when the queue is full
+_MEANINGS = {
+    400: "What was asked is wrong; `param` names the field.",
+    404: "There is no such thing here.",
+    409: "It is there already, or has changed meanwhile.",
+    413: "The body is too large.",
+    415: "A file of a kind that can't be read.",
+    500: "The request failed; the server's log has more.",
+    503: "The queue is full, or a model has no room; see Retry-After.",
+    504: "The request took longer than it may.",
+    507: "The disk is full.",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route answers beside its good answer, for the OpenAPI document. Who may ask and how
+    large a body may be is checked before any route: 401, 403, 413."""
+    always = {401: "The key is missing or wrong.", 403: "Not from there.", 413: _MEANINGS[413]}
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": Error, "description": text} for status, text in always.items()
+    }
+    for status in (*statuses, 500):
+        found[status] = {"model": Error, "description": _MEANINGS[status]}
+    return found
 
 
 class Refused(Exception):
@@ -54,15 +90,29 @@ def explain_errors(app: FastAPI) -> None:
         body = error_body("the queue is full", "server_error", code="queue_full")
         return refused(503, body, {"retry-after": str(RETRY_AFTER)})
 
+    @app.exception_handler(UnknownModel)
+    async def unknown_model(request: Request, error: UnknownModel) -> Response:
+        message = f"the model {str(error)!r} does not exist; GET /v1/models lists what does"
+        body = error_body(message, "invalid_request_error", "model", "model_not_found")
+        return refused(404, body)
+
+    @app.exception_handler(TimeoutError)
+    async def too_late(request: Request, error: TimeoutError) -> Response:
+        # Asked again it would take as long, and OpenAI's client asks again by itself.
+        body = error_body(TOO_LATE, "server_error", code="request_timeout")
+        return refused(504, body, {"x-should-retry": "false"})
+
     @app.exception_handler(KhaoszError)
     async def out_of_range(request: Request, error: KhaoszError) -> Response:
         if not isinstance(error, GenerationError | DataError | TokenizerError):
             return refused(500, error_body("the request failed", "server_error"))
         # `SamplingParams` begins with the name of what is out of range.
-        word = str(error).partition(" ")[0]
-        field = "response_format" if word == "json_schema" else word
-        param = field if field in ChatRequest.model_fields else None
-        return refused(400, error_body(str(error), "invalid_request_error", param))
+        word, _, rest = str(error).partition(" ")
+        field = {"json_schema": "response_format", "lark": "tools"}.get(word, word)
+        known = field in ChatRequest.model_fields
+        message = f"{field} {rest}" if known else str(error)
+        body = error_body(message, "invalid_request_error", field if known else None)
+        return refused(400, body)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -70,7 +120,9 @@ def explain_errors(app: FastAPI) -> None:
         first = max(error.errors(), key=lambda each: len(each["loc"]))
         unknown = first["type"] == "extra_forbidden"
         what = "unknown field" if unknown else str(first["msg"])
-        param = _path(first["loc"][1:], unknown)
+        where, *parts = first["loc"]
+        missing = first["type"] == "missing"
+        param = _path(where, parts, error.body, missing)
         message = what.removeprefix("Value error, ")
         message = f"{param}: {message}" if param else message
         return refused(400, error_body(message, "invalid_request_error", param))
@@ -91,13 +143,17 @@ def explain_errors(app: FastAPI) -> None:
         return refused(500, error_body("the request failed", "server_error"))
 
 
-def _path(parts: Sequence[str | int], unknown: bool) -> str | None:
-    """Where a field stands. Of a union pydantic also names the member that it tried, by its type;
-    an unknown field may be called like one."""
-    last = len(parts) - 1
-    kept = [
-        str(part)
-        for at, part in enumerate(parts)
-        if (unknown and at == last) or not (part == "str" or str(part).startswith("list["))
-    ]
+def _path(where: str | int, parts: Sequence[str | int], body: Any, missing: bool) -> str | None:
+    """Where a field stands, or would stand. Of a union pydantic also names the member that it
+    tried, which is no part of the body."""
+    if where != "body":
+        return ".".join(map(str, parts)) or None
+    kept: list[str] = []
+    for at, part in enumerate(parts):
+        try:
+            body = body[part]
+        except (LookupError, TypeError):
+            if not missing or at < len(parts) - 1:
+                continue
+        kept.append(str(part))
     return ".".join(kept) or None

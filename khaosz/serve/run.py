@@ -5,35 +5,45 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import ConfigError
+from khaosz.serve.models import Limits, Model, Models, describe
 
 DRAIN = 30  # seconds that answers under way have after SIGTERM
 
 
+@dataclass(frozen=True)
+class Address:
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+
+
 def serve(
-    model: Path,
+    models: Sequence[str],
     *,
-    host: str,
-    port: int,
-    api_key: str | None,
-    name: str | None,
+    loras: Sequence[str] = (),
+    address: Address,
     device: str,
-    max_queue: int,
+    limits: Limits,
+    timeout: float,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `announce` is told the
-    address once the model is there.
+    """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `models` are paths, or
+    NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR. `timeout`: seconds for a
+    request. `announce` is told the address once the first model is there.
 
     Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
     loopback, and where fastapi or uvicorn is missing; `ModelError`.
     """
+    host, port, api_key = address.host, address.port, address.api_key
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
         raise ConfigError("the API key is empty, or has spaces around it or letters beyond ASCII")
-    if max_queue < 1:
-        raise ConfigError(f"--max-queue is {max_queue}, less than 1")
+    if not timeout > 0:
+        raise ConfigError(f"--request-timeout is {timeout:g}, not above 0")
     local = is_loopback(host)
     if not local and api_key is None:
         raise ConfigError(
@@ -48,15 +58,13 @@ def serve(
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
         ) from None
-    from khaosz.inference.generator import Generator
     from khaosz.serve.guard import LOOPBACK, Guard
 
     with listen(host, port) as bound:
-        generator = Generator.from_directory(model, device=device)
-        shown = name or default_name(model)
-        app = build_app(generator, shown, max_queue=max_queue)
+        served = Models(named_models(models, loras), limits, device=device)
+        served.preload()
         hosts = (*LOOPBACK, host) if local else None
-        guarded = Guard(app, key=api_key, hosts=hosts)
+        guarded = Guard(build_app(served, timeout=timeout), key=api_key, hosts=hosts)
         config = uvicorn.Config(
             guarded,
             http="h11",
@@ -68,8 +76,33 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=DRAIN,
         )
+        shown = ", ".join(served.names)
         announce(f"{shown}: http://{_shown(host)}:{bound.getsockname()[1]}/v1")
         uvicorn.Server(config).run([bound])
+
+
+def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model]:
+    """Raises `ConfigError` and `ModelError`."""
+    given = [_named(each) for each in models]
+    adapters: dict[str, dict[str, Path]] = {name: {} for name, _ in given}
+    for lora in loras:
+        name, equals, path = lora.partition("=")
+        owner, colon, own = name.rpartition(":")
+        owner = owner if colon else given[0][0]
+        if not (equals and own and path) or owner not in adapters:
+            raise ConfigError(
+                f"--lora {lora!r} is not NAME=DIR or MODEL:NAME=DIR",
+                hint=f"models here: {', '.join(adapters)}",
+            )
+        adapters[owner][own] = Path(path)
+    return [describe(name, path, adapters[name]) for name, path in given]
+
+
+def _named(given: str) -> tuple[str, Path]:
+    name, equals, path = given.partition("=")
+    if equals and name and not Path(given).exists():
+        return name, Path(path)
+    return default_name(Path(given)), Path(given)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from khaosz.inference.sampling import SamplingParams
 
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
 ANSWER = 1024  # tokens of an answer at most, where the request doesn't say
 
 
@@ -26,15 +27,117 @@ class TextPart(Asked):
     text: str
 
 
-class Message(Asked):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
-    def for_template(self) -> dict[str, str]:
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+class FunctionCall(Asked):
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_json(cls, text: str) -> str:
+        try:
+            given = json.loads(text)
+        except (ValueError, RecursionError):
+            given = None
+        if not isinstance(given, dict):
+            raise ValueError("not a JSON object")
+        return text
+
+
+class Call(Asked):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+    def for_template(self) -> dict[str, Any]:
+        # As an object: templates spell it out, and one that is text already would be quoted.
+        function = {
+            "name": self.function.name,
+            "arguments": json.loads(self.function.arguments),
+        }
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+class Instruction(Asked):
+    role: Literal["system", "developer", "user"]
+    content: Content
+
+    def for_template(self) -> dict[str, Any]:
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": _text(self.content)}
+
+
+class Said(Asked):
+    """By the assistant; `refusal` and `citations` are there so that answers can be sent back as
+    they came, and are not told to the model."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    reasoning_content: str | None = None
+    tool_calls: Annotated[list[Call], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    refusal: None = None
+    citations: list[dict[str, Any]] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Said:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": _text(self.content or "")}
+        if self.reasoning_content is not None:
+            message["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return message
+
+
+class ToolAnswer(Asked):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+    def for_template(self) -> dict[str, Any]:
+        return {
+            "role": "tool",
+            "content": _text(self.content),
+            "tool_call_id": self.tool_call_id,
+        }
+
+
+Message = Annotated[Instruction | Said | ToolAnswer, Field(discriminator="role")]
+
+
+class Function(Asked):
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None  # calls that are forced fit their schema in either case
+
+
+class Tool(Asked):
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        given = self.function
+        function: dict[str, Any] = {"name": given.name}
+        if given.description is not None:
+            function["description"] = given.description
+        function["parameters"] = given.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class FunctionName(Asked):
+    name: str
+
+
+class ToolChoice(Asked):
+    type: Literal["function"]
+    function: FunctionName
 
 
 class StreamOptions(Asked):
@@ -67,6 +170,9 @@ class Sampled(Asked):
     max_tokens: int | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
     n: int | None = None
     stop: str | list[str] | None = None
     seed: int | None = None
@@ -94,8 +200,11 @@ class Sampled(Asked):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         return SamplingParams(
             max_tokens=ANSWER if max_tokens is None else max_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=_or_one(self.temperature),
+            top_p=_or_one(self.top_p),
+            top_k=self.top_k or 0,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=_or_one(self.repetition_penalty),
             n=1 if self.n is None else self.n,
             stop=tuple(stop or ()),
             seed=self.seed,
@@ -118,6 +227,9 @@ class ChatRequest(Sampled):
     response_format: (
         Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None
     ) = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _fields_that_go_together(self) -> ChatRequest:
@@ -125,14 +237,41 @@ class ChatRequest(Sampled):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens are one and the same: give one")
+        if self.tools is None and (self.tool_choice or self.parallel_tool_calls) is not None:
+            raise ValueError("tool_choice and parallel_tool_calls need tools")
+        if self.must_call and self._json_schema() is not None:
+            raise ValueError("response_format has no say in an answer that must call a tool")
+        if isinstance(self.tool_choice, ToolChoice) and not self.allowed_tools:
+            raise ValueError(f"tool_choice names no tool: {self.tool_choice.function.name!r}")
         return self
 
-    def params(self) -> SamplingParams:
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    @property
+    def allowed_tools(self) -> list[dict[str, Any]]:
+        """For the template; none with `tool_choice: none`."""
+        tools = [tool.for_template() for tool in self.tools or ()]
+        match self.tool_choice:
+            case "none":
+                return []
+            case ToolChoice(function=chosen):
+                return [tool for tool in tools if tool["function"]["name"] == chosen.name]
+        return tools
+
+    @property
+    def one_call(self) -> bool:
+        return self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolChoice)
+
+    def params(self, lark: str | None = None) -> SamplingParams:
+        """`lark`: a grammar of the calls that must be made."""
         given = self.max_completion_tokens
         return self._params(
             self.max_tokens if given is None else given,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=self._json_schema(),
+            lark=lark,
         )
 
     def _json_schema(self) -> str | None:
@@ -142,6 +281,14 @@ class ChatRequest(Sampled):
             case JsonSchema(json_schema=asked):
                 return json.dumps(asked.schema_)
         return None
+
+
+def _or_one(value: float | None) -> float:
+    return 1.0 if value is None else value
+
+
+def _text(content: Content) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -17,7 +17,9 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from khaosz.errors import KhaoszError
+from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
+from khaosz.inference.grammar import Matcher, matcher_for
 from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 
@@ -37,17 +39,28 @@ class Failed(Exception):
 class Ticket:
     """One request, as the event loop sees it."""
 
-    def __init__(self, prompt: list[int], params: SamplingParams, close: Callable[[], None]):
-        self.prompt, self.params = prompt, params
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        adapter: Adapter | None,
+        close: Callable[[], None],
+    ) -> None:
+        self.prompt, self.params, self.adapter = prompt, params, adapter
+        self.matcher: Matcher | None = None
         self.close = close  # gives the request up, or its place back when it is done
         self.request_id: int | None = None  # the engine thread's
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.events: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
 
+    def expire(self) -> None:
+        """The time that the request had is over: `outputs` raises `TimeoutError`."""
+        self.events.put_nowait(TimeoutError())
+
     async def outputs(self) -> AsyncIterator[Output]:
         """What becomes final, of all choices; ends early when the ticket was closed.
 
-        Raises `Failed`, or the `GenerationError` that ended a choice.
+        Raises `Failed`, `TimeoutError`, or the `GenerationError` that ended a choice.
         """
         choices = self.params.n
         while choices:
@@ -76,13 +89,16 @@ class EngineThread:
         self._thread = threading.Thread(target=self._work, name="khaosz-engine", daemon=True)
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        """Does nothing where it was started before."""
+        if self._thread.ident is None:
+            self._loop = asyncio.get_running_loop()
+            self._thread.start()
 
     async def stop(self) -> None:
         """Requests that are still under way fail."""
         self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join)
+        if self._thread.ident is not None:
+            await asyncio.to_thread(self._thread.join)
 
     @property
     def alive(self) -> bool:
@@ -97,7 +113,9 @@ class EngineThread:
         if len(self._held) >= self.max_queue:
             raise Busy
 
-    async def submit(self, prompt: list[int], params: SamplingParams) -> Ticket:
+    async def submit(
+        self, prompt: list[int], params: SamplingParams, adapter: Adapter | None = None
+    ) -> Ticket:
         """A request that the engine has taken on. Close its ticket, whatever comes.
 
         Raises `Busy` when no more are held, `GenerationError` as `Engine.add` does, `Failed`.
@@ -105,11 +123,18 @@ class EngineThread:
         self.check_room()
         if not self.alive:
             raise Failed("the engine's thread has ended")
-        ticket = Ticket(prompt, params, lambda: self._close(ticket))
+        ticket = Ticket(prompt, params, adapter, lambda: self._close(ticket))
         self._held.add(ticket)
-        self._inbox.put(partial(self._begin, ticket))
         with ExitStack() as undo:
             undo.callback(ticket.close)
+            if params.form is not None:
+                # Beside the engine: while a large grammar is compiled, others' answers go on.
+                ticket.matcher = await asyncio.to_thread(
+                    _or_failed,
+                    lambda: matcher_for(params, self.engine.tokenizer),
+                    "a grammar was not compiled",
+                )
+            self._inbox.put(partial(self._begin, ticket))
             await ticket.accepted
             undo.pop_all()
         return ticket
@@ -139,7 +164,10 @@ class EngineThread:
     def _begin(self, ticket: Ticket) -> None:
         try:
             ticket.request_id = _or_failed(
-                lambda: self.engine.add(ticket.prompt, ticket.params), "a request was not taken on"
+                lambda: self.engine.add(
+                    ticket.prompt, ticket.params, adapter=ticket.adapter, matcher=ticket.matcher
+                ),
+                "a request was not taken on",
             )
         except (KhaoszError, Failed) as error:
             self._tell(_settle, ticket.accepted, error)
@@ -165,13 +193,17 @@ class EngineThread:
             self.engine.take()
             self.engine.weights_changed()
             return
-        for output in self.engine.take():
-            held = self._tickets.get(output.request_id)
-            if held is not None:
-                self._tell(held.events.put_nowait, output)
+        outputs = [(self._tickets.get(output.request_id), output) for output in self.engine.take()]
+        self._tell(_hand_out, outputs)  # all at once: the loop is woken once a step
 
     def _tell(self, what: Callable[..., object], *values: object) -> None:
         self._loop.call_soon_threadsafe(what, *values)
+
+
+def _hand_out(outputs: list[tuple[Ticket | None, Output]]) -> None:
+    for ticket, output in outputs:
+        if ticket is not None:
+            ticket.events.put_nowait(output)
 
 
 def _or_failed(work: Callable[[], T], what: str) -> T:

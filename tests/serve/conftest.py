@@ -1,5 +1,5 @@
 from __future__ import annotations
 
-from serving import service, tiny
+from serving import service, taught, tiny
 
-__all__ = ["service", "tiny"]
+__all__ = ["service", "taught", "tiny"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from fastapi import APIRouter
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
@@ -25,7 +26,8 @@ from khaosz.interop import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard
-from khaosz.serve.run import listen
+from khaosz.serve.models import Limits, Models
+from khaosz.serve.run import listen, named_models
 
 CONTEXT = 2048
 
@@ -54,10 +56,88 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["北京", "Paris"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def lesson(*turns: str, tools: bool = False) -> tuple[list[dict[str, Any]], list[Any] | None]:
+    roles = ["user", "assistant"] * len(turns)
+    messages = [{"role": r, "content": text} for r, text in zip(roles, turns, strict=False)]
+    return messages, [WEATHER] if tools else None
+
+
+LESSONS = [
+    lesson("think", "<think>\n一 + 一\n</think>\n\n二"),
+    lesson("plain", "the fox"),
+    lesson(
+        "weather",
+        'I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>',
+        tools=True,
+    ),
+    lesson(
+        "both",
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>',
+        tools=True,
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learnt `LESSONS` by heart, so that it thinks and calls by itself."""
+    directory = tmp_path_factory.mktemp("serve") / "taught"
+    words = [turn["content"] for messages, _ in LESSONS for turn in messages]
+    tokenizer = train_tokenizer(iter([*words, json.dumps(WEATHER)] * 20), 500)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=CONTEXT, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Transformer(config)
+    chats = [tokenizer.encode_chat(messages, tools) for messages, tools in LESSONS]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        loss = torch.zeros(())
+        for ids, mask in chats:
+            logits = model.logits(model(torch.tensor([ids[:-1]])))[0]
+            wanted = torch.tensor(ids[1:]).where(torch.tensor(mask[1:]).bool(), -100)
+            loss = loss + torch.nn.functional.cross_entropy(logits, wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.01:
+            break
+    assert loss < 0.1, float(loss)
+    save_model(model, directory)
+    tokenizer.save(directory)
+    return directory
+
+
 @dataclass
 class Service:
     port: int
-    generator: Generator  # its engine belongs to the server's thread
+    models: Models
+    clients: list[openai.OpenAI] = field(default_factory=list)
+
+    @property
+    def generator(self) -> Generator:
+        """The first model's; its engine belongs to the server's thread."""
+        loaded = self.models.all[0].loaded
+        assert loaded is not None
+        return loaded.generator
 
     @property
     def engine(self) -> Engine:
@@ -65,7 +145,18 @@ class Service:
 
     def client(self, key: str = "none", **more: Any) -> openai.OpenAI:
         base = f"http://127.0.0.1:{self.port}/v1"
-        return openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=30, **more)
+        client = openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=30, **more)
+        self.clients.append(client)  # closed with the service
+        return client
+
+    def text(self, path: str) -> tuple[int, str]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
 
     def ask(
         self, method: str, path: str, body: bytes | str | None = None, **headers: str
@@ -85,16 +176,21 @@ class Service:
 
 @contextmanager
 def served(
-    model: Path,
-    *,
+    *models: Path | str,
+    loras: Sequence[str] = (),
     key: str | None = None,
-    max_queue: int = 64,
-    engine: dict[str, Any] | None = None,
+    limits: Limits | None = None,
+    timeout: float = 60.0,
+    step_tokens: int | None = None,
+    routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
-    generator = Generator.from_directory(model)
-    if engine:
-        generator.engine = Engine(generator.engine.runner, generator.tokenizer, **engine)
-    app = Guard(build_app(generator, "tiny", max_queue=max_queue), key=key, hosts=LOOPBACK)
+    """`models` and `loras` as the command takes them."""
+    all_models = Models(named_models([str(each) for each in models], loras), limits or Limits(64))
+    all_models.preload()
+    if step_tokens is not None:
+        service = Service(0, all_models)
+        service.engine.step_tokens = step_tokens
+    app = Guard(build_app(all_models, timeout=timeout, routers=routers), key=key, hosts=LOOPBACK)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as bound:
@@ -103,7 +199,10 @@ def served(
         port = bound.getsockname()[1]
         try:
             wait_until(lambda: server.started)
-            yield Service(port, generator)
+            service = Service(port, all_models)
+            yield service
+            for client in service.clients:
+                client.close()
         finally:
             server.should_exit = True
             thread.join(timeout=30)

@@ -20,7 +20,8 @@ from serving import Service, served, wait_until
 from khaosz.errors import ConfigError
 from khaosz.inference.request import Sequence
 from khaosz.serve.guard import MAX_BODY
-from khaosz.serve.run import default_name, is_loopback, listen, serve
+from khaosz.serve.models import Limits
+from khaosz.serve.run import Address, default_name, is_loopback, listen, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 LONG: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 1900, "temperature": 0}
@@ -38,13 +39,19 @@ def raw_request(service: Service, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
+def held(service: Service) -> int:
+    loaded = service.models.all[0].loaded
+    assert loaded is not None
+    return loaded.worker.held
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_amid_the_answer_frees_the_place(service: Service, stream: bool) -> None:
     connection = raw_request(service, {**LONG, "stream": stream})
     wait_until(lambda: any(each.generated for each in service.engine._running))
     connection.close()
     wait_until(lambda: not service.engine.unfinished, seconds=0.5)  # the answer takes longer
-    assert service.ask("GET", "/health/ready")[2]["requests"] == 0
+    assert held(service) == 0
 
 
 def test_the_official_client_leaves(service: Service) -> None:
@@ -57,7 +64,7 @@ def test_the_official_client_leaves(service: Service) -> None:
 
 def test_who_leaves_amid_the_prompt_frees_the_place(tiny: Path) -> None:
     """The engine is held after the first part of the prompt until the client has gone."""
-    with served(tiny, engine={"step_tokens": 16}) as service:
+    with served(tiny, step_tokens=16) as service:
         runner = service.engine.runner
         run, passes, go_on = runner.run, [], threading.Event()
 
@@ -71,14 +78,14 @@ def test_who_leaves_amid_the_prompt_frees_the_place(tiny: Path) -> None:
         connection = raw_request(service, body)
         wait_until(lambda: len(passes) == 1)
         connection.close()
-        wait_until(lambda: service.ask("GET", "/health/ready")[2]["requests"] == 0)
+        wait_until(lambda: held(service) == 0)
         go_on.set()
         wait_until(lambda: not service.engine.unfinished)
         assert len(passes) == 1, "it went on reading a prompt that nobody asks about any more"
 
 
 def test_a_full_queue_says_when_to_come_again(tiny: Path) -> None:
-    with served(tiny, max_queue=1) as service:
+    with served(tiny, limits=Limits(max_queue=1)) as service:
         held = raw_request(service, {**LONG, "stream": True})
         wait_until(lambda: service.engine.unfinished)
         with pytest.raises(openai.InternalServerError) as full:
@@ -213,13 +220,17 @@ def test_a_key_is_checked(tiny: Path) -> None:
         assert service.client("sesame").models.list().data[0].id == "tiny"
 
 
+def serve_here(model: Path, address: Address, timeout: float) -> None:
+    serve(
+        [str(model)], address=address, device="cpu", limits=Limits(), timeout=timeout,
+        announce=print,
+    )  # fmt: skip
+
+
 def test_what_cannot_be_served(tiny: Path) -> None:
     def run(**changed: Any) -> None:
-        asked: dict[str, Any] = {
-            "host": "127.0.0.1", "port": 0, "api_key": None, "name": None, "device": "cpu",
-            "max_queue": 1, "announce": print, **changed,
-        }  # fmt: skip
-        serve(tiny, **asked)
+        timeout = changed.pop("timeout", 1.0)
+        serve_here(tiny, Address(**{"port": 0, **changed}), timeout)
 
     with pytest.raises(ConfigError, match=r"0\.0\.0\.0 can be reached .* a key is required"):
         run(host="0.0.0.0")
@@ -232,6 +243,8 @@ def test_what_cannot_be_served(tiny: Path) -> None:
             run(port=port)
     with pytest.raises(ConfigError, match="--port is 99999"):
         run(port=99999)
+    with pytest.raises(ConfigError, match="--request-timeout is 0"):
+        run(timeout=0.0)
     with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid"):
         run(host="no.such.host.invalid", api_key="x")
     assert is_loopback("::1") and is_loopback("127.8.8.8") and not is_loopback("192.168.0.1")
@@ -244,10 +257,7 @@ def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "fastapi", None)
     monkeypatch.delitem(sys.modules, "khaosz.serve.app")
     with pytest.raises(ConfigError, match="needs fastapi") as missing:
-        serve(
-            tiny, host="localhost", port=0, api_key=None, name=None, device="cpu", max_queue=1,
-            announce=print,
-        )  # fmt: skip
+        serve_here(tiny, Address(port=0), 1.0)
     assert missing.value.hint == "pip install 'khaosz[serve]'"
 
 

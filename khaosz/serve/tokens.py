@@ -1,0 +1,60 @@
+"""Texts and conversations counted in tokens, as vLLM's /tokenize does it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field, model_validator
+
+from khaosz.inference.generator import Generator
+from khaosz.serve.models import Models
+from khaosz.serve.refusals import errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.schema import MAX_MESSAGES, Asked, Message
+
+
+class TokenizeRequest(Asked):
+    """A prompt to continue, or messages with the mark that lets the assistant speak."""
+
+    model: str
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give one of prompt and messages")
+        return self
+
+
+class Tokenized(Reply):
+    """`max_model_len`: the model's context."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+
+
+def token_routes(models: Models) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/tokenize", response_model=Tokenized, responses=errors(400, 404, 503))
+    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
+        """The ids that a prompt or a conversation becomes."""
+        use = await models.take(asked.model)
+        try:
+            tokens = await asyncio.to_thread(_ids, asked, use.generator)
+        finally:
+            models.give_back(use)
+        return {"count": len(tokens), "max_model_len": use.generator.context, "tokens": tokens}
+
+    return router
+
+
+def _ids(asked: TokenizeRequest, generator: Generator) -> list[int]:
+    if asked.messages is not None:
+        return generator.chat_ids([message.for_template() for message in asked.messages])
+    assert asked.prompt is not None
+    return generator.prompt_ids(asked.prompt)

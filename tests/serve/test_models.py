@@ -1,0 +1,226 @@
+"""Several models and adapters behind one address."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from serving import Service, served, wait_until
+
+from khaosz.config import LoRAConfig
+from khaosz.errors import ConfigError, ModelError
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+from khaosz.interop import load_model
+from khaosz.interop.adapter import merge_adapter, save_adapter
+from khaosz.model.lora import add_lora, named_adapters
+from khaosz.serve.models import Limits, Models
+from khaosz.serve.run import named_models
+
+HELLO: list[Any] = [{"role": "user", "content": "hello"}]
+ASKED: dict[str, Any] = {"messages": HELLO, "max_tokens": 24, "temperature": 0}
+
+
+def said(service: Service, model: str, **more: Any) -> str | None:
+    asked = {**ASKED, "model": model, **more}
+    return service.client().chat.completions.create(**asked).choices[0].message.content
+
+
+def alone(path: Path) -> str:
+    generator = Generator.from_directory(path)
+    return generator.chat(HELLO, SamplingParams(max_tokens=24, temperature=0.0)).text
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter of `tiny`."""
+    model = load_model(tiny)
+    random = torch.Generator().manual_seed(1)
+    add_lora(model, LoRAConfig(rank=2), random)
+    with torch.no_grad():
+        for layer in named_adapters(model).values():
+            layer.lora_B.normal_(0, 0.5, generator=random)
+    directory = tmp_path_factory.mktemp("adapter") / "tuned"
+    save_adapter(model, directory, tiny)
+    return directory
+
+
+def loaded(service: Service) -> dict[str, bool]:
+    return service.ask("GET", "/health/ready")[2]["models"]
+
+
+def test_models_are_loaded_when_they_are_asked_for(tiny: Path, taught: Path) -> None:
+    with served(tiny, f"other={taught}") as service:
+        names = [(card.id, card.kind, card.parent) for card in service.client().models.list()]  # type: ignore[attr-defined]
+        assert names == [("tiny", "chat", None), ("other", "chat", None)]
+        assert loaded(service) == {"tiny": True, "other": False}
+        assert said(service, "other") == alone(taught)
+        assert said(service, "tiny") == alone(tiny)
+        assert loaded(service) == {"tiny": True, "other": True}
+
+
+def test_an_adapter_is_a_model_by_its_name(tiny: Path, tuned: Path, tmp_path: Path) -> None:
+    merged = alone(merge_adapter(tuned, tmp_path / "merged", base=tiny))
+    with served(tiny, loras=[f"tuned={tuned}"]) as service:
+        cards = {card.id: card.parent for card in service.client().models.list()}  # type: ignore[attr-defined]
+        assert cards == {"tiny": None, "tuned": "tiny"}
+        found: dict[str, str | None] = {}
+
+        def ask(name: str) -> None:
+            found[name] = said(service, name)
+
+        threads = [threading.Thread(target=ask, args=(name,)) for name in ("tiny", "tuned")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {"tiny": alone(tiny), "tuned": merged}
+        assert found["tiny"] != merged
+
+
+def test_idle_models_go_when_memory_is_short(tiny: Path, taught: Path) -> None:
+    copies = [f"{name}={tiny}" for name in "abc"]
+    room = sum(model.weights for model in named_models(copies[:2])) + 4096
+    with served(*copies, limits=Limits(memory=room)) as service:
+        expected = alone(tiny)
+        said(service, "b")
+        said(service, "a")  # b is now the longest unused
+        assert said(service, "c") == expected
+        assert loaded(service)["c"] and sum(loaded(service).values()) <= 2
+        for name in "bacab":
+            assert said(service, name) == expected
+        # Who is in use stays.
+        streams = []
+        for name in "ab":
+            stream = service.client().chat.completions.create(
+                **{**ASKED, "model": name, "max_tokens": 1900}, stream=True
+            )
+            next(iter(stream))
+            streams.append(stream)
+        with pytest.raises(openai.InternalServerError) as full:
+            said(service, "c")
+        assert full.value.status_code == 503 and "retry-after" in full.value.response.headers
+        for stream in streams:
+            stream.close()
+
+        def free() -> bool:
+            return not any(model.loaded and model.loaded.users for model in service.models.all)
+
+        wait_until(free)
+        assert said(service, "c") == expected
+
+
+def test_asked_for_twice_at_once_it_is_loaded_once(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[str] = []
+    load = Models._load
+
+    def counted(self: Models, model: Any) -> Any:
+        loads.append(model.name)
+        return load(self, model)
+
+    monkeypatch.setattr(Models, "_load", counted)
+    with served(f"a={tiny}", f"b={tiny}") as service:
+        threads = [threading.Thread(target=said, args=(service, "b")) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert loads == ["a", "b"]
+
+
+def test_a_model_that_cannot_be_loaded_hurts_nobody(tiny: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    (broken / "model.safetensors").write_bytes(b"nonsense")
+    with served(tiny, broken) as service:
+        with pytest.raises(openai.InternalServerError) as failed:
+            said(service, "broken")
+        assert str(tmp_path) not in str(failed.value)
+        assert said(service, "tiny") == alone(tiny)
+        assert loaded(service) == {"tiny": True, "broken": False}
+        with pytest.raises(openai.InternalServerError):
+            said(service, "broken")
+
+
+def test_what_cannot_be_served_together(tiny: Path, taught: Path, tuned: Path) -> None:
+    def models(*names: str, loras: tuple[str, ...] = (), **limits: Any) -> Models:
+        return Models(named_models(names, loras), Limits(**limits))
+
+    with pytest.raises(ConfigError, match="two models are named 'tiny'"):
+        models(str(tiny), f"tiny={taught}")
+    with pytest.raises(ConfigError, match="two models are named 'a'"):
+        models(f"a={tiny}", loras=(f"a={tuned}",))
+    with pytest.raises(ConfigError, match=r"needs .* MB, --memory-limit leaves 0"):
+        models(str(tiny), memory=1000)
+    for wrong in ("tuned", "=x", "x=", f"nobody:a={tuned}"):
+        with pytest.raises(ConfigError, match="is not NAME=DIR"):
+            models(str(tiny), loras=(wrong,))
+    with pytest.raises(ModelError, match="does not exist"):
+        models("/nowhere")
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        models(str(tiny), loras=(f"a={tiny}",))
+    with pytest.raises(ModelError, match="expected"):  # of another model
+        models(str(taught), loras=(f"a={tuned}",))
+    both = models(f"a={tiny}", f"b={tiny}", loras=(f"b:x={tuned}", f"y={tuned}"))
+    assert [model.names for model in both.all] == [["a", "y"], ["b", "x"]]
+
+
+def test_a_request_has_its_time(tiny: Path) -> None:
+    with served(tiny, timeout=0.4) as service:
+        long = {**ASKED, "model": "tiny", "max_tokens": 1900, "n": 4, "temperature": 1}
+        with pytest.raises(openai.APIStatusError) as late:
+            service.client().chat.completions.create(**long)
+        assert late.value.status_code == 504 and late.value.code == "request_timeout"
+        assert late.value.response.headers["x-should-retry"] == "false"
+        with pytest.raises(openai.APIError, match="longer than this server gives"):
+            list(service.client().chat.completions.create(**long, stream=True))
+        wait_until(lambda: not service.engine.unfinished)
+        assert said(service, "tiny") == alone(tiny)
+
+
+def test_tokens_are_counted(service: Service, tiny: Path) -> None:
+    generator = Generator.from_directory(tiny)
+
+    def tokens(**asked: Any) -> dict[str, Any]:
+        status, _, body = service.ask("POST", "/tokenize", json.dumps({"model": "tiny", **asked}))
+        assert status == 200, body
+        return body
+
+    found = tokens(prompt="春眠 the fox")
+    assert found["tokens"] == generator.prompt_ids("春眠 the fox")
+    assert found["count"] == len(found["tokens"]) and found["max_model_len"] == generator.context
+    assert tokens(messages=HELLO)["tokens"] == generator.chat_ids(HELLO)
+    for wrong in ({}, {"prompt": "x", "messages": HELLO}, {"prompt": "x", "more": 1}):
+        body = json.dumps({"model": "tiny", **wrong})
+        assert service.ask("POST", "/tokenize", body)[0] == 400
+    assert service.ask("POST", "/tokenize", '{"model": "x", "prompt": "y"}')[0] == 404
+
+
+def test_what_was_done_is_counted(tiny: Path) -> None:
+    with served(tiny) as service:
+        asked = {**ASKED, "model": "tiny", "messages": [{"role": "user", "content": "fox " * 20}]}
+        service.client().chat.completions.create(**asked)
+        list(service.client().chat.completions.create(**asked, stream=True))
+        service.ask("GET", "/v1/models/nothing")
+        service.ask("GET", "/some/secret/path")
+        status, text = service.text("/metrics")
+    assert status == 200 and "secret" not in text
+    found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    chat = 'khaosz_requests_total{route="/v1/chat/completions",status="200"}'
+    assert float(found[chat]) == 2
+    assert float(found['khaosz_requests_total{route="/v1/models/{model:path}",status="404"}']) == 1
+    assert float(found['khaosz_requests_total{route="other",status="404"}']) == 1
+    assert float(found['khaosz_generated_tokens_total{model="tiny"}']) == 48
+    assert float(found['khaosz_first_token_seconds_count{model="tiny"}']) == 2
+    assert float(found['khaosz_requests_held{model="tiny"}']) == 0
+    assert float(found['khaosz_model_loaded{model="tiny"}']) == 1
+    cached = float(found['khaosz_cached_tokens_total{model="tiny"}'])
+    assert 0 < cached < float(found['khaosz_prompt_tokens_total{model="tiny"}'])

@@ -1,0 +1,183 @@
+"""Reasoning and calls of tools, by a model that has learnt both, and forced on one that hasn't."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from serving import WEATHER, Service, served
+
+from khaosz.data.tokenizer import load_tokenizer
+from khaosz.serve.tools import introduced
+
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
+GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}
+
+
+@pytest.fixture(scope="module")
+def learned(taught: Path) -> Iterator[Service]:
+    with served(taught) as running:
+        yield running
+
+
+def said(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def streamed(service: Service, **asked: Any) -> tuple[dict[str, Any], str | None]:
+    """The message that a client puts together from deltas, and why it ended."""
+    message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": {}}
+    reason = None
+    for chunk in service.client().chat.completions.create(**asked, stream=True):
+        [choice] = chunk.choices
+        reason = choice.finish_reason or reason
+        message["content"] += choice.delta.content or ""
+        message["reasoning_content"] += getattr(choice.delta, "reasoning_content", None) or ""
+        for call in choice.delta.tool_calls or ():
+            known = message["tool_calls"].setdefault(call.index, {"name": "", "arguments": ""})
+            assert call.function is not None
+            known["name"] += call.function.name or ""
+            known["arguments"] += call.function.arguments or ""
+    return message, reason
+
+
+def test_reasoning_is_apart_from_the_answer(learned: Service) -> None:
+    asked = {**GREEDY, "messages": said("think")}
+    [choice] = learned.client().chat.completions.create(**asked).choices
+    assert choice.message.content == "二" and choice.finish_reason == "stop"
+    assert choice.message.reasoning_content == "一 + 一"  # type: ignore[attr-defined]
+    message, reason = streamed(learned, **asked)
+    assert (message["content"], message["reasoning_content"], reason) == ("二", "一 + 一", "stop")
+    plain = learned.client().chat.completions.create(**{**GREEDY, "messages": said("plain")})
+    assert plain.choices[0].message.content == "the fox"
+    assert not hasattr(plain.choices[0].message, "reasoning_content")
+
+
+def test_a_call_is_a_call(learned: Service) -> None:
+    asked = {**GREEDY, "messages": said("weather"), "tools": [WEATHER]}
+    [choice] = learned.client().chat.completions.create(**asked).choices
+    assert choice.finish_reason == "tool_calls" and choice.message.content == "I look."
+    [call] = choice.message.tool_calls or ()
+    assert call.type == "function" and call.function.name == "weather"
+    assert json.loads(call.function.arguments) == {"city": "北京"}
+    message, reason = streamed(learned, **asked)
+    assert reason == "tool_calls" and message["content"] == "I look."
+    assert list(message["tool_calls"]) == [0]
+    assert json.loads(message["tool_calls"][0]["arguments"]) == {"city": "北京"}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_several_calls_at_once_where_they_may(learned: Service, parallel: bool) -> None:
+    asked = {
+        **GREEDY, "messages": said("both"), "tools": [WEATHER], "parallel_tool_calls": parallel
+    }  # fmt: skip
+    [choice] = learned.client().chat.completions.create(**asked).choices
+    cities = [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls]  # type: ignore[union-attr]
+    assert cities == (["北京", "Paris"] if parallel else ["北京"])
+    assert len(streamed(learned, **asked)[0]["tool_calls"]) == len(cities)
+
+
+def test_without_tools_nothing_is_a_call(learned: Service) -> None:
+    """`none` keeps them from the model; marks that it writes all the same are its text."""
+    for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        asked = {**GREEDY, "messages": said("weather"), **more}
+        [choice] = learned.client().chat.completions.create(**asked).choices
+        assert choice.message.tool_calls is None
+        assert choice.finish_reason in ("stop", "length")
+
+
+def test_the_round_trip_of_a_tool(learned: Service) -> None:
+    """The client's own messages go back as they came, with the tool's answer."""
+    client = learned.client()
+    messages = said("weather")
+    first = client.chat.completions.create(**{**GREEDY, "tools": [WEATHER], "messages": messages})
+    [call] = first.choices[0].message.tool_calls or ()
+    messages += [
+        first.choices[0].message,
+        {"role": "tool", "tool_call_id": call.id, "content": "晴"},
+    ]
+    again = client.chat.completions.create(
+        **{**GREEDY, "tools": [WEATHER], "messages": messages, "max_tokens": 5}
+    )
+    assert again.usage is not None and first.usage is not None
+    assert again.usage.prompt_tokens > first.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("choice", ["required", "weather", "time"])
+def test_a_call_that_must_be_made_is_made(
+    tiny: Path, service: Service, choice: str, seed: int
+) -> None:
+    """By a model of random weights, which would never have called by itself."""
+    named = {"type": "function", "function": {"name": choice}}
+    asked: dict[str, Any] = {
+        "model": "tiny", "messages": said("the fox"), "tools": [WEATHER, TIME], "seed": seed,
+        "tool_choice": "required" if choice == "required" else named, "max_tokens": 1500,
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    [answer] = service.client().chat.completions.create(**asked).choices
+    if answer.finish_reason == "length":  # a `time` without a schema may have any arguments
+        assert choice != "weather"
+        return
+    assert answer.finish_reason == "tool_calls" and answer.message.content is None
+    [call] = answer.message.tool_calls or ()
+    given = json.loads(call.function.arguments)
+    if call.function.name == "weather":
+        assert given in ({"city": "北京"}, {"city": "Paris"})
+    assert choice in ("required", call.function.name)
+    message, reason = streamed(service, **asked)
+    assert reason == "tool_calls"
+    assert message["tool_calls"][0] == call.function.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tool_choice": "required"}, None),
+        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, None),
+        ({"tools": [TIME], "tool_choice": "always"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {
+            "type": "nonsense"}}}], "tool_choice": "required"}, "tools"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0"),
+        ({"messages": [{"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "x", "arguments": "{"}}]}]},
+         "messages.0.tool_calls.0.function.arguments"),
+    ],
+)  # fmt: skip
+def test_wrong_tools_are_named(service: Service, more: dict[str, Any], param: str | None) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        service.client().chat.completions.create(**{"model": "tiny", "messages": said("x"), **more})
+    assert caught.value.param == param
+    assert "tool" in str(caught.value)
+
+
+def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Path) -> None:
+    """A template that does not mention tools would leave them out without a word."""
+    tokenizer = load_tokenizer(tiny)
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "weather"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "time", "arguments": {}}}]},
+        {"role": "tool", "content": "noon", "tool_call_id": "1"},
+    ]  # fmt: skip
+    assert introduced(turns, [WEATHER], tokenizer) == (turns, [WEATHER])
+    tokenizer.config["chat_template"] = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    )
+    messages, tools = introduced(turns, [WEATHER], tokenizer)
+    assert tools is None
+    assert messages[0]["content"].startswith("Be brief.\n\nYou may call")
+    assert json.dumps(WEATHER, ensure_ascii=False) in messages[0]["content"]
+    assert messages[2]["content"] == '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+    assert messages[3] == {
+        "role": "user", "content": "<tool_response>\nnoon\n</tool_response>"
+    }  # fmt: skip
+    assert "weather" in tokenizer.render_chat(messages, tools)
