@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
+from khaosz import __version__
 from khaosz.serve.chat import chat_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
@@ -33,7 +34,9 @@ def build_app(
         await models.stop()
 
     # No /docs: that page loads its scripts from another host.
-    app = FastAPI(title="KHAOSZ", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="KHAOSZ", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
     app.include_router(chat_routes(models, meters, timeout))
@@ -86,4 +89,18 @@ def build_app(
         """Counters in Prometheus' text format."""
         return Response(meters.text(), media_type=meters.content_type)
 
+    _make_true(app.openapi(), models)
     return app
+
+
+def _make_true(document: dict[str, Any], models: Models) -> None:
+    """What FastAPI can't know: the models' names, and that what it answers with 422 is a 400."""
+    forms = document["components"]["schemas"]
+    for name, form in forms.items():
+        if name.endswith("Request") and "model" in form["properties"]:
+            form["properties"]["model"]["enum"] = models.names
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        forms.pop(name, None)

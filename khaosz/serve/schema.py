@@ -1,7 +1,7 @@
 """What may be asked, as OpenAI's interface spells it.
 
-Fields are closed and types strict: what isn't listed here is an error that names it. Ranges that
-`SamplingParams` checks aren't checked twice.
+Fields are closed and types strict: what isn't listed here is an error that names it. Ranges are
+those of `SamplingParams`, said once more so that the OpenAPI document has them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from khaosz.inference.sampling import SamplingParams
+from khaosz.inference.sampling import (
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_STOP,
+    MAX_STOPS,
+    SamplingParams,
+)
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
@@ -163,22 +170,33 @@ class JsonSchema(Asked):
     json_schema: Schema
 
 
+Tokens = Annotated[int, Field(ge=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
 class Sampled(Asked):
     """What completions and chats share."""
 
     model: str
-    max_tokens: int | None = None
+    max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    n: int | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias], Field(max_length=MAX_BIASES)
+        ]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -210,20 +228,20 @@ class Sampled(Asked):
             seed=self.seed,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
-            logit_bias=_biases(self.logit_bias or {}),
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             **more,
         )
 
 
 class CompletionRequest(Sampled):
-    prompt: str | list[int]
+    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class ChatRequest(Sampled):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     response_format: (
         Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None
     ) = None
@@ -289,8 +307,3 @@ def _or_one(value: float | None) -> float:
 
 def _text(content: Content) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _biases(given: dict[str, float]) -> dict[int, float]:
-    """Keys as token ids; one that is none becomes -1, which the engine refuses."""
-    return {int(key) if key.isdecimal() and len(key) < 10 else -1: b for key, b in given.items()}

@@ -175,7 +175,8 @@ def test_what_cannot_be_served_together(tiny: Path, taught: Path, tuned: Path) -
 
 def test_a_request_has_its_time(tiny: Path) -> None:
     with served(tiny, timeout=0.4) as service:
-        long = {**ASKED, "model": "tiny", "max_tokens": 1900, "n": 4, "temperature": 1}
+        never = {str(token): -100 for token in service.engine.end_ids}
+        long = {**ASKED, "model": "tiny", "max_tokens": 1900, "n": 8, "logit_bias": never}
         with pytest.raises(openai.APIStatusError) as late:
             service.client().chat.completions.create(**long)
         assert late.value.status_code == 504 and late.value.code == "request_timeout"
