@@ -30,6 +30,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
+    "serve": ("bench.serve", [], "the service: overhead per token, 64 clients for ten minutes"),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 
