@@ -141,6 +141,14 @@ def serve(
         list[str] | None,
         typer.Option(help="An adapter, NAME=DIR; of another than the first: MODEL:NAME=DIR."),
     ] = None,
+    embedder: Annotated[
+        list[str] | None,
+        typer.Option(help="For /v1/embeddings and knowledge bases: NAME=SOURCE; see `rag add`."),
+    ] = None,
+    reranker: Annotated[
+        list[str] | None,
+        typer.Option(help="For /v1/rerank and knowledge bases: NAME=SOURCE; see `rag search`."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key.")
     ] = "127.0.0.1",
@@ -171,6 +179,8 @@ def serve(
     run(
         models or [str(default_model())],
         loras=lora or (),
+        embedders=embedder or (),
+        rerankers=reranker or (),
         address=Address(host, port, api_key),
         device=chosen_device(device),
         limits=Limits(max_queue, max_batch, memory),

@@ -38,6 +38,9 @@ class Embedder(Protocol):
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         """The same for questions; some models want another prefix before them."""
 
+    def tokens(self, texts: Sequence[str]) -> int:
+        """Read for passages, marks and prefixes included; 0 where nobody can say."""
+
 
 class EngineEmbedder:
     """Pooled hidden states of a causal model. A directory that was trained to embed says how
@@ -74,6 +77,10 @@ class EngineEmbedder:
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return self._embedded(self._settings.query_prefix, texts)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        prefix = self._settings.passage_prefix
+        return sum(len(ids) for text in texts for ids in self._windows(prefix, text))
 
     def _embedded(self, prefix: str, texts: Sequence[str]) -> np.ndarray:
         owners, windows = [], []
@@ -127,6 +134,9 @@ class E5Embedder:
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return unit(np.asarray(self._model.query(list(texts)), np.float32))
 
+    def tokens(self, texts: Sequence[str]) -> int:
+        return 0
+
 
 class HttpEmbedder:
     """Raises `ModelError` when the server cannot be reached or answers otherwise. The texts go to
@@ -152,6 +162,9 @@ class HttpEmbedder:
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return self._embedded(texts)
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        return 0
 
     def _embedded(self, texts: Sequence[str]) -> np.ndarray:
         parts = [

@@ -50,6 +50,11 @@ class EncoderEmbedder:
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return self._embedded([self._settings.query_prefix + text for text in texts])
 
+    def tokens(self, texts: Sequence[str]) -> int:
+        prefix = self._settings.passage_prefix
+        windows = (encoding for text in texts for encoding in self._texts.windows(prefix + text))
+        return sum(len(encoding.ids) for encoding in windows)
+
     def _embedded(self, texts: Sequence[str]) -> np.ndarray:
         owners, encodings = [], []
         for owner, text in enumerate(texts):

@@ -13,18 +13,25 @@ from khaosz import __version__
 from khaosz.serve.chat import chat_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
+from khaosz.serve.offered import Offered
 from khaosz.serve.refusals import Refused, errors, explain_errors
 from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
 from khaosz.serve.tokens import token_routes
+from khaosz.serve.vectors import vector_routes
 
 TIMEOUT = 600.0  # seconds that a request may take
 
 
 def build_app(
-    models: Models, *, timeout: float = TIMEOUT, routers: Sequence[APIRouter] = ()
+    models: Models,
+    *,
+    offered: Offered | None = None,
+    timeout: float = TIMEOUT,
+    routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """The service of these models; it stops their threads when it ends. `routers`: what is served
-    beside them."""
+    """The service of these models; it stops their threads when it ends. `offered`: embedders and
+    rerankers; `routers`: what is served beside them."""
+    offered = offered or Offered()
     meters = Meters(models)
 
     @asynccontextmanager
@@ -41,28 +48,29 @@ def build_app(
     app.add_middleware(Metered, meters=meters)
     app.include_router(chat_routes(models, meters, timeout))
     app.include_router(token_routes(models))
+    app.include_router(vector_routes(offered))
     for router in routers:
         app.include_router(router)
 
     @app.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(name) for name in models.names]}
+        names = (*models.names, *offered.embedders, *offered.rerankers)
+        return {"object": "list", "data": [model_card(name) for name in names]}
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
     async def one_model(model: str) -> dict[str, Any]:
         return model_card(model)
 
     def model_card(name: str) -> dict[str, Any]:
+        card: dict[str, Any] = {"id": name, "object": "model", "created": models.started}
+        card |= {"owned_by": "khaosz", "context": None, "parent": None}
+        if name in offered.embedders:
+            return {**card, "kind": "embedding"}
+        if name in offered.rerankers:
+            return {**card, "kind": "rerank"}
         model = models.find(name)
-        return {
-            "id": name,
-            "object": "model",
-            "created": models.started,
-            "owned_by": "khaosz",
-            "kind": "chat",
-            "context": model.context,
-            "parent": None if name == model.name else model.name,
-        }
+        parent = None if name == model.name else model.name
+        return {**card, "kind": "chat", "context": model.context, "parent": parent}
 
     @app.get("/health/live", response_model=Live, responses=errors())
     async def live() -> dict[str, str]:
@@ -89,16 +97,22 @@ def build_app(
         """Counters in Prometheus' text format."""
         return Response(meters.text(), media_type=meters.content_type)
 
-    _make_true(app.openapi(), models)
+    known = {
+        "EmbeddingRequest": list(offered.embedders),
+        "RerankRequest": list(offered.rerankers),
+        **dict.fromkeys(("ChatRequest", "CompletionRequest", "TokenizeRequest"), models.names),
+    }
+    _make_true(app.openapi(), known)
     return app
 
 
-def _make_true(document: dict[str, Any], models: Models) -> None:
-    """What FastAPI can't know: the models' names, and that what it answers with 422 is a 400."""
+def _make_true(document: dict[str, Any], models: dict[str, list[str]]) -> None:
+    """What FastAPI can't know: names of models, by request, and that what it answers with 422 is a
+    400."""
     forms = document["components"]["schemas"]
-    for name, form in forms.items():
-        if name.endswith("Request") and "model" in form["properties"]:
-            form["properties"]["model"]["enum"] = models.names
+    for request, names in models.items():
+        if names:
+            forms[request]["properties"]["model"]["enum"] = names
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,11 @@ from starlette.exceptions import HTTPException
 from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
 from khaosz.serve.answers import TOO_LATE, error_body
 from khaosz.serve.models import UnknownModel
+from khaosz.serve.offered import UnknownName
 from khaosz.serve.schema import ChatRequest
 from khaosz.serve.worker import Busy, Failed
+
+_log = logging.getLogger("khaosz.serve")
 
 RETRY_AFTER = 1  # seconds, when the queue is full
 _MEANINGS = {
@@ -96,6 +100,13 @@ def explain_errors(app: FastAPI) -> None:
         body = error_body(message, "invalid_request_error", "model", "model_not_found")
         return refused(404, body)
 
+    @app.exception_handler(UnknownName)
+    async def unknown_name(request: Request, error: UnknownName) -> Response:
+        known = ", ".join(error.known) or f"none (khaosz serve --{error.kind} NAME=SOURCE)"
+        message = f"there is no {error.kind} {error.name!r} here; there are: {known}"
+        body = error_body(message, "invalid_request_error", "model", "model_not_found")
+        return refused(404, body)
+
     @app.exception_handler(TimeoutError)
     async def too_late(request: Request, error: TimeoutError) -> Response:
         # Asked again it would take as long, and OpenAI's client asks again by itself.
@@ -105,6 +116,7 @@ def explain_errors(app: FastAPI) -> None:
     @app.exception_handler(KhaoszError)
     async def out_of_range(request: Request, error: KhaoszError) -> Response:
         if not isinstance(error, GenerationError | DataError | TokenizerError):
+            _log.error("%s", error)  # it may name paths, so not to the client
             return refused(500, error_body("the request failed", "server_error"))
         # `SamplingParams` begins with the name of what is out of range.
         word, _, rest = str(error).partition(" ")

@@ -26,6 +26,8 @@ def serve(
     models: Sequence[str],
     *,
     loras: Sequence[str] = (),
+    embedders: Sequence[str] = (),
+    rerankers: Sequence[str] = (),
     address: Address,
     device: str,
     limits: Limits,
@@ -33,8 +35,9 @@ def serve(
     announce: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `models` are paths, or
-    NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR. `timeout`: seconds for a
-    request. `announce` is told the address once the first model is there.
+    NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
+    `rerankers` as `Offered` takes them. `timeout`: seconds for a request. `announce` is told the
+    address once the first model is there.
 
     Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
     loopback, and where fastapi or uvicorn is missing; `ModelError`.
@@ -54,6 +57,7 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app
+        from khaosz.serve.offered import Offered
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
@@ -62,9 +66,13 @@ def serve(
 
     with listen(host, port) as bound:
         served = Models(named_models(models, loras), limits, device=device)
+        offered = Offered(embedders, rerankers)
+        if both := {*served.names} & {*offered.embedders, *offered.rerankers}:
+            raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
+        app = build_app(served, offered=offered, timeout=timeout)
         hosts = (*LOOPBACK, host) if local else None
-        guarded = Guard(build_app(served, timeout=timeout), key=api_key, hosts=hosts)
+        guarded = Guard(app, key=api_key, hosts=hosts)
         config = uvicorn.Config(
             guarded,
             http="h11",

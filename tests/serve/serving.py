@@ -27,6 +27,7 @@ from khaosz.model import Transformer
 from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.models import Limits, Models
+from khaosz.serve.offered import Offered
 from khaosz.serve.run import listen, named_models
 
 CONTEXT = 2048
@@ -182,6 +183,7 @@ def served(
     limits: Limits | None = None,
     timeout: float = 60.0,
     step_tokens: int | None = None,
+    offered: Offered | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
     """`models` and `loras` as the command takes them."""
@@ -190,7 +192,8 @@ def served(
     if step_tokens is not None:
         service = Service(0, all_models)
         service.engine.step_tokens = step_tokens
-    app = Guard(build_app(all_models, timeout=timeout, routers=routers), key=key, hosts=LOOPBACK)
+    inner = build_app(all_models, offered=offered, timeout=timeout, routers=routers)
+    app = Guard(inner, key=key, hosts=LOOPBACK)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as bound:

