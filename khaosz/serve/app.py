@@ -14,6 +14,7 @@ from khaosz.serve.chat import chat_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
 from khaosz.serve.offered import Offered
+from khaosz.serve.page import page_routes
 from khaosz.serve.refusals import Refused, errors, explain_errors
 from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
 from khaosz.serve.tokens import token_routes
@@ -49,6 +50,7 @@ def build_app(
     app.include_router(chat_routes(models, meters, timeout))
     app.include_router(token_routes(models))
     app.include_router(vector_routes(offered))
+    app.include_router(page_routes())
     for router in routers:
         app.include_router(router)
 

@@ -1,0 +1,295 @@
+/** The conversation that is open, and what happens in it. */
+
+import { batch, computed, signal } from "@preact/signals";
+import {
+  ApiError,
+  countTokens,
+  getJson,
+  streamChat,
+  Unreachable,
+  type KnowledgeBase,
+  type ModelCard,
+  type Usage,
+} from "../api";
+import { t } from "../i18n";
+import { keeper, type Listed } from "../keep";
+import { go, rename } from "../router";
+import {
+  changed,
+  leafBelow,
+  newConversation,
+  newNode,
+  path,
+  titleOf,
+  withNode,
+  without,
+  type Conversation,
+  type Node,
+} from "../tree";
+
+export const models = signal<ModelCard[]>([]);
+export const chosenModel = signal<string | null>(localStorage.getItem("khaosz.model"));
+export const bases = signal<KnowledgeBase[]>([]);
+export const conversations = signal<Listed[]>([]);
+export const search = signal("");
+export const current = signal<Conversation>(newConversation());
+export const problem = signal<string | null>(null);
+
+/** The answer that is under way: it belongs to one conversation, which need not be the open one. */
+export interface Running {
+  conversation: string;
+  node: string;
+  abort: AbortController;
+  began: number;
+  first: number | null;
+}
+export const running = signal<Running | null>(null);
+export const said = signal(""); // for those who listen: "answering", "answer complete"
+export const usage = signal<Record<string, { usage: Usage; seconds: number }>>({});
+
+export const shown = computed(() => path(current.value));
+export const model = computed(() => {
+  const chats = models.value.filter((each) => each.kind === "chat");
+  return chats.find((each) => each.id === chosenModel.value) ?? chats[0] ?? null;
+});
+export const answering = computed(() => running.value?.conversation === current.value.id);
+
+export function choose(id: string): void {
+  localStorage.setItem("khaosz.model", id);
+  chosenModel.value = id;
+}
+
+export function explain(error: unknown): string {
+  if (error instanceof Unreachable) return t("unreachable");
+  if (error instanceof ApiError) {
+    if (error.status === 503) return t("busy", { n: error.retryAfter ?? 1 });
+    if (error.code === "context_length_exceeded") return t("contextFull");
+    return error.message;
+  }
+  return t("failed", { what: error instanceof Error ? error.message : String(error) });
+}
+
+export async function refreshModels(): Promise<void> {
+  models.value = (await getJson<{ data: ModelCard[] }>("/v1/models")).data;
+}
+
+export async function refreshBases(): Promise<void> {
+  bases.value = (await getJson<{ data: KnowledgeBase[] }>("/v1/knowledge_bases")).data;
+}
+
+export async function refreshList(): Promise<void> {
+  const wanted = search.value;
+  const found = await keeper().list(wanted);
+  if (wanted === search.value) conversations.value = found; // or a later search is on its way
+}
+
+export async function open(id: string | null): Promise<void> {
+  problem.value = null;
+  if (id === null) {
+    if (current.value.nodes.length) current.value = newConversation();
+    return;
+  }
+  if (id === current.value.id) return;
+  try {
+    current.value = await keeper().get(id);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) problem.value = explain(error);
+    go("chat");
+  }
+}
+
+export function startAnew(): void {
+  current.value = { ...newConversation(), knowledge_base: current.value.knowledge_base };
+  problem.value = null;
+  go("chat");
+}
+
+/** Change the conversation, and keep it where there is something to keep. */
+export function update(change: Partial<Conversation>): void {
+  current.value = { ...current.value, ...change };
+  if (current.value.nodes.length) void keep(current.value.id);
+}
+
+let last: Promise<void> = Promise.resolve();
+
+/** One after the other, each with the newest state. */
+function keep(id: string, state?: Conversation): Promise<void> {
+  last = last.then(async () => {
+    const conversation = state ?? current.value;
+    if (conversation.id !== id) return;
+    try {
+      const kept = await keeper().put(conversation);
+      if (kept.revision !== undefined && current.value.id === id) {
+        current.value = { ...current.value, revision: kept.revision };
+      }
+      await refreshList();
+    } catch (error) {
+      if (error instanceof ApiError && error.status === 409) {
+        current.value = await keeper().get(id);
+        problem.value = t("conflict");
+      } else {
+        problem.value = explain(error);
+      }
+    }
+  });
+  return last;
+}
+
+export async function send(text: string): Promise<void> {
+  const before = current.value;
+  const question = newNode(before.selected, "user", text);
+  const title = before.title || titleOf(text);
+  current.value = withNode({ ...before, title }, question);
+  await answer(question.id);
+}
+
+/** The same question in other words, beside the former one. */
+export async function edit(node: Node, text: string): Promise<void> {
+  current.value = withNode(current.value, newNode(node.parent, "user", text));
+  await answer(current.value.selected!);
+}
+
+export async function regenerate(node: Node): Promise<void> {
+  if (node.parent !== null) await answer(node.parent);
+}
+
+export function select(node: Node): void {
+  update({ selected: leafBelow(current.value, node.id) });
+}
+
+export function stop(): void {
+  running.value?.abort.abort();
+}
+
+async function answer(question: string): Promise<void> {
+  const chosen = model.value;
+  if (chosen === null || running.value !== null) return;
+  const node = newNode(question, "assistant", "", chosen.id);
+  const asked = path({ ...current.value, selected: question });
+  const abort = new AbortController();
+  const id = current.value.id;
+  batch(() => {
+    problem.value = null;
+    current.value = withNode(current.value, node);
+    running.value = { conversation: id, node: node.id, abort, began: performance.now(), first: null };
+    said.value = t("answering");
+  });
+  rename("chat", id);
+  // The question first: it is there whatever becomes of the answer.
+  await keep(id);
+  // The user may look at another conversation meanwhile: this one goes on by itself.
+  let own: Conversation = current.value.id === id ? current.value : await keeper().get(id);
+  const shows = () => current.value.id === id;
+  let frame = 0;
+  let content = "";
+  let reasoning = "";
+  let rest: Partial<Node> = {};
+  const draw = () => {
+    frame = 0;
+    const change = { content, reasoning: reasoning || null, ...rest };
+    own = changed(shows() ? current.value : own, node.id, change);
+    if (shows()) current.value = own;
+  };
+  try {
+    for await (const chunk of streamChat(requestOf(own, asked, chosen.id), abort.signal)) {
+      if (chunk.retrieval) rest = { ...rest, retrieval: chunk.retrieval };
+      if (chunk.usage) {
+        const { first, began } = running.value!;
+        const seconds = (performance.now() - (first ?? began)) / 1000;
+        usage.value = { ...usage.value, [node.id]: { usage: chunk.usage, seconds } };
+      }
+      for (const { delta, finish_reason } of chunk.choices) {
+        if (delta.content || delta.reasoning_content) running.value!.first ??= performance.now();
+        content += delta.content ?? "";
+        reasoning += delta.reasoning_content ?? "";
+        if (delta.citations) rest = { ...rest, citations: delta.citations };
+        if (finish_reason) rest = { ...rest, finish_reason };
+      }
+      frame ||= requestAnimationFrame(draw);
+    }
+  } catch (error) {
+    if (abort.signal.aborted) rest = { ...rest, finish_reason: "stopped" };
+    else {
+      rest = { ...rest, finish_reason: content ? "error" : null };
+      if (shows()) problem.value = explain(error);
+    }
+  }
+  cancelAnimationFrame(frame);
+  draw();
+  if (!content && !reasoning) {
+    own = without(own, node.id); // nothing came: the question stays, to be asked again
+    own = { ...own, selected: question };
+    if (shows()) current.value = own;
+  }
+  batch(() => {
+    running.value = null;
+    said.value = t("answered");
+  });
+  await keep(id, shows() ? undefined : own);
+}
+
+function requestOf(conversation: Conversation, asked: Node[], id: string): unknown {
+  const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
+  return {
+    model: id,
+    messages: [...system, ...asked.map(({ role, content }) => ({ role, content }))],
+    stream: true,
+    stream_options: { include_usage: true },
+    ...conversation.settings,
+    ...(conversation.knowledge_base ? { knowledge_base: conversation.knowledge_base } : {}),
+  };
+}
+
+/** Tokens of what is shown; asked for once an answer is complete. */
+export const filled = signal<number | null>(null);
+
+export async function measure(): Promise<void> {
+  const chosen = model.value;
+  const messages = shown.value
+    .filter((node) => node.content)
+    .map(({ role, content }) => ({ role, content: content as string }));
+  const system = current.value.system;
+  if (system) messages.unshift({ role: "system" as "user", content: system });
+  if (chosen === null || !messages.length) {
+    filled.value = null;
+    return;
+  }
+  try {
+    filled.value = await countTokens(chosen.id, messages);
+  } catch {
+    filled.value = null; // a meter, no more
+  }
+}
+
+export async function remove(id: string): Promise<void> {
+  await keeper().remove(id);
+  if (current.value.id === id) startAnew();
+  await refreshList();
+}
+
+export async function retitle(id: string, title: string): Promise<void> {
+  if (id === current.value.id) {
+    update({ title });
+    return;
+  }
+  await keeper().put({ ...(await keeper().get(id)), title });
+  await refreshList();
+}
+
+export async function exportAll(): Promise<Conversation[]> {
+  const all = await keeper().list("");
+  return Promise.all(all.map(({ id }) => keeper().get(id)));
+}
+
+/** Conversations of a file that `exportAll` wrote; how many there were. */
+export async function importAll(text: string): Promise<number> {
+  const given: unknown = JSON.parse(text);
+  const found = (given as { conversations?: Conversation[] }).conversations;
+  if (!Array.isArray(found)) throw new SyntaxError("no conversations");
+  for (const each of found) {
+    const { revision: _, ...conversation } = each;
+    await keeper().put({ ...conversation, id: crypto.randomUUID() });
+  }
+  await refreshList();
+  return found.length;
+}

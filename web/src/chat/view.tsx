@@ -1,0 +1,84 @@
+import { useSignal } from "@preact/signals";
+import { useEffect, useRef } from "preact/hooks";
+import { Icon } from "../components/icons";
+import { list, t } from "../i18n";
+import { Composer } from "./composer";
+import { Message } from "./message";
+import { answering, current, measure, model, problem, regenerate, running, send, shown } from "./state";
+import { Tuning } from "./tuning";
+
+const NEAR = 80; // pixels from the end within which what is new is followed
+
+export function ChatView() {
+  const tuning = useSignal(false);
+  const away = useSignal(false);
+  const scroller = useRef<HTMLDivElement>(null);
+  const toEnd = () => {
+    const { current: element } = scroller;
+    if (element) element.scrollTop = element.scrollHeight;
+  };
+  const onScroll = () => {
+    const { current: element } = scroller;
+    if (element === null) return;
+    away.value = element.scrollHeight - element.scrollTop - element.clientHeight > NEAR;
+  };
+  useEffect(() => {
+    away.value = false;
+    toEnd();
+  }, [current.value.id, shown.value.length]);
+  useEffect(() => {
+    if (!away.value) toEnd();
+  });
+  useEffect(() => {
+    if (running.value === null) void measure();
+  }, [current.value.id, running.value, model.value?.id, shown.value.length]);
+  const last = shown.value.at(-1);
+  return (
+    <div class="chat">
+      <div class="scroll" ref={scroller} onScroll={onScroll}>
+        <div class="column" aria-busy={answering.value}>
+          {shown.value.length === 0 ? (
+            <Empty />
+          ) : (
+            shown.value.map((node) => <Message key={node.id} node={node} />)
+          )}
+          {problem.value && (
+            <div class="problem" role="alert">
+              <span>{problem.value}</span>
+              {last?.role === "user" && running.value === null && (
+                <button type="button" onClick={() => void regenerate({ ...last, parent: last.id })}>
+                  {t("retry")}
+                </button>
+              )}
+            </div>
+          )}
+        </div>
+      </div>
+      <div class="foot">
+        {away.value && (
+          <button type="button" class="to-end round" aria-label={t("toEnd")} onClick={toEnd}>
+            <Icon name="down" />
+          </button>
+        )}
+        <Composer onTune={() => (tuning.value = true)} />
+      </div>
+      {tuning.value && <Tuning onClose={() => (tuning.value = false)} />}
+    </div>
+  );
+}
+
+function Empty() {
+  return (
+    <div class="empty">
+      <h1>{t("emptyTitle")}</h1>
+      <p>{t("emptyText")}</p>
+      <div class="examples">
+        {list("examples").map((text) => (
+          <button key={text} type="button" onClick={() => void send(text)}>
+            {text}
+          </button>
+        ))}
+      </div>
+    </div>
+  );
+}

@@ -1,0 +1,130 @@
+/** A conversation is a tree: to edit a message or to answer again adds a sibling. */
+
+import type { Citation, Retrieval } from "./api";
+
+export interface Node {
+  id: string;
+  parent: string | null;
+  role: "user" | "assistant";
+  content: string;
+  reasoning: string | null;
+  citations: Citation[] | null;
+  retrieval: Retrieval | null;
+  model: string | null;
+  finish_reason: string | null;
+  created: number;
+}
+
+export interface Settings {
+  temperature?: number;
+  top_p?: number;
+  max_tokens?: number;
+  seed?: number;
+  presence_penalty?: number;
+  frequency_penalty?: number;
+  stop?: string[];
+}
+
+export interface Conversation {
+  id: string;
+  title: string;
+  system: string | null;
+  settings: Settings;
+  knowledge_base: string | null;
+  nodes: Node[];
+  selected: string | null;
+  revision?: number;
+}
+
+export function newConversation(): Conversation {
+  return {
+    id: crypto.randomUUID(),
+    title: "",
+    system: null,
+    settings: {},
+    knowledge_base: null,
+    nodes: [],
+    selected: null,
+  };
+}
+
+export function newNode(
+  parent: string | null,
+  role: Node["role"],
+  content: string,
+  model: string | null = null,
+): Node {
+  return {
+    id: crypto.randomUUID(),
+    parent,
+    role,
+    content,
+    reasoning: null,
+    citations: null,
+    retrieval: null,
+    model,
+    finish_reason: null,
+    created: Math.floor(Date.now() / 1000),
+  };
+}
+
+/** Messages from the first to the one that is selected. */
+export function path(conversation: Conversation): Node[] {
+  const byId = new Map(conversation.nodes.map((node) => [node.id, node]));
+  const found: Node[] = [];
+  let at = conversation.selected;
+  while (at !== null) {
+    const node = byId.get(at);
+    if (node === undefined || found.includes(node)) break;
+    found.unshift(node);
+    at = node.parent;
+  }
+  return found;
+}
+
+export function siblings(conversation: Conversation, node: Node): Node[] {
+  return conversation.nodes.filter((each) => each.parent === node.parent);
+}
+
+/** The newest leaf below a message, itself where nothing is below it. */
+export function leafBelow(conversation: Conversation, id: string): string {
+  for (;;) {
+    const below = conversation.nodes.findLast((node) => node.parent === id);
+    if (below === undefined) return id;
+    id = below.id;
+  }
+}
+
+export function withNode(conversation: Conversation, node: Node): Conversation {
+  return { ...conversation, nodes: [...conversation.nodes, node], selected: node.id };
+}
+
+export function changed(
+  conversation: Conversation,
+  id: string,
+  change: Partial<Node>,
+): Conversation {
+  const nodes = conversation.nodes.map((node) => (node.id === id ? { ...node, ...change } : node));
+  return { ...conversation, nodes };
+}
+
+/** Without a message and what is below it; the selection moves to what is left. */
+export function without(conversation: Conversation, id: string): Conversation {
+  const gone = new Set([id]);
+  // Children come after their parents.
+  for (const node of conversation.nodes) {
+    if (node.parent !== null && gone.has(node.parent)) gone.add(node.id);
+  }
+  const parent = conversation.nodes.find((node) => node.id === id)?.parent ?? null;
+  const nodes = conversation.nodes.filter((node) => !gone.has(node.id));
+  const left = { ...conversation, nodes };
+  if (conversation.selected === null || !gone.has(conversation.selected)) return left;
+  const beside = nodes.findLast((node) => node.parent === parent);
+  return { ...left, selected: beside ? leafBelow(left, beside.id) : parent };
+}
+
+export function titleOf(text: string): string {
+  const line = text.trim().split("\n")[0] ?? "";
+  const letters = [...line];
+  return letters.length > 40 ? `${letters.slice(0, 40).join("")}…` : line;
+}
