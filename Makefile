@@ -11,7 +11,7 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo test test-all check bench docs page clean
 
 demo: .venv/ready
 	$(BIN)/python -m khaosz demo $(ARGS)
@@ -29,6 +29,10 @@ check: .venv/ready-dev
 
 bench: .venv/ready-dev
 	$(BIN)/python -m bench $(ARGS)
+
+# The page of the service: web/ into khaosz/serve/page. Needs npm; nothing else here does.
+page:
+	cd web && npm ci --no-fund --no-audit && npm run build
 
 docs: .venv/ready-dev
 	$(BIN)/python -m docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -59,10 +60,10 @@ def page_files(root: Traversable | None = None) -> dict[str, PageFile]:
         return {}
     # The name of an asset holds a hash of its content, so it never changes.
     assets = {f"/assets/{each.name}": each for each in (root / "assets").iterdir()}
-    found = {
-        path: _file(each, "public, max-age=31536000, immutable") for path, each in assets.items()
-    }
-    return {"/": _file(index, "no-cache"), **found}
+    found = {"/": _file(index, "no-cache")}
+    for path, each in assets.items():
+        found[path] = _file(each, "public, max-age=31536000, immutable")
+    return found
 
 
 def _file(source: Traversable, cache: str) -> PageFile:
@@ -81,7 +82,7 @@ def page_routes() -> APIRouter:
     return router
 
 
-def _answering(file: PageFile):  # type: ignore[no-untyped-def]
+def _answering(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         if request.headers.get("if-none-match") == file.etag:
             return Response(status_code=304, headers=file.headers)

@@ -35,6 +35,9 @@ export function History(props: { onGo: () => void }) {
           onInput={(event) => (search.value = event.currentTarget.value)}
         />
       </label>
+      {!conversations.value.length && (
+        <p class="note">{t(search.value ? "nothingFound" : "noChats")}</p>
+      )}
       <ul>
         {conversations.value.map((each) => (
           <li key={each.id} class={each.id === current.value.id ? "open" : ""}>
@@ -67,9 +70,6 @@ export function History(props: { onGo: () => void }) {
           </li>
         ))}
       </ul>
-      {!conversations.value.length && (
-        <p class="note">{t(search.value ? "nothingFound" : "noChats")}</p>
-      )}
       {asked.value && <Ask {...asked.value} onClose={() => (asked.value = null)} />}
     </section>
   );
