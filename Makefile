@@ -17,7 +17,7 @@ demo: .venv/ready
 	$(BIN)/python -m khaosz demo $(ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow and not network and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not network and not gpu and not browser" $(ARGS)
 
 test-all: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

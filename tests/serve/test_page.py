@@ -1,0 +1,79 @@
+"""The page's files, as they are served."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+from serving import Service, served
+
+from khaosz.serve.page import page_files
+
+FIRST_LOAD = 300 * 1024  # bytes, compressed
+
+
+def get(service: Service, path: str, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
+    try:
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        given = {name.lower(): value for name, value in answer.getheaders()}
+        return answer.status, given, answer.read()
+    finally:
+        connection.close()
+
+
+def first_load() -> list[str]:
+    """The index and what it names."""
+    index = page_files()["/"].content.decode()
+    return ["/", *(f"/{path}" for path in re.findall(r'(?:src|href)="\./([^"]+)"', index))]
+
+
+def test_what_is_loaded_first_is_small() -> None:
+    files = page_files()
+    assert any(path.endswith(".js") for path in first_load())
+    assert sum(len(files[path].packed) for path in first_load()) <= FIRST_LOAD
+
+
+def test_files_come_as_they_are_or_packed(service: Service) -> None:
+    for path, file in page_files().items():
+        status, headers, content = get(service, path)
+        assert (status, content) == (200, file.content), path
+        status, packed, content = get(service, path, **{"Accept-Encoding": "br, gzip"})
+        assert packed["content-encoding"] == "gzip" and gzip.decompress(content) == file.content
+        for each in (headers, packed):
+            policy = each["content-security-policy"]
+            assert "default-src 'none'" in policy and "unsafe" not in policy
+            assert each["x-content-type-options"] == "nosniff"
+            assert ("immutable" in each["cache-control"]) == (path != "/")
+        status, again, content = get(service, path, **{"If-None-Match": headers["etag"]})
+        assert (status, content) == (304, b"") and "content-security-policy" in again
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/assets/../page.py", "/assets/%2e%2e/page.py", "/assets/", "/page.py", "/assets/..%5cpage.py",
+     "//assets/x.js", "/assets//etc/passwd", "/index.html"],
+)  # fmt: skip
+def test_nothing_else_is_a_file(service: Service, path: str) -> None:
+    assert get(service, path)[0] == 404
+
+
+def test_the_page_needs_no_key_and_all_else_does(tiny: Path) -> None:
+    with served(tiny, key="sesame") as service:
+        assert all(get(service, path)[0] == 200 for path in first_load())
+        for path in ("/v1/models", "/openapi.json", "/metrics", "/assets/../v1/models", "//"):
+            assert get(service, path)[0] in (401, 404), path
+        assert get(service, "/v1/models")[0] == 401
+
+
+def test_no_file_names_another_host() -> None:
+    """What is fetched by itself would be seen by the browser tests; this needs no browser. Names
+    of formats and of licences are addresses too, and are left."""
+    names = {"www.w3.org", "github.com", "react.dev", "preactjs.com", "n"}
+    for path, file in page_files().items():
+        hosts = re.findall(rb"https?://([\w.-]+)", file.content)
+        assert {host.decode() for host in hosts} <= names, path

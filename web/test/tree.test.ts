@@ -1,0 +1,63 @@
+import { expect, test } from "vitest";
+import {
+  changed,
+  leafBelow,
+  newConversation,
+  newNode,
+  path,
+  siblings,
+  titleOf,
+  withNode,
+  without,
+  type Conversation,
+} from "../src/tree";
+
+/** question -> two answers, the second with a question and an answer below it */
+function grown(): { conversation: Conversation; ids: string[] } {
+  const question = newNode(null, "user", "q1");
+  const first = newNode(question.id, "assistant", "a1");
+  const second = newNode(question.id, "assistant", "a2");
+  const next = newNode(second.id, "user", "q2");
+  const last = newNode(next.id, "assistant", "a3");
+  const nodes = [question, first, second, next, last];
+  const conversation = nodes.reduce(withNode, newConversation());
+  return { conversation, ids: nodes.map((node) => node.id) };
+}
+
+const said = (conversation: Conversation) => path(conversation).map((node) => node.content);
+
+test("the path leads from the first message to the one selected", () => {
+  const { conversation, ids } = grown();
+  expect(said(conversation)).toEqual(["q1", "a2", "q2", "a3"]);
+  expect(said({ ...conversation, selected: ids[1]! })).toEqual(["q1", "a1"]);
+  expect(said({ ...conversation, selected: null })).toEqual([]);
+});
+
+test("a selection that is broken ends the path and hangs nothing", () => {
+  const { conversation, ids } = grown();
+  expect(said({ ...conversation, selected: "gone" })).toEqual([]);
+  const circle = changed(conversation, ids[0]!, { parent: ids[4]! });
+  expect(said(circle)).toHaveLength(4);
+});
+
+test("versions are siblings, and choosing one shows its newest end", () => {
+  const { conversation, ids } = grown();
+  const [, first, second] = conversation.nodes;
+  expect(siblings(conversation, first!)).toEqual([first, second]);
+  expect(leafBelow(conversation, ids[2]!)).toBe(ids[4]);
+  expect(leafBelow(conversation, ids[1]!)).toBe(ids[1]);
+});
+
+test("what is taken away takes what is below it along", () => {
+  const { conversation, ids } = grown();
+  const left = without(conversation, ids[2]!);
+  expect(left.nodes.map((node) => node.content)).toEqual(["q1", "a1"]);
+  expect(said(left)).toEqual(["q1", "a1"]);
+  expect(said(without(left, ids[1]!))).toEqual(["q1"]);
+  expect(without(conversation, ids[1]!).selected).toBe(ids[4]);
+});
+
+test("a title is a line of at most forty letters, whole ones", () => {
+  expect(titleOf("  one\ntwo")).toBe("one");
+  expect([...titleOf("🌊".repeat(60))]).toHaveLength(41);
+});
