@@ -7,6 +7,7 @@ import { open, said, startAnew, stop } from "./chat/state";
 import { ChatView } from "./chat/view";
 import { Dialog } from "./components/dialog";
 import { Icon } from "./components/icons";
+import { DocumentsView } from "./documents/view";
 import { t } from "./i18n";
 import { href, route } from "./router";
 import { Keys, SettingsView } from "./settings";
@@ -20,6 +21,7 @@ interface View {
 /** What there is to see; a part that the server lacks is not shown. */
 export const views: View[] = [
   { name: "chat", shown: () => true, view: ChatView },
+  { name: "documents", shown: () => offers.value.bases, view: DocumentsView },
   { name: "settings", shown: () => true, view: SettingsView },
 ];
 

@@ -3,6 +3,7 @@ import "./styles/shell.css";
 import "./styles/chat.css";
 import "./styles/markdown.css";
 import "./styles/panels.css";
+import "./styles/documents.css";
 import { render } from "preact";
 import { lookAround, offers } from "./api";
 import { App } from "./app";
