@@ -165,12 +165,25 @@ class KnowledgeBase:
         self, text: str, *, name: str, collection: str = DEFAULT_COLLECTION, **metadata: str
     ) -> AddReport:
         """A text without a file, in the place of the former one of that name."""
-        report = AddReport()
         raw = text.encode("utf-8", errors="replace")
         source = Source(Path(name), name, len(raw), 0, hashlib.sha256(raw).hexdigest())
         document = Document(name, text, name, (), dict(metadata))
-        self._write(collection, [(source, [document])], report)
-        self._embed_missing()
+        return self.put(source, [document], collection=collection)
+
+    def put(
+        self,
+        source: Source,
+        documents: Sequence[Document],
+        *,
+        collection: str = DEFAULT_COLLECTION,
+        on_chunk: Callable[[int, int], None] | None = None,
+    ) -> AddReport:
+        """What was read of a file (`load_file`), in the place of what was there of that path. The
+        bytes that are there already are not split again. `on_chunk`: how many of the base's chunks
+        without a vector have one now, and of how many."""
+        report = AddReport()
+        self._write(collection, [(source, list(documents))], report)
+        self._embed_missing(on_chunk)
         return report
 
     def _write(
@@ -222,6 +235,8 @@ class KnowledgeBase:
         if embedder is None or self.store.vector_count >= self.store.chunk_count:
             return
         missing = [chunk.id for chunk in self.store.unembedded()]
+        if on_chunk is not None:
+            on_chunk(0, len(missing))
         for first in range(0, len(missing), _EMBEDDED):
             chunks = self.store.chunks(missing[first : first + _EMBEDDED])
             texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]

@@ -64,6 +64,8 @@ class ExactIndex:
     def nearest(
         self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None
     ) -> list[tuple[int, float]]:
+        if not len(self._numbers):  # nor has the matrix a width
+            return []
         numbers, cosines = self._numbers, self._matrix @ query
         if allowed is not None:
             keep = np.isin(numbers, allowed, assume_unique=True)

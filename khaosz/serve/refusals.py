@@ -26,7 +26,8 @@ RETRY_AFTER = 1  # seconds, when the queue is full
 _MEANINGS = {
     400: "What was asked is wrong; `param` names the field.",
     404: "There is no such thing here.",
-    409: "It is there already, or has changed meanwhile.",
+    408: "The body stopped coming.",
+    409: "It is there already, has changed meanwhile, or cannot be used as it is.",
     413: "The body is too large.",
     415: "A file of a kind that can't be read.",
     500: "The request failed; the server's log has more.",

@@ -15,15 +15,25 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 from khaosz.errors import DataError
 from khaosz.rag.load.document import FOR_DOCLING, Document, Found, Limits, Problem, Source
 from khaosz.rag.load.plain import load_plain
 from khaosz.rag.load.pool import Loaded, WorkerPool
-from khaosz.rag.load.walk import OnProblem, walk
+from khaosz.rag.load.walk import OnProblem, kind_of, walk
 
-__all__ = ["Document", "Limits", "Problem", "Source", "count_files", "load_paths"]
+__all__ = [
+    "Document",
+    "Limits",
+    "Problem",
+    "Source",
+    "WorkerPool",
+    "count_files",
+    "load_file",
+    "load_paths",
+]
 
 _FORMATTED = ("html", "pdf", "docx", "pptx", "xlsx")
 _LOOK_AHEAD = 64
@@ -52,6 +62,20 @@ def load_paths(
     limits = limits or (FOR_DOCLING if docling else Limits())
     files = walk(paths, on_problem, docling=docling)
     return _load(files, on_problem, unchanged, limits, docling)
+
+
+def load_file(path: Path, name: str, *, pool: WorkerPool, on_problem: OnProblem) -> Loaded:
+    """One file as if `name` were its path: that says of what kind it is, and what cites it shows
+    it. `pool` reads what is not read in this process, and has the limits.
+
+    Raises `DataError` for what cannot be read.
+    """
+    file = Found(path, name, kind_of(name) or "text")
+    if file.kind in _FORMATTED:
+        source, documents = pool.submit(file).result()
+    else:
+        source, documents = load_plain(file, pool.limits, on_problem)
+    return replace(source, path=Path(name)), documents
 
 
 def count_files(paths: Sequence[Path], *, docling: bool = False) -> int:

@@ -38,7 +38,7 @@ class WorkerPool:
     """At most `limits.workers` processes; the first one starts with the first file."""
 
     def __init__(self, limits: Limits, *, docling: bool = False) -> None:
-        self._limits, self._docling = limits, docling
+        self.limits, self._docling = limits, docling
         self._threads = ThreadPoolExecutor(limits.workers, thread_name_prefix="khaosz-load")
         self._lock = threading.Lock()
         self._workers: set[_Worker] = set()
@@ -54,6 +54,10 @@ class WorkerPool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """From any thread; what is being read fails."""
         with self._lock:
             self._closed = True
             for worker in self._workers:
@@ -76,7 +80,7 @@ class WorkerPool:
         worker = self._take()
         request = {"path": str(file.path), "name": file.name, "kind": file.kind}
         try:
-            reply = worker.ask(request, self._limits.seconds)
+            reply = worker.ask(request, self.limits.seconds)
         except DataError:
             self._drop(worker)
             raise
@@ -97,17 +101,17 @@ class WorkerPool:
                 raise DataError("was not read: loading has ended")
             if self._idle:
                 return self._idle.pop()
-            worker = _Worker(self._limits)
+            worker = _Worker(self.limits)
             self._workers.add(worker)
         try:
             # Docling takes its time to be imported.
-            seconds = _START_SECONDS + (self._limits.seconds if self._docling else 0.0)
-            worker.ask({"limits": asdict(self._limits), "docling": self._docling}, seconds)
+            seconds = _START_SECONDS + (self.limits.seconds if self._docling else 0.0)
+            worker.ask({"limits": asdict(self.limits), "docling": self._docling}, seconds)
         except DataError as error:
             self._drop(worker)
             raise DataError(
                 "the process that reads such files did not start",
-                hint=f"more than {self._limits.memory_bytes >> 20} MB of memory may be needed",
+                hint=f"more than {self.limits.memory_bytes >> 20} MB of memory may be needed",
             ) from error
         return worker
 

@@ -29,12 +29,13 @@ _SUFFIXES: dict[Kind, str] = {
     ),
 }
 _KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
+SUFFIXES = tuple(_KIND_OF)  # that say what a file is
 _BY_DOCLING: dict[str, Kind] = {".pptx": "pptx", ".xlsx": "xlsx"}
 _NAMES: dict[str, Kind] = {
     **dict.fromkeys(("readme", "license", "copying", "authors", "changelog", "notice"), "text"),
     **dict.fromkeys(("makefile", "dockerfile", "rakefile", "gemfile", "jenkinsfile"), "code"),
 }
-_INSTEAD = {
+INSTEAD = {
     **dict.fromkeys((".doc", ".wps", ".rtf", ".odt", ".pages"), "save it as .docx or .pdf"),
     ".pptx": "save it as .pdf, or --docling",
     ".xlsx": "save it as .csv, or --docling",
@@ -84,8 +85,8 @@ def _walk(
             kind = kind_of(path.name, docling=docling)
             found = iter([Found(Path(real), path.name, kind or "text")])
             suffix = path.suffix.lower()
-            if suffix in _INSTEAD and not kind:
-                on_problem(Problem(path, f"{suffix} files cannot be read", _INSTEAD[suffix]))
+            if suffix in INSTEAD and not kind:
+                on_problem(Problem(path, f"{suffix} files cannot be read", INSTEAD[suffix]))
                 continue
             if not stat.S_ISREG(status.st_mode):
                 on_problem(Problem(path, "is neither a file nor a folder"))
@@ -161,8 +162,8 @@ def _of_folder(
     on_problem: OnProblem,
 ) -> Iterator[Found]:
     suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in _INSTEAD and not kind:
-        on_problem(Problem(Path(entry.path), f"{suffix} files cannot be read", _INSTEAD[suffix]))
+    if suffix in INSTEAD and not kind:
+        on_problem(Problem(Path(entry.path), f"{suffix} files cannot be read", INSTEAD[suffix]))
     elif kind and stat.S_ISREG(status.st_mode):
         yield Found(Path(real), name, kind)
     elif kind:

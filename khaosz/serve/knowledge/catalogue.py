@@ -1,0 +1,260 @@
+"""Which bases and files there are: the truth that survives a pulled plug.
+
+A file is in here before its upload is answered, and what a base holds is made again from here and
+from the uploads. One process at a time: the second one is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from khaosz.errors import ConfigError
+
+# removed: gone for those who ask, its document may still be in the base.
+Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]
+VERSION = 1
+_SCHEMA = """
+CREATE TABLE bases (
+    key TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, embedder TEXT, created INTEGER NOT NULL,
+    deleting INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, name TEXT NOT NULL,
+    id TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, status TEXT NOT NULL,
+    error TEXT, chunks INTEGER NOT NULL DEFAULT 0, embedded INTEGER NOT NULL DEFAULT 0,
+    created INTEGER NOT NULL, UNIQUE (base, name));
+CREATE INDEX files_by_hash ON files (sha256);
+CREATE INDEX files_by_id ON files (base, id);
+"""
+_FILE = (
+    "SELECT number, base, name, id, sha256, size, status, error, chunks, embedded, created"
+    " FROM files"
+)
+
+
+@dataclass(frozen=True)
+class BaseRow:
+    name: str
+    embedder: str | None  # by the name that it is offered under
+    created: int
+    deleting: bool
+
+
+@dataclass(frozen=True)
+class FileRow:
+    """`id` names these bytes under this name in this base, `number` one upload of them. chunks,
+    embedded: when it is ready."""
+
+    number: int
+    base: str
+    name: str
+    id: str
+    sha256: str
+    size: int
+    status: Status
+    error: str | None
+    chunks: int
+    embedded: int
+    created: int
+
+
+class Catalogue:
+    """Its methods may be called from any thread, and are whole or not at all.
+
+    Raises `ConfigError` where another process has it open, or it cannot be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(
+                path, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            with self._writing():
+                (found,) = self._db.execute("PRAGMA user_version").fetchone()
+                if not found:
+                    for statement in _SCHEMA.strip().split(";\n"):
+                        self._db.execute(statement)
+                    self._db.execute(f"PRAGMA user_version = {VERSION}")
+        except sqlite3.DatabaseError as error:
+            if "locked" in str(error):
+                raise ConfigError(
+                    f"{path.parent} is in use by another khaosz serve", hint="--data names another"
+                ) from None
+            raise ConfigError(f"{path} cannot be used: {error}") from error
+        if found not in (0, VERSION):
+            raise ConfigError(f"{path} has version {found} of the layout, this program {VERSION}")
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    # --------------------------------------------------------------------------------------- bases
+
+    def bases(self) -> list[BaseRow]:
+        """By name; those that are being deleted too."""
+        with self._lock:
+            rows = self._db.execute(
+                "SELECT name, embedder, created, deleting FROM bases ORDER BY name"
+            ).fetchall()
+        return [BaseRow(name, embedder, at, bool(gone)) for name, embedder, at, gone in rows]
+
+    def add_base(self, name: str, embedder: str | None) -> BaseRow | None:
+        """None where there is one of that name already; case makes no other name, since the file
+        systems of some machines know none."""
+        row = BaseRow(name, embedder, int(time.time()), False)
+        try:
+            with self._writing():
+                self._db.execute(
+                    "INSERT INTO bases (key, name, embedder, created) VALUES (?,?,?,?)",
+                    (unicodedata.normalize("NFKC", name).casefold(), name, embedder, row.created),
+                )
+        except sqlite3.IntegrityError:
+            return None
+        return row
+
+    def mark_deleting(self, name: str) -> bool:
+        """From now on it has no files. Whether it was there."""
+        with self._writing():
+            self._db.execute("DELETE FROM files WHERE base = ?", (name,))
+            found = self._db.execute(
+                "UPDATE bases SET deleting = 1 WHERE name = ? AND NOT deleting", (name,)
+            )
+            return found.rowcount > 0
+
+    def drop_base(self, name: str) -> None:
+        with self._writing():
+            self._db.execute("DELETE FROM files WHERE base = ?", (name,))
+            self._db.execute("DELETE FROM bases WHERE name = ?", (name,))
+
+    # --------------------------------------------------------------------------------------- files
+
+    def files(self, base: str, *, removed: bool = False) -> list[FileRow]:
+        """In the order in which they came."""
+        with self._lock:
+            rows = self._db.execute(
+                f"{_FILE} WHERE base = ? AND (? OR status != 'removed') ORDER BY number",
+                (base, removed),
+            ).fetchall()
+        return [FileRow(*row) for row in rows]
+
+    def file(self, base: str, file_id: str) -> FileRow | None:
+        with self._lock:
+            row = self._db.execute(
+                f"{_FILE} WHERE base = ? AND id = ? AND status != 'removed'", (base, file_id)
+            ).fetchone()
+        return None if row is None else FileRow(*row)
+
+    def put(self, base: str, name: str, sha256: str, size: int) -> FileRow | None:
+        """A file that is to be read, in the place of the one of that name. Those bytes under that
+        name that are there already stay as they are, if reading them did not fail. None where
+        there is no such base."""
+        file_id = "file-" + hashlib.sha256(f"{name}\0{sha256}".encode()).hexdigest()[:32]
+        with self._writing():
+            found = self._db.execute(
+                "SELECT 1 FROM bases WHERE name = ? AND NOT deleting", (base,)
+            ).fetchone()
+            if found is None:
+                return None
+            known = self._db.execute(
+                f"{_FILE} WHERE base = ? AND id = ? AND status NOT IN ('failed', 'removed')",
+                (base, file_id),
+            ).fetchone()
+            if known is not None:
+                return FileRow(*known)
+            self._db.execute(
+                "INSERT OR REPLACE INTO files (base, name, id, sha256, size, status, created)"
+                " VALUES (?,?,?,?,?,'queued',?)",
+                (base, name, file_id, sha256, size, int(time.time())),
+            )
+            row = self._db.execute(f"{_FILE} WHERE base = ? AND id = ?", (base, file_id))
+            return FileRow(*row.fetchone())
+
+    def next_job(self, base: str) -> FileRow | None:
+        """What is to be done in a base: removals first, then files as they came."""
+        with self._lock:
+            row = self._db.execute(
+                f"{_FILE} WHERE base = ? AND status IN ('removed', 'queued')"
+                " ORDER BY status = 'queued', number LIMIT 1",
+                (base,),
+            ).fetchone()
+        return None if row is None else FileRow(*row)
+
+    def has(self, row: FileRow) -> bool:
+        """Whether a file that was queued still is: not removed or replaced meanwhile."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT 1 FROM files WHERE number = ? AND status = 'queued'", (row.number,)
+            ).fetchone()
+        return found is not None
+
+    def settle(
+        self, row: FileRow, status: Status, error: str | None, chunks: int = 0, embedded: int = 0
+    ) -> bool:
+        """What became of a file that was queued; False if it was removed or replaced meanwhile."""
+        with self._writing():
+            done = self._db.execute(
+                "UPDATE files SET status = ?, error = ?, chunks = ?, embedded = ?"
+                " WHERE number = ? AND status = 'queued'",
+                (status, error, chunks, embedded, row.number),
+            )
+            return done.rowcount > 0
+
+    def queue_again(self, row: FileRow) -> None:
+        """A file that the base turns out not to hold."""
+        with self._writing():
+            self._db.execute(
+                "UPDATE files SET status = 'queued', error = NULL"
+                " WHERE number = ? AND status = 'ready'",
+                (row.number,),
+            )
+
+    def mark_removed(self, row: FileRow) -> bool:
+        with self._writing():
+            done = self._db.execute(
+                "UPDATE files SET status = 'removed' WHERE number = ? AND status != 'removed'",
+                (row.number,),
+            )
+            return done.rowcount > 0
+
+    def forget(self, row: FileRow) -> None:
+        """A file that was removed, when its document is out of the base."""
+        with self._writing():
+            self._db.execute(
+                "DELETE FROM files WHERE number = ? AND status = 'removed'", (row.number,)
+            )
+
+    def uploads(self) -> set[str]:
+        """The hashes that any file names."""
+        with self._lock:
+            rows = self._db.execute("SELECT DISTINCT sha256 FROM files WHERE status != 'removed'")
+            return {row[0] for row in rows}
+
+    def is_used(self, sha256: str) -> bool:
+        with self._lock:
+            found = self._db.execute(
+                "SELECT 1 FROM files WHERE sha256 = ? AND status != 'removed'", (sha256,)
+            ).fetchone()
+        return found is not None

@@ -1,0 +1,273 @@
+"""The routes of knowledge bases: bases, their files, and what is found in them."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict
+from typing import IO, Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import Response, StreamingResponse
+from pydantic import Field
+from starlette.requests import ClientDisconnect
+
+from khaosz.serve.knowledge.base import Base
+from khaosz.serve.knowledge.catalogue import BaseRow, FileRow
+from khaosz.serve.knowledge.library import LONGEST_NAME, Library, file_name
+from khaosz.serve.knowledge.replies import (
+    BaseList,
+    BaseReply,
+    Deleted,
+    FileList,
+    FileReply,
+    PassageReply,
+    SearchReply,
+)
+from khaosz.serve.knowledge.search import (
+    MAX_AROUND,
+    SearchRequest,
+    hit_bodies,
+    passage,
+    searcher,
+)
+from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
+from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.schema import Asked
+
+_IDLE = 60.0  # seconds that a client may take until the next bytes of a body
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+
+class NewBase(Asked):
+    """embedder: one that the server offers; without it passages are found by their words."""
+
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+    embedder: str | None = None
+
+
+def knowledge_routes(library: Library) -> APIRouter:
+    @asynccontextmanager
+    async def lifespan(app: object) -> AsyncIterator[None]:
+        await asyncio.to_thread(library.start)
+        yield
+        await asyncio.to_thread(library.stop)
+
+    router = APIRouter(prefix="/v1/knowledge_bases", lifespan=lifespan)
+
+    # --------------------------------------------------------------------------------------- bases
+
+    @router.get("", response_model=BaseList, responses=errors())
+    def list_bases() -> dict[str, Any]:
+        return {"object": "list", "data": [base_body(*each) for each in library.bases()]}
+
+    @router.post("", status_code=201, response_model=BaseReply, responses=errors(400, 409, 507))
+    def create_base(asked: NewBase) -> dict[str, Any]:
+        with _told_when_full():
+            return base_body(*library.create(asked.name, asked.embedder))
+
+    @router.get("/{kb}", response_model=BaseReply, responses=errors(404))
+    def one_base(kb: str) -> dict[str, Any]:
+        return base_body(*library.base(kb))
+
+    @router.delete("/{kb}", response_model=Deleted, responses=errors(404, 507))
+    def delete_base(kb: str) -> dict[str, Any]:
+        with _told_when_full():
+            library.delete(kb)
+        return {"id": kb, "object": "knowledge_base", "deleted": True}
+
+    def base_body(row: BaseRow, base: Base) -> dict[str, Any]:
+        return {
+            "id": row.name,
+            "object": "knowledge_base",
+            "created": row.created,
+            "embedder": row.embedder,
+            **asdict(library.counts(base)),
+            "error": base.error,
+        }
+
+    # --------------------------------------------------------------------------------------- files
+
+    @router.get("/{kb}/files", response_model=FileList, responses=errors(404))
+    def list_files(kb: str) -> dict[str, Any]:
+        _, base = library.base(kb)
+        return {"object": "list", "data": [file_body(each) for each in library.files(base)]}
+
+    @router.put(
+        "/{kb}/files/{file}",
+        status_code=202,
+        response_model=FileReply,
+        responses=errors(400, 404, 408, 409, 415, 507),
+        openapi_extra={"requestBody": {"required": True, "content": _BYTES}},
+    )
+    async def upload(kb: str, file: str, request: Request) -> Any:
+        """A file's bytes, under the name in the path, in the place of the one of that name. It is
+        read by and by: its status tells."""
+        body = _parts(request)
+        try:
+            name, base = await asyncio.to_thread(may_come, kb, file, request)
+            received = await library.uploads.receive(body, library.max_upload)
+        except ClientDisconnect:
+            return Response(status_code=499)
+        except TooLarge:
+            await _drain(body, library.max_upload)
+            raise too_large() from None
+        except Refused as refused:
+            # Who waits for 100 Continue has sent nothing and reads the answer at once.
+            if refused.status != 408 and "expect" not in request.headers:
+                await _drain(body, library.max_upload)
+            raise
+        except OSError as error:
+            await _drain(body, library.max_upload)
+            raise _disk(error) from None
+        try:
+            with _told_when_full():
+                return file_body(await asyncio.to_thread(library.add, base, name, received))
+        finally:
+            await asyncio.to_thread(received.discard)
+
+    def may_come(kb: str, file: str, request: Request) -> tuple[str, Base]:
+        _, base = library.base(kb)
+        name = file_name(file)
+        if base.embedder is not None and base.embedder not in library.offered.embedders:
+            message = f"this server does not offer {base.embedder!r}, the embedder of {base.name!r}"
+            raise Refused(409, message)
+        if base.error is not None:
+            base.try_again()
+        if int(request.headers.get("content-length", 0)) > library.max_upload:
+            raise too_large()
+        return name, base
+
+    def too_large() -> Refused:
+        return Refused(413, f"a file has {library.max_upload:,} bytes at most")
+
+    @router.get("/{kb}/files/{file}", response_model=FileReply, responses=errors(404))
+    def one_file(kb: str, file: str) -> dict[str, Any]:
+        return file_body(library.file(kb, file))
+
+    @router.delete("/{kb}/files/{file}", response_model=Deleted, responses=errors(404, 507))
+    def delete_file(kb: str, file: str) -> dict[str, Any]:
+        with _told_when_full():
+            library.remove(kb, file)
+        return {"id": file, "object": "file", "deleted": True}
+
+    @router.get(
+        "/{kb}/files/{file}/content",
+        response_class=Response,
+        responses={200: {"content": _BYTES}, **errors(404)},
+    )
+    def content(kb: str, file: str) -> Response:
+        """The bytes as they came, to be saved, not shown."""
+        row = library.file(kb, file)
+        try:
+            opened = open(library.uploads.path(row.sha256), "rb")  # noqa: SIM115 (when it is sent)
+        except OSError:
+            raise Refused(404, f"there is no file {file!r} in {kb!r}") from None
+        return _Download(opened, row)
+
+    # ---------------------------------------------------------------------------------------- find
+
+    @router.post("/{kb}/search", response_model=SearchReply, responses=errors(400, 404, 409))
+    async def search(kb: str, asked: SearchRequest) -> dict[str, Any]:
+        """Passages about a question, best first."""
+        _, base = await asyncio.to_thread(library.base, kb)
+        found = await searcher(base, asked, library.offered)
+        hits = await found.run(asked.query, lambda _, hits: hits, asked.name)
+        return {
+            "object": "search",
+            "query": asked.query,
+            "mode": found.mode,
+            "hits": hit_bodies(hits),
+        }
+
+    @router.get(
+        "/{kb}/documents/{digest}", response_model=PassageReply, responses=errors(400, 404, 409)
+    )
+    async def document(
+        kb: str,
+        digest: str,
+        start: Annotated[int, Query(ge=0)] = 0,
+        end: Annotated[int | None, Query(ge=0)] = None,
+        around: Annotated[int, Query(ge=0, le=MAX_AROUND)] = 2000,
+    ) -> dict[str, Any]:
+        """The text of a document around a passage of it."""
+        _, base = await asyncio.to_thread(library.base, kb)
+        return await base.read(lambda opened: passage(opened, digest, start, end, around))
+
+    return router
+
+
+def file_body(row: FileRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "object": "file",
+        "name": row.name,
+        "bytes": row.size,
+        "sha256": row.sha256,
+        "status": row.status,
+        "error": row.error,
+        "chunks": row.chunks,
+        "embedded": row.embedded,
+        "created": row.created,
+    }
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    """A body as it comes. Raises `ClientDisconnect`, `Refused` for one that stops coming."""
+    stream = request.stream()
+    while True:
+        try:
+            async with asyncio.timeout(_IDLE):
+                part = await anext(stream, None)
+        except TimeoutError:
+            raise Refused(408, f"nothing came for {_IDLE:g} seconds") from None
+        if part is None:
+            return
+        yield part
+
+
+async def _drain(body: AsyncIterator[bytes], limit: int) -> None:
+    """Read on, so that its sender comes to read the answer."""
+    size = 0
+    with suppress(ClientDisconnect, Refused):
+        async for part in body:
+            size += len(part)
+            if size > limit:
+                return
+
+
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        raise _disk(error) from error
+
+
+def _disk(error: OSError | sqlite3.OperationalError) -> Exception:
+    """507 where the disk is full; else the error itself, which nobody expects."""
+    full = error.errno in _FULL if isinstance(error, OSError) else "full" in str(error)
+    if not full:
+        return error
+    return Refused(507, "the server's disk is full", "server_error", code="disk_full")
+
+
+class _Download(StreamingResponse):
+    def __init__(self, file: IO[bytes], row: FileRow) -> None:
+        self._file = file
+        headers = {
+            "content-length": str(row.size),
+            "content-disposition": f"attachment; filename*=UTF-8''{quote(row.name, safe='')}",
+            "x-content-type-options": "nosniff",
+        }
+        blocks = iter(lambda: file.read(BLOCK), b"")
+        super().__init__(blocks, media_type="application/octet-stream", headers=headers)
+
+    async def __call__(self, *asgi: Any) -> None:
+        with self._file:
+            await super().__call__(*asgi)

@@ -1,0 +1,120 @@
+"""Searching a base as a request asks for it, and the text around a passage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field
+
+from khaosz.errors import KhaoszError
+from khaosz.rag.knowledge_base import KnowledgeBase
+from khaosz.rag.retrieve import Hit, Mode, Reranker
+from khaosz.serve.knowledge.base import Base
+from khaosz.serve.models import UnknownModel
+from khaosz.serve.offered import Offered
+from khaosz.serve.refusals import Refused
+from khaosz.serve.schema import Asked
+
+MAX_HITS = 100
+LONGEST_QUERY = 8000  # characters
+LONGEST_GLOB = 200
+MAX_AROUND = 100_000  # characters before and behind a passage, and of one
+
+T = TypeVar("T")
+
+
+class Retrieval(Asked):
+    """How passages are found. mode: both ways where the base has an embedder."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 5
+    mode: Literal["lexical", "dense", "hybrid"] | None = None
+    reranker: str | None = None
+
+
+class SearchRequest(Retrieval):
+    """name: a glob that the names of the files must fit."""
+
+    query: Annotated[str, Field(min_length=1, max_length=LONGEST_QUERY)]
+    name: Annotated[str, Field(min_length=1, max_length=LONGEST_GLOB)] | None = None
+
+
+@dataclass(frozen=True)
+class Searcher:
+    """A base, and all that a search in it needs, checked."""
+
+    base: Base
+    mode: Mode
+    k: int
+    reranker: Reranker | None
+
+    async def run(
+        self, query: str, look: Callable[[KnowledgeBase, list[Hit]], T], name: str | None = None
+    ) -> T:
+        """What `look` makes of the hits while the base is at hand. Raises `Refused`."""
+        if not query.strip():
+            raise Refused(400, "the query is empty", param="query")
+
+        def work(base: KnowledgeBase) -> T:
+            hits = base.search(query, self.k, mode=self.mode, name=name, reranker=self.reranker)
+            return look(base, hits)
+
+        return await self.base.read(work, embedder=self.mode != "lexical")
+
+
+async def searcher(base: Base, asked: Retrieval, offered: Offered) -> Searcher:
+    """Raises `Refused`."""
+    mode: Mode = asked.mode or ("hybrid" if base.embedder else "lexical")
+    if mode != "lexical" and base.embedder is None:
+        message = f"{base.name!r} has no embedder, so it is searched in the mode lexical only"
+        raise Refused(400, message, param="mode")
+    reranker = None
+    if asked.reranker is not None:
+        reranker = await asyncio.to_thread(_reranker, offered, asked.reranker)
+    return Searcher(base, mode, asked.k, reranker)
+
+
+def _reranker(offered: Offered, name: str) -> Reranker:
+    try:
+        return offered.reranker(name)
+    except UnknownModel:
+        known = ", ".join(offered.rerankers) or "none"
+        message = f"this server offers no reranker {name!r}; there are: {known}"
+        raise Refused(400, message, param="reranker") from None
+    except KhaoszError:
+        raise Refused(409, f"the reranker {name!r} cannot be opened", param="reranker") from None
+
+
+def hit_bodies(hits: Sequence[Hit]) -> list[dict[str, Any]]:
+    return [{"number": number, **hit.as_dict()} for number, hit in enumerate(hits, 1)]
+
+
+def passage(
+    base: KnowledgeBase, digest: str, start: int, end: int | None, around: int
+) -> dict[str, Any]:
+    """Raises `Refused` for a text that isn't there, and a place that isn't in it."""
+    document = base.store.document_by_hash(digest)
+    if document is None:
+        raise Refused(404, "there is no document with this hash")
+    end = start if end is None else end
+    if not start <= end <= document.length or end - start > MAX_AROUND:
+        message = (
+            f"start and end name no part of its {document.length:,} characters,"
+            f" {MAX_AROUND:,} at most"
+        )
+        raise Refused(400, message, param="end")
+    first = max(0, start - around)
+    text = base.store.text(document.id)[first : end + around]
+    pages = document.pages
+    return {
+        "hash": digest,
+        "doc": document.name,
+        "length": document.length,
+        "page": sum(each <= start for each in pages) + 1 if pages else None,
+        "start": start,
+        "end": end,
+        "text_start": first,
+        "text": text,
+    }

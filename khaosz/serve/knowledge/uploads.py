@@ -1,0 +1,109 @@
+"""Files as they came, by the SHA-256 of their bytes: the same bytes are there once.
+
+A file gets its name when all of it is on the disk; what is not finished lies in `.partial`, which
+is emptied when a server starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+BLOCK = 1 << 20  # bytes written at once
+
+
+class TooLarge(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class Received:
+    """All of a body, on the disk under a name that nobody knows."""
+
+    path: Path
+    sha256: str
+    size: int
+
+    def discard(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Uploads:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._partial = folder / ".partial"
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        return self._folder / sha256
+
+    def clean(self, used: set[str]) -> None:
+        """Away with what a killed server left: bodies half received, and uploads that no file
+        names."""
+        shutil.rmtree(self._partial)
+        self._partial.mkdir()
+        for path in self._folder.iterdir():
+            if path.is_file() and path.name not in used:
+                path.unlink()
+
+    async def receive(self, body: AsyncIterator[bytes], limit: int) -> Received:
+        """Nothing is left of a body that does not come to its end.
+
+        Raises `TooLarge`, `OSError` as the disk does, and what the body raises.
+        """
+        path = self._partial / secrets.token_hex(16)
+        digest, size = hashlib.sha256(), 0
+        try:
+            with open(path, "xb", buffering=0) as file:
+
+                def write(block: bytes) -> None:
+                    digest.update(block)
+                    rest = memoryview(block)
+                    while rest:  # a disk that is almost full takes a part
+                        rest = rest[file.write(rest) :]
+
+                held = bytearray()
+                async for part in body:
+                    size += len(part)
+                    if size > limit:
+                        raise TooLarge
+                    held += part
+                    if len(held) >= BLOCK:
+                        await asyncio.to_thread(write, bytes(held))
+                        held.clear()
+                await asyncio.to_thread(write, bytes(held))
+                await asyncio.to_thread(os.fsync, file.fileno())
+        except BaseException:  # a request that is cancelled too
+            path.unlink(missing_ok=True)
+            raise
+        return Received(path, digest.hexdigest(), size)
+
+    def keep(self, received: Received) -> None:
+        """It is there under its hash, after a power cut too."""
+        target = self.path(received.sha256)
+        if target.exists():
+            received.discard()
+        else:
+            os.replace(received.path, target)
+            _sync_folder(self._folder)
+
+    def remove(self, sha256: str) -> None:
+        with suppress(OSError):  # in use on Windows: `clean` comes back to it
+            self.path(sha256).unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
