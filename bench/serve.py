@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,7 +36,9 @@ TOPICS = ("rivers", "bread", "the moon", "clocks", "bees", "salt", "bridges", "s
 @contextmanager
 def server(model: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The process and its port."""
+    data = tempfile.TemporaryDirectory()
     command = [sys.executable, "-m", "khaosz", "serve", f"model={model}", "--port", "0", *more]
+    command += ["--data", data.name]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -44,6 +47,7 @@ def server(model: str, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]
     finally:
         process.terminate()
         process.wait(timeout=60)
+        data.cleanup()
 
 
 def question(client: int, turn: int) -> list[dict[str, str]]:

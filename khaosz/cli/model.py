@@ -149,6 +149,10 @@ def serve(
         list[str] | None,
         typer.Option(help="For /v1/rerank and knowledge bases: NAME=SOURCE; see `rag search`."),
     ] = None,
+    data: Annotated[
+        Path, typer.Option(help="Folder of what the service keeps: documents and what is in them.")
+    ] = Path("khaosz-data"),
+    max_upload: Annotated[int, typer.Option(help="MB of a document.", min=1)] = 256,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key.")
     ] = "127.0.0.1",
@@ -181,6 +185,8 @@ def serve(
         loras=lora or (),
         embedders=embedder or (),
         rerankers=reranker or (),
+        data=data,
+        max_upload=max_upload << 20,
         address=Address(host, port, api_key),
         device=chosen_device(device),
         limits=Limits(max_queue, max_batch, memory),

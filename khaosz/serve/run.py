@@ -28,6 +28,8 @@ def serve(
     loras: Sequence[str] = (),
     embedders: Sequence[str] = (),
     rerankers: Sequence[str] = (),
+    data: Path,
+    max_upload: int,
     address: Address,
     device: str,
     limits: Limits,
@@ -36,11 +38,13 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `models` are paths, or
     NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
-    `rerankers` as `Offered` takes them. `timeout`: seconds for a request. `announce` is told the
-    address once the first model is there.
+    `rerankers` as `Offered` takes them. `data`: the folder of what is kept; `max_upload`: bytes of
+    a document. `timeout`: seconds for a request. `announce` is told the address once the first
+    model is there.
 
     Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
-    loopback, and where fastapi or uvicorn is missing; `ModelError`.
+    loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
+    `ModelError`.
     """
     host, port, api_key = address.host, address.port, address.api_key
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
@@ -57,6 +61,8 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app
+        from khaosz.serve.knowledge.library import Library
+        from khaosz.serve.knowledge.routes import knowledge_routes
         from khaosz.serve.offered import Offered
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -70,7 +76,8 @@ def serve(
         if both := {*served.names} & {*offered.embedders, *offered.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
-        app = build_app(served, offered=offered, timeout=timeout)
+        routers = [knowledge_routes(Library(data, offered, max_upload=max_upload))]
+        app = build_app(served, offered=offered, timeout=timeout, routers=routers)
         hosts = (*LOOPBACK, host) if local else None
         guarded = Guard(app, key=api_key, hosts=hosts)
         config = uvicorn.Config(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,8 @@ from serving import Service, served, wait_until
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
 from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.offered import Offered
+
+sys.path.append(str(Path(__file__).parents[1] / "rag" / "load"))  # makers of PDF and DOCX files
 
 BASES = "/v1/knowledge_bases"
 
@@ -29,8 +33,6 @@ class Knowing:
         return status, answer
 
     def create(self, name: str, embedder: str | None = None) -> Any:
-        import json
-
         status, answer = self.ask("POST", "", json.dumps({"name": name, "embedder": embedder}))
         assert status == 201, answer
         return answer
@@ -58,8 +60,6 @@ class Knowing:
         return found
 
     def search(self, base: str, query: str, **more: Any) -> list[Any]:
-        import json
-
         body = json.dumps({"query": query, **more})
         status, answer = self.ask("POST", f"/{base}/search", body)
         assert status == 200, answer
@@ -78,5 +78,5 @@ def knowing(
 ) -> Iterator[Knowing]:
     offered = Offered(embedders or [], rerankers or [])
     library = Library(data, offered, max_upload=max_upload)
-    with served(model, routers=[knowledge_routes(library)], key=key) as service:
+    with served(model, offered=offered, routers=[knowledge_routes(library)], key=key) as service:
         yield Knowing(service)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from knowing import Knowing, knowing
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rag" / "load"))
-from make_documents import pdf_bytes, word, write_docx
 
 BIRDS = b"# Birds\n\nPenguins are birds that swim. They cannot fly.\n\nOwls hunt at night.\n"
 CITIES = "# 城市\n\n北京是中国的首都，有故宫和长城。\n\n上海是最大的港口。\n".encode()

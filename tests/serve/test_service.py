@@ -222,8 +222,8 @@ def test_a_key_is_checked(tiny: Path) -> None:
 
 def serve_here(model: Path, address: Address, timeout: float) -> None:
     serve(
-        [str(model)], address=address, device="cpu", limits=Limits(), timeout=timeout,
-        announce=print,
+        [str(model)], data=model / "data", max_upload=1, address=address, device="cpu",
+        limits=Limits(), timeout=timeout, announce=print,
     )  # fmt: skip
 
 
@@ -262,8 +262,9 @@ def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
-def test_the_command_serves_and_drains(tiny: Path) -> None:
+def test_the_command_serves_and_drains(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "khaosz", "serve", str(tiny), "--port", "0", "--device", "cpu"]
+    command += ["--data", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

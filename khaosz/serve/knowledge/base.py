@@ -23,8 +23,7 @@ from khaosz.rag.knowledge_base import DEFAULT_COLLECTION, KnowledgeBase
 from khaosz.rag.load import Document, Limits, Problem, Source, WorkerPool, load_file
 from khaosz.serve.knowledge.catalogue import Catalogue, FileRow, Status
 from khaosz.serve.knowledge.uploads import Uploads
-from khaosz.serve.models import UnknownModel
-from khaosz.serve.offered import Offered
+from khaosz.serve.offered import Offered, UnknownName
 from khaosz.serve.refusals import Refused
 
 T = TypeVar("T")
@@ -111,7 +110,7 @@ class Base:
                 self._opened = self._open(embedder)
                 self._with_embedder = embedder
             return work(self._opened)
-        except (KhaoszError, UnknownModel, sqlite3.DatabaseError) as error:
+        except (KhaoszError, UnknownName, sqlite3.DatabaseError) as error:
             raise self._unusable(error) from None
 
     def _open(self, embedder: bool) -> KnowledgeBase:
@@ -199,7 +198,7 @@ class Base:
         except (DataError, sqlite3.DatabaseError) as error:
             why = UNREADABLE
             _log.warning("knowledge base %r: %s", self.name, error)
-        except (KhaoszError, UnknownModel) as error:
+        except (KhaoszError, UnknownName) as error:
             why = FAILING
             _log.warning("knowledge base %r: %s", self.name, error)
         except Exception:

@@ -13,8 +13,7 @@ from khaosz.errors import KhaoszError
 from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.retrieve import Hit, Mode, Reranker
 from khaosz.serve.knowledge.base import Base
-from khaosz.serve.models import UnknownModel
-from khaosz.serve.offered import Offered
+from khaosz.serve.offered import Offered, UnknownName
 from khaosz.serve.refusals import Refused
 from khaosz.serve.schema import Asked
 
@@ -79,7 +78,7 @@ async def searcher(base: Base, asked: Retrieval, offered: Offered) -> Searcher:
 def _reranker(offered: Offered, name: str) -> Reranker:
     try:
         return offered.reranker(name)
-    except UnknownModel:
+    except UnknownName:
         known = ", ".join(offered.rerankers) or "none"
         message = f"this server offers no reranker {name!r}; there are: {known}"
         raise Refused(400, message, param="reranker") from None
