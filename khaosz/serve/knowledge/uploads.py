@@ -12,7 +12,7 @@ import os
 import secrets
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class Uploads:
         """
         path = self._partial / secrets.token_hex(16)
         digest, size = hashlib.sha256(), 0
-        try:
+        with ExitStack() as undo:
+            undo.callback(path.unlink, missing_ok=True)  # also for a request that is cancelled
             with open(path, "xb", buffering=0) as file:
 
                 def write(block: bytes) -> None:
@@ -80,9 +81,7 @@ class Uploads:
                         held.clear()
                 await asyncio.to_thread(write, bytes(held))
                 await asyncio.to_thread(os.fsync, file.fileno())
-        except BaseException:  # a request that is cancelled too
-            path.unlink(missing_ok=True)
-            raise
+            undo.pop_all()
         return Received(path, digest.hexdigest(), size)
 
     def keep(self, received: Received) -> None:
