@@ -1,0 +1,112 @@
+"""Documents on the page: a collection made, a Chinese PDF dropped into it, its passages found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from browsing import PHONE, visited
+from knowing import Knowing, knowing
+from make_documents import pdf_bytes
+
+pytestmark = pytest.mark.browser
+
+REPORT = "本公司二零二五年的营业收入为三百二十亿元。\n董事会由九名董事组成，任期三年。"
+
+
+@pytest.fixture(scope="module")
+def shelf(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knowing]:
+    with knowing(taught, tmp_path_factory.mktemp("data")) as running:
+        yield running
+
+
+def report() -> dict[str, Any]:
+    placed = [(72.0, 760.0 - 20 * i, line) for i, line in enumerate(REPORT.split("\n"))]
+    content = pdf_bytes([[(72.0, 760.0, "目录")], placed], title="年度报告")
+    return {"name": "年报 2025.pdf", "mimeType": "application/pdf", "buffer": content}
+
+
+def made(page: Any, name: str) -> None:
+    page.get_by_role("button", name="New collection").first.click()
+    page.get_by_label("Name").fill(name)
+    page.keyboard.press("Enter")
+    page.wait_for_url(f"**#/documents/{quote(name)}")
+    page.locator(".drop").wait_for()
+
+
+def test_a_chinese_pdf_comes_in_and_is_found(browser: Any, shelf: Knowing) -> None:
+    with visited(browser, shelf.service.port, "/#/documents") as page:
+        made(page, "报告")
+        page.set_input_files(".drop input", report())
+        ready = page.locator(".files li.ready")
+        ready.wait_for()
+        assert ready.locator(".file-name").inner_text() == "年报 2025.pdf"
+        assert "passages" in ready.locator(".file-state").inner_text()
+        page.locator(".finder input").fill("营业收入是多少？")
+        page.keyboard.press("Enter")
+        hit = page.locator(".hit").first
+        hit.wait_for()
+        assert "年报 2025.pdf, p. 1" in hit.inner_text() and "#1" in hit.inner_text()
+        hit.click()
+        mark = page.locator("dialog mark")
+        mark.wait_for()
+        assert "三百二十亿元" in mark.inner_text()
+        assert page.locator("dialog h2").inner_text().startswith("年报 2025.pdf")
+        page.keyboard.press("Escape")
+        page.get_by_role("button", name="Ask about these documents").click()
+        picker = page.locator(".picker select").nth(1)
+        assert picker.input_value() == "报告"
+
+
+def test_what_cannot_be_read_says_why(browser: Any, shelf: Knowing) -> None:
+    with visited(browser, shelf.service.port, "/#/documents") as page:
+        made(page, "mixed")
+        page.set_input_files(
+            ".drop input",
+            [
+                {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7 no"},
+                {"name": "run.exe", "mimeType": "application/octet-stream", "buffer": b"MZ"},
+                {"name": "note.md", "mimeType": "text/markdown", "buffer": b"# Tea\n\nGreen tea."},
+            ],
+        )
+        page.locator(".files li.ready", has_text="note.md").wait_for()
+        page.locator(".files li.failed", has_text="broken.pdf").wait_for()
+        refused = page.locator(".files li.failed", has_text="run.exe")
+        refused.wait_for()
+        assert ".exe files cannot be read" in refused.inner_text()
+        refused.get_by_role("button", name="Close").click()
+        assert page.locator(".files li").count() == 2
+        page.get_by_role("button", name="Delete: broken.pdf").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        page.locator(".files li.failed").wait_for(state="detached")
+        page.get_by_role("button", name="Delete collection").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        page.get_by_role("link", name="mixed").wait_for(state="detached")
+    assert shelf.ask("GET", "/mixed")[0] == 404
+
+
+def test_files_can_be_dropped(browser: Any, shelf: Knowing) -> None:
+    with visited(browser, shelf.service.port, "/#/documents", locale="zh-CN") as page:
+        page.get_by_role("button", name="新建文档集").first.click()
+        page.get_by_label("名称").fill("拖放")
+        page.keyboard.press("Enter")
+        page.wait_for_url(f"**#/documents/{quote('拖放')}")
+        dropped = page.evaluate_handle(
+            """() => { const data = new DataTransfer();
+                 data.items.add(new File(["春眠不觉晓，处处闻啼鸟。"], "诗.txt"));
+                 return data }"""
+        )
+        page.dispatch_event(".drop", "drop", {"dataTransfer": dropped})
+        page.locator(".files li.ready", has_text="诗.txt").wait_for()
+
+
+def test_documents_on_a_phone(browser: Any, shelf: Knowing) -> None:
+    with visited(browser, shelf.service.port, "/#/documents", viewport=PHONE) as page:
+        made(page, "phone")
+        long = {"name": "x" * 90 + ".txt", "mimeType": "text/plain", "buffer": b"A word."}
+        page.set_input_files(".drop input", [report(), long])
+        page.wait_for_function("() => document.querySelectorAll('.files li.ready').length === 2")
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
