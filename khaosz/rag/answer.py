@@ -15,6 +15,7 @@ from khaosz.rag.retrieve import Hit, Mode, Reranker, merge_neighbours
 # Of the question's weight in terms, in the best of the passages found. 97 % of CMRC's questions
 # find as much where their passage is there, 8 % where it is not (20,000 other passages).
 GOOD_COVERAGE = 0.3
+REWRITTEN = 64  # tokens of a question that is put anew
 _MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
 _BEGUN = re.compile(r"[\[【][\d\s,，、]*$")  # what may still become a marker
 _LONGEST = 24  # characters of one: a bracket with more digits is text
@@ -59,10 +60,7 @@ class Answer:
             yield from self._said(stream.feed(piece))
         yield from self._said(stream.finish())
         self.invalid = stream.invalid
-        for number in stream.used:
-            hit = passages[number - 1]
-            span = hit.hash, hit.start, hit.end
-            self.citations.append(Citation(number, *span, hit.doc, hit.doc_id, hit.page))
+        self.citations += citations(stream.used, passages)
 
     def _said(self, text: str) -> Iterator[str]:
         if text:
@@ -97,6 +95,16 @@ class CitationStream:
         self.invalid += len(numbers) - len(valid)
         self.used += [n for n in dict.fromkeys(valid) if n not in self.used]
         return "".join(f"[{number}]" for number in valid)
+
+
+def citations(used: Sequence[int], passages: Sequence[Hit]) -> list[Citation]:
+    """What the numbers in an answer name."""
+    found = []
+    for number in used:
+        hit = passages[number - 1]
+        span = hit.hash, hit.start, hit.end
+        found.append(Citation(number, *span, hit.doc, hit.doc_id, hit.page))
+    return found
 
 
 def without_markers(text: str) -> str:
@@ -150,18 +158,32 @@ def good(base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
 
 
 def standalone(question: str, history: Messages, model: ChatModel) -> str:
-    """A follow-up as a question that can be searched for. What was asked before stays in it: small
-    models rewrite badly, and a search is not hurt by words too many."""
-    asked = [message["content"] for message in history if message["role"] == "user"]
+    """A follow-up as a question that can be searched for."""
+    rewritten = model.stream(rewriting(question, history), REWRITTEN, 0.0)
+    return with_context(question, history, "".join(rewritten))
+
+
+def rewriting(question: str, history: Messages) -> list[dict[str, str]]:
+    """What a model is asked, to say a follow-up so that it can be understood alone."""
     order = {
         "zh": "把最后一个问题改写成不看上文也能懂的一句话，只写这句话。",
         "en": "Rewrite the last question so that it can be understood alone. Write only that.",
     }[language_of(question)]
-    lines = [*asked[-2:], question]
-    messages = [{"role": "user", "content": order + "\n\n" + "\n".join(lines)}]
-    rewritten = "".join(model.stream(messages, 64, 0.0)).strip().splitlines()
-    first = rewritten[0][:500] if rewritten else ""
-    return "\n".join(dict.fromkeys(text for text in (question, first, *asked[-1:]) if text))
+    lines = [*_asked(history)[-2:], question]
+    return [{"role": "user", "content": order + "\n\n" + "\n".join(lines)}]
+
+
+def with_context(question: str, history: Messages, rewritten: str) -> str:
+    """A follow-up as a query. What was asked before stays in it: small models rewrite badly, and a
+    search is not hurt by words too many."""
+    lines = rewritten.strip().splitlines()
+    first = lines[0][:500] if lines else ""
+    parts = (question, first, *_asked(history)[-1:])
+    return "\n".join(dict.fromkeys(text for text in parts if text))
+
+
+def _asked(history: Messages) -> list[str]:
+    return [message["content"] for message in history if message["role"] == "user"]
 
 
 def _opened(model: ChatModel | Callable[[], ChatModel]) -> ChatModel:

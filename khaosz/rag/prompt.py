@@ -8,6 +8,7 @@ the odds that a model obeys it. It does not make them zero.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -72,10 +73,11 @@ def build_prompt(
         parts.append(_QUESTION[language] + question.strip())
         return Prompt("\n\n".join(parts), tuple(kept), len(hits) - len(kept), language, narrowed)
 
-    for number in range(len(hits), 0, -1):
-        prompt = with_passages(hits[:number])
-        if count(prompt.messages) <= room:
-            return prompt
+    def tokens(number: int) -> int:
+        return count(with_passages(hits[:number]).messages)
+
+    if kept := bisect_right(range(1, len(hits) + 1), room, key=tokens):
+        return with_passages(hits[:kept])
     size = len(hits[0].text) // 2
     while size >= _SHORTEST:
         narrowed = with_passages([_most_about(question, hits[0], size)], narrowed=True)
@@ -83,8 +85,7 @@ def build_prompt(
             return narrowed
         size = size * 3 // 4
     raise GenerationError(
-        f"question and best passage need {count(prompt.messages):,} tokens,"
-        f" {room:,} are left beside the answer",
+        f"question and best passage need {tokens(1):,} tokens, {room:,} are left beside the answer",
         hint="a model with a longer context, or fewer --max-tokens",
     )
 

@@ -7,13 +7,17 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.request import Logprob, Output
+from khaosz.rag.answer import CitationStream
 from khaosz.serve.parts import Calls, Part, PartStream, ToolCall
 from khaosz.serve.worker import Failed
+
+if TYPE_CHECKING:
+    from khaosz.serve.knowledge.chat import Grounds
 
 DONE = "data: [DONE]\n\n"
 TOO_LATE = "the answer took longer than this server gives a request"
@@ -62,13 +66,14 @@ class Usage:
 class Form:
     """How a request's answer is taken apart and shown. `chat` chooses between the two layouts;
     `calls` is how this model writes calls of tools, `thinking` that its prompt has opened the
-    reasoning, `one_call` that further calls are left out."""
+    reasoning, `one_call` that further calls are left out, `grounds` what the answer cites."""
 
     chat: bool
     logprobs: bool = False
     calls: Calls = "none"
     thinking: bool = False
     one_call: bool = False
+    grounds: Grounds | None = None
 
 
 class Choice:
@@ -77,6 +82,8 @@ class Choice:
     def __init__(self, form: Form) -> None:
         self._form = form
         self._parts = PartStream(form.calls, thinking=form.thinking) if form.chat else None
+        grounds = form.grounds
+        self._cites = CitationStream(len(grounds.passages)) if grounds else None
         self.calls = 0
 
     def take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
@@ -88,6 +95,8 @@ class Choice:
         if reason is not None:
             found += self._parts.finish()
         deltas = [delta for part in found for delta in self._delta(part)]
+        if reason is not None:
+            deltas += self._held_back()
         return deltas, "tool_calls" if self.calls and reason == "stop" else reason
 
     def _delta(self, part: Part | ToolCall) -> list[dict[str, Any]]:
@@ -95,9 +104,23 @@ class Choice:
             if self.calls and self._form.one_call:
                 return []
             self.calls += 1
-            return [{"tool_calls": [{"index": self.calls - 1, **part.body()}]}]
-        key = "reasoning_content" if part.kind == "reasoning" else "content"
-        return [{key: part.text}]
+            call = {"index": self.calls - 1, **part.body()}
+            return [*self._held_back(), {"tool_calls": [call]}]
+        if part.kind == "reasoning":
+            return [{"reasoning_content": part.text}]
+        text = self._cites.feed(part.text) if self._cites else part.text
+        return [{"content": text}] if text else []
+
+    def _held_back(self) -> list[dict[str, Any]]:
+        """Text that might have become a marker."""
+        text = self._cites.finish() if self._cites else ""
+        return [{"content": text}] if text else []
+
+    def cited(self) -> dict[str, Any]:
+        """What is said of the passages when the choice has ended."""
+        if self._cites is None or self._form.grounds is None:
+            return {}
+        return {"citations": self._form.grounds.cited(self._cites.used)}
 
 
 class Answer:
@@ -129,12 +152,13 @@ class Answer:
                 "index": index,
                 "finish_reason": reasons[index],
                 "logprobs": self._logprobs(logprobs[index]),
-                **self._message(said[index]),
+                **self._message(index, said[index]),
             }
             for index in sorted(reasons)
         ]
         kind = "chat.completion" if self.form.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": choices, "usage": self.usage.body()}
+        body = {**self._head, "object": kind, "choices": choices, "usage": self.usage.body()}
+        return {**body, **self._retrieval()}
 
     async def events(
         self, outputs: AsyncIterator[Output], include_usage: bool
@@ -142,12 +166,14 @@ class Answer:
         """Chunks as they come, and `[DONE]`; an error that comes amid them is the last event."""
         begun: set[int] = set()
         usage = {"usage": None} if include_usage else {}
+        first_of_all = self._retrieval()
         try:
             async for output in outputs:
                 first = output.choice not in begun
                 begun.add(output.choice)
                 for choice in self._pieces(output, first):
-                    yield event(self._chunk([choice], usage))
+                    yield event(self._chunk([choice], {**usage, **first_of_all}))
+                    first_of_all = {}
         except Failed:
             yield event(error_body("the answer failed", "server_error"))
             return
@@ -167,7 +193,11 @@ class Answer:
             self._choices[output.choice] = Choice(self.form)
         return self._choices[output.choice].take(output)
 
-    def _message(self, deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _retrieval(self) -> dict[str, Any]:
+        grounds = self.form.grounds
+        return {"retrieval": grounds.body()} if grounds else {}
+
+    def _message(self, index: int, deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
         texts = {
             key: "".join(delta[key] for delta in deltas if key in delta)
             for key in ("content", "reasoning_content")
@@ -183,7 +213,7 @@ class Answer:
             message["tool_calls"] = [
                 {key: value for key, value in call.items() if key != "index"} for call in calls
             ]
-        return {"message": message}
+        return {"message": {**message, **self._choices[index].cited()}}
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.form.chat else "text_completion"
@@ -202,7 +232,8 @@ class Answer:
         for at, delta in enumerate(deltas):
             pieces.append(self._piece(output.choice, delta, None if at else logprobs))
         if reason is not None:
-            pieces.append(self._piece(output.choice, {}, reason=reason))
+            ended = self._choices[output.choice].cited()
+            pieces.append(self._piece(output.choice, ended, reason=reason))
         return pieces
 
     def _piece(

@@ -11,6 +11,8 @@ from fastapi.responses import Response
 
 from khaosz import __version__
 from khaosz.serve.chat import chat_routes
+from khaosz.serve.knowledge.library import Library
+from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
 from khaosz.serve.offered import Offered
@@ -27,11 +29,12 @@ def build_app(
     models: Models,
     *,
     offered: Offered | None = None,
+    library: Library | None = None,
     timeout: float = TIMEOUT,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """The service of these models; it stops their threads when it ends. `offered`: embedders and
-    rerankers; `routers`: what is served beside them."""
+    rerankers; `library`: knowledge bases; `routers`: what is served beside them."""
     offered = offered or Offered()
     meters = Meters(models)
 
@@ -47,9 +50,11 @@ def build_app(
     )
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
-    app.include_router(chat_routes(models, meters, timeout))
+    app.include_router(chat_routes(models, meters, timeout, library))
     app.include_router(token_routes(models))
     app.include_router(vector_routes(offered))
+    if library is not None:
+        app.include_router(knowledge_routes(library))
     app.include_router(page_routes())
     for router in routers:
         app.include_router(router)

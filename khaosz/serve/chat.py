@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from khaosz.inference.generator import Generator
+from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
+from khaosz.rag.answer import REWRITTEN
 from khaosz.serve.answers import Answer, Form
+from khaosz.serve.knowledge.chat import Grounds, grounds_for
+from khaosz.serve.knowledge.library import Library
+from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
 from khaosz.serve.parts import THINK, THOUGHT
 from khaosz.serve.refusals import Refused, errors
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
-from khaosz.serve.schema import ChatRequest, CompletionRequest
+from khaosz.serve.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
 from khaosz.serve.tools import call_grammar, calls_of, introduced
 from khaosz.serve.worker import Ticket
 
@@ -36,21 +41,37 @@ class Question:
     include_usage: bool
     told_in: str  # the field that the prompt came in
 
+    @property
+    def refusal(self) -> str | None:
+        """What is said where a knowledge base holds no answer."""
+        grounds = self.form.grounds
+        return grounds.refusal if grounds is not None and grounds.prompt is None else None
 
-def chat_routes(models: Models, meters: Meters, timeout: float) -> APIRouter:
-    """`timeout`: seconds that a request may take, waiting included."""
+
+def chat_routes(
+    models: Models, meters: Meters, timeout: float, library: Library | None
+) -> APIRouter:
+    """`timeout`: seconds that a request may take, waiting included. `library`: the knowledge bases
+    that a chat may be about."""
     router = APIRouter()
 
     @router.post(
         "/v1/chat/completions",
-        responses={**streamed(ChatCompletion), **errors(400, 404, 503, 504)},
+        responses={**streamed(ChatCompletion), **errors(400, 404, 409, 503, 504)},
         response_model=None,
     )
     async def chat(asked: ChatRequest, request: Request) -> Response:
         """Answer a conversation, as OpenAI's API does."""
         models.check_room(asked.model)
         use = await models.take(asked.model)
-        return await answered(use, request, lambda: chat_question(asked, use.generator))
+
+        async def question() -> Question:
+            grounds = None
+            if asked.knowledge_base is not None:
+                grounds = await grounded(asked, use, library)
+            return await asyncio.to_thread(chat_question, asked, use.generator, grounds)
+
+        return await answered(use, request, question)
 
     @router.post(
         "/v1/completions",
@@ -61,19 +82,28 @@ def chat_routes(models: Models, meters: Meters, timeout: float) -> APIRouter:
         """Continue a text, as OpenAI's older API does."""
         models.check_room(asked.model)
         use = await models.take(asked.model)
-        return await answered(use, request, lambda: text_question(asked, use.generator))
 
-    async def answered(use: Use, request: Request, question: Callable[[], Question]) -> Response:
+        async def question() -> Question:
+            return await asyncio.to_thread(text_question, asked, use.generator)
+
+        return await answered(use, request, question)
+
+    async def answered(
+        use: Use, request: Request, question: Callable[[], Awaitable[Question]]
+    ) -> Response:
         """Gives the model back, however it ends."""
         with ExitStack() as undo:
             undo.callback(models.give_back, use)
             # Beside the loop and the engine: a long text takes a while.
-            asked = await asyncio.to_thread(question)
+            async with asyncio.timeout(timeout):
+                asked = await question()
+            refusal = asked.refusal
+            if refusal is not None:
+                return await refused(use, asked, refusal)
             _check_context(asked, use.generator)
             ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
             undo.pop_all()
-        engine = use.generator.engine
-        answer = Answer(asked.form, use.name, use.generator.tokenizer, engine.end_ids)
+        answer = answer_of(use, asked)
         watch = asyncio.create_task(_close_when_left(request, ticket))
         limit = asyncio.get_running_loop().call_later(timeout, ticket.expire)
         began = time.perf_counter()
@@ -93,26 +123,90 @@ def chat_routes(models: Models, meters: Meters, timeout: float) -> APIRouter:
             done()
         return Response(status_code=499) if body is None else JSONResponse(body)
 
+    async def refused(use: Use, asked: Question, text: str) -> Response:
+        """Nothing was found to answer from, and no model is asked."""
+        answer = answer_of(use, asked)
+        outputs = said(text, asked.params.n)
+        if asked.stream:
+            return EventStream(answer.events(outputs, asked.include_usage), lambda: None)
+        return JSONResponse(await answer.whole(outputs))
+
     return router
 
 
-def chat_question(asked: ChatRequest, generator: Generator) -> Question:
+def answer_of(use: Use, asked: Question) -> Answer:
+    return Answer(asked.form, use.name, use.generator.tokenizer, use.generator.engine.end_ids)
+
+
+async def said(text: str, choices: int) -> AsyncIterator[Output]:
+    """A text that no model has written, as if one had."""
+    for choice in range(choices):
+        yield Output(0, choice, text, (), 0, 0, 0, finish_reason="stop")
+
+
+async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> Grounds:
+    """Raises `Refused` as `grounds_for` does, and for a base that there isn't."""
+    if library is None:
+        raise Refused(404, f"there is no knowledge base {asked.knowledge_base!r}")
+    assert asked.knowledge_base is not None
+    generator = use.generator
+    tools = asked.allowed_tools
+
+    def count(messages: list[dict[str, Any]]) -> int:
+        return len(generator.chat_ids(*introduced(messages, tools, generator.tokenizer)))
+
+    async def ask_model(messages: list[dict[str, Any]]) -> str:
+        ids = await asyncio.to_thread(_unthinking, messages, generator)
+        if len(ids) + REWRITTEN > generator.context:
+            return ""
+        ticket = await use.worker.submit(ids, SamplingParams(REWRITTEN, 0.0), use.adapter)
+        try:
+            return "".join([output.text async for output in ticket.outputs()])
+        finally:
+            ticket.close()
+
+    _, base = await asyncio.to_thread(library.base, asked.knowledge_base)
+    search = await searcher(base, asked.retrieval or Retrieval(), library.offered)
+    messages = [message.for_template() for message in asked.messages]
+    # Where no length is asked for, what the model could still say is not taken from its passages.
+    answer = asked.most_tokens or min(ANSWER, generator.context // 4)
+    return await grounds_for(messages, search, count, generator.context - answer, ask_model)
+
+
+def _unthinking(messages: list[dict[str, Any]], generator: Generator) -> list[int]:
+    """A prompt whose answer begins with no thoughts."""
+    ids = generator.chat_ids(messages)
+    return _closed(ids, generator) if _thinks(ids, generator) else ids
+
+
+def _thinks(prompt: list[int], generator: Generator) -> bool:
+    """Templates of reasoning models open it."""
+    return generator.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
+
+
+def _closed(prompt: list[int], generator: Generator) -> list[int]:
+    return [*prompt, *generator.tokenizer.encode(f"\n{THOUGHT}\n\n")]
+
+
+def chat_question(
+    asked: ChatRequest, generator: Generator, grounds: Grounds | None = None
+) -> Question:
     """Raises `GenerationError`, `DataError` and `TokenizerError` for what can't be asked."""
     tokenizer = generator.tokenizer
     tools = asked.allowed_tools
-    messages = [message.for_template() for message in asked.messages]
+    messages = (
+        grounds.messages if grounds else [message.for_template() for message in asked.messages]
+    )
     prompt = generator.chat_ids(*introduced(messages, tools, tokenizer))
     lark = None
     if asked.must_call:
         lark = call_grammar(tools, tokenizer, several=not asked.one_call)
     params = asked.params(lark)
-    # Templates of reasoning models open it; a form that must be kept has no room for it.
-    thinking = tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
-    if thinking and params.form is not None:
-        prompt += tokenizer.encode(f"\n{THOUGHT}\n\n")
-        thinking = False
+    thinking = _thinks(prompt, generator)
+    if thinking and params.form is not None:  # which has no room for thoughts
+        prompt, thinking = _closed(prompt, generator), False
     calls = calls_of(tokenizer) if tools else "none"
-    form = Form(True, bool(asked.logprobs), calls, thinking, asked.one_call)
+    form = Form(True, bool(asked.logprobs), calls, thinking, asked.one_call, grounds)
     return Question(prompt, params, form, bool(asked.stream), asked.include_usage, "messages")
 
 

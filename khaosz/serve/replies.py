@@ -40,11 +40,60 @@ class Called(Reply):
     function: CalledFunction
 
 
+class LegReply(Reply):
+    rank: int
+    score: float
+
+
+class HitReply(Reply):
+    """Characters `start` to `end` of the text with the SHA-256 `hash`. legs: what each way of
+    searching says of it."""
+
+    number: int
+    doc: str
+    doc_id: str
+    hash: str
+    start: int
+    end: int
+    page: int | None
+    headings: list[str]
+    text: str
+    score: float
+    legs: dict[Literal["lexical", "dense", "rerank"], LegReply]
+
+
+class RetrievalReply(Reply):
+    """What was found for an answer. `number`: of the passage of the prompt that a hit is in; hits
+    that are in none have higher ones. prompt: what the model was sent, if it was. left_out:
+    passages that the context had no room for; narrowed: of the best one, only a part is in."""
+
+    query: str
+    found: bool
+    hits: list[HitReply]
+    prompt: str | None
+    left_out: int
+    narrowed: bool
+
+
+class CitationReply(Reply):
+    """`[number]` in an answer: characters `start` to `end` of the text with the SHA-256 `hash`."""
+
+    number: int
+    hash: str
+    start: int
+    end: int
+    doc: str
+    doc_id: str
+    page: int | None
+    text: str
+
+
 class AnswerMessage(Reply):
     role: Literal["assistant"]
     content: str | None
     reasoning_content: str | None = None
     tool_calls: list[Called] | None = None
+    citations: list[CitationReply] | None = None
 
 
 Reason = Literal["stop", "length", "tool_calls"]
@@ -82,6 +131,7 @@ class ChatCompletion(Reply):
     model: str
     choices: list[ChatChoice]
     usage: TokensUsed
+    retrieval: RetrievalReply | None = None
 
 
 class TextCompletion(Reply):

@@ -62,7 +62,6 @@ def serve(
 
         from khaosz.serve.app import build_app
         from khaosz.serve.knowledge.library import Library
-        from khaosz.serve.knowledge.routes import knowledge_routes
         from khaosz.serve.offered import Offered
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -76,8 +75,8 @@ def serve(
         if both := {*served.names} & {*offered.embedders, *offered.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
-        routers = [knowledge_routes(Library(data, offered, max_upload=max_upload))]
-        app = build_app(served, offered=offered, timeout=timeout, routers=routers)
+        library = Library(data, offered, max_upload=max_upload)
+        app = build_app(served, offered=offered, library=library, timeout=timeout)
         hosts = (*LOOPBACK, host) if local else None
         guarded = Guard(app, key=api_key, hosts=hosts)
         config = uvicorn.Config(

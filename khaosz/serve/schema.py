@@ -22,6 +22,7 @@ from khaosz.inference.sampling import (
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_HITS = 100
 ANSWER = 1024  # tokens of an answer at most, where the request doesn't say
 
 
@@ -170,6 +171,15 @@ class JsonSchema(Asked):
     json_schema: Schema
 
 
+class Retrieval(Asked):
+    """How passages of a knowledge base are found. mode: by words and by meaning where the base has
+    an embedder."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 5
+    mode: Literal["lexical", "dense", "hybrid"] | None = None
+    reranker: str | None = None
+
+
 Tokens = Annotated[int, Field(ge=1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -248,6 +258,8 @@ class ChatRequest(Sampled):
     tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    knowledge_base: str | None = None
+    retrieval: Retrieval | None = None
 
     @model_validator(mode="after")
     def _fields_that_go_together(self) -> ChatRequest:
@@ -259,6 +271,8 @@ class ChatRequest(Sampled):
             raise ValueError("tool_choice and parallel_tool_calls need tools")
         if self.must_call and self._json_schema() is not None:
             raise ValueError("response_format has no say in an answer that must call a tool")
+        if self.retrieval is not None and self.knowledge_base is None:
+            raise ValueError("retrieval needs knowledge_base")
         if isinstance(self.tool_choice, ToolChoice) and not self.allowed_tools:
             raise ValueError(f"tool_choice names no tool: {self.tool_choice.function.name!r}")
         return self
@@ -282,11 +296,15 @@ class ChatRequest(Sampled):
     def one_call(self) -> bool:
         return self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolChoice)
 
+    @property
+    def most_tokens(self) -> int | None:
+        given = self.max_completion_tokens
+        return self.max_tokens if given is None else given
+
     def params(self, lark: str | None = None) -> SamplingParams:
         """`lark`: a grammar of the calls that must be made."""
-        given = self.max_completion_tokens
         return self._params(
-            self.max_tokens if given is None else given,
+            self.most_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=self._json_schema(),
             lark=lark,

@@ -13,7 +13,6 @@ from urllib.parse import quote
 from serving import Service, served, wait_until
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.offered import Offered
 
 sys.path.append(str(Path(__file__).parents[1] / "rag" / "load"))  # makers of PDF and DOCX files
@@ -78,5 +77,5 @@ def knowing(
 ) -> Iterator[Knowing]:
     offered = Offered(embedders or [], rerankers or [])
     library = Library(data, offered, max_upload=max_upload)
-    with served(model, offered=offered, routers=[knowledge_routes(library)], key=key) as service:
+    with served(model, offered=offered, library=library, key=key) as service:
         yield Knowing(service)

@@ -26,6 +26,7 @@ from khaosz.interop import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard
+from khaosz.serve.knowledge.library import Library
 from khaosz.serve.models import Limits, Models
 from khaosz.serve.offered import Offered
 from khaosz.serve.run import listen, named_models
@@ -187,6 +188,7 @@ def served(
     timeout: float = 60.0,
     step_tokens: int | None = None,
     offered: Offered | None = None,
+    library: Library | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
     """`models` and `loras` as the command takes them."""
@@ -195,7 +197,9 @@ def served(
     if step_tokens is not None:
         service = Service(0, all_models)
         service.engine.step_tokens = step_tokens
-    inner = build_app(all_models, offered=offered, timeout=timeout, routers=routers)
+    inner = build_app(
+        all_models, offered=offered, library=library, timeout=timeout, routers=routers
+    )
     app = Guard(inner, key=key, hosts=LOOPBACK)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")
     server = uvicorn.Server(config)

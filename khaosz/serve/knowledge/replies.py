@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from khaosz.serve.replies import Reply
+from khaosz.serve.replies import HitReply, Reply
 
 
 class BaseReply(Reply):
@@ -51,28 +51,6 @@ class Deleted(Reply):
     id: str
     object: Literal["knowledge_base", "file"]
     deleted: Literal[True]
-
-
-class LegReply(Reply):
-    rank: int
-    score: float
-
-
-class HitReply(Reply):
-    """Characters `start` to `end` of the text with the SHA-256 `hash`. legs: what each way of
-    searching says of it."""
-
-    number: int
-    doc: str
-    doc_id: str
-    hash: str
-    start: int
-    end: int
-    page: int | None
-    headings: list[str]
-    text: str
-    score: float
-    legs: dict[Literal["lexical", "dense", "rerank"], LegReply]
 
 
 class SearchReply(Reply):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
@@ -15,22 +15,13 @@ from khaosz.rag.retrieve import Hit, Mode, Reranker
 from khaosz.serve.knowledge.base import Base
 from khaosz.serve.offered import Offered, UnknownName
 from khaosz.serve.refusals import Refused
-from khaosz.serve.schema import Asked
+from khaosz.serve.schema import Retrieval
 
-MAX_HITS = 100
 LONGEST_QUERY = 8000  # characters
 LONGEST_GLOB = 200
 MAX_AROUND = 100_000  # characters before and behind a passage, and of one
 
 T = TypeVar("T")
-
-
-class Retrieval(Asked):
-    """How passages are found. mode: both ways where the base has an embedder."""
-
-    k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 5
-    mode: Literal["lexical", "dense", "hybrid"] | None = None
-    reranker: str | None = None
 
 
 class SearchRequest(Retrieval):

@@ -1,0 +1,196 @@
+"""Chats about a knowledge base: passages in the prompt, citations in the answer, whole and
+streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from knowing import Knowing, knowing
+
+from khaosz.serve.replies import ChatCompletion
+
+PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
+ASKED = {"role": "user", "content": "Do penguins live in the south?"}
+# What the model says is its own affair; that it fits a schema is not.
+SAID = "They live there [1], [9] 【1，12】 and [not here]. [1"
+SHOWN = "They live there [1],  [1] and [not here]. [1"
+
+
+@pytest.fixture(scope="module")
+def zoo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knowing]:
+    data = tmp_path_factory.mktemp("data")
+    with knowing(tiny, data, embedders=[f"small={tiny}"], rerankers=[f"judge={tiny}"]) as running:
+        running.create("zoo")
+        running.create("both", "small")
+        for base in ("zoo", "both"):
+            files = [
+                running.upload(base, "企鹅.md", PENGUINS.encode()),
+                running.upload(base, "whales.txt", b"The blue whale is the largest animal."),
+            ]
+            running.ready(base, *files)
+        yield running
+
+
+def chat(zoo: Knowing, *messages: dict[str, Any], **more: Any) -> tuple[int, Any]:
+    body = {
+        "model": "tiny", "knowledge_base": "zoo", "messages": messages or [ASKED],
+        "max_tokens": 300, "temperature": 0, **more,
+    }  # fmt: skip
+    status, _, answer = zoo.service.ask("POST", "/v1/chat/completions", json.dumps(body))
+    return status, answer
+
+
+def saying(text: str) -> dict[str, Any]:
+    form = {"name": "a", "schema": {"enum": [text]}}
+    return {"response_format": {"type": "json_schema", "json_schema": form}}
+
+
+def test_an_answer_with_citations(zoo: Knowing) -> None:
+    status, answer = chat(zoo, **saying(SAID))
+    assert status == 200, answer
+    ChatCompletion.model_validate(answer)
+    message, retrieval = answer["choices"][0]["message"], answer["retrieval"]
+    assert json.loads(message["content"]) == SHOWN
+    hit, whales = retrieval["hits"]
+    (citation,) = message["citations"]
+    assert citation == {
+        "number": 1, "hash": hit["hash"], "start": hit["start"], "end": hit["end"],
+        "doc": "企鹅.md", "doc_id": "企鹅.md", "page": None, "text": hit["text"],
+    }  # fmt: skip
+    assert PENGUINS[citation["start"] : citation["end"]] == citation["text"]
+    assert retrieval["query"] == ASKED["content"] and retrieval["found"]
+    assert (hit["number"], whales["number"]) == (1, 2) and hit["legs"].keys() == {"lexical"}
+    assert "Penguins live in the south." in retrieval["prompt"]
+    assert retrieval["prompt"].endswith("Question: Do penguins live in the south?")
+    tokens = zoo.service.generator.chat_ids([{"role": "user", "content": retrieval["prompt"]}])
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+
+
+def test_a_stream_is_the_whole_in_pieces(zoo: Knowing) -> None:
+    _, whole = chat(zoo, **saying(SAID), n=2)
+    client = zoo.service.client()
+    chunks = [
+        chunk.model_dump(exclude_unset=True)
+        for chunk in client.chat.completions.create(
+            model="tiny", messages=[ASKED], max_tokens=300, temperature=0, n=2, stream=True,  # type: ignore[list-item,arg-type]
+            extra_body={"knowledge_base": "zoo"}, **saying(SAID),
+        )
+    ]  # fmt: skip
+    assert chunks[0]["retrieval"] == whole["retrieval"]
+    assert not any("retrieval" in chunk for chunk in chunks[1:])
+    for choice in whole["choices"]:
+        mine = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
+        text = "".join(each["delta"].get("content") or "" for each in mine)
+        assert text == choice["message"]["content"]
+        assert mine[-1]["delta"] == {"citations": choice["message"]["citations"]}
+        assert not any("citations" in each["delta"] for each in mine[:-1])
+
+
+def test_with_embedder_and_reranker(zoo: Knowing) -> None:
+    for mode, legs in ((None, {"lexical", "dense"}), ("dense", {"dense"})):
+        more = {"k": 2, "mode": mode, "reranker": "judge"}
+        status, answer = chat(zoo, knowledge_base="both", retrieval=more, **saying("[2][1]"))
+        assert status == 200, answer
+        hits = answer["retrieval"]["hits"]
+        assert {leg for hit in hits for leg in hit["legs"]} == legs | {"rerank"}
+        numbers = [each["number"] for each in answer["choices"][0]["message"]["citations"]]
+        assert numbers == [2, 1]
+        by_number = {hit["number"]: hit["hash"] for hit in hits}
+        for citation in answer["choices"][0]["message"]["citations"]:
+            assert by_number[citation["number"]] == citation["hash"]
+
+
+@pytest.mark.parametrize(
+    ("question", "refusal"),
+    [
+        ("What is a quasar?", "The documents do not contain the answer."),
+        ("类星体是什么？", "资料中没有找到答案。"),
+    ],
+)
+def test_no_model_is_asked_where_nothing_is_found(
+    zoo: Knowing, question: str, refusal: str
+) -> None:
+    asked = {"role": "user", "content": question}
+    status, answer = chat(zoo, asked, n=2)
+    assert status == 200, answer
+    ChatCompletion.model_validate(answer)
+    assert answer["retrieval"]["found"] is False and answer["retrieval"]["prompt"] is None
+    for choice in answer["choices"]:
+        assert choice["message"]["content"] == refusal and choice["finish_reason"] == "stop"
+        assert choice["message"]["citations"] == []
+    assert len(answer["choices"]) == 2 and answer["usage"]["total_tokens"] == 0
+    stream = zoo.service.client().chat.completions.create(
+        model="tiny", messages=[asked], stream=True, extra_body={"knowledge_base": "zoo"}  # type: ignore[list-item]
+    )  # fmt: skip
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == refusal
+    assert not zoo.service.engine.unfinished
+
+
+def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: Knowing) -> None:
+    history = [ASKED, {"role": "assistant", "content": "In the south [1].", "citations": []}]
+    status, answer = chat(
+        zoo,
+        {"role": "system", "content": "Be short."},
+        *history,
+        {"role": "user", "content": "And do they fly?"},
+        **saying("No [1]."),
+    )
+    assert status == 200, answer
+    lines = answer["retrieval"]["query"].splitlines()
+    # What a random model makes of it stands between, and may be nothing.
+    assert lines[0] == "And do they fly?" and lines[-1] == ASKED["content"]
+    assert answer["retrieval"]["found"]
+    assert answer["choices"][0]["message"]["citations"][0]["doc"] == "企鹅.md"
+    # A system message alone is no history.
+    _, alone = chat(zoo, {"role": "system", "content": "Be short."}, ASKED, **saying("x"))
+    assert alone["retrieval"]["query"] == ASKED["content"]
+    prompt = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": alone["retrieval"]["prompt"]},
+    ]
+    assert alone["usage"]["prompt_tokens"] == len(zoo.service.generator.chat_ids(prompt))
+
+
+ROOM = {**saying("x"), "max_tokens": 1000}
+
+
+def test_passages_that_have_no_room_are_left_out(zoo: Knowing) -> None:
+    zoo.create("much")
+    text = "Penguins in the south. " + "quartz " * 60
+    files = [zoo.upload("much", f"{i}.md", f"{i} {text}".encode()) for i in range(6)]
+    zoo.ready("much", *files)
+    asked = {"role": "user", "content": "penguins in the south"}
+    status, answer = chat(zoo, asked, knowledge_base="much", retrieval={"k": 6}, **ROOM)
+    assert status == 200, answer
+    retrieval = answer["retrieval"]
+    assert len(retrieval["hits"]) == 6 and 0 < retrieval["left_out"] < 6
+    assert sorted(hit["number"] for hit in retrieval["hits"]) == [1, 2, 3, 4, 5, 6]
+    assert retrieval["prompt"].count("<passage id=") == 6 - retrieval["left_out"]
+    status, answer = chat(zoo, asked, knowledge_base="much", max_tokens=2040)
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
+
+
+def test_what_cannot_be_asked(zoo: Knowing) -> None:
+    for changed, status, param in (
+        ({"knowledge_base": "none"}, 404, None),
+        ({"knowledge_base": None, "retrieval": {}}, 400, None),
+        ({"retrieval": {"k": 0}}, 400, "retrieval.k"),
+        ({"retrieval": {"k": 101}}, 400, "retrieval.k"),
+        ({"retrieval": {"mode": "dense"}}, 400, "mode"),
+        ({"retrieval": {"reranker": "none"}}, 400, "reranker"),
+        ({"retrieval": {"depth": 1}}, 400, "retrieval.depth"),
+        ({"messages": [{"role": "user", "content": " "}]}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 8001}]}, 400, "messages"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "messages"),
+    ):
+        found, answer = chat(zoo, **changed)
+        assert (found, answer["error"]["param"]) == (status, param), answer
+    with pytest.raises(openai.NotFoundError):
+        zoo.service.client().chat.completions.create(
+            model="none", messages=[ASKED], extra_body={"knowledge_base": "zoo"}  # type: ignore[list-item]
+        )  # fmt: skip
