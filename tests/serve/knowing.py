@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -79,3 +81,51 @@ def knowing(
     library = Library(data, offered, max_upload=max_upload)
     with served(model, offered=offered, library=library, key=key) as service:
         yield Knowing(service)
+
+
+class EmbeddingServer:
+    """A real /v1/embeddings for `HttpEmbedder`: vectors of length 8 by the texts' letters. While
+    `open` isn't set, batches wait; with `failing`, they get status 500."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.failing = False
+        self.waiting = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                outer.waiting += 1
+                outer.open.wait(60)
+                outer.waiting -= 1
+                rows = [
+                    {"index": i, "embedding": outer.vector(text)}
+                    for i, text in enumerate(body["input"])
+                ]
+                with suppress(OSError):  # who asked may have left
+                    self.send_response(500 if outer.failing else 200)
+                    self.end_headers()
+                    self.wfile.write(json.dumps({"data": rows}).encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1#letters"
+
+    @staticmethod
+    def vector(text: str) -> list[float]:
+        found = [1.0] * 8
+        for letter in text:
+            found[ord(letter) % 8] += 1.0
+        return found
+
+    def close(self) -> None:
+        self.open.set()
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
