@@ -162,7 +162,13 @@ class Base:
         if self._opened is None:
             self._opened = self._open(embedder=False)
             self._with_embedder = False
-        _take_out(self._opened, row.name)
+        self._remove(self._opened, row)
+
+    def _remove(self, base: KnowledgeBase, row: FileRow) -> None:
+        with base.store.writing():
+            # Another of that name may have come and been read meanwhile; not while we write.
+            if self._shared.catalogue.is_removed(row):
+                base.store.remove_source(DEFAULT_COLLECTION, row.name)
         self._shared.catalogue.forget(row)
 
     def stop(self, seconds: float | None = None) -> None:
@@ -174,7 +180,8 @@ class Base:
             pool.close()
         if writer is not None:
             writer.join(seconds)
-        self._reader.submit(self._close_reader)
+        with suppress(RuntimeError):  # it has ended before
+            self._reader.submit(self._close_reader)
         self._reader.shutdown()
 
     def delete_files(self) -> None:
@@ -190,11 +197,7 @@ class Base:
             with WorkerPool(Limits(workers=1)) as pool:
                 with self._lock:
                     self._pool = pool
-                base = self._open(embedder=True)
-                try:
-                    self._do_all(base, pool)
-                finally:
-                    base.close()
+                self._do_all(pool)
         except (DataError, sqlite3.DatabaseError) as error:
             why = UNREADABLE
             _log.warning("knowledge base %r: %s", self.name, error)
@@ -209,20 +212,22 @@ class Base:
                 self.error = why
                 self._writer = self._pool = None
 
-    def _do_all(self, base: KnowledgeBase, pool: WorkerPool) -> None:
+    def _do_all(self, pool: WorkerPool) -> None:
         if not self._compared:
-            _compare(base, self._shared.catalogue, self.name)
+            with self._open(embedder=False) as base:
+                _compare(base, self._shared.catalogue, self.name)
             self._compared = True
         self.error = None
         while (row := self._next()) is not None:
-            try:
+            # No model is opened before there is something to embed.
+            with self._open(embedder=row.status == "queued") as base:
                 if row.status == "removed":
-                    _take_out(base, row.name)
-                    self._shared.catalogue.forget(row)
-                else:
+                    self._remove(base, row)
+                    continue
+                try:
                     self._ingest(base, row, pool)
-            finally:
-                self._now = None
+                finally:
+                    self._now = None
 
     def _next(self) -> FileRow | None:
         # Under the lock: `wake` after a file was queued finds the thread going on, or ended.
@@ -248,8 +253,8 @@ class Base:
             return
         except _Unreadable as error:
             why = str(error)
-        except DataError:  # of the base's file: the disk may have room again when it is woken
-            raise
+        except (DataError, sqlite3.DatabaseError):
+            raise  # of the base's file: the disk may have room again when it is woken
         except KhaoszError as error:
             _log.warning("knowledge base %r: %s: %s", self.name, row.name, error)
             why = f"the embedder {self.embedder!r} failed"

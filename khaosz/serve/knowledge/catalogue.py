@@ -239,6 +239,14 @@ class Catalogue:
             )
             return done.rowcount > 0
 
+    def is_removed(self, row: FileRow) -> bool:
+        """And none of its name came since."""
+        with self._lock:
+            found = self._db.execute(
+                "SELECT 1 FROM files WHERE number = ? AND status = 'removed'", (row.number,)
+            ).fetchone()
+        return found is not None
+
     def forget(self, row: FileRow) -> None:
         """A file that was removed, when its document is out of the base."""
         with self._writing():

@@ -8,8 +8,10 @@ bases/NAME.kb   what was read of them; `khaosz rag search --kb` can open it too
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,9 +133,9 @@ class Library:
         def end() -> None:
             base.stop()
             base.delete_files()
-            with self._lock:
-                del self._bases[base.name]
+            with self._lock, suppress(sqlite3.ProgrammingError):  # the server has ended first
                 self._catalogue.drop_base(base.name)
+                del self._bases[base.name]
 
         thread = threading.Thread(target=end, name="khaosz-delete", daemon=True)
         thread.start()
