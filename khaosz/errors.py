@@ -7,7 +7,8 @@
     │   └── FetchError          a demo source that could not be fetched or failed its checksum
     ├── TokenizerError          a tokenizer that is missing, broken or does not fit the data
     ├── ModelError              a model directory that is missing, broken or not of our families
-    │   └── CheckpointError     training state that is missing, torn or from another configuration
+    │   ├── CheckpointError     training state that is missing, torn or from another configuration
+    │   └── ServerError         a server that cannot be reached, refuses, or answers something else
     ├── DeviceError             a device, compute type or backend that this machine does not have
     ├── GenerationError         a request out of range: prompt too long, temperature below zero, ...
     └── TrainingError           the run itself failed: loss not finite, disk full, data exhausted
@@ -55,6 +56,21 @@ class ModelError(KhaoszError):
 
 class CheckpointError(ModelError):
     pass
+
+
+class ServerError(ModelError):
+    """`status` and `code` (of its error's JSON) where the server answered."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        hint: str | None = None,
+        status: int | None = None,
+        code: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status, self.code = status, code
 
 
 class DeviceError(KhaoszError):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from khaosz.cli.models import default_model, model_named
 from khaosz.cli.output import (
     Device,
     Json,
     answer,
     chosen_device,
-    default_model,
     print_json,
     progress_console,
 )
@@ -97,33 +98,53 @@ def chat(
         Path | None,
         typer.Argument(help="Directory or .gguf; default: the newest trained here, or pulled."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk to a server there, such as http://127.0.0.1:8000/v1.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", help="A model by its name: the server's, or one here.")
+    ] = None,
+    docs: Annotated[
+        str | None, typer.Option(help="Answer from this knowledge base: a file, or the server's.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="1: off.")] = 0.9,
-    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.1,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="1: off. Without it: 1.1; of a server its own.")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Per answer.")] = 256,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     device: Device = "auto",
 ) -> None:
     """Talk to a model in the terminal; /help inside lists the commands."""
-    from khaosz.inference.chat import converse
-    from khaosz.inference.generator import Generator
-    from khaosz.inference.sampling import SamplingParams
+    from khaosz.cli.terminal.chat import converse
+    from khaosz.cli.terminal.conversation import Conversation, Partner, Settings
+    from khaosz.errors import ConfigError
 
-    params = SamplingParams(
-        max_tokens,
-        temperature,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
+    if model is not None and (url is not None or name is not None):
+        other = "--model" if url is None else "--url"
+        raise ConfigError(f"give a model's path or {other}, not both")
+    if repetition_penalty is None:
+        repetition_penalty = 1.1 if url is None else 1.0
+    settings = Settings(
+        max_tokens, temperature, top_p, repetition_penalty=repetition_penalty, seed=seed
     )
-    directory = model or default_model()
-    converse(
-        Generator.from_directory(directory, device=chosen_device(device)),
-        params,
-        str(directory),
-        system,
-    )
+    partner: Partner
+    if url is not None:  # needs no torch
+        from khaosz.cli.terminal.server import ServerPartner
+
+        partner = ServerPartner(url, name)
+    else:
+        from khaosz.cli.terminal.local import LocalPartner
+
+        path = model or (model_named(name) if name else default_model())
+        partner = LocalPartner.from_path(path, device=chosen_device(device))
+    with closing(partner):
+        partner.check(settings)
+        if docs is not None:
+            partner.open_base(docs)
+        converse(partner, Conversation(settings, system, documents=docs))
 
 
 @model_app.command()

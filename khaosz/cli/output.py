@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -51,18 +50,3 @@ def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
 
 def print_json(values: dict[str, Any]) -> None:
     typer.echo(json.dumps(values, ensure_ascii=False, default=str))
-
-
-def default_model() -> Path:
-    """The newest model trained here, else the newest pulled, else say how to get one."""
-    from khaosz.errors import ModelError
-    from khaosz.inference.chat import newest_model
-    from khaosz.interop.pull import pulled_models
-
-    try:
-        return newest_model(Path("runs"))
-    except ModelError:
-        found = pulled_models()
-        if found:
-            return found[0]
-        raise

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from khaosz.cli.models import default_model
 from khaosz.cli.output import (
     Device,
     Json,
     answer,
     chosen_device,
-    default_model,
     one_of,
     print_json,
     progress_console,

@@ -127,7 +127,8 @@ def ask(
 ) -> Answer:
     """Retrieve, build the prompt, and answer while it is iterated. A function given as `model` is
     called only if something was found. Raises as `KnowledgeBase.search` and `build_prompt` do."""
-    query = question if not history else standalone(question, history, _opened(model))
+    follows = any(message["role"] == "user" for message in history)
+    query = standalone(question, history, _opened(model)) if follows else question
     hits = base.search(query, k, mode=mode, collection=collection, reranker=reranker)
     if not good(base, query, hits):
         return Answer(question, query, hits, False, None, iter([REFUSAL[language_of(question)]]))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from khaosz.errors import ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.rag.http_client import checked, post
+from khaosz.rag.http_client import checked, deltas, read_events
 
 Messages = Sequence[dict[str, str]]
 
@@ -44,15 +42,14 @@ class LocalModel:
 
 
 class HttpModel:
-    """`/chat/completions` of any OpenAI-compatible server; a key comes from `OPENAI_API_KEY`.
+    """`/chat/completions` of any OpenAI-compatible server; a key comes from `KHAOSZ_API_KEY` or
+    `OPENAI_API_KEY`.
 
     Its tokenizer is not known here, so `count` is an estimate, too high for the vocabularies of
-    today, not for one that spells Chinese in bytes. Raises `ModelError` when the server cannot be
-    reached or answers otherwise.
+    today, not for one that spells Chinese in bytes. Raises `ServerError`.
     """
 
     _BYTES_PER_TOKEN = 2
-    _SECONDS = 300
 
     def __init__(self, url: str, model: str, *, context: int = 4096) -> None:
         self._url, self._model, self.context = checked(url), model, context
@@ -69,19 +66,9 @@ class HttpModel:
             "temperature": temperature,
             "stream": True,
         }
-        address = f"{self._url}/chat/completions"
-        try:
-            with post(address, body, self._SECONDS) as answer:
-                for line in answer:
-                    name, _, data = line.decode("utf-8").strip().partition(":")
-                    if name != "data" or not data.strip():
-                        continue
-                    if data.strip() == "[DONE]":
-                        return
-                    for choice in json.loads(data).get("choices", ()):
-                        yield choice.get("delta", {}).get("content") or ""
-        except (OSError, ValueError, AttributeError) as error:
-            raise ModelError(f"{address}: {error}", hint="is the server running?") from error
+        for event in read_events(f"{self._url}/chat/completions", body):
+            for delta, _ in deltas(event):
+                yield delta.get("content") or ""
 
 
 def open_chat_model(name: str, *, device: str = "cpu") -> ChatModel:

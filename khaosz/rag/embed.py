@@ -11,7 +11,6 @@ A vector is float32 of length 1, so a product of two is their cosine.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from khaosz.errors import ConfigError, ModelError
-from khaosz.rag.http_client import checked, post
+from khaosz.rag.http_client import checked, read_json
 
 
 class Embedder(Protocol):
@@ -140,7 +139,8 @@ class E5Embedder:
 
 class HttpEmbedder:
     """Raises `ModelError` when the server cannot be reached or answers otherwise. The texts go to
-    the address that is named, and nowhere else; a key comes from `OPENAI_API_KEY`."""
+    the address that is named, and nowhere else; a key comes from `KHAOSZ_API_KEY` or
+    `OPENAI_API_KEY`."""
 
     good_cosine: float | None = None
     _BATCH = 64
@@ -176,13 +176,11 @@ class HttpEmbedder:
     def _asked(self, texts: Sequence[str]) -> np.ndarray:
         body = {"model": self._model, "input": list(texts)}
         try:
-            with post(f"{self._url}/embeddings", body, self._SECONDS) as answer:
-                rows = sorted(json.load(answer)["data"], key=lambda row: row["index"])
+            answer = read_json(f"{self._url}/embeddings", body, seconds=self._SECONDS)
+            rows = sorted(answer["data"], key=lambda row: row["index"])
             vectors = np.array([row["embedding"] for row in rows], np.float32)
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            raise ModelError(
-                f"{self._url}/embeddings: {error}", hint="is the server running?"
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{self._url}/embeddings gave no vectors: {error}") from error
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ModelError(f"{self._url} gave {vectors.shape} for {len(texts)} texts")
         return unit(vectors)

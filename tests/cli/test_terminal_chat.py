@@ -6,61 +6,30 @@ import io
 import json
 import os
 import subprocess
-import sys
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from saying import CONTEXT, SAID, model, model_directory, run_khaosz, tokenizer
 
-from khaosz.config import ModelConfig
-from khaosz.data.tokenizer import Tokenizer, train_tokenizer
-from khaosz.errors import GenerationError, KhaoszError, ModelError, TokenizerError
-from khaosz.inference.chat import Conversation, answer, command, newest_model
-from khaosz.inference.generator import Generator
-from khaosz.inference.sampling import SamplingParams
+from khaosz.cli.models import newest_model
+from khaosz.cli.terminal.chat import answer, say
+from khaosz.cli.terminal.commands import COMMANDS
+from khaosz.cli.terminal.conversation import Conversation, Ended, Events, Part, Settings, Source
+from khaosz.cli.terminal.local import LocalPartner
+from khaosz.errors import (
+    DataError,
+    GenerationError,
+    KhaoszError,
+    ModelError,
+    ServerError,
+    TokenizerError,
+)
+from khaosz.inference.generator import Generator as Model
 from khaosz.interop import save_model
-from khaosz.model import Transformer
 
 torch.set_num_threads(1)
-
-SAID = "Yes, 中是\n[b]ok:1"  # two lines, three-byte characters, what looks like markup
-CONTEXT = 96
-
-
-@cache
-def tokenizer() -> Tokenizer:
-    return train_tokenizer(iter(["qq qq qq"]), 273)  # bytes and one merge
-
-
-@cache
-def model() -> Transformer:
-    """A true `Transformer` that says `SAID` after every assistant mark: its blocks are the
-    identity, its head maps each token of the sentence to the next."""
-    by = tokenizer()
-    chain = [by.special_id("<|assistant|>"), *by.encode(SAID), by.end_id]
-    assert len(set(chain)) == len(chain)
-    config = ModelConfig(
-        vocab_size=by.vocab_size,
-        hidden_size=by.vocab_size,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
-    built = Transformer(config)
-    built.initialise(torch.Generator().manual_seed(0))
-    assert built.lm_head is not None
-    with torch.no_grad():
-        built.embed_tokens.weight.copy_(torch.eye(by.vocab_size))
-        for token, following in pairwise(chain):
-            built.lm_head.weight[following, token] = 10.0
-    return built.eval()
 
 
 class Terminal:
@@ -68,8 +37,9 @@ class Terminal:
 
     def __init__(self, max_tokens: int = 24) -> None:
         self.console = Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
-        self.generator = Generator(model(), tokenizer())
-        self.conversation = Conversation(SamplingParams(max_tokens=max_tokens, temperature=0.0))
+        self.generator = Model(model(), tokenizer())
+        self.partner = LocalPartner(self.generator, "tiny")
+        self.conversation = Conversation(Settings(max_tokens, temperature=0.0))
 
     def shown(self) -> str:
         """What appeared since the last call."""
@@ -81,12 +51,64 @@ class Terminal:
         return text
 
     def say(self, message: str) -> str:
-        answer(self.conversation, message, self.console, self.generator)
+        answer(self.conversation, message, self.partner, self.console)
         return self.shown()
 
     def do(self, line: str) -> str:
-        assert command(self.conversation, line, self.console, self.generator)
+        assert say(line, self.conversation, self.partner, self.console)
         return self.shown()
+
+
+class Telling:
+    """Whoever says what it is told to."""
+
+    name, about = "telling", "nowhere"
+
+    def __init__(self, *events: Part | Ended | BaseException) -> None:
+        self.events, self.closed = events, False
+
+    def answer(self, conversation: Conversation, message: str) -> Events:
+        try:
+            for event in self.events:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            self.closed = True
+
+    def models(self) -> list[str]:
+        return []
+
+    def choose(self, name: str) -> None:
+        raise ModelError(f"no model '{name}'")
+
+    def bases(self) -> list[str]:
+        return []
+
+    def open_base(self, name: str) -> None:
+        raise DataError(f"no base '{name}'")
+
+    def check(self, settings: Settings) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
+
+
+def told(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def shown(*parts: Part, ended: Ended | None = None) -> str:
+    """What an answer of these parts looks like."""
+    console = quiet()
+    answer(Conversation(Settings()), "?", Telling(*parts, ended or Ended("stop")), console)
+    return told(console)
 
 
 def test_an_answer_is_shown_as_it_is_and_remembered() -> None:
@@ -99,10 +121,51 @@ def test_an_answer_is_shown_as_it_is_and_remembered() -> None:
 
 
 def test_what_looks_like_markup_is_text() -> None:
-    terminal = Terminal()
-    # Held back as the beginning of a stop string, "[b]o" is printed in one piece.
-    terminal.conversation.params = SamplingParams(24, temperature=0.0, stop=("[b]X",))
-    assert terminal.say("hi") == SAID + "\n"
+    assert Terminal().say("hi") == SAID + "\n"
+    assert shown(Part("[b]ok[/b] "), Part(":smile:")) == "[b]ok[/b] :smile:\n"
+
+
+def test_what_a_terminal_would_obey_is_left_out() -> None:
+    # Of the answer and of a document's name: here a clipboard and a cleared screen.
+    text = shown(
+        Part("a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
+        ended=Ended("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
+    )
+    assert text == "a]52;c;aGk=b2Jc\n\n[1] x[2Jy.md  0-9\n"
+
+
+def test_thoughts_are_dimmed_and_not_remembered() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
+    conversation = Conversation(Settings())
+    parts = Part("hm", thought=True), Part("Yes."), Ended("stop")
+    answer(conversation, "?", Telling(*parts), console)
+    assert told(console) == "\x1b[2mhm\x1b[0m\n\nYes.\n"
+    assert conversation.turns[-1]["content"] == "Yes."
+
+
+def test_sources_stand_behind_the_answer() -> None:
+    source = Source(2, "手册.pdf", 7, 1200, 1300)
+    assert shown(Part("是[2]。"), ended=Ended("stop", (source,))) == (
+        "是[2]。\n[2] 手册.pdf, p. 7  1,200-1,300\n"
+    )
+    assert "names no source" in shown(ended=Ended("stop", (source,), cited=False))
+
+
+def test_an_answer_that_fails_midway_is_not_kept() -> None:
+    conversation = Conversation(Settings())
+    with pytest.raises(ServerError):
+        answer(conversation, "?", Telling(Part("so far"), ServerError("gone")), quiet())
+    assert conversation.turns == []
+
+
+def test_an_interrupted_answer_is_kept_as_far_as_it_went() -> None:
+    conversation = Conversation(Settings())
+    partner = Telling(Part("so far"), KeyboardInterrupt(), Part("never"))
+    console = quiet()
+    answer(conversation, "?", partner, console)
+    assert told(console) == "so far [interrupted]\n"
+    assert conversation.turns[-1]["content"] == "so far"
+    assert partner.closed
 
 
 def test_an_answer_that_met_its_limit_says_so() -> None:
@@ -135,7 +198,7 @@ def test_a_message_that_cannot_be_answered_changes_nothing() -> None:
     with pytest.raises(TokenizerError, match="surrogate"):
         terminal.say("\udcff")
     assert terminal.conversation.turns == before
-    terminal.conversation.params = SamplingParams(max_tokens=1)
+    terminal.conversation.settings = Settings(max_tokens=1)
     assert terminal.say("hi") != ""
 
 
@@ -149,7 +212,7 @@ def test_special_tokens_in_a_message_are_text() -> None:
 def test_help_lists_the_commands_there_are() -> None:
     terminal = Terminal()
     shown = terminal.do("/help")
-    for verb in ("/help", "/reset", "/retry", "/system", "/set", "/save", "/exit"):
+    for verb in COMMANDS:
         assert verb in shown
         if verb != "/exit":
             assert "unknown command" not in terminal.do(verb)
@@ -163,7 +226,7 @@ def test_an_unknown_command_is_named() -> None:
 @pytest.mark.parametrize("line", ["/exit", "/quit"])
 def test_exit_leaves(line: str) -> None:
     terminal = Terminal()
-    assert not command(terminal.conversation, line, terminal.console, terminal.generator)
+    assert not say(line, terminal.conversation, terminal.partner, terminal.console)
 
 
 def test_reset_forgets_and_system_restarts() -> None:
@@ -218,20 +281,20 @@ def test_a_retry_that_fails_keeps_the_answer_there_was() -> None:
 def test_set_changes_one_setting(line: str, name: str, value: float) -> None:
     terminal = Terminal()
     assert terminal.do(line) == ""
-    assert getattr(terminal.conversation.params, name) == value
+    assert getattr(terminal.conversation.settings, name) == value
 
 
 def test_set_refuses_what_cannot_be() -> None:
     terminal = Terminal()
-    before = terminal.conversation.params
-    assert terminal.do("/set").startswith("settings: temperature, top_p")
-    assert terminal.do("/set warmth 3").startswith("settings: temperature, top_p")
+    before = terminal.conversation.settings
+    assert terminal.do("/set").startswith("settings: max_tokens 24, temperature 0.0, top_p 0.9")
+    assert terminal.do("/set warmth 3").startswith("settings: max_tokens 24")
     assert terminal.do("/set top_k 1.5") == "top_k takes a number, not '1.5'\n"
     assert terminal.do("/set seed [b]") == "seed takes a number, not '[b]'\n"
     for line in ("/set temperature -1", "/set top_p nan", f"/set seed {2**70}"):
         with pytest.raises(KhaoszError, match=" must be "):
             terminal.do(line)
-    assert terminal.conversation.params == before
+    assert terminal.conversation.settings == before
 
 
 def test_save_writes_the_conversation(tmp_path: Path) -> None:
@@ -245,26 +308,12 @@ def test_save_writes_the_conversation(tmp_path: Path) -> None:
     assert saved == {"messages": terminal.conversation.messages}
     assert "你好" in path.read_text(encoding="utf-8")
     assert terminal.do("/save") == "/save FILE\n"
-    shown = terminal.do(f"/save {tmp_path / '[b]' / 'none.json'}")
-    assert shown.startswith(f"could not write {tmp_path / '[b]' / 'none.json'}: ")
-
-
-def model_directory(directory: Path) -> Path:
-    save_model(model(), directory)
-    tokenizer().save(directory)
-    return directory
+    with pytest.raises(KhaoszError, match="could not write"):
+        terminal.do(f"/save {tmp_path / '[b]' / 'none.json'}")
 
 
 def run_chat(directory: Path, lines: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "khaosz", "chat", str(directory), "--device", "cpu", *options],
-        input=lines,
-        capture_output=True,
-        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"},
-        cwd=Path(__file__).parents[2],
-        timeout=120,
-        check=False,
-    )
+    return run_khaosz("chat", str(directory), "--device", "cpu", *options, lines=lines)
 
 
 def test_a_whole_conversation_through_a_pipe(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The `khaosz` command at a terminal: keys in, the screen's bytes out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from saying import environment
+
+_ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[=>()][A-Z0-9]?)")
+
+
+class PseudoTerminal:
+    def __init__(self, *arguments: str, home: Path, **more: str) -> None:
+        import pty  # not on Windows
+
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "khaosz", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=home,
+            start_new_session=True,
+            # The tests don't answer questions about the cursor's place.
+            env=environment(
+                TERM="xterm", HOME=str(home), PROMPT_TOOLKIT_NO_CPR="1", COLUMNS="100", **more
+            ),
+        )
+        os.close(theirs)
+        self._raw = b""
+        self._read = 0
+
+    def __enter__(self) -> PseudoTerminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self._ours)
+
+    @property
+    def screen(self) -> str:
+        """What was printed since the last `until`, without what moves and colours."""
+        text = self._raw.decode("utf-8", errors="replace").replace("\r", "")
+        return _ESCAPES.sub("", text)[self._read :]
+
+    def type(self, keys: str) -> None:
+        os.write(self._ours, keys.encode())
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def until(self, text: str, seconds: float = 60) -> str:
+        """What was printed up to this text."""
+        end = time.monotonic() + seconds
+        while text not in self.screen:
+            left = end - time.monotonic()
+            assert left > 0, f"{text!r} did not come: {self.screen!r}"
+            if select.select([self._ours], [], [], min(left, 0.2))[0]:
+                try:
+                    self._raw += os.read(self._ours, 1 << 16)
+                except OSError:  # the other end is closed
+                    assert text in self.screen, f"{text!r} never came: {self.screen!r}"
+        before, _, _ = self.screen.partition(text)
+        self._read += len(before) + len(text)
+        return before + text
+
+    def leave(self) -> int:
+        """The exit status."""
+        self.type("/exit\r")
+        # A terminal is left when all that was written to it has been read.
+        with contextlib.suppress(OSError):
+            while os.read(self._ours, 1 << 16):
+                pass
+        return self.process.wait(timeout=30)
