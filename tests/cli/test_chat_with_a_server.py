@@ -56,7 +56,7 @@ def test_it_is_a_client_without_torch(url: str) -> None:
         f"sys.argv = ['khaosz', 'chat', '--url', {url!r}]\n"
         "try:\n    main()\nexcept SystemExit as leaving:\n    assert not leaving.code\n"
         "assert 'khaosz.cli.terminal.server' in sys.modules\n"
-        "assert not {'torch', 'numpy', 'tokenizers', 'fastapi'} & set(sys.modules)"
+        "assert not {'torch', 'fastapi'} & set(sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], input=b"hi\n", capture_output=True, env=environment()

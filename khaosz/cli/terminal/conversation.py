@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from khaosz.errors import DataError
+from khaosz.serve import parts as serve
 
 Turns = list[dict[str, str]]
 
@@ -69,6 +70,13 @@ class Part:
 
     text: str
     thought: bool = False
+
+
+def told_apart(parts: Iterable[serve.Part | serve.ToolCall]) -> Iterator[Part]:
+    """As a server tells thoughts from the answer; calls of tools are not asked for here."""
+    for part in parts:
+        if isinstance(part, serve.Part):
+            yield Part(part.text, thought=part.kind == "reasoning")
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from khaosz.cli.terminal.conversation import (
     Settings,
     Source,
     Turns,
+    told_apart,
 )
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.sampling import SamplingParams
-from khaosz.inference.thinking import OPENS, ThoughtStream
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, ask
 from khaosz.rag.chat_model import Messages
 from khaosz.rag.store import open_store
+from khaosz.serve.parts import THINK, PartStream
 
 KB = "khaosz.kb"
 
@@ -76,8 +77,7 @@ class LocalPartner:
         pieces = model.pieces(ids, params)  # refuses a prompt that is too long
         if len(turns) < len(asked):
             yield Forgotten((len(asked) - len(turns)) // 2)
-        for text, thought in pieces:
-            yield Part(text, thought)
+        yield from pieces
         yield Ended(model.reason)
 
     def _from_documents(self, conversation: Conversation, message: str) -> Events:
@@ -94,8 +94,7 @@ class LocalPartner:
         if len(turns) < len(conversation.turns):
             yield Forgotten((len(conversation.turns) - len(turns)) // 2)
         for text in reply:
-            for thought in model.take_thoughts():
-                yield Part(thought, thought=True)
+            yield from model.take_thoughts()
             yield Part(text)
         yield Ended(model.reason if reply.found else "stop", *_sources(reply))
 
@@ -125,34 +124,32 @@ class _Speaker:
         self._generator, self._seed = generator, params.seed
         self.context = generator.context
         self.reason: str | None = None
-        self._thoughts: list[str] = []
+        self._thoughts: list[Part] = []
 
     def count(self, messages: Messages) -> int:
         return len(self._generator.chat_ids(messages))
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
         params = SamplingParams(max_tokens, temperature, seed=self._seed)
-        for text, thought in self.pieces(self._generator.chat_ids(messages), params):
-            if thought:
-                self._thoughts.append(text)
+        for part in self.pieces(self._generator.chat_ids(messages), params):
+            if part.thought:
+                self._thoughts.append(part)
             else:
-                yield text
+                yield part.text
 
-    def pieces(self, ids: list[int], params: SamplingParams) -> Iterator[tuple[str, bool]]:
-        """(text, thought). Raises `GenerationError` at once for a prompt that is too long."""
+    def pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Part]:
+        """Raises `GenerationError` at once for a prompt that is too long."""
         pieces = self._generator.stream(ids, params)
         end = self._generator.tokenizer.decode(ids[-8:])  # tokens that hold the mark and a break
-        return self._told_apart(pieces, ThoughtStream(open=end.rstrip().endswith(OPENS)))
+        return self._told_apart(pieces, PartStream(thinking=end.rstrip().endswith(THINK)))
 
-    def _told_apart(
-        self, pieces: Iterator[Piece], thoughts: ThoughtStream
-    ) -> Iterator[tuple[str, bool]]:
+    def _told_apart(self, pieces: Iterator[Piece], parts: PartStream) -> Iterator[Part]:
         for piece in pieces:
-            yield from thoughts.feed(piece.text)
+            yield from told_apart(parts.feed(piece.text))
             self.reason = piece.finish_reason
-        yield from thoughts.finish()
+        yield from told_apart(parts.finish())
 
-    def take_thoughts(self) -> list[str]:
+    def take_thoughts(self) -> list[Part]:
         taken, self._thoughts = self._thoughts, []
         return taken
 

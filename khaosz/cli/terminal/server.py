@@ -13,10 +13,11 @@ from khaosz.cli.terminal.conversation import (
     Settings,
     Source,
     Turns,
+    told_apart,
 )
 from khaosz.errors import DataError, ModelError, ServerError, nearest
-from khaosz.inference.thinking import ThoughtStream
 from khaosz.rag.http_client import checked, deltas, read_events, read_json
+from khaosz.serve.parts import PartStream
 
 _OURS = "knowledge bases are KHAOSZ's own: another server has none"
 
@@ -91,7 +92,7 @@ class ServerPartner:
         yield from events
 
     def _events(self, conversation: Conversation, turns: Turns) -> Events:
-        thoughts = ThoughtStream()  # where a server leaves <think> in the text
+        parts = PartStream()  # where a server leaves <think> in the text
         reason: str | None = None
         cited: list[Any] = []
         given: list[Any] = []
@@ -103,10 +104,8 @@ class ServerPartner:
                 cited += delta.get("citations") or []
                 if thought := delta.get("reasoning_content") or delta.get("reasoning"):
                     yield Part(str(thought), thought=True)
-                for text, inner in thoughts.feed(str(delta.get("content") or "")):
-                    yield Part(text, inner)
-        for text, inner in thoughts.finish():
-            yield Part(text, inner)
+                yield from told_apart(parts.feed(str(delta.get("content") or "")))
+        yield from told_apart(parts.finish())
         yield Ended(reason, *_sources(cited, given))
 
     def _body(self, conversation: Conversation, turns: Turns) -> dict[str, Any]:
