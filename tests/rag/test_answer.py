@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khaosz.errors import GenerationError, ModelError
+from khaosz.errors import GenerationError, ModelError, ServerError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
@@ -173,7 +173,10 @@ class Server(BaseHTTPRequestHandler):
             events = [{"choices": [{"delta": {"content": text}}]} for text in ("南极", "[1]", "。")]
             events.insert(0, {"choices": [{"delta": {"role": "assistant", "content": None}}]})
             lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-            payload = ": ping\n\n".join([*lines, "data: [DONE]\n\n"]).encode()
+            if body["model"] == "failing":
+                lines[-1] = 'data: {"error": {"message": "the answer failed"}}\n\n'
+            end = [] if body["model"] == "cut" else ["data: [DONE]\n\n"]
+            payload = ": ping\n\n".join([*lines, *end]).encode()
         elif self.path.startswith("/away/"):
             self.send_response(302)
             self.send_header("Location", f"http://localhost:{self.server.server_port}/stolen")
@@ -210,6 +213,13 @@ def test_any_server_answers(base: KnowledgeBase, url: str) -> None:
     answer = ask(base, "企鹅住在哪里？", HttpModel(url, "m"))
     assert read(answer) == "南极[1]。" and len(answer.citations) == 1
     assert Server.bodies[-1]["model"] == "m" and Server.bodies[-1]["stream"] is True
+
+
+@pytest.mark.parametrize(("model", "why"), [("cut", "broke off"), ("failing", "answer failed")])
+def test_an_answer_that_is_not_whole_is_no_answer(url: str, model: str, why: str) -> None:
+    pieces = HttpModel(url, model).stream([{"role": "user", "content": "?"}], 8, 0.0)
+    with pytest.raises(ServerError, match=why):
+        list(pieces)
 
 
 def test_any_server_embeds(url: str) -> None:
