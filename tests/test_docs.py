@@ -47,6 +47,7 @@ GUIDES = (
     "rag.md",
     "serve.md",
     "tokenizer.md",
+    "tools.md",
     "training.md",
 )
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
