@@ -41,6 +41,7 @@ GUIDES = (
     "alignment.md",
     "chat.md",
     "data.md",
+    "deploy.md",
     "gguf.md",
     "inference.md",
     "models.md",
