@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -88,13 +89,15 @@ def run_khaosz(
 def khaosz_serve(directory: Path, *options: str, **more: str) -> Iterator[str]:
     """A server in its own process; its address."""
     command = [sys.executable, "-m", "khaosz", "serve", str(directory), "--port", "0"]
-    with subprocess.Popen(
-        [*command, "--device", "cpu", *options],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment(**more),
-        cwd=directory,
-    ) as server:
+    with (
+        TemporaryDirectory() as data,
+        subprocess.Popen(
+            [*command, "--device", "cpu", "--data", data, *options],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(**more),
+        ) as server,
+    ):
         try:
             assert server.stdout is not None
             yield server.stdout.readline().split(": ")[1].strip()
