@@ -129,8 +129,8 @@ def _refusal(address: str, error: HTTPError) -> ServerError:
     match error.code:
         case 401 | 403:
             hint = f"its key belongs into {KEYS[0]}"
-        case 404:
-            hint = "does the address end in /v1, and has the server that model?"
+        case 404 if "not found" in message.lower():  # what is missing has no name: the path
+            hint = "does the address end in /v1?"
         case 429 | 503:
             hint = "it is busy: try again in a moment"
         case 301 | 302 | 307 | 308:

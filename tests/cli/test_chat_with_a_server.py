@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import pytest
-from saying import CONTEXT, SAID, environment, khaosz_serve, model_directory, run_khaosz
+from saying import CONTEXT, SAID, environment, khaosz_serve, model, model_directory, run_khaosz
+
+from khaosz.serve.schema import ChatRequest
+
+ANSWER = "南极[1]。"
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +129,55 @@ def test_an_address_without_v1(url: str) -> None:
 def test_a_path_and_an_address_are_two_things(directory: Path, url: str) -> None:
     done = run_khaosz("chat", str(directory), "--url", url)
     assert done.returncode == 1 and b"not both" in done.stderr
+
+
+needs_chats_about_bases = pytest.mark.skipif(
+    "knowledge_base" not in ChatRequest.model_fields, reason="the service has none yet"
+)
+
+
+@pytest.fixture(scope="module")
+def citing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose model cites, and that keeps a base."""
+    directory = model_directory(tmp_path_factory.mktemp("served") / "citing", model(ANSWER, 4096))
+    texts = {
+        "企鹅.md": "企鹅住在南极。它们不会飞。",
+        "合同.md": "合同自双方签字之日起生效，有效期三年。",
+        "whales.md": "The blue whale is the largest animal.",
+    }
+    with khaosz_serve(directory) as url:
+        asked("POST", f"{url}/knowledge_bases", json.dumps({"name": "动物"}).encode())
+        files = f"{url}/knowledge_bases/{quote('动物')}/files"
+        for name, text in texts.items():
+            asked("PUT", f"{files}/{quote(name)}", text.encode())
+        while any(file["status"] != "ready" for file in asked("GET", files)["data"]):
+            time.sleep(0.05)
+        yield url
+
+
+def asked(method: str, address: str, body: bytes | None = None) -> Any:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, body, headers, method=method)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+@needs_chats_about_bases
+def test_answers_come_from_a_base_of_the_servers(citing: str) -> None:
+    question = "企鹅住在哪里？"
+    out = told(citing, "/docs", "/docs 动物", question, "/retry", "/docs off", question)
+    assert "answers come from no documents\n/docs BASE takes:\n  动物" in out
+    assert "answers come from 动物" in out
+    assert out.count(f"{ANSWER}\n[1] 企鹅.md  0-13\n") == 2
+    assert out.count(ANSWER) == 3
+
+
+@needs_chats_about_bases
+def test_what_a_base_does_not_hold_no_model_is_asked(citing: str) -> None:
+    out = told(citing, "木星有多少颗卫星？", options=("--docs", "动物"))
+    assert "资料中没有找到答案。\n> " in out and "[1]" not in out
+
+
+def test_a_base_that_the_server_has_not(citing: str) -> None:
+    error, hint = refused("--url", citing, "--docs", "动")
+    assert "no knowledge base '动'" in error and "did you mean 动物?" in hint
