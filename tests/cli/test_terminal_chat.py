@@ -364,3 +364,39 @@ def test_the_newest_model_is_found(tmp_path: Path) -> None:
     (runs / "torn" / "last").mkdir(parents=True)
     (runs / "torn" / "last" / "config.json").write_text("{}", encoding="utf-8")
     assert newest_model(runs) == runs / "a" / "last"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "holds no conversation"),
+        ("[1]", "holds no conversation"),
+        ('{"messages": [{"role": "user"}]}', "holds no conversation"),
+        ('{"messages": [{"role": "user", "content": null}]}', "not text"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is the assistant's"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
+        ("\udcff", "holds no conversation"),
+    ],
+)
+def test_load_refuses_what_is_no_conversation(tmp_path: Path, text: str, why: str) -> None:
+    terminal = Terminal()
+    terminal.say("hi")
+    before = list(terminal.conversation.turns)
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=why):
+        terminal.do(f"/load {path}")
+    with pytest.raises(KhaoszError, match="could not read"):
+        terminal.do(f"/load {tmp_path / 'none.json'}")
+    assert terminal.conversation.turns == before
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    terminal = Terminal()
+    terminal.do("/system Be brief.")
+    terminal.say("hi")
+    saved = terminal.conversation.messages
+    terminal.do(f"/save {tmp_path / 'a.json'}")
+    terminal.do("/system")
+    assert "1 exchanges" in terminal.do(f"/load {tmp_path / 'a.json'}")
+    assert terminal.conversation.messages == saved

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from serving import Service, served
 
-from khaosz.cli.terminal.conversation import Conversation, Ended, Part, Partner, Settings
+from khaosz.cli.terminal.conversation import (
+    Conversation,
+    Ended,
+    Forgotten,
+    Part,
+    Partner,
+    Settings,
+)
 from khaosz.cli.terminal.local import LocalPartner
 from khaosz.cli.terminal.server import ServerPartner
 
@@ -40,3 +47,19 @@ def test_both_partners_tell_thoughts_apart(thinker: Service, taught: Path) -> No
     for partner in (remote, LocalPartner.from_path(taught)):
         assert answered(partner, "think") == ("一 + 一", "二", Ended("stop"))
         assert answered(partner, "plain") == ("", "the fox", Ended("stop"))
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_oldest_are_left_out_whether_the_server_counts_or_refuses(
+    thinker: Service, counts: bool
+) -> None:
+    partner = ServerPartner(f"http://127.0.0.1:{thinker.port}/v1")
+    partner._counts = counts  # as with a server that has no /tokenize
+    old = [
+        {"role": "user", "content": "x " * 600},
+        {"role": "assistant", "content": "y"},
+    ]
+    conversation = Conversation(GREEDY, turns=old * 3)
+    events = list(partner.answer(conversation, "plain"))
+    assert any(isinstance(event, Forgotten) for event in events)
+    assert partner._counts == counts
