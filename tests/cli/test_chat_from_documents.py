@@ -40,9 +40,10 @@ def told(place: Path, *lines: str, options: tuple[str, ...] = ()) -> str:
 
 
 def test_answers_come_from_documents_with_their_sources(place: Path) -> None:
-    out = told(
-        place, "/docs", "/docs khaosz.kb", "企鹅住在哪里？", "/retry", "/docs off", "企鹅住在哪里？"
-    )
+    question = "企鹅住在哪里？"
+    warm, cold = "/set temperature 50", "/set temperature 0"  # it quotes all the same
+    base = "/docs", "/docs khaosz.kb"
+    out = told(place, *base, warm, question, "/retry", "/docs off", cold, question)
     assert "answers come from no documents\n/docs BASE takes:\n  khaosz.kb" in out
     assert "answers come from khaosz.kb" in out
     assert out.count(f"{ANSWER}\n[1] 企鹅.md  0-13\n") == 2

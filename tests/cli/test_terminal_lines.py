@@ -72,14 +72,14 @@ def test_several_lines_at_a_terminal(url: str, tmp_path: Path, editor: bool) -> 
     )
     with PseudoTerminal("chat", "--url", url, home=tmp_path, **hidden) as terminal:
         terminal.until(">")
-        for keys in ("你好\\\rb\r", '"""c\rd"""\r', "\x1b[200~p\nq\x1b[201~\r"):
+        for keys in ("你好\\\rb\r", '"""c\rd"""\r', "\x1b[200~/usr p\nq\x1b[201~\r"):
             terminal.type(keys)
             terminal.until("ok:1")
             terminal.until(">")
         terminal.type("/save a.json\r")
         terminal.until("saved a.json")
         assert terminal.leave() == 0
-    assert messages(tmp_path / "a.json") == ["你好\nb", "c\nd", "p\nq"]
+    assert messages(tmp_path / "a.json") == ["你好\nb", "c\nd", "/usr p\nq"]
     assert (tmp_path / ".khaosz_history").exists() == editor
 
 

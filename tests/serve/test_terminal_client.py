@@ -63,3 +63,18 @@ def test_the_oldest_are_left_out_whether_the_server_counts_or_refuses(
     events = list(partner.answer(conversation, "plain"))
     assert any(isinstance(event, Forgotten) for event in events)
     assert partner._counts == counts
+
+
+def test_an_answer_has_room_where_the_server_counts(thinker: Service) -> None:
+    partner = ServerPartner(f"http://127.0.0.1:{thinker.port}/v1")
+    conversation = Conversation(GREEDY)
+
+    def count() -> int:
+        turns = conversation.asking("plain")
+        return len(thinker.generator.chat_ids(turns))
+
+    while count() <= thinker.generator.context - GREEDY.max_tokens:  # that would be enough
+        conversation.turns.append({"role": "user", "content": "x x x"})
+        conversation.turns.append({"role": "assistant", "content": "y"})
+    assert count() < thinker.generator.context
+    assert isinstance(next(partner.answer(conversation, "plain")), Forgotten)
