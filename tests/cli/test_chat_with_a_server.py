@@ -15,8 +15,6 @@ from urllib.parse import quote
 import pytest
 from saying import CONTEXT, SAID, environment, khaosz_serve, model, model_directory, run_khaosz
 
-from khaosz.serve.schema import ChatRequest
-
 ANSWER = "南极[1]。"
 
 
@@ -131,11 +129,6 @@ def test_a_path_and_an_address_are_two_things(directory: Path, url: str) -> None
     assert done.returncode == 1 and b"not both" in done.stderr
 
 
-needs_chats_about_bases = pytest.mark.skipif(
-    "knowledge_base" not in ChatRequest.model_fields, reason="the service has none yet"
-)
-
-
 @pytest.fixture(scope="module")
 def citing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server whose model cites, and that keeps a base."""
@@ -162,7 +155,6 @@ def asked(method: str, address: str, body: bytes | None = None) -> Any:
         return json.load(answer)
 
 
-@needs_chats_about_bases
 def test_answers_come_from_a_base_of_the_servers(citing: str) -> None:
     question = "企鹅住在哪里？"
     out = told(citing, "/docs", "/docs 动物", question, "/retry", "/docs off", question)
@@ -172,7 +164,6 @@ def test_answers_come_from_a_base_of_the_servers(citing: str) -> None:
     assert out.count(ANSWER) == 3
 
 
-@needs_chats_about_bases
 def test_what_a_base_does_not_hold_no_model_is_asked(citing: str) -> None:
     out = told(citing, "木星有多少颗卫星？", options=("--docs", "动物"))
     assert "资料中没有找到答案。\n> " in out and "[1]" not in out
