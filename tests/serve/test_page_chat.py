@@ -56,7 +56,9 @@ def test_it_can_be_stopped(browser: Any, place: Service) -> None:
         page.reload()
         assert answer(page).locator(".markdown").inner_text() == said
         ask(page, LONG)
-        page.wait_for_selector(".message.assistant:nth-of-type(4) .markdown")
+        page.wait_for_function(
+            "() => document.querySelectorAll('.message.assistant .markdown').length === 2"
+        )
         page.keyboard.press("Escape")
         assert "stopped" in answer(page).locator(".facts").inner_text()
 
