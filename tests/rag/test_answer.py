@@ -241,3 +241,21 @@ def test_a_redirect_is_not_followed_with_the_key(url: str, monkeypatch: pytest.M
     with pytest.raises(ModelError, match="302"):
         list(HttpModel(away, "m").stream([{"role": "user", "content": "text"}], 8, 0.0))
     assert not any("stolen" in body for body in Server.bodies)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 900))
+def test_as_many_passages_as_fit_and_no_more(lengths: list[int], room: int) -> None:
+    hits = [hit("x" * length, doc=str(i)) for i, length in enumerate(lengths)]
+
+    def count(messages: Messages) -> int:
+        return sum(len(message["content"]) for message in messages)
+
+    texts = [build_prompt("q", hits[:kept], count, 10**9) for kept in range(1, len(hits) + 1)]
+    fitting = [prompt for prompt in texts if count(prompt.messages) <= room]
+    if not fitting:
+        with pytest.raises(GenerationError):
+            build_prompt("q", hits, count, room)
+        return
+    prompt = build_prompt("q", hits, count, room)
+    assert prompt.text == fitting[-1].text
+    assert (len(prompt.passages), prompt.left_out) == (len(fitting), len(hits) - len(fitting))

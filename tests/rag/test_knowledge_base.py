@@ -22,6 +22,7 @@ from khaosz.cli import app
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag import KnowledgeBase, StructureSplitter
 from khaosz.rag.lexical import K1, B, lexical_search
+from khaosz.rag.load import Limits, WorkerPool, load_file
 from khaosz.rag.retrieve import merge_neighbours
 from khaosz.rag.store import Store
 from khaosz.rag.store.sqlite import SqliteStore
@@ -409,3 +410,30 @@ def test_a_path_that_is_wrong_begins_no_base(tmp_path: Path) -> None:
     kb = tmp_path / "a.kb"
     found = CliRunner().invoke(app, ["rag", "add", str(tmp_path / "none"), "--kb", str(kb)])
     assert isinstance(found.exception, DataError) and not kb.exists()
+
+
+def test_what_was_read_elsewhere_is_put_in_by_its_name(tmp_path: Path, hashed: Hashed) -> None:
+    with KnowledgeBase(tmp_path / "a.kb", embedder=hashed()) as base:
+        assert base.search("anything") == [], "there is nothing yet"
+        seen: list[tuple[int, int]] = []
+
+        def put(content: str, name: str) -> Any:
+            upload = tmp_path / "upload"
+            upload.write_text(content, encoding="utf-8")
+            with WorkerPool(Limits(workers=1)) as pool:
+                source, documents = load_file(upload, name, pool=pool, on_problem=print)
+            return base.put(source, documents, on_chunk=lambda *done: seen.append(done))
+
+        report = put("企鹅住在南极。", "鸟.md")
+        assert (report.added, report.chunks, seen) == (1, 1, [(0, 1), (1, 1)])
+        assert put("企鹅住在南极。", "鸟.md").unchanged == 1
+        assert put("企鹅住在南极。", "同样.md").added == 1
+        assert put("鲸鱼住在海里。", "鸟.md").updated == 1
+        assert {document.name: document.path for document in base.documents()} == {
+            "鸟.md": "鸟.md", "同样.md": "同样.md"
+        }  # fmt: skip
+        assert base.search("企鹅", mode="lexical")[0].doc == "同样.md"
+        assert base.store.vector_count == base.store.chunk_count == 2
+        with base.store.writing():
+            assert base.store.remove_source("default", "鸟.md")
+        assert [document.name for document in base.documents()] == ["同样.md"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from knowing import EmbeddingServer, Knowing, knowing
+from knowing import BASES, EmbeddingServer, Knowing, knowing
 from serving import Service, wait_until
 
 from khaosz.errors import ConfigError
@@ -213,6 +213,12 @@ def test_what_cannot_be_searched(bases: Knowing) -> None:
         ("DELETE", "/a/files/none"), ("DELETE", f"/none/files/{file['id']}"),
     ):  # fmt: skip
         assert bases.ask(method, path)[0] == 404
+
+
+def test_a_method_that_a_path_does_not_have(bases: Knowing) -> None:
+    for path, allowed in (("", "GET, POST"), ("/a", "DELETE, GET"), ("/a/search", "POST")):
+        status, headers, _ = bases.service.ask("PATCH", BASES + path, b"")
+        assert (status, headers["allow"]) == (405, allowed)
 
 
 def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:

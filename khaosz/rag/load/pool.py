@@ -27,6 +27,7 @@ from khaosz.rag.load.frames import read_frame, write_frame
 Loaded = tuple[Source, list[Document]]
 
 _START_SECONDS = 60.0
+_ENDED = "was not read: loading has ended"
 # Not `multiprocessing`, whose pipes unpickle, and which imports the user's script once more.
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -62,7 +63,7 @@ class WorkerPool:
             self._closed = True
             for worker in self._workers:
                 worker.process.kill()  # its thread sees the end of the pipe
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)  # those that wait see that it is closed
         for worker in self._workers:
             worker.close()
 
@@ -73,8 +74,12 @@ class WorkerPool:
             return sorted(worker.process.pid for worker in self._workers)
 
     def submit(self, file: Found) -> Future[Loaded]:
-        """The future's exception is a DataError when the file cannot be read."""
-        return self._threads.submit(self._load, file)
+        """The future's exception is a DataError when the file cannot be read, and so is ours when
+        the pool was closed."""
+        try:
+            return self._threads.submit(self._load, file)
+        except RuntimeError:
+            raise DataError(_ENDED) from None
 
     def _load(self, file: Found) -> Loaded:
         worker = self._take()
@@ -98,7 +103,7 @@ class WorkerPool:
     def _take(self) -> _Worker:
         with self._lock:
             if self._closed:
-                raise DataError("was not read: loading has ended")
+                raise DataError(_ENDED)
             if self._idle:
                 return self._idle.pop()
             worker = _Worker(self.limits)

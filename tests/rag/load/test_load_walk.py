@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from make_documents import load, load_one, problem_of
 
-from khaosz.rag.load import Problem, load_paths
+from khaosz.errors import DataError
+from khaosz.rag.load import Limits, Problem, WorkerPool, load_file, load_paths
 from khaosz.rag.load.ignore import is_ignored, parse_rules
 
 posix = pytest.mark.skipif(os.name == "nt", reason="names and links of POSIX")
@@ -258,3 +259,29 @@ def test_unchanged_files_are_not_opened(tmp_path: Path) -> None:
     assert not list(load_paths([tmp_path], on_problem=problems.append, unchanged=unchanged))
     assert asked == stats
     assert [problem.path.name for problem in problems] == ["b.txt"]
+
+
+def test_a_file_under_another_name(tmp_path: Path) -> None:
+    """The name says what it is and how it is cited; where it lies is nobody's business."""
+    upload = tmp_path / "0123abcd"
+    upload.write_text("<h1>鸟</h1><p>企鹅</p>", encoding="utf-8")
+    problems: list[Problem] = []
+    with WorkerPool(Limits(workers=1)) as pool:
+        for name, text in (("鸟.html", "# 鸟\n\n企鹅"), ("鸟.txt", "<h1>鸟</h1><p>企鹅</p>")):
+            source, (document,) = load_file(upload, name, pool=pool, on_problem=problems.append)
+            assert (source.path, source.name) == (Path(name), name)
+            assert (document.name, document.doc_id, document.text.strip()) == (name, name, text)
+        with pytest.raises(DataError, match="damaged PDF") as error:
+            load_file(upload, "鸟.pdf", pool=pool, on_problem=problems.append)
+        assert str(upload) not in str(error.value)
+        with pytest.raises(DataError, match="cannot be read"):
+            load_file(tmp_path / "none", "a.md", pool=pool, on_problem=problems.append)
+        tight = Limits(file_bytes=10, workers=1)
+    with (
+        WorkerPool(tight) as pool,
+        pytest.raises(DataError, match="larger than 10 bytes"),
+    ):
+        load_file(upload, "a.md", pool=pool, on_problem=problems.append)
+    with pytest.raises(DataError, match="ended"):
+        load_file(upload, "鸟.html", pool=pool, on_problem=problems.append)
+    assert problems == []
