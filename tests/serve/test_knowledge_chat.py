@@ -3,8 +3,9 @@ streamed."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,12 @@ import openai
 import pytest
 from knowing import Knowing, knowing
 
+from khaosz.data.tokenizer import load_tokenizer
+from khaosz.inference.request import Output
+from khaosz.rag.prompt import Prompt
+from khaosz.rag.retrieve import Hit
+from khaosz.serve.answers import Answer, Form
+from khaosz.serve.knowledge.chat import Grounds
 from khaosz.serve.replies import ChatCompletion
 
 PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
@@ -89,6 +96,34 @@ def test_a_stream_is_the_whole_in_pieces(zoo: Knowing) -> None:
         assert text == choice["message"]["content"]
         assert mine[-1]["delta"] == {"citations": choice["message"]["citations"]}
         assert not any("citations" in each["delta"] for each in mine[:-1])
+
+
+def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
+    """Cut anywhere, and cut short at the end."""
+    passage = Hit(1, "a.md", "a.md", "0" * 64, 5, 9, "text", (), 1.0, {})
+    prompt = Prompt("...", (passage,), 0, "en")
+    form = Form(True, grounds=Grounds([], "q", [passage], prompt, "no"))
+    text = "Yes [1], [2] and 【 1 】. [1"
+
+    async def answered(sizes: list[int]) -> dict[str, Any]:
+        answer = Answer(form, "m", load_tokenizer(tiny), set())
+        whole = await answer.whole(pieces(sizes))
+        assert whole is not None
+        message: dict[str, Any] = whole["choices"][0]["message"]
+        return message
+
+    async def pieces(sizes: list[int]) -> AsyncIterator[Output]:
+        at = 0
+        for size in sizes:
+            yield Output(0, 0, text[at : at + size], (), 1, 1, 0)
+            at += size
+        yield Output(0, 0, text[at:], (), 2, 1, 0, finish_reason="stop")
+
+    for sizes in ([], [1] * len(text), *([cut] for cut in range(len(text)))):
+        message = asyncio.run(answered(sizes))
+        assert message["content"] == "Yes [1],  and [1]. [1", sizes
+        (citation,) = message["citations"]
+        assert (citation["number"], citation["start"], citation["text"]) == (1, 5, "text")
 
 
 def test_with_embedder_and_reranker(zoo: Knowing) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from knowing import BASES, EmbeddingServer, Knowing, knowing
+from make_documents import pdf_bytes
 from serving import Service, wait_until
 
 from khaosz.errors import ConfigError
@@ -100,6 +101,7 @@ def test_deleted_while_it_is_embedded(
         assert bases.search("a", "long text", mode="lexical") == []
         letters.open.set()
         bases.ready("a", bases.upload("a", "other.md", b"Another text."))
+        assert not any("Paragraph 99 " in text for text in letters.asked), "for nobody"
         assert bases.search("a", "long text", mode="lexical", k=50)[0]["doc"] == "other.md"
         assert bases.ask("GET", "/a")[1]["chunks"] == 2
         return
@@ -110,6 +112,19 @@ def test_deleted_while_it_is_embedded(
     wait_until(lambda: not list((tmp_path / "bases").iterdir()))
     wait_until(lambda: bases.ask("POST", "", json.dumps({"name": "a"}))[0] == 201)
     assert bases.ask("GET", "/a/files")[1]["data"] == []
+
+
+def test_deleted_before_it_is_written(bases: Knowing, letters: EmbeddingServer) -> None:
+    bases.create("a", "letters")
+    letters.open.clear()  # the base is not written before it is known how long its vectors are
+    sent = bases.upload("a", "long.md", LONG)
+    wait_until(lambda: bool(letters.asked))
+    assert bases.file("a", sent["id"])["status"] == "reading"
+    assert bases.ask("DELETE", f"/a/files/{sent['id']}")[0] == 200
+    letters.open.set()
+    bases.ready("a", bases.upload("a", "other.md", b"Another text."))
+    assert {hit["doc"] for hit in bases.search("a", "long text", mode="lexical")} == {"other.md"}
+    assert not any("Paragraph 0 " in text for text in letters.asked), "for nobody"
 
 
 def test_replaced_while_it_is_embedded(bases: Knowing, letters: EmbeddingServer) -> None:
@@ -384,7 +399,18 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path) -> None:
         process.stdout.close()
 
 
-def test_the_service_ends_while_a_file_is_read(tiny: Path, tmp_path: Path) -> None:
+def test_the_service_ends_while_a_file_is_parsed(tiny: Path, tmp_path: Path) -> None:
+    """Its process is ended with it, and that is no fault of the file."""
+    pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(1500)]
+    with knowing(tiny, tmp_path) as running:
+        running.create("a")
+        sent = running.upload("a", "long.pdf", pdf_bytes(pages))  # type: ignore[arg-type]
+        wait_until(lambda: running.file("a", sent["id"])["status"] == "reading")
+    with knowing(tiny, tmp_path) as running:
+        running.ready("a", sent)
+
+
+def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -> None:
     letters = EmbeddingServer()
     try:
         with knowing(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict
 from typing import IO, Annotated, Any
 from urllib.parse import quote
@@ -39,7 +39,7 @@ from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
 from khaosz.serve.refusals import Refused, errors
 from khaosz.serve.schema import Asked
 
-_IDLE = 60.0  # seconds that a client may take until the next bytes of a body
+IDLE = 60.0  # seconds that a client may take until the next bytes of a body
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -108,22 +108,14 @@ def knowledge_routes(library: Library) -> APIRouter:
     async def upload(kb: str, file: str, request: Request) -> Any:
         """A file's bytes, under the name in the path, in the place of the one of that name. It is
         read by and by: its status tells."""
-        body = _parts(request)
         try:
             name, base = await asyncio.to_thread(may_come, kb, file, request)
-            received = await library.uploads.receive(body, library.max_upload)
+            received = await library.uploads.receive(_parts(request), library.max_upload)
         except ClientDisconnect:
             return Response(status_code=499)
         except TooLarge:
-            await _drain(body, library.max_upload)
             raise too_large() from None
-        except Refused as refused:
-            # Who waits for 100 Continue has sent nothing and reads the answer at once.
-            if refused.status != 408 and "expect" not in request.headers:
-                await _drain(body, library.max_upload)
-            raise
         except OSError as error:
-            await _drain(body, library.max_upload)
             raise _disk(error) from None
         try:
             with _told_when_full():
@@ -222,23 +214,13 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
     stream = request.stream()
     while True:
         try:
-            async with asyncio.timeout(_IDLE):
+            async with asyncio.timeout(IDLE):
                 part = await anext(stream, None)
         except TimeoutError:
-            raise Refused(408, f"nothing came for {_IDLE:g} seconds") from None
+            raise Refused(408, f"nothing came for {IDLE:g} seconds") from None
         if part is None:
             return
         yield part
-
-
-async def _drain(body: AsyncIterator[bytes], limit: int) -> None:
-    """Read on, so that its sender comes to read the answer."""
-    size = 0
-    with suppress(ClientDisconnect, Refused):
-        async for part in body:
-            size += len(part)
-            if size > limit:
-                return
 
 
 @contextmanager
