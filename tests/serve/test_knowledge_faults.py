@@ -299,6 +299,17 @@ def test_an_embedder_that_is_offered_no_more(tiny: Path, tmp_path: Path) -> None
         assert running.ask("GET", "/a")[1]["embedder"] == "small"
 
 
+def test_a_reranker_that_fails(tiny: Path, tmp_path: Path) -> None:
+    """Its context has no room for such a question."""
+    with knowing(tiny, tmp_path, rerankers=[f"judge={tiny}"]) as running:
+        running.create("a")
+        running.ready("a", running.upload("a", "a.md", "春眠不觉晓。".encode()))
+        assert running.search("a", "春眠", reranker="judge")[0]["legs"]["rerank"]["rank"] == 1
+        body = json.dumps({"query": "春眠不觉晓。" + "𠀀" * 3000, "reranker": "judge"})
+        status, answer = running.ask("POST", "/a/search", body)
+        assert (status, answer["error"]["param"]) == (409, "reranker"), answer
+
+
 def test_another_embedder_under_the_same_name(tiny: Path, tmp_path: Path) -> None:
     """Its vectors would be compared with those that another model made."""
     with knowing(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:

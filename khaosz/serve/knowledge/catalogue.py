@@ -12,7 +12,7 @@ import threading
 import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,6 +78,15 @@ class Catalogue:
             self._db = sqlite3.connect(
                 path, timeout=0, isolation_level=None, check_same_thread=False
             )
+        except sqlite3.OperationalError as error:
+            raise ConfigError(f"{path} cannot be used: {error}") from error
+        with ExitStack() as undo:
+            undo.callback(self._db.close)
+            self._prepare(path)
+            undo.pop_all()
+
+    def _prepare(self, path: Path) -> None:
+        try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")

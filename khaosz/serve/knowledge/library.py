@@ -11,7 +11,7 @@ import os
 import sqlite3
 import threading
 import unicodedata
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,9 +50,12 @@ class Library:
         self._folder = data / "bases"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._catalogue = Catalogue(data / "catalogue.db")
             self.uploads = Uploads(data / "uploads")
-            self.uploads.clean(self._catalogue.uploads())
+            with ExitStack() as undo:
+                self._catalogue = Catalogue(data / "catalogue.db")
+                undo.callback(self._catalogue.close)
+                self.uploads.clean(self._catalogue.uploads())
+                undo.pop_all()
         except OSError as error:
             why = (error.strerror or str(error)).lower()
             message = f"{data} cannot be used: {why}"

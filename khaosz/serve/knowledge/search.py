@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
+import numpy as np
 from pydantic import Field
 
 from khaosz.errors import KhaoszError
@@ -22,6 +24,8 @@ LONGEST_GLOB = 200
 MAX_AROUND = 100_000  # characters before and behind a passage, and of one
 
 T = TypeVar("T")
+
+_log = logging.getLogger("khaosz.serve")
 
 
 class SearchRequest(Retrieval):
@@ -54,6 +58,21 @@ class Searcher:
         return await self.base.read(work, embedder=self.mode != "lexical")
 
 
+class _Judge:
+    """A reranker whose failing is told as its own."""
+
+    def __init__(self, name: str, inner: Reranker) -> None:
+        self._name, self._inner = name, inner
+
+    def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        try:
+            return self._inner.scores(query, passages)
+        except KhaoszError as error:
+            _log.warning("reranker %r: %s", self._name, error)
+            message = f"the reranker {self._name!r} failed; a shorter question may help"
+            raise Refused(409, message, param="reranker") from None
+
+
 async def searcher(base: Base, asked: Retrieval, offered: Offered) -> Searcher:
     """Raises `Refused`."""
     mode: Mode = asked.mode or ("hybrid" if base.embedder else "lexical")
@@ -68,7 +87,7 @@ async def searcher(base: Base, asked: Retrieval, offered: Offered) -> Searcher:
 
 def _reranker(offered: Offered, name: str) -> Reranker:
     try:
-        return offered.reranker(name)
+        return _Judge(name, offered.reranker(name))
     except UnknownName:
         known = ", ".join(offered.rerankers) or "none"
         message = f"this server offers no reranker {name!r}; there are: {known}"
