@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from khaosz.config.presets import Derived, nearest_size, training_numbers
 from khaosz.data.dataset import TokenDataset
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import CheckpointError, ConfigError
-from khaosz.interop import load_config, load_model
+from khaosz.interop import load_config, load_model, write_json
 from khaosz.interop.adapter import load_adapter
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora, named_adapters
@@ -31,14 +31,12 @@ from khaosz.trainer.callback import (
     Checkpointing,
     EarlyStop,
     ProgressLine,
-    Sample,
-    Samples,
     Validation,
     matmul_peak,
 )
 from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
 from khaosz.trainer.corpus import prepared_data, tokenizer_for, validation_data
-from khaosz.trainer.loggers import ExternalLogger, JsonLines, LossCurve
+from khaosz.trainer.loggers import ExternalLogger, JsonLines, LossCurve, Sample, Samples
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.strategy import build_strategy
 from khaosz.trainer.train_context import Plan, Progress, TrainContext
@@ -142,13 +140,14 @@ def new_context(
 
 
 def begin(context: TrainContext, start: Start) -> None:
-    """Take up a checkpoint's state, or seed a new run; and write down what is run."""
+    """Take up a checkpoint's state, or seed a new run; and write down what is run, and how."""
     if start.checkpoint is not None:
         restore(context, start.checkpoint)
     else:
         torch.manual_seed(context.config.seed)
     if context.parallel.is_main:
         save_config(context.config, context.config.out / "train_config.json")
+        write_json(context.config.out / "plan.json", asdict(context.plan))
 
 
 def show_derived(numbers: list[Derived], console: Console) -> None:
@@ -282,7 +281,8 @@ def standard_callbacks(
         callbacks += [ExternalLogger(n, config.out, config.log_every) for n in config.loggers]
         if config.prompts and samples is not None:
             every = config.sample_every or eval_every(context)
-            callbacks.append(Samples(samples, config.prompts, every, console))
+            path = config.out / "samples.jsonl"
+            callbacks.append(Samples(path, samples, config.prompts, every, console))
     callbacks.append(Checkpointing(config.save_every or max(5, plan.total_steps // 10)))
     if context.parallel.is_main:
         callbacks.append(curve)

@@ -15,7 +15,6 @@ from khaosz.trainer.checkpoint import point, rotate, save_checkpoint, write_roll
 from khaosz.trainer.train_context import TrainContext
 
 Evaluate = Callable[[TrainContext], dict[str, Score]]
-Sample = Callable[[TrainContext, str], str]
 
 
 class Callback:
@@ -94,21 +93,6 @@ class Checkpointing(Callback):
         context.parallel.barrier()
 
 
-class Samples(Callback):
-    """Lets the model write after each prompt every `every` steps, and shows it."""
-
-    def __init__(self, sample: Sample, prompts: list[str], every: int, console: Console) -> None:
-        self.sample, self.prompts, self.every, self.console = sample, prompts, every, console
-
-    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if metrics["step"] % self.every and not is_last(context):
-            return
-        for prompt in self.prompts:
-            text = self.sample(context, prompt).replace("\n", " ")
-            line = f"  [dim]sample[/dim] {_plain(prompt)}[green]{_plain(text)}[/green]"
-            self.console.print(line, highlight=False, soft_wrap=True)
-
-
 class ProgressLine(Callback):
     """Prints loss, bits per byte, rate, FLOP utilisation and remaining time every few steps."""
 
@@ -157,7 +141,7 @@ class ProgressLine(Callback):
         ]
         if "mfu" in metrics:
             parts.append(f"mfu {metrics['mfu']:.0%}")
-        parts += [f"{_plain(n)} {metrics[n]:.3g}" for n in self.shown if n in metrics]
+        parts += [f"{plain(n)} {metrics[n]:.3g}" for n in self.shown if n in metrics]
         if "val_bits_per_byte" in metrics:
             parts.append(
                 f"[cyan]val {metrics['val_loss']:.3f}, "
@@ -202,5 +186,5 @@ def _duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     return text.replace("[", "\\[")

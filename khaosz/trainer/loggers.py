@@ -1,17 +1,21 @@
-"""Where metrics go: JSON lines always, TensorBoard and friends on request, a picture at the end."""
+"""Where metrics and samples go: JSON lines always, TensorBoard and friends on request, a picture at
+the end."""
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from khaosz.errors import ConfigError
-from khaosz.trainer.callback import Callback, is_last
+from khaosz.trainer.callback import Callback, is_last, plain
 from khaosz.trainer.train_context import TrainContext
+
+Sample = Callable[[TrainContext, str], str]
 
 
 class JsonLines(Callback):
@@ -22,17 +26,36 @@ class JsonLines(Callback):
         self.path, self.every = path, every
 
     def on_start(self, context: TrainContext) -> None:
-        kept = [row for row in read_metrics(self.path) if row["step"] <= context.progress.step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(self.path)
+        drop_later_rows(self.path, context.progress.step)
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         first = metrics["step"] == 1
         if first or metrics["step"] % self.every == 0 or "val_loss" in metrics or is_last(context):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
+            append_row(self.path, metrics)
+
+
+class Samples(Callback):
+    """Lets the model write after each prompt every `every` steps, shows it, and keeps it in
+    OUT/samples.jsonl: step, prompt, text."""
+
+    def __init__(
+        self, path: Path, sample: Sample, prompts: list[str], every: int, console: Console
+    ) -> None:
+        self.path, self.sample, self.prompts = path, sample, prompts
+        self.every, self.console = every, console
+
+    def on_start(self, context: TrainContext) -> None:
+        drop_later_rows(self.path, context.progress.step)
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % self.every and not is_last(context):
+            return
+        for prompt in self.prompts:
+            text = self.sample(context, prompt)
+            append_row(self.path, {"step": metrics["step"], "prompt": prompt, "text": text})
+            shown = plain(text.replace("\n", " "))
+            line = f"  [dim]sample[/dim] {plain(prompt)}[green]{shown}[/green]"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
 
 class ExternalLogger(Callback):
@@ -155,3 +178,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def drop_later_rows(path: Path, step: int) -> None:
+    """What a run wrote after the checkpoint that it goes on from, it will write again."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)

@@ -177,7 +177,7 @@ def build_rollouts(
         samples=sample_text,
     )
     if parallel.is_main:
-        callbacks.insert(0, RolloutSamples(strategy, console))
+        callbacks.insert(0, RolloutSamples(config.out / "samples.jsonl", strategy, console))
     return context, Trainer(context, strategy, compute, callbacks)
 
 

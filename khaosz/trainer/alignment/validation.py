@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from khaosz.trainer.alignment.preference_loss import preferred
 from khaosz.trainer.alignment.reward import sequence_rewards
 from khaosz.trainer.alignment.rlhf import RLHFStrategy
 from khaosz.trainer.callback import Callback, is_last
+from khaosz.trainer.loggers import append_row, drop_later_rows
 from khaosz.trainer.strategy import Compute
 from khaosz.trainer.train_context import TrainContext
 
@@ -67,11 +69,15 @@ class PairValidation(Callback):
 
 
 class RolloutSamples(Callback):
-    """Shows an answer of each rollout beside its reward: what the policy has learned to say."""
+    """Shows an answer of each rollout beside its reward: what the policy has learned to say. It is
+    kept in OUT/samples.jsonl."""
 
-    def __init__(self, strategy: RLHFStrategy, console: Console) -> None:
-        self.strategy, self.console = strategy, console
+    def __init__(self, path: Path, strategy: RLHFStrategy, console: Console) -> None:
+        self.path, self.strategy, self.console = path, strategy, console
         self._shown = -1
+
+    def on_start(self, context: TrainContext) -> None:
+        drop_later_rows(self.path, context.progress.step)
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         rollout = self.strategy.rollout
@@ -80,8 +86,11 @@ class RolloutSamples(Callback):
             return
         self._shown = rollout.number
         for answer, reward in self.strategy.samples[:1]:
+            prompt = str(answer.prompt.prompt[-1]["content"])
+            row = {"step": metrics["step"], "prompt": prompt, "text": answer.text, "reward": reward}
+            append_row(self.path, row)
             said = answer.text.replace("\n", " ")[:120]
-            asked = str(answer.prompt.prompt[-1]["content"]).replace("\n", " ")[:60]
+            asked = prompt.replace("\n", " ")[:60]
             end = "" if answer.finished else " ..."
             self.console.print(f"  {reward:+.2f}  {asked} -> {said}{end}", markup=False)
 

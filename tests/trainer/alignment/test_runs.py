@@ -115,6 +115,10 @@ def test_a_resumed_run_is_the_same_run(
         assert {k: v for k, v in a.items() if k not in clocks} == {
             k: v for k, v in b.items() if k not in clocks
         }
+    if stage in ("ppo", "grpo"):
+        kept = [(c.out / "samples.jsonl").read_text().splitlines() for c in (whole, parts)]
+        assert kept[0] == kept[1]
+        assert {"step", "prompt", "text", "reward"} == json.loads(kept[0][-1]).keys()
 
 
 def test_the_reference_of_a_resumed_run_is_the_model_it_started_from(
