@@ -1,0 +1,305 @@
+"""Conversations in one SQLite file.
+
+    conversations   title, times, revision, and the rest of it as JSON, the last column
+    texts           its messages and its title, folded: what a search looks through
+
+One writer and any number of readers at once (WAL). What was written is on the disk before the
+answer says so (synchronous = FULL), and there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from khaosz.errors import DataError
+from khaosz.serve.refusals import Refused
+
+VERSION = 1
+_BUSY_S = 10.0  # a writer waits for one of another process
+_AROUND = 40  # characters of a snippet before and behind what was found
+_COLUMNS = "id, title, created, updated, messages, revision"
+_SCHEMA = f"""
+CREATE TABLE conversations (
+    id TEXT PRIMARY KEY, title TEXT NOT NULL, created INTEGER NOT NULL, updated INTEGER NOT NULL,
+    messages INTEGER NOT NULL, revision INTEGER NOT NULL, written INTEGER NOT NULL UNIQUE,
+    body TEXT NOT NULL);
+CREATE INDEX conversations_by_time ON conversations (updated, written);
+CREATE TABLE texts (
+    conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE, at INTEGER NOT NULL,
+    folded TEXT NOT NULL, PRIMARY KEY (conversation, at)) WITHOUT ROWID;
+PRAGMA user_version = {VERSION}
+"""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """`revision` counts how often it was written; `created` and `updated` in seconds."""
+
+    id: str
+    title: str
+    created: int
+    updated: int
+    messages: int
+    revision: int
+    snippet: str | None = None  # around what a search has found
+
+    def shown(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is to be written. `body` holds `nodes`, whose texts are searched; the times are those
+    of another file that it is imported from."""
+
+    id: str
+    title: str
+    body: dict[str, Any]
+    created: int | None = None
+    updated: int | None = None
+
+
+class _Folds(dict[int, str]):
+    """Of a character, without its case and its width: Ａ, A and a are one."""
+
+    def __missing__(self, code: int) -> str:
+        found = unicodedata.normalize("NFKC", chr(code)).casefold()
+        self[code] = found
+        return found
+
+
+_FOLDS = _Folds()
+
+
+def folded(text: str) -> str:
+    # Character by character, so that `_snippet` can find its way back.
+    return text.lower() if text.isascii() else text.translate(_FOLDS)
+
+
+class ConversationStore:
+    """Its methods may be called from any thread. Raises `DataError` for a file that is something
+    else, is broken or of a later version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        try:
+            self._writer = self._connect()
+            self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
+            found = self._made()
+        except sqlite3.DatabaseError as error:
+            raise DataError(
+                f"{path} cannot be used for conversations: {error}",
+                hint="move it away, or choose another --data",
+            ) from None
+        if found != VERSION:
+            self._writer.close()
+            raise DataError(
+                f"{path} has version {found} of the layout, this program {VERSION}",
+                hint="upgrade khaosz, or choose another --data",
+            )
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
+        )
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA foreign_keys = ON")
+        return db
+
+    def _made(self) -> int:
+        """The version of the layout, which is written where there is none."""
+        with self._writing() as db:
+            version: int = db.execute("PRAGMA user_version").fetchone()[0]
+            if version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                return version
+            for statement in _SCHEMA.split(";\n"):
+                db.execute(statement)
+        return VERSION
+
+    def close(self) -> None:
+        with self._lock:
+            self._writer.close()
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction."""
+        with self._lock:
+            db = self._writer
+            try:
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                    db.execute("COMMIT")
+                finally:  # a full disk may have rolled back already
+                    if db.in_transaction:
+                        db.execute("ROLLBACK")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                    raise Refused(507, "the disk is full", "server_error") from None
+                raise
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        # A connection of its own costs a tenth of a millisecond and waits for nobody. The writer's
+        # stays open, so closing this one is never the last and writes nothing.
+        with closing(self._connect()) as db:
+            db.execute("BEGIN")
+            yield db
+
+    # --------------------------------------------------------------------------------------- write
+
+    def put(self, entry: Entry, revision: int | None = None) -> Summary:
+        """Replace a conversation, or begin it. `revision`: what it is believed to be at, 0 for one
+        that isn't there yet; None does not care. Raises `Refused` where it is at another, unless
+        the very same is there already: an answer may have been lost on its way."""
+        with self._writing() as db:
+            row = db.execute(
+                f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (entry.id,)
+            ).fetchone()
+            now = 0 if row is None else row[5]
+            if revision not in (None, now):
+                if row and (row[1], row[6]) == (entry.title, _dumped(entry.body)):
+                    return Summary(*row[:6])
+                raise Refused(
+                    409,
+                    f"the conversation is at revision {now} by now, not {revision}",
+                    param="revision",
+                    code="revision_conflict",
+                )
+            return _write(db, entry)
+
+    def put_all(self, entries: Sequence[Entry]) -> None:
+        """Each replaces what has its id: all of them, or none."""
+        with self._writing() as db:
+            for entry in entries:
+                _write(db, entry)
+
+    def delete(self, id: str) -> None:
+        with self._writing() as db:
+            if not db.execute("DELETE FROM conversations WHERE id = ?", (id,)).rowcount:
+                raise _missing()
+
+    # ---------------------------------------------------------------------------------------- read
+
+    def get(self, id: str) -> dict[str, Any]:
+        with self._reading() as db:
+            row = db.execute(
+                f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (id,)
+            ).fetchone()
+        if row is None:
+            raise _missing()
+        return {**Summary(*row[:6]).shown(), **json.loads(row[6])}
+
+    def ids(self) -> list[str]:
+        """Those that were changed last come last."""
+        with self._reading() as db:
+            return [
+                row[0]
+                for row in db.execute("SELECT id FROM conversations ORDER BY updated, written")
+            ]
+
+    def page(
+        self, query: str = "", limit: int = 50, after: str | None = None
+    ) -> tuple[list[Summary], bool]:
+        """Newest first, those behind the conversation `after`; and whether there are more."""
+        with self._reading() as db:
+            behind: tuple[int, int] = (1 << 62, 0)
+            if after is not None:
+                found = db.execute(
+                    "SELECT updated, written FROM conversations WHERE id = ?", (after,)
+                ).fetchone()
+                if found is None:
+                    raise Refused(400, "there is no such conversation", param="after")
+                behind = found
+            needle = folded(query)
+            # A plain scan, since no index finds one character within a word. `instr` rather than
+            # LIKE: nothing in a query is a wildcard.
+            found_at = (
+                "(SELECT at FROM texts WHERE conversation = id AND instr(folded, :needle)"
+                " ORDER BY at LIMIT 1)"
+            )
+            rows = db.execute(
+                f"SELECT {_COLUMNS}, {found_at if needle else 0} AS found FROM conversations"
+                " WHERE (updated, written) < (:updated, :written) AND found IS NOT NULL"
+                " ORDER BY updated DESC, written DESC LIMIT :limit",
+                {"needle": needle, "updated": behind[0], "written": behind[1], "limit": limit + 1},
+            ).fetchall()
+            summaries = []
+            for *columns, at in rows[:limit]:
+                summary = Summary(*columns)
+                if needle:
+                    text = summary.title if at == summary.messages else _text(db, summary.id, at)
+                    summary = replace(summary, snippet=_snippet(text, needle))
+                summaries.append(summary)
+        return summaries, len(rows) > limit
+
+
+def _write(db: sqlite3.Connection, entry: Entry) -> Summary:
+    """Inside `_writing`."""
+    now = int(time.time())
+    row = db.execute(
+        "SELECT created, revision FROM conversations WHERE id = ?", (entry.id,)
+    ).fetchone()
+    created, revision = row or (now, 0)
+    texts = [node["content"] for node in entry.body["nodes"]]
+    summary = Summary(
+        entry.id,
+        entry.title,
+        created if entry.created is None else entry.created,
+        now if entry.updated is None else entry.updated,
+        len(texts),
+        revision + 1,
+    )
+    db.execute("DELETE FROM conversations WHERE id = ?", (entry.id,))
+    db.execute(
+        f"INSERT INTO conversations ({_COLUMNS}, written, body) VALUES (?,?,?,?,?,?,"
+        " (SELECT coalesce(max(written), 0) + 1 FROM conversations), ?)",
+        (*list(asdict(summary).values())[:6], _dumped(entry.body)),
+    )
+    # The title comes last: where a message says it too, that is the better snippet.
+    db.executemany(
+        "INSERT INTO texts VALUES (?,?,?)",
+        [(entry.id, at, folded(text)) for at, text in enumerate([*texts, entry.title])],
+    )
+    return summary
+
+
+def _text(db: sqlite3.Connection, id: str, at: int) -> str:
+    # Not by SQLite's JSON functions: they end a text at a NUL.
+    row = db.execute("SELECT body FROM conversations WHERE id = ?", (id,)).fetchone()
+    text: str = json.loads(row[0])["nodes"][at]["content"]
+    return text
+
+
+def _dumped(body: dict[str, Any]) -> str:
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+
+
+def _snippet(text: str, needle: str) -> str:
+    """The text around the first place where `needle` is found, white space as single blanks."""
+    found = folded(text).index(needle)
+    start = end = at = 0
+    for i, character in enumerate(text):
+        if at <= found:
+            start = i
+        if at >= found + len(needle):
+            break
+        at += len(folded(character))
+        end = i + 1
+    first, last = max(0, start - _AROUND), end + _AROUND
+    shown = " ".join(text[first:last].split())
+    return f"{'…' if first else ''}{shown}{'…' if last < len(text) else ''}"
+
+
+def _missing() -> Refused:
+    return Refused(404, "there is no such conversation")
