@@ -171,8 +171,12 @@ def serve(
         typer.Option(help="For /v1/rerank and knowledge bases: NAME=SOURCE; see `rag search`."),
     ] = None,
     data: Annotated[
-        Path, typer.Option(help="Folder of what the service keeps: documents and what is in them.")
+        Path,
+        typer.Option(help="Folder of what the service keeps: documents, conversations, rankings."),
     ] = Path("khaosz-data"),
+    runs: Annotated[Path, typer.Option(help="Folder of the training runs that are shown.")] = Path(
+        "runs"
+    ),
     max_upload: Annotated[int, typer.Option(help="MB of a document.", min=1)] = 256,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need a key.")
@@ -207,6 +211,7 @@ def serve(
         embedders=embedder or (),
         rerankers=reranker or (),
         data=data,
+        runs=runs,
         max_upload=max_upload << 20,
         address=Address(host, port, api_key),
         device=chosen_device(device),

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def serve(
     embedders: Sequence[str] = (),
     rerankers: Sequence[str] = (),
     data: Path,
+    runs: Path,
     max_upload: int,
     address: Address,
     device: str,
@@ -38,13 +40,13 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `models` are paths, or
     NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
-    `rerankers` as `Offered` takes them. `data`: the folder of what is kept; `max_upload`: bytes of
-    a document. `timeout`: seconds for a request. `announce` is told the address once the first
-    model is there.
+    `rerankers` as `Offered` takes them. `data`: the folder of what is kept; `runs`: that of
+    training runs; `max_upload`: bytes of a document. `timeout`: seconds for a request. `announce`
+    is told the address once the first model is there.
 
     Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
     loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
-    `ModelError`.
+    `DataError` for a file in it that cannot be used; `ModelError`.
     """
     host, port, api_key = address.host, address.port, address.api_key
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
@@ -63,6 +65,7 @@ def serve(
         from khaosz.serve.app import build_app
         from khaosz.serve.knowledge.library import Library
         from khaosz.serve.offered import Offered
+        from khaosz.serve.records import record_routes
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
@@ -75,8 +78,11 @@ def serve(
         if both := {*served.names} & {*offered.embedders, *offered.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
+        with suppress(OSError):  # the library says what is wrong
+            data.mkdir(mode=0o700, parents=True, exist_ok=True)
         library = Library(data, offered, max_upload=max_upload)
-        app = build_app(served, offered=offered, library=library, timeout=timeout)
+        routers = record_routes(data, runs)
+        app = build_app(served, offered=offered, library=library, timeout=timeout, routers=routers)
         hosts = (*LOOPBACK, host) if local else None
         guarded = Guard(app, key=api_key, hosts=hosts)
         config = uvicorn.Config(

@@ -222,8 +222,8 @@ def test_a_key_is_checked(tiny: Path) -> None:
 
 def serve_here(model: Path, address: Address, timeout: float) -> None:
     serve(
-        [str(model)], data=model / "data", max_upload=1, address=address, device="cpu",
-        limits=Limits(), timeout=timeout, announce=print,
+        [str(model)], data=model / "data", runs=model / "runs", max_upload=1, address=address,
+        device="cpu", limits=Limits(), timeout=timeout, announce=print,
     )  # fmt: skip
 
 

@@ -1,0 +1,281 @@
+"""Preferences that people give on the page, as records to train on.
+
+Each is one JSON line of DATA/preferences.jsonl, laid out as `khaosz preference collect` writes it:
+`{"prompt", "answers", "ranking", ...}`. A ranking of K answers stays one record. The reader makes
+all of its K(K-1)/2 pairs and keeps them in one batch, as Ouyang et al. 2022 (arXiv:2203.02155,
+section 3.5) found that it must be; adjacent pairs alone would throw away what is surest, that the
+best answer beats the worst.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import StreamingResponse
+from pydantic import Field, model_validator
+
+from khaosz.data.preference import to_pairs
+from khaosz.data.training_text import refuse_surrogates
+from khaosz.errors import DataError
+from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.schema import MAX_MESSAGES, Asked
+
+FILE = "preferences.jsonl"
+MAX_ANSWERS = 8
+_CHUNK = 1 << 16
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Text = Annotated[str, Field(min_length=1)]
+Finish = Literal["stop", "length", "tool_calls"]
+
+
+class PromptMessage(Asked):
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class SampledWith(Asked):
+    """How the answers were sampled, as it was asked of /v1/chat/completions."""
+
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+
+class PreferenceRequest(Asked):
+    """`messages` is what was to be answered and ends with the user's turn. Either `chosen` and
+    `rejected`, or `ranked`: the best answer first, equals in a list of their own.
+    `finish_reasons` are those of the answers in the order in which they are named."""
+
+    messages: Annotated[list[PromptMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    chosen: Text | None = None
+    rejected: Text | None = None
+    ranked: (
+        Annotated[
+            list[Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_ANSWERS)]],
+            Field(min_length=2, max_length=MAX_ANSWERS),
+        ]
+        | None
+    ) = None
+    finish_reasons: Annotated[list[Finish], Field(max_length=MAX_ANSWERS)] | None = None
+    model: Annotated[str, Field(max_length=512)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    sampling: SampledWith | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PreferenceRequest:
+        pair = (self.chosen is not None, self.rejected is not None)
+        if self.ranked is None and pair != (True, True):
+            raise ValueError("give chosen and rejected, or ranked")
+        if self.ranked is not None and any(pair):
+            raise ValueError("give chosen and rejected, or ranked, not both")
+        answers = [text for level in self.levels for text in level]
+        if not 2 <= len(answers) <= MAX_ANSWERS:
+            raise ValueError(f"{len(answers)} answers, not 2 to {MAX_ANSWERS}")
+        if len({*answers}) < len(answers):
+            raise ValueError("two answers are the same")
+        if self.finish_reasons is not None and len(self.finish_reasons) != len(answers):
+            raise ValueError(f"finish_reasons are not those of {len(answers)} answers")
+        return self
+
+    @property
+    def levels(self) -> list[list[str]]:
+        if self.ranked is None:
+            assert self.chosen is not None and self.rejected is not None
+            return [[self.chosen], [self.rejected]]
+        return [[level] if isinstance(level, str) else level for level in self.ranked]
+
+    def record(self) -> dict[str, Any]:
+        """Raises `DataError` and `Refused` for what could not be trained on."""
+        ranking: list[int | list[int]] = []
+        answers: list[str] = []
+        for level in self.levels:
+            numbers = list(range(len(answers), len(answers) + len(level)))
+            ranking.append(numbers[0] if len(numbers) == 1 else numbers)
+            answers += level
+        for text in (*(message.content for message in self.messages), *answers, self.model or ""):
+            refuse_surrogates(text)
+        prompt = [message.model_dump() for message in self.messages]
+        record: dict[str, Any] = {"prompt": prompt, "answers": answers, "ranking": ranking}
+        if not to_pairs(record):
+            raise Refused(400, "all answers are ranked equal", param="ranked")
+        if not all(answer.strip() for answer in answers):
+            raise Refused(400, "an answer is empty", param="ranked" if self.ranked else None)
+        sampling = self.sampling.model_dump(exclude_none=True) if self.sampling else {}
+        if self.seed is not None:
+            sampling["seed"] = self.seed
+        more = {"finish_reasons": self.finish_reasons, "model": self.model}
+        record |= {key: value for key, value in more.items() if value is not None}
+        return record | ({"sampling": sampling} if sampling else {}) | {"created": int(time.time())}
+
+
+class Preferences(Reply):
+    """`file` lies in the folder that --data names."""
+
+    object: Literal["preferences"]
+    count: int
+    file: str
+
+
+class PreferenceAdded(Reply):
+    """`pairs`: how many the record gives to train on; `count`: records in the file."""
+
+    object: Literal["preference"]
+    pairs: int
+    count: int
+
+
+class PreferenceFile:
+    """Its methods may be called from any thread. Other programs may append to the file too."""
+
+    def __init__(self, path: Path) -> None:
+        """Mends what a crash left at the file's end. Raises `DataError` for a file that cannot be
+        used."""
+        self.path = path
+        self._lock = threading.Lock()
+        self._counted = self._count = 0  # bytes that were looked at, and lines in them
+        try:
+            if path.exists():
+                self._mend()
+        except OSError as error:
+            raise DataError(f"{path} cannot be used: {error.strerror or error}") from None
+
+    def _mend(self) -> None:
+        """A last line without its end is ended if all of it is there, else moved beside the file:
+        it was never answered for."""
+        with self.path.open("r+b") as file:
+            end = sum(len(part) for part in _whole_lines(self.path))
+            file.seek(end)
+            torn = file.read()
+            if not torn:
+                return
+            try:
+                json.loads(torn)
+                file.write(b"\n")
+            except ValueError:
+                with self.path.with_suffix(".torn").open("ab") as aside:
+                    aside.write(torn + b"\n")
+                    aside.flush()
+                    os.fsync(aside.fileno())
+                file.truncate(end)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def append(self, record: dict[str, Any]) -> int:
+        """On the disk when this returns: all of the line, or nothing. Returns how many there are.
+        Raises `Refused` where the disk is full."""
+        line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        with self._lock:
+            with self.path.open("ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    left = memoryview(line)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError as error:
+                    file.truncate(size)
+                    if error.errno in _FULL:
+                        raise Refused(507, "the disk is full", "server_error") from None
+                    raise
+            if not size:
+                _sync_folder(self.path.parent)
+            return self._counted_lines()
+
+    def count(self) -> int:
+        with self._lock:
+            return self._counted_lines()
+
+    def _counted_lines(self) -> int:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < self._counted:  # somebody has replaced it
+            self._counted = self._count = 0
+        if size > self._counted:
+            with self.path.open("rb") as file:
+                file.seek(self._counted)
+                while part := file.read(min(_CHUNK, size - self._counted)):
+                    self._count += part.count(b"\n")
+                    self._counted += len(part)
+        return self._count
+
+    def lines(self) -> Iterator[bytes]:
+        """The whole lines, in pieces of any length."""
+        return _whole_lines(self.path) if self.path.exists() else iter(())
+
+
+def preference_routes(file: PreferenceFile) -> APIRouter:
+    """The routes are plain functions, which FastAPI runs in threads: they wait for the disk."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/preferences",
+        status_code=201,
+        response_model=PreferenceAdded,
+        responses=errors(400, 507),
+    )
+    def add_preference(asked: PreferenceRequest) -> dict[str, Any]:
+        """Add what somebody prefers to the records. It is on the disk when this answers."""
+        record = asked.record()
+        return {
+            "object": "preference",
+            "pairs": len(to_pairs(record)),
+            "count": file.append(record),
+        }
+
+    @router.get("/v1/preferences", response_model=Preferences, responses=errors())
+    def preferences() -> dict[str, Any]:
+        return {"object": "preferences", "count": file.count(), "file": file.path.name}
+
+    @router.get(
+        "/v1/preferences/export",
+        response_class=StreamingResponse,
+        responses={
+            200: {
+                "description": "A record in each line, as `khaosz train` reads them.",
+                "content": {"application/jsonl": {"schema": {"type": "string"}}},
+            },
+            **errors(),
+        },
+    )
+    def export_preferences() -> StreamingResponse:
+        """All of them, as JSON lines."""
+        headers = {"content-disposition": f'attachment; filename="{FILE}"'}
+        return StreamingResponse(file.lines(), 200, headers, "application/jsonl")
+
+    return router
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """What stands before the last line break, in pieces."""
+    held = b""
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK):
+            whole, newline, rest = part.rpartition(b"\n")
+            if newline:
+                yield held + whole + newline
+                held = rest
+            else:
+                held += rest
+
+
+def _sync_folder(folder: Path) -> None:
+    """A new file's name is on the disk too; Windows has nothing to ask for it."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
