@@ -186,6 +186,10 @@ def serve(
         str | None,
         typer.Option(help="That clients must send; better in the environment.", envvar=API_KEY),
     ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Pages, or a proxy, that may use it too: https://chat.example.org."),
+    ] = None,
     max_queue: Annotated[
         int, typer.Option(help="Requests that a model holds at most, answering and waiting.", min=1)
     ] = 128,
@@ -213,7 +217,7 @@ def serve(
         data=data,
         runs=runs,
         max_upload=max_upload << 20,
-        address=Address(host, port, api_key),
+        address=Address(host, port, api_key, tuple(origin or ())),
         device=chosen_device(device),
         limits=Limits(max_queue, max_batch, memory),
         timeout=request_timeout,

@@ -10,10 +10,11 @@ from __future__ import annotations
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from khaosz.errors import ConfigError
 from khaosz.serve.answers import error_body
 
 MAX_BODY = 4 << 20  # bytes
@@ -31,9 +32,21 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 class Guard:
     """ASGI middleware: Host and Origin, the key, the size of the body."""
 
-    def __init__(self, app: App, *, key: str | None, hosts: tuple[str, ...] | None) -> None:
-        """`key` None: nobody needs one. `hosts`: names this server answers to; None: any."""
-        self.app, self.hosts = app, hosts
+    def __init__(
+        self,
+        app: App,
+        *,
+        key: str | None,
+        hosts: tuple[str, ...] | None,
+        origins: Sequence[str] = (),
+    ) -> None:
+        """`key` None: nobody needs one. `hosts`: names this server answers to; None: any.
+        `origins`: SCHEME://HOST[:PORT] of pages that may use it besides its own, and so of proxies
+        before it. Raises `ConfigError` for one that is none."""
+        self.app = app
+        self.origins = frozenset(map(_origin, origins))
+        names = [_hostname(origin.partition(":")[2]) or "" for origin in self.origins]
+        self.hosts = None if hosts is None else (*hosts, *names)
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -43,6 +56,12 @@ class Guard:
         headers: dict[str, bytes] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), value)
+        origin = headers.get("origin", b"").decode("latin-1")
+        if origin in self.origins:
+            send = _allowing(origin, send)
+            if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
+                await _answer_preflight(send)
+                return
         refusal = self._refusal(scope["path"], headers)
         if refusal is None and _STREAMED.fullmatch(f"{scope['method']} {scope['path']}"):
             await self.app(scope, receive, send)
@@ -62,8 +81,8 @@ class Guard:
         if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
             message = "this server does not answer to the name in the Host header"
             return 403, error_body(message, "invalid_request_error", code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is not None and origin.decode("latin-1").partition("://")[2] != host:
+        origin = headers.get("origin", b"").decode("latin-1")
+        if origin and origin not in self.origins and origin.partition("://")[2] != host:
             message = "pages of other origins may not use this server"
             return 403, error_body(message, "invalid_request_error", code="origin_not_allowed")
         # The page asks for the key; there is nothing in it that is not in the package.
@@ -74,6 +93,40 @@ class Guard:
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         return 401, error_body(message, "invalid_request_error", code="invalid_api_key")
+
+
+def _origin(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        whole = f"{parts.scheme}://{parts.netloc}"
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = whole = ""
+    if not usable or text.rstrip("/") != whole or "@" in whole:
+        raise ConfigError(f"--origin {text!r} is not SCHEME://HOST[:PORT]")
+    return whole.lower()
+
+
+def _allowing(origin: str, send: Send) -> Send:
+    """An answer that a page of this origin may read. No cookies: the key is in a header."""
+    headers = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"origin")]
+
+    async def allowed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *headers]}
+        await send(message)
+
+    return allowed
+
+
+async def _answer_preflight(send: Send) -> None:
+    headers = [
+        (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
+        (b"access-control-allow-headers", b"authorization, content-type"),
+        (b"access-control-max-age", b"600"),
+    ]
+    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
 
 
 def _hostname(address: str) -> str | None:

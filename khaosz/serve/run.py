@@ -21,6 +21,7 @@ class Address:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    origins: tuple[str, ...] = ()  # of other pages, and of proxies
 
 
 def serve(
@@ -84,7 +85,7 @@ def serve(
         routers = record_routes(data, runs)
         app = build_app(served, offered=offered, library=library, timeout=timeout, routers=routers)
         hosts = (*LOOPBACK, host) if local else None
-        guarded = Guard(app, key=api_key, hosts=hosts)
+        guarded = Guard(app, key=api_key, hosts=hosts, origins=address.origins)
         config = uvicorn.Config(
             guarded,
             http="h11",

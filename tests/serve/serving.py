@@ -184,6 +184,7 @@ def served(
     *models: Path | str,
     loras: Sequence[str] = (),
     key: str | None = None,
+    origins: Sequence[str] = (),
     limits: Limits | None = None,
     timeout: float = 60.0,
     step_tokens: int | None = None,
@@ -200,7 +201,7 @@ def served(
     inner = build_app(
         all_models, offered=offered, library=library, timeout=timeout, routers=routers
     )
-    app = Guard(inner, key=key, hosts=LOOPBACK)
+    app = Guard(inner, key=key, hosts=LOOPBACK, origins=origins)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as bound:

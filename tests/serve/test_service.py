@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
 from khaosz.inference.request import Sequence
-from khaosz.serve.guard import MAX_BODY
+from khaosz.serve.guard import MAX_BODY, Guard
 from khaosz.serve.models import Limits
 from khaosz.serve.run import Address, default_name, is_loopback, listen, serve
 
@@ -196,6 +197,48 @@ def test_strangers_are_refused(service: Service) -> None:
     assert status(Host=here, Origin=f"http://{here}") == 200
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1", f"http://{here}.evil"):
         assert status(Host=here, Origin=origin) == 403, origin
+
+
+def test_named_origins_are_let_in(tiny: Path) -> None:
+    """A page elsewhere, or a proxy before this server, once somebody has named it."""
+    page = "https://chat.example.org"
+    with served(tiny, key="sesame", origins=[page + "/"]) as service:
+        key = {"Authorization": "Bearer sesame"}
+        status, headers, _ = service.ask("GET", "/v1/models", Origin=page, **key)
+        assert status == 200 and headers["access-control-allow-origin"] == page
+        assert "access-control-allow-credentials" not in headers
+        status, headers, _ = service.ask("GET", "/v1/models", Origin=page)
+        assert status == 401 and headers["access-control-allow-origin"] == page  # it can say why
+        asked = {"Access-Control-Request-Method": "PUT", "Origin": page}
+        connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        connection.request("OPTIONS", "/v1/chat/completions", headers=asked)
+        answer = connection.getresponse()
+        assert answer.status == 204 and "PUT" in (
+            answer.getheader("access-control-allow-methods") or ""
+        )
+        connection.close()
+        # The proxy passes on the name that it was called by.
+        through = {"Host": "chat.example.org", "Origin": page, **key}
+        assert service.ask("GET", "/v1/models", **through)[0] == 200
+        for other in (
+            "http://chat.example.org",
+            "https://chat.example.org:8443",
+            "https://evil.example",
+        ):
+            status, headers, _ = service.ask("GET", "/v1/models", Origin=other, **key)
+            assert status == 403 and "access-control-allow-origin" not in headers, other
+    for wrong in (
+        "*",
+        "chat.example.org",
+        "https://a/b",
+        "ftp://a",
+        "https://",
+        "https://u@a",
+        "https://[",
+        "null",
+    ):
+        with pytest.raises(ConfigError, match="--origin"):
+            Guard(None, key=None, hosts=None, origins=[wrong])  # type: ignore[arg-type]
 
 
 def test_bodies_are_bounded(service: Service) -> None:

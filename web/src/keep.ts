@@ -26,12 +26,10 @@ const server: Keeper = {
   get: (id) => getJson<Conversation>(`/v1/conversations/${id}`),
   async put(conversation) {
     const { id, title, system, settings, knowledge_base, nodes, selected, revision } = conversation;
-    const body = { title, system, settings, knowledge_base, nodes, selected };
-    const kept = await sendJson<{ revision?: number }>("PUT", `/v1/conversations/${id}`, {
-      ...body,
-      ...(revision === undefined ? {} : { revision }),
-    });
-    return kept.revision === undefined ? conversation : { ...conversation, revision: kept.revision };
+    // What is new stands on revision 0; what another window wrote meanwhile is not overwritten.
+    const body = { title, system, settings, knowledge_base, nodes, selected, revision: revision ?? 0 };
+    const kept = await sendJson<{ revision: number }>("PUT", `/v1/conversations/${id}`, body);
+    return { ...conversation, revision: kept.revision };
   },
   async remove(id) {
     await sendJson("DELETE", `/v1/conversations/${id}`);

@@ -1,6 +1,7 @@
 /** A conversation is a tree: to edit a message or to answer again adds a sibling. */
 
 import type { Citation, Retrieval } from "./api";
+import { uuid } from "./platform";
 
 export interface Node {
   id: string;
@@ -38,7 +39,7 @@ export interface Conversation {
 
 export function newConversation(): Conversation {
   return {
-    id: crypto.randomUUID(),
+    id: uuid(),
     title: "",
     system: null,
     settings: {},
@@ -55,7 +56,7 @@ export function newNode(
   model: string | null = null,
 ): Node {
   return {
-    id: crypto.randomUUID(),
+    id: uuid(),
     parent,
     role,
     content,

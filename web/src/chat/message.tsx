@@ -5,6 +5,7 @@ import { Icon } from "../components/icons";
 import { Markdown } from "../components/markdown";
 import { Inspector, place, SourcePanel } from "../components/sources";
 import { number, t } from "../i18n";
+import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
 import { composing } from "./composer";
 import { current, edit, regenerate, running, select, usage } from "./state";
@@ -210,7 +211,7 @@ function Versions(props: { node: Node }) {
 function Copy(props: { text: string }) {
   const copied = useSignal(false);
   const copy = async () => {
-    await navigator.clipboard.writeText(props.text);
+    await copyText(props.text);
     copied.value = true;
     setTimeout(() => (copied.value = false), 1500);
   };

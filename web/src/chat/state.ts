@@ -13,6 +13,7 @@ import {
 } from "../api";
 import { t } from "../i18n";
 import { keeper, type Listed } from "../keep";
+import { uuid } from "../platform";
 import { go, rename } from "../router";
 import {
   changed,
@@ -288,7 +289,7 @@ export async function importAll(text: string): Promise<number> {
   if (!Array.isArray(found)) throw new SyntaxError("no conversations");
   for (const each of found) {
     const { revision: _, ...conversation } = each;
-    await keeper().put({ ...conversation, id: crypto.randomUUID() });
+    await keeper().put({ ...conversation, id: uuid() });
   }
   await refreshList();
   return found.length;

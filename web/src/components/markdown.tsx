@@ -4,6 +4,7 @@ import type { Citation } from "../api";
 import { decorate } from "../decorate";
 import { t } from "../i18n";
 import { blocks, toHtml } from "../markdown";
+import { copyText } from "../platform";
 
 const MARKER = /\[(\d{1,3})\]/;
 
@@ -43,7 +44,7 @@ export function Markdown(props: {
     const button = (event.target as HTMLElement).closest<HTMLElement>("[data-copy]");
     if (button === null) return;
     const code = button.closest(".code")?.querySelector("code")?.textContent ?? "";
-    await navigator.clipboard.writeText(code);
+    await copyText(code);
     button.textContent = t("copied");
     setTimeout(() => (button.textContent = t("copy")), 1500);
   };
