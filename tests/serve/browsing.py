@@ -71,12 +71,17 @@ def visited(
 
 
 def ask(page: Any, text: str) -> None:
+    """Once there is a model: before, Enter leaves the text where it is."""
+    page.wait_for_function("() => document.querySelector('.picker select')?.value")
     page.fill("#message", text)
+    page.focus("#message")
     page.keyboard.press("Enter")
 
 
 def answer(page: Any, number: int = -1) -> Any:
     """The last answer, once it is complete."""
+    # What was done just now is drawn by then: the button to send has made room for that to stop.
+    page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
     page.wait_for_selector("button[aria-label='Send'], button[aria-label='发送']")
     page.wait_for_selector(".message.assistant .actions")
     return page.locator(".message.assistant").nth(number)

@@ -1,5 +1,5 @@
 import { useSignal } from "@preact/signals";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Citation, Hit } from "../api";
 import { Icon } from "../components/icons";
 import { Markdown } from "../components/markdown";
@@ -46,7 +46,7 @@ function Question(props: { node: Node }) {
 
 function Editor(props: { node: Node; onDone: () => void }) {
   const area = useRef<HTMLTextAreaElement>(null);
-  useEffect(() => {
+  useLayoutEffect(() => {
     area.current?.focus();
     area.current?.setSelectionRange(-1, -1);
   }, []);
