@@ -11,6 +11,7 @@ import { DocumentsView } from "./documents/view";
 import { t } from "./i18n";
 import { href, route } from "./router";
 import { Keys, SettingsView } from "./settings";
+import { TrainingView } from "./training/view";
 
 interface View {
   name: "chat" | "documents" | "training" | "preferences" | "settings";
@@ -22,6 +23,7 @@ interface View {
 export const views: View[] = [
   { name: "chat", shown: () => true, view: ChatView },
   { name: "documents", shown: () => offers.value.bases, view: DocumentsView },
+  { name: "training", shown: () => offers.value.runs, view: TrainingView },
   { name: "settings", shown: () => true, view: SettingsView },
 ];
 

@@ -4,6 +4,7 @@ import "./styles/chat.css";
 import "./styles/markdown.css";
 import "./styles/panels.css";
 import "./styles/documents.css";
+import "./styles/training.css";
 import { render } from "preact";
 import { lookAround, offers } from "./api";
 import { App } from "./app";

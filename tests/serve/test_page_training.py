@@ -1,0 +1,188 @@
+"""Following training runs on the page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import PHONE, visited
+from serving import Service, served
+
+from khaosz.serve.runs import run_routes
+
+pytestmark = pytest.mark.browser
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    shown = {"loss": 5 / step, "lr": 0.01, "tokens_per_s": 100.0, "elapsed_s": step / 2}
+    return {"step": step, "tokens": 64 * step, **shown, **more}
+
+
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(each) + "\n" for each in rows)
+
+
+def begin(path: Path, steps: int, total: int, **config: Any) -> Path:
+    path.mkdir(parents=True)
+    (path / "train_config.json").write_text(json.dumps({"stage": "pt", "lr": 0.01, **config}))
+    (path / "plan.json").write_text(json.dumps({"total_steps": total}))
+    append(path / "metrics.jsonl", *(row(i) for i in range(1, steps)))
+    append(path / "metrics.jsonl", row(steps, val_loss=0.5, val_bits_per_byte=1.25))
+    append(path / "samples.jsonl", {"step": 1, "prompt": "春天", "text": "<b>early</b>"})
+    append(path / "samples.jsonl", {"step": steps, "prompt": "春天", "text": "来了"})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    begin(folder / "演示/pt", 20, 40)
+    old = begin(folder / "other", 10, 10, lr=0.02, model={"heads": 4})
+    then = time.time() - 7200
+    for file in old.iterdir():
+        os.utime(file, (then, then))
+    return folder
+
+
+@pytest.fixture
+def place(tiny: Path, folder: Path) -> Iterator[Service]:
+    with served(tiny, routers=[run_routes(folder)]) as running:
+        yield running
+
+
+def chart(page: Any, title: str) -> Any:
+    return page.locator(".chart").filter(has=page.locator("figcaption", has_text=title))
+
+
+def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        entry = page.locator(".runs li").first
+        assert entry.locator("a").inner_text() == "演示/pt"
+        assert entry.locator(".state").inner_text() == "running"
+        assert "step 20 of 40" in entry.inner_text()
+        chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
+        titles = page.locator(".chart figcaption").all_inner_texts()
+        assert [title.split("\n")[0] for title in titles] == [
+            "Loss", "Bits per byte", "Learning rate", "Tokens per second"
+        ]  # fmt: skip
+        append(
+            folder / "演示/pt/metrics.jsonl",
+            *(row(i) for i in range(21, 40)),
+            row(40, reward=1.5),
+        )
+        append(folder / "演示/pt/samples.jsonl", {"step": 40, "prompt": "春天", "text": "万物生长"})
+        entry.get_by_text("step 40 of 40").wait_for()
+        assert entry.locator(".state").inner_text() == "finished"
+        chart(page, "Reward").wait_for()
+        page.get_by_text("万物生长").wait_for()
+
+
+def test_values_are_read_by_mouse_and_by_keyboard(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        plot = chart(page, "Loss").locator(".plot")
+        box = plot.bounding_box()
+        page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 60)
+        values = chart(page, "Loss").locator(".values")
+        assert values.inner_text().split("\n")[0] == "step 20"
+        assert "training 0.25" in " ".join(values.inner_text().split())
+        assert "held out 0.5" in " ".join(values.inner_text().split())
+        assert page.locator(".values").count() == 1
+        assert page.locator(".cross").count() == page.locator(".chart").count()
+        page.mouse.move(2, 2)
+        assert page.locator(".cross").count() == 0
+        plot.focus()
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowRight")
+        told = chart(page, "Loss").locator("[role=status]")
+        assert told.inner_text() == "step 2: training 2.5, held out 0.5"
+        page.keyboard.press("End")
+        assert told.inner_text() == "step 20: training 0.25, held out 0.5"
+        page.keyboard.press("Escape")
+        assert page.locator(".cross").count() == 0
+        # And as a table.
+        chart(page, "Loss").get_by_text("As a table").click()
+        rows = chart(page, "Loss").locator("tbody tr").all_inner_texts()
+        assert rows[0].split() == ["1", "5", "0.5"] and rows[-1].split() == ["20", "0.25", "0.5"]
+
+
+def test_the_axes_can_be_chosen(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        picture = chart(page, "Loss").locator(".plot .line:not(.held) path").last
+        picture.wait_for()
+
+        def drawn() -> tuple[str, list[str]]:
+            ticks = chart(page, "Loss").locator("text").all_text_contents()
+            return str(picture.get_attribute("d")), ticks
+
+        seen = [drawn()]
+        page.select_option(".tuning select", "tokens")
+        seen.append(drawn())
+        assert "1,000" in seen[-1][1]
+        page.get_by_label("Logarithmic").check()
+        seen.append(drawn())
+        assert "0.5" in seen[-1][1] and "0" not in seen[-1][1]
+        assert len({ticks[0] for ticks in seen}) >= 2
+        smooth = chart(page, "Loss").locator(".plot .line:not(.held) path")
+        assert smooth.count() == 2  # as it is, and smoothed
+        page.get_by_label("Smoothing").fill("0")
+        assert smooth.count() == 1
+
+
+def test_runs_are_compared(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        page.get_by_label("Compare other").check()
+        page.locator(".legend").wait_for()
+        assert page.locator(".legend li").all_inner_texts()[:2] == ["演示/pt", "other"]
+        lines = chart(page, "Loss").locator(".plot .line")
+        lines.nth(3).wait_for(state="attached")
+        colours = [lines.nth(i).get_attribute("class") for i in range(lines.count())]
+        assert colours == ["line c0", "line held c0", "line c1", "line held c1"]
+        table = page.locator(".configuration tbody")
+        rows = [text.split("\t") for text in table.locator("tr").all_inner_texts()]
+        assert rows == [
+            ["lr", "0.01", "0.02"],
+            ["model.heads", "–", "4"],
+            ["plan.total_steps", "40", "10"],
+        ]
+        page.get_by_label("All keys").check()
+        assert table.get_by_text("stage").count() == 1
+        address = page.url
+        page.reload()
+        page.locator(".legend").wait_for()
+        assert page.url == address
+        page.get_by_label("Compare 演示/pt").uncheck()
+        page.locator(".legend").wait_for(state="detached")
+        assert page.locator(".runs li.open a").all_inner_texts() == ["other"]
+        page.get_by_text("Configuration").click()
+        assert page.locator(".configuration").get_by_text("model.heads").is_visible()
+
+
+def test_samples_of_every_step_can_be_seen(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/training/other") as page:
+        page.get_by_text("Samples at step 10").wait_for()
+        assert page.locator(".sample p").inner_text() == "来了"
+        page.get_by_label("Samples", exact=True).fill("0")
+        page.get_by_text("Samples at step 1", exact=True).wait_for()
+        assert page.locator(".sample p").inner_text() == "<b>early</b>"  # text, not markup
+
+
+def test_without_runs_it_says_how_to_begin(browser: Any, tiny: Path, tmp_path: Path) -> None:
+    with (
+        served(tiny, routers=[run_routes(tmp_path)]) as service,
+        visited(browser, service.port, "/#/training", locale="zh-CN") as page,
+    ):
+        page.get_by_text("还没有训练").wait_for()
+        assert "khaosz demo" in page.locator(".empty").inner_text()
+
+
+def test_it_fits_a_phone(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/training", viewport=PHONE) as page:
+        chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
+        wide = "(() => { const p = document.querySelector('.page');"
+        assert page.evaluate(wide + " return p.scrollWidth <= p.clientWidth })()")

@@ -1,0 +1,272 @@
+import { signal, useSignal } from "@preact/signals";
+import { useEffect, useMemo, useRef } from "preact/hooks";
+import { language, t } from "../i18n";
+import { isHeldOut, nearest, scale, shown, smoothed, type Axis, type Point } from "./series";
+
+/** One line of a chart; `colour` is that of its run, 0 to 5. */
+export interface Line {
+  key: string;
+  label: string;
+  metric: string;
+  colour: number;
+  points: Point[];
+}
+
+const HEIGHT = 190;
+const LEFT = 52;
+const BOTTOM = 22;
+const TOP = 8;
+const RIGHT = 10;
+const TABLE = 12; // rows of the table that stands for the picture
+
+/** Where the crosshair stands in all charts, and in which of them it is moved. */
+export const cursor = signal<{ x: number; chart: string } | null>(null);
+
+/** These are what they are: no noise to be smoothed away. */
+const EXACT = new Set(["lr"]);
+
+export function Chart(props: {
+  title: string;
+  lines: Line[];
+  axis: Axis;
+  range: [number, number]; // of x
+  named: boolean; // has a legend of its own
+  log: boolean;
+  smoothing: number;
+}) {
+  const { lines, axis } = props;
+  const [first, last] = props.range;
+  const box = useRef<HTMLDivElement>(null);
+  const width = useSignal(0);
+  const said = useSignal("");
+  useEffect(() => {
+    const watch = new ResizeObserver(([entry]) => (width.value = Math.floor(entry!.contentRect.width)));
+    watch.observe(box.current!);
+    return () => watch.disconnect();
+  }, []);
+  const drawn = useMemo(
+    () =>
+      lines.map((line) => ({
+        ...line,
+        smooth:
+          isHeldOut(line.metric) || EXACT.has(line.metric)
+            ? line.points
+            : smoothed(line.points, props.smoothing),
+      })),
+    [lines, props.smoothing],
+  );
+  const all = useMemo(() => lines.flatMap((line) => line.points), [lines]);
+  const y = useMemo(() => scale(all.map((each) => each.y), 4, props.log), [all, props.log]);
+  const inner = Math.max(1, width.value - LEFT - RIGHT);
+  const span = last - first || 1;
+  const toX = (x: number) => LEFT + (inner * (x - first)) / span;
+  const toY = (value: number) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - y.at(value));
+  const fits = (point: Point) => !props.log || point.y > 0;
+  const path = (points: Point[]) =>
+    points
+      .filter(fits)
+      .map((each, i) => `${i ? "L" : "M"}${toX(each.x).toFixed(1)} ${toY(each.y).toFixed(1)}`)
+      .join("");
+  const ticks = scale([first, last], Math.max(2, inner / 110)).ticks.filter(
+    (each) => each >= first && each <= last,
+  );
+  const text = (value: number) => shown(value, language.value);
+  const place = (x: number) =>
+    axis === "step" ? t("stepAt", { n: text(x) }) : `${t(axisName[axis])} ${text(x)}`;
+  const at = cursor.value === null || !all.length ? null : cursor.value.x;
+  const told = at !== null && cursor.value?.chart === props.title;
+  const under =
+    at === null
+      ? []
+      : drawn.flatMap((line) => {
+          const point = nearest(line.points, at);
+          return point ? [{ line, point, smooth: nearest(line.smooth, at)! }] : [];
+        });
+  const onMove = (event: PointerEvent) => {
+    const { left } = box.current!.getBoundingClientRect();
+    const x = first + (span * (event.clientX - left - LEFT)) / inner;
+    cursor.value = { x: Math.min(last, Math.max(first, x)), chart: props.title };
+  };
+  const onKey = (event: KeyboardEvent) => {
+    const xs = [...new Set(all.map((each) => each.x))].sort((a, b) => a - b);
+    if (!xs.length) return;
+    const now = at === null ? xs.length : xs.findLastIndex((x) => x <= at);
+    const far = Math.max(1, Math.round(xs.length / 20));
+    const to = {
+      ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now + far, PageDown: now - far,
+      Home: 0, End: xs.length - 1,
+    }[event.key]; // prettier-ignore
+    if (to === undefined) {
+      if (event.key === "Escape" && cursor.value !== null) {
+        event.stopPropagation();
+        cursor.value = null;
+      }
+      return;
+    }
+    event.preventDefault();
+    const x = xs[Math.min(xs.length - 1, Math.max(0, to))]!;
+    cursor.value = { x, chart: props.title };
+    const values = drawn.flatMap((line) => {
+      const point = nearest(line.points, x);
+      return point ? [`${line.label} ${text(point.y)}`] : [];
+    });
+    said.value = `${place(x)}: ${values.join(", ")}`;
+  };
+  return (
+    <figure class="chart">
+      <figcaption>
+        {props.title}
+        {props.named &&
+          lines.length > 1 &&
+          lines.map((line) => (
+            <span key={line.key}>
+              <Swatch colour={line.colour} held={isHeldOut(line.metric)} /> {line.label}
+            </span>
+          ))}
+      </figcaption>
+      <div
+        ref={box}
+        class="plot"
+        tabindex={0}
+        role="application"
+        aria-roledescription={t("chart")}
+        aria-label={t("chartOf", { what: props.title })}
+        onPointerMove={onMove}
+        onPointerDown={onMove}
+        onPointerLeave={() => (cursor.value = null)}
+        onKeyDown={onKey}
+      >
+        <svg width={width.value} height={HEIGHT} aria-hidden="true">
+          {y.ticks.map((value) => (
+            <g key={value}>
+              <line class="rule" x1={LEFT} x2={LEFT + inner} y1={toY(value)} y2={toY(value)} />
+              <text class="tick" x={LEFT - 8} y={toY(value) + 4} text-anchor="end">
+                {text(value)}
+              </text>
+            </g>
+          ))}
+          {ticks.map((value) => (
+            <text key={value} class="tick" x={toX(value)} y={HEIGHT - 5} text-anchor="middle">
+              {text(value)}
+            </text>
+          ))}
+          {drawn.map((line) =>
+            isHeldOut(line.metric) ? (
+              <g key={line.key} class={`line held c${line.colour}`}>
+                <path d={path(line.points)} />
+                {line.points.length <= 100 &&
+                  line.points
+                    .filter(fits)
+                    .map((each) => <circle key={each.x} cx={toX(each.x)} cy={toY(each.y)} r={2.6} />)}
+              </g>
+            ) : (
+              <g key={line.key} class={`line c${line.colour}`}>
+                {line.smooth !== line.points && <path class="raw" d={path(line.points)} />}
+                <path d={path(line.smooth)} />
+              </g>
+            ),
+          )}
+          {at !== null && (
+            <g>
+              <line class="cross" x1={toX(at)} x2={toX(at)} y1={TOP} y2={HEIGHT - BOTTOM} />
+              {under
+                .filter(({ point }) => fits(point))
+                .map(({ line, smooth }) => (
+                  <circle
+                    key={line.key}
+                    class={`spot c${line.colour}`}
+                    cx={toX(smooth.x)}
+                    cy={toY(smooth.y)}
+                    r={4}
+                  />
+                ))}
+            </g>
+          )}
+        </svg>
+        {told && (
+          <div class="values">
+            <b>{place(under[0]?.point.x ?? at)}</b>
+            {under.map(({ line, point }) => (
+              <span key={line.key}>
+                <Swatch colour={line.colour} held={isHeldOut(line.metric)} /> {line.label}{" "}
+                <b>{text(point.y)}</b>
+                {point.x !== under[0]!.point.x && <small>@ {text(point.x)}</small>}
+              </span>
+            ))}
+          </div>
+        )}
+      </div>
+      <span class="sr-only" role="status" aria-live="polite">
+        {said.value}
+      </span>
+      <Table {...props} />
+    </figure>
+  );
+}
+
+export const axisName = { step: "step", tokens: "tokensSeen", elapsed_s: "seconds" } as const;
+
+export function Swatch(props: { colour: number; held?: boolean }) {
+  return (
+    <svg class={`swatch line c${props.colour}${props.held ? " held" : ""}`} viewBox="0 0 22 10" aria-hidden="true">
+      <path d="M0 5H22" />
+      {props.held && <circle cx="11" cy="5" r="3" />}
+    </svg>
+  );
+}
+
+/** The same numbers to be read: a few rows from beginning to end. */
+function Table(props: { title: string; lines: Line[]; axis: Axis }) {
+  const xs = [...new Set(props.lines.flatMap((line) => line.points.map((each) => each.x)))];
+  xs.sort((a, b) => a - b);
+  const count = Math.min(TABLE, xs.length);
+  const picked = Array.from({ length: count }, (_, i) =>
+    count === 1 ? xs[0]! : xs[Math.round((i * (xs.length - 1)) / (count - 1))]!,
+  );
+  return (
+    <details class="as-table">
+      <summary>{t("asTable")}</summary>
+      <div class="scroll">
+        <table>
+          <caption class="sr-only">{props.title}</caption>
+          <thead>
+            <tr>
+              <th scope="col">{t(axisName[props.axis])}</th>
+              {props.lines.map((line) => (
+                <th key={line.key} scope="col">
+                  {line.label}
+                </th>
+              ))}
+            </tr>
+          </thead>
+          <tbody>
+            {picked.map((x) => (
+              <tr key={x}>
+                <th scope="row">{shown(x, language.value)}</th>
+                {props.lines.map((line) => {
+                  const point = nearest(line.points, x);
+                  return <td key={line.key}>{point ? shown(point.y, language.value) : "–"}</td>;
+                })}
+              </tr>
+            ))}
+          </tbody>
+        </table>
+      </div>
+    </details>
+  );
+}
+
+/** A line the size of a word. */
+export function Sparkline(props: { values: (number | null)[]; label: string }) {
+  const known = props.values.filter((each): each is number => each !== null);
+  if (known.length < 2) return null;
+  const [low, high] = [Math.min(...known), Math.max(...known)];
+  const step = 96 / (known.length - 1);
+  const y = (value: number) => 22 - (20 * (value - low)) / (high - low || 1);
+  const path = known.map((value, i) => `${i ? "L" : "M"}${(2 + i * step).toFixed(1)} ${y(value).toFixed(1)}`);
+  return (
+    <svg class="spark" viewBox="0 0 100 24" role="img" aria-label={props.label}>
+      <path d={path.join("")} />
+    </svg>
+  );
+}

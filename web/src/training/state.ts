@@ -1,0 +1,98 @@
+/** Training runs as the server tells of them, and those that are looked at. */
+
+import { signal } from "@preact/signals";
+import { ApiError, getJson } from "../api";
+import { explain } from "../chat/state";
+import { joined, type Row } from "./series";
+
+export interface Run {
+  id: string;
+  stage: string | null;
+  state: "running" | "finished" | "stopped" | "unknown";
+  step: number | null;
+  steps: number | null;
+  updated: number;
+  last: Row;
+  curve: (number | null)[];
+}
+
+export interface Sample {
+  step: number;
+  prompt: string;
+  text: string;
+  reward?: number | null;
+}
+
+export interface Config {
+  config: Record<string, unknown> | null;
+  plan: Record<string, unknown> | null;
+}
+
+/** What is known of a run that is looked at. */
+export interface Detail {
+  rows: Row[];
+  samples: Sample[];
+  config: Config;
+  updated: number; // the run's, when it was looked at
+}
+
+export const MOST = 6; // runs in one chart
+const MANY = 5000; // rows, then they are fetched thinned again
+
+export const runs = signal<Run[] | null>(null); // null: not asked yet
+export const details = signal<Record<string, Detail>>({});
+export const trouble = signal<string | null>(null);
+
+function where(id: string, what: string): string {
+  return `/v1/runs/${id.split("/").map(encodeURIComponent).join("/")}/${what}`;
+}
+
+export async function refreshRuns(): Promise<void> {
+  try {
+    runs.value = (await getJson<{ data: Run[] }>("/v1/runs")).data;
+    trouble.value = null;
+  } catch (error) {
+    trouble.value = explain(error);
+  }
+}
+
+/** What is new of these runs; all of a run that was not looked at before. */
+export async function follow(ids: string[]): Promise<void> {
+  try {
+    const found = await Promise.all(ids.map(async (id) => [id, await newest(id)] as const));
+    details.value = Object.fromEntries(found.filter((each) => each[1] !== null)) as typeof details.value;
+    trouble.value = null;
+  } catch (error) {
+    trouble.value = explain(error);
+  }
+}
+
+async function newest(id: string): Promise<Detail | null> {
+  const before = details.value[id];
+  const run = runs.value?.find((each) => each.id === id);
+  if (before && before.updated === run?.updated && run.state !== "running") return before;
+  const known = before && before.rows.length < MANY ? before : null;
+  const after = (rows: { step?: unknown }[] | undefined) => Number(rows?.at(-1)?.step ?? 0);
+  const from = after(known?.rows);
+  try {
+    const [metrics, samples, config] = await Promise.all([
+      getJson<{ rows: Row[]; step: number | null }>(where(id, `metrics?after=${from}`)),
+      getJson<{ data: Sample[] }>(where(id, `samples?after=${after(known?.samples)}`)),
+      known?.config.plan ? known.config : getJson<Config>(where(id, "config")),
+    ]);
+    if (known && (metrics.step ?? 0) < from) {
+      // It was begun again, from an earlier step: what is known is no longer so.
+      details.value = Object.fromEntries(Object.entries(details.value).filter(([key]) => key !== id));
+      return await newest(id);
+    }
+    return {
+      rows: known ? joined(known.rows, metrics.rows) : metrics.rows,
+      samples: [...(known?.samples ?? []), ...samples.data],
+      config,
+      updated: run?.updated ?? 0,
+    };
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 404) return null; // deleted meanwhile
+    throw error;
+  }
+}
