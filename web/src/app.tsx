@@ -9,6 +9,7 @@ import { Dialog } from "./components/dialog";
 import { Icon } from "./components/icons";
 import { DocumentsView } from "./documents/view";
 import { t } from "./i18n";
+import { PreferencesView } from "./preferences/view";
 import { href, route } from "./router";
 import { Keys, SettingsView } from "./settings";
 import { TrainingView } from "./training/view";
@@ -24,6 +25,7 @@ export const views: View[] = [
   { name: "chat", shown: () => true, view: ChatView },
   { name: "documents", shown: () => offers.value.bases, view: DocumentsView },
   { name: "training", shown: () => offers.value.runs, view: TrainingView },
+  { name: "preferences", shown: () => offers.value.preferences, view: PreferencesView },
   { name: "settings", shown: () => true, view: SettingsView },
 ];
 

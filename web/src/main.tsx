@@ -5,6 +5,7 @@ import "./styles/markdown.css";
 import "./styles/panels.css";
 import "./styles/documents.css";
 import "./styles/training.css";
+import "./styles/preferences.css";
 import { render } from "preact";
 import { lookAround, offers } from "./api";
 import { App } from "./app";
