@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 K1, B = 1.2, 0.75
 SINGLE = 0.5  # weight of one Chinese character: its pairs say it again (CMRC 2018: .984 to .986)
 BUDGET = 20_000  # postings read for a query
+FEW, SEEN = 30, 1000  # chunks of a small base, and as of how many it is read: `_rarity`
+# Of questions and of every text. Pairs of Chinese characters with one of these are common too.
+_COMMON = frozenset(
+    terms(
+        "a an and are as at be by can could did do does for from had has have how i if in is it its"
+        " me my of on or should tell that the their there they this to was we were what when where"
+        " which who why will with would you your about 的 了 是 在 有 和 与 或 不 我 你 他 她 它 们"
+        " 这 那 哪 谁 什 么 怎 样 如 何 为 多 少 几 吗 呢 请 问 吧 其 及 对 以 个 会 能 可 被 把 从"
+    )
+)
 CANDIDATES = 150  # chunks that are scored exactly, at least; 120 to 200 find the same
 
 
@@ -69,13 +79,28 @@ def coverage(store: Store, query: str, hits: Sequence[Hit]) -> list[float]:
     wanted = set(terms(query))
     frequency = store.document_frequencies(list(wanted))
     total = max(store.chunk_count, 1)
-    weight = {term: _weight(term, frequency.get(term, 0), total) for term in wanted}
+    weight = {term: _rarity(term, frequency.get(term, 0), total) for term in wanted}
     whole = sum(weight.values()) or 1.0
     shares = []
     for hit in hits:
         found = wanted.intersection(terms("\n".join((*hit.headings, hit.text))))
         shares.append(sum(weight[term] for term in found) / whole)
     return shares
+
+
+def _rarity(term: str, chunks: int, total: int) -> float:
+    """`_weight`, but a base of few chunks can't tell rare words from common ones: there all that it
+    has weigh nothing, and the words of asking weigh most. It is taken for a piece of `SEEN` chunks,
+    in half of which stand the words that every text and question has. Of CMRC's questions to a base
+    of one passage, which answers them, 99 % find enough this way, and 45 % did without; of one that
+    does not, 4 % and none."""
+    if total >= FEW:
+        return _weight(term, chunks, total)
+    return _weight(term, SEEN // 2 if _is_common(term) else chunks, SEEN)
+
+
+def _is_common(term: str) -> bool:
+    return term in _COMMON or (len(term) == 2 and bool(_COMMON.intersection(term)))
 
 
 def _candidates(

@@ -16,7 +16,7 @@ from khaosz.errors import GenerationError, ModelError, ServerError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.answer import Answer, CitationStream, ask
+from khaosz.rag.answer import Answer, CitationStream, ask, good
 from khaosz.rag.chat_model import HttpModel, LocalModel, Messages
 from khaosz.rag.embed import HttpEmbedder
 from khaosz.rag.prompt import build_prompt
@@ -259,3 +259,22 @@ def test_as_many_passages_as_fit_and_no_more(lengths: list[int], room: int) -> N
     prompt = build_prompt("q", hits, count, room)
     assert prompt.text == fitting[-1].text
     assert (len(prompt.passages), prompt.left_out) == (len(fitting), len(hits) - len(fitting))
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "other"),
+    [
+        ("The contract ends on 31 December 2026 unless it is renewed in writing.",
+         "When does the contract end?", "Who won the match?"),
+        ("Revenue in 2025 was 32 billion yuan. The board has nine members.",
+         "How many members does the board have?", "How do I bake bread?"),
+        ("本公司二零二五年的营业收入为三百二十亿元。董事会由九名董事组成。",
+         "营业收入是多少？", "月球有多远？"),
+    ],
+)  # fmt: skip
+def test_a_base_of_one_note_answers_and_refuses(text: str, question: str, other: str) -> None:
+    """Its frequencies say nothing: every word that it has is in all of it."""
+    with KnowledgeBase(":memory:") as base:
+        base.add_text(text, name="note")
+        assert good(base, question, base.search(question))
+        assert not good(base, other, base.search(other))

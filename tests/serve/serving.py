@@ -99,8 +99,12 @@ LESSONS = [
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has learnt `LESSONS` by heart, so that it thinks and calls by itself."""
-    directory = tmp_path_factory.mktemp("serve") / "taught"
-    words = [turn["content"] for messages, _ in LESSONS for turn in messages]
+    return learnt(LESSONS, tmp_path_factory.mktemp("serve") / "taught")
+
+
+def learnt(lessons: Sequence[tuple[list[Any], list[Any] | None]], directory: Path) -> Path:
+    """A small model that says the assistant's turns of these chats, whatever its seed."""
+    words = [turn["content"] for messages, _ in lessons for turn in messages]
     tokenizer = train_tokenizer(iter([*words, json.dumps(WEATHER)] * 20), 500)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
@@ -109,7 +113,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     torch.manual_seed(0)
     model = Transformer(config)
-    chats = [tokenizer.encode_chat(messages, tools) for messages, tools in LESSONS]
+    chats = [tokenizer.encode_chat(messages, tools) for messages, tools in lessons]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(400):
         loss = torch.zeros(())
