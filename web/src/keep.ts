@@ -12,6 +12,7 @@ export interface Listed {
 
 export interface Keeper {
   list(query: string): Promise<Listed[]>;
+  ids(): Promise<string[]>; // of all there are
   get(id: string): Promise<Conversation>;
   /** What was kept, with its new revision. */
   put(conversation: Conversation): Promise<Conversation>;
@@ -22,6 +23,17 @@ const server: Keeper = {
   async list(query) {
     const q = query ? `&q=${encodeURIComponent(query)}` : "";
     return (await getJson<{ data: Listed[] }>(`/v1/conversations?limit=100${q}`)).data;
+  },
+  async ids() {
+    const found: string[] = [];
+    for (;;) {
+      const after = found.length ? `&after=${found.at(-1)}` : "";
+      const page = await getJson<{ data: Listed[]; has_more: boolean }>(
+        `/v1/conversations?limit=1000${after}`,
+      );
+      found.push(...page.data.map(({ id }) => id));
+      if (!page.has_more) return found;
+    }
   },
   get: (id) => getJson<Conversation>(`/v1/conversations/${id}`),
   async put(conversation) {
@@ -67,6 +79,9 @@ const browser: Keeper = {
       )
       .sort((a, b) => b.updated - a.updated)
       .map(({ id, title, updated }) => ({ id, title, updated }));
+  },
+  async ids() {
+    return (await this.list("")).map(({ id }) => id);
   },
   async get(id) {
     const { updated: _, ...conversation } = (await done((await store("readonly")).get(id))) as Kept;

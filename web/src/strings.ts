@@ -94,7 +94,7 @@ const en = {
   unreachable: "The server can't be reached. Is it running?",
   busy: "The server is busy. Try again in {n} s.",
   retry: "Try again",
-  conflict: "This conversation was changed in another window. It is shown as it is there.",
+  conflict: "This conversation went on in another window too. Both are kept, as versions.",
   failed: "Something went wrong: {what}",
   keys: "Keyboard",
   keyHelp: [
@@ -300,7 +300,7 @@ const zh: Strings = {
   unreachable: "连不上服务。它在运行吗？",
   busy: "服务正忙，请 {n} 秒后再试。",
   retry: "再试一次",
-  conflict: "这个对话在另一个窗口里改动过，现在显示的是那边的内容。",
+  conflict: "这个对话在另一个窗口里也有进展，两边都保留下来，作为不同的版本。",
   failed: "出了问题：{what}",
   keys: "键盘",
   keyHelp: [

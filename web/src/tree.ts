@@ -109,6 +109,16 @@ export function changed(
   return { ...conversation, nodes };
 }
 
+/** What two windows made of one conversation: the messages of both, shown as it was here. */
+export function merged(ours: Conversation, theirs: Conversation): Conversation {
+  const own = new Map(ours.nodes.map((node) => [node.id, node]));
+  const known = new Set(theirs.nodes.map((node) => node.id));
+  // An answer that was under way here is further on here.
+  const nodes = theirs.nodes.map((node) => own.get(node.id) ?? node);
+  nodes.push(...ours.nodes.filter((node) => !known.has(node.id)));
+  return { ...theirs, nodes, selected: ours.selected };
+}
+
 /** Without a message and what is below it; the selection moves to what is left. */
 export function without(conversation: Conversation, id: string): Conversation {
   const gone = new Set([id]);

@@ -2,6 +2,7 @@ import { expect, test } from "vitest";
 import {
   changed,
   leafBelow,
+  merged,
   newConversation,
   newNode,
   path,
@@ -60,4 +61,15 @@ test("what is taken away takes what is below it along", () => {
 test("a title is a line of at most forty letters, whole ones", () => {
   expect(titleOf("  one\ntwo")).toBe("one");
   expect([...titleOf("🌊".repeat(60))]).toHaveLength(41);
+});
+
+test("what two windows made of a conversation is all kept", () => {
+  const { conversation, ids } = grown();
+  const here = withNode(conversation, { ...conversation.nodes[0]!, id: "here", parent: ids[4]! });
+  const there = { ...withNode(conversation, { ...conversation.nodes[0]!, id: "there" }), revision: 7 };
+  const done = changed(here, ids[4]!, { content: "longer" });
+  const both = merged(done, { ...there, title: "theirs" });
+  expect(both.nodes.map((node) => node.id)).toEqual([...ids, "there", "here"]);
+  expect(both.nodes.find((node) => node.id === ids[4])?.content).toBe("longer");
+  expect([both.selected, both.revision, both.title]).toEqual(["here", 7, "theirs"]);
 });

@@ -18,6 +18,7 @@ import { go, rename } from "../router";
 import {
   changed,
   leafBelow,
+  merged,
   newConversation,
   newNode,
   path,
@@ -119,21 +120,37 @@ function keep(id: string, state?: Conversation): Promise<void> {
     const conversation = state ?? current.value;
     if (conversation.id !== id) return;
     try {
-      const kept = await keeper().put(conversation);
+      const kept = await putMerged(conversation);
       if (kept.revision !== undefined && current.value.id === id) {
-        current.value = { ...current.value, revision: kept.revision };
+        const met = kept.nodes.length > conversation.nodes.length;
+        current.value = { ...(met ? merged(current.value, kept) : current.value), revision: kept.revision };
+        if (met) problem.value = t("conflict");
       }
       await refreshList();
     } catch (error) {
-      if (error instanceof ApiError && error.status === 409) {
-        current.value = await keeper().get(id);
-        problem.value = t("conflict");
-      } else {
-        problem.value = explain(error);
-      }
+      problem.value = explain(error);
     }
   });
   return last;
+}
+
+/** With what another window has written meanwhile, if any: nobody's answer is lost. */
+async function putMerged(conversation: Conversation): Promise<Conversation> {
+  for (let left = 5; ; left--) {
+    try {
+      return await keeper().put(conversation);
+    } catch (error) {
+      if (!(error instanceof ApiError && error.status === 409) || !left) throw error;
+      conversation = await keeper()
+        .get(conversation.id)
+        .then((theirs) => merged(conversation, theirs))
+        .catch((gone) => {
+          if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
+          const { revision: _, ...fresh } = conversation; // deleted there, and gone on here
+          return fresh;
+        });
+    }
+  }
 }
 
 export async function send(text: string): Promise<void> {
@@ -278,8 +295,9 @@ export async function retitle(id: string, title: string): Promise<void> {
 }
 
 export async function exportAll(): Promise<Conversation[]> {
-  const all = await keeper().list("");
-  return Promise.all(all.map(({ id }) => keeper().get(id)));
+  const all: Conversation[] = [];
+  for (const id of await keeper().ids()) all.push(await keeper().get(id));
+  return all;
 }
 
 /** Conversations of a file that `exportAll` wrote; how many there were. */

@@ -1,0 +1,79 @@
+"""Conversations that the server keeps, in two windows of two people or of one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import answer, ask, visited
+from serving import Service, served
+
+from khaosz.serve.records import record_routes
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+def place(taught: Path, tmp_path: Path) -> Iterator[Service]:
+    with served(taught, routers=record_routes(tmp_path, tmp_path / "runs")) as running:
+        yield running
+
+
+def kept(service: Service) -> list[dict[str, Any]]:
+    found = service.ask("GET", "/v1/conversations")[2]["data"]
+    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
+
+
+def test_two_windows_lose_nothing(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as one, visited(browser, place.port) as two:
+        ask(one, "plain")
+        answer(one)
+        one.locator(".history li a").wait_for()
+        two.goto(one.url)
+        assert answer(two).locator(".markdown").inner_text() == "the fox"
+        for page in (one, two):  # neither knows of the other's
+            ask(page, "think")
+            page.locator(".message.assistant").nth(1).wait_for()
+            answer(page)
+        two.get_by_text("went on in another window too").wait_for()
+        # Both questions stand beside one another, each with its answer.
+        assert two.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
+        two.locator(".message.user").last.get_by_role("button", name="Previous version").click()
+        assert answer(two).locator("> .markdown").inner_text() == "二"
+        two.wait_for_timeout(200)
+        [conversation] = kept(place)
+    said = sorted(node["content"] for node in conversation["nodes"])
+    assert said == ["plain", "the fox", "think", "think", "二", "二"]
+
+
+def test_what_was_deleted_in_another_window_goes_on_here(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        ask(page, "plain")
+        answer(page)
+        page.locator(".history li a").wait_for()
+        [conversation] = kept(place)
+        place.ask("DELETE", f"/v1/conversations/{conversation['id']}")
+        ask(page, "think")
+        page.locator(".message.assistant").nth(1).wait_for()
+        answer(page)
+        page.wait_for_timeout(200)
+        assert len(kept(place)[0]["nodes"]) == 4
+
+
+def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Path) -> None:
+    ids = [f"00000000-0000-4000-8000-{i:012}" for i in range(130)]
+    many = [{"id": id, "title": f"c{i}", "nodes": []} for i, id in enumerate(ids)]
+    place.ask("POST", "/v1/conversations/import", json.dumps({"conversations": many}))
+    with visited(browser, place.port, "/#/settings") as page:
+        with page.expect_download() as waiting:
+            page.get_by_role("button", name="Export all").click()
+        waiting.value.save_as(tmp_path / "out.json")
+    exported = json.loads((tmp_path / "out.json").read_text())["conversations"]
+    assert {each["id"] for each in exported} == set(ids)
+    status, _, done = place.ask(
+        "POST", "/v1/conversations/import", json.dumps({"conversations": exported})
+    )
+    assert (status, done["imported"]) == (200, 130)
