@@ -16,14 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+FAST = "not slow and not network and not gpu and not browser"
 COMMANDS = {
     "demo": ("train", ["-m", "khaosz", "demo"]),
-    "test": ("dev", ["-m", "pytest", "-m", "not slow and not network and not gpu"]),
+    "test": ("dev", ["-m", "pytest", "-m", FAST]),
 }
+# What the demo trains is to be talked to, in the terminal and in the browser.
+EXTRAS = {"train": "train,serve,rag,structured,terminal", "dev": "dev"}
 
 
 def install(extra: str, pip_arguments: list[str]) -> None:
-    """Create the environment if it is not there and install the package with one extra."""
+    """Create the environment if it is not there and install the package with its extras."""
     stamp = VENV / ("ready" if extra == "train" else f"ready-{extra}")
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)]
     if stamp.exists() and stamp.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
@@ -33,7 +36,7 @@ def install(extra: str, pip_arguments: list[str]) -> None:
         venv.create(VENV, with_pip=True)
     print(f"installing KHAOSZ [{extra}] (the first time takes a few minutes)", flush=True)
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", "-c", "constraints.txt"]
-    subprocess.run([*command, *pip_arguments, "-e", f".[{extra}]"], cwd=ROOT, check=True)
+    subprocess.run([*command, *pip_arguments, "-e", f".[{EXTRAS[extra]}]"], cwd=ROOT, check=True)
     stamp.touch()
 
 

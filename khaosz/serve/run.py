@@ -98,7 +98,8 @@ def serve(
             timeout_graceful_shutdown=DRAIN,
         )
         shown = ", ".join(served.names)
-        announce(f"{shown}: http://{_shown(host)}:{bound.getsockname()[1]}/v1")
+        address_shown = f"http://{_shown(host)}:{bound.getsockname()[1]}"
+        announce(f"{shown}: {address_shown}/v1   page: {address_shown}/")
         uvicorn.Server(config).run([bound])
 
 
