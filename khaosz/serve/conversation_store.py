@@ -219,7 +219,7 @@ class ConversationStore:
                     "SELECT updated, written FROM conversations WHERE id = ?", (after,)
                 ).fetchone()
                 if found is None:
-                    raise Refused(400, "there is no such conversation", param="after")
+                    raise _missing("after")
                 behind = found
             needle = folded(query)
             # A plain scan, since no index finds one character within a word. `instr` rather than
@@ -301,5 +301,5 @@ def _snippet(text: str, needle: str) -> str:
     return f"{'…' if first else ''}{shown}{'…' if last < len(text) else ''}"
 
 
-def _missing() -> Refused:
-    return Refused(404, "there is no such conversation")
+def _missing(param: str | None = None) -> Refused:
+    return Refused(404, "there is no such conversation", param=param)

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from fastapi import APIRouter, FastAPI, Query
 from fastapi.responses import Response, StreamingResponse
@@ -134,7 +135,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         "/v1/conversations",
         response_model=ConversationList,
         response_model_exclude_unset=True,
-        responses=errors(400),
+        responses=errors(400, 404),
     )
     def list_conversations(asked: Annotated[ListQuery, Query()]) -> dict[str, Any]:
         """Newest first; `q` is looked for in titles and messages, `after` is the id that the page
@@ -170,33 +171,33 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         return {"object": "conversation.import", "imported": len(entries)}
 
     @router.get(
-        "/v1/conversations/{conversation}",
+        "/v1/conversations/{conversation:uuid}",
         response_model=StoredConversation,
         responses=errors(400, 404),
     )
-    def get_conversation(conversation: Id) -> Response:
-        found = {"object": "conversation", **store.get(conversation)}
+    def get_conversation(conversation: UUID) -> Response:
+        found = {"object": "conversation", **store.get(str(conversation))}
         return Response(_json(found), media_type="application/json")
 
     @router.put(
-        "/v1/conversations/{conversation}",
+        "/v1/conversations/{conversation:uuid}",
         response_model=ConversationSummary,
         response_model_exclude_unset=True,
-        responses=errors(400, 409, 507),
+        responses=errors(400, 404, 409, 507),
     )
-    def put_conversation(conversation: Id, asked: PutConversation) -> dict[str, Any]:
+    def put_conversation(conversation: UUID, asked: PutConversation) -> dict[str, Any]:
         """Begin a conversation, or replace it. It is on the disk when this answers."""
-        summary = store.put(_entry(conversation, asked), asked.revision)
+        summary = store.put(_entry(str(conversation), asked), asked.revision)
         return {"object": "conversation", **summary.shown()}
 
     @router.delete(
-        "/v1/conversations/{conversation}",
+        "/v1/conversations/{conversation:uuid}",
         response_model=ConversationDeleted,
         responses=errors(400, 404, 507),
     )
-    def delete_conversation(conversation: Id) -> dict[str, Any]:
-        store.delete(conversation)
-        return {"object": "conversation.deleted", "id": conversation, "deleted": True}
+    def delete_conversation(conversation: UUID) -> dict[str, Any]:
+        store.delete(str(conversation))
+        return {"object": "conversation.deleted", "id": str(conversation), "deleted": True}
 
     return router
 

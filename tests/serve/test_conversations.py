@@ -187,9 +187,16 @@ def test_odd_requests(service: Service) -> None:
         assert get(service, f"/{id}")[0] == (404 if status == 400 else 200), depth
     assert status == 400
     lines(service)
-    for path in ("/abc", f"/{new_id().upper()}", "?limit=0", "?limit=x", "?more=1", "?after=x"):
+    for path in ("?limit=0", "?limit=x", "?more=1", "?after=x"):
         assert get(service, path)[0] == 400, path
-    assert get(service, f"?after={new_id()}")[1]["error"]["param"] == "after"
+    assert get(service, "/abc")[0] == 404
+    for method in ("PUT", "DELETE"):
+        assert service.ask(method, "/v1/conversations/export")[0] == 405
+    id = new_id()
+    put(service, id.upper(), chat("one", "x"))
+    assert get(service, f"/{id}")[1]["id"] == id
+    status, answer = get(service, f"?after={new_id()}")
+    assert (status, answer["error"]["param"]) == (404, "after")
     assert get(service, f"/{new_id()}")[0] == 404
 
 
