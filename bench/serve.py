@@ -2,6 +2,7 @@
 
     python -m bench serve overhead MODEL --rounds 5          one client against the engine alone
     python -m bench serve load MODEL --clients 64 --minutes 10
+    python -m bench serve page MODEL --rounds 5              until the page can be written to
 
 The server is a process of its own; the engine alone runs the same requests before or after it,
 never beside it. `load` asks every client's questions anew once they are answered, greedily, and
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -231,9 +233,40 @@ def loaded(options: argparse.Namespace) -> None:
     )
 
 
+def page(options: argparse.Namespace) -> None:
+    """Seconds from asking for the page to a model being chosen and the message box taking text, in
+    a browser that has nothing of it yet; bytes on the way."""
+    from playwright.sync_api import sync_playwright
+
+    ready = (
+        "() => document.activeElement.id === 'message' && document.querySelector('select').value"
+    )
+    seconds, sizes = [], []
+    with server(options.model) as (_, port), sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        for _ in range(options.rounds):
+            tab = browser.new_context().new_page()
+            network = tab.context.new_cdp_session(tab)
+            network.send("Network.enable")
+            came: list[int] = []
+            network.on(
+                "Network.loadingFinished", lambda e, came=came: came.append(e["encodedDataLength"])
+            )
+            begun = time.perf_counter()
+            tab.goto(f"http://127.0.0.1:{port}/", wait_until="commit")
+            tab.wait_for_function(ready)
+            seconds.append(time.perf_counter() - begun)
+            sizes.append(sum(came))
+            tab.context.close()
+        browser.close()
+    print(as_markdown(describe()))
+    print(f"ready after {median(seconds):.2f} s, {[round(each, 2) for each in seconds]}")
+    print(f"{median(sizes) / 1024:.0f} KB came over the wire, the API's answers included")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench serve", description=__doc__)
-    parser.add_argument("what", choices=("overhead", "load"))
+    parser.add_argument("what", choices=("overhead", "load", "page"))
     parser.add_argument("model")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=96)
@@ -242,7 +275,7 @@ def main() -> None:
     parser.add_argument("--alone-minutes", type=float, default=3.0)
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    overhead(options) if options.what == "overhead" else loaded(options)
+    {"overhead": overhead, "load": loaded, "page": page}[options.what](options)
 
 
 if __name__ == "__main__":

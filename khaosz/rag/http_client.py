@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from khaosz.errors import ConfigError, ServerError
 
-KEYS = ("KHAOSZ_API_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
+KEYS = ("KHAOSZ_API_KEY", "OPENAI_API_KEY")  # environment variables; see `_authorization`
 _LONGEST = 1 << 20  # bytes of an error's body that are read
 
 
@@ -49,11 +49,12 @@ def asked(
 ) -> Iterator[HTTPResponse]:
     """The answer to a GET, or to a POST of `body`, to be read within the block. A key comes from
     the environment (`KEYS`). Raises `ServerError`, also for what goes wrong within the block."""
-    headers = {"Content-Type": "application/json", **_authorization()}
+    local = _is_loopback(urlsplit(address).hostname)
+    headers = {"Content-Type": "application/json", **_authorization(local)}
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(address, data, headers)
-        opener = _DIRECT if _is_loopback(urlsplit(address).hostname) else _OPENER
+        opener = _DIRECT if local else _OPENER
         with opener.open(request, timeout=seconds) as answer:
             yield answer
     except HTTPError as error:
@@ -96,8 +97,10 @@ def deltas(event: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str | None]]
             yield choice.get("delta") or {}, choice.get("finish_reason")
 
 
-def _authorization() -> dict[str, str]:
-    for name in KEYS:
+def _authorization(local: bool) -> dict[str, str]:
+    """Of `KEYS` the first that is set, for a server of this machine; for another's the last: where
+    both are set, a provider is not sent the key of our own server."""
+    for name in KEYS if local else reversed(KEYS):
         if key := os.environ.get(name):
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError(

@@ -19,6 +19,7 @@ from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, CitationStream, ask, good
 from khaosz.rag.chat_model import HttpModel, LocalModel, Messages
 from khaosz.rag.embed import HttpEmbedder
+from khaosz.rag.http_client import _authorization
 from khaosz.rag.prompt import build_prompt
 from khaosz.rag.retrieve import Hit
 
@@ -278,3 +279,11 @@ def test_a_base_of_one_note_answers_and_refuses(text: str, question: str, other:
         base.add_text(text, name="note")
         assert good(base, question, base.search(question))
         assert not good(base, other, base.search(other))
+
+
+def test_a_provider_is_not_sent_our_own_servers_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KHAOSZ_API_KEY", "ours")
+    assert _authorization(local=False) == {"Authorization": "Bearer ours"}  # the only one
+    monkeypatch.setenv("OPENAI_API_KEY", "theirs")
+    assert _authorization(local=True) == {"Authorization": "Bearer ours"}
+    assert _authorization(local=False) == {"Authorization": "Bearer theirs"}
