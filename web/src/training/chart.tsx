@@ -39,6 +39,7 @@ export function Chart(props: {
   const box = useRef<HTMLDivElement>(null);
   const width = useSignal(0);
   const said = useSignal("");
+  const above = useSignal(false); // the values: where there is no room below
   useEffect(() => {
     const watch = new ResizeObserver(([entry]) => (width.value = Math.floor(entry!.contentRect.width)));
     watch.observe(box.current!);
@@ -67,7 +68,7 @@ export function Chart(props: {
       .filter(fits)
       .map((each, i) => `${i ? "L" : "M"}${toX(each.x).toFixed(1)} ${toY(each.y).toFixed(1)}`)
       .join("");
-  const ticks = scale([first, last], Math.max(2, inner / 110)).ticks.filter(
+  const ticks = scale([first, last], Math.max(2, inner / 85)).ticks.filter(
     (each) => each >= first && each <= last,
   );
   const text = (value: number) => shown(value, language.value);
@@ -83,7 +84,8 @@ export function Chart(props: {
           return point ? [{ line, point, smooth: nearest(line.smooth, at)! }] : [];
         });
   const onMove = (event: PointerEvent) => {
-    const { left } = box.current!.getBoundingClientRect();
+    const { left, bottom } = box.current!.getBoundingClientRect();
+    above.value = bottom + 34 + 28 * lines.length > innerHeight;
     const x = first + (span * (event.clientX - left - LEFT)) / inner;
     cursor.value = { x: Math.min(last, Math.max(first, x)), chart: props.title };
   };
@@ -184,7 +186,7 @@ export function Chart(props: {
           )}
         </svg>
         {told && (
-          <div class="values">
+          <div class={above.value ? "values above" : "values"}>
             <b>{place(under[0]?.point.x ?? at)}</b>
             {under.map(({ line, point }) => (
               <span key={line.key}>
