@@ -20,6 +20,7 @@ pytestmark = pytest.mark.browser
 
 def row(step: int, **more: Any) -> dict[str, Any]:
     shown = {"loss": 5 / step, "lr": 0.01, "tokens_per_s": 100.0, "elapsed_s": step / 2}
+    shown["kl"] = (step - 1) / 100  # 0 has no place on a logarithmic scale
     return {"step": step, "tokens": 64 * step, **shown, **more}
 
 
@@ -69,7 +70,7 @@ def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> N
         chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
         titles = page.locator(".chart figcaption").all_inner_texts()
         assert [title.split("\n")[0] for title in titles] == [
-            "Loss", "Bits per byte", "Learning rate", "Tokens per second"
+            "Loss", "Bits per byte", "KL divergence", "Learning rate", "Tokens per second"
         ]  # fmt: skip
         append(
             folder / "演示/pt/metrics.jsonl",
