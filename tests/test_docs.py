@@ -45,6 +45,7 @@ GUIDES = (
     "gguf.md",
     "inference.md",
     "models.md",
+    "page.md",
     "rag.md",
     "serve.md",
     "tokenizer.md",
