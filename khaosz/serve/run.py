@@ -43,7 +43,7 @@ def serve(
     NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
     `rerankers` as `Offered` takes them. `data`: the folder of what is kept; `runs`: that of
     training runs; `max_upload`: bytes of a document. `timeout`: seconds for a request. `announce`
-    is told the address once the first model is there.
+    is told the addresses once the first model is there.
 
     Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
     loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
@@ -99,7 +99,8 @@ def serve(
         )
         shown = ", ".join(served.names)
         address_shown = f"http://{_shown(host)}:{bound.getsockname()[1]}"
-        announce(f"{shown}: {address_shown}/v1   page: {address_shown}/")
+        announce(f"{shown}: {address_shown}/v1")
+        announce(f"page: {address_shown}/")
         uvicorn.Server(config).run([bound])
 
 
