@@ -2,6 +2,7 @@ import { useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
 import { useEffect } from "preact/hooks";
 import { keepKey, keyAsked, offers } from "./api";
+import { composing } from "./chat/composer";
 import { History } from "./chat/history";
 import { open, said, startAnew, stop } from "./chat/state";
 import { ChatView } from "./chat/view";
@@ -42,11 +43,13 @@ export function App() {
   });
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
+      // An input method's keys are its own, and a dialog is before all else.
+      if (composing(event) || document.querySelector("dialog[open]")) return;
       const writing = (event.target as HTMLElement).matches("input, textarea, select");
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
         event.preventDefault();
         startAnew();
-      } else if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
+      } else if (event.key === "Escape") {
         stop();
         drawer.value = false;
       } else if (event.key === "/" && !writing) {

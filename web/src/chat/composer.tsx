@@ -1,4 +1,4 @@
-import { useSignal } from "@preact/signals";
+import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
 import { offers } from "../api";
 import { Icon } from "../components/icons";
@@ -13,8 +13,9 @@ export function composing(event: KeyboardEvent): boolean {
   return event.isComposing || event.keyCode === 229;
 }
 
+const text = signal(""); // outlives a look at another view
+
 export function Composer(props: { onTune: () => void }) {
-  const text = useSignal("");
   const area = useRef<HTMLTextAreaElement>(null);
   const fit = () => {
     const { current: element } = area;
@@ -23,7 +24,10 @@ export function Composer(props: { onTune: () => void }) {
     element.style.height = `${Math.min(element.scrollHeight, innerHeight * 0.4)}px`;
   };
   useEffect(fit, [text.value]);
-  useEffect(() => area.current?.focus(), [current.value.id]);
+  useEffect(() => {
+    // On a phone the keyboard would come up over what is to be read.
+    if (matchMedia("(hover: hover)").matches) area.current?.focus();
+  }, [current.value.id]);
   const submit = (event?: Event) => {
     event?.preventDefault();
     if (!text.value.trim() || running.value !== null || model.value === null) return;

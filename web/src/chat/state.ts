@@ -114,11 +114,14 @@ export function update(change: Partial<Conversation>): void {
 
 let last: Promise<void> = Promise.resolve();
 
-/** One after the other, each with the newest state. */
-function keep(id: string, state?: Conversation): Promise<void> {
+const removed = new Set<string>();
+
+/** One after the other, each with the newest state: what is shown, or `state` where another
+ * conversation is shown by then. */
+function keep(id: string, state: Conversation | null = null): Promise<void> {
   last = last.then(async () => {
-    const conversation = state ?? current.value;
-    if (conversation.id !== id) return;
+    const conversation = current.value.id === id ? current.value : state;
+    if (conversation === null || removed.has(id)) return;
     try {
       const kept = await putMerged(conversation);
       if (kept.revision !== undefined && current.value.id === id) {
@@ -179,7 +182,8 @@ export function stop(): void {
   running.value?.abort.abort();
 }
 
-async function answer(question: string): Promise<void> {
+/** Answer the question, beside what answered it before. */
+export async function answer(question: string): Promise<void> {
   const chosen = model.value;
   if (chosen === null || running.value !== null) return;
   const node = newNode(question, "assistant", "", chosen.id);
@@ -194,9 +198,9 @@ async function answer(question: string): Promise<void> {
   });
   rename("chat", id);
   // The question first: it is there whatever becomes of the answer.
-  await keep(id);
+  let own: Conversation = current.value;
+  await keep(id, own);
   // The user may look at another conversation meanwhile: this one goes on by itself.
-  let own: Conversation = current.value.id === id ? current.value : await keeper().get(id);
   const shows = () => current.value.id === id;
   let frame = 0;
   let content = "";
@@ -243,7 +247,7 @@ async function answer(question: string): Promise<void> {
     running.value = null;
     said.value = t("answered");
   });
-  await keep(id, shows() ? undefined : own);
+  await keep(id, own);
 }
 
 function requestOf(conversation: Conversation, asked: Node[], id: string): unknown {
@@ -280,6 +284,8 @@ export async function measure(): Promise<void> {
 }
 
 export async function remove(id: string): Promise<void> {
+  removed.add(id); // an answer under way does not bring it back
+  if (running.value?.conversation === id) stop();
   await keeper().remove(id);
   if (current.value.id === id) startAnew();
   await refreshList();

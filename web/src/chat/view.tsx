@@ -4,15 +4,16 @@ import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
 import { Composer } from "./composer";
 import { Message } from "./message";
-import { answering, current, measure, model, problem, regenerate, running, send, shown } from "./state";
+import { answer, answering, current, measure, model, problem, running, send, shown } from "./state";
 import { Tuning } from "./tuning";
 
-const NEAR = 80; // pixels from the end within which what is new is followed
+const END = 8; // pixels: nearer to the end than this is at the end
 
 export function ChatView() {
   const tuning = useSignal(false);
   const away = useSignal(false);
   const scroller = useRef<HTMLDivElement>(null);
+  const top = useRef(0);
   const toEnd = () => {
     const { current: element } = scroller;
     if (element) element.scrollTop = element.scrollHeight;
@@ -20,7 +21,10 @@ export function ChatView() {
   const onScroll = () => {
     const { current: element } = scroller;
     if (element === null) return;
-    away.value = element.scrollHeight - element.scrollTop - element.clientHeight > NEAR;
+    // Whoever scrolls up by the least is not pulled down again; what grows below moves nobody.
+    if (element.scrollHeight - element.scrollTop - element.clientHeight <= END) away.value = false;
+    else if (element.scrollTop < top.current) away.value = true;
+    top.current = element.scrollTop;
   };
   useEffect(() => {
     away.value = false;
@@ -33,6 +37,7 @@ export function ChatView() {
     if (running.value === null) void measure();
   }, [current.value.id, running.value, model.value?.id, shown.value.length]);
   const last = shown.value.at(-1);
+  const unanswered = last?.role === "user" && running.value === null ? last : null;
   return (
     <div class="chat">
       <div class="scroll" ref={scroller} onScroll={onScroll}>
@@ -42,11 +47,11 @@ export function ChatView() {
           ) : (
             shown.value.map((node) => <Message key={node.id} node={node} />)
           )}
-          {problem.value && (
-            <div class="problem" role="alert">
-              <span>{problem.value}</span>
-              {last?.role === "user" && running.value === null && (
-                <button type="button" onClick={() => void regenerate({ ...last, parent: last.id })}>
+          {(problem.value || unanswered) && (
+            <div class="problem" role={problem.value ? "alert" : undefined}>
+              <span>{problem.value ?? t("unanswered")}</span>
+              {unanswered && (
+                <button type="button" onClick={() => void answer(unanswered.id)}>
                   {t("retry")}
                 </button>
               )}

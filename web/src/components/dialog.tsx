@@ -1,5 +1,5 @@
 import type { ComponentChildren } from "preact";
-import { useEffect, useRef } from "preact/hooks";
+import { useLayoutEffect, useRef } from "preact/hooks";
 import { t } from "../i18n";
 import { Icon } from "./icons";
 
@@ -11,11 +11,19 @@ export function Dialog(props: {
   children: ComponentChildren;
 }) {
   const dialog = useRef<HTMLDialogElement>(null);
-  useEffect(() => {
+  const pressed = useRef<EventTarget | null>(null);
+  useLayoutEffect(() => {
+    const before = document.activeElement;
     dialog.current?.showModal();
+    // A dialog that is taken away rather than closed leaves the focus nowhere.
+    return () => {
+      if (before instanceof HTMLElement) before.focus();
+    };
   }, []);
   const beside = (event: MouseEvent) => {
-    if (event.target === dialog.current) props.onClose();
+    // Begun there too: who selects text may let go beside the dialog.
+    const { current: element } = dialog;
+    if (event.target === element && pressed.current === element) props.onClose();
   };
   return (
     <dialog
@@ -23,6 +31,7 @@ export function Dialog(props: {
       class={props.side ? "panel" : "dialog"}
       aria-label={props.title}
       onClose={props.onClose}
+      onPointerDown={(event) => (pressed.current = event.target)}
       onClick={beside}
     >
       <div class="dialog-inner">

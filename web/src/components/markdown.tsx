@@ -1,5 +1,5 @@
 import { memo } from "./memo";
-import { useEffect, useMemo, useRef } from "preact/hooks";
+import { useLayoutEffect, useMemo, useRef } from "preact/hooks";
 import type { Citation } from "../api";
 import { decorate } from "../decorate";
 import { t } from "../i18n";
@@ -17,7 +17,7 @@ const Block = memo(function Block(props: {
 }) {
   const element = useRef<HTMLDivElement>(null);
   const html = useMemo(() => toHtml(props.text), [props.text]);
-  useEffect(() => {
+  useLayoutEffect(() => {
     const { current } = element;
     if (current === null) return;
     current.innerHTML = html;
