@@ -230,6 +230,21 @@ def service(tiny: Path) -> Iterator[Service]:
         yield running
 
 
+def slowed(service: Service, name: str) -> None:
+    """So that an answer can be stopped, or looked at, before all of it is said."""
+    service.client().completions.create(model=name, prompt="x", max_tokens=1)
+    loaded = service.models.find(name).loaded
+    assert loaded is not None
+    runner = loaded.generator.engine.runner
+    run = runner.run
+
+    def slow(chunks: Any) -> Any:
+        time.sleep(0.01)
+        return run(chunks)
+
+    runner.run = slow  # type: ignore[method-assign]
+
+
 def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
     while not true():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browsing import PHONE, answer, ask, visited
-from serving import Service, served, wait_until
+from serving import Service, served, slowed, wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -20,17 +19,7 @@ LONG = "春 fox " * 20  # the tiny model goes on to its limit
 @pytest.fixture(scope="module")
 def place(taught: Path, tiny: Path) -> Iterator[Service]:
     with served(taught, tiny) as running:
-        running.client().completions.create(model="tiny", prompt="x", max_tokens=1)
-        loaded = running.models.find("tiny").loaded
-        assert loaded is not None
-        runner = loaded.generator.engine.runner
-        run = runner.run
-
-        def slow(chunks: Any) -> Any:  # or it has said all before anybody can stop it
-            time.sleep(0.01)
-            return run(chunks)
-
-        runner.run = slow  # type: ignore[method-assign]
+        slowed(running, "tiny")
         yield running
 
 

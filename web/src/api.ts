@@ -1,6 +1,6 @@
 /** What the service is asked: the same public API that every other client has. */
 
-import { signal } from "@preact/signals";
+import { batch, signal } from "@preact/signals";
 import { events } from "./sse";
 
 const KEY = "khaosz.key";
@@ -205,16 +205,22 @@ export async function countTokens(
   return found.count;
 }
 
+/** Whether the server has told what it offers: before that nobody knows where things are kept. */
+export const met = signal(false);
+
 /** What the server offers beside chats: absent parts are not shown. */
 export const offers = signal({ conversations: false, bases: false, runs: false, preferences: false });
 
 export async function lookAround(): Promise<void> {
   const document = await getJson<{ paths: Record<string, unknown> }>("/openapi.json");
   const has = (path: string) => path in document.paths;
-  offers.value = {
-    conversations: has("/v1/conversations"),
-    bases: has("/v1/knowledge_bases"),
-    runs: has("/v1/runs"),
-    preferences: has("/v1/preferences"),
-  };
+  batch(() => {
+    offers.value = {
+      conversations: has("/v1/conversations"),
+      bases: has("/v1/knowledge_bases"),
+      runs: has("/v1/runs"),
+      preferences: has("/v1/preferences"),
+    };
+    met.value = true;
+  });
 }

@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
 import { useEffect } from "preact/hooks";
-import { keepKey, keyAsked, offers } from "./api";
+import { keepKey, keyAsked, met, offers } from "./api";
 import { composing } from "./chat/composer";
 import { History } from "./chat/history";
 import { open, said, startAnew, stop } from "./chat/state";
@@ -36,8 +36,8 @@ export function App() {
   const there = views.filter((each) => each.shown());
   const at = there.find((each) => each.name === route.value.view) ?? there[0]!;
   useEffect(() => {
-    if (route.value.view === "chat") void open(route.value.id);
-  }, [route.value, offers.value]);
+    if (met.value && route.value.view === "chat") void open(route.value.id);
+  }, [route.value, met.value]);
   useEffect(() => {
     document.title = at.name === "chat" ? "KHAOSZ" : `${t(at.name)} · KHAOSZ`;
   });

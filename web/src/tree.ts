@@ -119,6 +119,10 @@ export function merged(ours: Conversation, theirs: Conversation): Conversation {
   return { ...theirs, nodes, selected: ours.selected };
 }
 
+export function isEmpty(node: Node): boolean {
+  return !node.content && !node.reasoning;
+}
+
 /** Without a message and what is below it; the selection moves to what is left. */
 export function without(conversation: Conversation, id: string): Conversation {
   const gone = new Set([id]);

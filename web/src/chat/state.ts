@@ -17,6 +17,7 @@ import { uuid } from "../platform";
 import { go, rename } from "../router";
 import {
   changed,
+  isEmpty,
   leafBelow,
   merged,
   newConversation,
@@ -93,7 +94,11 @@ export async function open(id: string | null): Promise<void> {
   }
   if (id === current.value.id) return;
   try {
-    current.value = await keeper().get(id);
+    await last; // what is being written now is to be read
+    const kept = await keeper().get(id);
+    const mine = answered.get(id);
+    const selected = running.value?.conversation === id && mine ? mine.selected : kept.selected;
+    current.value = mine ? { ...merged(mine, kept), selected } : kept;
   } catch (error) {
     if (!(error instanceof ApiError && error.status === 404)) problem.value = explain(error);
     go("chat");
@@ -111,6 +116,9 @@ export function update(change: Partial<Conversation>): void {
   current.value = { ...current.value, ...change };
   if (current.value.nodes.length) void keep(current.value.id);
 }
+
+/** With the answers of this window: while they are under way they are further on here. */
+const answered = new Map<string, Conversation>();
 
 let last: Promise<void> = Promise.resolve();
 
@@ -190,15 +198,18 @@ export async function answer(question: string): Promise<void> {
   const asked = path({ ...current.value, selected: question });
   const abort = new AbortController();
   const id = current.value.id;
+  const broken = current.value.nodes.filter((each) => each.parent === question && isEmpty(each));
   batch(() => {
     problem.value = null;
-    current.value = withNode(current.value, node);
+    const rest = broken.reduce((left, { id }) => without(left, id), current.value);
+    current.value = withNode(rest, node);
     running.value = { conversation: id, node: node.id, abort, began: performance.now(), first: null };
     said.value = t("answering");
   });
   rename("chat", id);
   // The question first: it is there whatever becomes of the answer.
   let own: Conversation = current.value;
+  answered.set(id, own);
   await keep(id, own);
   // The user may look at another conversation meanwhile: this one goes on by itself.
   const shows = () => current.value.id === id;
@@ -210,6 +221,7 @@ export async function answer(question: string): Promise<void> {
     frame = 0;
     const change = { content, reasoning: reasoning || null, ...rest };
     own = changed(shows() ? current.value : own, node.id, change);
+    answered.set(id, own);
     if (shows()) current.value = own;
   };
   try {
@@ -241,6 +253,7 @@ export async function answer(question: string): Promise<void> {
   if (!content && !reasoning) {
     own = without(own, node.id); // nothing came: the question stays, to be asked again
     own = { ...own, selected: question };
+    answered.set(id, own);
     if (shows()) current.value = own;
   }
   batch(() => {

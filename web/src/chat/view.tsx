@@ -5,6 +5,7 @@ import { list, t } from "../i18n";
 import { Composer } from "./composer";
 import { Message } from "./message";
 import { answer, answering, current, measure, model, problem, running, send, shown } from "./state";
+import { isEmpty, type Node } from "../tree";
 import { Tuning } from "./tuning";
 
 const END = 8; // pixels: nearer to the end than this is at the end
@@ -37,7 +38,7 @@ export function ChatView() {
     if (running.value === null) void measure();
   }, [current.value.id, running.value, model.value?.id, shown.value.length]);
   const last = shown.value.at(-1);
-  const unanswered = last?.role === "user" && running.value === null ? last : null;
+  const unanswered = running.value === null && last ? questionOf(last) : null;
   return (
     <div class="chat">
       <div class="scroll" ref={scroller} onScroll={onScroll}>
@@ -51,7 +52,7 @@ export function ChatView() {
             <div class="problem" role={problem.value ? "alert" : undefined}>
               <span>{problem.value ?? t("unanswered")}</span>
               {unanswered && (
-                <button type="button" onClick={() => void answer(unanswered.id)}>
+                <button type="button" onClick={() => void answer(unanswered)}>
                   {t("retry")}
                 </button>
               )}
@@ -70,6 +71,12 @@ export function ChatView() {
       {tuning.value && <Tuning onClose={() => (tuning.value = false)} />}
     </div>
   );
+}
+
+/** The question that a conversation ends with, also where the page went amid its answer. */
+function questionOf(last: Node): string | null {
+  if (last.role === "user") return last.id;
+  return isEmpty(last) ? last.parent : null;
 }
 
 function Empty() {

@@ -11,13 +11,15 @@ export function Dialog(props: {
   children: ComponentChildren;
 }) {
   const dialog = useRef<HTMLDialogElement>(null);
+  const gone = useRef(false);
   const pressed = useRef<EventTarget | null>(null);
   useLayoutEffect(() => {
-    const before = document.activeElement;
-    dialog.current?.showModal();
-    // A dialog that is taken away rather than closed leaves the focus nowhere.
+    const { current: element } = dialog;
+    element?.showModal();
+    // One that is taken away rather than closed would leave the focus nowhere.
     return () => {
-      if (before instanceof HTMLElement) before.focus();
+      gone.current = true;
+      element?.close();
     };
   }, []);
   const beside = (event: MouseEvent) => {
@@ -30,7 +32,7 @@ export function Dialog(props: {
       ref={dialog}
       class={props.side ? "panel" : "dialog"}
       aria-label={props.title}
-      onClose={props.onClose}
+      onClose={() => gone.current || props.onClose()}
       onPointerDown={(event) => (pressed.current = event.target)}
       onClick={beside}
     >

@@ -1,0 +1,155 @@
+"""Small things of the page that lose work or patience where they are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browsing import answer, ask, visited
+from serving import Service, served, slowed
+
+from khaosz.serve.records import record_routes
+
+pytestmark = pytest.mark.browser
+
+LONG = "春 fox " * 20  # the tiny model goes on to its limit
+
+
+@pytest.fixture
+def place(taught: Path, tiny: Path, tmp_path: Path) -> Iterator[Service]:
+    with served(taught, tiny, routers=record_routes(tmp_path, tmp_path / "runs")) as running:
+        slowed(running, "tiny")
+        yield running
+
+
+def started(page: Any) -> None:
+    """A long answer is on its way."""
+    page.select_option(".picker select", "tiny")
+    page.get_by_role("button", name="Sampling").click()
+    page.get_by_label("Longest answer").fill("1900")
+    page.keyboard.press("Escape")
+    ask(page, LONG)
+    page.locator(".message.assistant .markdown").wait_for()
+
+
+def kept(service: Service) -> list[dict[str, Any]]:
+    found = service.ask("GET", "/v1/conversations")[2]["data"]
+    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
+
+
+def test_who_looks_elsewhere_at_once_loses_no_question(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        page.fill("#message", "plain")
+        # Both keys before the page has come to keep anything.
+        page.evaluate(
+            """() => { const key = (of, what) => of.dispatchEvent(
+                 new KeyboardEvent("keydown", {bubbles: true, cancelable: true, ...what}));
+               key(document.getElementById("message"), {key: "Enter"});
+               key(document.body, {key: "k", ctrlKey: true}) }"""
+        )
+        page.locator(".empty").wait_for()
+        page.wait_for_function("() => document.querySelector('.history li a')")
+        page.locator(".history li a").click()
+        assert answer(page).locator(".markdown").inner_text() == "the fox"
+        page.wait_for_timeout(200)
+        [conversation] = kept(place)
+        assert [node["content"] for node in conversation["nodes"]] == ["plain", "the fox"]
+
+
+def test_an_answer_under_way_brings_nothing_back(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        started(page)
+        entry = page.locator(".history li")
+        entry.hover()
+        entry.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        page.locator(".empty").wait_for()
+        page.get_by_text("Nothing here yet.").wait_for()
+        page.wait_for_timeout(300)
+        assert kept(place) == []
+
+
+def test_who_scrolls_up_is_left_there(browser: Any, place: Service) -> None:
+    low = {"width": 800, "height": 420}
+    with visited(browser, place.port, viewport=low) as page:
+        started(page)
+        page.wait_for_function(
+            "() => { const e = document.querySelector('.scroll');"
+            " return e.scrollHeight > e.clientHeight + 200 }"
+        )
+        page.evaluate("document.querySelector('.scroll').scrollBy(0, -30)")
+        page.wait_for_timeout(100)
+        said = len(page.locator(".message.assistant .markdown").inner_text())
+        page.wait_for_function(
+            "n => document.querySelector('.message.assistant .markdown').innerText.length > n + 50",
+            arg=said,
+        )
+        assert (
+            page.evaluate(
+                "() => { const e = document.querySelector('.scroll');"
+                " return e.scrollHeight - e.scrollTop - e.clientHeight }"
+            )
+            > 30
+        )
+        page.get_by_role("button", name="To the end").click()
+        page.keyboard.press("Escape")
+        answer(page)
+
+
+def test_a_question_without_an_answer_can_be_asked_again(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        page.locator(".picker select").select_option("taught")
+        page.route("**/v1/chat/completions", lambda route: route.abort("connectionrefused"))
+        ask(page, "plain")
+        page.get_by_text("can't be reached").wait_for()
+        page.unroute("**/v1/chat/completions")
+        page.reload()
+        assert page.locator(".bubble").inner_text() == "plain"
+        page.get_by_text("no answer yet").wait_for()
+        page.get_by_role("button", name="Try again").click()
+        assert answer(page).locator(".markdown").inner_text() == "the fox"
+
+
+def test_a_dialog_gives_the_focus_back_and_keeps_keys_to_itself(
+    browser: Any, place: Service
+) -> None:
+    with visited(browser, place.port) as page:
+        opener = page.get_by_role("button", name="Sampling")
+        opener.focus()
+        page.keyboard.press("Enter")
+        box = page.get_by_label("System prompt")
+        box.fill("Be brief.")
+        page.keyboard.press("Control+k")
+        assert box.input_value() == "Be brief."
+        # Text selected from the field to beside the dialog.
+        place_of = box.bounding_box()
+        page.mouse.move(place_of["x"] + 40, place_of["y"] + 20)
+        page.mouse.down()
+        page.mouse.move(20, 300)
+        page.mouse.up()
+        assert page.get_by_role("dialog").is_visible()
+        page.get_by_role("dialog").get_by_role("button", name="Close").click()
+        page.get_by_role("dialog").wait_for(state="detached")
+        page.wait_for_timeout(100)
+        assert page.evaluate("document.activeElement.ariaLabel") == "Sampling"
+
+
+def test_a_draft_waits_and_escape_of_an_input_method_stops_nothing(
+    browser: Any, place: Service
+) -> None:
+    with visited(browser, place.port) as page:
+        page.fill("#message", "half a thought")
+        page.get_by_role("link", name="Settings").click()
+        page.get_by_role("link", name="Chat", exact=True).click()
+        assert page.input_value("#message") == "half a thought"
+        started(page)
+        page.evaluate(
+            """() => document.getElementById("message").dispatchEvent(new KeyboardEvent(
+                 "keydown", {key: "Escape", bubbles: true, isComposing: true}))"""
+        )
+        page.wait_for_timeout(100)
+        assert page.get_by_role("button", name="Stop").is_visible()
+        page.keyboard.press("Escape")
+        assert "stopped" in answer(page).locator(".facts").inner_text()
