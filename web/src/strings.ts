@@ -125,7 +125,7 @@ const en = {
   queued: "waiting",
   reading: "being read",
   embedding: "embedding",
-  chunks: "{n} passages",
+  chunks: "passages: {n}",
   tryRetrieval: "What would be found?",
   askOrWords: "A question, or words",
   asTheBase: "As it answers",

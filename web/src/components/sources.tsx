@@ -67,7 +67,7 @@ export function HitList(props: { hits: Hit[]; onOpen: (hit: Hit) => void }) {
                 {t("score")} {number(hit.score, 4)}
               </span>
             </span>
-            <span class="hit-text">{hit.text.trim()}</span>
+            <span class="hit-text">{hit.text.trim().replace(/\n{2,}/g, "\n")}</span>
           </button>
         </li>
       ))}

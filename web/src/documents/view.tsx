@@ -27,7 +27,7 @@ export function DocumentsView() {
   const making = useSignal(false);
   const open = bases.value.find((each) => each.id === route.value.id) ?? bases.value[0] ?? null;
   return (
-    <div class="page wide">
+    <div class="page">
       <div class="row spread">
         <h1>{t("documents")}</h1>
         <button type="button" onClick={() => (making.value = true)}>

@@ -21,7 +21,7 @@ export function PreferencesView() {
     };
   }, []);
   return (
-    <div class="page wide preferences">
+    <div class="page preferences">
       <h1>{t("prefer")}</h1>
       <p class="note">{t("preferText")}</p>
       {trouble.value && (

@@ -228,7 +228,7 @@ function Table(props: { title: string; lines: Line[]; axis: Axis }) {
   return (
     <details class="as-table">
       <summary>{t("asTable")}</summary>
-      <div class="scroll">
+      <div class="wide-table">
         <table>
           <caption class="sr-only">{props.title}</caption>
           <thead>

@@ -16,7 +16,7 @@ export function Configuration(props: { ids: string[] }) {
   });
   const rows = differing(configs, all.value || !several).filter(([key]) => key !== "out");
   const table = rows.length ? (
-    <div class="scroll">
+    <div class="wide-table">
       <table class="settings">
         <thead>
           <tr>
