@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import answer, ask, visited
-from serving import Service, served, slowed
+from serving import Service, served, slowed, wait_until
 
 from khaosz.serve.records import record_routes
 
@@ -68,6 +68,9 @@ def test_an_answer_under_way_brings_nothing_back(browser: Any, place: Service) -
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         page.locator(".empty").wait_for()
         page.get_by_text("Nothing here yet.").wait_for()
+        loaded = place.models.find("tiny").loaded
+        assert loaded is not None
+        wait_until(lambda: loaded.worker.held == 0)  # nobody waits for it any more
         page.wait_for_timeout(300)
         assert kept(place) == []
 
