@@ -157,3 +157,34 @@ def test_a_draft_waits_and_escape_of_an_input_method_stops_nothing(
         assert page.get_by_role("button", name="Stop").is_visible()
         page.keyboard.press("Escape")
         assert "stopped" in answer(page).locator(".facts").inner_text()
+
+
+def test_a_server_that_is_late_is_met_again(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        page.route("**/openapi.json", lambda route: route.abort("connectionrefused"))
+        page.reload()
+        page.get_by_text("can't be reached").wait_for()
+        page.unroute("**/openapi.json")
+        page.get_by_role("button", name="Try again").click()
+        ask(page, "plain")
+        assert answer(page).locator(".markdown").inner_text() == "the fox"
+
+
+def test_a_prompt_that_is_written_is_kept_once_or_twice(browser: Any, place: Service) -> None:
+    """And not with every key; the last one is in it all the same."""
+    with visited(browser, place.port) as page:
+        ask(page, "plain")
+        answer(page)
+        page.get_by_role("button", name="Sampling").click()
+        puts: list[str] = []
+        page.on("request", lambda sent: puts.append(sent.method) if sent.method == "PUT" else None)
+        page.evaluate(
+            """() => { const area = document.querySelector("dialog textarea");
+               for (const letter of "Answer like a pirate, always.") {
+                 area.value += letter;
+                 area.dispatchEvent(new InputEvent("input", {bubbles: true})) } }"""
+        )
+        wait_until(lambda: page.wait_for_timeout(50) or kept(place)[0]["system"] is not None)
+        page.wait_for_timeout(300)
+        assert kept(place)[0]["system"] == "Answer like a pirate, always."
+        assert 1 <= len(puts) <= 2

@@ -279,6 +279,7 @@ def test_a_key_is_asked_for(browser: Any, taught: Path) -> None:
     with served(taught, key="sesame") as service, visited(browser, service.port) as page:
         page.get_by_label("Key", exact=True).fill("wrong")
         page.keyboard.press("Enter")
+        page.get_by_text("did not take this key").wait_for()
         page.get_by_label("Key", exact=True).fill("sesame")
         page.keyboard.press("Enter")
         page.wait_for_function("() => document.querySelector('.picker select').value === 'taught'")

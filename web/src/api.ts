@@ -8,6 +8,9 @@ const KEY = "khaosz.key";
 /** Resolves when the user has given a key, null when they would rather not. */
 export const keyAsked = signal<((key: string | null) => void) | null>(null);
 
+/** Whether a key was sent and the server did not take it. */
+export const keyRefused = signal(false);
+
 export class ApiError extends Error {
   constructor(
     readonly status: number,
@@ -64,6 +67,8 @@ export interface Retrieval {
   prompt: string | null;
   left_out: number;
   narrowed: boolean;
+  /** Which base it was: kept with the answer, since the conversation may turn to another. */
+  knowledge_base?: string | null;
 }
 
 export interface Usage {
@@ -144,6 +149,7 @@ export async function request(path: string, init: RequestInit = {}): Promise<Res
       throw new Unreachable(String(error));
     }
     if (response.ok) return response;
+    keyRefused.value = response.status === 401 && stored() !== null;
     if (response.status === 401 && (await askForKey()) !== null) continue;
     throw await errorOf(response);
   }

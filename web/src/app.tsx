@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
 import { useEffect } from "preact/hooks";
-import { keepKey, keyAsked, met, offers } from "./api";
+import { keepKey, keyAsked, keyRefused, met, offers } from "./api";
 import { composing } from "./chat/composer";
 import { History } from "./chat/history";
 import { open, said, startAnew, stop } from "./chat/state";
@@ -136,6 +136,7 @@ function KeyDialog(props: { give: (key: string | null) => void }) {
     <Dialog title={t("keyTitle")} onClose={() => props.give(null)}>
       <form class="form" onSubmit={submit}>
         <p>{t("keyText")}</p>
+        {keyRefused.value && <p role="alert">{t("keyWrong")}</p>}
         <label>
           <span>{t("key")}</span>
           <input

@@ -22,7 +22,7 @@ export interface Keeper {
 const server: Keeper = {
   async list(query) {
     const q = query ? `&q=${encodeURIComponent(query)}` : "";
-    return (await getJson<{ data: Listed[] }>(`/v1/conversations?limit=100${q}`)).data;
+    return (await getJson<{ data: Listed[] }>(`/v1/conversations?limit=1000${q}`)).data;
   },
   async ids() {
     const found: string[] = [];

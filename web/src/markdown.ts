@@ -22,9 +22,11 @@ export function harmless(address: string): string | null {
   }
 }
 
+// A formula that stands by itself is a block, or a line of it that begins with - would be a list.
 const math = [
-  { name: "display", start: /\$\$|\\\[/, rule: /^(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])/ },
-  { name: "inline", start: /\$|\\\(/, rule: /^(?:\$(?![\s$])([^$\n]*[^$\s\\])\$(?!\d)|\\\((.+?)\\\))/ },
+  { name: "display", level: "block", start: /^ {0,3}(?:\$\$|\\\[)/m, rule: /^ {0,3}(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n|$)/ },
+  { name: "display", level: "inline", start: /\$\$|\\\[/, rule: /^(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])/ },
+  { name: "inline", level: "inline", start: /\$|\\\(/, rule: /^(?:\$(?![\s$])([^$\n]*[^$\s\\])\$(?!\d)|\\\((.+?)\\\))/ },
 ];
 
 const marked = new Marked({
@@ -61,9 +63,9 @@ const marked = new Marked({
       return `<div class="table" tabindex="0"><table><thead>${row(token.header)}</thead><tbody>${body}</tbody></table></div>`;
     },
   },
-  extensions: math.map(({ name, start, rule }) => ({
-    name: `math-${name}`,
-    level: "inline" as const,
+  extensions: math.map(({ name, level, start, rule }) => ({
+    name: `math-${level}-${name}`,
+    level,
     start: (source: string) => {
       const at = source.search(start);
       return at < 0 ? undefined : at;
@@ -71,7 +73,7 @@ const marked = new Marked({
     tokenizer: (source: string) => {
       const match = rule.exec(source);
       const body = match && (match[1] ?? match[2]);
-      return match && body ? { type: `math-${name}`, raw: match[0], body } : undefined;
+      return match && body ? { type: `math-${level}-${name}`, raw: match[0], body } : undefined;
     },
     renderer: (token: Tokens.Generic) =>
       `<span class="math" data-${name}>${escaped(token.body as string)}</span>`,
@@ -82,9 +84,17 @@ function anchor(address: string, inner: string): string {
   return `<a href="${escaped(address)}" target="_blank" rel="noopener noreferrer nofollow">${inner}</a>`;
 }
 
-/** The blocks of a text, so that those that are finished need not be read again. */
-export function blocks(text: string): string[] {
-  return marked.lexer(text).map((token) => token.raw);
+/**
+ * The blocks of a text, so that those that are finished need not be drawn again. `known`: those of
+ * its beginning, from a moment ago; only the last few of them can still change (a list waits behind
+ * white space and a number for its next entry), so a long answer is not read from its start with
+ * every token.
+ */
+export function blocks(text: string, known: readonly string[] = []): string[] {
+  const kept = known.slice(0, -4);
+  const begun = kept.join("");
+  if (!begun || !text.startsWith(begun)) return marked.lexer(text).map((token) => token.raw);
+  return [...kept, ...marked.lexer(text.slice(begun.length)).map((token) => token.raw)];
 }
 
 export function toHtml(text: string): string {

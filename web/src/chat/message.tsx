@@ -84,7 +84,7 @@ function Answer(props: { node: Node }) {
   const cited = useSignal<Citation | Hit | null>(null);
   const inspected = useSignal(false);
   const under = running.value?.node === node.id;
-  const base = current.value.knowledge_base;
+  const base = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
   const counted = usage.value[node.id];
   return (
     <>

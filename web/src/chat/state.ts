@@ -5,6 +5,8 @@ import {
   ApiError,
   countTokens,
   getJson,
+  lookAround,
+  offers,
   streamChat,
   Unreachable,
   type KnowledgeBase,
@@ -80,6 +82,17 @@ export async function refreshBases(): Promise<void> {
   bases.value = (await getJson<{ data: KnowledgeBase[] }>("/v1/knowledge_bases")).data;
 }
 
+/** Meet the server: at the start, and again where it could not be reached. */
+export async function begin(): Promise<void> {
+  problem.value = null;
+  try {
+    await lookAround();
+    await Promise.all([refreshModels(), refreshList(), offers.value.bases && refreshBases()]);
+  } catch (error) {
+    problem.value = explain(error);
+  }
+}
+
 export async function refreshList(): Promise<void> {
   const wanted = search.value;
   const found = await keeper().list(wanted);
@@ -122,12 +135,18 @@ const answered = new Map<string, Conversation>();
 
 let last: Promise<void> = Promise.resolve();
 
+let waiting: string | null = null;
+
 const removed = new Set<string>();
 
 /** One after the other, each with the newest state: what is shown, or `state` where another
  * conversation is shown by then. */
 function keep(id: string, state: Conversation | null = null): Promise<void> {
+  // What waits will write the newest state: with every key in a prompt one is enough.
+  if (state === null && waiting === id) return last;
+  if (state === null) waiting = id;
   last = last.then(async () => {
+    if (waiting === id) waiting = null;
     const conversation = current.value.id === id ? current.value : state;
     if (conversation === null || removed.has(id)) return;
     try {
@@ -226,7 +245,10 @@ export async function answer(question: string): Promise<void> {
   };
   try {
     for await (const chunk of streamChat(requestOf(own, asked, chosen.id), abort.signal)) {
-      if (chunk.retrieval) rest = { ...rest, retrieval: chunk.retrieval };
+      if (chunk.retrieval) {
+        const { knowledge_base } = own;
+        rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
+      }
       if (chunk.usage) {
         const { first, began } = running.value!;
         const seconds = (performance.now() - (first ?? began)) / 1000;

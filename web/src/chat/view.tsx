@@ -1,10 +1,11 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
+import { met } from "../api";
 import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
 import { Composer } from "./composer";
 import { Message } from "./message";
-import { answer, answering, current, measure, model, problem, running, send, shown } from "./state";
+import { answer, answering, begin, current, measure, model, problem, running, send, shown } from "./state";
 import { isEmpty, type Node } from "../tree";
 import { Tuning } from "./tuning";
 
@@ -51,7 +52,12 @@ export function ChatView() {
           {(problem.value || unanswered) && (
             <div class="problem" role={problem.value ? "alert" : undefined}>
               <span>{problem.value ?? t("unanswered")}</span>
-              {unanswered && (
+              {!met.value && (
+                <button type="button" onClick={() => void begin()}>
+                  {t("retry")}
+                </button>
+              )}
+              {met.value && unanswered && (
                 <button type="button" onClick={() => void answer(unanswered)}>
                   {t("retry")}
                 </button>

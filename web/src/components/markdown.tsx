@@ -2,7 +2,7 @@ import { memo } from "./memo";
 import { useLayoutEffect, useMemo, useRef } from "preact/hooks";
 import type { Citation } from "../api";
 import { decorate } from "../decorate";
-import { t } from "../i18n";
+import { language, t } from "../i18n";
 import { blocks, toHtml } from "../markdown";
 import { copyText } from "../platform";
 
@@ -16,7 +16,7 @@ const Block = memo(function Block(props: {
   onCite: (number: number) => void;
 }) {
   const element = useRef<HTMLDivElement>(null);
-  const html = useMemo(() => toHtml(props.text), [props.text]);
+  const html = useMemo(() => toHtml(props.text), [props.text, language.value]);
   useLayoutEffect(() => {
     const { current } = element;
     if (current === null) return;
@@ -33,7 +33,12 @@ export function Markdown(props: {
   citations?: Citation[] | null;
   onCite?: (citation: Citation) => void;
 }) {
-  const parts = useMemo(() => blocks(props.text), [props.text]);
+  const known = useRef<string[]>([]);
+  // In the end once more as a whole: a definition of a link may stand far below its use.
+  const parts = useMemo(
+    () => (known.current = blocks(props.text, props.finished ? [] : known.current)),
+    [props.text, props.finished],
+  );
   const citations = props.citations ?? [];
   const numbers = citations.map((each) => each.number).join(",");
   const onCite = (number: number) => {
