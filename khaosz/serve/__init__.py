@@ -1,5 +1,9 @@
-"""The HTTP service: one model behind OpenAI's interface, on this machine.
+"""The HTTP service: models, documents and what the page keeps, to this machine or with a key.
 
-`worker` runs the engine in its thread, `schema` says what may be asked, `answers` how it is
-answered, `guard` who may ask, `app` joins them, `run` is `khaosz serve`.
+run        `khaosz serve`             models     loaded when they are asked for
+app        all routes in one          worker     an engine's own thread, and its tickets
+guard      who may ask, how much      offered    embedders and rerankers by name
+refusals   errors as answers          metrics    what was done, for Prometheus
+openai/    OpenAI's interface         page       the built page, `page/`
+knowledge/ documents in, cited        records/   conversations, preferences, runs
 """

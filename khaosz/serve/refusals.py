@@ -14,14 +14,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
-from khaosz.serve.answers import TOO_LATE, error_body
 from khaosz.serve.models import UnknownModel
 from khaosz.serve.offered import UnknownName
-from khaosz.serve.schema import ChatRequest
+from khaosz.serve.openai.schema import ChatRequest
 from khaosz.serve.worker import Busy, Failed
 
 _log = logging.getLogger("khaosz.serve")
 
+TOO_LATE = "the answer took longer than this server gives a request"
 RETRY_AFTER = 1  # seconds, when the queue is full
 _MEANINGS = {
     400: "What was asked is wrong; `param` names the field.",
@@ -58,6 +58,14 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     for status in (*statuses, 500):
         found[status] = {"model": Error, "description": _MEANINGS[status]}
     return found
+
+
+def error_body(
+    message: str, kind: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
+    # It may repeat what was sent, which may be long.
+    message = message if len(message) <= 1000 else message[:1000] + "..."
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class Refused(Exception):

@@ -66,7 +66,7 @@ def serve(
         from khaosz.serve.app import build_app
         from khaosz.serve.knowledge.library import Library
         from khaosz.serve.offered import Offered
-        from khaosz.serve.records import record_routes
+        from khaosz.serve.records.routes import record_routes
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"

@@ -23,14 +23,14 @@ from hypothesis import strategies as st
 from serving import Service, served
 
 from khaosz.errors import DataError
-from khaosz.serve.conversation_store import (
+from khaosz.serve.records.conversation_store import (
     VERSION,
     ConversationStore,
     Entry,
     _snippet,
     folded,
 )
-from khaosz.serve.conversations import MAX_NODES, conversation_routes
+from khaosz.serve.records.conversations import MAX_NODES, conversation_routes
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from browsing import answer, ask, visited
 from serving import Service, served, slowed, wait_until
 
-from khaosz.serve.records import record_routes
+from khaosz.serve.records.routes import record_routes
 
 pytestmark = pytest.mark.browser
 

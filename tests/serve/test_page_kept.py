@@ -17,7 +17,7 @@ from serving import learnt, served
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
 from khaosz.serve.offered import Offered
-from khaosz.serve.records import record_routes
+from khaosz.serve.records.routes import record_routes
 
 pytestmark = pytest.mark.browser
 
@@ -111,7 +111,7 @@ def test_a_finished_answer_outlives_the_server(browser: Any, kept: Any, tmp_path
         )
         address = page.url.split("#")[1].split("/")[-1]
     # What is on the disk now is what a power cut would leave: another process reads it.
-    from khaosz.serve.conversation_store import ConversationStore
+    from khaosz.serve.records.conversation_store import ConversationStore
 
     for suffix in ("", "-wal", "-shm"):
         source = data / f"conversations.db{suffix}"

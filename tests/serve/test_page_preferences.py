@@ -12,7 +12,7 @@ from browsing import PHONE, visited
 from serving import Service, served, wait_until
 
 from khaosz.data.preference import to_pairs
-from khaosz.serve.preferences import PreferenceFile, preference_routes
+from khaosz.serve.records.preferences import PreferenceFile, preference_routes
 
 pytestmark = pytest.mark.browser
 

@@ -13,7 +13,7 @@ import pytest
 from browsing import PHONE, visited
 from serving import Service, served
 
-from khaosz.serve.runs import run_routes
+from khaosz.serve.records.runs import run_routes
 
 pytestmark = pytest.mark.browser
 

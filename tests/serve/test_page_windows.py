@@ -11,7 +11,7 @@ import pytest
 from browsing import answer, ask, visited
 from serving import Service, served
 
-from khaosz.serve.records import record_routes
+from khaosz.serve.records.routes import record_routes
 
 pytestmark = pytest.mark.browser
 

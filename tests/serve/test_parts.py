@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khaosz.serve.parts import Calls, Part, PartStream, ToolCall
+from khaosz.serve.openai.parts import Calls, Part, PartStream, ToolCall
 
 WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
 TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'

@@ -20,7 +20,7 @@ from khaosz.data.preference import load_pairs
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import DataError
 from khaosz.inference.collect import ranked_prompts
-from khaosz.serve.preferences import PreferenceFile, preference_routes
+from khaosz.serve.records.preferences import PreferenceFile, preference_routes
 from khaosz.trainer.run import run
 
 QUIET = Console(file=io.StringIO())

@@ -19,8 +19,8 @@ from rich.console import Console
 from serving import Service, served
 
 from khaosz.config import TrainConfig
-from khaosz.serve.run_metrics import MAX_ROWS, MAX_SAMPLES, _kept, read_samples, rows_after
-from khaosz.serve.runs import QUIET, find_runs, run_routes
+from khaosz.serve.records.run_metrics import MAX_ROWS, MAX_SAMPLES, _kept, read_samples, rows_after
+from khaosz.serve.records.runs import QUIET, find_runs, run_routes
 from khaosz.trainer.run import run
 
 SHAPE = {

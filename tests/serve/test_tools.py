@@ -12,7 +12,7 @@ import pytest
 from serving import WEATHER, Service, served
 
 from khaosz.data.tokenizer import load_tokenizer
-from khaosz.serve.tools import introduced
+from khaosz.serve.openai.tools import introduced
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}

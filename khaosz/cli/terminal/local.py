@@ -23,7 +23,7 @@ from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, ask
 from khaosz.rag.chat_model import Messages
 from khaosz.rag.store import open_store
-from khaosz.serve.parts import THINK, PartStream
+from khaosz.serve.openai.parts import THINK, PartStream
 
 KB = "khaosz.kb"
 

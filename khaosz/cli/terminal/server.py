@@ -17,7 +17,7 @@ from khaosz.cli.terminal.conversation import (
 )
 from khaosz.errors import DataError, ModelError, ServerError, nearest
 from khaosz.rag.http_client import checked, deltas, read_events, read_json
-from khaosz.serve.parts import PartStream
+from khaosz.serve.openai.parts import PartStream
 
 _OURS = "knowledge bases are KHAOSZ's own: another server has none"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from khaosz.serve.replies import HitReply, Reply
+from khaosz.serve.openai.replies import HitReply, Reply
 
 
 class BaseReply(Reply):

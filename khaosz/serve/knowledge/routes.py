@@ -36,8 +36,8 @@ from khaosz.serve.knowledge.search import (
     searcher,
 )
 from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
+from khaosz.serve.openai.schema import Asked
 from khaosz.serve.refusals import Refused, errors
-from khaosz.serve.schema import Asked
 
 IDLE = 60.0  # seconds that a client may take until the next bytes of a body
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

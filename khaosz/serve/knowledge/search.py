@@ -16,8 +16,8 @@ from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.retrieve import Hit, Mode, Reranker
 from khaosz.serve.knowledge.base import Base
 from khaosz.serve.offered import Offered, UnknownName
+from khaosz.serve.openai.schema import Retrieval
 from khaosz.serve.refusals import Refused
-from khaosz.serve.schema import Retrieval
 
 LONGEST_QUERY = 8000  # characters
 LONGEST_GLOB = 200

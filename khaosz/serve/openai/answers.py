@@ -13,22 +13,14 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.request import Logprob, Output
 from khaosz.rag.answer import CitationStream
-from khaosz.serve.parts import Calls, Part, PartStream, ToolCall
+from khaosz.serve.openai.parts import Calls, Part, PartStream, ToolCall
+from khaosz.serve.refusals import TOO_LATE, error_body
 from khaosz.serve.worker import Failed
 
 if TYPE_CHECKING:
     from khaosz.serve.knowledge.chat import Grounds
 
 DONE = "data: [DONE]\n\n"
-TOO_LATE = "the answer took longer than this server gives a request"
-
-
-def error_body(
-    message: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    # It may repeat what was sent, which may be long.
-    message = message if len(message) <= 1000 else message[:1000] + "..."
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def event(body: dict[str, Any]) -> str:

@@ -25,9 +25,9 @@ from pydantic import Field, model_validator
 from khaosz.data.preference import to_pairs
 from khaosz.data.training_text import refuse_surrogates
 from khaosz.errors import DataError
+from khaosz.serve.openai.replies import Reply
+from khaosz.serve.openai.schema import MAX_MESSAGES, Asked
 from khaosz.serve.refusals import Refused, errors
-from khaosz.serve.replies import Reply
-from khaosz.serve.schema import MAX_MESSAGES, Asked
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8

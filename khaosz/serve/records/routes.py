@@ -6,10 +6,10 @@ from pathlib import Path
 
 from fastapi import APIRouter
 
-from khaosz.serve.conversation_store import ConversationStore
-from khaosz.serve.conversations import conversation_routes
-from khaosz.serve.preferences import FILE, PreferenceFile, preference_routes
-from khaosz.serve.runs import run_routes
+from khaosz.serve.records.conversation_store import ConversationStore
+from khaosz.serve.records.conversations import conversation_routes
+from khaosz.serve.records.preferences import FILE, PreferenceFile, preference_routes
+from khaosz.serve.records.runs import run_routes
 
 
 def record_routes(data: Path, runs: Path) -> list[APIRouter]:
