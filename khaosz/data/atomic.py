@@ -1,4 +1,4 @@
-"""Replacing a file at once or not at all."""
+"""Files that are there whole or not at all, after a power cut too."""
 
 from __future__ import annotations
 
@@ -21,3 +21,14 @@ def write_atomic(path: Path, parts: Iterable[bytes]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The names in it are on the disk too. Windows opens no folders, and has nothing to ask."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

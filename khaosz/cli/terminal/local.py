@@ -23,7 +23,7 @@ from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, ask
 from khaosz.rag.chat_model import Messages
 from khaosz.rag.store import open_store
-from khaosz.serve.openai.parts import THINK, PartStream
+from khaosz.serve.openai.parts import PartStream, opens_thought
 
 KB = "khaosz.kb"
 
@@ -141,7 +141,7 @@ class _Speaker:
         """Raises `GenerationError` at once for a prompt that is too long."""
         pieces = self._generator.stream(ids, params)
         end = self._generator.tokenizer.decode(ids[-8:])  # tokens that hold the mark and a break
-        return self._told_apart(pieces, PartStream(thinking=end.rstrip().endswith(THINK)))
+        return self._told_apart(pieces, PartStream(thinking=opens_thought(end)))
 
     def _told_apart(self, pieces: Iterator[Piece], parts: PartStream) -> Iterator[Part]:
         for piece in pieces:

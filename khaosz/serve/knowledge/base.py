@@ -167,7 +167,7 @@ class Base:
     def _remove(self, base: KnowledgeBase, row: FileRow) -> None:
         with base.store.writing():
             # Another of that name may have come and been read meanwhile; not while we write.
-            if self._shared.catalogue.is_removed(row):
+            if self._shared.catalogue.is_still("removed", row):
                 base.store.remove_source(DEFAULT_COLLECTION, row.name)
         self._shared.catalogue.forget(row)
 
@@ -288,7 +288,7 @@ class Base:
         return source, documents, note
 
     def _check(self, row: FileRow) -> None:
-        if self._stopping or not self._shared.catalogue.has(row):
+        if self._stopping or not self._shared.catalogue.is_still("queued", row):
             raise _Stopped
 
 

@@ -211,11 +211,11 @@ class Catalogue:
             ).fetchone()
         return None if row is None else FileRow(*row)
 
-    def has(self, row: FileRow) -> bool:
-        """Whether a file that was queued still is: not removed or replaced meanwhile."""
+    def is_still(self, status: Status, row: FileRow) -> bool:
+        """And not removed or replaced meanwhile."""
         with self._lock:
             found = self._db.execute(
-                "SELECT 1 FROM files WHERE number = ? AND status = 'queued'", (row.number,)
+                "SELECT 1 FROM files WHERE number = ? AND status = ?", (row.number, status)
             ).fetchone()
         return found is not None
 
@@ -247,14 +247,6 @@ class Catalogue:
                 (row.number,),
             )
             return done.rowcount > 0
-
-    def is_removed(self, row: FileRow) -> bool:
-        """And none of its name came since."""
-        with self._lock:
-            found = self._db.execute(
-                "SELECT 1 FROM files WHERE number = ? AND status = 'removed'", (row.number,)
-            ).fetchone()
-        return found is not None
 
     def forget(self, row: FileRow) -> None:
         """A file that was removed, when its document is out of the base."""

@@ -16,6 +16,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from khaosz.data.atomic import sync_folder
+
 BLOCK = 1 << 20  # bytes written at once
 
 
@@ -91,18 +93,8 @@ class Uploads:
             received.discard()
         else:
             os.replace(received.path, target)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
 
     def remove(self, sha256: str) -> None:
         with suppress(OSError):  # in use on Windows: `clean` comes back to it
             self.path(sha256).unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

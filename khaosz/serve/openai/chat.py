@@ -22,7 +22,7 @@ from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
 from khaosz.serve.openai.answers import Answer, Form
-from khaosz.serve.openai.parts import THINK, THOUGHT
+from khaosz.serve.openai.parts import THOUGHT, opens_thought
 from khaosz.serve.openai.replies import ChatCompletion, TextCompletion, streamed
 from khaosz.serve.openai.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
 from khaosz.serve.openai.tools import call_grammar, calls_of, introduced
@@ -181,7 +181,7 @@ def _unthinking(messages: list[dict[str, Any]], generator: Generator) -> list[in
 
 def _thinks(prompt: list[int], generator: Generator) -> bool:
     """Templates of reasoning models open it."""
-    return generator.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
+    return opens_thought(generator.tokenizer.decode(prompt[-8:]))
 
 
 def _closed(prompt: list[int], generator: Generator) -> list[int]:

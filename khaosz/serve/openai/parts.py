@@ -22,6 +22,11 @@ _SPACE = " \t\r\n"
 Calls = Literal["none", "marked", "bare"]
 
 
+def opens_thought(prompt: str) -> bool:
+    """Whether the end of a prompt has opened the reasoning, as some templates do."""
+    return prompt.rstrip().endswith(THINK)
+
+
 @dataclass(frozen=True)
 class ToolCall:
     id: str

@@ -22,6 +22,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
+from khaosz.data.atomic import sync_folder
 from khaosz.data.preference import to_pairs
 from khaosz.data.training_text import refuse_surrogates
 from khaosz.errors import DataError
@@ -191,7 +192,7 @@ class PreferenceFile:
                         raise Refused(507, "the disk is full", "server_error") from None
                     raise
             if not size:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
             return self._counted_lines()
 
     def count(self) -> int:
@@ -268,14 +269,3 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
                 held = rest
             else:
                 held += rest
-
-
-def _sync_folder(folder: Path) -> None:
-    """A new file's name is on the disk too; Windows has nothing to ask for it."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

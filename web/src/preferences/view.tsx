@@ -5,6 +5,7 @@ import { choose, model, models } from "../chat/state";
 import { Icon } from "../components/icons";
 import { Markdown } from "../components/markdown";
 import { list, number, t } from "../i18n";
+import { copyText } from "../platform";
 import { complete, move, placeOf, promptsOf, put, ranked, toggleTie, without } from "./ranking";
 import {
   count, download, file, giveUp, prompt, rankNext, ranking, refreshCount, round, sample, sampling,
@@ -313,7 +314,7 @@ function Kept() {
   const copied = useSignal(false);
   const command = `khaosz train recipes/dpo.toml init_from=MODEL data=khaosz-data/${file.value}`;
   const copy = async () => {
-    await navigator.clipboard.writeText(command);
+    await copyText(command);
     copied.value = true;
     setTimeout(() => (copied.value = false), 1500);
   };
