@@ -162,6 +162,7 @@ def test_answers_that_are_alike_cannot_be_ranked(browser: Any, place: Service) -
         page.get_by_role("button", name="Sample answers").click()
         page.get_by_text("The answers are all the same").wait_for()
         assert page.locator(".card").count() == 0
+        assert page.locator(".told").inner_text() == ""  # nobody is answering any more
 
 
 def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:

@@ -62,6 +62,9 @@ def chart(page: Any, title: str) -> Any:
 
 
 def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> None:
+    begun = time.time()
+    for file in (folder / "演示/pt").iterdir():
+        os.utime(file, (begun, begun))
     with visited(browser, place.port, "/#/training") as page:
         entry = page.locator(".runs li").first
         assert entry.locator("a").inner_text() == "演示/pt"
@@ -72,12 +75,13 @@ def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> N
         assert [title.split("\n")[0] for title in titles] == [
             "Loss", "Bits per byte", "KL divergence", "Learning rate", "Tokens per second"
         ]  # fmt: skip
-        append(
-            folder / "演示/pt/metrics.jsonl",
-            *(row(i) for i in range(21, 40)),
-            row(40, reward=1.5),
-        )
-        append(folder / "演示/pt/samples.jsonl", {"step": 40, "prompt": "春天", "text": "万物生长"})
+        page.wait_for_load_state("networkidle")  # so that no look is under way
+        files = [folder / "演示/pt" / name for name in ("metrics.jsonl", "samples.jsonl")]
+        append(files[0], *(row(i) for i in range(21, 40)), row(40, reward=1.5))
+        append(files[1], {"step": 40, "prompt": "春天", "text": "万物生长"})
+        # The end may fall into the second that the page knows already.
+        for file in files:
+            os.utime(file, (begun, begun))
         entry.get_by_text("step 40 of 40").wait_for()
         assert entry.locator(".state").inner_text() == "finished"
         chart(page, "Reward").wait_for()

@@ -105,8 +105,7 @@ export async function sample(): Promise<void> {
   } catch (error) {
     cancelAnimationFrame(frame);
     if (own.signal.aborted || abort !== own) return;
-    giveUp();
-    trouble.value = explain(error);
+    failed(explain(error));
     return;
   }
   cancelAnimationFrame(frame);
@@ -115,13 +114,20 @@ export async function sample(): Promise<void> {
     ({ text }, i) => text.trim() && answers.findIndex((each) => each.text === text) === i,
   );
   if (different.length < 2) {
-    giveUp();
-    trouble.value = t("alike");
+    failed(t("alike"));
     return;
   }
   batch(() => {
     round.value = { ...begun, answers: different, sampled: true };
     told.value = t("answered");
+  });
+}
+
+function failed(why: string): void {
+  giveUp();
+  batch(() => {
+    told.value = ""; // nobody is answering any more
+    trouble.value = why;
   });
 }
 

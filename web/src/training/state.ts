@@ -34,6 +34,7 @@ export interface Detail {
   samples: Sample[];
   config: Config;
   updated: number; // the run's, when it was looked at
+  still: boolean; // nothing more is to come
 }
 
 export const MOST = 6; // runs in one chart
@@ -70,7 +71,10 @@ export async function follow(ids: string[]): Promise<void> {
 async function newest(id: string): Promise<Detail | null> {
   const before = details.value[id];
   const run = runs.value?.find((each) => each.id === id);
-  if (before && before.updated === run?.updated && run.state !== "running") return before;
+  // `updated` is a whole second, in which more may be written: a run that has ended is looked at
+  // until two looks agree.
+  const same = before !== undefined && before.updated === run?.updated && run.state !== "running";
+  if (same && before.still) return before;
   const known = before && before.rows.length < MANY ? before : null;
   const after = (rows: { step?: unknown }[] | undefined) => Number(rows?.at(-1)?.step ?? 0);
   const from = after(known?.rows);
@@ -90,6 +94,7 @@ async function newest(id: string): Promise<Detail | null> {
       samples: [...(known?.samples ?? []), ...samples.data],
       config,
       updated: run?.updated ?? 0,
+      still: same,
     };
   } catch (error) {
     if (error instanceof ApiError && error.status === 404) return null; // deleted meanwhile
