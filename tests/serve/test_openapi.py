@@ -72,6 +72,7 @@ def test_nothing_is_answered_that_is_not_described(tiny: Path, tmp_path: Path) -
         command = [
             tool, "--config-file", str(settings), "run", "--max-time", "120", "--no-color",
             "--phases", "examples,coverage,fuzzing", "--exclude-checks", "positive_data_acceptance",
+            "--request-timeout", "60",  # a busy machine may need longer than 10 for 1,024 tokens
             f"http://127.0.0.1:{service.port}/openapi.json",
         ]  # fmt: skip
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
