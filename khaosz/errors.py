@@ -3,6 +3,7 @@
     KhaoszError                 one line (`str(error)`) and one `hint`; the CLI prints both, exits 1
     ├── ConfigError             a recipe, override, preset or flag that cannot be right
     ├── DataError               an input text, record or prepared directory that cannot be used
+    │   ├── DocumentError       a file of documents that cannot be read; its `code` says why
     │   ├── TokenFileError      a token shard that is cut short, corrupt or of another version
     │   └── FetchError          a demo source that could not be fetched or failed its checksum
     ├── TokenizerError          a tokenizer that is missing, broken or does not fit the data
@@ -20,6 +21,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal
+
+DocumentCode = Literal[
+    "encrypted",
+    "damaged",
+    "not_text",  # bytes in no encoding that we know
+    "wrong_kind",  # another format than its name says
+    "no_text",
+    "too_large",  # itself, unpacked, or for its parser
+    "too_slow",
+    "unsafe",  # made to harm who reads it, or it looks so
+    "not_read",  # nothing is wrong with the file
+]
 
 
 class KhaoszError(Exception):
@@ -36,6 +50,14 @@ class ConfigError(KhaoszError):
 
 class DataError(KhaoszError):
     pass
+
+
+class DocumentError(DataError):
+    """`code` is one of a few words that stay, for those who tell the user in words of their own."""
+
+    def __init__(self, message: str, *, code: DocumentCode, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
 
 
 class TokenFileError(DataError):

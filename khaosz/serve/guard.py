@@ -72,7 +72,7 @@ class Guard:
                 await self.app(scope, _replay(body, receive), send)
                 return
             message = f"the request's body has more than {MAX_BODY:,} bytes"
-            refusal = 413, error_body(message, "invalid_request_error")
+            refusal = 413, error_body(message, "invalid_request_error", code="body_too_large")
         await _answer(send, *refusal)
 
     def _refusal(self, path: str, headers: dict[str, bytes]) -> tuple[int, dict[str, Any]] | None:

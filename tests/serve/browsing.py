@@ -70,9 +70,13 @@ def visited(
         context.close()
 
 
-def ask(page: Any, text: str) -> None:
-    """Once there is a model: before, Enter leaves the text where it is."""
+def ready(page: Any) -> None:
+    """There is a model: before, Enter leaves the text where it is."""
     page.wait_for_function("() => document.querySelector('.picker select')?.value")
+
+
+def ask(page: Any, text: str) -> None:
+    ready(page)
     page.fill("#message", text)
     page.focus("#message")
     page.keyboard.press("Enter")

@@ -23,13 +23,13 @@ def test_a_base_from_its_beginning_to_its_end(bases: Knowing, tmp_path: Path) ->
     made = bases.create("笔记 1")
     assert made == {
         "id": "笔记 1", "object": "knowledge_base", "created": made["created"], "embedder": None,
-        "files": 0, "chunks": 0, "embedded": 0, "bytes": 0, "error": None,
+        "files": 0, "chunks": 0, "embedded": 0, "bytes": 0, "error": None, "code": None,
     }  # fmt: skip
     sent = bases.upload("笔记 1", "鸟 birds.md", BIRDS)
     (birds,) = bases.ready("笔记 1", sent)
     assert birds == {
         "id": sent["id"], "object": "file", "name": "鸟 birds.md", "bytes": len(BIRDS),
-        "sha256": hashlib.sha256(BIRDS).hexdigest(), "status": "ready", "error": None,
+        "sha256": hashlib.sha256(BIRDS).hexdigest(), "status": "ready", "error": None, "code": None,
         "chunks": 1, "embedded": 0, "created": sent["created"],
     }  # fmt: skip
     (cities,) = bases.ready("笔记 1", bases.upload("笔记 1", "城市.md", CITIES))

@@ -7,11 +7,13 @@ import asyncio
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +146,7 @@ def test_an_embedder_that_fails(bases: Knowing, letters: EmbeddingServer) -> Non
     letters.failing = True
     sent = bases.upload("a", "a.md", b"A text.")
     (file,) = bases.ready("a", sent, status="failed")
-    assert file["error"] == "the embedder 'letters' failed"
+    assert file["error"] == "the embedder 'letters' failed" and file["code"] == "embedder_failed"
     assert bases.search("a", "text", mode="lexical") == []
     status, answer = bases.ask("POST", "/a/search", json.dumps({"query": "text"}))
     assert status == 409 and letters.url.split("#")[0] not in answer["error"]["message"]
@@ -247,6 +249,7 @@ def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:
         wait_until(lambda: running.ask("GET", "/bad")[1]["error"] is not None)
         by_name = {base["id"]: base for base in running.ask("GET")[1]["data"]}
         assert by_name["bad"]["error"].startswith("cannot be read") and by_name["bad"]["files"] == 1
+        assert by_name["bad"]["code"] == "base_unreadable"
         assert by_name["good"]["error"] is by_name["lost"]["error"] is None
         for method, path, body in (
             ("POST", "/bad/search", json.dumps({"query": "text"})),
@@ -433,3 +436,21 @@ def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -
             assert file["chunks"] == file["embedded"] > 64
     finally:
         letters.close()
+
+
+def test_a_catalogue_of_before_there_were_codes_goes_on(tiny: Path, tmp_path: Path) -> None:
+    with knowing(tiny, tmp_path) as running:
+        running.create("notes")
+        kept = running.upload("notes", "a.md", b"A text.")
+        running.ready("notes", kept)
+    with closing(sqlite3.connect(tmp_path / "catalogue.db")) as db:
+        db.execute("ALTER TABLE files DROP COLUMN code")
+        db.execute("PRAGMA user_version = 1")
+        db.commit()
+    for _ in range(2):
+        with knowing(tiny, tmp_path) as running:
+            (file,) = running.ask("GET", "/notes/files")[1]["data"]
+            assert (file["id"], file["status"], file["code"]) == (kept["id"], "ready", None)
+            (bad,) = running.ready("notes", running.upload("notes", "b.md", b""), status="failed")
+            assert bad["code"] == "no_text"
+            running.ask("DELETE", f"/notes/files/{bad['id']}")

@@ -113,6 +113,8 @@ def test_a_bad_file_fails_alone(files: Knowing, base: str, tmp_path: Path, data:
         assert file["chunks"] == 0
         for private in (str(data), file["sha256"], "Traceback", ".py"):
             assert private not in file["error"], file
+    codes = [file["code"] for file in failed]
+    assert codes == ["damaged", "damaged", "unsafe", "no_text", "no_text", "no_text", "no_text"]
     assert "damaged" in failed[0]["error"] and failed[4]["error"] == "has no text in it"
     assert [hit["doc"] for hit in files.search(base, "good file")] == ["good.md"]
     counted = files.ask("GET", f"/{base}")[1]
@@ -126,6 +128,7 @@ def test_a_part_that_cannot_be_read_is_told(files: Knowing, base: str) -> None:
     lines = b'{"id": "a", "text": "One good line."}\nnot JSON\n'
     (file,) = files.ready(base, files.upload(base, "a.jsonl", lines))
     assert file["chunks"] == 1 and file["error"].startswith("1 line is no document; line 2")
+    assert file["code"] == "partly"
 
 
 def test_the_same_name_is_replaced(files: Knowing, base: str, data: Path) -> None:

@@ -6,10 +6,13 @@ import gzip
 import re
 from http.client import HTTPConnection
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from serving import Service, served
 
+from khaosz.errors import DocumentCode
+from khaosz.serve.knowledge.trouble import Code
 from khaosz.serve.page import page_files
 
 FIRST_LOAD = 300 * 1024  # bytes, compressed
@@ -77,3 +80,17 @@ def test_no_file_names_another_host() -> None:
     for path, file in page_files().items():
         hosts = re.findall(rb"https?://([\w.-]+)", file.content)
         assert {host.decode() for host in hosts} <= names, path
+
+
+def test_every_error_has_chinese_words() -> None:
+    root = Path(__file__).parents[2]
+    paths = [root / "khaosz/errors.py", *(root / "khaosz/serve").rglob("*.py")]
+    source = "\n".join(path.read_text("utf-8") for path in paths)
+    codes = set(re.findall(r'code="(\w+)"', source))
+    for each in (DocumentCode, *get_args(Code)):
+        codes.update(get_args(each))
+    assert len(codes) > 25
+    words = (root / "web/src/reasons.ts").read_text("utf-8")
+    known = set(re.findall(r'^  (\w+): "', words, re.MULTILINE))
+    assert codes - known == {"context_length_exceeded"}  # that one is among the page's own words
+    assert all(f'"{code}"' in source for code in known)

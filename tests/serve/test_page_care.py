@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, visited
+from browsing import answer, ask, ready, visited
 from serving import Service, served, slowed, wait_until
 
 from khaosz.serve.records.routes import record_routes
@@ -42,6 +42,7 @@ def kept(service: Service) -> list[dict[str, Any]]:
 
 def test_who_looks_elsewhere_at_once_loses_no_question(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as page:
+        ready(page)
         page.fill("#message", "plain")
         # Both keys before the page has come to keep anything.
         page.evaluate(

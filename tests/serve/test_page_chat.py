@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, answer, ask, visited
+from browsing import PHONE, answer, ask, ready, visited
 from serving import Service, served, slowed, wait_until
 
 pytestmark = pytest.mark.browser
@@ -124,6 +124,7 @@ def test_enter_while_composing_never_sends(browser: Any, place: Service) -> None
         page.keyboard.press("Shift+Enter")
         page.keyboard.insert_text("吗")
         assert page.input_value("#message") == "你好\n吗"
+        ready(page)
         page.keyboard.press("Enter")
         page.wait_for_selector(".message.user")
         assert page.locator(".bubble").inner_text() == "你好\n吗"
@@ -333,6 +334,7 @@ def test_hands_that_have_only_a_keyboard(browser: Any, place: Service) -> None:
         page.keyboard.press("/")
         assert page.evaluate("document.activeElement.id") == "message"
         page.keyboard.type("plain")
+        ready(page)
         page.keyboard.press("Enter")
         answer(page)
         # Every control has a name that a screen reader can say.

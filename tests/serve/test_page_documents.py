@@ -11,6 +11,7 @@ import pytest
 from browsing import PHONE, visited
 from knowing import Knowing, knowing
 from make_documents import pdf_bytes
+from serving import wait_until
 
 pytestmark = pytest.mark.browser
 
@@ -86,6 +87,45 @@ def test_what_cannot_be_read_says_why(browser: Any, shelf: Knowing) -> None:
         page.get_by_role("dialog").get_by_role("button", name="Delete").click()
         page.get_by_role("link", name="mixed").wait_for(state="detached")
     assert shelf.ask("GET", "/mixed")[0] == 404
+
+
+def test_what_cannot_be_read_says_why_in_chinese(browser: Any, shelf: Knowing) -> None:
+    sent = {
+        "broken.pdf": b"%PDF-1.7 no",
+        "picture.pdf": pdf_bytes([[]]),
+        "lines.jsonl": '{"text": "春眠不觉晓"}\nnot JSON\n'.encode(),
+        "run.exe": b"MZ",
+    }
+    shelf.create("坏文件")
+    address = f"/#/documents/{quote('坏文件')}"
+    with visited(browser, shelf.service.port, address, locale="zh-CN") as page:
+        page.locator(".drop").wait_for()
+        files = [{"name": n, "mimeType": "x/y", "buffer": raw} for n, raw in sent.items()]
+        page.set_input_files(".drop input", files)
+        for name, state, told in (
+            ("broken.pdf", "failed", "文件已损坏"),
+            ("picture.pdf", "failed", "OCR"),
+            ("run.exe", "failed", "不支持这种文件"),
+            ("lines.jsonl", "ready", "有一部分没能读取"),
+        ):
+            file = page.locator(f".files li.{state}", has_text=name)
+            file.wait_for()
+            assert told in file.inner_text()
+        # The server's own words have the line.
+        own = page.locator(".partly span").get_attribute("title")
+        assert "line 2: not valid JSON" in own
+
+
+def test_a_base_that_cannot_be_used_says_why(browser: Any, taught: Path, tmp_path: Path) -> None:
+    with knowing(taught, tmp_path) as running:
+        running.create("坏")
+        running.ready("坏", running.upload("坏", "a.md", b"A text."))
+    (tmp_path / "bases/坏.kb").write_bytes(b"no database at all " * 1000)
+    with knowing(taught, tmp_path) as running:
+        wait_until(lambda: running.ask("GET", "/坏")[1]["error"] is not None)
+        address = f"/#/documents/{quote('坏')}"
+        with visited(browser, running.service.port, address, locale="zh-CN") as page:
+            page.get_by_role("alert").get_by_text("文档集无法读写").wait_for()
 
 
 def test_files_can_be_dropped(browser: Any, shelf: Knowing) -> None:

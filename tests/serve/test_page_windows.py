@@ -77,3 +77,20 @@ def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Pa
         "POST", "/v1/conversations/import", json.dumps({"conversations": exported})
     )
     assert (status, done["imported"]) == (200, 130)
+
+
+def test_nothing_is_exported_before_it_is_known_where_it_is_kept(
+    browser: Any, place: Service
+) -> None:
+    with visited(browser, place.port, "/#/settings") as page:
+        export = page.get_by_role("button", name="Export all")
+        held: list[Any] = []
+        page.route("**/openapi.json", lambda route: held.append(route))
+        page.reload()
+        export.wait_for()
+        assert export.is_disabled() and page.locator("input[type=file]").is_disabled()
+        held[0].continue_()
+        export.and_(page.locator(":enabled")).wait_for()
+        page.route("**/v1/conversations**", lambda route: route.abort("connectionrefused"))
+        export.click()
+        page.get_by_role("status").get_by_text("can't be reached").wait_for()

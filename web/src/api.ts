@@ -97,6 +97,8 @@ export interface KnowledgeBase {
   chunks: number;
   embedded: number;
   bytes: number;
+  error: string | null;
+  code: string | null;
 }
 
 export interface SourceText {

@@ -1,12 +1,19 @@
 import { useSignal } from "@preact/signals";
-import { exportAll, importAll } from "./chat/state";
+import { met } from "./api";
+import { explain, exportAll, importAll } from "./chat/state";
 import { language, list, speak, t, type Language } from "./i18n";
 import { theme, type Theme } from "./theme";
 
 export function SettingsView() {
   const told = useSignal("");
   const save = async () => {
-    const text = JSON.stringify({ conversations: await exportAll() }, null, 1);
+    let text: string;
+    try {
+      text = JSON.stringify({ conversations: await exportAll() }, null, 1);
+    } catch (error) {
+      told.value = explain(error);
+      return;
+    }
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
     link.download = "khaosz-conversations.json";
@@ -20,8 +27,8 @@ export function SettingsView() {
     if (!file) return;
     try {
       told.value = t("imported", { n: await importAll(await file.text()) });
-    } catch {
-      told.value = t("importFailed");
+    } catch (error) {
+      told.value = error instanceof SyntaxError ? t("importFailed") : explain(error);
     }
   };
   return (
@@ -48,12 +55,12 @@ export function SettingsView() {
       />
       <h2>{t("conversations")}</h2>
       <div class="row">
-        <button type="button" onClick={() => void save()}>
+        <button type="button" disabled={!met.value} onClick={() => void save()}>
           {t("exportAll")}
         </button>
         <label class="button">
           {t("importFile")}
-          <input class="sr-only" type="file" accept="application/json,.json" onChange={load} />
+          <input class="sr-only" type="file" accept="application/json,.json" disabled={!met.value} onChange={load} />
         </label>
         <span role="status">{told.value}</span>
       </div>

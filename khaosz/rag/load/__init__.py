@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
-from khaosz.errors import DataError
+from khaosz.errors import DataError, DocumentError
 from khaosz.rag.load.document import FOR_DOCLING, Document, Found, Limits, Problem, Source
 from khaosz.rag.load.plain import load_plain
 from khaosz.rag.load.pool import Loaded, WorkerPool
@@ -68,7 +68,7 @@ def load_file(path: Path, name: str, *, pool: WorkerPool, on_problem: OnProblem)
     """One file as if `name` were its path: that says of what kind it is, and what cites it shows
     it. `pool` reads what is not read in this process, and has the limits.
 
-    Raises `DataError` for what cannot be read.
+    Raises `DocumentError` for what cannot be read.
     """
     file = Found(path, name, kind_of(name) or "text")
     if file.kind in _FORMATTED:
@@ -119,7 +119,7 @@ def _finish(
 ) -> Iterator[Loaded]:
     try:
         loaded = result.result() if result else load_plain(file, limits, on_problem)
-    except DataError as error:
-        on_problem(Problem(file.path, str(error), error.hint or ""))
+    except DocumentError as error:
+        on_problem(Problem(file.path, str(error), error.hint or "", error.code))
     else:
         yield loaded

@@ -13,7 +13,7 @@ from typing import Any
 from docling.datamodel.base_models import DocumentStream
 from docling.document_converter import DocumentConverter
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
 
 
@@ -24,15 +24,16 @@ class DoclingParser:
         self._converter = DocumentConverter()
 
     def parse(self, raw: bytes, name: str, kind: str) -> tuple[str, str, tuple[int, ...]]:
-        """(Markdown, title, offsets of pages 2, 3, ...). Raises DataError for what it can't read;
-        other errors are its own."""
+        """(Markdown, title, offsets of pages 2, 3, ...). Raises DocumentError for what it
+        can't read; other errors are its own."""
         stream = DocumentStream(name=name, stream=BytesIO(raw))
         found: Any
         try:
             found = self._converter.convert(stream).document
         except (OSError, PermissionError) as error:  # the hub's errors are OSErrors
-            raise DataError(
+            raise DocumentError(
                 f"docling has no models for {kind}: {' '.join(str(error).split())[:200]}",
+                code="not_read",
                 hint="docling-tools models download, and set DOCLING_ARTIFACTS_PATH",
             ) from error
         # Its page breaks stand in other places than the pages of slides.

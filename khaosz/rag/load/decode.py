@@ -11,7 +11,7 @@ import codecs
 import re
 
 from khaosz.data.charset import HEAD_BYTES, detect_encoding
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 
 # The commonest characters of Chinese, simplified and traditional, with the commonest punctuation:
 # about four in ten characters of any running text. Text that was decoded wrongly has next to none.
@@ -29,11 +29,13 @@ _SAMPLE = 1 << 16
 
 
 def decode(raw: bytes) -> tuple[str, str]:
-    """(text, encoding). Raises DataError when the bytes are not text."""
+    """(text, encoding). Raises DocumentError when the bytes are not text."""
     text, encoding = _decoded(raw)
     lost = text.count("\ufffd")
     if lost * 20 > len(text):
-        raise DataError("is not text in an encoding we know", hint="save it as UTF-8")
+        raise DocumentError(
+            "is not text in an encoding we know", code="not_text", hint="save it as UTF-8"
+        )
     return clean(text), encoding
 
 
@@ -69,8 +71,10 @@ def _decoded(raw: bytes) -> tuple[str, str]:
     return raw.decode(encoding, "replace"), encoding
 
 
-def _binary() -> DataError:
-    return DataError("is not text but binary data", hint="convert it to text or PDF first")
+def _binary() -> DocumentError:
+    return DocumentError(
+        "is not text but binary data", code="not_text", hint="convert it to text or PDF first"
+    )
 
 
 def _checked(text: str) -> str:

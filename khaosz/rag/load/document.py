@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from khaosz.errors import DocumentCode
+
 Kind = Literal["text", "markdown", "code", "jsonl", "html", "pdf", "docx", "pptx", "xlsx"]
 
 
@@ -46,11 +48,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a file (or part of it) gave no document: one line, and what to do about it."""
+    """Why a file (or part of it) gave no document: one line, and what to do about it. `code`: why
+    reading it failed, in a word that stays."""
 
     path: Path
     message: str
     hint: str = ""
+    code: DocumentCode | None = None
 
 
 @dataclass(frozen=True)

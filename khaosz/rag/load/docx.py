@@ -15,7 +15,7 @@ from xml.parsers import expat
 
 import mammoth
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
 from khaosz.rag.load.document import Limits
 from khaosz.rag.load.html import html_to_markdown
@@ -37,19 +37,27 @@ _DC_TITLE = "http://purl.org/dc/elements/1.1/ title"
 
 
 def parse_docx(raw: bytes, limits: Limits) -> tuple[str, str]:
-    """(Markdown, title). Raises DataError for a container that is too large, or none."""
+    """(Markdown, title). Raises DocumentError for a container that is too large, or none."""
     if raw.startswith(_OLE):
-        raise DataError(
-            "is protected by a password, or an old .doc file", hint="save it as a plain .docx"
+        raise DocumentError(
+            "is protected by a password, or an old .doc file",
+            code="encrypted",
+            hint="save it as a plain .docx",
         )
     try:
         parts = _unpack(raw, limits)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DataError(
-            f"is a damaged DOCX file: {error}", hint="open it in Word and save it again"
+        raise DocumentError(
+            f"is a damaged DOCX file: {error}",
+            code="damaged",
+            hint="open it in Word and save it again",
         ) from error
     if not any(name.lstrip("/") == "[Content_Types].xml" for name in parts):
-        raise DataError("is a ZIP file, but no DOCX document", hint="unpack it and add the folder")
+        raise DocumentError(
+            "is a ZIP file, but no DOCX document",
+            code="wrong_kind",
+            hint="unpack it and add the folder",
+        )
     title = ""
     for name, part in parts.items():
         found = _check_xml(name, part, limits.xml_depth)
@@ -72,17 +80,20 @@ def _unpack(raw: bytes, limits: Limits) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(raw)) as container:
         entries = container.infolist()
         if len(entries) > limits.entries:
-            raise DataError(
-                f"unpacks to {len(entries):,} files, where {limits.entries:,} are allowed"
+            raise DocumentError(
+                f"unpacks to {len(entries):,} files, where {limits.entries:,} are allowed",
+                code="too_large",
             )
         for entry in entries:
             if not entry.filename.lower().endswith((".xml", ".rels")):
                 continue
             if entry.flag_bits & 1:
-                raise DataError("is protected by a password", hint="save it without one")
+                raise DocumentError(
+                    "is protected by a password", code="encrypted", hint="save it without one"
+                )
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                 # Part 2 allows no other; Python's bzip2 and LZMA unpack without a bound.
-                raise DataError("is packed by a method that DOCX does not have")
+                raise DocumentError("is packed by a method that DOCX does not have", code="unsafe")
             parts[entry.filename] = part = _unpack_part(container, entry, left, limits)
             left -= len(part)
     return parts
@@ -97,17 +108,20 @@ def _unpack_part(
         while chunk := stream.read(_CHUNK):
             part += chunk
             if len(part) > most:
-                raise DataError(f"unpacks to more than {size_text(limits.unpacked_bytes)}")
+                raise DocumentError(
+                    f"unpacks to more than {size_text(limits.unpacked_bytes)}", code="too_large"
+                )
             if len(part) > _RATIO_FROM and len(part) > limits.ratio * packed:
-                raise DataError(
+                raise DocumentError(
                     f"unpacks to more than {limits.ratio} times its size",
+                    code="unsafe",
                     hint="it was made to fill memory, or save it again in Word",
                 )
     return bytes(part)
 
 
 def _check_xml(name: str, part: bytes, deepest: int) -> str:
-    """The text of its `dc:title`. Raises DataError for a document type, or nesting too deep."""
+    """The text of its `dc:title`. Raises DocumentError for a document type, or nesting too deep."""
     parser = expat.ParserCreate(namespace_separator=" ")
     title: list[str] = []
     depth = 0
@@ -118,7 +132,7 @@ def _check_xml(name: str, part: bytes, deepest: int) -> str:
         depth += 1
         in_title = tag == _DC_TITLE
         if depth > deepest:
-            raise DataError(f"nests more than {deepest} elements in {name}")
+            raise DocumentError(f"nests more than {deepest} elements in {name}", code="unsafe")
 
     def end(tag: str) -> None:
         nonlocal depth, in_title
@@ -126,8 +140,9 @@ def _check_xml(name: str, part: bytes, deepest: int) -> str:
         in_title = False
 
     def doctype(*declaration: object) -> None:
-        raise DataError(
+        raise DocumentError(
             f"declares a document type in {name}, which DOCX forbids",
+            code="unsafe",
             hint="it may be an attack; save it again in Word",
         )
 
@@ -138,8 +153,10 @@ def _check_xml(name: str, part: bytes, deepest: int) -> str:
     try:
         parser.Parse(part, True)
     except expat.ExpatError as error:
-        raise DataError(
-            f"is a damaged DOCX file: {name}: {error}", hint="open it in Word and save it again"
+        raise DocumentError(
+            f"is a damaged DOCX file: {name}: {error}",
+            code="damaged",
+            hint="open it in Word and save it again",
         ) from error
     return "".join(title)
 

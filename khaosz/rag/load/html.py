@@ -29,7 +29,7 @@ _HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 
 
 def parse_html(raw: bytes) -> tuple[str, str]:
-    """(Markdown, title). Raises DataError when the bytes are not text."""
+    """(Markdown, title). Raises DocumentError when the bytes are not text."""
     return html_to_markdown(_decode(raw))
 
 

@@ -7,7 +7,7 @@ import re
 
 import pypdfium2
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
 from khaosz.rag.load.markdown import plain
 from khaosz.rag.load.pdf_headings import heading_levels, with_headings
@@ -20,16 +20,20 @@ _JUNK = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 0x7F, 0xAD, 0xFEFF, 0x
 
 
 def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
-    """(text, title, offsets of pages 2, 3, ...). Raises DataError for a file that is no PDF."""
+    """(text, title, offsets of pages 2, 3, ...). Raises DocumentError for a file that is no PDF."""
     try:
         pdf = pypdfium2.PdfDocument(raw)
     except pypdfium2.PdfiumError as error:
         if "assword" in str(error):
-            raise DataError(
-                "is protected by a password", hint="save a copy without a password"
+            raise DocumentError(
+                "is protected by a password",
+                code="encrypted",
+                hint="save a copy without a password",
             ) from error
-        raise DataError(
-            "is a damaged PDF file, or none at all", hint="open it in a viewer and print it to PDF"
+        raise DocumentError(
+            "is a damaged PDF file, or none at all",
+            code="damaged",
+            hint="open it in a viewer and print it to PDF",
         ) from error
     try:
         title = " ".join(clean(pdf.get_metadata_value("Title")).split())

@@ -9,25 +9,31 @@ from pathlib import Path
 from typing import IO, Any
 
 from khaosz.data.readers import Skip, parse_line
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean, decode
 from khaosz.rag.load.document import Document, Found, Limits, Problem, Source
 from khaosz.rag.load.walk import OnProblem
 
 
 def read_source(path: Path, name: str, limit: int) -> tuple[Source, bytes]:
-    """A file's bytes, at most `limit` of them. Raises DataError when there are more, or none."""
+    """A file's bytes, at most `limit` of them. DocumentError if there are more, or none."""
     try:
         # Not blocking: what was a file a moment ago may be a pipe now, which nobody writes to.
         with open(os.open(path, _FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
-                raise DataError("is neither a file nor a folder")
+                raise DocumentError("is neither a file nor a folder", code="wrong_kind")
             raw = _read(file, status.st_size, limit) if status.st_size <= limit else None
     except OSError as error:
-        raise DataError(f"cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise DocumentError(
+            f"cannot be read: {(error.strerror or str(error)).lower()}", code="not_read"
+        ) from error
     if raw is None or len(raw) > limit:
-        raise DataError(f"is larger than {size_text(limit)}", hint="split it into smaller files")
+        raise DocumentError(
+            f"is larger than {size_text(limit)}",
+            code="too_large",
+            hint="split it into smaller files",
+        )
     digest = hashlib.sha256(raw).hexdigest()
     return Source(path, name, len(raw), status.st_mtime_ns, digest), raw
 
@@ -48,11 +54,15 @@ def size_text(n_bytes: int) -> str:
 
 
 def load_plain(file: Found, limits: Limits, on_problem: OnProblem) -> tuple[Source, list[Document]]:
-    """Raises DataError when nothing of the file can be used."""
+    """Raises DocumentError when nothing of the file can be used."""
     source, raw = read_source(file.path, file.name, limits.file_bytes)
     text, encoding = decode(raw)
     if len(text) > limits.text_characters:
-        raise DataError(f"has more than {limits.text_characters:,} characters", hint="split it")
+        raise DocumentError(
+            f"has more than {limits.text_characters:,} characters",
+            code="too_large",
+            hint="split it",
+        )
     if file.kind == "jsonl":
         return source, _documents_of_lines(file, text, on_problem)
     if not text or text.isspace():

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.document import Document, Found, Limits, Source
 from khaosz.rag.load.frames import read_frame, write_frame
 
@@ -74,19 +74,19 @@ class WorkerPool:
             return sorted(worker.process.pid for worker in self._workers)
 
     def submit(self, file: Found) -> Future[Loaded]:
-        """The future's exception is a DataError when the file cannot be read, and so is ours when
-        the pool was closed."""
+        """The future's exception is a DocumentError when the file cannot be read, and so is ours
+        when the pool was closed."""
         try:
             return self._threads.submit(self._load, file)
         except RuntimeError:
-            raise DataError(_ENDED) from None
+            raise DocumentError(_ENDED, code="not_read") from None
 
     def _load(self, file: Found) -> Loaded:
         worker = self._take()
         request = {"path": str(file.path), "name": file.name, "kind": file.kind}
         try:
             reply = worker.ask(request, self.limits.seconds)
-        except DataError:
+        except DocumentError:
             self._drop(worker)
             raise
         if reply.get("spent"):
@@ -95,7 +95,7 @@ class WorkerPool:
             with self._lock:
                 self._idle.append(worker)
         if "message" in reply:
-            raise DataError(reply["message"], hint=reply["hint"])
+            raise DocumentError(reply["message"], code=reply["code"], hint=reply["hint"])
         source = Source(**{**reply["source"], "path": Path(reply["source"]["path"])})
         documents = [Document(**{**d, "pages": tuple(d["pages"])}) for d in reply["documents"]]
         return source, documents
@@ -103,7 +103,7 @@ class WorkerPool:
     def _take(self) -> _Worker:
         with self._lock:
             if self._closed:
-                raise DataError(_ENDED)
+                raise DocumentError(_ENDED, code="not_read")
             if self._idle:
                 return self._idle.pop()
             worker = _Worker(self.limits)
@@ -112,10 +112,11 @@ class WorkerPool:
             # Docling takes its time to be imported.
             seconds = _START_SECONDS + (self.limits.seconds if self._docling else 0.0)
             worker.ask({"limits": asdict(self.limits), "docling": self._docling}, seconds)
-        except DataError as error:
+        except DocumentError as error:
             self._drop(worker)
-            raise DataError(
+            raise DocumentError(
                 "the process that reads such files did not start",
+                code="not_read",
                 hint=f"more than {self.limits.memory_bytes >> 20} MB of memory may be needed",
             ) from error
         return worker
@@ -138,8 +139,8 @@ class _Worker:
         )
 
     def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises DataError when there is no answer, or none within `seconds`; the worker is gone
-        then."""
+        """Raises DocumentError when there is no answer, or none within `seconds`; the worker is
+        gone then."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with _Deadline(seconds, self.process.kill) as deadline:
             try:
@@ -148,8 +149,10 @@ class _Worker:
             except (OSError, ValueError):
                 reply = None
         if deadline.passed:
-            raise DataError(
-                f"takes longer than {seconds:g} seconds", hint="split it, or save it in another way"
+            raise DocumentError(
+                f"takes longer than {seconds:g} seconds",
+                code="too_slow",
+                hint="split it, or save it in another way",
             )
         if reply is None:
             try:
@@ -157,8 +160,9 @@ class _Worker:
             except subprocess.TimeoutExpired:  # it lives, and talks nonsense
                 self.process.kill()
                 code = self.process.wait()
-            raise DataError(
+            raise DocumentError(
                 f"makes its parser fail ({_ending(code)})",
+                code="damaged",
                 hint="it is damaged, or needs more than "
                 f"{self._limits.memory_bytes >> 20} MB of memory",
             )

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load.document import Document, Found, Limits, Source
 from khaosz.rag.load.frames import read_frame, write_frame
 from khaosz.rag.load.plain import read_source
@@ -87,14 +87,15 @@ def _answer(
     given back when there is no other."""
     try:
         source, documents = _load(file, limits, docling)
-    except DataError as error:
-        return {"message": str(error), "hint": error.hint or ""}
+    except DocumentError as error:
+        return {"message": str(error), "code": error.code, "hint": error.hint or ""}
     except MemoryError:
         # What was built is still there, in cycles and in the traceback: no room for an answer.
         reserve.clear()
         limit_memory(None)
         message = f"needs more than {limits.memory_bytes >> 20} MB of memory"
-        return {"message": message, "hint": "split it into smaller files", "spent": True}
+        hint = "split it into smaller files"
+        return {"message": message, "code": "too_large", "hint": hint, "spent": True}
     return {
         "source": {**asdict(source), "path": str(source.path)},
         "documents": [asdict(document) for document in documents],
@@ -107,21 +108,28 @@ def _load(
     source, raw = read_source(file.path, file.name, limits.file_bytes)
     try:
         document = _parse(file, raw, limits, docling)
-    except (DataError, MemoryError):
+    except (DocumentError, MemoryError):
         raise
     except ImportError as error:
-        raise DataError(
-            f"needs the package {error.name}", hint='pip install "khaosz[rag]"'
+        raise DocumentError(
+            f"needs the package {error.name}", code="not_read", hint='pip install "khaosz[rag]"'
         ) from error
     except Exception as error:
-        raise DataError(
+        raise DocumentError(
             f"cannot be parsed: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            code="damaged",
             hint="it is damaged; open it in its own program and save it again",
         ) from error
     if len(document.text) > limits.text_characters:
-        raise DataError(f"has more than {limits.text_characters:,} characters", hint="split it")
+        raise DocumentError(
+            f"has more than {limits.text_characters:,} characters",
+            code="too_large",
+            hint="split it",
+        )
     if not document.text:
-        raise DataError("has no text in it", hint="text in pictures needs OCR first")
+        raise DocumentError(
+            "has no text in it", code="no_text", hint="text in pictures needs OCR first"
+        )
     return source, [document]
 
 

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from khaosz.errors import DataError, KhaoszError
+from khaosz.errors import DataError, DocumentError, KhaoszError
 from khaosz.rag.knowledge_base import DEFAULT_COLLECTION, KnowledgeBase
 from khaosz.rag.load import Document, Limits, Problem, Source, WorkerPool, load_file
 from khaosz.serve.knowledge.catalogue import Catalogue, FileRow, Status
+from khaosz.serve.knowledge.trouble import FAILING, UNEXPECTED, UNREADABLE, Trouble
 from khaosz.serve.knowledge.uploads import Uploads
 from khaosz.serve.offered import Offered, UnknownName
 from khaosz.serve.refusals import Refused
@@ -29,9 +30,6 @@ from khaosz.serve.refusals import Refused
 T = TypeVar("T")
 
 _log = logging.getLogger("khaosz.serve")
-
-UNREADABLE = "cannot be read or written; is its file broken, or the disk full?"
-FAILING = "its embedder is not offered, cannot be used, or is another than it was made by"
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,13 @@ class _Stopped(Exception):
     """The base ends, or the file was removed or replaced: nothing more is to be done for it."""
 
 
-class _Unreadable(Exception):
-    """Why a file gives no document."""
-
-
 class Base:
     """Its methods may be called from any thread, `read` from the event loop."""
 
     def __init__(self, name: str, embedder: str | None, path: Path, shared: Shared) -> None:
         """embedder: by the name that it is offered under."""
         self.name, self.embedder, self.path = name, embedder, path
-        self.error: str | None = None  # why the base cannot be used
+        self.trouble: Trouble | None = None  # why the base cannot be used
         self._shared = shared
         self._now: Progress | None = None
         self._lock = threading.Lock()
@@ -122,8 +116,10 @@ class Base:
         """What of it may be told: errors name paths."""
         _log.warning("knowledge base %r: %s", self.name, error)
         if isinstance(error, DataError | sqlite3.DatabaseError):
-            return Refused(409, f"the knowledge base {self.name!r} {UNREADABLE}")
-        return Refused(409, f"the knowledge base {self.name!r}: {FAILING}")
+            message = f"the knowledge base {self.name!r} {UNREADABLE.message}"
+            return Refused(409, message, code=UNREADABLE.code)
+        message = f"the knowledge base {self.name!r}: {FAILING.message}"
+        return Refused(409, message, code=FAILING.code)
 
     def _close_reader(self) -> None:
         if self._opened is not None:
@@ -140,7 +136,7 @@ class Base:
             self._read(lambda base: base.store.counts(), embedder=True)
 
         self._submit(opened_anew).result()
-        self.error = None
+        self.trouble = None
 
     def wake(self) -> None:
         """There is something to be done."""
@@ -205,11 +201,11 @@ class Base:
             why = FAILING
             _log.warning("knowledge base %r: %s", self.name, error)
         except Exception:
-            why = "met an error; the server's log has more"
+            why = UNEXPECTED
             _log.exception("knowledge base %r", self.name)
         if why is not None:
             with self._lock:
-                self.error = why
+                self.trouble = why
                 self._writer = self._pool = None
 
     def _do_all(self, pool: WorkerPool) -> None:
@@ -217,7 +213,7 @@ class Base:
             with self._open(embedder=False) as base:
                 _compare(base, self._shared.catalogue, self.name)
             self._compared = True
-        self.error = None
+        self.trouble = None
         while (row := self._next()) is not None:
             # No model is opened before there is something to embed.
             with self._open(embedder=row.status == "queued") as base:
@@ -251,16 +247,16 @@ class Base:
             if not self._stopping:
                 _take_out(base, row.name)
             return
-        except _Unreadable as error:
-            why = str(error)
+        except DocumentError as error:
+            why = Trouble(error.code, _line(str(error), error.hint))
         except (DataError, sqlite3.DatabaseError):
             raise  # of the base's file: the disk may have room again when it is woken
         except KhaoszError as error:
             _log.warning("knowledge base %r: %s: %s", self.name, row.name, error)
-            why = f"the embedder {self.embedder!r} failed"
+            why = Trouble("embedder_failed", f"the embedder {self.embedder!r} failed")
         except Exception:
             _log.exception("knowledge base %r: %s", self.name, row.name)
-            why = "reading it failed; the server's log has more"
+            why = Trouble("unexpected", "reading it failed; the server's log has more")
         else:
             # Those that were there before a server was killed are not counted as new.
             chunks = report.chunks or _count(base, row.name)
@@ -271,21 +267,23 @@ class Base:
         _take_out(base, row.name)
         self._shared.catalogue.settle(row, "failed", why)
 
-    def _load(self, row: FileRow, pool: WorkerPool) -> tuple[Source, list[Document], str | None]:
+    def _load(
+        self, row: FileRow, pool: WorkerPool
+    ) -> tuple[Source, list[Document], Trouble | None]:
         """Also what is wrong with a part of the file."""
         path = self._shared.uploads.path(row.sha256)
         problems: list[Problem] = []
         try:
             with self._shared.reading:
                 source, documents = load_file(path, row.name, pool=pool, on_problem=problems.append)
-        except DataError as error:
+        except DocumentError:
             if self._stopping:
                 raise _Stopped from None
-            raise _Unreadable(_line(str(error), error.hint)) from None
+            raise
         note = _line(problems[0].message, problems[0].hint) if problems else None
         if not any(document.text for document in documents):
-            raise _Unreadable(note or "has no text in it")
-        return source, documents, note
+            raise DocumentError(note or "has no text in it", code="no_text")
+        return source, documents, Trouble("partly", note) if note else None
 
     def _check(self, row: FileRow) -> None:
         if self._stopping or not self._shared.catalogue.is_still("queued", row):

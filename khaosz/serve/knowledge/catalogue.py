@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from khaosz.errors import ConfigError
+from khaosz.serve.knowledge.trouble import Code, Trouble
 
 # removed: gone for those who ask, its document may still be in the base.
 Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]
-VERSION = 1
+VERSION = 2  # 1 had no codes
 _SCHEMA = """
 CREATE TABLE bases (
     key TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, embedder TEXT, created INTEGER NOT NULL,
@@ -29,13 +30,13 @@ CREATE TABLE bases (
 CREATE TABLE files (
     number INTEGER PRIMARY KEY AUTOINCREMENT, base TEXT NOT NULL, name TEXT NOT NULL,
     id TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, status TEXT NOT NULL,
-    error TEXT, chunks INTEGER NOT NULL DEFAULT 0, embedded INTEGER NOT NULL DEFAULT 0,
+    error TEXT, code TEXT, chunks INTEGER NOT NULL DEFAULT 0, embedded INTEGER NOT NULL DEFAULT 0,
     created INTEGER NOT NULL, UNIQUE (base, name));
 CREATE INDEX files_by_hash ON files (sha256);
 CREATE INDEX files_by_id ON files (base, id);
 """
 _FILE = (
-    "SELECT number, base, name, id, sha256, size, status, error, chunks, embedded, created"
+    "SELECT number, base, name, id, sha256, size, status, error, code, chunks, embedded, created"
     " FROM files"
 )
 
@@ -61,6 +62,7 @@ class FileRow:
     size: int
     status: Status
     error: str | None
+    code: Code | None
     chunks: int
     embedded: int
     created: int
@@ -92,7 +94,10 @@ class Catalogue:
             self._db.execute("PRAGMA synchronous = FULL")
             with self._writing():
                 (found,) = self._db.execute("PRAGMA user_version").fetchone()
-                if not found:
+                if found == 1:
+                    self._db.execute("ALTER TABLE files ADD COLUMN code TEXT")
+                    self._db.execute(f"PRAGMA user_version = {VERSION}")
+                elif not found:
                     for statement in _SCHEMA.strip().split(";\n"):
                         self._db.execute(statement)
                     self._db.execute(f"PRAGMA user_version = {VERSION}")
@@ -102,7 +107,7 @@ class Catalogue:
                     f"{path.parent} is in use by another khaosz serve", hint="--data names another"
                 ) from None
             raise ConfigError(f"{path} cannot be used: {error}") from error
-        if found not in (0, VERSION):
+        if found not in (0, 1, VERSION):
             raise ConfigError(f"{path} has version {found} of the layout, this program {VERSION}")
 
     def close(self) -> None:
@@ -220,14 +225,20 @@ class Catalogue:
         return found is not None
 
     def settle(
-        self, row: FileRow, status: Status, error: str | None, chunks: int = 0, embedded: int = 0
+        self,
+        row: FileRow,
+        status: Status,
+        trouble: Trouble | None,
+        chunks: int = 0,
+        embedded: int = 0,
     ) -> bool:
         """What became of a file that was queued; False if it was removed or replaced meanwhile."""
+        code, error = trouble or (None, None)
         with self._writing():
             done = self._db.execute(
-                "UPDATE files SET status = ?, error = ?, chunks = ?, embedded = ?"
+                "UPDATE files SET status = ?, error = ?, code = ?, chunks = ?, embedded = ?"
                 " WHERE number = ? AND status = 'queued'",
-                (status, error, chunks, embedded, row.number),
+                (status, error, code, chunks, embedded, row.number),
             )
             return done.rowcount > 0
 
@@ -235,7 +246,7 @@ class Catalogue:
         """A file that the base turns out not to hold."""
         with self._writing():
             self._db.execute(
-                "UPDATE files SET status = 'queued', error = NULL"
+                "UPDATE files SET status = 'queued', error = NULL, code = NULL"
                 " WHERE number = ? AND status = 'ready'",
                 (row.number,),
             )

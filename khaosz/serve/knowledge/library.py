@@ -117,7 +117,8 @@ class Library:
             in_the_way = (self._folder / f"{name}.kb").exists()
             row = None if in_the_way else self._catalogue.add_base(name, embedder)
             if row is None:
-                raise Refused(409, f"there is a knowledge base {name!r} already", param="name")
+                message = f"there is a knowledge base {name!r} already"
+                raise Refused(409, message, param="name", code="name_taken")
             self._bases[name] = self._made(row)
             return row, self._bases[name]
 
@@ -193,10 +194,10 @@ def base_name(given: str) -> str:
     name = unicodedata.normalize("NFC", given)
     if not 1 <= len(name) <= LONGEST_NAME or len(name.encode()) > _FILE_BYTES:
         message = f"a name has 1 to {LONGEST_NAME} characters, and {_FILE_BYTES} bytes at most"
-        raise Refused(400, message, param="name")
+        raise Refused(400, message, param="name", code="invalid_name")
     if name != name.strip() or name[0] == "." or not all(c.isalnum() or c in " -_." for c in name):
         message = "a name has letters, digits, - _ . and spaces inside, and no dot before it"
-        raise Refused(400, message, param="name")
+        raise Refused(400, message, param="name", code="invalid_name")
     return name
 
 
@@ -205,15 +206,17 @@ def file_name(given: str) -> str:
     for files of a kind that cannot be read."""
     name = unicodedata.normalize("NFC", given)
     if not 1 <= len(name) <= _LONGEST_FILE:
-        raise Refused(400, f"a file's name has 1 to {_LONGEST_FILE} characters", param="name")
+        message = f"a file's name has 1 to {_LONGEST_FILE} characters"
+        raise Refused(400, message, param="name", code="invalid_file_name")
     if name in (".", "..") or not all(map(_may_be_in_name, name)):
         message = "a file's name has no separators, no control characters, and is valid Unicode"
-        raise Refused(400, message, param="name")
+        raise Refused(400, message, param="name", code="invalid_file_name")
     if kind_of(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         what = f"{suffix} files cannot be read" if suffix else "this name has no suffix"
         instead = f": {hint.partition(',')[0]}" if (hint := INSTEAD.get(suffix)) else ""
-        raise Refused(415, f"{what}{instead}; these can: {' '.join(SUFFIXES)}", param="name")
+        message = f"{what}{instead}; these can: {' '.join(SUFFIXES)}"
+        raise Refused(415, message, param="name", code="unsupported_file_type")
     return name
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
+from khaosz.serve.knowledge.trouble import Code
 from khaosz.serve.openai.replies import HitReply, Reply
 
 
 class BaseReply(Reply):
     """chunks: passages; embedded: those that are found by meaning too; bytes: of the files as they
-    came. error: why the base cannot be used."""
+    came. error: why the base cannot be used, and code, a word of it that stays."""
 
     id: str
     object: Literal["knowledge_base"]
@@ -20,6 +21,7 @@ class BaseReply(Reply):
     embedded: int
     bytes: int
     error: str | None
+    code: Code | None
 
 
 class BaseList(Reply):
@@ -28,7 +30,7 @@ class BaseList(Reply):
 
 
 class FileReply(Reply):
-    """error: why it failed, or what of it could not be read."""
+    """error: why it failed, or what of it could not be read; code: a word of it that stays."""
 
     id: str
     object: Literal["file"]
@@ -37,6 +39,7 @@ class FileReply(Reply):
     sha256: str
     status: Literal["queued", "reading", "embedding", "ready", "failed"]
     error: str | None
+    code: Code | None
     chunks: int
     embedded: int
     created: int

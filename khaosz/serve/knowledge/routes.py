@@ -88,7 +88,8 @@ def knowledge_routes(library: Library) -> APIRouter:
             "created": row.created,
             "embedder": row.embedder,
             **asdict(library.counts(base)),
-            "error": base.error,
+            "error": base.trouble and base.trouble.message,
+            "code": base.trouble and base.trouble.code,
         }
 
     # --------------------------------------------------------------------------------------- files
@@ -128,15 +129,17 @@ def knowledge_routes(library: Library) -> APIRouter:
         name = file_name(file)
         if base.embedder is not None and base.embedder not in library.offered.embedders:
             message = f"this server does not offer {base.embedder!r}, the embedder of {base.name!r}"
-            raise Refused(409, message)
-        if base.error is not None:
+            raise Refused(409, message, code="embedder_unusable")
+        if base.trouble is not None:
             base.try_again()
         if int(request.headers.get("content-length", 0)) > library.max_upload:
             raise too_large()
         return name, base
 
     def too_large() -> Refused:
-        return Refused(413, f"a file has {library.max_upload:,} bytes at most")
+        return Refused(
+            413, f"a file has {library.max_upload:,} bytes at most", code="file_too_large"
+        )
 
     @router.get("/{kb}/files/{file}", response_model=FileReply, responses=errors(404))
     def one_file(kb: str, file: str) -> dict[str, Any]:
@@ -203,6 +206,7 @@ def file_body(row: FileRow) -> dict[str, Any]:
         "sha256": row.sha256,
         "status": row.status,
         "error": row.error,
+        "code": row.code,
         "chunks": row.chunks,
         "embedded": row.embedded,
         "created": row.created,

@@ -145,7 +145,9 @@ class ConversationStore:
                         db.execute("ROLLBACK")
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    raise Refused(507, "the disk is full", "server_error") from None
+                    raise Refused(
+                        507, "the disk is full", "server_error", code="disk_full"
+                    ) from None
                 raise
 
     @contextmanager

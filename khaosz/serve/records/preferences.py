@@ -189,7 +189,9 @@ class PreferenceFile:
                 except OSError as error:
                     file.truncate(size)
                     if error.errno in _FULL:
-                        raise Refused(507, "the disk is full", "server_error") from None
+                        raise Refused(
+                            507, "the disk is full", "server_error", code="disk_full"
+                        ) from None
                     raise
             if not size:
                 sync_folder(self.path.parent)

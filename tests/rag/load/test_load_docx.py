@@ -92,14 +92,17 @@ def test_pictures_are_neither_fetched_nor_opened(tmp_path: Path, mode: str) -> N
 def test_a_zip_bomb_is_stopped_by_its_ratio(tmp_path: Path) -> None:
     path = write_docx(tmp_path / "a.docx", " " * 30_000_000)
     assert path.stat().st_size < 100_000
-    assert problem_of(path).message == "unpacks to more than 250 times its size"
+    problem = problem_of(path)
+    assert problem.message == "unpacks to more than 250 times its size"
+    assert problem.code == "unsafe"
 
 
 def test_unpacked_bytes_are_counted_over_all_parts(tmp_path: Path) -> None:
     more = {f"word/part{n}.xml": "<a>" + "x" * 900_000 + "</a>" for n in range(12)}
     path = write_docx(tmp_path / "a.docx", word("x"), more)
     limits = Limits(unpacked_bytes=10_000_000)
-    assert problem_of(path, limits).message == "unpacks to more than 9 MB"
+    problem = problem_of(path, limits)
+    assert (problem.message, problem.code) == ("unpacks to more than 9 MB", "too_large")
     assert load_one(path).text == "x"
 
 
@@ -173,7 +176,9 @@ def test_what_is_no_docx_is_a_problem(tmp_path: Path) -> None:
         assert message in problem_of(path).message
     with zipfile.ZipFile(path, "w") as container:
         container.writestr("a.xml", "<a/>")
-    assert problem_of(path).message == "is a ZIP file, but no DOCX document"
+    problem = problem_of(path)
+    assert problem.message == "is a ZIP file, but no DOCX document"
+    assert problem.code == "wrong_kind"
     write_docx(path, "<w:p>")
     assert "damaged DOCX file: word/document.xml: mismatched tag" in problem_of(path).message
     write_docx(path, "")

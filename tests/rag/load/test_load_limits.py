@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from make_documents import load, load_one, pdf_bytes, problem_of, word, write_docx
 
-from khaosz.errors import DataError
+from khaosz.errors import DocumentError
 from khaosz.rag.load import Limits, Problem, load_paths
 from khaosz.rag.load.document import Found
 from khaosz.rag.load.frames import read_frame, write_frame
@@ -75,6 +75,7 @@ def test_a_file_that_hangs_is_a_problem_and_the_others_load(tmp_path: Path) -> N
     loaded, (problem,) = load(tmp_path, limits=limits)
     assert [d.text for _, (d,) in loaded.values()] == ["before", "after"]
     assert problem.path.name == "b.html" and problem.message == "takes longer than 1.5 seconds"
+    assert problem.code == "too_slow"
 
 
 def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
     try:
         assert worker.ask({"limits": asdict(limits), "docling": False}, 60) == {}
         request = {"path": str(tmp_path / "a.html"), "name": "a.html", "kind": "html"}
-        with pytest.raises(DataError, match=r"takes longer than 0\.2 seconds"):
+        with pytest.raises(DocumentError, match=r"takes longer than 0\.2 seconds"):
             worker.ask(request, 0.2)
         assert worker.process.wait(60) == (1 if os.name == "nt" else -signal.SIGKILL)
     finally:
@@ -106,8 +107,9 @@ def test_python_code_that_swells_is_told_as_memory(tmp_path: Path) -> None:
     pytest.importorskip("mammoth")
     path = write_docx(tmp_path / "a.docx", "".join(word(f"{n * n:x}") for n in range(20_000)))
     with WorkerPool(Limits(memory_bytes=80 << 20)) as pool:
-        with pytest.raises(DataError, match="needs more than 80 MB of memory"):
+        with pytest.raises(DocumentError, match="needs more than 80 MB of memory") as caught:
             pool.submit(Found(path, path.name, "docx")).result()
+        assert caught.value.code == "too_large"
         assert not pool.processes  # its heap is full, and its limit was lifted for the answer
     assert load_one(path).text.startswith("0\n\n1\n\n4\n\n9")
 
@@ -120,7 +122,7 @@ def test_a_worker_that_dies_takes_its_file_only(tmp_path: Path) -> None:
         os.kill(dead, signal.SIGTERM)
         while _is_running(dead):
             time.sleep(0.01)
-        with pytest.raises(DataError, match="makes its parser fail"):
+        with pytest.raises(DocumentError, match="makes its parser fail"):
             pool.submit(found(path)).result()
         _, (document,) = pool.submit(found(path)).result()
         assert document.text == "x" and pool.processes != [dead]
@@ -235,7 +237,8 @@ def test_what_a_parser_prints_does_not_disturb_the_frames(
 
 def test_files_over_the_limits_of_size(tmp_path: Path) -> None:
     path = page(tmp_path / "a.html", "x" * 1000)
-    assert problem_of(path, Limits(file_bytes=999)).message == "is larger than 999 bytes"
+    problem = problem_of(path, Limits(file_bytes=999))
+    assert (problem.message, problem.code) == ("is larger than 999 bytes", "too_large")
     assert problem_of(path, Limits(text_characters=999)).message == "has more than 999 characters"
 
 

@@ -157,6 +157,7 @@ def test_a_scan_has_no_text(tmp_path: Path) -> None:
     path.write_bytes(pdf_bytes([[]]))
     problem = problem_of(path)
     assert problem.message == "has no text in it" and "OCR" in problem.hint
+    assert problem.code == "no_text"
 
 
 def test_a_password_is_said(tmp_path: Path) -> None:
@@ -168,14 +169,16 @@ def test_a_password_is_said(tmp_path: Path) -> None:
     objects = {1: b"<< /Type /Catalog /Pages 2 0 R >>", 2: b"<< /Type /Pages /Count 0 /Kids [] >>"}
     trailer = b"/Encrypt 3 0 R /ID [<00112233445566778899aabbccddeeff> <00>]"
     path.write_bytes(pdf_file({**objects, 3: encrypt}, trailer))
-    assert problem_of(path).message == "is protected by a password"
+    problem = problem_of(path)
+    assert (problem.message, problem.code) == ("is protected by a password", "encrypted")
 
 
 def test_damaged_files_are_problems(tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     for data in (b"", b"not a PDF", b"%PDF-1.7\n", pdf_bytes([lines("x")])[:200]):
         path.write_bytes(data)
-        assert "damaged PDF" in problem_of(path).message
+        problem = problem_of(path)
+        assert "damaged PDF" in problem.message and problem.code == "damaged"
 
 
 def test_pages_that_refer_to_themselves(tmp_path: Path) -> None:

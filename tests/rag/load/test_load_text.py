@@ -121,6 +121,7 @@ def test_empty_files_are_sources_without_documents(tmp_path: Path) -> None:
 def test_binary_data_in_a_text_file_is_a_problem(tmp_path: Path, data: bytes) -> None:
     problem = problem_of(written(tmp_path / "a.txt", data))
     assert re.search("is not text", problem.message) and problem.hint
+    assert problem.code == "not_text"
 
 
 def test_a_little_damage_stays_where_it_is(tmp_path: Path) -> None:
@@ -255,7 +256,8 @@ def test_ten_megabytes_in_one_line(tmp_path: Path) -> None:
 def test_a_file_without_permission_is_a_problem(tmp_path: Path) -> None:
     path = written(tmp_path / "a.txt", "x")
     path.chmod(0)
-    assert problem_of(path).message == "cannot be read: permission denied"
+    problem = problem_of(path)
+    assert (problem.message, problem.code) == ("cannot be read: permission denied", "not_read")
 
 
 def test_a_file_that_vanishes_is_a_problem_and_stops_no_other(tmp_path: Path) -> None:

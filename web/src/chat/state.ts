@@ -6,6 +6,7 @@ import {
   countTokens,
   getJson,
   lookAround,
+  met,
   offers,
   streamChat,
   Unreachable,
@@ -16,6 +17,7 @@ import {
 import { t } from "../i18n";
 import { keeper, type Listed } from "../keep";
 import { uuid } from "../platform";
+import { worded } from "../reasons";
 import { go, rename } from "../router";
 import {
   changed,
@@ -69,7 +71,7 @@ export function explain(error: unknown): string {
   if (error instanceof ApiError) {
     if (error.status === 503) return t("busy", { n: error.retryAfter ?? 1 });
     if (error.code === "context_length_exceeded") return t("contextFull");
-    return error.message;
+    return worded(error.message, error.code);
   }
   return t("failed", { what: error instanceof Error ? error.message : String(error) });
 }
@@ -94,6 +96,7 @@ export async function begin(): Promise<void> {
 }
 
 export async function refreshList(): Promise<void> {
+  if (!met.value) return; // nobody knows yet where they are kept
   const wanted = search.value;
   const found = await keeper().list(wanted);
   if (wanted === search.value) conversations.value = found; // or a later search is on its way

@@ -10,6 +10,7 @@ export interface FileState {
   bytes: number;
   status: "queued" | "reading" | "embedding" | "ready" | "failed";
   error: string | null;
+  code: string | null;
   chunks: number;
   embedded: number;
   created: number;
@@ -67,6 +68,11 @@ export async function refreshFiles(base: string): Promise<void> {
   shown = base;
   const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")));
   if (found !== null && shown === base) files.value = found.data;
+}
+
+/** While something is being read, which may also fail as a whole. */
+export async function lookAgain(base: string): Promise<void> {
+  await Promise.all([refreshFiles(base), tried(refreshBases)]);
 }
 
 export function busy(): boolean {
@@ -130,12 +136,13 @@ function put(upload: Upload): Promise<void> {
     sending.onload = () => {
       if (sending.status < 300) return resolve();
       let message = sending.statusText;
+      let code = null;
       try {
-        message = JSON.parse(sending.responseText).error.message;
+        ({ message, code } = JSON.parse(sending.responseText).error);
       } catch {
         // what stands before the server answered in its own words
       }
-      return reject(new ApiError(sending.status, message));
+      return reject(new ApiError(sending.status, message, code));
     };
     sending.send(upload.file);
   });

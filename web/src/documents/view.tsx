@@ -4,6 +4,7 @@ import { bases, current, models, startAnew, update } from "../chat/state";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
+import { worded } from "../reasons";
 import { go, href, route } from "../router";
 import { Finder } from "./finder";
 import {
@@ -12,6 +13,7 @@ import {
   busy,
   files,
   forget,
+  lookAgain,
   makeBase,
   refreshFiles,
   removeBase,
@@ -125,7 +127,7 @@ function Base(props: { id: string }) {
   }, [id]);
   useEffect(() => {
     if (!busy()) return;
-    const wait = setTimeout(() => void refreshFiles(id), POLL);
+    const wait = setTimeout(() => void lookAgain(id), POLL);
     return () => clearTimeout(wait);
   });
   const base = bases.value.find((each) => each.id === id);
@@ -162,6 +164,11 @@ function Base(props: { id: string }) {
           <Icon name="trash" /> {t("deleteBase")}
         </button>
       </div>
+      {base?.error && (
+        <div class="problem" role="alert">
+          {worded(base.error, base.code)}
+        </div>
+      )}
       <label
         class={over.value ? "drop over" : "drop"}
         onDragOver={(event) => {
@@ -241,9 +248,14 @@ function State(props: { file: FileState }) {
   const { file } = props;
   switch (file.status) {
     case "ready":
-      return <>{`${size(file.bytes)} · ${t("chunks", { n: number(file.chunks) })}`}</>;
+      return (
+        <>
+          {`${size(file.bytes)} · ${t("chunks", { n: number(file.chunks) })}`}
+          {file.error && <span class="partly"><Told file={file} /></span>}
+        </>
+      );
     case "failed":
-      return <>{file.error}</>;
+      return <Told file={file} />;
     case "embedding":
       return (
         <>
@@ -254,6 +266,13 @@ function State(props: { file: FileState }) {
     default:
       return <>{t(file.status)}</>;
   }
+}
+
+/** What is wrong; the server's own words have the figures and lines of it. */
+function Told(props: { file: FileState }) {
+  const { error, code } = props.file;
+  const message = error ?? "";
+  return <span title={message}>{worded(message, code)}</span>;
 }
 
 function size(bytes: number): string {
