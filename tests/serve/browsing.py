@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from serving import wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PHONE = {"width": 390, "height": 844}
@@ -68,6 +69,11 @@ def visited(
         assert not errors, errors
     finally:
         context.close()
+
+
+def comes(page: Any, true: Callable[[], bool]) -> None:
+    """`wait_until` for a page, which does nothing while nobody waits for it."""
+    wait_until(lambda: page.wait_for_timeout(50) or true())
 
 
 def ready(page: Any) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, ready, visited
+from browsing import answer, ask, comes, ready, visited
 from serving import Service, served, slowed, wait_until
 
 from khaosz.serve.records.routes import record_routes
@@ -40,6 +40,11 @@ def kept(service: Service) -> list[dict[str, Any]]:
     return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
 
 
+def said(service: Service) -> list[str]:
+    [conversation] = kept(service)
+    return [node["content"] for node in conversation["nodes"]]
+
+
 def test_who_looks_elsewhere_at_once_loses_no_question(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as page:
         ready(page)
@@ -55,9 +60,7 @@ def test_who_looks_elsewhere_at_once_loses_no_question(browser: Any, place: Serv
         page.wait_for_function("() => document.querySelector('.history li a')")
         page.locator(".history li a").click()
         assert answer(page).locator(".markdown").inner_text() == "the fox"
-        page.wait_for_timeout(200)
-        [conversation] = kept(place)
-        assert [node["content"] for node in conversation["nodes"]] == ["plain", "the fox"]
+        comes(page, lambda: said(place) == ["plain", "the fox"])
 
 
 def test_an_answer_under_way_brings_nothing_back(browser: Any, place: Service) -> None:
@@ -137,8 +140,7 @@ def test_a_dialog_gives_the_focus_back_and_keeps_keys_to_itself(
         assert page.get_by_role("dialog").is_visible()
         page.get_by_role("dialog").get_by_role("button", name="Close").click()
         page.get_by_role("dialog").wait_for(state="detached")
-        page.wait_for_timeout(100)
-        assert page.evaluate("document.activeElement.ariaLabel") == "Sampling"
+        page.wait_for_function("() => document.activeElement.ariaLabel === 'Sampling'")
 
 
 def test_a_draft_waits_and_escape_of_an_input_method_stops_nothing(
@@ -185,7 +187,5 @@ def test_a_prompt_that_is_written_is_kept_once_or_twice(browser: Any, place: Ser
                  area.value += letter;
                  area.dispatchEvent(new InputEvent("input", {bubbles: true})) } }"""
         )
-        wait_until(lambda: page.wait_for_timeout(50) or kept(place)[0]["system"] is not None)
-        page.wait_for_timeout(300)
-        assert kept(place)[0]["system"] == "Answer like a pirate, always."
+        comes(page, lambda: kept(place)[0]["system"] == "Answer like a pirate, always.")
         assert 1 <= len(puts) <= 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, visited
+from browsing import answer, ask, comes, visited
 from serving import Service, served
 
 from khaosz.serve.records.routes import record_routes
@@ -43,10 +43,9 @@ def test_two_windows_lose_nothing(browser: Any, place: Service) -> None:
         assert two.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
         two.locator(".message.user").last.get_by_role("button", name="Previous version").click()
         assert answer(two).locator("> .markdown").inner_text() == "二"
-        two.wait_for_timeout(200)
-        [conversation] = kept(place)
-    said = sorted(node["content"] for node in conversation["nodes"])
-    assert said == ["plain", "the fox", "think", "think", "二", "二"]
+        all_of_it = ["plain", "the fox", "think", "think", "二", "二"]
+        comes(two, lambda: sorted(node["content"] for node in kept(place)[0]["nodes"]) == all_of_it)
+    assert len(kept(place)) == 1
 
 
 def test_what_was_deleted_in_another_window_goes_on_here(browser: Any, place: Service) -> None:
@@ -59,24 +58,40 @@ def test_what_was_deleted_in_another_window_goes_on_here(browser: Any, place: Se
         ask(page, "think")
         page.locator(".message.assistant").nth(1).wait_for()
         answer(page)
-        page.wait_for_timeout(200)
-        assert len(kept(place)[0]["nodes"]) == 4
+        comes(page, lambda: [len(each["nodes"]) for each in kept(place)] == [4])
 
 
 def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Path) -> None:
+    """And comes back with its times, in the several parts that so much of it takes."""
     ids = [f"00000000-0000-4000-8000-{i:012}" for i in range(130)]
-    many = [{"id": id, "title": f"c{i}", "nodes": []} for i, id in enumerate(ids)]
-    place.ask("POST", "/v1/conversations/import", json.dumps({"conversations": many}))
+    many = [
+        {
+            "id": id, "title": f"c{i}", "updated": 1_000_000 + i, "selected": id,
+            "nodes": [
+                {
+                    "id": id, "parent": None, "role": "user", "created": 5,
+                    "content": "春" * 10_000,
+                }
+            ],
+        }
+        for i, id in enumerate(ids)
+    ]  # fmt: skip
+    for half in (many[:65], many[65:]):
+        body = json.dumps({"conversations": half}, ensure_ascii=False)
+        assert place.ask("POST", "/v1/conversations/import", body.encode())[0] == 200
     with visited(browser, place.port, "/#/settings") as page:
         with page.expect_download() as waiting:
             page.get_by_role("button", name="Export all").click()
         waiting.value.save_as(tmp_path / "out.json")
-    exported = json.loads((tmp_path / "out.json").read_text())["conversations"]
-    assert {each["id"] for each in exported} == set(ids)
-    status, _, done = place.ask(
-        "POST", "/v1/conversations/import", json.dumps({"conversations": exported})
+        exported = json.loads((tmp_path / "out.json").read_text("utf-8"))["conversations"]
+        assert {each["id"] for each in exported} == set(ids)
+        page.set_input_files("input[type=file]", tmp_path / "out.json")
+        page.get_by_text("130 conversations imported").wait_for()
+    listed = place.ask("GET", "/v1/conversations?limit=1000")[2]["data"]
+    assert sorted((each["title"], each["updated"]) for each in listed) == sorted(
+        (each["title"], each["updated"]) for each in many * 2
     )
-    assert (status, done["imported"]) == (200, 130)
+    assert len({each["id"] for each in listed}) == 260
 
 
 def test_nothing_is_exported_before_it_is_known_where_it_is_kept(

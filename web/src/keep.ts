@@ -1,6 +1,6 @@
 /** Where conversations are kept: with the server, or in this browser where it keeps none. */
 
-import { getJson, offers, sendJson } from "./api";
+import { getJson, offers, request, sendJson } from "./api";
 import type { Conversation } from "./tree";
 
 export interface Listed {
@@ -12,28 +12,28 @@ export interface Listed {
 
 export interface Keeper {
   list(query: string): Promise<Listed[]>;
-  ids(): Promise<string[]>; // of all there are
+  all(): Promise<Conversation[]>;
   get(id: string): Promise<Conversation>;
   /** What was kept, with its new revision. */
   put(conversation: Conversation): Promise<Conversation>;
+  /** Those of a file, which have ids of their own, with their times. */
+  add(conversations: Conversation[]): Promise<void>;
   remove(id: string): Promise<void>;
 }
+
+const PART = 1 << 20; // characters of an import, of up to three bytes; the server takes 4 MB at once
 
 const server: Keeper = {
   async list(query) {
     const q = query ? `&q=${encodeURIComponent(query)}` : "";
     return (await getJson<{ data: Listed[] }>(`/v1/conversations?limit=1000${q}`)).data;
   },
-  async ids() {
-    const found: string[] = [];
-    for (;;) {
-      const after = found.length ? `&after=${found.at(-1)}` : "";
-      const page = await getJson<{ data: Listed[]; has_more: boolean }>(
-        `/v1/conversations?limit=1000${after}`,
-      );
-      found.push(...page.data.map(({ id }) => id));
-      if (!page.has_more) return found;
-    }
+  async all() {
+    const lines = await (await request("/v1/conversations/export")).text();
+    return lines
+      .split("\n")
+      .filter(Boolean)
+      .map((line) => JSON.parse(line));
   },
   get: (id) => getJson<Conversation>(`/v1/conversations/${id}`),
   async put(conversation) {
@@ -42,6 +42,22 @@ const server: Keeper = {
     const body = { title, system, settings, knowledge_base, nodes, selected, revision: revision ?? 0 };
     const kept = await sendJson<{ revision: number }>("PUT", `/v1/conversations/${id}`, body);
     return { ...conversation, revision: kept.revision };
+  },
+  async add(conversations) {
+    const send = (part: Conversation[]) =>
+      sendJson("POST", "/v1/conversations/import", { conversations: part });
+    let part: Conversation[] = [];
+    let size = 0;
+    for (const each of conversations) {
+      const more = JSON.stringify(each).length;
+      if (part.length && size + more > PART) {
+        await send(part);
+        [part, size] = [[], 0];
+      }
+      part.push(each);
+      size += more;
+    }
+    if (part.length) await send(part);
   },
   async remove(id) {
     await sendJson("DELETE", `/v1/conversations/${id}`);
@@ -80,8 +96,8 @@ const browser: Keeper = {
       .sort((a, b) => b.updated - a.updated)
       .map(({ id, title, updated }) => ({ id, title, updated }));
   },
-  async ids() {
-    return (await this.list("")).map(({ id }) => id);
+  async all() {
+    return (await done((await store("readonly")).getAll())) as Kept[];
   },
   async get(id) {
     const { updated: _, ...conversation } = (await done((await store("readonly")).get(id))) as Kept;
@@ -91,6 +107,12 @@ const browser: Keeper = {
     const kept: Kept = { ...conversation, updated: Math.floor(Date.now() / 1000) };
     await done((await store("readwrite")).put(kept));
     return conversation;
+  },
+  async add(conversations) {
+    for (const each of conversations) {
+      const updated = (each as Partial<Kept>).updated ?? Math.floor(Date.now() / 1000);
+      await done((await store("readwrite")).put({ ...each, updated }));
+    }
   },
   async remove(id) {
     await done((await store("readwrite")).delete(id));

@@ -1,7 +1,8 @@
 import { useSignal } from "@preact/signals";
 import { met } from "./api";
-import { explain, exportAll, importAll } from "./chat/state";
+import { explain, importAll } from "./chat/state";
 import { language, list, speak, t, type Language } from "./i18n";
+import { keeper } from "./keep";
 import { theme, type Theme } from "./theme";
 
 export function SettingsView() {
@@ -9,7 +10,7 @@ export function SettingsView() {
   const save = async () => {
     let text: string;
     try {
-      text = JSON.stringify({ conversations: await exportAll() }, null, 1);
+      text = JSON.stringify({ conversations: await keeper().all() }, null, 1);
     } catch (error) {
       told.value = explain(error);
       return;

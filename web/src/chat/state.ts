@@ -338,21 +338,15 @@ export async function retitle(id: string, title: string): Promise<void> {
   await refreshList();
 }
 
-export async function exportAll(): Promise<Conversation[]> {
-  const all: Conversation[] = [];
-  for (const id of await keeper().ids()) all.push(await keeper().get(id));
-  return all;
-}
-
-/** Conversations of a file that `exportAll` wrote; how many there were. */
+/** Conversations of a file that an export wrote; how many there were. */
 export async function importAll(text: string): Promise<number> {
   const given: unknown = JSON.parse(text);
   const found = (given as { conversations?: Conversation[] }).conversations;
   if (!Array.isArray(found)) throw new SyntaxError("no conversations");
-  for (const each of found) {
-    const { revision: _, ...conversation } = each;
-    await keeper().put({ ...conversation, id: uuid() });
+  try {
+    await keeper().add(found.map(({ revision: _, ...each }) => ({ ...each, id: uuid() })));
+  } finally {
+    await refreshList();
   }
-  await refreshList();
   return found.length;
 }
