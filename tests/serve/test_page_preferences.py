@@ -44,6 +44,17 @@ def sampled(page: Any, prompt: str, n: int = 4, model: str = "tiny") -> list[str
     return page.locator(".card .markdown").all_inner_texts()
 
 
+def endless(page: Any, place: Service, **more: Any) -> None:
+    """Answers that never end by themselves: none is empty, and no two are likely to be alike."""
+    never = {str(token): -100 for token in place.engine.end_ids}
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.continue_(
+            post_data={**route.request.post_data_json, "logit_bias": never, **more}
+        ),
+    )
+
+
 def chips(page: Any) -> str:
     return "".join(page.locator(".strip ol li").all_inner_texts()).replace("\n", "")
 
@@ -51,6 +62,7 @@ def chips(page: Any) -> str:
 def test_a_ranking_by_keys_is_a_record(browser: Any, place: Service, file: Path) -> None:
     with visited(browser, place.port, "/#/preferences") as page:
         page.get_by_text("0 rankings so far").wait_for()
+        endless(page, place)
         with page.expect_request("**/v1/chat/completions") as sent:
             sampled(page, "春天 fox", n=3)
         asked = sent.value.post_data_json
@@ -87,10 +99,7 @@ def test_the_order_tells_nothing(browser: Any, place: Service) -> None:
     orders = set()
     with visited(browser, place.port, "/#/preferences") as page:
         # The page's numbers for seeds and shuffling; the seed is held, the shuffling is not.
-        page.route(
-            "**/v1/chat/completions",
-            lambda route: route.continue_(post_data={**route.request.post_data_json, "seed": 1}),
-        )
+        endless(page, place, seed=1)
         for _ in range(12):
             shown = sampled(page, "fox", n=4)
             orders.add(tuple(shown))
@@ -102,6 +111,7 @@ def test_the_order_tells_nothing(browser: Any, place: Service) -> None:
 
 def test_ranking_by_mouse_and_arrow_keys(browser: Any, place: Service) -> None:
     with visited(browser, place.port, "/#/preferences") as page:
+        endless(page, place)
         sampled(page, "fox", n=4)
         for number in (2, 4, 1):
             page.get_by_role("button", name=f"Rank answer {number} next").click()
@@ -139,6 +149,7 @@ def test_prompts_of_a_file_come_one_after_the_other(browser: Any, place: Service
         page.set_input_files(".asking input[type=file]", file)
         page.get_by_text("1 prompts left").wait_for()
         assert field.input_value() == "first"
+        endless(page, place)
         sampled(page, "first", n=2)
         page.keyboard.press("1")
         page.keyboard.press("Enter")
@@ -170,14 +181,7 @@ def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:
     assert loaded is not None
     with visited(browser, place.port, "/#/preferences") as page:
         page.get_by_label("Longest answer").fill("1900")
-        # Answers that never end by themselves.
-        never = {str(token): -100 for token in place.engine.end_ids}
-        page.route(
-            "**/v1/chat/completions",
-            lambda route: route.continue_(
-                post_data={**route.request.post_data_json, "logit_bias": never}
-            ),
-        )
+        endless(page, place)
         for leave in ("Stop", "Chat"):
             page.goto(page.url.split("#")[0] + "#/preferences")
             page.get_by_label("Prompt", exact=True).fill("fox")
@@ -210,6 +214,7 @@ def test_they_are_exported_and_the_command_is_copied(
 
 def test_composing_never_ranks(browser: Any, place: Service) -> None:
     with visited(browser, place.port, "/#/preferences") as page:
+        endless(page, place)
         sampled(page, "fox", n=3)
         page.evaluate(
             """() => document.body.dispatchEvent(
@@ -223,6 +228,7 @@ def test_composing_never_ranks(browser: Any, place: Service) -> None:
 
 def test_it_fits_a_phone_in_chinese(browser: Any, place: Service) -> None:
     with visited(browser, place.port, "/#/preferences", viewport=PHONE, locale="zh-CN") as page:
+        endless(page, place)
         page.get_by_label("最长回答").fill("12")
         page.locator(".asking textarea").first.fill("春")
         page.get_by_role("button", name="采样回答").click()
