@@ -16,7 +16,7 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.inference.adapter import Adapter, Spans, adapted
-from khaosz.inference.native import library
+from khaosz.inference.kernels.native import library
 from khaosz.inference.sequence_cache import BLOCK, SequenceCache
 from khaosz.inference.weights import (
     LayerWeights,

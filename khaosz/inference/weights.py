@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from khaosz.inference.native import LEAST_ROWS, MappedMatrix
-from khaosz.inference.packed import PackedMatrix, pack, packable
+from khaosz.inference.kernels.native import LEAST_ROWS, MappedMatrix
+from khaosz.inference.kernels.packed import PackedMatrix, pack, packable
 from khaosz.interop import GgufModel
 from khaosz.interop.gguf_blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer

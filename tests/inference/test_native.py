@@ -13,9 +13,9 @@ import pytest
 import torch
 from random_models import random_model, tokenizer
 
-from khaosz.inference import native
-from khaosz.inference.native import MappedMatrix
-from khaosz.inference.packed import PackedMatrix
+from khaosz.inference.kernels import native
+from khaosz.inference.kernels.native import MappedMatrix
+from khaosz.inference.kernels.packed import PackedMatrix
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.weights import DenseMatrix
 from khaosz.interop import GgufModel, load_gguf, save_gguf

@@ -9,9 +9,9 @@ import pytest
 import torch
 from random_models import random_model, tokenizer
 
-from khaosz.inference import packed
 from khaosz.inference.engine import Engine
-from khaosz.inference.packed import pack, packable
+from khaosz.inference.kernels import packed
+from khaosz.inference.kernels.packed import pack, packable
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop import GgufModel, load_gguf, save_gguf
