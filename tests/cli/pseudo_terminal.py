@@ -29,6 +29,8 @@ class PseudoTerminal:
             stderr=theirs,
             cwd=home,
             start_new_session=True,
+            # Whoever runs the tests in the background may have Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             # The tests don't answer questions about the cursor's place.
             env=environment(
                 TERM="xterm", HOME=str(home), PROMPT_TOOLKIT_NO_CPR="1", COLUMNS="100", **more
@@ -78,7 +80,9 @@ class PseudoTerminal:
         """The exit status."""
         self.type("/exit\r")
         # A terminal is left when all that was written to it has been read.
+        end = time.monotonic() + 30
         with contextlib.suppress(OSError):
-            while os.read(self._ours, 1 << 16):
-                pass
+            while select.select([self._ours], [], [], max(0, end - time.monotonic()))[0]:
+                if not os.read(self._ours, 1 << 16) or time.monotonic() > end:
+                    break
         return self.process.wait(timeout=30)
