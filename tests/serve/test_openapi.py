@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,18 @@ def test_the_document_names_models_and_no_422(service: Service) -> None:
         for method, operation in operations.items():
             assert {"401", "403", "500"} <= operation["responses"].keys(), (method, path)
             assert "422" not in operation["responses"], (method, path)
+
+
+def test_a_method_that_a_path_does_not_have_is_told_those_it_has(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with served(tiny, routers=record_routes(tmp_path, tmp_path / "runs")) as service:
+        for path, operations in service.ask("GET", "/openapi.json")[2]["paths"].items():
+            filled = re.sub(r"{\w+}", "00000000-0000-4000-8000-000000000000", path)
+            status, headers, _ = service.ask("TRACE", filled)
+            assert status == 405, path
+            documented = sorted(method.upper() for method in operations)
+            assert headers["allow"].split(", ") == documented, path
 
 
 @pytest.mark.slow

@@ -171,5 +171,12 @@ class Ready(Reply):
 
 def streamed(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
     """Of a route that answers with this, or with server-sent events where a stream is asked for."""
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "description": "A chunk, or an error; of the last event, [DONE].",
+    }
+    # OpenAPI 3.1 does not say so, but what reads it takes this for the schema of each event.
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "description": "The answer.", "content": events}}
