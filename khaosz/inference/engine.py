@@ -8,6 +8,7 @@ runner, within the kernels' rounding otherwise.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
@@ -15,7 +16,7 @@ from itertools import count
 from torch import Tensor
 
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import GenerationError
+from khaosz.errors import GenerationError, KhaoszError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher, matcher_for
 from khaosz.inference.prefix_cache import PrefixCache
@@ -23,6 +24,8 @@ from khaosz.inference.request import Output, Request, Sequence
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.inference.sequence_cache import SequenceCache
+
+_log = logging.getLogger("khaosz.inference")
 
 
 class Engine:
@@ -228,6 +231,10 @@ class Engine:
                 output = each.advance(rows, self.end_ids)
             except GenerationError as error:
                 output = each.output(reason="error", error=error)
+            except Exception:  # whatever it is, the others' answers go on
+                _log.exception("an answer failed")
+                failed = KhaoszError("the answer failed", hint="the log has more")
+                output = each.output(reason="error", error=failed)
             if output.finish_reason is not None:
                 self._leave(each, output)
             elif output.text or output.token_ids:

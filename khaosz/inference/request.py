@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import GenerationError
+from khaosz.errors import KhaoszError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher
 from khaosz.inference.lookup import PromptLookup
@@ -41,7 +41,7 @@ class Output:
     cached_tokens: int  # of the prompt, found in a cache
     logprobs: tuple[Logprob, ...] = ()
     finish_reason: str | None = None
-    error: GenerationError | None = None
+    error: KhaoszError | None = None
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Sequence:
         chosen: Ids[int] = (),
         logprobs: Ids[Logprob] = (),
         reason: str | None = None,
-        error: GenerationError | None = None,
+        error: KhaoszError | None = None,
     ) -> Output:
         return Output(
             request_id=self.request.id,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.interop.encoder import is_encoder
 from khaosz.rag.encoder import CrossEncoder
@@ -28,7 +28,8 @@ class ModelJudge:
     """Any model that chats, asked "does this passage answer?": how much likelier yes is than no.
 
     Of a passage longer than the context, the best part counts. Raises `ModelError` for a model
-    whose tokenizer begins yes and no alike, and one that has no room for the question.
+    whose tokenizer begins yes and no alike, `GenerationError` for a question that it has no room
+    for.
     """
 
     def __init__(self, model: Path | str | Generator, *, device: str = "cpu") -> None:
@@ -62,7 +63,7 @@ class ModelJudge:
         if len(ids) < self._generator.context:
             return [ids]
         if len(passage) < 2:
-            raise ModelError(
+            raise GenerationError(
                 f"the question alone fills the judge's context of {self._generator.context}",
                 hint="a shorter question, or a model with a longer context",
             )

@@ -60,7 +60,7 @@ class Ticket:
     async def outputs(self) -> AsyncIterator[Output]:
         """What becomes final, of all choices; ends early when the ticket was closed.
 
-        Raises `Failed`, `TimeoutError`, or the `GenerationError` that ended a choice.
+        Raises `Failed`, `TimeoutError`, or the `KhaoszError` that ended a choice.
         """
         choices = self.params.n
         while choices:

@@ -19,7 +19,7 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.lookup import PromptLookup
 from khaosz.inference.request import Output
 from khaosz.inference.runner import Chunk, Runner
-from khaosz.inference.sampling import SamplingParams
+from khaosz.inference.sampling import SamplingParams, sample
 from khaosz.inference.text_stream import TextStream, first_stop
 from khaosz.interop import load_model, save_model
 
@@ -217,6 +217,26 @@ def test_a_broken_request_ends_alone() -> None:
     (failed,) = [o for o in outputs if o.request_id == bad]
     assert failed.finish_reason == "error" and "not finite" in str(failed.error)
     assert told(outputs, good) == expected
+
+
+def test_a_surprise_ends_its_own_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = alone(PROMPTS[1], GREEDY)
+
+    def surprising(logits: torch.Tensor, params: SamplingParams, *rest: Any) -> int:
+        if params.seed == 13:
+            raise ZeroDivisionError("nobody thought of it")
+        return sample(logits, params, *rest)
+
+    monkeypatch.setattr("khaosz.inference.request.sample", surprising)
+    by = engine()
+    bad, good = by.add(PROMPTS[0], replace(GREEDY, seed=13)), by.add(PROMPTS[1], GREEDY)
+    outputs = finish(by)
+    (failed,) = [o for o in outputs if o.request_id == bad]
+    assert failed.finish_reason == "error" and str(failed.error) == "the answer failed"
+    assert "nobody thought of it" in caplog.text
+    assert told(outputs, good) == expected and not by.unfinished
 
 
 def test_requests_out_of_range_are_refused_by_name() -> None:

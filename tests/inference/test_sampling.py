@@ -263,6 +263,7 @@ def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
         ("min_p", 1.0),
         ("min_p", math.nan),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 5e-324),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", math.inf),

@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from khaosz.cli import app
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.model import Transformer
 from khaosz.rag import KnowledgeBase
@@ -58,7 +58,7 @@ def test_the_best_part_of_a_passage_beyond_the_context_counts(judge: ModelJudge)
     assert "".join("".join(read).split()) == "".join("".join(sentences).split())
     logits = [judge._generator.next_logits([ids], judge._answers)[0] for ids in prompts]
     assert whole == pytest.approx(max(float(yes - no) for yes, no in logits), abs=1e-5)
-    with pytest.raises(ModelError, match="fills the judge's context"):
+    with pytest.raises(GenerationError, match="fills the judge's context"):
         judge.scores("fox " * 2500, ["a passage"])
 
 

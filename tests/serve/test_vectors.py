@@ -92,13 +92,17 @@ def test_they_are_listed_as_what_they_are(vectors: Service) -> None:
         ("rerank", {"model": "judge", "query": "x", "documents": []}, 400, "documents"),
         ("rerank", {"model": "judge", "query": "x", "documents": ["y"], "top_n": 0}, 400, "top_n"),
         ("rerank", {"model": "judge", "documents": ["y"]}, 400, "query"),
+        # What it has no room for.
+        ("rerank", {"model": "judge", "query": "x" * 9000, "documents": ["y"]}, 400, None),
+        ("embeddings", {"model": "small", "input": "x" * 9000}, 200, None),
     ],
 )
 def test_what_is_wrong_is_named(
     vectors: Service, path: str, asked: dict[str, Any], status: int, param: str | None
 ) -> None:
     found, _, answer = vectors.ask("POST", f"/v1/{path}", json.dumps(asked))
-    assert (found, answer["error"]["param"]) == (status, param), answer
+    assert found == status, answer
+    assert status == 200 or answer["error"]["param"] == param
 
 
 def test_asked_for_twice_at_once_it_is_opened_once(
