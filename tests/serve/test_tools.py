@@ -81,6 +81,16 @@ def test_several_calls_at_once_where_they_may(learned: Service, parallel: bool) 
     assert len(streamed(learned, **asked)[0]["tool_calls"]) == len(cities)
 
 
+def test_half_a_character_in_a_call_ends_no_answer(learned: Service) -> None:
+    """An escape of a lone surrogate, as a weak model writes it amid an emoji."""
+    asked = {**GREEDY, "messages": said("half"), "tools": [WEATHER]}
+    [choice] = learned.client().chat.completions.create(**asked).choices
+    [call] = choice.message.tool_calls or ()
+    assert json.loads(call.function.arguments) == {"city": "?"}
+    message, reason = streamed(learned, **asked)
+    assert (reason, message["tool_calls"][0]["arguments"]) == ("tool_calls", '{"city": "?"}')
+
+
 def test_without_tools_nothing_is_a_call(learned: Service) -> None:
     """`none` keeps them from the model; marks that it writes all the same are its text."""
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
