@@ -102,25 +102,26 @@ def chat_routes(
                 return await refused(use, asked, refusal)
             _check_context(asked, use.generator)
             ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
-            undo.pop_all()
+            undo.callback(ticket.close)
+            held = undo.pop_all()
         answer = answer_of(use, asked)
-        watch = asyncio.create_task(_close_when_left(request, ticket))
-        limit = asyncio.get_running_loop().call_later(timeout, ticket.expire)
         began = time.perf_counter()
+        held.callback(lambda: meters.answered(use.name, answer.usage, began))
+        watch = asyncio.create_task(_close_when_left(request, ticket))
+        held.callback(watch.cancel)
 
-        def done() -> None:
-            ticket.close()
-            watch.cancel()
-            limit.cancel()
-            models.give_back(use)
-            meters.answered(use.name, answer.usage, began)
+        def too_late() -> None:
+            ticket.expire()
+            held.close()  # a client that reads no more would keep its place for ever
 
+        limit = asyncio.get_running_loop().call_later(timeout, too_late)
+        held.callback(limit.cancel)
         if asked.stream:
-            return EventStream(answer.events(ticket.outputs(), asked.include_usage), done)
+            return EventStream(answer.events(ticket.outputs(), asked.include_usage), held.close)
         try:
             body = await answer.whole(ticket.outputs())
         finally:
-            done()
+            held.close()
         return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def refused(use: Use, asked: Question, text: str) -> Response:
