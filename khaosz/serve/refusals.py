@@ -148,6 +148,11 @@ def explain_errors(app: FastAPI) -> None:
         message = f"{param}: {message}" if param else message
         return refused(400, error_body(message, "invalid_request_error", param))
 
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> Response:
+        # JSON that could be read may still be too deep for what goes through it.
+        return refused(400, error_body("values nested too deep", "invalid_request_error"))
+
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})

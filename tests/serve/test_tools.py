@@ -168,6 +168,21 @@ def test_wrong_tools_are_named(service: Service, more: dict[str, Any], param: st
     assert "tool" in str(caught.value)
 
 
+def test_what_is_nested_too_deep_is_refused(service: Service) -> None:
+    """Not so deep that the body can't be read, but the template's text can't be made of it."""
+    deep = '{"a": ' * 900 + "1" + "}" * 900
+    tool = '{"type": "function", "function": {"name": "f", "parameters": ' + deep + "}}"
+    call = {"id": "a", "function": {"name": "f", "arguments": deep}}
+    called = json.dumps({"role": "assistant", "tool_calls": [call]})
+    for path, more in (
+        ("/v1/chat/completions", f'"messages": {json.dumps(said("x"))}, "tools": [{tool}]'),
+        ("/v1/chat/completions", f'"messages": [{called}]'),
+        ("/tokenize", f'"messages": [{called}]'),
+    ):
+        status, _, answer = service.ask("POST", path, f'{{"model": "tiny", {more}}}')
+        assert (status, answer["error"]["message"]) == (400, "values nested too deep")
+
+
 def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Path) -> None:
     """A template that does not mention tools would leave them out without a word."""
     tokenizer = load_tokenizer(tiny)
