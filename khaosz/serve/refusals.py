@@ -145,6 +145,8 @@ def explain_errors(app: FastAPI) -> None:
         where, *parts = first["loc"]
         missing = first["type"] == "missing"
         param = _path(where, parts, error.body, missing)
+        if isinstance(error.body, bytes):
+            what = "not sent as JSON: Content-Type is to be application/json"
         message = what.removeprefix("Value error, ")
         message = f"{param}: {message}" if param else message
         return refused(400, error_body(message, "invalid_request_error", param))
