@@ -118,6 +118,23 @@ def test_idle_models_go_when_memory_is_short(tiny: Path, taught: Path) -> None:
         assert said(service, "c") == expected
 
 
+def test_kept_caches_stay_below_the_limit(tiny: Path) -> None:
+    """Also those of models that are in memory already."""
+    copies = [f"{name}={tiny}" for name in "ab"]
+    room = sum(model.weights for model in named_models(copies)) + 100_000
+    with served(*copies, limits=Limits(memory=room)) as service:
+        expected = alone(tiny)
+
+        def size() -> int:
+            return sum(model.loaded.nbytes for model in service.models.all if model.loaded)
+
+        for number in range(12):
+            said(service, "ab"[number % 2], messages=[{"role": "user", "content": f"{number}"}])
+            wait_until(lambda: size() <= room)
+        assert sum(loaded(service).values()) == 2
+        assert [said(service, name) for name in "ab"] == [expected] * 2
+
+
 def test_asked_for_twice_at_once_it_is_loaded_once(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
