@@ -92,16 +92,19 @@ def chat_routes(
         use: Use, request: Request, question: Callable[[], Awaitable[Question]]
     ) -> Response:
         """Gives the model back, however it ends."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
         with ExitStack() as undo:
             undo.callback(models.give_back, use)
             # Beside the loop and the engine: a long text takes a while.
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(end):
                 asked = await question()
             refusal = asked.refusal
             if refusal is not None:
                 return await refused(use, asked, refusal)
             _check_context(asked, use.generator)
-            ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
+            async with asyncio.timeout_at(end):
+                ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
             undo.callback(ticket.close)
             held = undo.pop_all()
         answer = answer_of(use, asked)
@@ -114,7 +117,7 @@ def chat_routes(
             ticket.expire()
             held.close()  # a client that reads no more would keep its place for ever
 
-        limit = asyncio.get_running_loop().call_later(timeout, too_late)
+        limit = loop.call_at(end, too_late)
         held.callback(limit.cancel)
         if asked.stream:
             return EventStream(answer.events(ticket.outputs(), asked.include_usage), held.close)
