@@ -160,7 +160,8 @@ def explain_errors(app: FastAPI) -> None:
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # of several routes of a path, only the first was asked
-            path = app.openapi()["paths"].get(getattr(request.scope.get("route"), "path", ""), {})
+            route = getattr(request.scope.get("route"), "path_format", "")
+            path = app.openapi()["paths"].get(route, {})
             headers |= {"Allow": ", ".join(sorted(map(str.upper, path)))} if path else {}
         return refused(
             error.status_code, error_body(str(error.detail), "invalid_request_error"), headers

@@ -180,6 +180,8 @@ def test_what_cannot_be_kept_is_refused(service: Service, wrong: dict[str, Any])
 
 
 def test_odd_requests(service: Service) -> None:
+    status, headers, _ = service.ask("POST", f"/v1/conversations/{new_id()}", "{}")
+    assert (status, headers["allow"]) == (405, "DELETE, GET, PUT")
     for depth in (200, 500, 990, 5000, 200_000):
         deep = '{"title": "", "nodes": [], "settings": {"a": ' + "[" * depth + "]" * depth + "}}"
         id = new_id()
