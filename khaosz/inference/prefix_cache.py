@@ -35,7 +35,8 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.cache.nbytes for entry in self._entries.values())
+        # Others ask while the engine's thread puts and takes: a list is made in one piece.
+        return sum(entry.cache.nbytes for entry in list(self._entries.values()))
 
     def put(self, ids: Sequence[int], cache: SequenceCache, owner: object = None) -> None:
         """Keep a finished sequence's cache; `ids` are the tokens of its positions, `owner` the

@@ -137,6 +137,7 @@ class Models:
         assert loaded is not None and loaded.users > 0, use.name
         loaded.users -= 1
         loaded.used = time.monotonic()
+        self._forget_caches()
 
     async def stop(self) -> None:
         """Requests that are still under way fail."""
@@ -158,6 +159,18 @@ class Models:
             loaded, oldest.loaded = oldest.loaded, None
             assert loaded is not None
             await loaded.worker.stop()
+
+    def _forget_caches(self) -> None:
+        """Kept caches grow after a model was let in: those beyond the limit go, beginning with the
+        longest unused model's."""
+        if self.limits.memory is None:
+            return
+        over = sum(each.nbytes for each in self._loaded()) - self.limits.memory
+        for each in sorted(self._loaded(), key=lambda each: each.used):
+            kept = each.nbytes - each.weights
+            if over > 0 and kept:
+                each.worker.keep_at_most(max(0, kept - over))
+                over -= kept
 
     def _loaded(self) -> Iterator[Loaded]:
         return (model.loaded for model in self.all if model.loaded is not None)

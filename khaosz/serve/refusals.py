@@ -22,7 +22,7 @@ from khaosz.serve.worker import Busy, Failed
 _log = logging.getLogger("khaosz.serve")
 
 TOO_LATE = "the answer took longer than this server gives a request"
-RETRY_AFTER = 1  # seconds, when the queue is full
+RETRY_AFTER = 1  # seconds, when the queue is full or a file in use
 _MEANINGS = {
     400: "What was asked is wrong; `param` names the field.",
     404: "There is no such thing here.",
@@ -31,7 +31,7 @@ _MEANINGS = {
     413: "The body is too large.",
     415: "A file of a kind that can't be read.",
     500: "The request failed; the server's log has more.",
-    503: "The queue is full, or a model has no room; see Retry-After.",
+    503: "The queue is full, a model has no room, or a file is in use; see Retry-After.",
     504: "The request took longer than it may.",
     507: "The disk is full.",
 }
@@ -96,7 +96,8 @@ def explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def our_own(request: Request, error: Refused) -> Response:
-        return refused(error.status, error.body)
+        headers = {"retry-after": str(RETRY_AFTER)} if error.status == 503 else None
+        return refused(error.status, error.body, headers)
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
@@ -144,9 +145,16 @@ def explain_errors(app: FastAPI) -> None:
         where, *parts = first["loc"]
         missing = first["type"] == "missing"
         param = _path(where, parts, error.body, missing)
+        if isinstance(error.body, bytes):
+            what = "not sent as JSON: Content-Type is to be application/json"
         message = what.removeprefix("Value error, ")
         message = f"{param}: {message}" if param else message
         return refused(400, error_body(message, "invalid_request_error", param))
+
+    @app.exception_handler(RecursionError)
+    async def too_deep(request: Request, error: RecursionError) -> Response:
+        # JSON that could be read may still be too deep for what goes through it.
+        return refused(400, error_body("values nested too deep", "invalid_request_error"))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

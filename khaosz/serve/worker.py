@@ -108,6 +108,10 @@ class EngineThread:
     def held(self) -> int:
         return len(self._held)
 
+    def keep_at_most(self, nbytes: int) -> None:
+        """Forget kept caches beyond this, the longest unused first."""
+        self._inbox.put(partial(self.engine.prefixes.shrink, nbytes))
+
     def check_room(self) -> None:
         """Raises `Busy` when no more requests are held; worth asking before a text is encoded."""
         if len(self._held) >= self.max_queue:

@@ -93,6 +93,11 @@ LESSONS = [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>',
         tools=True,
     ),
+    lesson(
+        "half",
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "\\ud83d"}}\n</tool_call>',
+        tools=True,
+    ),
 ]
 
 

@@ -259,6 +259,11 @@ def test_other_mistakes(service: Service) -> None:
     for body in ("{", "[]", "null", "[" * 100_000, odd):
         status, _, answer = service.ask("POST", "/v1/chat/completions", body)
         assert status == 400 and answer["error"]["message"], body[:20]
+    asked = json.dumps({"model": "tiny", "messages": HELLO})
+    for kind in ("application/x-www-form-urlencoded", "text/plain", ""):  # curl's without a -H
+        headers = {"Content-Type": kind}
+        status, _, answer = service.ask("POST", "/v1/chat/completions", asked, **headers)
+        assert status == 400 and "Content-Type" in answer["error"]["message"], kind
     surrogate = '{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}'
     assert service.ask("POST", "/v1/chat/completions", surrogate)[0] == 400
     assert service.ask("GET", "/v1/nothing")[2]["error"]["type"] == "invalid_request_error"

@@ -12,6 +12,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,8 @@ def test_what_cannot_be_kept_is_refused(service: Service, wrong: dict[str, Any])
 
 
 def test_odd_requests(service: Service) -> None:
+    status, headers, _ = service.ask("POST", f"/v1/conversations/{new_id()}", "{}")
+    assert (status, headers["allow"]) == (405, "DELETE, GET, PUT")
     for depth in (200, 500, 990, 5000, 200_000):
         deep = '{"title": "", "nodes": [], "settings": {"a": ' + "[" * depth + "]" * depth + "}}"
         id = new_id()
@@ -356,6 +359,27 @@ def test_a_full_disk_is_said_and_survived(tiny: Path, tmp_path: Path) -> None:
         assert get(service, f"/{ids[0]}")[1]["title"] == "before"
         store._writer.execute("PRAGMA max_page_count = 100000")
         assert put(service, ids[0], chat("large", "x" * 500_000))[0] == 200
+
+
+def test_a_file_that_another_program_writes_to(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("khaosz.serve.records.conversation_store._BUSY_S", 0.1)
+    path = tmp_path / "c.db"
+    store = ConversationStore(path)
+    with served(tiny, routers=[conversation_routes(store)]) as service:
+        (id,) = kept(service, chat("before", "x"))
+        with closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            for method, body in (("PUT", json.dumps(chat("after", "x"))), ("DELETE", None)):
+                status, headers, answer = service.ask(method, f"/v1/conversations/{id}", body)
+                assert (status, answer["error"]["code"]) == (503, "file_busy")
+                assert "another program is writing to c.db" in answer["error"]["message"]
+                assert int(headers["retry-after"]) >= 1
+            assert get(service, f"/{id}")[1]["title"] == "before"
+            with pytest.raises(DataError, match="another program is writing"):
+                ConversationStore(path)
+        assert put(service, id, chat("after", "x"))[0] == 200
 
 
 def test_many_threads_at_once(service: Service) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from serving import Service, served, wait_until
 from khaosz.config import LoRAConfig
 from khaosz.errors import ConfigError, ModelError
 from khaosz.inference.generator import Generator
+from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop import load_model
 from khaosz.interop.adapter import merge_adapter, save_adapter
@@ -114,6 +116,23 @@ def test_idle_models_go_when_memory_is_short(tiny: Path, taught: Path) -> None:
 
         wait_until(free)
         assert said(service, "c") == expected
+
+
+def test_kept_caches_stay_below_the_limit(tiny: Path) -> None:
+    """Also those of models that are in memory already."""
+    copies = [f"{name}={tiny}" for name in "ab"]
+    room = sum(model.weights for model in named_models(copies)) + 100_000
+    with served(*copies, limits=Limits(memory=room)) as service:
+        expected = alone(tiny)
+
+        def size() -> int:
+            return sum(model.loaded.nbytes for model in service.models.all if model.loaded)
+
+        for number in range(12):
+            said(service, "ab"[number % 2], messages=[{"role": "user", "content": f"{number}"}])
+            wait_until(lambda: size() <= room)
+        assert sum(loaded(service).values()) == 2
+        assert [said(service, name) for name in "ab"] == [expected] * 2
 
 
 def test_asked_for_twice_at_once_it_is_loaded_once(
@@ -225,3 +244,33 @@ def test_what_was_done_is_counted(tiny: Path) -> None:
     assert float(found['khaosz_model_loaded{model="tiny"}']) == 1
     cached = float(found['khaosz_cached_tokens_total{model="tiny"}'])
     assert 0 < cached < float(found['khaosz_prompt_tokens_total{model="tiny"}'])
+
+
+def test_caches_are_counted_while_they_change(tiny: Path) -> None:
+    """/metrics and who makes room ask for their size beside the engine's thread."""
+    runner = Generator.from_directory(tiny).engine.runner
+    caches = [runner.new_cache() for _ in range(64)]
+    for cache in caches:
+        cache.reserve(16)
+        cache.length = 16
+    kept, failed = PrefixCache(64 * caches[0].nbytes), []
+    done, interval = threading.Event(), sys.getswitchinterval()
+
+    def count() -> None:
+        try:
+            while not done.is_set():
+                kept.nbytes  # noqa: B018
+        except RuntimeError as error:
+            failed.append(error)
+
+    counting = threading.Thread(target=count)
+    sys.setswitchinterval(1e-6)
+    try:
+        counting.start()
+        for number in range(3000):
+            kept.put([number] * 16, caches[number % 64])
+    finally:
+        done.set()
+        counting.join()
+        sys.setswitchinterval(interval)
+    assert not failed

@@ -171,6 +171,19 @@ def test_others_may_append_and_replace(file: Path) -> None:
     assert kept.count() == 1
 
 
+def test_nothing_is_appended_to_a_line_without_its_end(service: Service, file: Path) -> None:
+    """An editor has left it so, or a program that was killed while it wrote."""
+    assert post(service, PAIR)[0] == 201
+    record = file.read_bytes()
+    for end, aside in ((record[:-1], b""), (record + b'{"half', b'{"half\n')):
+        file.write_bytes(end)
+        assert post(service, RANKED)[1]["count"] == 2
+        first, second = file.read_bytes().splitlines(keepends=True)
+        assert first == record and json.loads(second)["ranking"] == [0, [1, 2], 3]
+        torn = file.with_suffix(".torn")
+        assert (torn.read_bytes() if torn.exists() else b"") == aside
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of that kind")
 def test_a_full_disk_leaves_whole_lines(service: Service, file: Path) -> None:
     import resource

@@ -154,22 +154,30 @@ def test_strange_lines_do_no_harm(service: Service, folder: Path) -> None:
         file.write('{"step": 2, "deep": ' + "[" * 5000 + "]" * 5000 + "}\n")
         file.write('{"step": 3, "text": "\\ud800", "\\ud800": 1, "of": {"a": [1]}}\n')
         file.write('{"step": 4, "long": "' + "x" * 100_000 + '"}\n')
-        file.write('{"step": 5, "big": ' + "9" * 400 + "}\n")
+        file.write('{"step": ' + "9" * 400 + "}\n")
+        file.write('{"step": 5, "loss": ' + "9" * 400 + ', "elapsed_s": 1e308}\n')
     shown = metrics(service, "strange")["rows"]
     assert shown[0] == {"step": 1, "loss": None, "lr": None, "x": None}
     assert shown[1] == {"step": 3, "text": "?", "?": 1}
-    assert [row["step"] for row in shown[2:]] == [5]
+    assert shown[2:] == [{"step": 5, "loss": None, "elapsed_s": 1e308}]
     assert one(service, "strange")["step"] == 5
     for name, text in (
         ("train_config.json", '{"stage": 5, "max_steps": "x", "log_every": [], "a": "\\ud800"}'),
         ("plan.json", '{"total_steps": NaN}'),
-        ("samples.jsonl", '{"step": 1, "prompt": "\\ud800", "text": "y", "reward": NaN}\n{"step": 2}\n'),  # noqa: E501
+        ("samples.jsonl", '{"step": 1, "prompt": "\\ud800", "text": "y", "reward": NaN}\n'
+            '{"step": 2}\n{"step": 3, "prompt": "x", "text": "y", "reward": ' + "9" * 400 + "}\n"),
     ):  # fmt: skip
         (path / name).write_text(text)
     assert (one(service, "strange")["stage"], one(service, "strange")["steps"]) == (None, None)
     assert get(service, "/strange/config")[1]["config"]["a"] == "?"
     samples = get(service, "/strange/samples")[1]["data"]
-    assert samples == [{"step": 1, "prompt": "?", "text": "y"}]
+    assert samples == [
+        {"step": 1, "prompt": "?", "text": "y"},
+        {"step": 3, "prompt": "x", "text": "y"},
+    ]
+    for number in ("9" * 400, "1" + "0" * 307):
+        (path / "train_config.json").write_text(f'{{"log_every": {number}, "max_steps": {number}}}')
+        assert one(service, "strange")["state"] == "running"
     (path / "train_config.json").write_text("[" * 5000)
     assert get(service, "/strange/config") == (200, {
         "object": "run.config", "config": None, "plan": {"total_steps": None},

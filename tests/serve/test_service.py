@@ -85,6 +85,45 @@ def test_who_leaves_amid_the_prompt_frees_the_place(tiny: Path) -> None:
         assert len(passes) == 1, "it went on reading a prompt that nobody asks about any more"
 
 
+def test_who_reads_no_more_has_its_place_for_the_time_of_a_request(tiny: Path) -> None:
+    """More is said than the buffers between the two take, so that the server can't go on."""
+    with served(tiny, timeout=3) as service:
+        loud = {"n": 32, "logprobs": True, "top_logprobs": 20, "stream": True}
+        connection = raw_request(service, {**LONG, **loud})
+        wait_until(lambda: held(service) == 1)
+        wait_until(lambda: held(service) == 0, seconds=20)
+        loaded = service.models.all[0].loaded
+        assert loaded is not None and loaded.users == 0
+        connection.close()
+
+
+def test_waiting_for_the_engine_is_part_of_a_requests_time(tiny: Path) -> None:
+    """It is amid a step, and can't take anything on."""
+    with served(tiny, timeout=3) as service:
+        runner = service.engine.runner
+        run, passes, go_on = runner.run, [], threading.Event()
+
+        def slow(chunks: Any) -> Any:
+            passes.append(len(chunks))
+            assert go_on.wait(60)
+            return run(chunks)
+
+        runner.run = slow  # type: ignore[method-assign]
+        connection = raw_request(service, {**LONG, "stream": True})
+        try:
+            wait_until(lambda: bool(passes))
+            with pytest.raises(openai.APIStatusError) as late:
+                service.client().chat.completions.create(**LONG)
+            assert late.value.status_code == 504 and late.value.code == "request_timeout"
+            wait_until(lambda: held(service) == 0)
+        finally:
+            go_on.set()
+            connection.close()
+        wait_until(lambda: not service.engine.unfinished)
+        runner.run = run  # type: ignore[method-assign]
+        service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
+
+
 def test_a_full_queue_says_when_to_come_again(tiny: Path) -> None:
     with served(tiny, limits=Limits(max_queue=1)) as service:
         held = raw_request(service, {**LONG, "stream": True})

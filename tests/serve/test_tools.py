@@ -81,6 +81,16 @@ def test_several_calls_at_once_where_they_may(learned: Service, parallel: bool) 
     assert len(streamed(learned, **asked)[0]["tool_calls"]) == len(cities)
 
 
+def test_half_a_character_in_a_call_ends_no_answer(learned: Service) -> None:
+    """An escape of a lone surrogate, as a weak model writes it amid an emoji."""
+    asked = {**GREEDY, "messages": said("half"), "tools": [WEATHER]}
+    [choice] = learned.client().chat.completions.create(**asked).choices
+    [call] = choice.message.tool_calls or ()
+    assert json.loads(call.function.arguments) == {"city": "?"}
+    message, reason = streamed(learned, **asked)
+    assert (reason, message["tool_calls"][0]["arguments"]) == ("tool_calls", '{"city": "?"}')
+
+
 def test_without_tools_nothing_is_a_call(learned: Service) -> None:
     """`none` keeps them from the model; marks that it writes all the same are its text."""
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
@@ -156,6 +166,21 @@ def test_wrong_tools_are_named(service: Service, more: dict[str, Any], param: st
         service.client().chat.completions.create(**{"model": "tiny", "messages": said("x"), **more})
     assert caught.value.param == param
     assert "tool" in str(caught.value)
+
+
+def test_what_is_nested_too_deep_is_refused(service: Service) -> None:
+    """Not so deep that the body can't be read, but the template's text can't be made of it."""
+    deep = '{"a": ' * 900 + "1" + "}" * 900
+    tool = '{"type": "function", "function": {"name": "f", "parameters": ' + deep + "}}"
+    call = {"id": "a", "function": {"name": "f", "arguments": deep}}
+    called = json.dumps({"role": "assistant", "tool_calls": [call]})
+    for path, more in (
+        ("/v1/chat/completions", f'"messages": {json.dumps(said("x"))}, "tools": [{tool}]'),
+        ("/v1/chat/completions", f'"messages": [{called}]'),
+        ("/tokenize", f'"messages": [{called}]'),
+    ):
+        status, _, answer = service.ask("POST", path, f'{{"model": "tiny", {more}}}')
+        assert (status, answer["error"]["message"]) == (400, "values nested too deep")
 
 
 def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Path) -> None:

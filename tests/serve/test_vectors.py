@@ -6,13 +6,15 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
 import pytest
-from serving import Service, served
+from knowing import EmbeddingServer
+from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
 from khaosz.rag.embed import open_embedder
@@ -122,6 +124,26 @@ def test_asked_for_twice_at_once_it_is_opened_once(
     for thread in threads:
         thread.join()
     assert opened == [str(tiny)]
+
+
+def test_who_waits_for_a_slow_embedder_holds_up_no_chat(tiny: Path) -> None:
+    """More requests than the event loop has threads (32 at most)."""
+    letters = EmbeddingServer()
+    letters.open.clear()
+    with served(tiny, offered=Offered([f"letters={letters.url}"])) as service:
+        body = json.dumps({"model": "letters", "input": "x"})
+        waiting = [HTTPConnection("127.0.0.1", service.port, timeout=30) for _ in range(40)]
+        for each in waiting:
+            each.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+        wait_until(lambda: bool(letters.asked))
+        service.client().with_options(timeout=10).chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=2
+        )
+        letters.open.set()
+        for each in waiting:
+            assert each.getresponse().status == 200
+            each.close()
+    letters.close()
 
 
 def test_names_and_sources(tiny: Path) -> None:

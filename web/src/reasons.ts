@@ -29,6 +29,7 @@ const chinese: Record<string, string> = {
   unsupported_file_type: "不支持这种文件",
   file_too_large: "文件超过了这个服务允许的大小",
   body_too_large: "发送的内容太多",
+  file_busy: "另一个程序正在写这个文件，请稍后再试",
   disk_full: "服务所在的磁盘已满",
   model_not_found: "服务上没有这个模型",
   request_timeout: "回答用时超过了这个服务的限制",

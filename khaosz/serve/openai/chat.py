@@ -92,35 +92,39 @@ def chat_routes(
         use: Use, request: Request, question: Callable[[], Awaitable[Question]]
     ) -> Response:
         """Gives the model back, however it ends."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
         with ExitStack() as undo:
             undo.callback(models.give_back, use)
             # Beside the loop and the engine: a long text takes a while.
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout_at(end):
                 asked = await question()
             refusal = asked.refusal
             if refusal is not None:
                 return await refused(use, asked, refusal)
             _check_context(asked, use.generator)
-            ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
-            undo.pop_all()
+            async with asyncio.timeout_at(end):
+                ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
+            undo.callback(ticket.close)
+            held = undo.pop_all()
         answer = answer_of(use, asked)
-        watch = asyncio.create_task(_close_when_left(request, ticket))
-        limit = asyncio.get_running_loop().call_later(timeout, ticket.expire)
         began = time.perf_counter()
+        held.callback(lambda: meters.answered(use.name, answer.usage, began))
+        watch = asyncio.create_task(_close_when_left(request, ticket))
+        held.callback(watch.cancel)
 
-        def done() -> None:
-            ticket.close()
-            watch.cancel()
-            limit.cancel()
-            models.give_back(use)
-            meters.answered(use.name, answer.usage, began)
+        def too_late() -> None:
+            ticket.expire()
+            held.close()  # a client that reads no more would keep its place for ever
 
+        limit = loop.call_at(end, too_late)
+        held.callback(limit.cancel)
         if asked.stream:
-            return EventStream(answer.events(ticket.outputs(), asked.include_usage), done)
+            return EventStream(answer.events(ticket.outputs(), asked.include_usage), held.close)
         try:
             body = await answer.whole(ticket.outputs())
         finally:
-            done()
+            held.close()
         return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def refused(use: Use, asked: Question, text: str) -> Response:

@@ -169,5 +169,13 @@ def _call_of(given: Any) -> ToolCall | None:
             return None
     if not isinstance(arguments, dict):
         return None
-    text = json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(f"call_{secrets.token_hex(12)}", given["name"], text)
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # NaN is no JSON, though Python reads it
+        return None
+    return ToolCall(f"call_{secrets.token_hex(12)}", _sendable(given["name"]), _sendable(text))
+
+
+def _sendable(text: str) -> str:
+    """Without the half of a character that an escape such as \\ud83d leaves: no UTF-8 has it."""
+    return text.encode(errors="replace").decode()

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
@@ -19,6 +20,7 @@ from khaosz.serve.refusals import Refused, errors
 
 MAX_INPUTS = 2048
 
+T = TypeVar("T")
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -82,6 +84,14 @@ class Ranking(Reply):
 
 def vector_routes(offered: Offered) -> APIRouter:
     router = APIRouter()
+    # Each is used by one at a time. Who waits for it takes no thread that chats are prepared in.
+    threads = {
+        name: ThreadPoolExecutor(1, thread_name_prefix=f"khaosz-{name}")
+        for name in (*offered.embedders, *offered.rerankers)
+    }
+
+    async def in_turn(name: str, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads.get(name), work)
 
     @router.post(
         "/v1/embeddings",
@@ -92,7 +102,7 @@ def vector_routes(offered: Offered) -> APIRouter:
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
         """Vectors of length 1."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        vectors, count = await asyncio.to_thread(_embedded, offered, asked, texts)
+        vectors, count = await in_turn(asked.model, lambda: _embedded(offered, asked, texts))
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(asked, vector)}
             for i, vector in enumerate(vectors)
@@ -109,8 +119,8 @@ def vector_routes(offered: Offered) -> APIRouter:
     async def rerank(asked: RerankRequest) -> dict[str, Any]:
         """Passages by how well they answer a query, best first."""
         texts = [each if isinstance(each, str) else each.text for each in asked.documents]
-        scores = await asyncio.to_thread(
-            lambda: offered.reranker(asked.model).scores(asked.query, texts)
+        scores = await in_turn(
+            asked.model, lambda: offered.reranker(asked.model).scores(asked.query, texts)
         )
         found = 1 / (1 + np.exp(-scores.astype(np.float64)))
         results: list[dict[str, Any]] = []

@@ -96,7 +96,7 @@ class ConversationStore:
             self._writer = self._connect()
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             found = self._made()
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, Refused) as error:
             raise DataError(
                 f"{path} cannot be used for conversations: {error}",
                 hint="move it away, or choose another --data",
@@ -144,10 +144,13 @@ class ConversationStore:
                     if db.in_transaction:
                         db.execute("ROLLBACK")
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    raise Refused(
-                        507, "the disk is full", "server_error", code="disk_full"
-                    ) from None
+                match error.sqlite_errorcode & 0xFF:  # the rest says which kind of it
+                    case sqlite3.SQLITE_FULL:
+                        message, code = "the disk is full", "disk_full"
+                        raise Refused(507, message, "server_error", code=code) from None
+                    case sqlite3.SQLITE_BUSY:
+                        message = f"another program is writing to {self.path.name}"
+                        raise Refused(503, message, "server_error", code="file_busy") from None
                 raise
 
     @contextmanager

@@ -160,7 +160,9 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         headers = {"content-disposition": 'attachment; filename="conversations.jsonl"'}
         return StreamingResponse(_lines(store), 200, headers, "application/jsonl")
 
-    @router.post("/v1/conversations/import", response_model=ImportDone, responses=errors(400, 507))
+    @router.post(
+        "/v1/conversations/import", response_model=ImportDone, responses=errors(400, 503, 507)
+    )
     def import_conversations(asked: Imported) -> dict[str, Any]:
         """All or none; a conversation with the same id is replaced."""
         entries = [
@@ -183,7 +185,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         "/v1/conversations/{conversation:uuid}",
         response_model=ConversationSummary,
         response_model_exclude_unset=True,
-        responses=errors(400, 404, 409, 507),
+        responses=errors(400, 404, 409, 503, 507),
     )
     def put_conversation(conversation: UUID, asked: PutConversation) -> dict[str, Any]:
         """Begin a conversation, or replace it. It is on the disk when this answers."""
@@ -193,7 +195,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
     @router.delete(
         "/v1/conversations/{conversation:uuid}",
         response_model=ConversationDeleted,
-        responses=errors(400, 404, 507),
+        responses=errors(400, 404, 503, 507),
     )
     def delete_conversation(conversation: UUID) -> dict[str, Any]:
         store.delete(str(conversation))

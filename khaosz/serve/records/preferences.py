@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,6 +154,13 @@ class PreferenceFile:
         except OSError as error:
             raise DataError(f"{path} cannot be used: {error.strerror or error}") from None
 
+    def _ends_within_a_line(self) -> bool:
+        if not self.path.exists() or not self.path.stat().st_size:
+            return False
+        with self.path.open("rb") as file:
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
     def _mend(self) -> None:
         """A last line without its end is ended if all of it is there, else moved beside the file:
         it was never answered for."""
@@ -178,7 +186,10 @@ class PreferenceFile:
         """On the disk when this returns: all of the line, or nothing. Returns how many there are.
         Raises `Refused` where the disk is full."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self._lock:
+        with self._lock, _told_when_full():
+            if self._ends_within_a_line():  # an editor, or another program that was killed
+                self._mend()
+                self._counted = self._count = 0
             with self.path.open("ab", buffering=0) as file:
                 size = os.fstat(file.fileno()).st_size
                 try:
@@ -186,12 +197,8 @@ class PreferenceFile:
                     while left:
                         left = left[file.write(left) :]
                     os.fsync(file.fileno())
-                except OSError as error:
+                except OSError:
                     file.truncate(size)
-                    if error.errno in _FULL:
-                        raise Refused(
-                            507, "the disk is full", "server_error", code="disk_full"
-                        ) from None
                     raise
             if not size:
                 sync_folder(self.path.parent)
@@ -216,6 +223,16 @@ class PreferenceFile:
     def lines(self) -> Iterator[bytes]:
         """The whole lines, in pieces of any length."""
         return _whole_lines(self.path) if self.path.exists() else iter(())
+
+
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise Refused(507, "the disk is full", "server_error", code="disk_full") from None
 
 
 def preference_routes(file: PreferenceFile) -> APIRouter:

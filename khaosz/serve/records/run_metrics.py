@@ -171,7 +171,7 @@ def _row(line: bytes) -> Row | None:
         found = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or type(found.get("step")) is not int:
+    if not isinstance(found, dict) or type(plain(found.get("step"))) is not int:
         return None
     return {
         plain(key): plain(value)
@@ -181,8 +181,11 @@ def _row(line: bytes) -> Row | None:
 
 
 def plain(value: Any) -> Any:
-    """What can stand in an answer: no NaN, though trainers write it, and no lone surrogate."""
+    """What can stand in an answer: no NaN, though trainers write it, no lone surrogate, and no
+    whole number beyond what a float can be."""
     match value:
+        case int() if value.bit_length() >= 1024:
+            return None
         case float() if not math.isfinite(value):
             return None
         case str() if not value.isascii():

@@ -199,13 +199,13 @@ def _summary(id: str, path: Path) -> dict[str, Any]:
     metrics = path / "metrics.jsonl"
     config, plan = _object(path / "train_config.json") or {}, _object(path / "plan.json") or {}
     last = last_row(metrics) or {}
-    steps = plan.get("total_steps") or config.get("max_steps")
+    steps = plain(plan.get("total_steps") or config.get("max_steps"))
     updated = max(map(_changed, (metrics, path / "samples.jsonl", path / "train_config.json")))
     return {
         "id": id,
         "object": "run",
         "stage": stage if isinstance(stage := config.get("stage"), str) else None,
-        "state": _state(last, steps, updated, config.get("log_every")),
+        "state": _state(last, steps, updated, plain(config.get("log_every"))),
         "step": last.get("step"),
         "steps": steps if type(steps) is int else None,
         "updated": int(updated),
@@ -224,7 +224,7 @@ def _state(last: Row, steps: Any, updated: float, log_every: Any) -> State:
         return "finished"
     quiet = QUIET
     if step and isinstance(taken, int | float) and type(log_every) is int:
-        quiet = max(QUIET, 3 * log_every * taken / step)
+        quiet = max(QUIET, 3.0 * log_every / step * taken)
     if time.time() - updated < quiet:
         return "running"
     return "stopped" if last else "unknown"
