@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ def started(page: Any) -> None:
 def kept(service: Service) -> list[dict[str, Any]]:
     found = service.ask("GET", "/v1/conversations")[2]["data"]
     return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
+
+
+def put(service: Service, *titles: str) -> None:
+    """Conversations of these titles, which are also what is asked in them."""
+    made = []
+    for i, title in enumerate(titles):
+        ids = [f"00000000-0000-4000-8000-0000000000{i}{n}" for n in range(3)]
+        question = {"id": ids[1], "parent": None, "role": "user", "content": title, "created": 1}
+        reply = {**question, "id": ids[2], "parent": ids[1], "role": "assistant"}
+        nodes = [question, {**reply, "content": f"{title}, answered"}]
+        made.append({"id": ids[0], "title": title, "nodes": nodes, "selected": ids[2]})
+    body = json.dumps({"conversations": made})
+    assert service.ask("POST", "/v1/conversations/import", body)[0] == 200
+
+
+def opened(page: Any, title: str) -> None:
+    page.locator(".history li a", has_text=title).click()
+    page.locator(".bubble", has_text=title).wait_for()
 
 
 def said(service: Service) -> list[str]:
@@ -189,3 +208,30 @@ def test_a_prompt_that_is_written_is_kept_once_or_twice(browser: Any, place: Ser
         )
         comes(page, lambda: kept(place)[0]["system"] == "Answer like a pirate, always.")
         assert 1 <= len(puts) <= 2
+
+
+def test_a_conversation_that_comes_late_takes_no_other_s_place(
+    browser: Any, place: Service
+) -> None:
+    """The answer would go into another conversation than the address and the list name."""
+    put(place, "slow", "quick")
+    with visited(browser, place.port) as page:
+        ready(page)
+        held: list[Any] = []
+        page.route("**/v1/conversations/*", lambda route: held.append(route))
+        for other in ("quick", ""):
+            held.clear()
+            page.locator(".history li a", has_text="slow").click()
+            comes(page, lambda: bool(held))
+            if other:
+                page.locator(".history li a", has_text=other).click()
+                comes(page, lambda: len(held) == 2)
+                held.pop().continue_()
+                page.locator(".bubble", has_text=other).wait_for()
+            else:
+                page.keyboard.press("Control+k")
+                page.locator(".empty").wait_for()
+            with page.expect_response("**/v1/conversations/*"):
+                held[0].continue_()
+            page.wait_for_timeout(100)
+            assert page.locator(".bubble").all_inner_texts() == ([other] if other else [])

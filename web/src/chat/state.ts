@@ -102,7 +102,11 @@ export async function refreshList(): Promise<void> {
   if (wanted === search.value) conversations.value = found; // or a later search is on its way
 }
 
+/** What the address names: a conversation that comes late is shown only while it is still that. */
+let wanted: string | null = null;
+
 export async function open(id: string | null): Promise<void> {
+  wanted = id;
   problem.value = null;
   if (id === null) {
     if (current.value.nodes.length) current.value = newConversation();
@@ -112,16 +116,19 @@ export async function open(id: string | null): Promise<void> {
   try {
     await last; // what is being written now is to be read
     const kept = await keeper().get(id);
+    if (wanted !== id) return;
     const mine = answered.get(id);
     const selected = running.value?.conversation === id && mine ? mine.selected : kept.selected;
     current.value = mine ? { ...merged(mine, kept), selected } : kept;
   } catch (error) {
+    if (wanted !== id) return;
     if (!(error instanceof ApiError && error.status === 404)) problem.value = explain(error);
     go("chat");
   }
 }
 
 export function startAnew(): void {
+  wanted = null;
   current.value = { ...newConversation(), knowledge_base: current.value.knowledge_base };
   problem.value = null;
   go("chat");
