@@ -235,3 +235,25 @@ def test_a_conversation_that_comes_late_takes_no_other_s_place(
                 held[0].continue_()
             page.wait_for_timeout(100)
             assert page.locator(".bubble").all_inner_texts() == ([other] if other else [])
+
+
+def test_nothing_is_asked_while_another_answer_comes(browser: Any, place: Service) -> None:
+    """Neither by an example nor by an editor that was open already: it would not be kept."""
+    with visited(browser, place.port) as page:
+        ask(page, "plain")
+        answer(page)
+        page.locator(".message.user").hover()
+        page.get_by_role("button", name="Edit").click()
+        page.fill(".editor textarea", "think")
+        started(page)
+        page.focus(".editor textarea")
+        page.keyboard.press("Enter")
+        assert page.input_value(".editor textarea") == "think"
+        page.keyboard.press("Control+k")
+        example = page.locator(".examples button").first
+        example.wait_for()
+        assert example.is_disabled()
+        page.keyboard.press("Escape")
+        example.and_(page.locator(":enabled")).click()
+        answer(page)
+        assert page.locator(".history li").count() == 2

@@ -59,6 +59,8 @@ export const model = computed(() => {
   const chats = models.value.filter((each) => each.kind === "chat");
   return chats.find((each) => each.id === chosenModel.value) ?? chats[0] ?? null;
 });
+/** Whether something can be asked: one answer is under way at a time, and it needs a model. */
+export const free = computed(() => running.value === null && model.value !== null);
 export const answering = computed(() => running.value?.conversation === current.value.id);
 
 export function choose(id: string): void {
@@ -194,6 +196,7 @@ async function putMerged(conversation: Conversation): Promise<Conversation> {
 }
 
 export async function send(text: string): Promise<void> {
+  if (!free.value) return; // or the question would stand there, neither answered nor kept
   const before = current.value;
   const question = newNode(before.selected, "user", text);
   const title = before.title || titleOf(text);
@@ -203,6 +206,7 @@ export async function send(text: string): Promise<void> {
 
 /** The same question in other words, beside the former one. */
 export async function edit(node: Node, text: string): Promise<void> {
+  if (!free.value) return;
   current.value = withNode(current.value, newNode(node.parent, "user", text));
   await answer(current.value.selected!);
 }
