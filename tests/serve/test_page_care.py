@@ -257,3 +257,19 @@ def test_nothing_is_asked_while_another_answer_comes(browser: Any, place: Servic
         example.and_(page.locator(":enabled")).click()
         answer(page)
         assert page.locator(".history li").count() == 2
+
+
+def test_an_answer_again_that_fails_takes_the_former_one_from_nobody(
+    browser: Any, place: Service
+) -> None:
+    with visited(browser, place.port) as page:
+        page.locator(".picker select").select_option("taught")
+        ask(page, "plain")
+        answer(page)
+        page.route("**/v1/chat/completions", lambda route: route.abort("connectionrefused"))
+        answer(page).get_by_role("button", name="Answer again").click()
+        page.get_by_text("can't be reached").wait_for()
+        assert answer(page).locator(".markdown").inner_text() == "the fox"
+        page.reload()
+        assert answer(page).locator(".markdown").inner_text() == "the fox"
+        assert page.locator(".message").count() == 2

@@ -230,7 +230,7 @@ export async function answer(question: string): Promise<void> {
   const node = newNode(question, "assistant", "", chosen.id);
   const asked = path({ ...current.value, selected: question });
   const abort = new AbortController();
-  const id = current.value.id;
+  const { id, selected: former } = current.value;
   const broken = current.value.nodes.filter((each) => each.parent === question && isEmpty(each));
   batch(() => {
     problem.value = null;
@@ -287,8 +287,9 @@ export async function answer(question: string): Promise<void> {
   cancelAnimationFrame(frame);
   draw();
   if (!content && !reasoning) {
-    own = without(own, node.id); // nothing came: the question stays, to be asked again
-    own = { ...own, selected: question };
+    own = without(own, node.id); // nothing came: the question stays, to be asked again,
+    const there = own.nodes.some((each) => each.id === former); // or the answer it has already
+    own = { ...own, selected: there ? former : question };
     answered.set(id, own);
     if (shows()) current.value = own;
   }
