@@ -273,3 +273,16 @@ def test_an_answer_again_that_fails_takes_the_former_one_from_nobody(
         page.reload()
         assert answer(page).locator(".markdown").inner_text() == "the fox"
         assert page.locator(".message").count() == 2
+
+
+def test_an_answer_that_broke_off_says_so(browser: Any, place: Service) -> None:
+    """Also later, and to who looked elsewhere when it did."""
+    half = {"choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
+    with visited(browser, place.port) as page:
+        sent = {"content_type": "text/event-stream", "body": f"data: {json.dumps(half)}\n\n"}
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(**sent))
+        ask(page, "plain")
+        page.get_by_text("can't be reached").wait_for()
+        comes(page, lambda: said(place) == ["plain", "half"])
+        page.reload()
+        assert "broken off" in answer(page).locator(".facts").inner_text()

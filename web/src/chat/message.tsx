@@ -150,6 +150,7 @@ function Answer(props: { node: Node }) {
             {counted && counted.usage.completion_tokens > 1 &&
               ` · ${t("perSecond", { n: number(counted.usage.completion_tokens / counted.seconds, 1) })}`}
             {node.finish_reason === "stopped" && ` · ${t("stopped")}`}
+            {node.finish_reason === "error" && ` · ${t("brokenOff")}`}
             {node.finish_reason === "length" && ` · ${t("cutShort")}`}
           </span>
         </div>

@@ -280,7 +280,7 @@ export async function answer(question: string): Promise<void> {
   } catch (error) {
     if (abort.signal.aborted) rest = { ...rest, finish_reason: "stopped" };
     else {
-      rest = { ...rest, finish_reason: content ? "error" : null };
+      rest = { ...rest, finish_reason: "error" };
       if (shows()) problem.value = explain(error);
     }
   }
