@@ -103,7 +103,7 @@ const browser: Keeper = {
     const { updated: _, ...conversation } = (await done((await store("readonly")).get(id))) as Kept;
     return conversation;
   },
-  async put(conversation) {
+  async put({ base: _, ...conversation }) {
     const kept: Kept = { ...conversation, updated: Math.floor(Date.now() / 1000) };
     await done((await store("readwrite")).put(kept));
     return conversation;

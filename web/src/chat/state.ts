@@ -20,6 +20,7 @@ import { uuid } from "../platform";
 import { worded } from "../reasons";
 import { go, rename } from "../router";
 import {
+  based,
   changed,
   isEmpty,
   leafBelow,
@@ -117,7 +118,7 @@ export async function open(id: string | null): Promise<void> {
   if (id === current.value.id) return;
   try {
     await last; // what is being written now is to be read
-    const kept = await keeper().get(id);
+    const kept = based(await keeper().get(id));
     if (wanted !== id) return;
     const mine = answered.get(id);
     const selected = running.value?.conversation === id && mine ? mine.selected : kept.selected;
@@ -138,35 +139,48 @@ export function startAnew(): void {
 
 /** Change the conversation, and keep it where there is something to keep. */
 export function update(change: Partial<Conversation>): void {
-  current.value = { ...current.value, ...change };
-  if (current.value.nodes.length) void keep(current.value.id);
+  renew({ ...current.value, ...change });
+  if (current.value.nodes.length) void keep(current.value);
 }
 
 /** With the answers of this window: while they are under way they are further on here. */
 const answered = new Map<string, Conversation>();
 
+/** A conversation as this window has it by now, whether it is shown or not. */
+function newest(id: string): Conversation | null {
+  return current.value.id === id ? current.value : (answered.get(id) ?? null);
+}
+
+function renew(state: Conversation): void {
+  if (current.value.id === state.id) current.value = state;
+  if (answered.has(state.id)) answered.set(state.id, state);
+}
+
 let last: Promise<void> = Promise.resolve();
 
-let waiting: string | null = null;
+/** Those that are to be written, as they were when they were last shown. */
+const waiting = new Map<string, Conversation>();
 
 const removed = new Set<string>();
 
-/** One after the other, each with the newest state: what is shown, or `state` where another
- * conversation is shown by then. */
-function keep(id: string, state: Conversation | null = null): Promise<void> {
-  // What waits will write the newest state: with every key in a prompt one is enough.
-  if (state === null && waiting === id) return last;
-  if (state === null) waiting = id;
+/** One after the other, each with the newest state by then. */
+function keep(state: Conversation): Promise<void> {
+  const { id } = state;
+  const waits = waiting.has(id);
+  waiting.set(id, state);
+  if (waits) return last; // with every key in a prompt one is enough
   last = last.then(async () => {
-    if (waiting === id) waiting = null;
-    const conversation = current.value.id === id ? current.value : state;
-    if (conversation === null || removed.has(id)) return;
+    const conversation = newest(id) ?? waiting.get(id)!;
+    waiting.delete(id);
+    if (removed.has(id)) return;
     try {
-      const kept = await putMerged(conversation);
-      if (kept.revision !== undefined && current.value.id === id) {
-        const met = kept.nodes.length > conversation.nodes.length;
-        current.value = { ...(met ? merged(current.value, kept) : current.value), revision: kept.revision };
-        if (met) problem.value = t("conflict");
+      const { kept, met } = await putMerged(conversation);
+      const now = newest(id);
+      const { base, revision } = based(kept);
+      if (now !== null && revision !== undefined) {
+        renew(met ? merged(now, kept) : { ...now, base: base!, revision });
+        const more = kept.nodes.length > conversation.nodes.length;
+        if (more && current.value.id === id) problem.value = t("conflict");
       }
       await refreshList();
     } catch (error) {
@@ -177,20 +191,21 @@ function keep(id: string, state: Conversation | null = null): Promise<void> {
 }
 
 /** With what another window has written meanwhile, if any: nobody's answer is lost. */
-async function putMerged(conversation: Conversation): Promise<Conversation> {
+async function putMerged(conversation: Conversation): Promise<{ kept: Conversation; met: boolean }> {
+  let met = false;
   for (let left = 5; ; left--) {
     try {
-      return await keeper().put(conversation);
+      return { kept: await keeper().put(conversation), met };
     } catch (error) {
       if (!(error instanceof ApiError && error.status === 409) || !left) throw error;
-      conversation = await keeper()
-        .get(conversation.id)
-        .then((theirs) => merged(conversation, theirs))
-        .catch((gone) => {
-          if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
-          const { revision: _, ...fresh } = conversation; // deleted there, and gone on here
-          return fresh;
-        });
+      try {
+        conversation = merged(conversation, await keeper().get(conversation.id));
+        met = true;
+      } catch (gone) {
+        if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
+        const { revision: _, ...fresh } = conversation; // deleted there, and gone on here
+        conversation = fresh;
+      }
     }
   }
 }
@@ -241,9 +256,9 @@ export async function answer(question: string): Promise<void> {
   });
   rename("chat", id);
   // The question first: it is there whatever becomes of the answer.
-  let own: Conversation = current.value;
-  answered.set(id, own);
-  await keep(id, own);
+  answered.set(id, current.value);
+  await keep(current.value);
+  const begun = newest(id)!;
   // The user may look at another conversation meanwhile: this one goes on by itself.
   const shows = () => current.value.id === id;
   let frame = 0;
@@ -253,14 +268,12 @@ export async function answer(question: string): Promise<void> {
   const draw = () => {
     frame = 0;
     const change = { content, reasoning: reasoning || null, ...rest };
-    own = changed(shows() ? current.value : own, node.id, change);
-    answered.set(id, own);
-    if (shows()) current.value = own;
+    renew(changed(newest(id)!, node.id, change));
   };
   try {
-    for await (const chunk of streamChat(requestOf(own, asked, chosen.id), abort.signal)) {
+    for await (const chunk of streamChat(requestOf(begun, asked, chosen.id), abort.signal)) {
       if (chunk.retrieval) {
-        const { knowledge_base } = own;
+        const { knowledge_base } = begun;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
       }
       if (chunk.usage) {
@@ -287,17 +300,15 @@ export async function answer(question: string): Promise<void> {
   cancelAnimationFrame(frame);
   draw();
   if (!content && !reasoning) {
-    own = without(own, node.id); // nothing came: the question stays, to be asked again,
-    const there = own.nodes.some((each) => each.id === former); // or the answer it has already
-    own = { ...own, selected: there ? former : question };
-    answered.set(id, own);
-    if (shows()) current.value = own;
+    const rest = without(newest(id)!, node.id); // nothing came: the question stays, to be asked again,
+    const there = rest.nodes.some((each) => each.id === former); // or the answer it has already
+    renew({ ...rest, selected: there ? former : question });
   }
   batch(() => {
     running.value = null;
     said.value = t("answered");
   });
-  await keep(id, own);
+  await keep(newest(id)!);
 }
 
 function requestOf(conversation: Conversation, asked: Node[], id: string): unknown {
@@ -342,12 +353,13 @@ export async function remove(id: string): Promise<void> {
 }
 
 export async function retitle(id: string, title: string): Promise<void> {
-  if (id === current.value.id) {
-    update({ title });
-    return;
+  try {
+    const state = newest(id) ?? based(await keeper().get(id));
+    renew({ ...state, title });
+    await keep({ ...state, title });
+  } catch (error) {
+    problem.value = explain(error);
   }
-  await keeper().put({ ...(await keeper().get(id)), title });
-  await refreshList();
 }
 
 /** Conversations of a file that an export wrote; how many there were. */
