@@ -286,3 +286,46 @@ def test_an_answer_that_broke_off_says_so(browser: Any, place: Service) -> None:
         comes(page, lambda: said(place) == ["plain", "half"])
         page.reload()
         assert "broken off" in answer(page).locator(".facts").inner_text()
+
+
+def deleted(page: Any) -> None:
+    page.locator(".history li").hover()
+    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+
+
+def test_what_could_not_be_deleted_is_still_kept(browser: Any, place: Service) -> None:
+    put(place, "poem")
+    with visited(browser, place.port) as page:
+        opened(page, "poem")
+        page.route("**/v1/conversations/*", lambda route: route.abort("connectionrefused"))
+        deleted(page)
+        page.get_by_role("alert").get_by_text("can't be reached").wait_for()
+        page.unroute("**/v1/conversations/*")
+        ask(page, "plain")
+        comes(page, lambda: said(place)[2:] == ["plain", "the fox"])
+
+
+def test_what_is_being_written_brings_nothing_back(browser: Any, place: Service) -> None:
+    put(place, "poem")
+    with visited(browser, place.port) as page:
+        opened(page, "poem")
+        held: list[Any] = []
+
+        def slow(route: Any) -> None:
+            if route.request.method == "PUT" and not held:
+                held.append(route)
+            else:
+                route.continue_()
+
+        page.route("**/v1/conversations/*", slow)
+        page.get_by_role("button", name="Sampling").click()
+        page.get_by_label("System prompt").fill("Be brief.")
+        page.keyboard.press("Escape")
+        comes(page, lambda: bool(held))
+        deleted(page)
+        page.wait_for_timeout(200)
+        held[0].continue_()
+        page.locator(".empty").wait_for()
+        page.wait_for_load_state("networkidle")
+        assert kept(place) == []

@@ -346,10 +346,21 @@ export async function measure(): Promise<void> {
 
 export async function remove(id: string): Promise<void> {
   removed.add(id); // an answer under way does not bring it back
+  try {
+    await last; // nor does what is being written now
+    await keeper().remove(id);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) {
+      removed.delete(id); // it is still there, and is to be kept
+      const state = newest(id);
+      if (state !== null) await keep(state);
+      problem.value = explain(error);
+      return;
+    }
+  }
   if (running.value?.conversation === id) stop();
-  await keeper().remove(id);
   if (current.value.id === id) startAnew();
-  await refreshList();
+  await refreshList().catch((error) => (problem.value = explain(error)));
 }
 
 export async function retitle(id: string, title: string): Promise<void> {
