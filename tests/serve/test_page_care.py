@@ -329,3 +329,25 @@ def test_what_is_being_written_brings_nothing_back(browser: Any, place: Service)
         page.locator(".empty").wait_for()
         page.wait_for_load_state("networkidle")
         assert kept(place) == []
+
+
+def test_the_meter_is_of_what_is_shown(browser: Any, place: Service) -> None:
+    put(place, "a title of many more tokens", "poem")
+    with visited(browser, place.port) as page:
+        ready(page)
+        opened(page, "poem")
+        meter = page.locator(".meter")
+        meter.wait_for()
+        page.wait_for_load_state("networkidle")
+        small = meter.get_attribute("title")
+        held: list[Any] = []
+        page.route("**/tokenize", lambda route: route.continue_() if held else held.append(route))
+        opened(page, "many more")
+        comes(page, lambda: bool(held))
+        with page.expect_response("**/tokenize"):
+            opened(page, "poem")
+        page.wait_for_timeout(200)
+        with page.expect_response("**/tokenize"):
+            held[0].continue_()
+        page.wait_for_timeout(100)
+        assert meter.get_attribute("title") == small

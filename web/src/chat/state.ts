@@ -326,7 +326,10 @@ function requestOf(conversation: Conversation, asked: Node[], id: string): unkno
 /** Tokens of what is shown; asked for once an answer is complete. */
 export const filled = signal<number | null>(null);
 
+let measured: object | null = null;
+
 export async function measure(): Promise<void> {
+  const own = (measured = {}); // a count that comes late is of another conversation
   const chosen = model.value;
   const messages = shown.value
     .filter((node) => node.content)
@@ -338,9 +341,10 @@ export async function measure(): Promise<void> {
     return;
   }
   try {
-    filled.value = await countTokens(chosen.id, messages);
+    const count = await countTokens(chosen.id, messages);
+    if (measured === own) filled.value = count;
   } catch {
-    filled.value = null; // a meter, no more
+    if (measured === own) filled.value = null; // a meter, no more
   }
 }
 
