@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 from browsing import PHONE, visited
-from knowing import Knowing, knowing
+from knowing import BASES, Knowing, knowing
 from make_documents import pdf_bytes
 from serving import wait_until
 
@@ -150,3 +150,30 @@ def test_documents_on_a_phone(browser: Any, shelf: Knowing) -> None:
         page.set_input_files(".drop input", [report(), long])
         page.wait_for_function("() => document.querySelectorAll('.files li.ready').length === 2")
         assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_what_could_not_be_done_is_said(browser: Any, shelf: Knowing) -> None:
+    """Though the looks that come after it go well."""
+    shelf.create("taken")
+    shelf.ready("taken", shelf.upload("taken", "a.txt", b"A text."))
+    with visited(browser, shelf.service.port, "/#/documents/taken") as page:
+        page.get_by_role("button", name="New collection").first.click()
+        name = page.get_by_label("Name")
+        name.fill("taken")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("already").wait_for()
+        name.fill("a/b")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("letters").wait_for()
+        page.keyboard.press("Escape")
+        page.get_by_role("alert").wait_for(state="detached")
+        page.route(
+            f"**{BASES}/**",
+            lambda route: route.abort() if route.request.method == "DELETE" else route.continue_(),
+        )
+        for button in ("Delete: a.txt", "Delete collection"):
+            page.get_by_role("button", name=button).click()
+            page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+            page.get_by_role("dialog").wait_for(state="detached")
+            page.wait_for_load_state("networkidle")
+            page.get_by_role("alert").get_by_text("can't be reached").wait_for()

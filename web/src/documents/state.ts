@@ -27,7 +27,8 @@ export interface Upload {
 
 export const files = signal<FileState[]>([]);
 export const uploads = signal<Upload[]>([]);
-export const trouble = signal<string | null>(null);
+export const trouble = signal<string | null>(null); // with what was asked for
+export const away = signal<string | null>(null); // with the looks, which come by themselves
 
 const AT_ONCE = 3;
 let keys = 0;
@@ -36,14 +37,14 @@ function where(base: string, rest = ""): string {
   return `/v1/knowledge_bases/${encodeURIComponent(base)}${rest}`;
 }
 
-/** What went wrong is shown; what went right takes the last trouble away. */
-async function tried<T>(work: () => Promise<T>): Promise<T | null> {
+/** What went wrong is shown; what goes right takes the last trouble of its kind away. */
+async function tried<T>(work: () => Promise<T>, kind = trouble): Promise<T | null> {
   try {
     const found = await work();
-    trouble.value = null;
+    kind.value = null;
     return found;
   } catch (error) {
-    trouble.value = explain(error);
+    kind.value = explain(error);
     return null;
   }
 }
@@ -52,13 +53,13 @@ export async function makeBase(name: string, embedder: string | null): Promise<K
   const made = await tried(() =>
     sendJson<KnowledgeBase>("POST", "/v1/knowledge_bases", { name, embedder }),
   );
-  await tried(refreshBases);
+  await tried(refreshBases, away);
   return made;
 }
 
 export async function removeBase(base: string): Promise<void> {
   await tried(() => sendJson("DELETE", where(base)));
-  await tried(refreshBases);
+  await tried(refreshBases, away);
 }
 
 let shown: string | null = null;
@@ -66,13 +67,13 @@ let shown: string | null = null;
 export async function refreshFiles(base: string): Promise<void> {
   if (base !== shown) files.value = [];
   shown = base;
-  const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")));
+  const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")), away);
   if (found !== null && shown === base) files.value = found.data;
 }
 
 /** While something is being read, which may also fail as a whole. */
 export async function lookAgain(base: string): Promise<void> {
-  await Promise.all([refreshFiles(base), tried(refreshBases)]);
+  await Promise.all([refreshFiles(base), tried(refreshBases, away)]);
 }
 
 export function busy(): boolean {
