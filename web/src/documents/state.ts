@@ -57,9 +57,16 @@ export async function makeBase(name: string, embedder: string | null): Promise<K
   return made;
 }
 
-export async function removeBase(base: string): Promise<void> {
-  await tried(() => sendJson("DELETE", where(base)));
+/** Whether it is gone, and what was on its way to it: a new one of its name has other files. */
+export async function removeBase(base: string): Promise<boolean> {
+  const answer = await tried(() => sendJson("DELETE", where(base)));
+  if (answer !== null) {
+    const lost = uploads.value.filter((each) => each.base === base);
+    uploads.value = uploads.value.filter((each) => each.base !== base);
+    for (const { key } of lost) under.get(key)?.abort();
+  }
   await tried(refreshBases, away);
+  return answer !== null;
 }
 
 let shown: string | null = null;
@@ -104,14 +111,15 @@ function change(key: number, how: Partial<Upload>): void {
   uploads.value = uploads.value.map((each) => (each.key === key ? { ...each, ...how } : each));
 }
 
-const under = new Set<number>();
+const under = new Map<number, XMLHttpRequest>();
 
 function next(): void {
   for (const upload of uploads.value) {
     if (under.size >= AT_ONCE) return;
     if (upload.problem !== null || under.has(upload.key)) continue;
-    under.add(upload.key);
-    void put(upload)
+    const sending = new XMLHttpRequest();
+    under.set(upload.key, sending);
+    void put(upload, sending)
       .then(
         () => forget(upload),
         (error) => change(upload.key, { problem: explain(error) }),
@@ -125,15 +133,14 @@ function next(): void {
 }
 
 /** `fetch` tells nothing of what was sent so far, so this is the older way. */
-function put(upload: Upload): Promise<void> {
+function put(upload: Upload, sending: XMLHttpRequest): Promise<void> {
   return new Promise((resolve, reject) => {
-    const sending = new XMLHttpRequest();
     sending.open("PUT", where(upload.base, `/files/${encodeURIComponent(upload.file.name)}`));
     for (const [name, value] of Object.entries(headers())) sending.setRequestHeader(name, value);
     sending.setRequestHeader("Content-Type", "application/octet-stream");
     sending.upload.onprogress = ({ loaded, total }) =>
       change(upload.key, { sent: total ? loaded / total : 0 });
-    sending.onerror = () => reject(new Unreachable("upload"));
+    sending.onabort = sending.onerror = () => reject(new Unreachable("upload"));
     sending.onload = () => {
       if (sending.status < 300) return resolve();
       let message = sending.statusText;

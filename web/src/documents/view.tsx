@@ -137,10 +137,19 @@ function Base(props: { id: string }) {
     void refreshFiles(id);
   }, [id]);
   useEffect(() => {
-    if (!busy()) return;
-    const wait = setTimeout(() => void lookAgain(id), POLL);
-    return () => clearTimeout(wait);
-  });
+    let over = false;
+    let wait = 0;
+    // Whatever comes of a look, and however often the page is drawn while a file is sent.
+    const look = async () => {
+      if (busy()) await lookAgain(id);
+      if (!over) wait = window.setTimeout(look, POLL);
+    };
+    wait = window.setTimeout(look, POLL);
+    return () => {
+      over = true;
+      clearTimeout(wait);
+    };
+  }, [id]);
   const base = bases.value.find((each) => each.id === id);
   const drop = (event: DragEvent) => {
     event.preventDefault();
@@ -245,8 +254,11 @@ function Base(props: { id: string }) {
             const target = asked.value;
             asked.value = null;
             if (target === "base") {
-              if (current.value.knowledge_base === id) update({ knowledge_base: null });
-              void removeBase(id).then(() => go("documents"));
+              void removeBase(id).then((gone) => {
+                if (!gone) return;
+                if (current.value.knowledge_base === id) update({ knowledge_base: null });
+                if (route.value.view === "documents" && route.value.id === id) go("documents");
+              });
             } else if (target) void removeFile(id, target);
           }}
         />
