@@ -220,6 +220,17 @@ def test_answers_that_are_alike_cannot_be_ranked(browser: Any, place: Service) -
         assert page.locator(".told").inner_text() == ""  # nobody is answering any more
 
 
+def test_a_file_goes_on_behind_a_prompt_that_cannot_be_ranked(browser: Any, place: Service) -> None:
+    file = {"name": "p.txt", "mimeType": "text/plain", "buffer": b"plain\nfox\n"}
+    with visited(browser, place.port, "/#/preferences") as page:
+        page.get_by_label("Model").select_option("taught")  # says one thing by heart
+        page.set_input_files(".asking input[type=file]", file)
+        page.get_by_role("button", name="Sample answers").click()
+        page.get_by_text("The answers are all the same").wait_for()
+        page.get_by_role("button", name="Next prompt").click()
+        assert page.get_by_label("Prompt", exact=True).input_value() == "fox"
+
+
 def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:
     loaded = place.models.find("tiny").loaded
     assert loaded is not None
