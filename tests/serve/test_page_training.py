@@ -191,3 +191,11 @@ def test_it_fits_a_phone(browser: Any, place: Service) -> None:
         chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
         wide = "(() => { const p = document.querySelector('.page');"
         assert page.evaluate(wide + " return p.scrollWidth <= p.clientWidth })()")
+
+
+def test_values_that_differ_by_their_rounding_alone_are_drawn(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    append(folder / "other/metrics.jsonl", row(11, accuracy=1 / 3), row(12, accuracy=1 / 3 + 6e-17))
+    with visited(browser, place.port, "/#/training/other") as page:
+        chart(page, "Accuracy").locator(".plot .line").first.wait_for(state="attached")
