@@ -229,3 +229,17 @@ def test_a_run_that_was_begun_again_and_is_further_on_is_another(
         page.get_by_text("Configuration").click()
         page.locator(".configuration").get_by_text("0.03").wait_for()
         assert page.get_by_text("来了").count() == 0
+
+
+def test_of_two_runs_at_once_the_one_looked_at_stays(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        shown = page.locator(".runs li.open a")
+        assert shown.inner_text() == "演示/pt"
+        append(folder / "other/metrics.jsonl", row(11))
+        then = time.time() + 5
+        os.utime(folder / "other/metrics.jsonl", (then, then))
+        page.locator(".runs li").first.get_by_text("other").wait_for()
+        page.wait_for_timeout(100)
+        assert shown.inner_text() == "演示/pt"
