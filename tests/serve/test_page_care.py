@@ -351,3 +351,26 @@ def test_the_meter_is_of_what_is_shown(browser: Any, place: Service) -> None:
             held[0].continue_()
         page.wait_for_timeout(100)
         assert meter.get_attribute("title") == small
+
+
+def test_what_a_file_holds_can_end_no_page(browser: Any, place: Service) -> None:
+    """The server keeps what an answer was found by as it comes."""
+    put(place, "odd")
+    [conversation] = kept(place)
+    conversation["nodes"][1] |= {"retrieval": {"hits": [{}]}, "citations": [{}]}
+    conversation["settings"] = {"stop": "x", "temperature": "hot"}
+    body = json.dumps({"conversations": [conversation]})
+    assert place.ask("POST", "/v1/conversations/import", body)[0] == 200
+    with visited(browser, place.port) as page:
+        opened(page, "odd")
+        assert answer(page).locator(".markdown").inner_text() == "odd, answered"
+        page.get_by_role("button", name="Sampling").click()
+        assert page.get_by_label("Stop at").input_value() == ""
+        page.keyboard.press("Escape")
+        page.get_by_role("link", name="Settings").click()
+        for broken in (None, {}, {"id": "x", "nodes": [None]}):
+            content = json.dumps({"conversations": [broken]}).encode()
+            file = {"name": "c.json", "mimeType": "application/json", "buffer": content}
+            page.set_input_files("input[type=file]", file)
+            page.get_by_text("holds no conversations").wait_for()
+    assert len(kept(place)) == 1

@@ -19,6 +19,7 @@ import { keeper, type Listed } from "../keep";
 import { uuid } from "../platform";
 import { worded } from "../reasons";
 import { go, rename } from "../router";
+import { sound } from "../sound";
 import {
   based,
   changed,
@@ -118,7 +119,7 @@ export async function open(id: string | null): Promise<void> {
   if (id === current.value.id) return;
   try {
     await last; // what is being written now is to be read
-    const kept = based(await keeper().get(id));
+    const kept = based(sound(await keeper().get(id)));
     if (wanted !== id) return;
     const mine = answered.get(id);
     const selected = running.value?.conversation === id && mine ? mine.selected : kept.selected;
@@ -199,7 +200,7 @@ async function putMerged(conversation: Conversation): Promise<{ kept: Conversati
     } catch (error) {
       if (!(error instanceof ApiError && error.status === 409) || !left) throw error;
       try {
-        conversation = merged(conversation, await keeper().get(conversation.id));
+        conversation = merged(conversation, sound(await keeper().get(conversation.id)));
         met = true;
       } catch (gone) {
         if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
@@ -369,7 +370,7 @@ export async function remove(id: string): Promise<void> {
 
 export async function retitle(id: string, title: string): Promise<void> {
   try {
-    const state = newest(id) ?? based(await keeper().get(id));
+    const state = newest(id) ?? based(sound(await keeper().get(id)));
     renew({ ...state, title });
     await keep({ ...state, title });
   } catch (error) {
@@ -380,10 +381,14 @@ export async function retitle(id: string, title: string): Promise<void> {
 /** Conversations of a file that an export wrote; how many there were. */
 export async function importAll(text: string): Promise<number> {
   const given: unknown = JSON.parse(text);
-  const found = (given as { conversations?: Conversation[] }).conversations;
-  if (!Array.isArray(found)) throw new SyntaxError("no conversations");
+  const listed = (given as { conversations?: unknown } | null)?.conversations;
+  if (!Array.isArray(listed)) throw new SyntaxError("no conversations");
+  const found = listed.map((each) => {
+    const { revision: _, ...rest } = sound(each);
+    return { ...rest, id: uuid() };
+  });
   try {
-    await keeper().add(found.map(({ revision: _, ...each }) => ({ ...each, id: uuid() })));
+    await keeper().add(found);
   } finally {
     await refreshList();
   }
