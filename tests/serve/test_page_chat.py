@@ -288,6 +288,19 @@ def test_a_key_is_asked_for(browser: Any, taught: Path) -> None:
         assert answer(page).locator(".markdown").inner_text() == "the fox"
 
 
+@pytest.mark.parametrize("key", ["sesame", "芝麻"])
+def test_a_key_of_any_letters_is_tried(browser: Any, taught: Path, key: str) -> None:
+    """An input method's letters: the page would never ask for another key."""
+    with served(taught, key=key) as service, visited(browser, service.port) as page:
+        for wrong in ("ｓｅｓａｍｅ", "开门"):
+            page.get_by_label("Key", exact=True).fill(wrong)
+            page.keyboard.press("Enter")
+            page.get_by_text("did not take this key").wait_for()
+        page.get_by_label("Key", exact=True).fill(key)
+        page.keyboard.press("Enter")
+        ready(page)
+
+
 def test_errors_are_said_and_nothing_is_lost(browser: Any, taught: Path) -> None:
     with served(taught) as service, visited(browser, service.port) as page:
         page.wait_for_function("() => document.querySelector('.picker select').value === 'taught'")
