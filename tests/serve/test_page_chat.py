@@ -301,6 +301,14 @@ def test_a_key_of_any_letters_is_tried(browser: Any, taught: Path, key: str) -> 
         ready(page)
 
 
+def test_an_address_that_is_cut_short_ends_no_page(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/chat/100%") as page:
+        ready(page)
+        page.evaluate("location.hash = '#/training/100%25'")
+        page.evaluate("location.hash = '#/settings'")
+        page.get_by_role("heading", name="Settings").wait_for()
+
+
 def test_errors_are_said_and_nothing_is_lost(browser: Any, taught: Path) -> None:
     with served(taught) as service, visited(browser, service.port) as page:
         page.wait_for_function("() => document.querySelector('.picker select').value === 'taught'")

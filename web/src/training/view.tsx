@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
 import { language, number, t } from "../i18n";
-import { go, href, route } from "../router";
+import { decoded, go, href, route } from "../router";
 import { Chart, Sparkline, Swatch, axisName, type Line } from "./chart";
 import { Configuration } from "./configuration";
 import { Samples } from "./samples";
@@ -15,7 +15,7 @@ const POLL = 3000; // ms between looks
  * `before`: of two runs at once now one and now the other is the newest.
  */
 function chosen(before: string | null): string[] {
-  const ids = route.value.id?.split(",").map(decodeURIComponent) ?? [];
+  const ids = route.value.id?.split(",").map(decoded) ?? [];
   if (ids.length) return ids.slice(0, MOST);
   const there = runs.value ?? [];
   const run = there.find((each) => each.id === before) ?? there[0];
