@@ -255,6 +255,37 @@ def test_conversations_are_searched_renamed_and_deleted(browser: Any, place: Ser
         page.wait_for_function("() => document.querySelectorAll('.history li').length === 1")
 
 
+def test_two_windows_of_a_browser_lose_nothing(browser: Any, place: Service) -> None:
+    """Where it keeps the conversations itself."""
+    with visited(browser, place.port) as one:
+        ask(one, "plain")
+        answer(one)
+        entry = one.locator(".history li a")
+        entry.wait_for()
+        two = one.context.new_page()
+        two.goto(one.url)
+        answer(two)
+        for page in (one, two):  # neither knows of the other's
+            ask(page, "think")
+            page.locator(".message.assistant").nth(1).wait_for()
+            answer(page)
+        two.get_by_text("went on in another window too").wait_for()
+        one.reload()
+        answer(one)
+        assert one.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
+        # What was deleted in one of them goes on in the other.
+        one.locator(".history li").hover()
+        one.get_by_role("button", name="Delete").click()
+        one.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        entry.wait_for(state="detached")
+        ask(two, "plain")
+        two.locator(".message.assistant").nth(2).wait_for()
+        answer(two)
+        one.reload()
+        entry.click()
+        assert answer(one, 2).locator(".markdown").inner_text() == "the fox"
+
+
 def test_settings_of_a_conversation_are_sent(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as page:
         page.get_by_role("button", name="Sampling").click()
