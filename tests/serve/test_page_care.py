@@ -374,3 +374,24 @@ def test_what_a_file_holds_can_end_no_page(browser: Any, place: Service) -> None
             page.set_input_files("input[type=file]", file)
             page.get_by_text("holds no conversations").wait_for()
     assert len(kept(place)) == 1
+
+
+def test_an_answer_is_kept_once_the_server_is_there_again(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as page:
+        ready(page)
+        puts: list[Any] = []
+
+        def away(route: Any) -> None:
+            if route.request.method == "PUT":
+                puts.append(route)
+            if route.request.method == "PUT" and len(puts) == 2:
+                route.abort("connectionrefused")
+            else:
+                route.continue_()
+
+        page.route("**/v1/conversations/*", away)
+        ask(page, "plain")
+        page.get_by_role("alert").get_by_text("can't be reached").wait_for()
+        assert said(place) == ["plain", ""]
+        page.get_by_role("alert").wait_for(state="detached")
+        comes(page, lambda: said(place) == ["plain", "the fox"])

@@ -164,6 +164,9 @@ const waiting = new Map<string, Conversation>();
 
 const removed = new Set<string>();
 
+const AGAIN = 3000; // ms until what could not be kept is tried again
+const unkept = new Map<string, Conversation>();
+
 /** One after the other, each with the newest state by then. */
 function keep(state: Conversation): Promise<void> {
   const { id } = state;
@@ -173,7 +176,10 @@ function keep(state: Conversation): Promise<void> {
   last = last.then(async () => {
     const conversation = newest(id) ?? waiting.get(id)!;
     waiting.delete(id);
-    if (removed.has(id)) return;
+    if (removed.has(id)) {
+      unkept.delete(id);
+      return;
+    }
     try {
       const { kept, met } = await putMerged(conversation);
       const now = newest(id);
@@ -183,12 +189,28 @@ function keep(state: Conversation): Promise<void> {
         const more = kept.nodes.length > conversation.nodes.length;
         if (more && current.value.id === id) problem.value = t("conflict");
       }
-      await refreshList();
+      if (unkept.delete(id) && problem.value === t("unreachable")) problem.value = null;
     } catch (error) {
       problem.value = explain(error);
+      if (error instanceof Unreachable) retry(conversation);
+      return;
     }
+    await refreshList().catch((error) => (problem.value = explain(error)));
   });
   return last;
+}
+
+/** Until it is kept: who leaves once the server is there again would lose it. */
+function retry(state: Conversation): void {
+  const { id } = state;
+  const waits = unkept.has(id);
+  unkept.set(id, state);
+  if (waits) return;
+  const again = setInterval(() => {
+    const left = unkept.get(id);
+    if (left) void keep(left);
+    else clearInterval(again);
+  }, AGAIN);
 }
 
 /** With what another window has written meanwhile, if any: nobody's answer is lost. */
