@@ -395,3 +395,12 @@ def test_an_answer_is_kept_once_the_server_is_there_again(browser: Any, place: S
         assert said(place) == ["plain", ""]
         page.get_by_role("alert").wait_for(state="detached")
         comes(page, lambda: said(place) == ["plain", "the fox"])
+
+
+def test_a_very_long_search_finds_what_it_says(browser: Any, place: Service) -> None:
+    put(place, "poem")
+    with visited(browser, place.port) as page:
+        page.locator(".history li").wait_for()
+        page.focus(".search input")
+        page.keyboard.insert_text("z" * 300)
+        page.get_by_text("Nothing found.").wait_for()
