@@ -255,6 +255,37 @@ def test_conversations_are_searched_renamed_and_deleted(browser: Any, place: Ser
         page.wait_for_function("() => document.querySelectorAll('.history li').length === 1")
 
 
+def test_two_windows_of_a_browser_lose_nothing(browser: Any, place: Service) -> None:
+    """Where it keeps the conversations itself."""
+    with visited(browser, place.port) as one:
+        ask(one, "plain")
+        answer(one)
+        entry = one.locator(".history li a")
+        entry.wait_for()
+        two = one.context.new_page()
+        two.goto(one.url)
+        answer(two)
+        for page in (one, two):  # neither knows of the other's
+            ask(page, "think")
+            page.locator(".message.assistant").nth(1).wait_for()
+            answer(page)
+        two.get_by_text("went on in another window too").wait_for()
+        one.reload()
+        answer(one)
+        assert one.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
+        # What was deleted in one of them goes on in the other.
+        one.locator(".history li").hover()
+        one.get_by_role("button", name="Delete").click()
+        one.get_by_role("dialog").get_by_role("button", name="Delete").click()
+        entry.wait_for(state="detached")
+        ask(two, "plain")
+        two.locator(".message.assistant").nth(2).wait_for()
+        answer(two)
+        one.reload()
+        entry.click()
+        assert answer(one, 2).locator(".markdown").inner_text() == "the fox"
+
+
 def test_settings_of_a_conversation_are_sent(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as page:
         page.get_by_role("button", name="Sampling").click()
@@ -286,6 +317,27 @@ def test_a_key_is_asked_for(browser: Any, taught: Path) -> None:
         page.wait_for_function("() => document.querySelector('.picker select').value === 'taught'")
         ask(page, "plain")
         assert answer(page).locator(".markdown").inner_text() == "the fox"
+
+
+@pytest.mark.parametrize("key", ["sesame", "芝麻"])
+def test_a_key_of_any_letters_is_tried(browser: Any, taught: Path, key: str) -> None:
+    """An input method's letters: the page would never ask for another key."""
+    with served(taught, key=key) as service, visited(browser, service.port) as page:
+        for wrong in ("ｓｅｓａｍｅ", "开门"):
+            page.get_by_label("Key", exact=True).fill(wrong)
+            page.keyboard.press("Enter")
+            page.get_by_text("did not take this key").wait_for()
+        page.get_by_label("Key", exact=True).fill(key)
+        page.keyboard.press("Enter")
+        ready(page)
+
+
+def test_an_address_that_is_cut_short_ends_no_page(browser: Any, place: Service) -> None:
+    with visited(browser, place.port, "/#/chat/100%") as page:
+        ready(page)
+        page.evaluate("location.hash = '#/training/100%25'")
+        page.evaluate("location.hash = '#/settings'")
+        page.get_by_role("heading", name="Settings").wait_for()
 
 
 def test_errors_are_said_and_nothing_is_lost(browser: Any, taught: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from browsing import PHONE, visited
-from knowing import Knowing, knowing
+from browsing import PHONE, comes, visited
+from knowing import BASES, Knowing, knowing
 from make_documents import pdf_bytes
 from serving import wait_until
 
@@ -150,3 +150,81 @@ def test_documents_on_a_phone(browser: Any, shelf: Knowing) -> None:
         page.set_input_files(".drop input", [report(), long])
         page.wait_for_function("() => document.querySelectorAll('.files li.ready').length === 2")
         assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_what_could_not_be_done_is_said(browser: Any, shelf: Knowing) -> None:
+    """Though the looks that come after it go well."""
+    shelf.create("taken")
+    shelf.ready("taken", shelf.upload("taken", "a.txt", b"A text."))
+    with visited(browser, shelf.service.port, "/#/documents/taken") as page:
+        page.get_by_role("button", name="New collection").first.click()
+        name = page.get_by_label("Name")
+        name.fill("taken")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("already").wait_for()
+        name.fill("a/b")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").get_by_text("letters").wait_for()
+        page.keyboard.press("Escape")
+        page.get_by_role("alert").wait_for(state="detached")
+        page.route(
+            f"**{BASES}/**",
+            lambda route: route.abort() if route.request.method == "DELETE" else route.continue_(),
+        )
+        for button in ("Delete: a.txt", "Delete collection"):
+            page.get_by_role("button", name=button).click()
+            page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+            page.get_by_role("dialog").wait_for(state="detached")
+            page.wait_for_load_state("networkidle")
+            page.get_by_role("alert").get_by_text("can't be reached").wait_for()
+
+
+def test_a_server_that_was_away_is_looked_at_again(browser: Any, shelf: Knowing) -> None:
+    """What it reads meanwhile does not stand there as being read for ever."""
+    shelf.create("away")
+    file = shelf.upload("away", "a.txt", b"A text.")
+    shelf.ready("away", file)
+    reading = {"data": [{**shelf.file("away", file["id"]), "status": "reading"}]}
+    seen: list[Any] = []
+    with visited(browser, shelf.service.port, "/#/settings") as page:
+
+        def answered(route: Any) -> None:
+            seen.append(route)
+            if len(seen) == 1:
+                route.fulfill(json=reading)
+            elif len(seen) < 8:  # a look asks for the files and for the collections
+                route.abort("connectionrefused")
+            else:
+                route.continue_()
+
+        page.get_by_role("link", name="Documents").wait_for()
+        page.wait_for_load_state("networkidle")
+        page.route(f"**{BASES}**", answered)
+        page.goto(page.url.replace("settings", "documents/away"))
+        page.get_by_role("alert").get_by_text("can't be reached").wait_for()
+        page.locator(".files li.ready").wait_for()
+        page.get_by_role("alert").wait_for(state="detached")
+
+
+def test_what_was_on_its_way_to_a_deleted_base_goes_to_no_other(
+    browser: Any, shelf: Knowing
+) -> None:
+    files = [{"name": f"{i}.txt", "mimeType": "text/plain", "buffer": b"A text."} for i in range(6)]
+    with visited(browser, shelf.service.port, "/#/documents") as page:
+        held: list[Any] = []
+        page.route(f"**{BASES}/twice/files/*", lambda route: held.append(route))
+        for _ in range(2):
+            made(page, "twice")
+            assert page.locator(".files li").count() == 0
+            page.set_input_files(".drop input", files)
+            comes(page, lambda: len(held) >= 3)
+            page.get_by_role("button", name="Delete collection").click()
+            page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+            page.get_by_text("twice", exact=True).wait_for(state="detached")
+        made(page, "twice")
+        for route in held:
+            route.abort()
+        page.unroute(f"**{BASES}/twice/files/*")
+        page.wait_for_timeout(500)
+        assert shelf.ask("GET", "/twice/files")[1]["data"] == []
+        assert page.locator(".files li").count() == 0

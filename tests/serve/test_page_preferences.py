@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, visited
+from browsing import PHONE, comes, visited
 from serving import Service, served, wait_until
 
 from khaosz.data.preference import to_pairs
@@ -165,6 +165,50 @@ def test_prompts_of_a_file_come_one_after_the_other(browser: Any, place: Service
         page.get_by_text("No prompts were found").wait_for()
 
 
+def test_what_is_saved_late_disturbs_nothing(browser: Any, place: Service, file: Path) -> None:
+    """Neither the next prompt, which is being written, nor the ranking of it."""
+    with visited(browser, place.port, "/#/preferences") as page:
+        endless(page, place)
+        held: list[Any] = []
+        page.route("**/v1/preferences", lambda route: held.append(route))
+        for skipped in (False, True):
+            sampled(page, "fox", n=3)
+            for key in "123":
+                page.keyboard.press(key)
+            page.keyboard.press("Enter")
+            comes(page, lambda: bool(held))
+            field = page.get_by_label("Prompt", exact=True)
+            field.fill("the next")
+            if skipped:
+                sampled(page, "the next", n=2)
+                page.keyboard.press("2")
+            with page.expect_response("**/v1/preferences"):
+                held.pop().continue_()
+            page.get_by_text("Saved: 3 pairs").wait_for()
+            page.wait_for_timeout(100)
+            assert field.input_value() == "the next"
+            assert chips(page) == ("2>1" if skipped else "")
+    assert len(records(file)) == 2
+
+
+def test_a_ranking_that_could_not_be_saved_is_saved_again(
+    browser: Any, place: Service, file: Path
+) -> None:
+    with visited(browser, place.port, "/#/preferences") as page:
+        endless(page, place)
+        sampled(page, "fox", n=2)
+        page.keyboard.press("2")
+        page.route("**/v1/preferences", lambda route: route.abort("connectionrefused"))
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").wait_for()
+        assert chips(page) == "2>1"
+        page.unroute("**/v1/preferences")
+        page.keyboard.press("Enter")
+        page.get_by_text("Saved: 1 pairs").wait_for()
+        assert page.get_by_role("alert").count() == 0
+    assert len(records(file)) == 1
+
+
 def test_answers_that_are_alike_cannot_be_ranked(browser: Any, place: Service) -> None:
     with visited(browser, place.port, "/#/preferences") as page:
         page.get_by_label("Model").select_option("taught")  # says one thing by heart
@@ -174,6 +218,17 @@ def test_answers_that_are_alike_cannot_be_ranked(browser: Any, place: Service) -
         page.get_by_text("The answers are all the same").wait_for()
         assert page.locator(".card").count() == 0
         assert page.locator(".told").inner_text() == ""  # nobody is answering any more
+
+
+def test_a_file_goes_on_behind_a_prompt_that_cannot_be_ranked(browser: Any, place: Service) -> None:
+    file = {"name": "p.txt", "mimeType": "text/plain", "buffer": b"plain\nfox\n"}
+    with visited(browser, place.port, "/#/preferences") as page:
+        page.get_by_label("Model").select_option("taught")  # says one thing by heart
+        page.set_input_files(".asking input[type=file]", file)
+        page.get_by_role("button", name="Sample answers").click()
+        page.get_by_text("The answers are all the same").wait_for()
+        page.get_by_role("button", name="Next prompt").click()
+        assert page.get_by_label("Prompt", exact=True).input_value() == "fox"
 
 
 def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:

@@ -191,3 +191,55 @@ def test_it_fits_a_phone(browser: Any, place: Service) -> None:
         chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
         wide = "(() => { const p = document.querySelector('.page');"
         assert page.evaluate(wide + " return p.scrollWidth <= p.clientWidth })()")
+
+
+def test_values_that_differ_by_their_rounding_alone_are_drawn(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    append(folder / "other/metrics.jsonl", row(11, accuracy=1 / 3), row(12, accuracy=1 / 3 + 6e-17))
+    with visited(browser, place.port, "/#/training/other") as page:
+        chart(page, "Accuracy").locator(".plot .line").first.wait_for(state="attached")
+
+
+def test_samples_of_a_step_come_one_after_the_other(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    with visited(browser, place.port, "/#/training/other") as page:
+        append(folder / "other/samples.jsonl", {"step": 11, "prompt": "first", "text": "one"})
+        page.get_by_text("Samples at step 11").wait_for()
+        append(folder / "other/samples.jsonl", {"step": 11, "prompt": "second", "text": "two"})
+        page.get_by_text("two").wait_for()
+        assert page.locator(".sample p").all_inner_texts() == ["one", "two"]
+
+
+def test_a_run_that_was_begun_again_and_is_further_on_is_another(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    """Nobody looked meanwhile: the page was in the background, or the server away."""
+    with visited(browser, place.port, "/#/training/other") as page:
+        chart(page, "Loss").get_by_text("As a table").click()
+        first = chart(page, "Loss").locator("tbody tr").first
+        assert first.inner_text().split() == ["1", "5", "0.5"]
+        page.wait_for_load_state("networkidle")
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            (folder / "other" / name).unlink()
+        (folder / "other/train_config.json").write_text(json.dumps({"stage": "pt", "lr": 0.03}))
+        append(folder / "other/metrics.jsonl", *(row(i, loss=7 / i) for i in range(1, 31)))
+        first.get_by_text("7", exact=True).wait_for()
+        page.get_by_text("Configuration").click()
+        page.locator(".configuration").get_by_text("0.03").wait_for()
+        assert page.get_by_text("来了").count() == 0
+
+
+def test_of_two_runs_at_once_the_one_looked_at_stays(
+    browser: Any, place: Service, folder: Path
+) -> None:
+    with visited(browser, place.port, "/#/training") as page:
+        shown = page.locator(".runs li.open a")
+        assert shown.inner_text() == "演示/pt"
+        append(folder / "other/metrics.jsonl", row(11))
+        then = time.time() + 5
+        os.utime(folder / "other/metrics.jsonl", (then, then))
+        page.locator(".runs li").first.get_by_text("other").wait_for()
+        page.wait_for_timeout(100)
+        assert shown.inner_text() == "演示/pt"

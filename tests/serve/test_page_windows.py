@@ -48,6 +48,74 @@ def test_two_windows_lose_nothing(browser: Any, place: Service) -> None:
     assert len(kept(place)) == 1
 
 
+def prompted(page: Any, text: str) -> None:
+    page.get_by_role("button", name="Sampling").click()
+    page.get_by_label("System prompt").fill(text)
+    page.keyboard.press("Escape")
+    page.get_by_role("dialog").wait_for(state="detached")
+
+
+def renamed(page: Any, title: str) -> None:
+    page.locator(".history li").hover()
+    page.get_by_role("button", name="Rename").click()
+    page.fill("dialog input", title)
+    page.keyboard.press("Enter")
+    page.locator(".history li a", has_text=title).wait_for()
+
+
+def test_settings_and_names_of_two_windows_are_kept(browser: Any, place: Service) -> None:
+    """Of the one that goes on in an older state, and of the other."""
+    with visited(browser, place.port) as one, visited(browser, place.port) as two:
+        ask(one, "plain")
+        answer(one)
+        one.locator(".history li a").wait_for()
+        two.goto(one.url)
+        answer(two)
+        ask(two, "think")
+        two.locator(".message.assistant").nth(1).wait_for()
+        answer(two)
+        comes(two, lambda: len(kept(place)[0]["nodes"]) == 4)
+        prompted(one, "Be brief.")
+        one.get_by_text("went on in another window too").wait_for()
+        comes(one, lambda: kept(place)[0]["system"] == "Be brief.")
+        renamed(two, "a name")
+        prompted(one, "Be very brief.")
+        comes(one, lambda: kept(place)[0]["system"] == "Be very brief.")
+        ask(one, "plain")
+        one.locator(".message.assistant").nth(1).wait_for()
+        answer(one)
+        comes(one, lambda: len(kept(place)[0]["nodes"]) == 6)
+    [conversation] = kept(place)
+    assert (conversation["title"], conversation["system"]) == ("a name", "Be very brief.")
+
+
+def test_a_change_is_kept_though_one_before_it_is_still_on_its_way(
+    browser: Any, place: Service
+) -> None:
+    with visited(browser, place.port) as page:
+        ask(page, "plain")
+        answer(page)
+        page.locator(".history li a").wait_for()
+        comes(page, lambda: bool(kept(place)[0]["nodes"][-1]["content"]))
+        page.wait_for_load_state("networkidle")
+        held: list[Any] = []
+
+        def slow(route: Any) -> None:
+            if route.request.method == "PUT" and not held:
+                held.append(route)
+            else:
+                route.continue_()
+
+        page.route("**/v1/conversations/*", slow)
+        prompted(page, "Be")
+        comes(page, lambda: bool(held))
+        prompted(page, "Be brief.")
+        page.keyboard.press("Control+k")
+        page.locator(".empty").wait_for()
+        held[0].continue_()
+        comes(page, lambda: kept(place)[0]["system"] == "Be brief.")
+
+
 def test_what_was_deleted_in_another_window_goes_on_here(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as page:
         ask(page, "plain")

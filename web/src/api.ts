@@ -124,7 +124,11 @@ export function keepKey(key: string, forLong: boolean): void {
 
 export function headers(): Record<string, string> {
   const key = stored();
-  return key ? { Authorization: `Bearer ${key}` } : {};
+  if (!key) return {};
+  // As bytes: a browser sends no other letters, and one that is typed by mistake (密, ｋ) would fail
+  // before the server could say that the key is wrong.
+  const bytes = new TextEncoder().encode(key);
+  return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };
 }
 
 let asking: Promise<string | null> | null = null;

@@ -1,6 +1,6 @@
 /** Where conversations are kept: with the server, or in this browser where it keeps none. */
 
-import { getJson, offers, request, sendJson } from "./api";
+import { ApiError, getJson, offers, request, sendJson } from "./api";
 import type { Conversation } from "./tree";
 
 export interface Listed {
@@ -100,13 +100,19 @@ const browser: Keeper = {
     return (await done((await store("readonly")).getAll())) as Kept[];
   },
   async get(id) {
-    const { updated: _, ...conversation } = (await done((await store("readonly")).get(id))) as Kept;
+    const kept: Kept | undefined = await done((await store("readonly")).get(id));
+    if (kept === undefined) throw new ApiError(404, "there is no such conversation");
+    const { updated: _, ...conversation } = kept;
     return conversation;
   },
-  async put(conversation) {
-    const kept: Kept = { ...conversation, updated: Math.floor(Date.now() / 1000) };
-    await done((await store("readwrite")).put(kept));
-    return conversation;
+  async put({ base: _, ...conversation }) {
+    const at = await store("readwrite"); // one transaction: no other window comes in between
+    const before: Kept | undefined = await done(at.get(conversation.id));
+    const revision = before?.revision ?? 0;
+    if (revision !== (conversation.revision ?? 0)) throw new ApiError(409, "it went on elsewhere");
+    const kept = { ...conversation, revision: revision + 1 };
+    await done(at.put({ ...kept, updated: Math.floor(Date.now() / 1000) }));
+    return kept;
   },
   async add(conversations) {
     for (const each of conversations) {

@@ -7,9 +7,18 @@ export interface Route {
   id: string | null;
 }
 
+/** An address may have been cut short, or written by hand: then it is taken as it is. */
+export function decoded(text: string): string {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
 function read(): Route {
   const [view = "", id = ""] = location.hash.replace(/^#\/?/, "").split("/");
-  return { view: view || "chat", id: id ? decodeURIComponent(id) : null };
+  return { view: view || "chat", id: id ? decoded(id) : null };
 }
 
 export const route = signal<Route>(read());

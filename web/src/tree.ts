@@ -26,15 +26,27 @@ export interface Settings {
   stop?: string[];
 }
 
-export interface Conversation {
-  id: string;
+/** What a conversation has beside its messages. */
+export interface Head {
   title: string;
   system: string | null;
   settings: Settings;
   knowledge_base: string | null;
+}
+
+export interface Conversation extends Head {
+  id: string;
   nodes: Node[];
   selected: string | null;
   revision?: number;
+  /** How `revision` had it: what differs from that was changed in this window. */
+  base?: Head;
+}
+
+/** As it is kept: what is changed from now on is told from what was changed elsewhere. */
+export function based(kept: Conversation): Conversation {
+  const { title, system, settings, knowledge_base } = kept;
+  return { ...kept, base: { title, system, settings, knowledge_base } };
 }
 
 export function newConversation(): Conversation {
@@ -109,14 +121,20 @@ export function changed(
   return { ...conversation, nodes };
 }
 
-/** What two windows made of one conversation: the messages of both, shown as it was here. */
+/** What two windows made of one conversation: the messages of both and the changes of both, those
+ * of this window where they meet, shown as it was here. */
 export function merged(ours: Conversation, theirs: Conversation): Conversation {
   const own = new Map(ours.nodes.map((node) => [node.id, node]));
   const known = new Set(theirs.nodes.map((node) => node.id));
   // An answer that was under way here is further on here.
   const nodes = theirs.nodes.map((node) => own.get(node.id) ?? node);
   nodes.push(...ours.nodes.filter((node) => !known.has(node.id)));
-  return { ...theirs, nodes, selected: ours.selected };
+  const head = based(theirs);
+  const { base } = ours;
+  const mine = (name: keyof Head) => JSON.stringify(ours[name]) !== JSON.stringify(base?.[name]);
+  const changes = (["title", "system", "settings", "knowledge_base"] as const).filter(mine);
+  const kept = Object.fromEntries(changes.map((name) => [name, ours[name]]));
+  return { ...head, ...kept, nodes, selected: ours.selected };
 }
 
 export function isEmpty(node: Node): boolean {

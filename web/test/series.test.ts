@@ -95,3 +95,13 @@ test("configurations are compared by their leaves", () => {
   ]); // prettier-ignore
   expect(differing([null])).toEqual([]);
 });
+
+test("values that differ by their rounding alone have a scale", () => {
+  for (const [a, b] of [[1 / 3, 1 / 3 + 5.6e-17], [0.1, 0.1 + 1.4e-17], [-1e300, -1e300 * (1 - 1e-15)]]) {
+    for (const log of [false, true]) {
+      const { ticks, at } = scale([a!, b!], 4, log);
+      expect(ticks.length).toBeLessThan(12);
+      if (!log || a! > 0) expect(Math.abs(at(a!) - 0.5)).toBeLessThan(0.5);
+    }
+  }
+});

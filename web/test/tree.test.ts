@@ -1,5 +1,6 @@
 import { expect, test } from "vitest";
 import {
+  based,
   changed,
   leafBelow,
   merged,
@@ -64,7 +65,8 @@ test("a title is a line of at most forty letters, whole ones", () => {
 });
 
 test("what two windows made of a conversation is all kept", () => {
-  const { conversation, ids } = grown();
+  const { conversation: grew, ids } = grown();
+  const conversation = based(grew);
   const here = withNode(conversation, { ...conversation.nodes[0]!, id: "here", parent: ids[4]! });
   const there = { ...withNode(conversation, { ...conversation.nodes[0]!, id: "there" }), revision: 7 };
   const done = changed(here, ids[4]!, { content: "longer" });
@@ -72,4 +74,15 @@ test("what two windows made of a conversation is all kept", () => {
   expect(both.nodes.map((node) => node.id)).toEqual([...ids, "there", "here"]);
   expect(both.nodes.find((node) => node.id === ids[4])?.content).toBe("longer");
   expect([both.selected, both.revision, both.title]).toEqual(["here", 7, "theirs"]);
+});
+
+test("what each of two windows changed is kept, and ours where both changed the same", () => {
+  const begun = based({ ...grown().conversation, title: "t", system: null });
+  const theirs = { ...begun, title: "theirs", system: "theirs", revision: 2 };
+  const ours = { ...begun, system: "ours", knowledge_base: "b" };
+  const both = merged(ours, theirs);
+  expect(both).toMatchObject({ title: "theirs", system: "ours", knowledge_base: "b", revision: 2 });
+  // From now on it is their title that would be changed.
+  expect(merged({ ...both, title: "x" }, theirs).title).toBe("x");
+  expect(merged(both, { ...theirs, title: "later" }).title).toBe("later");
 });

@@ -3,7 +3,7 @@ import { useEffect, useRef } from "preact/hooks";
 import { offers } from "../api";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
-import { answering, bases, choose, current, filled, model, models, running, send, stop, update } from "./state";
+import { answering, bases, choose, current, filled, free, model, models, send, stop, update } from "./state";
 
 /**
  * Whether a key is the input method's. While it composes, Enter takes a candidate; Safari sends
@@ -30,7 +30,7 @@ export function Composer(props: { onTune: () => void }) {
   }, [current.value.id]);
   const submit = (event?: Event) => {
     event?.preventDefault();
-    if (!text.value.trim() || running.value !== null || model.value === null) return;
+    if (!text.value.trim() || !free.value) return;
     const message = text.value.trim();
     text.value = "";
     void send(message);
@@ -98,7 +98,7 @@ export function Composer(props: { onTune: () => void }) {
             class="round"
             aria-label={t("send")}
             title={t("send")}
-            disabled={!text.value.trim() || running.value !== null || model.value === null}
+            disabled={!text.value.trim() || !free.value}
           >
             <Icon name="send" />
           </button>

@@ -31,6 +31,7 @@ export function History(props: { onGo: () => void }) {
         <input
           type="search"
           placeholder={t("searchChats")}
+          maxLength={256} // as the server takes; a list that it refused would show what was there
           value={search.value}
           onInput={(event) => (search.value = event.currentTarget.value)}
         />

@@ -8,7 +8,7 @@ import { number, t } from "../i18n";
 import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
 import { composing } from "./composer";
-import { current, edit, regenerate, running, select, usage } from "./state";
+import { current, edit, free, regenerate, running, select, usage } from "./state";
 
 export function Message(props: { node: Node }) {
   const { node } = props;
@@ -53,7 +53,7 @@ function Editor(props: { node: Node; onDone: () => void }) {
   const submit = (event: Event) => {
     event.preventDefault();
     const text = area.current?.value.trim();
-    if (!text) return;
+    if (!text || !free.value) return;
     props.onDone();
     void edit(props.node, text);
   };
@@ -71,7 +71,7 @@ function Editor(props: { node: Node; onDone: () => void }) {
         <button type="button" onClick={props.onDone}>
           {t("cancel")}
         </button>
-        <button type="submit" class="primary">
+        <button type="submit" class="primary" disabled={!free.value}>
           {t("send")}
         </button>
       </div>
@@ -150,6 +150,7 @@ function Answer(props: { node: Node }) {
             {counted && counted.usage.completion_tokens > 1 &&
               ` · ${t("perSecond", { n: number(counted.usage.completion_tokens / counted.seconds, 1) })}`}
             {node.finish_reason === "stopped" && ` · ${t("stopped")}`}
+            {node.finish_reason === "error" && ` · ${t("brokenOff")}`}
             {node.finish_reason === "length" && ` · ${t("cutShort")}`}
           </span>
         </div>

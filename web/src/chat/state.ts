@@ -19,7 +19,9 @@ import { keeper, type Listed } from "../keep";
 import { uuid } from "../platform";
 import { worded } from "../reasons";
 import { go, rename } from "../router";
+import { sound } from "../sound";
 import {
+  based,
   changed,
   isEmpty,
   leafBelow,
@@ -59,6 +61,8 @@ export const model = computed(() => {
   const chats = models.value.filter((each) => each.kind === "chat");
   return chats.find((each) => each.id === chosenModel.value) ?? chats[0] ?? null;
 });
+/** Whether something can be asked: one answer is under way at a time, and it needs a model. */
+export const free = computed(() => running.value === null && model.value !== null);
 export const answering = computed(() => running.value?.conversation === current.value.id);
 
 export function choose(id: string): void {
@@ -102,7 +106,11 @@ export async function refreshList(): Promise<void> {
   if (wanted === search.value) conversations.value = found; // or a later search is on its way
 }
 
+/** What the address names: a conversation that comes late is shown only while it is still that. */
+let wanted: string | null = null;
+
 export async function open(id: string | null): Promise<void> {
+  wanted = id;
   problem.value = null;
   if (id === null) {
     if (current.value.nodes.length) current.value = newConversation();
@@ -111,17 +119,20 @@ export async function open(id: string | null): Promise<void> {
   if (id === current.value.id) return;
   try {
     await last; // what is being written now is to be read
-    const kept = await keeper().get(id);
+    const kept = based(sound(await keeper().get(id)));
+    if (wanted !== id) return;
     const mine = answered.get(id);
     const selected = running.value?.conversation === id && mine ? mine.selected : kept.selected;
     current.value = mine ? { ...merged(mine, kept), selected } : kept;
   } catch (error) {
+    if (wanted !== id) return;
     if (!(error instanceof ApiError && error.status === 404)) problem.value = explain(error);
     go("chat");
   }
 }
 
 export function startAnew(): void {
+  wanted = null;
   current.value = { ...newConversation(), knowledge_base: current.value.knowledge_base };
   problem.value = null;
   go("chat");
@@ -129,64 +140,101 @@ export function startAnew(): void {
 
 /** Change the conversation, and keep it where there is something to keep. */
 export function update(change: Partial<Conversation>): void {
-  current.value = { ...current.value, ...change };
-  if (current.value.nodes.length) void keep(current.value.id);
+  renew({ ...current.value, ...change });
+  if (current.value.nodes.length) void keep(current.value);
 }
 
 /** With the answers of this window: while they are under way they are further on here. */
 const answered = new Map<string, Conversation>();
 
+/** A conversation as this window has it by now, whether it is shown or not. */
+function newest(id: string): Conversation | null {
+  return current.value.id === id ? current.value : (answered.get(id) ?? null);
+}
+
+function renew(state: Conversation): void {
+  if (current.value.id === state.id) current.value = state;
+  if (answered.has(state.id)) answered.set(state.id, state);
+}
+
 let last: Promise<void> = Promise.resolve();
 
-let waiting: string | null = null;
+/** Those that are to be written, as they were when they were last shown. */
+const waiting = new Map<string, Conversation>();
 
 const removed = new Set<string>();
 
-/** One after the other, each with the newest state: what is shown, or `state` where another
- * conversation is shown by then. */
-function keep(id: string, state: Conversation | null = null): Promise<void> {
-  // What waits will write the newest state: with every key in a prompt one is enough.
-  if (state === null && waiting === id) return last;
-  if (state === null) waiting = id;
+const AGAIN = 3000; // ms until what could not be kept is tried again
+const unkept = new Map<string, Conversation>();
+
+/** One after the other, each with the newest state by then. */
+function keep(state: Conversation): Promise<void> {
+  const { id } = state;
+  const waits = waiting.has(id);
+  waiting.set(id, state);
+  if (waits) return last; // with every key in a prompt one is enough
   last = last.then(async () => {
-    if (waiting === id) waiting = null;
-    const conversation = current.value.id === id ? current.value : state;
-    if (conversation === null || removed.has(id)) return;
+    const conversation = newest(id) ?? waiting.get(id)!;
+    waiting.delete(id);
+    if (removed.has(id)) {
+      unkept.delete(id);
+      return;
+    }
     try {
-      const kept = await putMerged(conversation);
-      if (kept.revision !== undefined && current.value.id === id) {
-        const met = kept.nodes.length > conversation.nodes.length;
-        current.value = { ...(met ? merged(current.value, kept) : current.value), revision: kept.revision };
-        if (met) problem.value = t("conflict");
+      const { kept, met } = await putMerged(conversation);
+      const now = newest(id);
+      const { base, revision } = based(kept);
+      if (now !== null && revision !== undefined) {
+        renew(met ? merged(now, kept) : { ...now, base: base!, revision });
+        const more = kept.nodes.length > conversation.nodes.length;
+        if (more && current.value.id === id) problem.value = t("conflict");
       }
-      await refreshList();
+      if (unkept.delete(id) && problem.value === t("unreachable")) problem.value = null;
     } catch (error) {
       problem.value = explain(error);
+      if (error instanceof Unreachable) retry(conversation);
+      return;
     }
+    await refreshList().catch((error) => (problem.value = explain(error)));
   });
   return last;
 }
 
+/** Until it is kept: who leaves once the server is there again would lose it. */
+function retry(state: Conversation): void {
+  const { id } = state;
+  const waits = unkept.has(id);
+  unkept.set(id, state);
+  if (waits) return;
+  const again = setInterval(() => {
+    const left = unkept.get(id);
+    if (left) void keep(left);
+    else clearInterval(again);
+  }, AGAIN);
+}
+
 /** With what another window has written meanwhile, if any: nobody's answer is lost. */
-async function putMerged(conversation: Conversation): Promise<Conversation> {
+async function putMerged(conversation: Conversation): Promise<{ kept: Conversation; met: boolean }> {
+  let met = false;
   for (let left = 5; ; left--) {
     try {
-      return await keeper().put(conversation);
+      return { kept: await keeper().put(conversation), met };
     } catch (error) {
       if (!(error instanceof ApiError && error.status === 409) || !left) throw error;
-      conversation = await keeper()
-        .get(conversation.id)
-        .then((theirs) => merged(conversation, theirs))
-        .catch((gone) => {
-          if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
-          const { revision: _, ...fresh } = conversation; // deleted there, and gone on here
-          return fresh;
-        });
+      try {
+        conversation = merged(conversation, sound(await keeper().get(conversation.id)));
+        met = true;
+      } catch (gone) {
+        if (!(gone instanceof ApiError && gone.status === 404)) throw gone;
+        const { revision: _, ...fresh } = conversation; // deleted there, and gone on here
+        conversation = fresh;
+      }
     }
   }
 }
 
 export async function send(text: string): Promise<void> {
+  if (!free.value) return; // or the question would stand there, neither answered nor kept
   const before = current.value;
   const question = newNode(before.selected, "user", text);
   const title = before.title || titleOf(text);
@@ -196,6 +244,7 @@ export async function send(text: string): Promise<void> {
 
 /** The same question in other words, beside the former one. */
 export async function edit(node: Node, text: string): Promise<void> {
+  if (!free.value) return;
   current.value = withNode(current.value, newNode(node.parent, "user", text));
   await answer(current.value.selected!);
 }
@@ -219,7 +268,7 @@ export async function answer(question: string): Promise<void> {
   const node = newNode(question, "assistant", "", chosen.id);
   const asked = path({ ...current.value, selected: question });
   const abort = new AbortController();
-  const id = current.value.id;
+  const { id, selected: former } = current.value;
   const broken = current.value.nodes.filter((each) => each.parent === question && isEmpty(each));
   batch(() => {
     problem.value = null;
@@ -230,9 +279,9 @@ export async function answer(question: string): Promise<void> {
   });
   rename("chat", id);
   // The question first: it is there whatever becomes of the answer.
-  let own: Conversation = current.value;
-  answered.set(id, own);
-  await keep(id, own);
+  answered.set(id, current.value);
+  await keep(current.value);
+  const begun = newest(id)!;
   // The user may look at another conversation meanwhile: this one goes on by itself.
   const shows = () => current.value.id === id;
   let frame = 0;
@@ -242,14 +291,12 @@ export async function answer(question: string): Promise<void> {
   const draw = () => {
     frame = 0;
     const change = { content, reasoning: reasoning || null, ...rest };
-    own = changed(shows() ? current.value : own, node.id, change);
-    answered.set(id, own);
-    if (shows()) current.value = own;
+    renew(changed(newest(id)!, node.id, change));
   };
   try {
-    for await (const chunk of streamChat(requestOf(own, asked, chosen.id), abort.signal)) {
+    for await (const chunk of streamChat(requestOf(begun, asked, chosen.id), abort.signal)) {
       if (chunk.retrieval) {
-        const { knowledge_base } = own;
+        const { knowledge_base } = begun;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
       }
       if (chunk.usage) {
@@ -269,23 +316,22 @@ export async function answer(question: string): Promise<void> {
   } catch (error) {
     if (abort.signal.aborted) rest = { ...rest, finish_reason: "stopped" };
     else {
-      rest = { ...rest, finish_reason: content ? "error" : null };
+      rest = { ...rest, finish_reason: "error" };
       if (shows()) problem.value = explain(error);
     }
   }
   cancelAnimationFrame(frame);
   draw();
   if (!content && !reasoning) {
-    own = without(own, node.id); // nothing came: the question stays, to be asked again
-    own = { ...own, selected: question };
-    answered.set(id, own);
-    if (shows()) current.value = own;
+    const rest = without(newest(id)!, node.id); // nothing came: the question stays, to be asked again,
+    const there = rest.nodes.some((each) => each.id === former); // or the answer it has already
+    renew({ ...rest, selected: there ? former : question });
   }
   batch(() => {
     running.value = null;
     said.value = t("answered");
   });
-  await keep(id, own);
+  await keep(newest(id)!);
 }
 
 function requestOf(conversation: Conversation, asked: Node[], id: string): unknown {
@@ -303,7 +349,10 @@ function requestOf(conversation: Conversation, asked: Node[], id: string): unkno
 /** Tokens of what is shown; asked for once an answer is complete. */
 export const filled = signal<number | null>(null);
 
+let measured: object | null = null;
+
 export async function measure(): Promise<void> {
+  const own = (measured = {}); // a count that comes late is of another conversation
   const chosen = model.value;
   const messages = shown.value
     .filter((node) => node.content)
@@ -315,36 +364,53 @@ export async function measure(): Promise<void> {
     return;
   }
   try {
-    filled.value = await countTokens(chosen.id, messages);
+    const count = await countTokens(chosen.id, messages);
+    if (measured === own) filled.value = count;
   } catch {
-    filled.value = null; // a meter, no more
+    if (measured === own) filled.value = null; // a meter, no more
   }
 }
 
 export async function remove(id: string): Promise<void> {
   removed.add(id); // an answer under way does not bring it back
+  try {
+    await last; // nor does what is being written now
+    await keeper().remove(id);
+  } catch (error) {
+    if (!(error instanceof ApiError && error.status === 404)) {
+      removed.delete(id); // it is still there, and is to be kept
+      const state = newest(id);
+      if (state !== null) await keep(state);
+      problem.value = explain(error);
+      return;
+    }
+  }
   if (running.value?.conversation === id) stop();
-  await keeper().remove(id);
   if (current.value.id === id) startAnew();
-  await refreshList();
+  await refreshList().catch((error) => (problem.value = explain(error)));
 }
 
 export async function retitle(id: string, title: string): Promise<void> {
-  if (id === current.value.id) {
-    update({ title });
-    return;
+  try {
+    const state = newest(id) ?? based(sound(await keeper().get(id)));
+    renew({ ...state, title });
+    await keep({ ...state, title });
+  } catch (error) {
+    problem.value = explain(error);
   }
-  await keeper().put({ ...(await keeper().get(id)), title });
-  await refreshList();
 }
 
 /** Conversations of a file that an export wrote; how many there were. */
 export async function importAll(text: string): Promise<number> {
   const given: unknown = JSON.parse(text);
-  const found = (given as { conversations?: Conversation[] }).conversations;
-  if (!Array.isArray(found)) throw new SyntaxError("no conversations");
+  const listed = (given as { conversations?: unknown } | null)?.conversations;
+  if (!Array.isArray(listed)) throw new SyntaxError("no conversations");
+  const found = listed.map((each) => {
+    const { revision: _, ...rest } = sound(each);
+    return { ...rest, id: uuid() };
+  });
   try {
-    await keeper().add(found.map(({ revision: _, ...each }) => ({ ...each, id: uuid() })));
+    await keeper().add(found);
   } finally {
     await refreshList();
   }

@@ -5,7 +5,7 @@ import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
 import { Composer } from "./composer";
 import { Message } from "./message";
-import { answer, answering, begin, current, measure, model, problem, running, send, shown } from "./state";
+import { answer, answering, begin, current, free, measure, model, problem, running, send, shown } from "./state";
 import { isEmpty, type Node } from "../tree";
 import { Tuning } from "./tuning";
 
@@ -92,7 +92,7 @@ function Empty() {
       <p>{t("emptyText")}</p>
       <div class="examples">
         {list("examples").map((text) => (
-          <button key={text} type="button" onClick={() => void send(text)}>
+          <button key={text} type="button" disabled={!free.value} onClick={() => void send(text)}>
             {text}
           </button>
         ))}

@@ -27,7 +27,8 @@ export interface Upload {
 
 export const files = signal<FileState[]>([]);
 export const uploads = signal<Upload[]>([]);
-export const trouble = signal<string | null>(null);
+export const trouble = signal<string | null>(null); // with what was asked for
+export const away = signal<string | null>(null); // with the looks, which come by themselves
 
 const AT_ONCE = 3;
 let keys = 0;
@@ -36,14 +37,14 @@ function where(base: string, rest = ""): string {
   return `/v1/knowledge_bases/${encodeURIComponent(base)}${rest}`;
 }
 
-/** What went wrong is shown; what went right takes the last trouble away. */
-async function tried<T>(work: () => Promise<T>): Promise<T | null> {
+/** What went wrong is shown; what goes right takes the last trouble of its kind away. */
+async function tried<T>(work: () => Promise<T>, kind = trouble): Promise<T | null> {
   try {
     const found = await work();
-    trouble.value = null;
+    kind.value = null;
     return found;
   } catch (error) {
-    trouble.value = explain(error);
+    kind.value = explain(error);
     return null;
   }
 }
@@ -52,13 +53,20 @@ export async function makeBase(name: string, embedder: string | null): Promise<K
   const made = await tried(() =>
     sendJson<KnowledgeBase>("POST", "/v1/knowledge_bases", { name, embedder }),
   );
-  await tried(refreshBases);
+  await tried(refreshBases, away);
   return made;
 }
 
-export async function removeBase(base: string): Promise<void> {
-  await tried(() => sendJson("DELETE", where(base)));
-  await tried(refreshBases);
+/** Whether it is gone, and what was on its way to it: a new one of its name has other files. */
+export async function removeBase(base: string): Promise<boolean> {
+  const answer = await tried(() => sendJson("DELETE", where(base)));
+  if (answer !== null) {
+    const lost = uploads.value.filter((each) => each.base === base);
+    uploads.value = uploads.value.filter((each) => each.base !== base);
+    for (const { key } of lost) under.get(key)?.abort();
+  }
+  await tried(refreshBases, away);
+  return answer !== null;
 }
 
 let shown: string | null = null;
@@ -66,13 +74,13 @@ let shown: string | null = null;
 export async function refreshFiles(base: string): Promise<void> {
   if (base !== shown) files.value = [];
   shown = base;
-  const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")));
+  const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")), away);
   if (found !== null && shown === base) files.value = found.data;
 }
 
 /** While something is being read, which may also fail as a whole. */
 export async function lookAgain(base: string): Promise<void> {
-  await Promise.all([refreshFiles(base), tried(refreshBases)]);
+  await Promise.all([refreshFiles(base), tried(refreshBases, away)]);
 }
 
 export function busy(): boolean {
@@ -103,14 +111,15 @@ function change(key: number, how: Partial<Upload>): void {
   uploads.value = uploads.value.map((each) => (each.key === key ? { ...each, ...how } : each));
 }
 
-const under = new Set<number>();
+const under = new Map<number, XMLHttpRequest>();
 
 function next(): void {
   for (const upload of uploads.value) {
     if (under.size >= AT_ONCE) return;
     if (upload.problem !== null || under.has(upload.key)) continue;
-    under.add(upload.key);
-    void put(upload)
+    const sending = new XMLHttpRequest();
+    under.set(upload.key, sending);
+    void put(upload, sending)
       .then(
         () => forget(upload),
         (error) => change(upload.key, { problem: explain(error) }),
@@ -124,15 +133,14 @@ function next(): void {
 }
 
 /** `fetch` tells nothing of what was sent so far, so this is the older way. */
-function put(upload: Upload): Promise<void> {
+function put(upload: Upload, sending: XMLHttpRequest): Promise<void> {
   return new Promise((resolve, reject) => {
-    const sending = new XMLHttpRequest();
     sending.open("PUT", where(upload.base, `/files/${encodeURIComponent(upload.file.name)}`));
     for (const [name, value] of Object.entries(headers())) sending.setRequestHeader(name, value);
     sending.setRequestHeader("Content-Type", "application/octet-stream");
     sending.upload.onprogress = ({ loaded, total }) =>
       change(upload.key, { sent: total ? loaded / total : 0 });
-    sending.onerror = () => reject(new Unreachable("upload"));
+    sending.onabort = sending.onerror = () => reject(new Unreachable("upload"));
     sending.onload = () => {
       if (sending.status < 300) return resolve();
       let message = sending.statusText;

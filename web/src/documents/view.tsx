@@ -10,6 +10,7 @@ import { Finder } from "./finder";
 import {
   add,
   again,
+  away,
   busy,
   files,
   forget,
@@ -27,6 +28,10 @@ const POLL = 1000; // ms between looks while something is being read
 
 export function DocumentsView() {
   const making = useSignal(false);
+  useEffect(() => {
+    trouble.value = null;
+  }, [route.value.id, making.value]);
+  const told = (!making.value && trouble.value) || away.value;
   const open = bases.value.find((each) => each.id === route.value.id) ?? bases.value[0] ?? null;
   return (
     <div class="page">
@@ -36,9 +41,9 @@ export function DocumentsView() {
           <Icon name="plus" /> {t("newBase")}
         </button>
       </div>
-      {trouble.value && (
+      {told && (
         <div class="problem" role="alert">
-          {trouble.value}
+          {told}
         </div>
       )}
       {bases.value.length > 1 && (
@@ -75,8 +80,9 @@ function MakeBase(props: { onClose: () => void }) {
   const submit = async (event: Event) => {
     event.preventDefault();
     const made = await makeBase(name.value.trim(), embedder.value || null);
+    if (made === null) return;
     props.onClose();
-    if (made) go("documents", made.id);
+    go("documents", made.id);
   };
   return (
     <Dialog title={t("newBase")} onClose={props.onClose}>
@@ -104,6 +110,11 @@ function MakeBase(props: { onClose: () => void }) {
             ))}
           </select>
         </label>
+        {trouble.value && (
+          <div class="problem" role="alert">
+            {trouble.value}
+          </div>
+        )}
         <div class="editor-row">
           <button type="button" onClick={props.onClose}>
             {t("cancel")}
@@ -126,10 +137,19 @@ function Base(props: { id: string }) {
     void refreshFiles(id);
   }, [id]);
   useEffect(() => {
-    if (!busy()) return;
-    const wait = setTimeout(() => void lookAgain(id), POLL);
-    return () => clearTimeout(wait);
-  });
+    let over = false;
+    let wait = 0;
+    // Whatever comes of a look, and however often the page is drawn while a file is sent.
+    const look = async () => {
+      if (busy()) await lookAgain(id);
+      if (!over) wait = window.setTimeout(look, POLL);
+    };
+    wait = window.setTimeout(look, POLL);
+    return () => {
+      over = true;
+      clearTimeout(wait);
+    };
+  }, [id]);
   const base = bases.value.find((each) => each.id === id);
   const drop = (event: DragEvent) => {
     event.preventDefault();
@@ -234,8 +254,11 @@ function Base(props: { id: string }) {
             const target = asked.value;
             asked.value = null;
             if (target === "base") {
-              if (current.value.knowledge_base === id) update({ knowledge_base: null });
-              void removeBase(id).then(() => go("documents"));
+              void removeBase(id).then((gone) => {
+                if (!gone) return;
+                if (current.value.knowledge_base === id) update({ knowledge_base: null });
+                if (route.value.view === "documents" && route.value.id === id) go("documents");
+              });
             } else if (target) void removeFile(id, target);
           }}
         />

@@ -172,25 +172,31 @@ export async function save(): Promise<void> {
         sampling: how,
       },
     );
-    count.value = now;
-    told.value = t("savedRanking", { n: pairs });
+    batch(() => {
+      count.value = now;
+      told.value = t("savedRanking", { n: pairs });
+      trouble.value = null;
+    });
   } catch (error) {
     trouble.value = explain(error);
     return;
   } finally {
     saving = false;
   }
-  goOn();
+  if (round.value === done) goOn(done); // or the user has gone on already
 }
 
 export function skip(): void {
+  const { value: done } = round;
+  if (done === null) return;
   told.value = t("skipped");
-  goOn();
+  goOn(done);
 }
 
-/** With the next prompt of the file, if there is one. */
-function goOn(): void {
+/** With the next prompt of the file, if there is one, or with what was written meanwhile. */
+function goOn(done: Round): void {
   giveUp();
+  if (prompt.value.trim() !== done.prompt) return;
   prompt.value = "";
   if (takeNext()) void sample();
 }

@@ -180,6 +180,12 @@ function Asking() {
         {waiting.value.length > 0 && (
           <span class="note">{t("promptsLeft", { n: number(waiting.value.length) })}</span>
         )}
+        {waiting.value.length > 0 && round.value === null && (
+          // Where nothing can be ranked there is nothing to skip either.
+          <button type="button" onClick={takeNext}>
+            {t("nextPrompt")}
+          </button>
+        )}
         <span role="status">{problem.value}</span>
       </div>
     </form>

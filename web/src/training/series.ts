@@ -103,7 +103,7 @@ export function scale(values: number[], count: number, log = false): Scale {
   }
   if (from > to) [from, to] = [log ? 1 : 0, log ? 10 : 1];
   if (log) return logarithmic(from, to, count);
-  if (from === to) {
+  if (alike(from, to)) {
     const around = Math.abs(from) / 10 || 1;
     [from, to] = [from - around, to + around];
   }
@@ -115,6 +115,11 @@ export function scale(values: number[], count: number, log = false): Scale {
   return { from: low, to: high, ticks, at: (value) => (value - low) / (high - low) };
 }
 
+/** But for their rounding: the steps between such values would be too small to be counted. */
+function alike(from: number, to: number): boolean {
+  return to - from <= 1e-12 * Math.max(Math.abs(from), Math.abs(to));
+}
+
 function roundStep(rough: number): number {
   const power = 10 ** Math.floor(Math.log10(rough));
   const digit = rough / power;
@@ -122,7 +127,7 @@ function roundStep(rough: number): number {
 }
 
 function logarithmic(from: number, to: number, count: number): Scale {
-  if (from === to) [from, to] = [from / 2, to * 2];
+  if (alike(from, to)) [from, to] = [from / 2, to * 2];
   const [low, high] = [Math.log10(from), Math.log10(to)];
   const at = (value: number) => (Math.log10(value) - low) / (high - low);
   const ticks: number[] = [];

@@ -68,30 +68,33 @@ export async function follow(ids: string[]): Promise<void> {
   }
 }
 
-async function newest(id: string): Promise<Detail | null> {
-  const before = details.value[id];
+async function newest(id: string, anew = false): Promise<Detail | null> {
+  const before = anew ? undefined : details.value[id];
   const run = runs.value?.find((each) => each.id === id);
   // `updated` is a whole second, in which more may be written: a run that has ended is looked at
   // until two looks agree.
   const same = before !== undefined && before.updated === run?.updated && run.state !== "running";
   if (same && before.still) return before;
   const known = before && before.rows.length < MANY ? before : null;
-  const after = (rows: { step?: unknown }[] | undefined) => Number(rows?.at(-1)?.step ?? 0);
-  const from = after(known?.rows);
+  const lastOf = (rows: { step?: unknown }[] | undefined) => Number(rows?.at(-1)?.step ?? 0);
+  const [from, sampled] = [lastOf(known?.rows), lastOf(known?.samples)];
+  // The last step once more: its row tells whether this is still the same run, and its samples are
+  // written one after the other.
+  const after = (step: number) => `after=${Math.max(0, step - 1)}`;
   try {
     const [metrics, samples, config] = await Promise.all([
-      getJson<{ rows: Row[]; step: number | null }>(where(id, `metrics?after=${from}`)),
-      getJson<{ data: Sample[] }>(where(id, `samples?after=${after(known?.samples)}`)),
+      getJson<{ rows: Row[] }>(where(id, `metrics?${after(from)}`)),
+      getJson<{ data: Sample[] }>(where(id, `samples?${after(sampled)}`)),
       known?.config.plan ? known.config : getJson<Config>(where(id, "config")),
     ]);
-    if (known && (metrics.step ?? 0) < from) {
-      // It was begun again, from an earlier step: what is known is no longer so.
-      details.value = Object.fromEntries(Object.entries(details.value).filter(([key]) => key !== id));
-      return await newest(id);
+    const again = metrics.rows.findLast((row) => row.step === from);
+    if (from && JSON.stringify(again) !== JSON.stringify(known?.rows.at(-1))) {
+      // It was begun again, and may be further on by now: what is known is no longer so.
+      return await newest(id, true);
     }
     return {
       rows: known ? joined(known.rows, metrics.rows) : metrics.rows,
-      samples: [...(known?.samples ?? []), ...samples.data],
+      samples: [...(known?.samples ?? []).filter(({ step }) => step < sampled), ...samples.data],
       config,
       updated: run?.updated ?? 0,
       still: same,

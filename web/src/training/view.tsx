@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
-import { useEffect, useMemo } from "preact/hooks";
+import { useEffect, useMemo, useRef } from "preact/hooks";
 import { language, number, t } from "../i18n";
-import { go, href, route } from "../router";
+import { decoded, go, href, route } from "../router";
 import { Chart, Sparkline, Swatch, axisName, type Line } from "./chart";
 import { Configuration } from "./configuration";
 import { Samples } from "./samples";
@@ -10,10 +10,16 @@ import { details, follow, MOST, refreshRuns, runs, trouble, type Run } from "./s
 
 const POLL = 3000; // ms between looks
 
-/** The runs that an address names: several for a comparison. */
-function chosen(): string[] {
-  const ids = route.value.id?.split(",").map(decodeURIComponent) ?? [];
-  return ids.length ? ids.slice(0, MOST) : (runs.value ?? []).slice(0, 1).map((run) => run.id);
+/**
+ * The runs that an address names: several for a comparison. Without one it is the newest, and stays
+ * `before`: of two runs at once now one and now the other is the newest.
+ */
+function chosen(before: string | null): string[] {
+  const ids = route.value.id?.split(",").map(decoded) ?? [];
+  if (ids.length) return ids.slice(0, MOST);
+  const there = runs.value ?? [];
+  const run = there.find((each) => each.id === before) ?? there[0];
+  return run ? [run.id] : [];
 }
 
 function address(ids: string[]): string {
@@ -21,7 +27,9 @@ function address(ids: string[]): string {
 }
 
 export function TrainingView() {
-  const ids = chosen();
+  const followed = useRef<string | null>(null);
+  const ids = chosen(followed.current);
+  followed.current = route.value.id === null ? (ids[0] ?? null) : null;
   const key = ids.join("\n");
   useEffect(() => {
     let over = false;
@@ -29,7 +37,7 @@ export function TrainingView() {
     const look = async () => {
       if (document.visibilityState === "visible") {
         await refreshRuns();
-        await follow(chosen());
+        await follow(chosen(followed.current));
       }
       if (!over) wait = window.setTimeout(look, POLL);
     };
