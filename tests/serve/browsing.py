@@ -88,6 +88,20 @@ def ask(page: Any, text: str) -> None:
     page.keyboard.press("Enter")
 
 
+def first_put_held(page: Any) -> list[Any]:
+    """The first writing of a conversation waits here, once it was asked for, to go on."""
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        if route.request.method == "PUT" and not held:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/v1/conversations/*", hold)
+    return held
+
+
 def answer(page: Any, number: int = -1) -> Any:
     """The last answer, once it is complete."""
     # What was done just now is drawn by then: the button to send has made room for that to stop.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, comes, ready, visited
+from browsing import answer, ask, comes, first_put_held, ready, visited
 from serving import Service, served, slowed, wait_until
 
 from khaosz.serve.records.routes import record_routes
@@ -310,15 +310,7 @@ def test_what_is_being_written_brings_nothing_back(browser: Any, place: Service)
     put(place, "poem")
     with visited(browser, place.port) as page:
         opened(page, "poem")
-        held: list[Any] = []
-
-        def slow(route: Any) -> None:
-            if route.request.method == "PUT" and not held:
-                held.append(route)
-            else:
-                route.continue_()
-
-        page.route("**/v1/conversations/*", slow)
+        held = first_put_held(page)
         page.get_by_role("button", name="Sampling").click()
         page.get_by_label("System prompt").fill("Be brief.")
         page.keyboard.press("Escape")
@@ -376,7 +368,12 @@ def test_what_a_file_holds_can_end_no_page(browser: Any, place: Service) -> None
     assert len(kept(place)) == 1
 
 
-def test_an_answer_is_kept_once_the_server_is_there_again(browser: Any, place: Service) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_an_answer_is_kept_once_the_server_is_there_again(
+    browser: Any, place: Service, full: bool
+) -> None:
+    """Or once it has room again."""
+    why = "the disk is full" if full else "can't be reached"
     with visited(browser, place.port) as page:
         ready(page)
         puts: list[Any] = []
@@ -385,13 +382,17 @@ def test_an_answer_is_kept_once_the_server_is_there_again(browser: Any, place: S
             if route.request.method == "PUT":
                 puts.append(route)
             if route.request.method == "PUT" and len(puts) == 2:
-                route.abort("connectionrefused")
+                if full:
+                    told = {"message": why, "type": "server_error", "code": "disk_full"}
+                    route.fulfill(status=507, json={"error": told})
+                else:
+                    route.abort("connectionrefused")
             else:
                 route.continue_()
 
         page.route("**/v1/conversations/*", away)
         ask(page, "plain")
-        page.get_by_role("alert").get_by_text("can't be reached").wait_for()
+        page.get_by_role("alert").get_by_text(why).wait_for()
         assert said(place) == ["plain", ""]
         page.get_by_role("alert").wait_for(state="detached")
         comes(page, lambda: said(place) == ["plain", "the fox"])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, comes, visited
+from browsing import answer, ask, comes, first_put_held, visited
 from serving import Service, served
 
 from khaosz.serve.records.routes import record_routes
@@ -27,13 +27,18 @@ def kept(service: Service) -> list[dict[str, Any]]:
     return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
 
 
+def both_look(one: Any, two: Any) -> None:
+    """At one conversation."""
+    ask(one, "plain")
+    answer(one)
+    one.locator(".history li a").wait_for()
+    two.goto(one.url)
+    assert answer(two).locator(".markdown").inner_text() == "the fox"
+
+
 def test_two_windows_lose_nothing(browser: Any, place: Service) -> None:
     with visited(browser, place.port) as one, visited(browser, place.port) as two:
-        ask(one, "plain")
-        answer(one)
-        one.locator(".history li a").wait_for()
-        two.goto(one.url)
-        assert answer(two).locator(".markdown").inner_text() == "the fox"
+        both_look(one, two)
         for page in (one, two):  # neither knows of the other's
             ask(page, "think")
             page.locator(".message.assistant").nth(1).wait_for()
@@ -67,11 +72,7 @@ def renamed(page: Any, title: str) -> None:
 def test_settings_and_names_of_two_windows_are_kept(browser: Any, place: Service) -> None:
     """Of the one that goes on in an older state, and of the other."""
     with visited(browser, place.port) as one, visited(browser, place.port) as two:
-        ask(one, "plain")
-        answer(one)
-        one.locator(".history li a").wait_for()
-        two.goto(one.url)
-        answer(two)
+        both_look(one, two)
         ask(two, "think")
         two.locator(".message.assistant").nth(1).wait_for()
         answer(two)
@@ -90,6 +91,24 @@ def test_settings_and_names_of_two_windows_are_kept(browser: Any, place: Service
     assert (conversation["title"], conversation["system"]) == ("a name", "Be very brief.")
 
 
+def test_an_answer_is_not_set_back_by_who_saw_it_begin(browser: Any, place: Service) -> None:
+    with visited(browser, place.port) as one, visited(browser, place.port) as two:
+        held: list[Any] = []
+        one.route("**/v1/chat/completions", lambda route: held.append(route))
+        ask(one, "plain")
+        comes(one, lambda: bool(held))
+        two.goto(one.url)
+        two.locator(".bubble").wait_for()
+        prompted(two, "Be brief.")
+        comes(two, lambda: kept(place)[0]["system"] == "Be brief.")
+        held[0].continue_()
+        answer(one)
+        comes(one, lambda: kept(place)[0]["nodes"][1]["content"] == "the fox")
+        prompted(two, "Be very brief.")
+        comes(two, lambda: kept(place)[0]["system"] == "Be very brief.")
+    assert kept(place)[0]["nodes"][1]["content"] == "the fox"
+
+
 def test_a_change_is_kept_though_one_before_it_is_still_on_its_way(
     browser: Any, place: Service
 ) -> None:
@@ -99,15 +118,7 @@ def test_a_change_is_kept_though_one_before_it_is_still_on_its_way(
         page.locator(".history li a").wait_for()
         comes(page, lambda: bool(kept(place)[0]["nodes"][-1]["content"]))
         page.wait_for_load_state("networkidle")
-        held: list[Any] = []
-
-        def slow(route: Any) -> None:
-            if route.request.method == "PUT" and not held:
-                held.append(route)
-            else:
-                route.continue_()
-
-        page.route("**/v1/conversations/*", slow)
+        held = first_put_held(page)
         prompted(page, "Be")
         comes(page, lambda: bool(held))
         prompted(page, "Be brief.")

@@ -1,6 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { met } from "./api";
-import { explain, importAll } from "./chat/state";
+import { importAll } from "./chat/keeping";
+import { explain } from "./chat/state";
 import { language, list, speak, t, type Language } from "./i18n";
 import { keeper } from "./keep";
 import { theme, type Theme } from "./theme";

@@ -126,8 +126,7 @@ export function changed(
 export function merged(ours: Conversation, theirs: Conversation): Conversation {
   const own = new Map(ours.nodes.map((node) => [node.id, node]));
   const known = new Set(theirs.nodes.map((node) => node.id));
-  // An answer that was under way here is further on here.
-  const nodes = theirs.nodes.map((node) => own.get(node.id) ?? node);
+  const nodes = theirs.nodes.map((node) => further(own.get(node.id) ?? node, node));
   nodes.push(...ours.nodes.filter((node) => !known.has(node.id)));
   const head = based(theirs);
   const { base } = ours;
@@ -135,6 +134,17 @@ export function merged(ours: Conversation, theirs: Conversation): Conversation {
   const changes = (["title", "system", "settings", "knowledge_base"] as const).filter(mine);
   const kept = Object.fromEntries(changes.map((name) => [name, ours[name]]));
   return { ...head, ...kept, nodes, selected: ours.selected };
+}
+
+/** A message is written in one window; the other may have it as it was while it came. */
+function further(ours: Node, theirs: Node): Node {
+  const [here, there] = [ours, theirs].map((node) => node.finish_reason !== null);
+  if (here !== there) return here ? ours : theirs;
+  return written(ours) >= written(theirs) ? ours : theirs;
+}
+
+function written(node: Node): number {
+  return node.content.length + (node.reasoning?.length ?? 0);
 }
 
 export function isEmpty(node: Node): boolean {

@@ -76,6 +76,18 @@ test("what two windows made of a conversation is all kept", () => {
   expect([both.selected, both.revision, both.title]).toEqual(["here", 7, "theirs"]);
 });
 
+test("an answer that has gone on elsewhere is not set back to what it was", () => {
+  const { conversation, ids } = grown();
+  const early = changed(conversation, ids[4]!, { content: "", finish_reason: null });
+  const late = changed(conversation, ids[4]!, { content: "all of it", finish_reason: "stop" });
+  const amid = changed(conversation, ids[4]!, { content: "all of", finish_reason: null });
+  const of = (ours: Conversation, theirs: Conversation) =>
+    merged(ours, theirs).nodes.find((node) => node.id === ids[4])?.content;
+  expect([of(early, late), of(late, early)]).toEqual(["all of it", "all of it"]);
+  expect([of(early, amid), of(amid, early)]).toEqual(["all of", "all of"]);
+  expect(of(amid, late)).toBe("all of it");
+});
+
 test("what each of two windows changed is kept, and ours where both changed the same", () => {
   const begun = based({ ...grown().conversation, title: "t", system: null });
   const theirs = { ...begun, title: "theirs", system: "theirs", revision: 2 };

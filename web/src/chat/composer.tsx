@@ -3,7 +3,9 @@ import { useEffect, useRef } from "preact/hooks";
 import { offers } from "../api";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
-import { answering, bases, choose, current, filled, free, model, models, send, stop, update } from "./state";
+import { send } from "./asking";
+import { update } from "./keeping";
+import { answering, bases, choose, current, filled, free, model, models, stop } from "./state";
 
 /**
  * Whether a key is the input method's. While it composes, Enter takes a candidate; Safari sends

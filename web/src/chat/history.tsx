@@ -5,7 +5,8 @@ import { Icon } from "../components/icons";
 import { t } from "../i18n";
 import type { Listed } from "../keep";
 import { href } from "../router";
-import { conversations, current, refreshList, remove, retitle, search, startAnew } from "./state";
+import { remove, retitle, startAnew } from "./keeping";
+import { conversations, current, refreshList, search } from "./state";
 
 export function History(props: { onGo: () => void }) {
   const asked = useSignal<{ what: "rename" | "delete"; of: Listed } | null>(null);

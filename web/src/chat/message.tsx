@@ -7,8 +7,10 @@ import { Inspector, place, SourcePanel } from "../components/sources";
 import { number, t } from "../i18n";
 import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
+import { edit, regenerate } from "./asking";
 import { composing } from "./composer";
-import { current, edit, free, regenerate, running, select, usage } from "./state";
+import { select } from "./keeping";
+import { current, free, running, usage } from "./state";
 
 export function Message(props: { node: Node }) {
   const { node } = props;

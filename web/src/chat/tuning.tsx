@@ -1,7 +1,8 @@
 import { Dialog } from "../components/dialog";
 import { t } from "../i18n";
 import type { Settings } from "../tree";
-import { current, update } from "./state";
+import { update } from "./keeping";
+import { current } from "./state";
 
 type Numeric = Exclude<keyof Settings, "stop">;
 

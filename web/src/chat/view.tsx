@@ -3,9 +3,10 @@ import { useEffect, useRef } from "preact/hooks";
 import { met } from "../api";
 import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
+import { answer, send } from "./asking";
 import { Composer } from "./composer";
 import { Message } from "./message";
-import { answer, answering, begin, current, free, measure, model, problem, running, send, shown } from "./state";
+import { answering, begin, current, free, measure, model, problem, running, shown } from "./state";
 import { isEmpty, type Node } from "../tree";
 import { Tuning } from "./tuning";
 

@@ -1,6 +1,7 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { bases, current, models, startAnew, update } from "../chat/state";
+import { startAnew, update } from "../chat/keeping";
+import { bases, current, models } from "../chat/state";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
