@@ -63,18 +63,24 @@ def test_the_official_client_leaves(service: Service) -> None:
     wait_until(lambda: not service.engine.unfinished, seconds=0.5)
 
 
+def stopped_before_a_step(service: Service) -> tuple[list[int], threading.Event]:
+    """The chunks of each step that began, and what lets them all go on."""
+    runner = service.engine.runner
+    run, passes, go_on = runner.run, [], threading.Event()
+
+    def slow(chunks: Any) -> Any:
+        passes.append(len(chunks))
+        assert go_on.wait(60)
+        return run(chunks)
+
+    runner.run = slow  # type: ignore[method-assign]
+    return passes, go_on
+
+
 def test_who_leaves_amid_the_prompt_frees_the_place(tiny: Path) -> None:
     """The engine is held after the first part of the prompt until the client has gone."""
     with served(tiny, step_tokens=16) as service:
-        runner = service.engine.runner
-        run, passes, go_on = runner.run, [], threading.Event()
-
-        def slow(chunks: Any) -> Any:
-            passes.append(len(chunks))
-            assert go_on.wait(10)
-            return run(chunks)
-
-        runner.run = slow  # type: ignore[method-assign]
+        passes, go_on = stopped_before_a_step(service)
         body = {**LONG, "messages": [{"role": "user", "content": "春 fox " * 200}], "stream": True}
         connection = raw_request(service, body)
         wait_until(lambda: len(passes) == 1)
@@ -100,15 +106,7 @@ def test_who_reads_no_more_has_its_place_for_the_time_of_a_request(tiny: Path) -
 def test_waiting_for_the_engine_is_part_of_a_requests_time(tiny: Path) -> None:
     """It is amid a step, and can't take anything on."""
     with served(tiny, timeout=3) as service:
-        runner = service.engine.runner
-        run, passes, go_on = runner.run, [], threading.Event()
-
-        def slow(chunks: Any) -> Any:
-            passes.append(len(chunks))
-            assert go_on.wait(60)
-            return run(chunks)
-
-        runner.run = slow  # type: ignore[method-assign]
+        passes, go_on = stopped_before_a_step(service)
         connection = raw_request(service, {**LONG, "stream": True})
         try:
             wait_until(lambda: bool(passes))
@@ -120,7 +118,6 @@ def test_waiting_for_the_engine_is_part_of_a_requests_time(tiny: Path) -> None:
             go_on.set()
             connection.close()
         wait_until(lambda: not service.engine.unfinished)
-        runner.run = run  # type: ignore[method-assign]
         service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
 
 
