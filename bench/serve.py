@@ -216,7 +216,10 @@ def loaded(options: argparse.Namespace) -> None:
             compared += 1
             same += answers[key] == text
             if answers[key] != text:
-                print(f"  differs {key}: {answers[key][:60]!r} / {text[:60]!r}", file=sys.stderr)
+                pairs = enumerate(zip(answers[key], text, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), 0)
+                parts = [each[max(0, at - 30) : at + 30] for each in (answers[key], text)]
+                print(f"  differs {key} at {at}: {parts[0]!r} / {parts[1]!r}", file=sys.stderr)
         if time.perf_counter() > stop:
             break
     warm = [mb for at, mb in memory if at >= 60 * options.minutes / 5]
@@ -228,6 +231,8 @@ def loaded(options: argparse.Namespace) -> None:
     print(f"as the engine alone answers: {same:,} of {compared:,} compared")
     ours, own = median(found["waits"]), median(waits)
     print(f"median gap {1000 * ours:.1f} ms, engine alone {1000 * own:.1f} ms: {ours / own:.3f}x")
+    tenths = [round(memory[len(memory) * i // 10][1]) for i in range(10)]
+    print(f"resident MB in each tenth of the time: {tenths}")
     print(
         f"resident MB {warm[0]:.0f} after warm-up, {max(warm[-3:]):.0f} at the end: {growth:+.2f} %"
     )
