@@ -26,7 +26,6 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
     "learn": ("bench.learn", [], "whether RM, DPO, PPO and GRPO learn, over seeds"),
-    "mutants": ("bench.mutants", [], "defects of this field put back: do the tests notice?"),
     "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),

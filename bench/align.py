@@ -146,8 +146,8 @@ def _ours_sft(
     from rich.console import Console
 
     from bench.ours import RandomData, RandomGroup
-    from khaosz.data.dataset import TokenDataset
-    from khaosz.data.mmap import MmapFileHandler, TokenFileWriter
+    from khaosz.data.batches.dataset import TokenDataset
+    from khaosz.data.shards.mmap import MmapFileHandler, TokenFileWriter
     from khaosz.trainer.calibration import calibrate, rows_per_step
     from khaosz.trainer.strategy import SFTStrategy
 
@@ -186,15 +186,15 @@ def _ours_sft(
 def _ours_dpo(
     args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
 ) -> dict[str, Any]:
-    """As `khaosz.trainer.alignment.build.build_pairs` sets a run up, without reading text."""
+    """As `khaosz.trainer.stages.build.build_pairs` sets a run up, without reading text."""
     from rich.console import Console
 
-    from khaosz.data.preference import EncodedPair
-    from khaosz.trainer.alignment.build import _calibrated
-    from khaosz.trainer.alignment.dpo import DPOStrategy, reference_logprobs
-    from khaosz.trainer.alignment.pairs import PairSet
-    from khaosz.trainer.alignment.reference import add_reference
+    from khaosz.data.records.preference import EncodedPair
     from khaosz.trainer.calibration import apply_plan, rows_per_step
+    from khaosz.trainer.stages.build import _calibrated
+    from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
+    from khaosz.trainer.stages.pairs import PairSet
+    from khaosz.trainer.stages.reference import add_reference
 
     pairs = [EncodedPair(s.prompt, s.answers[0], s.answers[1]) for s in ragged(args)]
     micro = rows_per_step(config, parallel, model.config.hidden_size)[1]

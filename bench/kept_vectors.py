@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from khaosz.rag.embed import Embedder, open_embedder
+from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.protocols import Embedder
 
 _PART = 512  # texts between two saves
 

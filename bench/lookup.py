@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from khaosz.data.fetch import SAMPLE_DIR
+from khaosz.files import SAMPLE_DIR
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 

@@ -24,8 +24,8 @@ from rich.console import Console
 from bench.machine import peak_rss_mb
 from khaosz.config import ModelConfig, ParallelConfig, TrainConfig
 from khaosz.config.presets import training_numbers
-from khaosz.data.dataset import TokenDataset
-from khaosz.data.mmap import MmapFileHandler, TokenFileWriter
+from khaosz.data.batches.dataset import TokenDataset
+from khaosz.data.shards.mmap import MmapFileHandler, TokenFileWriter
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.model import Transformer
 from khaosz.parallel import setup_parallel

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.machine import peak_rss_mb
-from khaosz.data.texts import read_texts
+from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 
 _WARMUPS, _TIMED = 3, 5  # steps before the clock starts, and steps that set the step count

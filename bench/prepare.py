@@ -26,8 +26,8 @@ from pathlib import Path
 
 import psutil
 
-from khaosz.data.mmap import HEADER_BYTES, MmapFileHandler, encode_header
-from khaosz.data.readers import open_source
+from khaosz.data.records.readers import open_source
+from khaosz.data.shards.mmap import HEADER_BYTES, MmapFileHandler, encode_header
 from khaosz.data.tokenizer import train_tokenizer
 
 
@@ -56,7 +56,7 @@ def generated_lines() -> Iterator[bytes]:
 
 RUN = """
 import json, os, sys
-from khaosz.data.prepare import prepare
+from khaosz.data.shards.prepare import prepare
 from khaosz.data.tokenizer import load_tokenizer
 if __name__ == "__main__":
     source, tokenizer, out, workers = sys.argv[1:]

@@ -29,9 +29,9 @@ from bench.kept_vectors import kept_embedder
 from bench.machine import peak_rss_mb
 from bench.rag_corpus import cmrc, distractors
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.retrieve import DEPTH, search
+from khaosz.rag.search.search import DEPTH, search
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile
-from khaosz.rag.vectors import open_index
+from khaosz.rag.store.index import open_index
 
 _REAL = 20_000
 _BATCH = 2_000

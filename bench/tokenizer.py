@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from khaosz.data.texts import read_texts
+from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 
 # Characters per token (zh, en) on the same demo files, from measured.md, section "Tokenizers".

@@ -65,7 +65,7 @@ def prepared_dir(
     tmp_path_factory: pytest.TempPathFactory, corpus_file: Path, tokenizer_dir: Path
 ) -> Path:
     """The sample as prepared token shards with a tenth held out."""
-    from khaosz.data.prepare import prepare
+    from khaosz.data.shards.prepare import prepare
     from khaosz.data.tokenizer import load_tokenizer
 
     directory = tmp_path_factory.mktemp("prepared") / "data"

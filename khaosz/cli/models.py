@@ -44,7 +44,7 @@ def default_model() -> Path:
 def model_named(name: str) -> Path:
     """A path, or the model here whose short name it is. Raises `ModelError`."""
     from khaosz.errors import ModelError, nearest
-    from khaosz.serve.run import default_name
+    from khaosz.interop.models import default_name
 
     path = Path(name).expanduser()
     if path.exists():

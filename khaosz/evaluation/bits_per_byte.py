@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from khaosz.data.texts import read_texts
+from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
 from khaosz.inference.scoring import Document, Score, score_documents

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from khaosz.data.readers import Skip, open_source, parsed
+from khaosz.data.records.readers import Skip, open_source, parsed
 from khaosz.errors import DataError
 from khaosz.rag.answer import CitationStream, without_markers
-from khaosz.rag.chat_model import ChatModel
+from khaosz.rag.models.chat_model import ChatModel
 from khaosz.rag.prompt import REFUSAL
 
 

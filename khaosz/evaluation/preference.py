@@ -10,18 +10,17 @@ from typing import Literal
 import torch
 
 from khaosz.config import PreferenceConfig
-from khaosz.data.preference import load_pairs
+from khaosz.data.records.preference import load_pairs
 from khaosz.errors import ModelError
 from khaosz.interop import is_reward_model, load_model, load_reward_model, open_tokenizer
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.alignment.dpo import DPOStrategy, reference_logprobs
-from khaosz.trainer.alignment.judge import check_same_tokenizer
-from khaosz.trainer.alignment.pairs import PairSet, PairStrategy
-from khaosz.trainer.alignment.preference_loss import preferred
-from khaosz.trainer.alignment.reward import RMStrategy
-from khaosz.trainer.alignment.validation import calibration_table, pair_gaps
 from khaosz.trainer.checkpoint import stored_window
+from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy, reference_logprobs
+from khaosz.trainer.stages.losses import preferred
+from khaosz.trainer.stages.pairs import PairSet, PairStrategy
+from khaosz.trainer.stages.reward_sources import check_same_tokenizer
+from khaosz.trainer.stages.validation import calibration_table, pair_gaps
 from khaosz.trainer.strategy import Compute
 
 _ROWS = 8  # of a window, in one forward pass

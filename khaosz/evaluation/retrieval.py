@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from khaosz.data.contrastive import Texts, to_texts
-from khaosz.data.prepared import InputReport, PrepareReport
-from khaosz.data.readers import Skip, expand_inputs, open_source, parsed
+from khaosz.data.records.pairs import Texts, to_texts
+from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
+from khaosz.data.records.report import InputReport, worst_reason
 from khaosz.errors import DataError
-from khaosz.rag.embed import Embedder
-from khaosz.rag.lexical import lexical_search
+from khaosz.rag.models.protocols import Embedder
+from khaosz.rag.search.bm25 import lexical_search
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile, open_store
 
 _EMBEDDED = 64  # texts handed to an embedder at once
@@ -45,7 +45,7 @@ def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> Retrieva
     report = InputReport(str(file))
     records = list(_records(report))
     if not records:
-        why = PrepareReport([report]).worst_reason()
+        why = worst_reason([report])
         raise DataError(f"no pair in {report.records} records of {file}{why}")
     numbers: dict[str, int] = {}
     for text in chain.from_iterable((*r.positives, *r.negatives) for r in records):

@@ -23,7 +23,7 @@ from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.request import Output, Request, Sequence
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.inference.sequence_cache import SequenceCache
+from khaosz.model.kv_cache import SequenceCache
 
 _log = logging.getLogger("khaosz.inference")
 

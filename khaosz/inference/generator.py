@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import GenerationError
 from khaosz.inference.engine import Engine
 from khaosz.inference.request import Logprob, Output
@@ -87,7 +88,7 @@ class Generator:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
         """Ids of a conversation, up to and with the mark that lets the assistant speak."""
-        return self.tokenizer.encode_chat(list(messages), tools, add_generation_prompt=True)[0]
+        return encode_chat(self.tokenizer, list(messages), tools, add_generation_prompt=True)[0]
 
     def ids(self, prompt: Prompt) -> list[int]:
         """A text to continue, messages to answer, or ids as they are."""

@@ -10,7 +10,7 @@ from itertools import count
 
 import numpy as np
 
-from khaosz.inference.sequence_cache import SequenceCache
+from khaosz.model.kv_cache import SequenceCache
 
 _LEAST = 8  # positions below which a copy is not worth the trouble
 _MOST = 256  # entries: all are compared with every new prompt

@@ -13,8 +13,8 @@ from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher
 from khaosz.inference.lookup import PromptLookup
 from khaosz.inference.sampling import Draws, SamplingParams, TokenCounts, needs_counts, sample
-from khaosz.inference.sequence_cache import SequenceCache
 from khaosz.inference.text_stream import TextStream
+from khaosz.model.kv_cache import SequenceCache
 
 
 @dataclass(frozen=True)

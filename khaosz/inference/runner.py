@@ -16,18 +16,18 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.inference.adapter import Adapter, Spans, adapted
-from khaosz.inference.kernels.native import library
-from khaosz.inference.sequence_cache import BLOCK, SequenceCache
-from khaosz.inference.weights import (
+from khaosz.inference.linear.load import (
     LayerWeights,
     Weights,
     fused_weights,
     gguf_weights,
     live_weights,
 )
+from khaosz.inference.linear.native import library
 from khaosz.interop import GgufModel, is_gguf, load_model
-from khaosz.interop.gguf_blocks import is_affine
+from khaosz.interop.gguf.blocks import is_affine
 from khaosz.model import Transformer
+from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import rotary_frequencies
 
 TILE = 16  # positions of a tile of the deterministic path

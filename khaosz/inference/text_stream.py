@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from khaosz.data.tokenizer import StreamDecoder, Tokenizer
+from khaosz.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class TextStream:

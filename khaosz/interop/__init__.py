@@ -1,21 +1,21 @@
 """Models of other projects, in and out: Hugging Face directories and GGUF files."""
 
-from khaosz.interop.embedder import (
-    EmbedderSettings,
-    is_embedder,
-    load_embedder_settings,
-    save_embedder,
-)
-from khaosz.interop.gguf_model import GgufModel, load_gguf, save_gguf
+from khaosz.files import write_json
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.huggingface import (
     WEIGHTS,
     is_reward_model,
     load_config,
     load_reward_model,
     save_model,
-    write_json,
 )
 from khaosz.interop.models import convert, is_gguf, load_model, open_tokenizer
+from khaosz.interop.sentence_transformers import (
+    EmbedderSettings,
+    is_embedder,
+    load_embedder_settings,
+    save_embedder,
+)
 
 __all__ = [
     "WEIGHTS",

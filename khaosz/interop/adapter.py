@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import LoRAConfig, ModelConfig
-from khaosz.errors import ConfigError, ModelError
-from khaosz.interop.huggingface import save_model, write_json
+from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.files import write_json
+from khaosz.interop.huggingface import save_model
 from khaosz.interop.models import load_model, open_tokenizer
-from khaosz.interop.shown import one_line, shown
 from khaosz.model import RewardModel, Transformer, parameter_shapes
 from khaosz.model.lora import adapter_state, add_lora, merge_lora, named_adapters
 

@@ -11,9 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from khaosz.errors import ModelError
+from khaosz.errors import ModelError, one_line, shown
 from khaosz.interop.huggingface import weight_files
-from khaosz.interop.shown import one_line, shown
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
-from khaosz.errors import ConfigError, ModelError
-from khaosz.interop.shown import one_line, shown
+from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.files import write_json
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
@@ -335,16 +335,6 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         )
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None
-
-
-def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
-    """Write one JSON file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from khaosz.data.chat import CHAT_TEMPLATE
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
 
 # Go's templates of CHAT_TEMPLATE and ChatML without tools. Ollama adds the begin token by itself,
 # and joins what is `system` among the messages into .System (template/template.go, `collate`).

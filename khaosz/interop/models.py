@@ -9,9 +9,16 @@ import torch
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ModelError
 from khaosz.interop import huggingface
-from khaosz.interop.gguf_model import GgufModel, load_gguf, save_gguf
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.model import Transformer
+
+
+def default_name(model: Path) -> str:
+    """What the model's path calls it: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
+    path = model.resolve()
+    named = path.parent if path.name == "last" else path
+    return named.name.removesuffix(".gguf")
 
 
 def is_gguf(path: str | Path) -> bool:

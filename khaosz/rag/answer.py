@@ -6,11 +6,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from khaosz.rag.chat_model import ChatModel, Messages
 from khaosz.rag.knowledge_base import KnowledgeBase
-from khaosz.rag.lexical import coverage
+from khaosz.rag.models.chat_model import ChatModel, Messages
+from khaosz.rag.models.protocols import Reranker
 from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
-from khaosz.rag.retrieve import Hit, Mode, Reranker, merge_neighbours
+from khaosz.rag.search.bm25 import coverage
+from khaosz.rag.search.hit import Hit, Mode
+from khaosz.rag.search.search import merge_neighbours
 
 # Of the question's weight in terms, in the best of the passages found. 97 % of CMRC's questions
 # find as much where their passage is there, 8 % where it is not (20,000 other passages).

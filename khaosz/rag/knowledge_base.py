@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khaosz.errors import ConfigError, DataError
-from khaosz.rag.embed import Embedder, open_embedder
 from khaosz.rag.load import Document, Problem, Source, count_files, load_paths
-from khaosz.rag.retrieve import Hit, Mode, Reranker, search
+from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.protocols import Embedder, Reranker
+from khaosz.rag.search.hit import Hit, Mode
+from khaosz.rag.search.search import search
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import (
     NewChunk,
@@ -23,7 +25,7 @@ from khaosz.rag.store import (
     StoredDocument,
     open_store,
 )
-from khaosz.rag.vectors import VectorIndex, open_index
+from khaosz.rag.store.index import VectorIndex, open_index
 
 if TYPE_CHECKING:
     from khaosz.rag.split.semantic import SemanticSplitter

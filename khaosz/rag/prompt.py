@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from khaosz.errors import GenerationError
-from khaosz.rag.retrieve import Hit
+from khaosz.rag.search.hit import Hit
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.terms import terms
 

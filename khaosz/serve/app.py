@@ -10,17 +10,17 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
 from khaosz import __version__
+from khaosz.serve.errors import Refused, errors, explain_errors
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
-from khaosz.serve.offered import Offered
 from khaosz.serve.openai.chat import chat_routes
-from khaosz.serve.openai.replies import Live, ModelCard, ModelList, Ready
 from khaosz.serve.openai.tokens import token_routes
 from khaosz.serve.openai.vectors import vector_routes
 from khaosz.serve.page import page_routes
-from khaosz.serve.refusals import Refused, errors, explain_errors
+from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
+from khaosz.serve.retrieval_models import Offered
 
 TIMEOUT = 600.0  # seconds that a request may take
 

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from khaosz.errors import ConfigError
-from khaosz.serve.refusals import error_body
+from khaosz.serve.errors import error_body
 
 MAX_BODY = 4 << 20  # bytes
 _DRAINED = 32 << 20  # bytes read of a body too large, so that its sender comes to read the answer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, MutableMapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -12,8 +13,38 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from khaosz.inference.request import Output
 from khaosz.serve.models import Models
-from khaosz.serve.openai.answers import Usage
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass
+class Usage:
+    """Tokens of a request, from what its outputs say so far."""
+
+    prompt: int = 0
+    cached: int = 0
+    generated: dict[int, int] = field(default_factory=dict)  # by choice
+    first: float | None = None  # when the first output came, by `time.perf_counter`
+
+    def count(self, output: Output) -> None:
+        if self.first is None:
+            self.first = time.perf_counter()
+        self.prompt = output.prompt_tokens
+        self.cached = max(self.cached, output.cached_tokens)
+        self.generated[output.choice] = output.generated
+
+    def body(self) -> dict[str, Any]:
+        answered = sum(self.generated.values())
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": answered,
+            "total_tokens": self.prompt + answered,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }
+
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 

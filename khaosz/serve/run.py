@@ -10,8 +10,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastapi import APIRouter
+
 from khaosz.errors import ConfigError
+from khaosz.interop.models import default_name
 from khaosz.serve.models import Limits, Model, Models, describe
+from khaosz.serve.records.conversation_store import ConversationStore
+from khaosz.serve.records.conversations import conversation_routes
+from khaosz.serve.records.preferences import FILE, PreferenceFile, preference_routes
+from khaosz.serve.records.runs import run_routes
+
+
+def record_routes(data: Path, runs: Path) -> list[APIRouter]:
+    """Conversations and preferences in the folder `data`, and training runs below `runs`. Raises
+    `DataError` for a file in `data` that cannot be used."""
+    return [
+        conversation_routes(ConversationStore(data / "conversations.db")),
+        preference_routes(PreferenceFile(data / FILE)),
+        run_routes(runs),
+    ]
+
 
 DRAIN = 30  # seconds that answers under way have after SIGTERM
 
@@ -65,8 +83,7 @@ def serve(
 
         from khaosz.serve.app import build_app
         from khaosz.serve.knowledge.library import Library
-        from khaosz.serve.offered import Offered
-        from khaosz.serve.records.routes import record_routes
+        from khaosz.serve.retrieval_models import Offered
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
@@ -151,13 +168,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def default_name(model: Path) -> str:
-    """What the model's path calls it: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
-    path = model.resolve()
-    named = path.parent if path.name == "last" else path
-    return named.name.removesuffix(".gguf")
 
 
 def _shown(host: str) -> str:

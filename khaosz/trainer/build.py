@@ -17,7 +17,7 @@ from khaosz.config import (
     size_for_minutes,
 )
 from khaosz.config.presets import Derived, nearest_size, training_numbers
-from khaosz.data.dataset import TokenDataset
+from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import CheckpointError, ConfigError
 from khaosz.interop import load_config, load_model, write_json
@@ -36,8 +36,9 @@ from khaosz.trainer.callback import (
 )
 from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
 from khaosz.trainer.corpus import prepared_data, tokenizer_for, validation_data
-from khaosz.trainer.loggers import ExternalLogger, JsonLines, LossCurve, Sample, Samples
+from khaosz.trainer.loggers import ExternalLogger, JsonLines, Sample, Samples
 from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.strategy import build_strategy
 from khaosz.trainer.train_context import Plan, Progress, TrainContext
 from khaosz.trainer.trainer import Trainer

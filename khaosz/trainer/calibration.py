@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from khaosz.config import TrainConfig
-from khaosz.data.batch import Batch
+from khaosz.data.batches.batch import Batch
 from khaosz.errors import ConfigError, DeviceError
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext, across

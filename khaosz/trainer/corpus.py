@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from khaosz.config import TrainConfig, preset
-from khaosz.data.prepare import PreparedData, PrepareReport, prepare
-from khaosz.data.progress import shown_progress
-from khaosz.data.texts import read_interleaved
+from khaosz.data.records.texts import read_interleaved
+from khaosz.data.shards.prepare import PreparedData, PrepareReport, prepare, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.parallel import ParallelContext

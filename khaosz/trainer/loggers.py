@@ -97,67 +97,6 @@ class ExternalLogger(Callback):
             self._module.finish()
 
 
-class LossCurve(Callback):
-    """OUT/loss.png: training loss, validation loss, learning rate, at the end of the run."""
-
-    def __init__(self, out: Path, console: Console) -> None:
-        self.out, self.console = out, console
-
-    def on_end(self, context: TrainContext) -> None:
-        rows = read_metrics(self.out / "metrics.jsonl")
-        if len(rows) < 2:
-            return
-        if importlib.util.find_spec("matplotlib") is None:
-            self.console.print("  no loss curve: pip install 'khaosz\\[train]' brings matplotlib")
-            return
-        path = self.out / "loss.png"
-        draw_curve(rows, path, title=f"{self.out.name} ({context.config.stage})")
-        self.console.print(f"  loss curve: {path}")
-
-
-def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A picture of metrics rows: losses over tokens above, learning rate and speed below."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    tokens = [row["tokens"] / 1e6 for row in rows]
-    top.plot(
-        tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training"
-    )
-    top.plot(
-        tokens,
-        smoothed([row["loss"] for row in rows], 0.9 if len(rows) > 200 else 0.6),
-        color="#1f4e79",
-        label="smoothed",
-    )
-    scored = [row for row in rows if "val_loss" in row]
-    if scored:
-        last = scored[-1]
-        end = f"{last['val_loss']:.3f} nats/token, {last['val_bits_per_byte']:.3f} bits/byte"
-        top.plot(
-            [row["tokens"] / 1e6 for row in scored],
-            [row["val_loss"] for row in scored],
-            "o-", color="#d1495b", markersize=4, label=f"validation, at the end {end}",
-        )  # fmt: skip
-    top.set_ylabel("loss (nats per token)")
-    top.set_title(title)
-    top.legend(frameon=False)
-    top.grid(alpha=0.25)
-    below.plot(tokens, [row["lr"] for row in rows], color="#2e7d32")
-    below.set_ylabel("learning rate", color="#2e7d32")
-    below.set_xlabel("tokens (millions)")
-    speed = below.twinx()
-    speed.plot(tokens, [row["tokens_per_s"] for row in rows], color="#bbbbbb", linewidth=0.8)
-    speed.set_ylabel("tokens/s", color="#888888")
-    speed.set_ylim(bottom=0)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-
-
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average with the bias of its start removed."""
     average, result = 0.0, []

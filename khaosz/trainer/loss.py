@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from khaosz.data.batch import IGNORE
+from khaosz.data.batches.batch import IGNORE
 
 # Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
 CHUNK_LOGITS = 1 << 23

@@ -11,10 +11,10 @@ from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, TrainConfig
 from khaosz.errors import CheckpointError
 from khaosz.parallel import ParallelContext, setup_parallel
 from khaosz.trainer import build
-from khaosz.trainer.alignment import build as alignment
 from khaosz.trainer.build import Start
 from khaosz.trainer.checkpoint import check_same_run, load_state, resolve
-from khaosz.trainer.embedding.build import build_embedder
+from khaosz.trainer.stages import build as alignment
+from khaosz.trainer.stages.build import build_embedder
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from khaosz.config import TrainConfig
-from khaosz.data.batch import Batch
-from khaosz.data.dataset import TokenDataset
-from khaosz.data.sampler import draws_for
+from khaosz.data.batches.batch import Batch
+from khaosz.data.batches.dataset import TokenDataset
+from khaosz.data.batches.sampler import draws_for
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import ChunkLoss, chunk_loss, cross_entropy_sum

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from khaosz.data.batch import Batch
+from khaosz.data.batches.batch import Batch
 from khaosz.errors import TrainingError
 from khaosz.parallel import across, data_parallel
 from khaosz.parallel.module import no_sync, share_of

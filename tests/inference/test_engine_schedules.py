@@ -19,7 +19,7 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.request import Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.inference.sequence_cache import SequenceCache
+from khaosz.model.kv_cache import SequenceCache
 
 torch.set_num_threads(1)
 

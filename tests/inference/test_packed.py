@@ -10,13 +10,13 @@ import torch
 from random_models import random_model, tokenizer
 
 from khaosz.inference.engine import Engine
-from khaosz.inference.kernels import packed
-from khaosz.inference.kernels.packed import pack, packable
+from khaosz.inference.linear import packed
+from khaosz.inference.linear.packed import pack, packable
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop import GgufModel, load_gguf, save_gguf
-from khaosz.interop.gguf_blocks import affine, quantize
-from khaosz.interop.gguf_file import TENSOR_TYPES
+from khaosz.interop.gguf.blocks import affine, quantize
+from khaosz.interop.gguf.file import TENSOR_TYPES
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from khaosz.data.tokenizer import QWEN2_PATTERN, Tokenizer
+from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 
 TEXTS = ["The years 1999 and 2024, 你好 123 456 hello world's"] * 9
 

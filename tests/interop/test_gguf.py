@@ -13,10 +13,11 @@ from fuzz_models import mutated, read_directory, read_gguf, valid_directory, val
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ModelError
 from khaosz.interop import GgufModel, convert, load_gguf, load_model, open_tokenizer, save_gguf
-from khaosz.interop.gguf_blocks import affine, dequantize, is_affine, quantize
-from khaosz.interop.gguf_file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
+from khaosz.interop.gguf.blocks import affine, dequantize, is_affine, quantize
+from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.huggingface import config_from_hf
 from khaosz.model import Transformer, parameter_shapes
 
@@ -223,7 +224,7 @@ def test_the_tokenizer_comes_back_as_it_went(tmp_path: Path, tokenizer: Tokenize
     after = open_tokenizer(tmp_path / "a.gguf")
     chat = [{"role": "user", "content": "<|end|> 你好"}, {"role": "assistant", "content": "Yes."}]
     assert after.encode(TEXT) == tokenizer.encode(TEXT) and after.decode(after.encode(TEXT)) == TEXT
-    assert after.encode_chat(chat)[0] == tokenizer.encode_chat(chat)[0]
+    assert encode_chat(after, chat)[0] == encode_chat(tokenizer, chat)[0]
     assert (after.bos_id, after.eos_id, after.end_id) == (
         tokenizer.bos_id,
         tokenizer.eos_id,

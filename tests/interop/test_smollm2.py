@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import render_chat
 from khaosz.interop import GgufModel, convert, load_gguf, load_model, open_tokenizer
 from khaosz.model import Transformer
 
@@ -49,7 +50,7 @@ def test_its_tokens_are_those_that_are_published(tokenizer: Tokenizer) -> None:
     # Digits one by one; words with their space.
     spelled = [tokenizer.token_bytes(i) for i in tokenizer.encode("Hello world, it's 2024")]
     assert spelled == [b"Hello", b" world", b",", b" it", b"'s", b" ", b"2", b"0", b"2", b"4"]
-    chat = tokenizer.render_chat([{"role": "user", "content": "Hi"}], add_generation_prompt=True)
+    chat = render_chat(tokenizer, [{"role": "user", "content": "Hi"}], add_generation_prompt=True)
     assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert chat.startswith("<|im_start|>system\n")
 

@@ -52,7 +52,7 @@ def documents() -> list[list[Tensor]]:
 
 
 def pack(rows: list[list[Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, positions and doc_ids (B, T) in the layout of `khaosz.data.batch.Batch`."""
+    """ids, positions and doc_ids (B, T) in the layout of `khaosz.data.batches.batch.Batch`."""
     ids = torch.zeros(len(rows), WINDOW, dtype=torch.long)
     positions, doc_ids = torch.zeros_like(ids), torch.full_like(ids, -1)
     for b, row in enumerate(rows):

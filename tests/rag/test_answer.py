@@ -17,11 +17,11 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, CitationStream, ask, good
-from khaosz.rag.chat_model import HttpModel, LocalModel, Messages
-from khaosz.rag.embed import HttpEmbedder
-from khaosz.rag.http_client import _authorization
+from khaosz.rag.models.chat_model import HttpModel, LocalModel, Messages
+from khaosz.rag.models.embed import HttpEmbedder
+from khaosz.rag.models.http_client import _authorization
 from khaosz.rag.prompt import build_prompt
-from khaosz.rag.retrieve import Hit
+from khaosz.rag.search.hit import Hit
 
 
 class Saying:

@@ -13,7 +13,8 @@ from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
 from khaosz.interop import EmbedderSettings, save_embedder
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.embed import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder, unit
+from khaosz.rag.models.embed import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder
+from khaosz.rag.models.protocols import unit
 
 
 @pytest.fixture

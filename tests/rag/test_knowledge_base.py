@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 from khaosz.cli import app
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag import KnowledgeBase, StructureSplitter
-from khaosz.rag.lexical import K1, B, lexical_search
 from khaosz.rag.load import Limits, WorkerPool, load_file
-from khaosz.rag.retrieve import merge_neighbours
+from khaosz.rag.search.bm25 import K1, B, lexical_search
+from khaosz.rag.search.search import merge_neighbours
 from khaosz.rag.store import Store
+from khaosz.rag.store.index import ExactIndex, GraphIndex
 from khaosz.rag.store.sqlite import SqliteStore
 from khaosz.rag.terms import terms
-from khaosz.rag.vectors import ExactIndex, GraphIndex
 
 Open = Callable[..., Store]  # a home of a base: see conftest.py
 Hashed = Callable[..., Any]
@@ -402,7 +402,7 @@ def test_a_filter_is_not_starved_by_the_budget(
     for i in range(30):
         base.add_text(f"common word {i} " + "rare " * (i < 3), name=f"n{i}", collection="crowd")
     base.add_text("common here", name="kept", collection="mine")
-    monkeypatch.setattr("khaosz.rag.lexical.BUDGET", 5)
+    monkeypatch.setattr("khaosz.rag.search.bm25.BUDGET", 5)
     assert [h.doc for h in base.search("rare common", 5, collection="mine")] == ["kept"]
 
 

@@ -16,7 +16,7 @@ from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.model import Transformer
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.rerank import ModelJudge, open_reranker
+from khaosz.rag.models.rerank import ModelJudge, open_reranker
 
 PASSAGES = ["春眠不觉晓，处处闻啼鸟。", "the quick brown fox", "no"]
 

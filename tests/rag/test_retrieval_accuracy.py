@@ -13,12 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from khaosz.cli import app
-from khaosz.data.demo_pairs import inverse_cloze, unit_pairs
-from khaosz.data.demo_texts import Unit
+from khaosz.data.records.pairs import inverse_cloze
+from khaosz.demo.pairs import unit_pairs
+from khaosz.demo.texts import Unit
 from khaosz.errors import DataError
 from khaosz.evaluation import retrieval_accuracy
 from khaosz.rag import StructureSplitter
-from khaosz.rag.records import pair_records
+from khaosz.rag.training_records import pair_records
 
 PAIRS = [
     {

@@ -380,7 +380,7 @@ def test_a_missing_client_is_named(
 
 def test_clients_are_imported_for_their_bases_alone(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom khaosz.rag import KnowledgeBase\nimport khaosz.rag.move\n"
+        "import sys\nfrom khaosz.rag import KnowledgeBase\nimport khaosz.rag.store.copy\n"
         f"base = KnowledgeBase({str(tmp_path / 'a.kb')!r})\n"
         "base.add_text('a', name='a')\nbase.search('a')\n"
         "assert not {'psycopg', 'qdrant_client', 'grpc', 'httpx'} & set(sys.modules)"

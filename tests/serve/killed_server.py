@@ -10,9 +10,9 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from khaosz.serve.errors import explain_errors
 from khaosz.serve.records.conversation_store import ConversationStore
 from khaosz.serve.records.conversations import conversation_routes
-from khaosz.serve.refusals import explain_errors
 from khaosz.serve.run import listen
 
 

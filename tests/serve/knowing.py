@@ -15,7 +15,7 @@ from urllib.parse import quote
 from serving import Service, served, wait_until
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.offered import Offered
+from khaosz.serve.retrieval_models import Offered
 
 sys.path.append(str(Path(__file__).parents[1] / "rag" / "load"))  # makers of PDF and DOCX files
 

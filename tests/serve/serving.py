@@ -20,6 +20,7 @@ from fastapi import APIRouter
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.interop import save_model
@@ -28,7 +29,7 @@ from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.models import Limits, Models
-from khaosz.serve.offered import Offered
+from khaosz.serve.retrieval_models import Offered
 from khaosz.serve.run import listen, named_models
 
 CONTEXT = 2048
@@ -118,7 +119,7 @@ def learnt(lessons: Sequence[tuple[list[Any], list[Any] | None]], directory: Pat
     )  # fmt: skip
     torch.manual_seed(0)
     model = Transformer(config)
-    chats = [tokenizer.encode_chat(messages, tools) for messages, tools in lessons]
+    chats = [encode_chat(tokenizer, messages, tools) for messages, tools in lessons]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(400):
         loss = torch.zeros(())

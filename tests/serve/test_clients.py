@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from serving import Service, served
 
-from khaosz.serve.offered import Offered
+from khaosz.serve.retrieval_models import Offered
 
 FILE = os.environ.get("KHAOSZ_SMOLLM2", "")
 pytestmark = [

@@ -16,10 +16,10 @@ from knowing import Knowing, knowing
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.inference.request import Output
 from khaosz.rag.prompt import Prompt
-from khaosz.rag.retrieve import Hit
-from khaosz.serve.knowledge.chat import Grounds
-from khaosz.serve.openai.answers import Answer, Form
-from khaosz.serve.openai.replies import ChatCompletion
+from khaosz.rag.search.hit import Hit
+from khaosz.serve.knowledge.grounding import Grounds
+from khaosz.serve.openai.completion_output import Answer, Form
+from khaosz.serve.replies import ChatCompletion
 
 PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
 ASKED = {"role": "user", "content": "Do penguins live in the south?"}

@@ -26,7 +26,7 @@ from khaosz.errors import ConfigError
 from khaosz.rag import KnowledgeBase
 from khaosz.serve.knowledge.catalogue import FileRow
 from khaosz.serve.knowledge.library import Library
-from khaosz.serve.offered import Offered
+from khaosz.serve.retrieval_models import Offered
 
 # 64 passages are embedded at once.
 LONG = "\n\n".join(f"Paragraph {i} of the long text. " + "word " * 250 for i in range(100)).encode()

@@ -14,9 +14,9 @@ import pytest
 from serving import WEATHER, Service, served
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.offered import Offered
-from khaosz.serve.openai.replies import ChatCompletion, TextCompletion
-from khaosz.serve.records.routes import record_routes
+from khaosz.serve.replies import ChatCompletion, TextCompletion
+from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.run import record_routes
 
 HELLO: list[Any] = [{"role": "user", "content": "the fox"}]
 

@@ -12,8 +12,8 @@ import pytest
 from serving import Service, served
 
 from khaosz.errors import DocumentCode
-from khaosz.serve.knowledge.trouble import Code
 from khaosz.serve.page import page_files
+from khaosz.serve.replies import Code
 
 FIRST_LOAD = 300 * 1024  # bytes, compressed
 

@@ -16,8 +16,8 @@ from make_documents import pdf_bytes
 from serving import learnt, served
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.offered import Offered
-from khaosz.serve.records.routes import record_routes
+from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.run import record_routes
 
 pytestmark = pytest.mark.browser
 

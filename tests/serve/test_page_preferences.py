@@ -11,7 +11,7 @@ import pytest
 from browsing import PHONE, comes, visited
 from serving import Service, served, wait_until
 
-from khaosz.data.preference import to_pairs
+from khaosz.data.records.preference import to_pairs
 from khaosz.serve.records.preferences import PreferenceFile, preference_routes
 
 pytestmark = pytest.mark.browser

@@ -15,11 +15,11 @@ import pytest
 from rich.console import Console
 from serving import Service, served
 
+from khaosz.cli.collect import ranked_prompts
 from khaosz.config import TrainConfig
-from khaosz.data.preference import load_pairs
+from khaosz.data.records.preference import load_pairs
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import DataError
-from khaosz.inference.collect import ranked_prompts
 from khaosz.serve.records.preferences import PreferenceFile, preference_routes
 from khaosz.trainer.run import run
 

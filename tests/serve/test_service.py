@@ -20,9 +20,10 @@ from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
 from khaosz.inference.request import Sequence
+from khaosz.interop.models import default_name
 from khaosz.serve.guard import MAX_BODY, Guard
 from khaosz.serve.models import Limits
-from khaosz.serve.run import Address, default_name, is_loopback, listen, serve
+from khaosz.serve.run import Address, is_loopback, listen, serve
 
 HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 LONG: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 1900, "temperature": 0}

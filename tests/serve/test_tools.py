@@ -12,6 +12,7 @@ import pytest
 from serving import WEATHER, Service, served
 
 from khaosz.data.tokenizer import load_tokenizer
+from khaosz.data.tokenizer.chat import render_chat
 from khaosz.serve.openai.tools import introduced
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
@@ -205,4 +206,4 @@ def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Pa
     assert messages[3] == {
         "role": "user", "content": "<tool_response>\nnoon\n</tool_response>"
     }  # fmt: skip
-    assert "weather" in tokenizer.render_chat(messages, tools)
+    assert "weather" in render_chat(tokenizer, messages, tools)

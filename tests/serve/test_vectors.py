@@ -17,9 +17,9 @@ from knowing import EmbeddingServer
 from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
-from khaosz.rag.embed import open_embedder
-from khaosz.rag.rerank import open_reranker
-from khaosz.serve.offered import Offered, UnknownName
+from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.rerank import open_reranker
+from khaosz.serve.retrieval_models import Offered, UnknownName
 
 TEXTS = ["the quick fox", "春眠不觉晓", "x"]
 
@@ -116,7 +116,7 @@ def test_asked_for_twice_at_once_it_is_opened_once(
         opened.append(source)
         return open_embedder(source)
 
-    monkeypatch.setattr("khaosz.serve.offered.open_embedder", counted)
+    monkeypatch.setattr("khaosz.serve.retrieval_models.open_embedder", counted)
     offered = Offered([f"a={tiny}"])
     threads = [threading.Thread(target=offered.embedder, args=("a",)) for _ in range(4)]
     for thread in threads:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from tiny import TINY_MODEL
 
 from khaosz.config import ModelConfig
-from khaosz.data.batch import IGNORE, Batch
-from khaosz.data.dataset import TokenDataset
+from khaosz.data.batches.batch import IGNORE, Batch
+from khaosz.data.batches.dataset import TokenDataset
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import chunk_loss, cross_entropy_sum

@@ -60,7 +60,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro_batch: int | No
             context.stopping = "test"
 
     monkeypatch.setattr(Trainer, "_accumulate", stopping)
-    monkeypatch.setattr("khaosz.trainer.loggers.LossCurve.on_step", on_step, raising=False)
+    monkeypatch.setattr("khaosz.trainer.plots.LossCurve.on_step", on_step, raising=False)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -119,7 +119,7 @@ def test_a_signal_saves_exits_cleanly_and_resumes(
             context.stopping = "enough"
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("khaosz.trainer.loggers.LossCurve.on_step", until, raising=False)
+        patched.setattr("khaosz.trainer.plots.LossCurve.on_step", until, raising=False)
         run(config, resume=True, console=QUIET)
         run(recipe(**settings, out=tmp_path / "whole"), console=QUIET)
     assert_identical(tmp_path / "whole", config.out)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from tiny import Recipe
 
-from khaosz.data.batch import Batch
+from khaosz.data.batches.batch import Batch
 from khaosz.errors import (
     CheckpointError,
     ConfigError,
@@ -116,8 +116,8 @@ def test_the_number_of_steps_counts_accumulation(recipe: Recipe) -> None:
     """epochs=1 visits every window once, the last incomplete step included."""
     context = run(recipe(max_steps=None, epochs=1), console=QUIET)
     assert context.plan.rows == 8 and context.plan.micro_rows == 4
-    from khaosz.data.dataset import TokenDataset
-    from khaosz.data.prepare import PreparedData
+    from khaosz.data.batches.dataset import TokenDataset
+    from khaosz.data.shards.prepare import PreparedData
 
     windows = TokenDataset.open(PreparedData.open(context.config.data), 32).windows
     assert context.progress.step == math.ceil(windows / 8)
@@ -169,8 +169,8 @@ def test_sft_starts_from_a_model_with_fresh_optimizer_and_schedule(
 
 
 def _strategy(context: TrainContext):  # type: ignore[no-untyped-def]
-    from khaosz.data.dataset import TokenDataset
-    from khaosz.data.prepare import PreparedData
+    from khaosz.data.batches.dataset import TokenDataset
+    from khaosz.data.shards.prepare import PreparedData
     from khaosz.trainer.strategy import build_strategy
 
     window = context.config.window

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from khaosz.errors import DataError
-from khaosz.serve.openai import parts as serve
+from khaosz.inference import parts as serve
 
 Turns = list[dict[str, str]]
 

@@ -18,12 +18,12 @@ from khaosz.cli.terminal.conversation import (
     told_apart,
 )
 from khaosz.inference.generator import Generator, Piece
+from khaosz.inference.parts import PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, ask
-from khaosz.rag.chat_model import Messages
+from khaosz.rag.models.chat_model import Messages
 from khaosz.rag.store import open_store
-from khaosz.serve.openai.parts import PartStream, opens_thought
 
 KB = "khaosz.kb"
 

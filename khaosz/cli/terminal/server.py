@@ -16,8 +16,8 @@ from khaosz.cli.terminal.conversation import (
     told_apart,
 )
 from khaosz.errors import DataError, ModelError, ServerError, nearest
-from khaosz.rag.http_client import checked, deltas, read_events, read_json
-from khaosz.serve.openai.parts import PartStream
+from khaosz.inference.parts import PartStream
+from khaosz.rag.models.http_client import checked, deltas, read_events, read_json
 
 _OURS = "knowledge bases are KHAOSZ's own: another server has none"
 

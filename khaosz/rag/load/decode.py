@@ -1,8 +1,8 @@
 """Bytes to text that is certain to be text: UTF-8, UTF-16, GB18030, Big5, Windows-1252.
 
-`khaosz.data.charset` tells UTF-8 and GB18030 for corpora of megabytes, where a damaged line is
-skipped. Documents are short and whole, so here the other encodings of Chinese and English files
-are told apart too, and damage becomes U+FFFD.
+`khaosz.data.records.charset` tells UTF-8 from GB18030 for corpora of megabytes, where a damaged
+line is skipped. Documents are short and whole, so here the other encodings of Chinese and English
+files are detected too, and damage becomes U+FFFD.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import re
 
-from khaosz.data.charset import HEAD_BYTES, detect_encoding
+from khaosz.data.records.charset import HEAD_BYTES, detect_encoding
 from khaosz.errors import DocumentError
 
 # The commonest characters of Chinese, simplified and traditional, with the commonest punctuation:

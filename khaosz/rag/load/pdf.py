@@ -10,8 +10,13 @@ import pypdfium2
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
 from khaosz.rag.load.markdown import plain
-from khaosz.rag.load.pdf_headings import heading_levels, with_headings
-from khaosz.rag.load.pdf_lines import Line, in_reading_order, join_lines
+from khaosz.rag.load.pdf_lines import (
+    Line,
+    heading_levels,
+    in_reading_order,
+    join_lines,
+    with_headings,
+)
 
 # PDFium writes U+FFFE for a hyphen at a line's end, without the line end.
 _LINE = re.compile(r"[^\r\n\ufffe]*(?:\ufffe|\r?\n|\r|$)")

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import IO, Any
 
-from khaosz.data.readers import Skip, parse_line
+from khaosz.data.records.readers import Skip, parse_line
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean, decode
 from khaosz.rag.load.document import Document, Found, Limits, Problem, Source

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from khaosz.errors import DocumentError
 from khaosz.rag.load.document import Document, Found, Limits, Source
-from khaosz.rag.load.frames import read_frame, write_frame
 from khaosz.rag.load.plain import read_source
+from khaosz.rag.load.pool import read_frame, write_frame
 
 if TYPE_CHECKING:
     from khaosz.rag.load.by_docling import DoclingParser

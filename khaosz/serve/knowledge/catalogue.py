@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from khaosz.errors import ConfigError
-from khaosz.serve.knowledge.trouble import Code, Trouble
+from khaosz.serve.replies import Code, Trouble
 
 # removed: gone for those who ask, its document may still be in the base.
 Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]

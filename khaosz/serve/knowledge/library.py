@@ -17,11 +17,11 @@ from pathlib import Path
 
 from khaosz.errors import ConfigError
 from khaosz.rag.load.walk import INSTEAD, SUFFIXES, kind_of
-from khaosz.serve.knowledge.base import Base, Shared
+from khaosz.serve.errors import Refused
 from khaosz.serve.knowledge.catalogue import BaseRow, Catalogue, FileRow
+from khaosz.serve.knowledge.ingest import Base, Shared
 from khaosz.serve.knowledge.uploads import Received, Uploads
-from khaosz.serve.offered import Offered
-from khaosz.serve.refusals import Refused
+from khaosz.serve.retrieval_models import Offered
 
 MAX_UPLOAD = 256 << 20  # bytes
 LONGEST_NAME = 64  # characters of a base's

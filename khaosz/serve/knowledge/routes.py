@@ -16,18 +16,10 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
-from khaosz.serve.knowledge.base import Base
+from khaosz.serve.errors import Refused, errors
 from khaosz.serve.knowledge.catalogue import BaseRow, FileRow
+from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import LONGEST_NAME, Library, file_name
-from khaosz.serve.knowledge.replies import (
-    BaseList,
-    BaseReply,
-    Deleted,
-    FileList,
-    FileReply,
-    PassageReply,
-    SearchReply,
-)
 from khaosz.serve.knowledge.search import (
     MAX_AROUND,
     SearchRequest,
@@ -36,8 +28,16 @@ from khaosz.serve.knowledge.search import (
     searcher,
 )
 from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
-from khaosz.serve.openai.schema import Asked
-from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.replies import (
+    BaseList,
+    BaseReply,
+    Deleted,
+    FileList,
+    FileReply,
+    PassageReply,
+    SearchReply,
+)
+from khaosz.serve.schema import Asked
 
 IDLE = 60.0  # seconds that a client may take until the next bytes of a body
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

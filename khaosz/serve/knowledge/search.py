@@ -13,11 +13,12 @@ from pydantic import Field
 
 from khaosz.errors import KhaoszError
 from khaosz.rag.knowledge_base import KnowledgeBase
-from khaosz.rag.retrieve import Hit, Mode, Reranker
-from khaosz.serve.knowledge.base import Base
-from khaosz.serve.offered import Offered, UnknownName
-from khaosz.serve.openai.schema import Retrieval
-from khaosz.serve.refusals import Refused
+from khaosz.rag.models.protocols import Reranker
+from khaosz.rag.search.hit import Hit, Mode
+from khaosz.serve.errors import Refused
+from khaosz.serve.knowledge.ingest import Base
+from khaosz.serve.retrieval_models import Offered, UnknownName
+from khaosz.serve.schema import Retrieval
 
 LONGEST_QUERY = 8000  # characters
 LONGEST_GLOB = 200

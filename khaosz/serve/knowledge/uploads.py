@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from khaosz.data.atomic import sync_folder
+from khaosz.files import sync_folder
 
 BLOCK = 1 << 20  # bytes written at once
 

@@ -13,20 +13,20 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from khaosz.inference.generator import Generator
+from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITTEN
-from khaosz.serve.knowledge.chat import Grounds, grounds_for
+from khaosz.serve.errors import Refused, errors
+from khaosz.serve.knowledge.grounding import Grounds, grounds_for
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
-from khaosz.serve.openai.answers import Answer, Form
-from khaosz.serve.openai.parts import THOUGHT, opens_thought
-from khaosz.serve.openai.replies import ChatCompletion, TextCompletion, streamed
-from khaosz.serve.openai.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
+from khaosz.serve.openai.completion_output import Answer, Form
 from khaosz.serve.openai.tools import call_grammar, calls_of, introduced
-from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
+from khaosz.serve.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
 from khaosz.serve.worker import Ticket
 
 

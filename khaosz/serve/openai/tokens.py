@@ -9,10 +9,10 @@ from fastapi import APIRouter
 from pydantic import Field, model_validator
 
 from khaosz.inference.generator import Generator
+from khaosz.serve.errors import errors
 from khaosz.serve.models import Models
-from khaosz.serve.openai.replies import Reply
-from khaosz.serve.openai.schema import MAX_MESSAGES, Asked, Message
-from khaosz.serve.refusals import errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.schema import MAX_MESSAGES, Asked, Message
 
 
 class TokenizeRequest(Asked):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.serve.openai.parts import CALL, CALLED, Calls
+from khaosz.inference.parts import CALL, CALLED, Calls
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would go on to its last token
 _SPACE = r"[ \n]{0,8}"  # between JSON's tokens, bounded for the same reason

@@ -13,10 +13,10 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import Field
 
-from khaosz.serve.offered import Offered, SharedEmbedder
-from khaosz.serve.openai.replies import Reply
-from khaosz.serve.openai.schema import Asked
-from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.errors import Refused, errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.retrieval_models import Offered, SharedEmbedder
+from khaosz.serve.schema import Asked
 
 MAX_INPUTS = 2048
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from khaosz.errors import DataError
-from khaosz.serve.refusals import Refused
+from khaosz.serve.errors import Refused
 
 VERSION = 1
 _BUSY_S = 10.0  # a writer waits for one of another process

@@ -13,11 +13,11 @@ from fastapi import APIRouter, FastAPI, Query
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from khaosz.data.training_text import refuse_surrogates
-from khaosz.serve.openai.replies import Reply
-from khaosz.serve.openai.schema import Asked
+from khaosz.data.tokenizer.training_text import refuse_surrogates
+from khaosz.serve.errors import Refused, errors
 from khaosz.serve.records.conversation_store import ConversationStore, Entry
-from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.schema import Asked
 
 MAX_NODES = 4096
 MAX_TITLE = 512

@@ -23,13 +23,13 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
-from khaosz.data.atomic import sync_folder
-from khaosz.data.preference import to_pairs
-from khaosz.data.training_text import refuse_surrogates
+from khaosz.data.records.preference import to_pairs
+from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
-from khaosz.serve.openai.replies import Reply
-from khaosz.serve.openai.schema import MAX_MESSAGES, Asked
-from khaosz.serve.refusals import Refused, errors
+from khaosz.files import sync_folder
+from khaosz.serve.errors import Refused, errors
+from khaosz.serve.replies import Reply
+from khaosz.serve.schema import MAX_MESSAGES, Asked
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8

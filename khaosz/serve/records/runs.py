@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from khaosz.serve.openai.replies import Reply
+from khaosz.serve.errors import Refused, errors
 from khaosz.serve.records.run_metrics import Row, curve, last_row, plain, read_samples, rows_after
-from khaosz.serve.refusals import Refused, errors
+from khaosz.serve.replies import Reply
 
 MAX_FOLDERS = 20_000  # looked into for a listing
 MAX_DEPTH = 8

@@ -16,8 +16,7 @@ from make_documents import load, load_one, pdf_bytes, problem_of, word, write_do
 from khaosz.errors import DocumentError
 from khaosz.rag.load import Limits, Problem, load_paths
 from khaosz.rag.load.document import Found
-from khaosz.rag.load.frames import read_frame, write_frame
-from khaosz.rag.load.pool import WorkerPool, _Worker
+from khaosz.rag.load.pool import WorkerPool, _Worker, read_frame, write_frame
 
 pytest.importorskip("selectolax")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="see `Limits` for what holds where")

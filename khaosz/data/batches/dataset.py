@@ -1,0 +1,264 @@
+"""Prepared tokens -> batches: training windows by the number of the draw.
+
+A `TokenDataset` holds no position. The batch of a step is `batch(draws_for(step, ...))`, so the
+order does not depend on the world size and resuming needs nothing but the step number.
+
+Legend: B rows, T positions (the window).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from khaosz.data.batches.batch import IGNORE, Batch
+from khaosz.data.batches.packing import PackingPlan, PackingStats, TokenShard, load_plan
+from khaosz.data.batches.sampler import MixtureSampler
+from khaosz.data.shards.manifest import Group, PreparedData
+from khaosz.errors import ConfigError, DataError, nearest
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A group of shards with its plan; shard numbers of the plan count from `first_shard`."""
+
+    plan: PackingPlan
+    first_shard: int
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """What one weight draws from: the windows of its groups, one after the other."""
+
+    groups: list[_Planned]
+    ends: list[int]
+
+    @property
+    def windows(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    @property
+    def stats(self) -> PackingStats:
+        return sum((group.plan.stats for group in self.groups), PackingStats())
+
+    def find(self, index: int) -> tuple[_Planned, int]:
+        position = bisect_right(self.ends, index)
+        return self.groups[position], index - (self.ends[position - 1] if position else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """The packed training windows of prepared data, addressed by the number of the draw.
+
+    Made by `TokenDataset.open`. `stats` say what became of the documents of all groups in use;
+    `masked` data (SFT) scores only what its loss mask marks.
+    """
+
+    shards: list[TokenShard]
+    streams: list[_Stream]
+    sampler: MixtureSampler
+    stats: PackingStats
+    window: int
+    masked: bool
+    pad_id: int
+
+    @classmethod
+    def open(
+        cls,
+        prepared: PreparedData,
+        window: int,
+        split: str = "train",
+        mix: dict[str, float] | None = None,
+        seed: int = 0,
+        pad_id: int = 0,
+        plan_dir: Path | None = None,
+    ) -> TokenDataset:
+        """Plans the windows of a split, or finds the plan of an earlier run in `plan_dir`
+        (default: beside the token files).
+
+        `mix` gives relative shares of *tokens* to languages ("zh"), sources ("wiki") or both
+        ("wiki/zh"); a group named by several keys belongs to each of them, one named by none is
+        left out. Within a key every window is drawn equally often. Without `mix` an epoch visits
+        each window of the split once.
+
+        Raises DataError when the split does not exist or leaves no window, ConfigError for an
+        unknown key or an impossible weight.
+        """
+        groups, shards = _groups_of(prepared, split)
+        selected = set(range(len(groups)))
+        if mix is not None:
+            for key, weight in mix.items():
+                if not isfinite(weight) or weight < 0:
+                    raise ConfigError(
+                        f"the mix gives {key!r} the weight {weight}",
+                        hint="weights are relative shares of at least 0, for example 2 and 1",
+                    )
+            members = {key: _members(groups, key) for key in mix}
+            selected = {i for key, found in members.items() if mix[key] != 0 for i in found}
+        planned: dict[int, _Planned] = {}
+        first_shard = 0
+        for i, group in enumerate(groups):
+            if i in selected:
+                folder = plan_dir or group.shards[0].path.parent
+                plan = load_plan(group.shards, prepared.stage, window, folder)
+                planned[i] = _Planned(plan, first_shard)
+            first_shard += len(group.shards)
+
+        if mix is None:
+            streams, weights = [_stream(planned.values())], [1.0]
+            if streams[0].windows == 0:
+                raise _nothing_left(window, f"of the {split} split", streams[0])
+        else:
+            streams = [_stream(planned[i] for i in members[key] if i in planned) for key in mix]
+            weights = []
+            for (key, weight), stream in zip(mix.items(), streams, strict=True):
+                if weight and stream.windows == 0:
+                    raise _nothing_left(window, f"of {key!r} in the {split} split", stream)
+                # A share of tokens, not of windows: rows that are half padding count half.
+                per_window = stream.stats.inputs / stream.windows if stream.windows else 1.0
+                weights.append(weight / per_window)
+            if not any(weights):
+                raise ConfigError(
+                    "the mix gives no source a weight", hint="for example zh = 1 and en = 1"
+                )
+        return cls(
+            shards=shards,
+            streams=streams,
+            sampler=MixtureSampler([stream.windows for stream in streams], weights, seed),
+            stats=_stream(planned.values()).stats,
+            window=window,
+            masked=prepared.stage == "sft",
+            pad_id=pad_id,
+        )
+
+    @property
+    def windows(self) -> int:
+        """Different windows that can be drawn; without a mix, the draws of an epoch."""
+        return self.stats.windows
+
+    def epoch(self, draw: int) -> int:
+        """Complete passes that the source of this draw has behind it."""
+        return self.sampler.epoch(draw)
+
+    def batch(self, draws: Iterable[int]) -> Batch:
+        """The windows of the draws, in their order: (number of draws, T)."""
+        rows: list[int] = []
+        shards: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        lengths: list[np.ndarray] = []
+        for draw in draws:
+            source, index = self.sampler.draw(draw)
+            group, window = self.streams[source].find(index)
+            plan = group.plan
+            pieces = slice(int(plan.window_ptr[window]), int(plan.window_ptr[window + 1]))
+            shards.append(plan.piece_shard[pieces] + group.first_shard)
+            starts.append(plan.piece_start[pieces])
+            lengths.append(plan.piece_length[pieces])
+            rows.append(pieces.stop - pieces.start)
+        assert rows, "a batch needs at least one draw"
+        return _assemble(
+            self.shards,
+            np.repeat(np.arange(len(rows)), rows),
+            np.concatenate(shards),
+            np.concatenate(starts),
+            np.concatenate(lengths),
+            shape=(len(rows), self.window),
+            masked=self.masked,
+            pad_id=self.pad_id,
+        )
+
+
+def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[TokenShard]]:
+    groups = [group for group in prepared.groups if group.split == split and group.shards]
+    if not groups:
+        known = sorted({group.split for group in prepared.groups})
+        raise DataError(
+            f"the prepared data has no {split!r} split, only {', '.join(known) or 'nothing'}",
+            hint="a validation split is made with `khaosz data prepare --val-fraction 0.01`"
+            if split == "val"
+            else None,
+        )
+    return groups, [shard for group in groups for shard in group.shards]
+
+
+def _members(groups: list[Group], key: str) -> list[int]:
+    """The groups a key of the mix names, by language first, then source, then source/lang."""
+    langs = [group.lang for group in groups]
+    sources = [group.source for group in groups]
+    pairs = [f"{group.source}/{group.lang}" for group in groups]
+    for names in (langs, sources, pairs):
+        if key in names:
+            return [i for i, name in enumerate(names) if name == key]
+    known = sorted({*langs, *sources, *pairs})
+    close = nearest(key, known)
+    raise ConfigError(
+        f"the mix names {key!r}, which the prepared data does not have",
+        hint=f"did you mean {close!r}?" if close else f"known: {', '.join(known)}",
+    )
+
+
+def _stream(groups: Iterable[_Planned]) -> _Stream:
+    chosen = list(groups)
+    return _Stream(chosen, list(accumulate(group.plan.windows for group in chosen)))
+
+
+def _nothing_left(window: int, what: str, stream: _Stream) -> DataError:
+    stats = stream.stats
+    return DataError(
+        f"a window of {window} leaves nothing {what}: of {stats.documents} documents "
+        f"{stats.skipped_short} are too short, {stats.skipped_long} too long and "
+        f"{stats.skipped_untrained} have nothing to train",
+        hint="use a longer window" if stats.skipped_long else "prepare more text",
+    )
+
+
+def _assemble(
+    shards: Sequence[TokenShard],
+    row: np.ndarray,
+    shard: np.ndarray,
+    start: np.ndarray,
+    length: np.ndarray,
+    *,
+    shape: tuple[int, int],
+    masked: bool,
+    pad_id: int,
+) -> Batch:
+    """Copies pieces, given in the order of their rows, into a batch of `shape` (B, T)."""
+    n_rows, window = shape
+    start, length = start.astype(np.int64), length.astype(np.int64)
+    before = np.cumsum(length) - length  # cells of all earlier pieces
+    filled = np.bincount(row, weights=length, minlength=n_rows).astype(np.int64)
+    assert filled.max() <= window, f"{filled.max()} inputs in a window of {window}"
+    piece = np.repeat(np.arange(length.size), length)  # of every real cell, rows concatenated
+    within = np.arange(piece.size) - before[piece]
+    row_before = np.cumsum(filled) - filled
+    cell = row[piece] * window + (before - row_before[row])[piece] + within
+    first_piece = np.searchsorted(row, np.arange(n_rows))
+
+    # What a cell holds if nothing is copied to it: padding that counts its own positions.
+    ids = np.full(n_rows * window, pad_id, np.int64)
+    labels = np.full(n_rows * window, IGNORE, np.int64)
+    positions = np.maximum(np.arange(window)[None, :] - filled[:, None], 0).reshape(-1)
+    doc_ids = np.full(n_rows * window, -1, np.int64)
+
+    positions[cell] = within
+    doc_ids[cell] = (np.arange(length.size) - first_piece[row])[piece]
+    source = start[piece] + within
+    for number in np.unique(shard).tolist():
+        here = (shard == number)[piece]
+        from_token, to_cell = source[here], cell[here]
+        tokens, mask = shards[number].tokens, shards[number].loss_mask
+        ids[to_cell] = tokens[from_token]
+        targets = tokens[from_token + 1].astype(np.int64)
+        if masked:
+            assert mask is not None, f"{shards[number].path} has no loss mask"
+            targets = np.where(mask[from_token + 1] != 0, targets, IGNORE)
+        labels[to_cell] = targets
+    return Batch(*(torch.from_numpy(t.reshape(shape)) for t in (ids, labels, positions, doc_ids)))

@@ -1,0 +1,154 @@
+"""Whole sequences of one step, packed into rows: what alignment trains on.
+
+Pretraining packs a corpus once and for ever; a preference pair or a rollout is packed when its
+step comes. Nothing is padded to the longest: a row holds as many sequences as fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from khaosz.data.batches.batch import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Tokens of which those from `scored_from` on (an answer) are scored."""
+
+    ids: Sequence[int]
+    scored_from: int
+
+    @property
+    def scored(self) -> int:
+        return len(self.ids) - max(1, self.scored_from)  # the first token is nobody's target
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceBatch(Batch):
+    """A `Batch` whose `doc_ids` number the S sequences of the whole batch, -1 in the padding.
+
+    sequences   S
+    ends        (S,) int64: where each sequence's last token stands in the flattened (B * T)
+    order       the sequences as they stand, row by row: per-token values are concatenated so
+    fields      more values, per sequence (S, ...) or per scored token (N,) in row-major order
+    """
+
+    sequences: int
+    ends: Tensor
+    order: tuple[int, ...]
+    fields: dict[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> SequenceBatch:
+        plain = super().to(device)
+        fields = {name: value.to(device) for name, value in self.fields.items()}
+        moved = SequenceBatch(
+            plain.ids, plain.labels, plain.positions, plain.doc_ids,
+            self.sequences, self.ends.to(device), self.order, fields,
+        )  # fmt: skip
+        moved.__dict__["tokens"] = self.tokens
+        return moved
+
+    def with_fields(self, **fields: Tensor) -> SequenceBatch:
+        made = SequenceBatch(
+            self.ids, self.labels, self.positions, self.doc_ids,
+            self.sequences, self.ends, self.order, {**self.fields, **fields},
+        )  # fmt: skip
+        made.__dict__["tokens"] = self.tokens
+        return made
+
+    @property
+    def owners(self) -> Tensor:
+        """(N,) int64: the sequence that each scored token belongs to."""
+        return self.doc_ids[self.labels != IGNORE]
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sums (S,) of per-token values (N,) over each sequence."""
+        return values.new_zeros(self.sequences).index_add(0, self.owners, values)
+
+    def per_token(self, lists: Sequence[Tensor]) -> Tensor:
+        """(N,) of one tensor per sequence, laid out as the scored tokens are."""
+        return torch.cat([lists[i] for i in self.order])
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """The reverse of `per_token`: per-token values (N,) as one tensor per sequence."""
+        lengths = torch.bincount(self.owners, minlength=self.sequences).tolist()
+        parts = torch.split(values, [lengths[i] for i in self.order])
+        found: list[Tensor] = [values[:0]] * self.sequences
+        for i, part in zip(self.order, parts, strict=True):
+            found[i] = part
+        return found
+
+
+_OPEN_BATCHES = 16  # that are looked at for room: time stays linear in the number of groups
+
+
+def fit_rows(lengths: Sequence[int], window: int) -> list[list[int]]:
+    """First-fit decreasing: the sequences of each row. None may be longer than `window`."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row, left in enumerate(room):
+            if lengths[i] <= left:
+                rows[row].append(i)
+                room[row] -= lengths[i]
+                break
+        else:
+            rows.append([i])
+            room.append(window - lengths[i])
+    return rows
+
+
+def group_into_batches(
+    groups: Sequence[Sequence[int]], lengths: Sequence[int], window: int, rows: int
+) -> list[list[int]]:
+    """Micro-batches of at most `rows` rows each, keeping every group of sequences together: the
+    longest groups first, each into the first of the latest few that has room for it.
+
+    groups: sequence numbers that must share a forward pass (a pair). A group that needs more rows
+    by itself gets a micro-batch of its own.
+    """
+    batches: list[list[int]] = []
+    for group in sorted(groups, key=lambda group: -sum(lengths[i] for i in group)):
+        for batch in batches[-_OPEN_BATCHES:]:
+            if len(fit_rows([lengths[i] for i in (*batch, *group)], window)) <= rows:
+                batch.extend(group)
+                break
+        else:
+            batches.append(list(group))
+    return batches
+
+
+def pack_sequences(
+    sequences: Sequence[TokenSequence], window: int, pad_id: int, *, rows: int | None = None
+) -> SequenceBatch:
+    """Pack into rows of `window` tokens; with `rows`, into that many, whatever is empty (a
+    compiled model sees one shape). Without, rows are cut to what the fullest one holds."""
+    placed = fit_rows([len(s.ids) for s in sequences], window)
+    fullest = max(sum(len(sequences[i].ids) for i in row) for row in placed)
+    assert fullest <= window, f"a sequence of {fullest} tokens in a window of {window}"
+    shape = (len(placed), fullest) if rows is None else (max(rows, len(placed)), window)
+    ids = torch.full(shape, pad_id, dtype=torch.int64)
+    labels = torch.full(shape, IGNORE, dtype=torch.int64)
+    positions = torch.zeros(shape, dtype=torch.int64)
+    doc_ids = torch.full(shape, -1, dtype=torch.int64)
+    ends = torch.zeros(len(sequences), dtype=torch.int64)
+    for row, members in enumerate(placed):
+        start = 0
+        for i in members:
+            own = torch.as_tensor(sequences[i].ids, dtype=torch.int64)
+            first, end = max(1, sequences[i].scored_from), start + len(own)
+            ids[row, start:end] = own
+            labels[row, start + first - 1 : end - 1] = own[first:]
+            positions[row, start:end] = torch.arange(len(own))
+            doc_ids[row, start:end] = i
+            ends[i] = row * shape[1] + end - 1
+            start = end
+        # Padding counts its positions too, so that they stay within the model's context.
+        positions[row, start:] = torch.arange(shape[1] - start)
+    positions[len(placed) :] = torch.arange(shape[1])
+    order = tuple(i for row in placed for i in row)
+    return SequenceBatch(ids, labels, positions, doc_ids, len(sequences), ends, order)

@@ -1,0 +1,77 @@
+"""Plain texts of any readable input, one at a time: what a tokenizer learns and what is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from khaosz.data.records.chat import Message, to_messages
+from khaosz.data.records.pairs import to_texts
+from khaosz.data.records.preference import to_pairs, to_prompt
+from khaosz.data.records.readers import Skip, detect_language, expand_inputs, open_source, parsed
+from khaosz.errors import DataError
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(language, text) of every usable record: a document's text, or a conversation's turns.
+
+    Records that can't be used are passed over: preparation is what reports them. Raises `DataError`
+    for a file that can't be read at all.
+    """
+    for batch in open_source(path):
+        for _, record in parsed(batch):
+            if isinstance(record, Skip):
+                continue
+            if text := _text_of(record):
+                lang = record.get("lang")
+                yield (lang if isinstance(lang, str) else detect_language(text)), text
+
+
+def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
+    """Texts of all inputs in turn, so that a budget spent from the front hears every file."""
+    sources = [read_texts(path) for path in expand_inputs(paths)]
+    while sources:
+        for source in list(sources):
+            item = next(source, None)
+            if item is None:
+                sources.remove(source)
+            else:
+                yield item[1]
+
+
+def _text_of(record: dict[str, Any]) -> str | None:
+    text = record.get("text")
+    if text is None:
+        messages = _messages_of(record)
+        if messages is None:
+            return None
+        text = "\n".join(message["content"] for message in messages if message.get("content"))
+    if not isinstance(text, str):
+        return None
+    # A lone surrogate can't be written as UTF-8, so no tokenizer and no byte count knows it.
+    return text.encode("utf-8", errors="ignore").decode("utf-8")
+
+
+def _messages_of(record: dict[str, Any]) -> list[Message] | None:
+    """All that is said in a record of a chat, of a pair of answers, of a prompt alone, or of a
+    query with its passages."""
+    try:
+        return to_messages(record).messages
+    except DataError:
+        pass
+    try:
+        pairs = to_pairs(record)
+        answers = [{"content": text} for pair in pairs for text in (pair.chosen, pair.rejected)]
+        return [*pairs[0].prompt, *answers] if pairs else None
+    except DataError:
+        pass
+    try:
+        return to_prompt(record).prompt
+    except DataError:
+        pass
+    try:
+        found = to_texts(record)
+    except DataError:
+        return None
+    return [{"content": text} for text in (found.query, *found.positives, *found.negatives)]

@@ -1,0 +1,1 @@
+"""Memory-mapped token files and how they are prepared."""

@@ -1,0 +1,363 @@
+"""What a worker of `data prepare` does: raw records in, documents as compact arrays out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from khaosz.data.records.chat import to_messages
+from khaosz.data.records.readers import RawBatch, Skip, detect_language, parse_line
+from khaosz.data.records.report import HASH_BYTES, text_hash
+from khaosz.data.shards.mmap import Stage, token_dtype
+from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer, load_tokenizer
+from khaosz.errors import DataError
+
+_SAFE_CUT = re.compile(r"[A-Za-z\u4e00-\u9fa5](?=[ \n\t,.;:!?，。；：！？、])")
+# Greedy on both sides: from the first safe place of an ASCII stretch to its last one.
+_ASCII_STRETCH = re.compile(
+    r"(?<=[A-Za-z])(?=[ \n\t,.;:!?])[\x00-\x7f]{64,}(?<=[A-Za-z])(?=[ \n\t,.;:!?])"
+)
+_LEADING_ASCII = re.compile(r"[\x00-\x7f]{64,}(?<=[A-Za-z])(?=[ \n\t,.;:!?])")
+# QWEN2_PATTERN where every character is ASCII.
+_ASCII_PIECE = re.compile(
+    r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])|[^\r\nA-Za-z0-9]?[A-Za-z]+|[0-9]"
+    r"| ?[^\sA-Za-z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    re.ASCII,
+)
+_CACHED_CHARACTERS = 1 << 19  # about 100 thousand words, 20 MB
+
+
+@lru_cache(maxsize=2)
+def can_cut(serialized: bytes) -> bool:
+    """Whether this tokenizer.json cuts text by the Qwen2 pattern and does nothing else to it."""
+    spec = json.loads(serialized)
+    steps = (spec.get("pre_tokenizer") or {}).get("pretokenizers") or []
+    return (
+        spec.get("normalizer") is None
+        and all(token["special"] for token in spec.get("added_tokens") or [])
+        and len(steps) == 2
+        and steps[0].get("type") == "Split"
+        and steps[0].get("pattern") == {"Regex": QWEN2_PATTERN}
+        and steps[0].get("behavior") == "Isolated"
+        and not steps[0].get("invert")
+        and steps[1].get("type") == "ByteLevel"
+        and steps[1].get("add_prefix_space") is False
+        and steps[1].get("use_regex") is False
+    )
+
+
+def cut_text(text: str, limit: int) -> Iterator[str]:
+    """Pieces of about `limit` characters whose ids, joined, are those of the whole text.
+
+    Only for tokenizers that `can_cut` accepts. A stretch without a safe place stays whole.
+    """
+    start = 0
+    while len(text) - start > limit:
+        match = _SAFE_CUT.search(text, start + limit - 1)
+        if match is None:
+            break
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _stretches(text: str) -> Iterator[tuple[int, int, bool]]:
+    """The text as consecutive (start, end, whether to use the dictionary)."""
+    if text.isascii():
+        yield 0, len(text), True
+        return
+    position = 0
+    leading = _LEADING_ASCII.match(text)
+    if leading is not None:
+        position = leading.end()
+        yield 0, position, True
+    for match in _ASCII_STRETCH.finditer(text, position):
+        if match.start() > position:
+            yield position, match.start(), False
+        yield match.start(), match.end(), True
+        position = match.end()
+    if position < len(text):
+        yield position, len(text), False
+
+
+class PieceEncoder:
+    """`encode_batch` of a tokenizer, faster for English, remembering the pieces it has met."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.can_cut = can_cut(tokenizer.serialized)
+        self._ids: dict[str, list[int]] = {}
+        self._characters = 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`[tokenizer.encode(text) for text in texts]`, for texts that UTF-8 can hold."""
+        if not self.can_cut:
+            return self.tokenizer.encode_batch(texts)
+        if self._characters > _CACHED_CHARACTERS:
+            self._ids.clear()
+            self._characters = 0
+        known = self._ids
+        plans: list[list[list[str] | None]] = []
+        asked: list[str] = []  # stretches for the library, in order
+        missing: set[str] = set()
+        for text in texts:
+            plan: list[list[str] | None] = []
+            for start, end, ascii_only in _stretches(text):
+                if ascii_only:
+                    pieces = _ASCII_PIECE.findall(text, start, end)
+                    missing.update(set(pieces).difference(known))
+                    plan.append(pieces)
+                else:
+                    asked.append(text[start:end])
+                    plan.append(None)
+            plans.append(plan)
+        new = sorted(missing)
+        answers = self.tokenizer.encode_batch(asked + new)
+        known.update(zip(new, answers[len(asked) :], strict=True))
+        self._characters += sum(map(len, new))
+        answer = iter(answers)
+        return [
+            list(
+                chain.from_iterable(
+                    next(answer) if part is None else chain.from_iterable(map(known.get, part))  # type: ignore[arg-type]
+                    for part in plan
+                )
+            )
+            for plan in plans
+        ]
+
+
+# The tokenizer library spends some 200 bytes on a token of a batch while it works.
+_ENCODE_CHARACTERS = 1 << 18
+_PIECE_CHARACTERS = 1 << 16
+_SFT_KEYS = ("messages", "conversations")
+
+
+@dataclass
+class EncodedBatch:
+    """Documents of one RawBatch, in order.
+
+    tokens: (sum of lengths,) uint16 or uint32; loss_mask: like tokens, uint8, None for PT;
+    lengths, n_bytes, n_characters, group: (documents,) int64, group indexing `groups`, which are
+    (source, language) pairs; hashes: (documents, 16) uint8. `skipped`: (line number, reason).
+    """
+
+    groups: list[tuple[str, str]]
+    tokens: np.ndarray
+    loss_mask: np.ndarray | None
+    lengths: np.ndarray
+    n_bytes: np.ndarray
+    n_characters: np.ndarray
+    group: np.ndarray
+    hashes: np.ndarray
+    n_records: int
+    skipped: list[tuple[int, str]]
+
+
+@dataclass
+class _Columns:
+    groups: dict[tuple[str, str], int] = field(default_factory=dict)
+    n_bytes: list[int] = field(default_factory=list)
+    n_characters: list[int] = field(default_factory=list)
+    group: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    n_records: int = 0
+
+    def add(
+        self, record: dict[str, Any], text: str, n_bytes: int, identity: str, stem: str
+    ) -> None:
+        language = _language(record.get("lang")) or detect_language(text)
+        key = (source_name(record.get("source") or stem), language)
+        self.group.append(self.groups.setdefault(key, len(self.groups)))
+        self.n_bytes.append(n_bytes)
+        self.n_characters.append(len(text))
+        self.hashes.append(text_hash(identity))
+
+
+def start_worker() -> None:
+    """Settings of a worker process: its parallelism is the number of workers."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process to handle
+
+
+@lru_cache(maxsize=1)
+def _loaded(directory: Path) -> PieceEncoder:
+    return PieceEncoder(load_tokenizer(directory))
+
+
+def encode_in_worker(directory: Path, batch: RawBatch, stage: Stage) -> EncodedBatch:
+    """`encode_records` with the tokenizer of `directory`, read once per process."""
+    return encode_records(_loaded(directory), batch, stage)
+
+
+def record_stage(record: dict[str, Any]) -> Stage | None:
+    """What a record is good for: "sft" for a chat or an instruction, "pt" for text, else None."""
+    if any(record.get(key) for key in _SFT_KEYS):
+        return "sft"
+    if "output" in record and ("instruction" in record or "input" in record):
+        return "sft"
+    return "pt" if isinstance(record.get("text"), str) else None
+
+
+def encode_records(encoder: PieceEncoder, batch: RawBatch, stage: Stage) -> EncodedBatch:
+    """Parse, judge and tokenise every record. What cannot be used is in `skipped`, with a reason.
+
+    A PT document is bos, text, eos; an SFT document is what the chat template makes of the chat.
+    """
+    columns = _Columns(skipped=list(batch.skipped), n_records=len(batch.skipped))
+    stem = batch.path.name.split(".")[0]
+    if stage == "pt":
+        texts = list(_texts(batch, columns, stem))
+        tokens, lengths = _encode_texts(encoder, texts)
+        loss_mask = None
+    else:
+        tokens, lengths, loss_mask = _encode_chats(encoder.tokenizer, batch, columns, stem)
+    columns.skipped.sort()
+    hashes = np.frombuffer(b"".join(columns.hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
+    return EncodedBatch(
+        groups=list(columns.groups),
+        tokens=tokens,
+        loss_mask=loss_mask,
+        lengths=lengths,
+        n_bytes=np.array(columns.n_bytes, dtype=np.int64),
+        n_characters=np.array(columns.n_characters, dtype=np.int64),
+        group=np.array(columns.group, dtype=np.int64),
+        hashes=hashes,
+        n_records=columns.n_records,
+        skipped=columns.skipped,
+    )
+
+
+def _records(batch: RawBatch, columns: _Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(batch.lines, start=batch.first_line):
+        if not line or line.isspace():
+            continue
+        columns.n_records += 1
+        record = {"text": line.decode("utf-8")} if batch.kind == "text" else parse_line(line)
+        if isinstance(record, Skip):
+            columns.skipped.append((number, record.reason))
+        else:
+            yield number, record
+
+
+def _texts(batch: RawBatch, columns: _Columns, stem: str) -> Iterator[str]:
+    for number, record in _records(batch, columns):
+        text = record.get("text")
+        if not isinstance(text, str):
+            reason = "text is not a string" if "text" in record else "no field text"
+            columns.skipped.append((number, reason))
+        elif not text or text.isspace():
+            columns.skipped.append((number, "empty text"))
+        elif (n_bytes := _utf8_length(text)) is None:
+            columns.skipped.append((number, "lone surrogate in a JSON escape"))
+        else:
+            columns.add(record, text, n_bytes, text, stem)
+            yield text
+
+
+def _utf8_length(text: str) -> int | None:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return None
+
+
+def _encode_texts(encoder: PieceEncoder, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of all documents, bos and eos included, and their lengths."""
+    tokenizer = encoder.tokenizer
+    dtype = token_dtype(tokenizer.vocab_size)
+    parts: list[np.ndarray] = []
+    lengths = np.full(len(texts), 2, dtype=np.int64)
+    waiting: list[str] = []
+    owners: list[int] = []  # document of each waiting piece, or of the mark between pieces
+    characters = 0
+    opened = -1
+
+    def encode_waiting() -> None:
+        nonlocal characters, opened
+        encoded = encoder.encode_batch(waiting)
+        runs: list[list[int]] = []
+        for owner, ids in zip(owners, encoded, strict=True):
+            if owner != opened:
+                runs.append(
+                    [tokenizer.bos_id] if opened < 0 else [tokenizer.eos_id, tokenizer.bos_id]
+                )
+                opened = owner
+            runs.append(ids)
+            lengths[owner] += len(ids)
+        n = sum(map(len, runs))
+        parts.append(np.fromiter(chain.from_iterable(runs), dtype=dtype, count=n))
+        waiting.clear()
+        owners.clear()
+        characters = 0
+
+    for owner, text in enumerate(texts):
+        for piece in cut_text(text, _PIECE_CHARACTERS) if encoder.can_cut else (text,):
+            waiting.append(piece)
+            owners.append(owner)
+            characters += len(piece)
+            if characters >= _ENCODE_CHARACTERS:
+                encode_waiting()
+    if waiting:
+        encode_waiting()
+    if texts:
+        parts.append(np.array([tokenizer.eos_id], dtype=dtype))
+    tokens = np.concatenate(parts) if parts else np.empty(0, dtype=dtype)
+    return tokens, lengths
+
+
+def _encode_chats(
+    tokenizer: Tokenizer, batch: RawBatch, columns: _Columns, stem: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    dtype = token_dtype(tokenizer.vocab_size)
+    tokens: list[np.ndarray] = [np.empty(0, dtype=dtype)]
+    masks: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]
+    for number, record in _records(batch, columns):
+        try:
+            chat = to_messages(record)
+            text = "\n".join(message["content"] for message in chat.messages)
+            identity = json.dumps([chat.messages, chat.tools], ensure_ascii=False, sort_keys=True)
+            if _utf8_length(identity) is None:
+                raise DataError("lone surrogate in a JSON escape")
+            ids, loss_mask = encode_chat(tokenizer, chat.messages, chat.tools or None)
+        except DataError as error:
+            columns.skipped.append((number, str(error)))
+            continue
+        except RecursionError:
+            columns.skipped.append((number, "nested too deeply"))
+            continue
+        columns.add(record, text, len(text.encode("utf-8")), identity, stem)
+        tokens.append(np.array(ids, dtype=dtype))
+        masks.append(np.array(loss_mask, dtype=np.uint8))
+    lengths = np.array([len(ids) for ids in tokens[1:]], dtype=np.int64)
+    return np.concatenate(tokens), lengths, np.concatenate(masks)
+
+
+def source_name(source: object) -> str:
+    """A source as part of a file name: letters, digits, `_` and `.`, lower case, 40 at most.
+
+    Lower case because two sources must not share a file on disks that ignore case.
+    """
+    name = unicodedata.normalize("NFC", str(source)).casefold()
+    return re.sub(r"[^\w.-]+", "_", name)[:40].strip("_.-") or "unnamed"
+
+
+def _language(given: object) -> str | None:
+    """The primary subtag of a language tag, e.g. "zh" for "zh-Hans-CN"; None if it is no tag."""
+    if not isinstance(given, str):
+        return None
+    match = re.match(r"([A-Za-z]{2,8})(?:[-_]|$)", given.strip())
+    return match[1].lower() if match else None

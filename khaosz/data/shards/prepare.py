@@ -1,0 +1,224 @@
+"""Text files -> token shards, once, resumable: `khaosz data prepare`.
+
+The main process reads raw batches and hands them to workers; results come back in input order, so
+the shards do not depend on the number of workers. Only the main process writes. Everything that a
+restart needs (position, writers, hashes, report) is in one SQLite file and committed together,
+after the shards have reached the disk; a run that was killed goes back to that moment.
+
+    out/manifest.json                          written last: a directory without it is unfinished
+    out/{split}-{source}-{lang}-{00000}.tok    shards
+    out/tokenizer/                             the tokenizer that made them
+    out/.prepare/                              state, removed at the end
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
+from khaosz.data.records.report import InputReport, worst_reason
+from khaosz.data.shards.dedup import PrepareState
+from khaosz.data.shards.encode import record_stage
+from khaosz.data.shards.manifest import (
+    Group,
+    PreparedData,
+    PrepareReport,
+    format_report,
+    read_manifest,
+)
+from khaosz.data.shards.mmap import Stage
+from khaosz.data.shards.writer import Preparation, PrepareProgress
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.errors import DataError
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[Callable[[PrepareProgress], None]]:
+    """A callback for `prepare` that moves a bar on `console` while the block runs."""
+    columns = (
+        TextColumn("preparing {task.fields[file]}"),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, file="", counts="")
+
+        def show(now: PrepareProgress) -> None:
+            rate = now.tokens / now.seconds if now.seconds else 0.0
+            bar.update(
+                task,
+                completed=now.file_bytes,
+                total=now.total_bytes,
+                file=now.path.name,
+                counts=f"{now.documents:,} documents, {now.tokens:,} tokens, {rate:,.0f}/s",
+            )
+
+        yield show
+
+
+__all__ = [
+    "Group",
+    "InputReport",
+    "PrepareProgress",
+    "PrepareReport",
+    "PreparedData",
+    "format_report",
+    "prepare",
+]
+
+
+def prepare(
+    inputs: Iterable[str | Path],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    *,
+    stage: Literal["pt", "sft", "auto"] = "auto",
+    workers: int | None = None,
+    val_fraction: float = 0.0,
+    dedup: bool = True,
+    shard_tokens: int = 1 << 28,
+    progress: Callable[[PrepareProgress], None] | None = None,
+    max_documents: int | None = None,
+) -> PrepareReport:
+    """Tokenise `inputs` (files, directories, globs) into `out`; go on where an earlier call ended.
+
+    `workers` 0 works in this process; otherwise processes are spawned, so a script that calls this
+    needs the usual `if __name__ == "__main__"`. A document belongs to "val" when its hash, read as
+    a number in [0, 1), is below `val_fraction`: the same text always falls on the same side.
+
+    Raises DataError for inputs that cannot be read or hold nothing usable, for an `out` that holds
+    something else, and when the disk is full (what was done by then is kept).
+    """
+    if stage not in ("pt", "sft", "auto"):
+        raise DataError(f"stage {stage!r} is unknown", hint="use pt, sft or auto")
+    if not 0.0 <= val_fraction < 1.0:
+        raise DataError(f"val_fraction is {val_fraction}, not in [0, 1)")
+    if shard_tokens < 1 or (max_documents is not None and max_documents < 1):
+        raise DataError("shard_tokens and max_documents must be at least 1")
+    paths = expand_inputs(inputs)
+    if not paths:
+        raise DataError("there is no input", hint="give files, directories or globs")
+    out = Path(out)
+    configuration = {
+        "inputs": [_identity(path) for path in paths],
+        "tokenizer": tokenizer.fingerprint,
+        "stage": stage,
+        "val_fraction": val_fraction,
+        "dedup": dedup,
+        "shard_tokens": shard_tokens,
+        "max_documents": max_documents,
+    }
+    finished = _finished_report(out, configuration)
+    if finished is not None:
+        return finished
+    state = _open_state(out, configuration)
+    try:
+        run = Preparation(out, state, tokenizer, paths, configuration, progress)
+        if run.stage is None:
+            run.stage = _choose_stage(stage, paths)
+        if run.stage == "sft":
+            _require_generation_marks(tokenizer)
+        try:
+            run.consume(workers)
+            kept = run.report.documents
+            if kept:
+                run.finish()
+        except OSError as error:
+            raise _cannot_write(error, out) from error
+        finally:
+            run.abandon()
+    finally:
+        state.close()
+    shutil.rmtree(out / ".prepare")
+    if not kept:
+        if not any(out.iterdir()):
+            out.rmdir()
+        raise DataError(
+            "nothing usable was found in the input" + worst_reason(run.report.inputs),
+            hint='each line must be {"text": ...}, or a chat for SFT; or give .txt files',
+        )
+    return run.report
+
+
+def _cannot_write(error: OSError, out: Path) -> DataError:
+    return DataError(
+        f"cannot write {error.filename or out}: {error.strerror or error}",
+        hint="free some space and run the same command again: it goes on from there",
+    )
+
+
+def _identity(path: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _finished_report(out: Path, configuration: dict[str, Any]) -> PrepareReport | None:
+    if not (out / "manifest.json").exists():
+        return None
+    manifest = read_manifest(out)
+    if manifest["configuration"] != configuration:
+        raise _different(out, manifest["configuration"], configuration)
+    shutil.rmtree(out / ".prepare", ignore_errors=True)  # killed just before its removal
+    report = PrepareReport.from_dict(manifest["report"])
+    report.already_prepared = True
+    return report
+
+
+def _different(out: Path, before: dict[str, Any], now: dict[str, Any]) -> DataError:
+    keys = [key for key in now if before.get(key) != now[key]]
+    return DataError(
+        f"{out} was prepared with other settings: {', '.join(keys)} differ",
+        hint="choose another output directory, or remove this one",
+    )
+
+
+def _open_state(out: Path, configuration: dict[str, Any]) -> PrepareState:
+    work = out / ".prepare"
+    try:
+        if out.exists() and not (work / "state.sqlite").exists():
+            left = next(out.glob("*.tok*"), None)
+            if left is not None:
+                raise DataError(
+                    f"{out} holds {left.name} but no manifest.json",
+                    hint="choose another output directory, or remove this one",
+                )
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(error, out) from error
+    state = PrepareState(work / "state.sqlite")
+    before = state.get("configuration")
+    if before is None:
+        state.put("configuration", configuration)
+        state.commit()
+    elif before != configuration:
+        state.close()
+        raise _different(out, before, configuration)
+    return state
+
+
+def _choose_stage(stage: str, paths: list[Path]) -> Stage:
+    """The stage asked for, or that of the first record of any known layout."""
+    if stage != "auto":
+        return cast(Stage, stage)
+    for path in paths:
+        for batch in open_source(path):
+            for _, record in parsed(batch):
+                found = None if isinstance(record, Skip) else record_stage(record)
+                if found is not None:
+                    return found
+    return "pt"  # nothing is usable; reading it as PT will say why
+
+
+def _require_generation_marks(tokenizer: Tokenizer) -> None:
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    encode_chat(tokenizer, chat, need_mask=True)

@@ -1,0 +1,398 @@
+"""One preparation under way: what was consumed, the open shards, the report, their commits."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from khaosz.data.records.readers import RawBatch, open_source
+from khaosz.data.records.report import InputReport
+from khaosz.data.shards.dedup import PrepareState
+from khaosz.data.shards.encode import (
+    EncodedBatch,
+    PieceEncoder,
+    encode_in_worker,
+    encode_records,
+    start_worker,
+)
+from khaosz.data.shards.manifest import MANIFEST_FORMAT, PrepareReport
+from khaosz.data.shards.mmap import Stage, TokenFileWriter, remove_parts
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import DataError
+
+MAX_GROUPS = 64
+OTHER_SOURCE = "other"
+COMMIT_BYTES = 64 << 20
+COMMIT_SECONDS = 5.0
+# Four workers and the main process stay within 500 MB; more are faster and are yours to ask for.
+DEFAULT_WORKERS = 4
+_SMALL_BYTES = 4 << 20  # starting worker processes takes longer than reading this
+_IN_FLIGHT_BYTES = 4 << 20  # per worker, and never less than one batch
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """`file_bytes` of `total_bytes` have been read (as stored, compressed or not)."""
+
+    path: Path
+    file_bytes: int
+    total_bytes: int
+    documents: int
+    tokens: int
+    seconds: float
+
+
+@dataclass
+class OpenGroup:
+    """Shards of one (split, source, language); the last one is open while `writer` is set.
+
+    `full` are shards that only wait for the next commit to be closed, as (name, writer state):
+    closing one earlier would leave a restart nothing to go back to.
+    """
+
+    split: str
+    source: str
+    lang: str
+    shards: list[str] = field(default_factory=list)
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    writer: TokenFileWriter | None = None
+    full: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "split": self.split,
+            "source": self.source,
+            "lang": self.lang,
+            "shards": self.shards,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+        }
+
+
+class Preparation:
+    """One run: what was consumed so far, the open shards, the report."""
+
+    def __init__(
+        self,
+        out: Path,
+        state: PrepareState,
+        tokenizer: Tokenizer,
+        paths: list[Path],
+        configuration: dict[str, Any],
+        progress: Callable[[PrepareProgress], None] | None,
+    ) -> None:
+        self.out = out
+        self.state = state
+        self.tokenizer = tokenizer
+        self.paths = paths
+        self.configuration = configuration
+        self.progress = progress
+        self.sizes = [entry[1] for entry in configuration["inputs"]]
+        self.started = time.monotonic()
+        self.stage: Stage | None = None
+        self.position = (0, 0)  # input, lines of it that are done
+        self.groups: dict[tuple[str, str, str], OpenGroup] = {}
+        self.report = PrepareReport(inputs=[InputReport(str(path)) for path in paths])
+        self.seconds_before = 0.0
+        saved = state.get("progress")
+        if saved is None:
+            # Killed before the first commit: shards it began are not known to the state.
+            for left in out.glob("*.tok*"):
+                left.unlink()
+        else:
+            self._restore(saved)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.stage = saved["stage"]
+        self.position = tuple(saved["position"])
+        self.report = PrepareReport.from_dict(saved["report"])
+        self.seconds_before = self.report.seconds
+        known = set()
+        for entry in saved["groups"]:
+            open_state = entry.pop("open")
+            group = OpenGroup(**entry)
+            self.groups[(group.split, group.source, group.lang)] = group
+            known.update(group.shards)
+            self._close_full(group)
+            if open_state is not None:
+                group.writer = self._resumed(group.shards[-1], open_state)
+        for left in self.out.glob("*.tok*"):  # shards begun after the commit
+            if left.name.split(".tok")[0] + ".tok" not in known:
+                left.unlink()
+
+    def _resumed(self, name: str, state: dict[str, Any]) -> TokenFileWriter:
+        assert self.stage is not None
+        return TokenFileWriter.resume(
+            self.out / name,
+            state,
+            vocab_size=self.tokenizer.vocab_size,
+            stage=self.stage,
+            fingerprint=self.tokenizer.fingerprint,
+        )
+
+    def _close_full(self, group: OpenGroup) -> None:
+        for name, state in group.full:
+            if (self.out / name).exists():  # killed between the rename and the next commit
+                remove_parts(self.out / name)
+            else:
+                self._resumed(name, state).close()
+        group.full.clear()
+
+    def commit(self) -> None:
+        """Make all work so far durable, then close the shards that are full."""
+        entries = []
+        for group in self.groups.values():
+            open_state = None if group.writer is None else group.writer.flush()
+            entries.append({**group.as_dict(), "full": group.full, "open": open_state})
+        self.report.seconds = self.seconds_before + time.monotonic() - self.started
+        self.state.put(
+            "progress",
+            {
+                "stage": self.stage,
+                "position": self.position,
+                "groups": entries,
+                "report": self.report.as_dict(),
+            },
+        )
+        self.state.commit()
+        for group in self.groups.values():
+            self._close_full(group)
+
+    def finish(self) -> None:
+        """Close every shard; tokenizer and manifest make the directory complete."""
+        for group in self.groups.values():
+            self._set_full(group)
+        self.commit()
+        self.tokenizer.save(self.out / "tokenizer")
+        manifest = {
+            "format": MANIFEST_FORMAT,
+            "stage": self.stage,
+            "vocab_size": self.tokenizer.vocab_size,
+            "tokenizer": self.tokenizer.fingerprint,
+            "groups": [group.as_dict() for group in self.groups.values()],
+            "configuration": self.configuration,
+            "report": self.report.as_dict(),
+        }
+        temporary = self.out / "manifest.json.partial"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, ensure_ascii=False, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.out / "manifest.json")
+
+    def abandon(self) -> None:
+        """Close what is open, for a later run to go on with."""
+        for group in self.groups.values():
+            if group.writer is not None:
+                group.writer.abandon()
+
+    def consume(self, workers: int | None) -> None:
+        """Read all that is left of the inputs."""
+        uncommitted = 0
+        committed_at = time.monotonic()
+        limit = self.configuration["max_documents"]
+        with ExitStack() as stack:
+            for index, batch, encoded in self._encoded(workers, stack):
+                self._append(index, batch, encoded)
+                self.position = (index, batch.first_line - 1 + len(batch.lines))
+                uncommitted += batch.n_bytes
+                now = time.monotonic()
+                due = uncommitted >= COMMIT_BYTES or now - committed_at >= COMMIT_SECONDS
+                if due or any(group.full for group in self.groups.values()):
+                    self.commit()
+                    uncommitted, committed_at = 0, time.monotonic()
+                self._tell(index, batch)
+                if limit is not None and self.report.documents >= limit:
+                    break
+        self.position = (len(self.paths), 0)
+
+    def _tell(self, index: int, batch: RawBatch) -> None:
+        if self.progress is not None:
+            self.progress(
+                PrepareProgress(
+                    path=batch.path,
+                    file_bytes=sum(self.sizes[:index]) + batch.file_position,
+                    total_bytes=sum(self.sizes),
+                    documents=self.report.documents,
+                    tokens=self.report.tokens,
+                    seconds=self.seconds_before + time.monotonic() - self.started,
+                )
+            )
+
+    def _batches(self) -> Iterator[tuple[int, RawBatch]]:
+        first, done = self.position
+        for index in range(first, len(self.paths)):
+            for batch in open_source(self.paths[index]):
+                behind = done + 1 - batch.first_line if index == first else 0
+                if behind > 0:
+                    if behind >= len(batch.lines):
+                        continue
+                    # Batches of this version begin where they did before; those of another may not.
+                    batch.lines = batch.lines[behind:]
+                    batch.first_line = done + 1
+                    batch.skipped = [skip for skip in batch.skipped if skip[0] > done]
+                yield index, batch
+
+    def _encoded(
+        self, workers: int | None, stack: ExitStack
+    ) -> Iterator[tuple[int, RawBatch, EncodedBatch]]:
+        """Batches with their documents, in input order, a bounded number of them under way."""
+        assert self.stage is not None
+        if workers is None:
+            small = sum(self.sizes) < _SMALL_BYTES
+            workers = 0 if small else min(_usable_cores(), DEFAULT_WORKERS)
+        if workers == 0:
+            encoder = PieceEncoder(self.tokenizer)
+            for index, batch in self._batches():
+                yield index, batch, encode_records(encoder, batch, self.stage)
+            return
+        directory = self.out / ".prepare" / "tokenizer"
+        self.tokenizer.save(directory)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
+        )
+        stack.callback(pool.shutdown, cancel_futures=True)
+        waiting: deque[tuple[int, RawBatch, int, Future[EncodedBatch]]] = deque()
+        in_flight = 0
+        try:
+            for index, batch in self._batches():
+                size = batch.n_bytes
+                while waiting and (
+                    len(waiting) > 2 * workers or in_flight + size > workers * _IN_FLIGHT_BYTES
+                ):
+                    at, earlier, held, future = waiting.popleft()
+                    in_flight -= held
+                    yield at, earlier, future.result()
+                future = pool.submit(encode_in_worker, directory, batch, self.stage)
+                waiting.append((index, batch, size, future))
+                in_flight += size
+            while waiting:
+                at, earlier, _, future = waiting.popleft()
+                yield at, earlier, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died, perhaps for want of memory",
+                hint="run the same command again with fewer workers: it goes on from there",
+            ) from error
+
+    def _append(self, index: int, batch: RawBatch, encoded: EncodedBatch) -> None:
+        """Drop duplicates, count, write the rest to its shards."""
+        limit = self.configuration["max_documents"]
+        left = None if limit is None else limit - self.report.documents
+        n = len(encoded.lengths)
+        if self.configuration["dedup"]:
+            keep = self.state.add_new(encoded.hashes, left)
+            if left is not None and int(keep.sum()) == left:
+                n = int(np.flatnonzero(keep)[-1]) + 1 if left else 0
+        else:
+            keep = np.ones(n, dtype=bool)
+            if left is not None:
+                keep[left:] = False
+                n = min(n, left)
+        self.report.count(index, batch, encoded, keep, n_seen=n)
+        numbers = np.ascontiguousarray(encoded.hashes[:, :8]).view("<u8")[:, 0]
+        is_val = numbers < np.uint64(self.configuration["val_fraction"] * 2.0**64)
+        ends = np.cumsum(encoded.lengths)
+        starts = ends - encoded.lengths
+        for split, in_split in (("train", ~is_val), ("val", is_val)):
+            for number, (source, lang) in enumerate(encoded.groups):
+                chosen = keep & in_split & (encoded.group == number)
+                if not chosen.any():
+                    continue
+                where = np.flatnonzero(chosen)
+                if len(where) == len(chosen):
+                    take: Any = slice(None)
+                else:
+                    take = np.repeat(chosen, encoded.lengths)
+                assert starts[0] == 0 and ends[-1] == len(encoded.tokens), (starts[0], ends[-1])
+                self._write(
+                    self._group(split, source, lang),
+                    encoded.tokens[take],
+                    encoded.lengths[where],
+                    None if encoded.loss_mask is None else encoded.loss_mask[take],
+                    encoded.n_bytes[where],
+                )
+
+    def _group(self, split: str, source: str, lang: str) -> OpenGroup:
+        key = (split, source, lang)
+        if key not in self.groups and len(self.groups) >= MAX_GROUPS:
+            key = (split, OTHER_SOURCE, lang if lang in ("zh", "en") else "other")
+        if key not in self.groups:
+            self.groups[key] = OpenGroup(*key)
+        return self.groups[key]
+
+    def _write(
+        self,
+        group: OpenGroup,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        loss_mask: np.ndarray | None,
+        n_bytes: np.ndarray,
+    ) -> None:
+        """Append documents, beginning a new shard before one that would pass `shard_tokens`."""
+        limit = self.configuration["shard_tokens"]
+        ends = np.cumsum(lengths)
+        first = 0
+        while first < len(lengths):
+            before = int(ends[first - 1]) if first else 0
+            held = group.writer.n_tokens if group.writer is not None else 0
+            last = int(np.searchsorted(ends, limit - held + before, side="right"))
+            if last <= first:
+                if held:
+                    self._set_full(group)
+                    continue
+                last = first + 1  # a document longer than a shard has one to itself
+            if group.writer is None:
+                self._begin_shard(group)
+            assert group.writer is not None
+            end = int(ends[last - 1])
+            size = int(n_bytes[first:last].sum())
+            group.writer.append(
+                tokens[before:end],
+                lengths[first:last],
+                None if loss_mask is None else loss_mask[before:end],
+                size,
+            )
+            group.documents += last - first
+            group.tokens += end - before
+            group.bytes += size
+            first = last
+
+    def _set_full(self, group: OpenGroup) -> None:
+        """The open shard gets no more documents; the next commit closes it."""
+        if group.writer is not None:
+            group.full.append((group.shards[-1], group.writer.flush()))
+            group.writer.abandon()
+            group.writer = None
+
+    def _begin_shard(self, group: OpenGroup) -> None:
+        assert self.stage is not None
+        name = f"{group.split}-{group.source}-{group.lang}-{len(group.shards):05d}.tok"
+        group.writer = TokenFileWriter(
+            self.out / name,
+            vocab_size=self.tokenizer.vocab_size,
+            stage=self.stage,
+            fingerprint=self.tokenizer.fingerprint,
+        )
+        group.shards.append(name)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

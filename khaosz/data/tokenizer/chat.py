@@ -1,0 +1,256 @@
+"""The chat template and how a chat becomes ids and a loss mask.
+
+The template is one Jinja string, stored in tokenizer_config.json and understood by transformers,
+vLLM and llama.cpp; `{% generation %}` marks what the assistant says (transformers' convention for
+`return_assistant_tokens_mask`). Templates of foreign models are code by strangers: they run in a
+sandbox with limits of time and size (sandbox.py).
+
+Control tokens come from the template alone. One written inside a message is text: it is swapped for
+a random marker before rendering and put back after the rendered chat has been cut at its special
+tokens. Every text run is encoded by itself, which gives what encoding the whole would have given,
+because special tokens are never merged across.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Sequence
+from contextlib import nullcontext
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
+from khaosz.errors import DataError
+
+if TYPE_CHECKING:
+    from khaosz.data.tokenizer.tokenizer import Tokenizer
+
+
+# Template variables that `{% generation %}` prints around its body; undefined prints nothing.
+_START, _END = "khaosz_generation_start", "khaosz_generation_end"
+
+
+class _Generation(Extension):
+    """`{% generation %}...{% endgeneration %}`: the body between two marks, in its own scope."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        start = nodes.Output([nodes.Name(_START, "load")])
+        end = nodes.Output([nodes.Name(_END, "load")])
+        return nodes.Scope([start, *body, end]).set_lineno(line)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Plain JSON as transformers renders it; Jinja's own filter escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+@lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    if len(template) > MAX_TEMPLATE:
+        raise DataError(
+            f"the chat template has {len(template):,} characters, over {MAX_TEMPLATE:,}"
+        )
+    environment = Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(
+            f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
+            hint="see chat_template in tokenizer_config.json",
+        ) from error
+
+
+def render_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    *,
+    start_mark: str = "",
+    end_mark: str = "",
+) -> str:
+    """The chat as the model reads it. Raises DataError for a chat that the template refuses."""
+    if tokenizer.chat_template is None:
+        raise DataError(
+            "this tokenizer has no chat template",
+            hint="use a chat model, or add chat_template to its tokenizer_config.json",
+        )
+    _check(messages)
+    template = _compile(tokenizer.chat_template)
+    variables = {**tokenizer.template_variables, _START: start_mark, _END: end_mark}
+    # Our own template needs no watch, and a preparation renders it a million times.
+    watched = nullcontext() if tokenizer.chat_template == CHAT_TEMPLATE else time_limit()
+    try:
+        with watched:
+            parts, size = [], 0
+            for part in template.generate(
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **variables,
+            ):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_TEXT:
+                    raise DataError(f"the chat template makes more than {MAX_TEXT:,} characters")
+            return "".join(parts)
+    # What a template can raise: refusals, undefined names and sandbox limits (TemplateError,
+    # OverflowError), and Python's complaints about values of a shape that it did not expect.
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise DataError(f"the chat template refuses this chat: {error}") from error
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+    *,
+    need_mask: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Ids and loss mask of a chat, both of the same length. The mask is 1 on the assistant's text,
+    its tool calls and the end of its turn.
+
+    Special tokens written inside messages are text. Raises DataError for a bad chat, and with
+    `need_mask` for a template that marks nothing as the assistant's.
+    """
+    _check(messages)
+    nonce = secrets.token_hex(16)
+    literals: list[str] = []
+
+    def mark(match: re.Match[str]) -> str:
+        literals.append(match[0])
+        return f"{nonce}L{len(literals) - 1}."
+
+    pattern = tokenizer.special_pattern
+    rendered = render_chat(
+        tokenizer,
+        [_replace_strings(message, pattern, mark) for message in messages],
+        [_replace_strings(tool, pattern, mark) for tool in tools] if tools else None,
+        add_generation_prompt,
+        start_mark=f"{nonce}S",
+        end_mark=f"{nonce}E",
+    )
+    ids: list[int] = []
+    loss_mask: list[int] = []
+    text = ""  # the run since the last special token
+    spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
+    generated_from: int | None = None  # where in `text` the open generation block begins
+
+    def flush() -> None:
+        nonlocal text, generated_from
+        if generated_from is not None:
+            spans.append((generated_from, len(text)))
+            generated_from = 0
+        run_ids, offsets = tokenizer.encode_with_offsets(text)
+        ids.extend(run_ids)
+        # A token that reaches into a span counts as generated, as in transformers.
+        loss_mask.extend(
+            int(any(start < b and a < end for a, b in spans)) for start, end in offsets
+        )
+        text = ""
+        spans.clear()
+
+    position = 0
+    for match in _marks(pattern.pattern).finditer(rendered):
+        control = match[0] in tokenizer.special_ids
+        if not control and not match[0].startswith(nonce):
+            continue  # somebody's text that looks like a mark
+        text += rendered[position : match.start()]
+        position = match.end()
+        kind = match[0] if control else match[0].removeprefix(nonce)
+        if control:  # of the template
+            flush()
+            ids.append(tokenizer.special_ids[kind])
+            loss_mask.append(int(generated_from is not None))
+        elif kind == "S":
+            generated_from = len(text)
+        elif kind == "E":
+            if generated_from is not None:
+                spans.append((generated_from, len(text)))
+            generated_from = None
+        else:
+            text += literals[int(kind[1:-1])]
+    text += rendered[position:]
+    flush()
+    if need_mask and not any(loss_mask):
+        raise DataError(
+            "the chat template has no {% generation %} markers, so nothing would be trained on",
+            hint="put {% generation %} and {% endgeneration %} around the assistant's text",
+        )
+    return ids, loss_mask
+
+
+@lru_cache(maxsize=4)
+def _marks(special: str) -> re.Pattern[str]:
+    """Control tokens and the marks of any nonce: compiled once, not for every chat. A mark can't be
+    missed behind other hexadecimal digits, as it takes exactly 32 of them before a letter that is
+    none."""
+    return re.compile(rf"[0-9a-f]{{32}}(?:S|E|L\d+\.)|{special}")
+
+
+def _check(messages: Sequence[dict[str, Any]]) -> None:
+    if not messages:
+        raise DataError("the chat has no messages")
+    for n, message in enumerate(messages, start=1):
+        if not isinstance(message.get("role"), str):
+            raise DataError(f"message {n} has no role")
+        content = message.get("content")
+        if isinstance(content, str) or (content is None and message.get("tool_calls")):
+            continue
+        raise DataError(
+            f"message {n} ({message['role']}): content is {type(content).__name__}, not text"
+        )
+
+
+def _replace_strings(value: Any, pattern: re.Pattern[str], mark: Any) -> Any:
+    """`value` with every special-token name in its strings, keys included, swapped for a mark."""
+    if isinstance(value, str):
+        return pattern.sub(mark, value)
+    if isinstance(value, dict):
+        return {
+            _replace_strings(key, pattern, mark): _replace_strings(item, pattern, mark)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_replace_strings(item, pattern, mark) for item in value]
+    return value

@@ -1,0 +1,403 @@
+"""Byte-level BPE: every string in, the same string out.
+
+There is no normaliser and every one of the 256 bytes is a token, so `decode(encode(text)) == text`
+for all text that UTF-8 can hold. Text is cut by the Qwen2 pattern (llama.cpp names it "qwen2": one
+digit a token, letters with one leading mark, punctuation with the line ends behind it) before the
+merges of Sennrich et al. 2016 (arXiv:1508.07909) are applied. Files are the Hugging Face layout:
+`tokenizer.json` and `tokenizer_config.json` with the chat template.
+
+`encode` never yields a special token, not even for the text "<|end|>": control tokens are placed by
+id, by us, or not at all.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.training_text import refuse_surrogates, training_sample
+from khaosz.errors import TokenizerError
+from khaosz.files import write_atomic
+
+
+def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[bytes], bool]:
+    """Bytes of every id, and whether the first token of a text carries a space of its own.
+
+    Byte-level vocabularies spell bytes in GPT-2's alphabet. SentencePiece ones (Llama 2) spell
+    spaces as U+2581 and spare bytes as <0xE4>. An added token stands for its name.
+    """
+    spec = json.loads(backend.to_str())
+    steps = _components(spec.get("pre_tokenizer")) + _components(spec.get("decoder"))
+    byte_level = any(step["type"] == "ByteLevel" for step in steps)
+    leading_space = not byte_level and any(
+        (step["type"] == "Strip" and step.get("start", 0) > 0)
+        or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
+        for step in steps
+    )
+    alphabet = _byte_alphabet()
+    table = [b""] * vocab_size  # ids that no token has stand for nothing
+    for token, i in backend.get_vocab(with_added_tokens=False).items():
+        if byte_level:
+            # A character outside the alphabet can only come from a token added by hand.
+            table[i] = b"".join(
+                bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token
+            )
+        elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+            table[i] = bytes.fromhex(token[3:5])
+        else:
+            table[i] = token.replace("\u2581", " ").encode()
+    for i, added in backend.get_added_tokens_decoder().items():
+        table[i] = added.content.encode()
+    return table, leading_space
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, as character -> byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    table = {chr(byte): byte for byte in printable}
+    others = (byte for byte in range(256) if byte not in set(printable))
+    table.update({chr(256 + n): byte for n, byte in enumerate(others)})
+    return table
+
+
+def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """A pre-tokenizer or decoder of tokenizer.json as the flat list of its steps."""
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        inner = part.get("pretokenizers") or part.get("decoders") or []
+        return [step for child in inner for step in _components(child)]
+    return [part]
+
+
+SPECIAL_TOKENS: tuple[str, ...] = (
+    "<|pad|>",
+    "<|bos|>",
+    "<|eos|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|tool|>",
+    "<|end|>",
+    *(f"<|reserved_{i}|>" for i in range(8)),
+)
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + 1
+
+# Qwen2's pattern as published in its tokenizer.json; llama.cpp hashes it as "qwen2".
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The end of a turn under the names that model families give it; the first one present counts.
+_END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer`, its settings and its chat template.
+
+    `config` is the content of `tokenizer_config.json`; `serialized` the bytes of `tokenizer.json`,
+    which `save` writes back unchanged so that `fingerprint` survives a round trip.
+    """
+
+    def __init__(self, serialized: bytes, config: dict[str, Any]) -> None:
+        try:
+            backend = tokenizers.Tokenizer.from_buffer(serialized)
+        except ValueError as error:
+            raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.serialized = serialized
+        self.config = config
+        self.fingerprint = hashlib.sha256(serialized).hexdigest()
+        added = backend.get_added_tokens_decoder()
+        self.special_ids: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
+        # Named in tokenizer_config.json as control tokens, whatever `special` says beside them.
+        for key in ("bos_token", "eos_token", "pad_token"):
+            name = self._configured(key)
+            token_id = None if name is None else backend.token_to_id(name)
+            if name is not None and token_id is not None:
+                self.special_ids[name] = token_id
+        self.eos_id = self._find("<|eos|>", "eos_token")
+        self.bos_id = self._find("<|bos|>", "bos_token", self.eos_id)
+        self.pad_id = self._find("<|pad|>", "pad_token", self.eos_id)
+        self.end_id = next(
+            (self.special_ids[name] for name in _END_OF_TURN if name in self.special_ids),
+            self.eos_id,
+        )
+        self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _configured(self, key: str) -> str | None:
+        value = self.config.get(key)
+        if isinstance(value, dict):  # older files write the whole AddedToken
+            value = value.get("content")
+        return value if isinstance(value, str) else None
+
+    def _find(self, ours: str, key: str, fallback: int | None = None) -> int:
+        """Our name, or else the token that tokenizer_config.json names, or else `fallback`."""
+        for name in (ours, self._configured(key)):
+            if name is not None and name in self.special_ids:
+                return self.special_ids[name]
+        if fallback is None:
+            raise TokenizerError(
+                f"the tokenizer has no {ours} token and its tokenizer_config.json names no {key}",
+                hint="copy tokenizer_config.json from the same model beside tokenizer.json",
+            )
+        return fallback
+
+    @property
+    def begins_with_bos(self) -> bool:
+        """Whether a text to continue begins with bos: always for ours, as its settings say else."""
+        return "<|bos|>" in self.special_ids or bool(self.config.get("add_bos_token"))
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self.config.get("chat_template")
+        if isinstance(template, list):  # several named templates: the default one is the chat
+            named = {entry["name"]: entry["template"] for entry in template}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """What a chat template may use by name: bos_token, eos_token, pad_token, unk_token."""
+        keys = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {key: name for key in keys if (name := self._configured(key)) is not None}
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Matches the name of any special token, the longest first."""
+        names = sorted(self.special_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
+
+    def special_id(self, name: str) -> int:
+        """Raises TokenizerError for a name that is not a special token here."""
+        if name not in self.special_ids:
+            raise TokenizerError(
+                f"{name!r} is not a special token of this tokenizer",
+                hint="it has "
+                + " ".join(sorted(self.special_ids, key=self.special_ids.__getitem__)),
+            )
+        return self.special_ids[name]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` alone: no bos, no eos, no special token whatever the text says.
+
+        Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot hold.
+        """
+        refuse_surrogates(text)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def marks(self) -> tuple[list[int], list[int]]:
+        """Ids that tokenizer.json puts before and behind a text; `encode` leaves them away."""
+        plain = self.encode("a")
+        marked: list[int] = self._backend.encode("a").ids
+        if len(marked) == len(plain):
+            return [], []
+        first = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
+        return marked[:first], marked[first + len(plain) :]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids as `encode` gives them, each with its character range [start, end) in `text`."""
+        refuse_surrogates(text)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`[encode(text) for text in texts]` on all cores and without offsets."""
+        for text in texts:
+            refuse_surrogates(text)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    @cached_property
+    def _decoder(self) -> tuple[list[bytes], bool]:
+        return token_table(self._backend, self.vocab_size)
+
+    @cached_property
+    def _special_id_set(self) -> frozenset[int]:
+        return frozenset(self.special_ids.values())
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_id_set
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that an id stands for; a special token stands for its name.
+
+        Raises TokenizerError for an id outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError(
+                f"token id {token_id} is outside the vocabulary (0 to {self.vocab_size - 1})"
+            )
+        return self._decoder[0][token_id]
+
+    @cached_property
+    def byte_lengths(self) -> np.ndarray:
+        """int64 (vocab_size,): bytes of text per token, 0 for special tokens.
+
+        Dividing a loss by these bytes gives bits per byte, which compares across vocabularies.
+        """
+        lengths = np.array([len(raw) for raw in self._decoder[0]], dtype=np.int64)
+        lengths[list(self._special_id_set)] = 0
+        return lengths
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of `ids`. Lossless for `encode(text)`; bytes that are not UTF-8 become U+FFFD.
+
+        Special tokens are shown by name unless `skip_special`.
+        """
+        stream = StreamDecoder(self, skip_special=skip_special)
+        raw = b"".join(stream._bytes_of(int(i)) for i in ids)
+        return raw.decode("utf-8", errors="replace")
+
+    def save(self, directory: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, each at once or not at all."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomic(directory / "tokenizer.json", [self.serialized])
+        config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
+        write_atomic(directory / "tokenizer_config.json", [config.encode()])
+
+
+class StreamDecoder:
+    """Text of a growing id sequence, token by token, in O(1) each.
+
+    Characters split over tokens (most rare hanzi and emoji) are held back until complete, so the
+    joined output equals `decode` of the whole and no U+FFFD appears for a character still open.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._strip_space = tokenizer._decoder[1]
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        if self._tokenizer.is_special(token_id):
+            return b"" if self._skip_special else self._tokenizer.token_bytes(token_id)
+        raw = self._tokenizer.token_bytes(token_id)
+        if self._strip_space:
+            self._strip_space = False
+            raw = raw.removeprefix(b" ")
+        return raw
+
+    def push(self, token_id: int) -> str:
+        """The text that this token completed, often "" in the middle of a character."""
+        return self._utf8.decode(self._bytes_of(token_id))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD if the stream stopped inside a character."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """Read a tokenizer directory: ours, or any Hugging Face one with a tokenizer.json.
+
+    Raises TokenizerError for a missing directory or file, broken JSON, or no end-of-text token.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise TokenizerError(
+            f"tokenizer directory {directory} does not exist",
+            hint="train one, or give the directory that holds tokenizer.json",
+        )
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise TokenizerError(
+            f"{path} does not exist", hint="is this a tokenizer or model directory?"
+        )
+    serialized = path.read_bytes()
+    _read_json(path, serialized)  # says where broken JSON breaks; the backend does not
+    config_path = directory / "tokenizer_config.json"
+    config = _read_json(config_path, config_path.read_bytes()) if config_path.is_file() else {}
+    template_path = directory / "chat_template.jinja"
+    if template_path.is_file():  # transformers lets this file win over the config
+        config["chat_template"] = template_path.read_text(encoding="utf-8")
+    try:
+        return Tokenizer(serialized, config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{directory}: {error}", hint=error.hint) from error
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, max_bytes: int = 48_000_000
+) -> Tokenizer:
+    """Learn the merges from `texts`, read in order until `max_bytes` of UTF-8 have been seen.
+
+    Interleave languages before you call: what comes after the budget is never read. The result is a
+    function of the input alone, to the byte. Too little text gives fewer tokens than `vocab_size`:
+    read the real number from the result. Raises TokenizerError for a `vocab_size` below the 16
+    special tokens, 256 bytes and one merge, for no text at all, and for lone surrogates.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise TokenizerError(
+            f"vocab_size {vocab_size} is too small, the least is {MIN_VOCAB_SIZE}",
+            hint="16 special tokens + 256 bytes + 1 merge; 8192 suits a small model",
+        )
+    backend = tokenizers.Tokenizer(models.BPE(byte_fallback=False, ignore_merges=False))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[
+            AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS
+        ],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    sample = training_sample(texts, max_bytes)
+    first = next(sample, None)
+    if first is None:
+        raise TokenizerError(
+            "there is no text to train a tokenizer on", hint="the input is empty or only blank"
+        )
+    backend.train_from_iterator(chain([first], sample), trainer)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "pad_token": "<|pad|>",
+        "unk_token": None,  # no text is unknown; left out, Qwen2Tokenizer would add a token
+        "additional_special_tokens": list(SPECIAL_TOKENS[3:]),
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        # transformers 5 rebuilds the tokenizer of a qwen2 model with an NFC normaliser (lossy)
+        # unless this field says that tokenizer.json is to be loaded as it is. No code is loaded:
+        # there is no auto_map, and the user's own `trust_remote_code` argument stays what it was.
+        "trust_remote_code": True,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    return Tokenizer(backend.to_str(pretty=True).encode(), config)
+
+
+def _read_json(path: Path, raw: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise TokenizerError(
+            f"{path} is not valid JSON: {error}", hint="the file is cut short or damaged"
+        ) from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content

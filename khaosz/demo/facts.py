@@ -1,0 +1,102 @@
+"""Questions whose answers stand word for word in a passage: of the demo's idioms, statutes, and
+Python's documentation."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from khaosz.demo.corpus import held_out, read_units
+from khaosz.demo.fetch import DemoSources
+from khaosz.demo.texts import Unit, unit_rng
+
+LONGEST_ANSWER = 160  # characters: what a small model copies whole
+_IDIOM = re.compile(
+    r"成语：(?P<word>[^。]+)。释义：(?P<meaning>.+?)(?:出处：(?P<origin>.+?))?(?:例句：.*)?",
+    re.DOTALL,
+)
+_ARTICLE = re.compile(r"(?P<number>第[^　]{1,12}条(?:之[^　]+)?)　(?P<text>.+)")
+_FUNCTION = re.compile(r"(?P<name>\w+): (?P<text>.{40,400}?[.])(?:\n\n|$)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """`answer` are characters of `passage`. doc and headings are what a reader sees as its source;
+    facts of one `unit` stay on one side of a split."""
+
+    unit: str
+    source: str
+    lang: str
+    question: str
+    answer: str
+    passage: str
+    doc: str
+    headings: tuple[str, ...] = ()
+
+
+def split_facts(sources: DemoSources, seed: int, limit: int) -> tuple[list[Fact], list[Fact]]:
+    """At most `limit` facts, each source's as many as there are of it or an equal share, and those
+    of the units that the demo's corpus holds out."""
+    units: dict[str, list[Unit]] = {}
+    for unit in read_units(sources, seed):
+        units.setdefault(unit.source, []).append(unit)
+    train: dict[str, list[Fact]] = {}
+    apart: list[Fact] = []
+    for source, own in units.items():
+        held = held_out(own, seed)
+        for unit in own:
+            facts = unit_facts(unit, seed)
+            if unit.key in held:
+                apart += facts
+            else:
+                train.setdefault(source, []).extend(facts)
+    rng = random.Random(f"{seed}/facts")
+    chosen: list[Fact] = []
+    # The smallest first, so that what it leaves of its share goes to the others.
+    for left, own_facts in enumerate(sorted(train.values(), key=len)):
+        share = (limit - len(chosen)) // (len(train) - left)
+        chosen += rng.sample(own_facts, min(share, len(own_facts)))
+    rng.shuffle(chosen)
+    return chosen, apart
+
+
+def unit_facts(unit: Unit, seed: int) -> Iterator[Fact]:
+    """Of one unit; none where an answer would be long."""
+    rng = unit_rng(seed, f"facts/{unit.source}", unit.key)
+    for document in unit.documents:
+        found: list[tuple[str, str, str, tuple[str, ...]]] = []
+        match unit.source:
+            case "idioms":
+                doc = "成语词典"
+                if (idiom := _IDIOM.fullmatch(document)) is not None:
+                    word, origin = idiom["word"], idiom["origin"]
+                    asked = rng.choice(("“{}”是什么意思？", "请解释成语“{}”。", "{}的意思是什么？"))
+                    found.append((asked.format(word), idiom["meaning"], document, ()))
+                    if origin is not None and rng.random() < 0.3:
+                        asked = rng.choice(("“{}”出自哪里？", "成语{}的出处是什么？"))
+                        found.append((asked.format(word), origin, document, ()))
+            case "laws":
+                title, *lines = document.split("\n")
+                doc, chapter = title.strip("《》"), ""
+                for line in lines:
+                    if (article := _ARTICLE.fullmatch(line)) is None:
+                        chapter = line if len(line) < 40 else chapter
+                        continue
+                    asked = rng.choice(("规定了什么？", "是怎么规定的？", "的内容是什么？"))
+                    heading = (chapter,) if chapter else ()
+                    question = f"{title}{article['number']}{asked}"
+                    found.append((question, article["text"], line, heading))
+            case "python":
+                doc = unit.key
+                for named in _FUNCTION.finditer(document):
+                    asked = rng.choice(("What does {} do in {}?", "What is {} of {} for?"))
+                    text = named["text"].strip()
+                    question = asked.format(named["name"], unit.key)
+                    found.append((question, text, f"{named['name']}: {text}", ()))
+            case _:
+                return
+        for question, answer, passage, heads in found:
+            if len(answer) <= LONGEST_ANSWER and "\n" not in answer:
+                yield Fact(unit.key, unit.source, unit.lang, question, answer, passage, doc, heads)

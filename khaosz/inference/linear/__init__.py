@@ -1,0 +1,1 @@
+"""How weights multiply: dense, packed, or as GGUF blocks."""

@@ -1,0 +1,194 @@
+"""`ModelConfig` <-> the metadata of GGUF files, in llama.cpp's keys (gguf-py/gguf/constants.py)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from pydantic import ValidationError
+
+from khaosz.config import ModelConfig, RopeScaling
+from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.interop.gguf.blocks import dequantize
+from khaosz.interop.gguf.file import GgufFile
+from khaosz.interop.huggingface import check_rotary
+from khaosz.model.module import rotary_frequencies
+
+ROPE_FACTORS = "rope_freqs.weight"
+_OUR_SCALING = "khaosz.rope_scaling"
+
+
+def config_from_metadata(file: GgufFile) -> ModelConfig:
+    """Raises `ModelError` for an architecture or a feature that we do not compute. The caller
+    checks sizes against tensors, and then asks `with_llama3`."""
+    metadata, source = file.metadata, file.source
+    family = metadata.get("general.architecture")
+    if family not in ("llama", "qwen2", "qwen3"):
+        raise ModelError(
+            f"{source}: architecture {shown(family)} is not supported",
+            hint="llama, qwen2, qwen3 are",
+        )
+
+    def value(name: str, kind: type, default: Any = None) -> Any:
+        found = metadata.get(f"{family}.{name}", default)
+        if found is None:
+            raise ModelError(f"{source}: key '{family}.{name}' is missing")
+        # Whole numbers may stand for others; arrays, of one number a layer, are not supported.
+        if type(found) is not kind and (kind, type(found)) != (float, int):
+            what = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            raise ModelError(f"{source}: {family}.{name} = {shown(found)} is not {what}")
+        return found
+
+    def number(name: str, default: float | None = None) -> float:
+        with np.errstate(over="ignore"):
+            # Stored in fp32: 1e-6 is to be 1e-6 again, not 9.99999997e-07.
+            return float(str(np.float32(value(name, float, default))))
+
+    def count(name: str, default: int | None = None) -> int:
+        found: int = value(name, int, default)
+        return found
+
+    if count("expert_count", 0):
+        raise ModelError(f"{source}: mixtures of experts are not supported")
+    heads, width = count("attention.head_count"), count("embedding_length")
+    layers, context = count("block_count"), count("context_length")
+    table = file.tensors.get("token_embd.weight")
+    if table is None:
+        raise ModelError(f"{source}: tensor 'token_embd.weight' is missing")
+    if heads < 1 or layers > len(file.tensors):
+        raise ModelError(
+            f"{source}: {layers} blocks of {heads} heads in {len(file.tensors)} tensors"
+        )
+    head_dim = count("attention.key_length", width // heads)
+    for key, computed in {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,  # rotation of a part of each head
+        "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_beta_fast": 32.0,
+        "rope.scaling.yarn_beta_slow": 1.0,
+        "rope.scale_linear": 1.0,  # what rope.scaling.* was called before
+    }.items():
+        if (found := number(key, computed)) != computed:
+            raise ModelError(f"{source}: {family}.{key} = {found:g} is not supported")
+    if 0 < count("attention.sliding_window", 0) < context:
+        raise ModelError(f"{source}: sliding windows of attention are not supported")
+    fields = {
+        "vocab_size": table.shape[0],
+        "hidden_size": width,
+        "intermediate_size": count("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": context,
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": number("rope.freq_base", 10_000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "qk_norm": family == "qwen3",
+        "qkv_bias": family == "qwen2",
+    }
+    try:
+        match value("rope.scaling.type", str, "none"):
+            case "none":
+                pass
+            case "linear":
+                fields["rope_scaling"] = {
+                    "rope_type": "linear",
+                    "factor": number("rope.scaling.factor"),
+                }
+            case "yarn":
+                fields["rope_scaling"] = {
+                    "rope_type": "yarn",
+                    "factor": number("rope.scaling.factor"),
+                    "original_max_position_embeddings": count(
+                        "rope.scaling.original_context_length"
+                    ),
+                }
+            case other:
+                raise ModelError(f"{source}: rope scaling {shown(other)} is not supported")
+        return ModelConfig.parse(fields, source=source)
+    except ConfigError as error:
+        raise ModelError(one_line(str(error)), hint=error.hint) from None
+
+
+def llama3_factors(config: ModelConfig) -> np.ndarray:
+    """What llama.cpp divides each frequency by: float32 (H / 2,)."""
+    plain, _ = rotary_frequencies(config.model_copy(update={"rope_scaling": None}))
+    scaled, _ = rotary_frequencies(config)
+    return (plain / scaled).numpy()
+
+
+def with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
+    """llama.cpp keeps the resulting factors only: find the scaling that gives them, ours by a key
+    of our own, others among those that were published. Raises `ModelError` where none does."""
+    shape = (config.head_dim // 2,)
+    if config.rope_scaling is not None or file.tensors[ROPE_FACTORS].shape != shape:
+        raise ModelError(f"{file.source}: '{ROPE_FACTORS}' does not fit the rotation of its heads")
+    given = dequantize(file.raw(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type).ravel()
+    scalings = [
+        RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=original)
+        for factor in (float(given.max()), 8.0, 32.0)
+        if math.isfinite(factor) and factor >= 1
+        for original in (8192, 4096, 16_384)
+    ]
+    if isinstance(own := file.metadata.get(_OUR_SCALING), str):
+        try:
+            scalings.insert(0, RopeScaling.model_validate_json(own))
+        except ValidationError:
+            raise ModelError(f"{file.source}: '{_OUR_SCALING}' is {shown(own)}") from None
+    for scaling in scalings:
+        candidate = config.model_copy(update={"rope_scaling": scaling})
+        check_rotary(candidate, file.source)
+        # Both sides are fp32 formulas in different order: a few parts in 10^6 apart.
+        if np.allclose(llama3_factors(candidate), given, rtol=1e-4):
+            return candidate
+    raise ModelError(f"{file.source}: the factors in '{ROPE_FACTORS}' are of no known scaling")
+
+
+def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
+    """Raises `ModelError` for a rope scaling that llama.cpp has no keys for."""
+    family = config.family
+    values: dict[str, Any] = {
+        "general.architecture": family,
+        "general.name": "KHAOSZ",
+        "general.file_type": {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[
+            kind
+        ],
+        "general.quantization_version": 2,
+        f"{family}.block_count": config.num_hidden_layers,
+        f"{family}.context_length": config.max_position_embeddings,
+        f"{family}.embedding_length": config.hidden_size,
+        f"{family}.feed_forward_length": config.intermediate_size,
+        f"{family}.attention.head_count": config.num_attention_heads,
+        f"{family}.attention.head_count_kv": config.num_key_value_heads,
+        f"{family}.attention.key_length": config.head_dim,
+        f"{family}.attention.value_length": config.head_dim,
+        f"{family}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{family}.rope.freq_base": float(config.rope_theta),
+        f"{family}.rope.dimension_count": config.head_dim,
+        f"{family}.vocab_size": config.vocab_size,
+    }
+    match config.rope_scaling:
+        case RopeScaling(rope_type="linear", factor=factor):
+            values[f"{family}.rope.scaling.type"] = "linear"
+            values[f"{family}.rope.scaling.factor"] = float(factor)
+        case RopeScaling(rope_type="llama3") as scaling:
+            values[_OUR_SCALING] = scaling.model_dump_json()
+        case RopeScaling(rope_type="yarn") as yarn:
+            plain = RopeScaling(rope_type="yarn", factor=yarn.factor)
+            if (yarn.beta_fast, yarn.beta_slow, yarn.attention_factor, yarn.truncate) != (
+                plain.beta_fast,
+                plain.beta_slow,
+                plain.attention_factor,
+                plain.truncate,
+            ):
+                raise ModelError(
+                    "this YaRN scaling cannot be written to GGUF", hint="keep it in HF"
+                )
+            values[f"{family}.rope.scaling.type"] = "yarn"
+            values[f"{family}.rope.scaling.factor"] = float(yarn.factor)
+            values[f"{family}.rope.scaling.original_context_length"] = (
+                yarn.original_max_position_embeddings or config.max_position_embeddings
+            )
+    return values

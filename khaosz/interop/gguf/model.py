@@ -1,0 +1,220 @@
+"""Models in GGUF files <-> our names and configuration: Llama (Mistral, SmolLM), Qwen2, Qwen3.
+
+Keys and tensor names are llama.cpp's (gguf-py/gguf/constants.py, tensor_mapping.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from khaosz.config import ModelConfig
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import ModelError, shown
+from khaosz.interop.gguf.blocks import dequantize, quantize
+from khaosz.interop.gguf.config import (
+    ROPE_FACTORS,
+    config_from_metadata,
+    config_to_metadata,
+    llama3_factors,
+    with_llama3,
+)
+from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
+from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
+from khaosz.interop.huggingface import check_rotary
+from khaosz.model import Transformer, parameter_shapes
+from khaosz.model.module import Rotary
+
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_SLICE = 1 << 24  # weights converted at a time
+_LARGEST_HALF, _LARGEST_SINGLE = 65_504.0, 3.3e38  # what rounds to a finite number
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of our parameters."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("layers."):
+        _, index, part = stem.split(".", 2)
+        return f"blk.{index}.{_BLOCK_NAMES[part]}.{kind}"
+    return f"{_TOP_NAMES[stem]}.{kind}"
+
+
+class GgufModel:
+    """One model in a GGUF file, tensors under our names and in our row order."""
+
+    def __init__(self, file: GgufFile) -> None:
+        """Raises `ModelError` for an architecture or feature we do not compute, and for tensors
+        that are missing, unexpected or misshapen, by name."""
+        self.file = file
+        self.config = config_from_metadata(file)
+        shapes = parameter_shapes(self.config)
+        self.names = {name: gguf_name(name) for name in shapes}
+        for name, shape in shapes.items():
+            tensor = file.tensors.get(self.names[name])
+            if tensor is None:
+                raise ModelError(f"{file.source}: tensor '{self.names[name]}' is missing")
+            if tensor.shape != shape:
+                raise ModelError(
+                    f"{file.source}: tensor '{self.names[name]}' is {tensor.shape}, not {shape}"
+                )
+        unexpected = file.tensors.keys() - set(self.names.values()) - {ROPE_FACTORS}
+        if unexpected:
+            raise ModelError(f"{file.source}: unexpected tensor {shown(min(unexpected))}")
+        # Only now are the sizes known to be those of tensors, and what they cost to be bounded.
+        if ROPE_FACTORS in file.tensors:
+            self.config = with_llama3(self.config, file)
+        check_rotary(self.config, file.source)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufModel:
+        return cls(GgufFile.open(path))
+
+    def tokenizer(self) -> Tokenizer:
+        tokenizer = tokenizer_from_metadata(self.file.metadata, self.file.source)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise ModelError(
+                f"{self.file.source}: {tokenizer.vocab_size} tokens, but only"
+                f" {self.config.vocab_size} rows of embedding"
+            )
+        return tokenizer
+
+    def kind(self, name: str) -> str:
+        """The tensor type that one of our parameters is stored as."""
+        return self.file.tensors[self.names[name]].type
+
+    def raw(self, name: str) -> np.ndarray:
+        """uint8 (rows, bytes of a row): a view of the file, but for Llama's queries and keys,
+        whose rows are copied into our order (no row is requantised)."""
+        raw = self.file.raw(self.names[name])
+        heads = _permuted_heads(name, self.config)
+        return raw if heads is None else _to_halves(raw, heads)
+
+    def float32(self, name: str) -> np.ndarray:
+        """The dequantised parameter."""
+        tensor = self.file.tensors[self.names[name]]
+        return dequantize(self.raw(name), tensor.type).reshape(tensor.shape)
+
+
+def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The dequantised model, in evaluation mode: the reference, not the fast path."""
+    source = GgufModel.open(path)
+    with torch.device("meta"):
+        model = Transformer(source.config)
+    loaded = {
+        name: torch.from_numpy(np.array(source.float32(name))).to(dtype) for name in source.names
+    }
+    model.load_state_dict(loaded, assign=True)
+    model.rotary = Rotary(source.config)
+    return model.requires_grad_(True).eval()
+
+
+def save_gguf(
+    model: Transformer, tokenizer: Tokenizer, path: Path, kind: str = "F16", *, search: bool = False
+) -> None:
+    """Write a model for llama.cpp and for us; `kind` and `search` as for `write_model`."""
+    parameters = dict(model.named_parameters())
+    write_model(model.config, lambda name: parameters[name].detach(), tokenizer, path, kind, search)
+
+
+def write_model(
+    config: ModelConfig,
+    parameter: Callable[[str], torch.Tensor],
+    tokenizer: Tokenizer,
+    path: Path,
+    kind: str,
+    search: bool = False,
+) -> None:
+    """Write a .gguf whose parameters are asked for one at a time, by name. `kind`: F32, F16, BF16,
+    Q8_0, Q4_0 or Q4_1; `search` looks for better scales than ggml's reference rounding.
+
+    Vectors stay F32. With 4 bits the embedding and the head are Q8_0: they are few and they are
+    what quality hangs on. Raises `ModelError` for rows that are not whole blocks of 32.
+    """
+    if kind not in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
+        raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
+    shapes = parameter_shapes(config)
+    tensors = []
+    for name, shape in shapes.items():
+        wanted = kind
+        if len(shape) == 1:
+            wanted = "F32"
+        elif kind.startswith("Q4") and name.startswith(("embed_tokens", "lm_head")):
+            wanted = "Q8_0"
+        if shape[-1] % TENSOR_TYPES[wanted][1]:
+            raise ModelError(
+                f"{wanted} takes blocks of 32, '{name}' has rows of {shape[-1]}", hint="use F16"
+            )
+        rows = partial(_rows, parameter, name, wanted, _permuted_heads(name, config), search)
+        tensors.append(TensorToWrite(gguf_name(name), wanted, shape, rows))
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
+        factors = llama3_factors(config)
+        tensors.append(
+            TensorToWrite(ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)])
+        )
+    metadata = {
+        **config_to_metadata(config, kind),
+        **tokenizer_to_metadata(tokenizer, config.vocab_size),
+    }
+    write_gguf(path, metadata, tensors)
+
+
+def _rows(
+    parameter: Callable[[str], torch.Tensor],
+    name: str,
+    kind: str,
+    heads: int | None,
+    search: bool,
+) -> Iterator[np.ndarray]:
+    weights = parameter(name).cpu()
+    if weights.dim() == 1:
+        weights = weights[None]
+    if heads is not None:
+        weights = torch.from_numpy(_to_pairs(weights.float().numpy(), heads))
+    step = max(1, _SLICE // weights.shape[1])
+    for start in range(0, len(weights), step):
+        part = weights[start : start + step].float()
+        largest = float(part.abs().max())
+        # Scales are fp16 as well. NaN is no number's lesser.
+        if not largest <= (_LARGEST_HALF if kind not in ("F32", "BF16") else _LARGEST_SINGLE):
+            raise ModelError(f"'{name}' has a weight of {largest:g}, which {kind} cannot hold")
+        yield quantize(part.numpy(), kind, search=search)
+
+
+def _permuted_heads(name: str, config: ModelConfig) -> int | None:
+    """Heads of a parameter whose rows llama.cpp orders in pairs (i, i + 1) for its rotation, where
+    we have halves (i, i + H/2); None for all others. Only the Llama family has this order."""
+    if config.family != "llama" or not name.startswith("layers."):
+        return None
+    match name.split(".")[3]:
+        case "q_proj":
+            return config.num_attention_heads
+        case "k_proj":
+            return config.num_key_value_heads
+    return None
+
+
+def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
+    swapped = rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(swapped).reshape(rows.shape)
+
+
+def _to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    swapped = rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)
+    return np.ascontiguousarray(swapped).reshape(rows.shape)

@@ -1,0 +1,200 @@
+"""Tokenizers of GGUF files <-> ours: byte-level BPE ("gpt2") with a named pre-tokenizer."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
+from khaosz.errors import ModelError, shown
+
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+
+# The regular expressions llama.cpp applies one after the other (llama-vocab.cpp).
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_DIGIT = r"\p{N}"
+_PATTERNS = {
+    "qwen2": (QWEN2_PATTERN,),
+    "deepseek-r1-qwen": (QWEN2_PATTERN,),
+    "llama-bpe": (_LLAMA3,),
+    "llama3": (_LLAMA3,),
+    "llama-v3": (_LLAMA3,),
+    "smollm": (_DIGIT, _GPT2),
+    "gpt-2": (_GPT2,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+# These take a whole word that is in the vocabulary before they look at merges.
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3")
+
+
+def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
+    """Raises `ModelError` for a kind of tokenizer or pre-tokenizer that we do not have."""
+
+    def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
+        value = metadata.get(f"tokenizer.ggml.{name}", default)
+        if value is not default and not isinstance(value, kind):
+            raise ModelError(f"{source}: tokenizer.ggml.{name} is a {type(value).__name__}")
+        return value
+
+    model, pre = get("model", str), get("pre", str, "default")
+    if model != "gpt2":
+        raise ModelError(
+            f"{source}: tokenizer {shown(model)} is not supported",
+            hint="byte-level BPE ('gpt2') is; SentencePiece vocabularies are not",
+        )
+    if pre not in _PATTERNS:
+        raise ModelError(
+            f"{source}: pre-tokenizer {shown(pre)} is not supported",
+            hint=f"supported: {', '.join(_PATTERNS)}",
+        )
+    tokens, merges = get("tokens", list, []), get("merges", list, [])
+    types = get("token_type", np.ndarray)
+    types = [_NORMAL] * len(tokens) if types is None else types.tolist()
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if not tokens or len(types) != len(tokens):
+        raise ModelError(f"{source}: {len(tokens)} tokens with {len(types)} types")
+    if len(vocab) != len(tokens):
+        raise ModelError(f"{source}: a token comes twice in the vocabulary")
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ModelError(f"{source}: merge {shown(merge)} is not made of tokens")
+        pairs.append([left, right])
+    added = [
+        _added_token(i, token, kind == _CONTROL)
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in _PATTERNS[pre]
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*steps, {**byte_level, "use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in _IGNORE_MERGES,
+            "vocab": vocab,
+            "merges": pairs,
+        },
+    }
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": get("add_bos_token", bool, pre in _IGNORE_MERGES),
+        "clean_up_tokenization_spaces": False,
+    }
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        token_id = get(f"{name}_token_id", int)
+        if token_id is not None:
+            if not 0 <= token_id < len(tokens):
+                raise ModelError(f"{source}: {name}_token_id {token_id} is not in the vocabulary")
+            config[f"{key}_token"] = tokens[token_id]
+    if "eos_token" not in config:
+        raise ModelError(f"{source}: tokenizer.ggml.eos_token_id is missing")
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        ours = template == _without_marks(CHAT_TEMPLATE)
+        config["chat_template"] = CHAT_TEMPLATE if ours else template
+    return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config)
+
+
+def _without_marks(template: str) -> str:
+    """`{% generation %}` says what is trained; llama.cpp's Jinja does not know it."""
+    return re.sub(r"\{%-? (end)?generation -?%\}", "", template)
+
+
+def _added_token(token_id: int, content: str, special: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": token_id, "content": content, **flags, "special": special}
+
+
+def _patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """The regular expressions of a byte-level pre-tokenizer; None for one that does more."""
+    patterns: list[str] = []
+    byte_level = False
+    for step in (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]:
+        match step:
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
+                patterns.append(_DIGIT)
+            case {"type": "ByteLevel", "add_prefix_space": False}:
+                byte_level = True
+                patterns += [_GPT2] if step.get("use_regex", True) else []
+            case _:
+                return None
+    return tuple(patterns) if byte_level else None
+
+
+def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
+    """`tokenizer.*` keys for a model with `rows` rows of embedding (padding rows are named).
+
+    Raises `ModelError` for a tokenizer whose pre-tokenizer has no name in llama.cpp.
+    """
+    spec = json.loads(tokenizer.serialized)
+    model, patterns = spec["model"], _patterns(spec.get("pre_tokenizer"))
+    whole_words = bool(model.get("ignore_merges"))
+    names = [
+        name
+        for name, known in _PATTERNS.items()
+        if known == patterns and (name in _IGNORE_MERGES) == whole_words
+    ]
+    # Qwen2's composes characters (NFC) before anything else, which llama.cpp leaves out.
+    normalizer = (spec.get("normalizer") or {"type": "NFC"})["type"]
+    if model["type"] != "BPE" or normalizer != "NFC" or not names:
+        raise ModelError(
+            "the pre-tokenizer of this model has no name in llama.cpp",
+            hint="models trained here have one: 'qwen2'",
+        )
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    types = np.full(rows, _UNUSED, dtype=np.int32)
+    for token, i in model["vocab"].items():
+        tokens[i], types[i] = token, _NORMAL
+    for added in spec["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+    metadata: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": [
+            m if isinstance(m, str) else " ".join(m) for m in model["merges"]
+        ],
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
+        "tokenizer.ggml.add_bos_token": tokenizer.begins_with_bos,
+    }
+    if tokenizer.end_id != tokenizer.eos_id:
+        metadata["tokenizer.ggml.eot_token_id"] = tokenizer.end_id
+    if tokenizer.chat_template is not None:
+        template = _without_marks(tokenizer.chat_template)
+        metadata["tokenizer.chat_template"] = template
+    return metadata

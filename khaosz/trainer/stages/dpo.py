@@ -1,0 +1,135 @@
+"""Direct preference optimisation and its relatives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from khaosz.config import PreferenceConfig, RewardConfig
+from khaosz.data.batches.sequences import SequenceBatch
+from khaosz.errors import TrainingError
+from khaosz.model import RewardModel, Transformer
+from khaosz.model.lora import without_lora
+from khaosz.trainer.stages.logprobs import batch_logprobs, hidden_states
+from khaosz.trainer.stages.losses import (
+    Answers,
+    implicit_rewards,
+    preference_loss,
+    preferred,
+    reward_loss,
+)
+from khaosz.trainer.stages.pairs import PairStrategy
+from khaosz.trainer.strategy import Compute
+
+
+def sequence_rewards(model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
+    """The reward (S,) of each sequence, read at its last real token. That is the token that ends
+    the turn, unless the answer was cut."""
+    hidden = hidden_states(model, batch, compute)
+    return model.rewards(hidden.reshape(-1, hidden.shape[-1])[batch.ends])
+
+
+@dataclass
+class RMStrategy(PairStrategy):
+    """L_RM = -E log sigma(r(x, y_chosen) - r(x, y_rejected) - margin), Bradley and Terry's model
+    of choice (Ouyang et al. 2022, arXiv:2203.02155, equation 1)."""
+
+    config: RewardConfig = field(default_factory=RewardConfig)
+    stage: str = "rm"
+
+    def __post_init__(self) -> None:
+        self.shown = ("accuracy", "margin")
+
+    def loss(self, model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
+        rewards = sequence_rewards(model, batch, compute)
+        chosen, rejected = rewards[batch.fields["chosen"]], rewards[batch.fields["rejected"]]
+        margin = batch.fields["margin"] if self.config.use_margins else None
+        self.note(
+            accuracy=preferred(chosen, rejected).sum(),
+            margin=(chosen - rejected).sum(),
+            reward_chosen=chosen.sum(),
+            reward_rejected=rejected.sum(),
+        )
+        return reward_loss(chosen, rejected, margin, self.config.centre).sum()
+
+
+@dataclass
+class DPOStrategy(PairStrategy):
+    """L_DPO = -E log sigma(beta (log-ratio of the chosen answer - log-ratio of the rejected)), a
+    log-ratio being log pi(y|x) - log ref(y|x); other losses as `PreferenceConfig` says.
+
+    The reference is a table of numbers computed once, or the same model with its adapters off:
+    never a second model in memory.
+    """
+
+    config: PreferenceConfig = field(default_factory=PreferenceConfig)
+    by_adapters: bool = False
+    stage: str = "dpo"
+
+    def __post_init__(self) -> None:
+        self.shown = ("accuracy", "margin")
+
+    def loss(self, model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
+        chosen, rejected = self.answers(model, batch, compute)
+        self._report(chosen, rejected)
+        return preference_loss(chosen, rejected, self.config).sum()
+
+    def rewards(
+        self, model: Transformer, batch: SequenceBatch, compute: Compute
+    ) -> tuple[Tensor, Tensor]:
+        """What the policy says the chosen and the rejected answers are worth (P,), (P,)."""
+        chosen, rejected = self.answers(model, batch, compute)
+        return implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
+
+    def answers(
+        self, model: Transformer, batch: SequenceBatch, compute: Compute
+    ) -> tuple[Answers, Answers]:
+        """The chosen and the rejected answers of a batch's pairs."""
+        logprobs = batch.per_sequence(batch_logprobs(model, batch, compute)[0])
+        tokens = batch.per_sequence(torch.ones_like(batch.owners, dtype=logprobs.dtype))
+        reference = self._reference(model, batch, compute)
+        found = []
+        for side, name in enumerate(("chosen", "rejected")):
+            index = batch.fields[name]
+            own = None if reference is None else reference[:, side]
+            found.append(Answers(logprobs[index], own, tokens[index]))
+        return found[0], found[1]
+
+    def _reference(
+        self, model: Transformer, batch: SequenceBatch, compute: Compute
+    ) -> Tensor | None:
+        """log ref (P, 2) of both answers of each pair."""
+        if not self.config.needs_reference:
+            return None
+        if self.by_adapters:
+            with without_lora(model):
+                return reference_logprobs(model, batch, compute)
+        known = batch.fields["reference"]
+        if known.isnan().any():
+            raise TrainingError("a pair has no reference log-probabilities")
+        return known
+
+    def _report(self, chosen: Answers, rejected: Answers) -> None:
+        won, lost = implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
+        self.note(
+            accuracy=preferred(won, lost).sum(),
+            margin=(won - lost).sum(),
+            reward_chosen=won.sum(),
+            reward_rejected=lost.sum(),
+            logprob_chosen=chosen.mean.sum(),  # per token, so that a collapse shows
+            logprob_rejected=rejected.mean.sum(),
+        )
+        if chosen.reference is not None and rejected.reference is not None:
+            # A log-ratio of given answers: no expectation under the policy, yet it says how far
+            # the policy has gone on this data.
+            gone = chosen.ratio(False) + rejected.ratio(False)
+            self.note(kl=gone.sum() / 2)
+
+
+@torch.no_grad()
+def reference_logprobs(model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
+    """log-probabilities (P, 2) of the chosen and rejected answers under a model that stays."""
+    sums = batch.per_sequence(batch_logprobs(model, batch, compute)[0])
+    return torch.stack((sums[batch.fields["chosen"]], sums[batch.fields["rejected"]]), dim=1)

@@ -1,0 +1,90 @@
+"""Held-out retrieval: each held-out query against all passages of the held-out records."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from khaosz.data.records.pairs import TextPairs
+from khaosz.model import Transformer
+from khaosz.trainer.callback import Callback, is_last
+from khaosz.trainer.stages.embed import EmbedStrategy
+from khaosz.trainer.stages.losses import info_nce, ranks
+from khaosz.trainer.strategy import Compute
+from khaosz.trainer.train_context import TrainContext
+
+_COMPARED = 1 << 24  # cosines that exist at one time
+PANELS = (
+    ("loss", [("loss", "training"), ("val_loss", "held out, more candidates")]),
+    ("right passage first", [("accuracy", "training"), ("val_accuracy", "held out")]),
+    ("mean reciprocal rank", [("val_mrr", "held out")]),
+)
+
+
+def evaluate_retrieval(
+    strategy: EmbedStrategy, model: Transformer, compute: Compute
+) -> dict[str, float]:
+    """loss, accuracy (the right passage comes first) and mrr (mean of 1 / its rank), each over all
+    held-out queries. The loss has all held-out passages for candidates, so it depends on how many
+    there are and is not that of training."""
+    data, config = strategy.held_out, strategy.config
+    was_training = model.training
+    model.eval()
+    try:
+        queries = _embedded(strategy, model, data.queries, compute)
+        passages = _embedded(strategy, model, data.passages, compute)
+    finally:
+        model.train(was_training)
+    sums = torch.zeros(3, dtype=torch.float64)
+    chunk = max(1, _COMPARED // len(passages))
+    for first in range(0, len(queries), chunk):
+        part = range(first, min(first + chunk, len(queries)))
+        positive, answers = _targets(data, part)
+        some, targets = queries[part.start : part.stop], positive.to(passages.device)
+        masked = answers.to(passages.device)
+        loss = info_nce(some, passages, targets, masked, config.temperature)
+        found = ranks(some, passages, targets, masked).cpu().double()
+        sums += torch.stack([loss.cpu().double().sum(), (found == 1).sum(), (1 / found).sum()])
+    return dict(zip(("loss", "accuracy", "mrr"), (sums / len(queries)).tolist(), strict=True))
+
+
+def _targets(data: TextPairs, part: range) -> tuple[Tensor, Tensor]:
+    """positive (Q,) and answers (Q, P) of some pairs; see `info_nce`."""
+    answers = torch.zeros(len(part), len(data.passages), dtype=torch.bool)
+    for row, pair in enumerate(part):
+        answers[row, list(data.answers[pair])] = True
+    return torch.tensor([data.positive[pair] for pair in part]), answers
+
+
+def _embedded(
+    strategy: EmbedStrategy, model: Transformer, texts: list[Any], compute: Compute
+) -> Tensor:
+    """(texts, D), each rank embedding its share."""
+    parallel = strategy.parallel
+    # With fewer texts than ranks some embed the first one, and count it as nothing.
+    mine = list(range(parallel.rank, len(texts), parallel.world))
+    numbers = mine or [0]
+    passes = strategy.packed([texts[i] for i in numbers], numbers)
+    vectors = strategy.vectors(model, passes, len(texts), compute)
+    if parallel.world > 1:
+        if not mine:
+            vectors.zero_()
+        dist.all_reduce(vectors)
+    return vectors
+
+
+class RetrievalValidation(Callback):
+    """Evaluates every `every` steps and at the end; adds `val_*` to the metrics."""
+
+    def __init__(self, strategy: EmbedStrategy, compute: Compute, every: int) -> None:
+        self.strategy, self.compute, self.every = strategy, compute, every
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        if metrics["step"] % self.every and not is_last(context):
+            return
+        found = evaluate_retrieval(self.strategy, context.model, self.compute)
+        metrics |= {f"val_{name}": value for name, value in found.items()}
+        context.progress.judged(found["loss"])

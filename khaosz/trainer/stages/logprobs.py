@@ -1,0 +1,122 @@
+"""Log-probabilities of given tokens, without ever holding all logits.
+
+Shapes: N tokens, D hidden width, V vocabulary.
+
+The loss of a pair or of a rollout is a function of log-probabilities that are known only when all
+of them are, so the trick of `trainer.loss` (gradients in the forward pass) is not to be had: the
+backward pass forms each chunk's logits a second time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from khaosz.data.batches.batch import IGNORE, Batch
+from khaosz.model import Transformer
+from khaosz.trainer.loss import CHUNK_LOGITS
+from khaosz.trainer.strategy import Compute
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        temperature: float,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        table = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logprobs = hidden.new_empty(len(labels), dtype=wide)
+        entropies, totals = torch.zeros_like(logprobs), torch.empty_like(logprobs)
+        for start in range(0, len(labels), chunk):
+            part = slice(start, start + chunk)
+            logits = (hidden[part] @ table.t()).to(wide) / temperature
+            total = logits.logsumexp(-1)
+            logprobs[part] = logits.gather(-1, labels[part, None])[:, 0] - total
+            totals[part] = total
+            if entropy:
+                shares = (logits - total[:, None]).exp_()
+                entropies[part] = total - (shares * logits).sum(-1)
+        ctx.save_for_backward(hidden, weight, labels, totals, entropies)
+        ctx.chunk, ctx.temperature = chunk, temperature
+        ctx.set_materialize_grads(False)
+        return logprobs, entropies
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, labels, totals, entropies = ctx.saved_tensors
+        by_logprob, by_entropy = grads
+        table = weight.to(hidden.dtype)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        for start in range(0, len(labels), ctx.chunk):
+            part = slice(start, start + ctx.chunk)
+            logits = (hidden[part] @ table.t()).to(totals.dtype) / ctx.temperature
+            own = logits - totals[part, None]  # log-probabilities (C, V)
+            shares = own.exp()
+            gradient = torch.zeros_like(shares)
+            if by_logprob is not None:
+                gradient -= shares * by_logprob[part, None]
+                rows = torch.arange(len(own), device=own.device)
+                gradient[rows, labels[part]] += by_logprob[part]
+            if by_entropy is not None:
+                gradient -= shares * (own + entropies[part, None]) * by_entropy[part, None]
+            gradient = (gradient / ctx.temperature).to(hidden.dtype)
+            grad_hidden[part] = gradient @ table
+            grad_weight += (gradient.t() @ hidden[part]).to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    chunk: int = 1024,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log P(label) and entropy of each position: two (N,) tensors, fp32 or wider.
+
+    hidden (N, D), weight (V, D), labels (N,), none of them ignored. `temperature` divides the
+    logits, for policies that are sampled at another one than 1. Without `entropy`, which costs a
+    softmax, the second is zeros.
+    """
+    chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _TokenLogprobs.apply(hidden, weight, labels, chunk, temperature, entropy)
+
+
+def hidden_states(model: Transformer, batch: Batch, compute: Compute) -> Tensor:
+    """Hidden states (B, T, D) of a batch in the compute type."""
+    device = batch.ids.device.type
+    with torch.autocast(device, compute.dtype, enabled=compute.dtype != torch.float32):
+        return model(batch.ids, batch.positions, batch.doc_ids)
+
+
+def batch_logprobs(
+    model: Transformer,
+    batch: Batch,
+    compute: Compute,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """log P and entropy (N,) of the scored tokens of a batch, in row-major order."""
+    hidden = hidden_states(model, batch, compute)
+    scored = batch.labels != IGNORE
+    return token_logprobs(
+        hidden[scored].to(compute.dtype),
+        model.output_weight,
+        batch.labels[scored],
+        chunk=compute.loss_chunk,
+        temperature=temperature,
+        entropy=entropy,
+    )

@@ -1,0 +1,160 @@
+"""Preference pairs as micro-batches, and what reward models and DPO have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from khaosz.data.batches.sampler import draws_for, permute
+from khaosz.data.batches.sequences import (
+    SequenceBatch,
+    TokenSequence,
+    fit_rows,
+    group_into_batches,
+    pack_sequences,
+)
+from khaosz.data.records.preference import EncodedPair
+from khaosz.parallel import ParallelContext
+from khaosz.trainer.strategy import Compute, Notes
+
+_STEPS_TO_FIT = 16
+
+
+@dataclass
+class PairSet:
+    """Encoded pairs, and with a frozen reference the log-probabilities it gives their answers.
+
+    A draw is one pair, or all pairs of one ranking, which share their answers' forward passes.
+    reference: (pairs, 2) fp32, chosen and rejected; NaN where it was not computed.
+    """
+
+    pairs: Sequence[EncodedPair]
+    reference: Tensor | None = None
+    draws: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_group: dict[str, list[int]] = {}
+        self.draws = []
+        for i, pair in enumerate(self.pairs):
+            if pair.group is None:
+                self.draws.append([i])
+            elif pair.group in by_group:
+                by_group[pair.group].append(i)
+            else:
+                self.draws.append(by_group.setdefault(pair.group, [i]))
+
+
+@dataclass
+class PairStrategy(Notes, ABC):
+    """Micro-batches of pairs: a step's pairs are packed into rows of `window` tokens, both answers
+    of a pair in one forward pass. The loss is summed over pairs and counted in pairs."""
+
+    data: PairSet
+    held_out: PairSet
+    per_step: int  # draws per optimizer step, all ranks together
+    window: int
+    micro_rows: int
+    pad_id: int
+    seed: int
+    parallel: ParallelContext
+    one_shape: bool = False  # every micro-batch of `micro_rows` whole rows, for a compiled model
+    stage: str = ""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: SequenceBatch, compute: Compute) -> Tensor:
+        """The loss sum over the batch's pairs: what a stage is."""
+
+    def micro_batches(self, step: int) -> list[SequenceBatch]:
+        return list(self.batches(self.data, self._picked(step, self.parallel.rank)))
+
+    def _picked(self, step: int, rank: int) -> list[list[int]]:
+        total, picked = len(self.data.draws), []
+        for draw in draws_for(step, self.per_step, rank, self.parallel.world):
+            epoch, within = divmod(draw, total)
+            picked.append(self.data.draws[permute(within, total, self.seed, epoch)])
+        return picked
+
+    def fit_micro_rows(self) -> None:
+        """Make `micro_rows`, which is the most that is wanted, what leaves the fewest rows empty
+        over the first steps. The same on all ranks."""
+        steps = []
+        for step in range(_STEPS_TO_FIT):
+            sequences, groups, _ = _sequences(self.data, self._picked(step, rank=0))
+            steps.append((groups, [len(sequence.ids) for sequence in sequences]))
+
+        def computed(rows: int) -> int:
+            total = 0
+            for groups, lengths in steps:
+                for batch in group_into_batches(groups, lengths, self.window, rows):
+                    placed = fit_rows([lengths[i] for i in batch], self.window)
+                    total += max(rows, len(placed))
+            return total
+
+        # Of equals the largest: fewer passes.
+        self.micro_rows = min(range(self.micro_rows, 0, -1), key=computed)
+
+    def batches(self, data: PairSet, draws: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
+        """Micro-batches of the given draws."""
+        sequences, groups, members = _sequences(data, draws)
+        lengths = [len(sequence.ids) for sequence in sequences]
+        of_sequence = {i: d for d, group in enumerate(groups) for i in group}
+        rows = self.micro_rows if self.one_shape else None
+        for chosen_rows in group_into_batches(groups, lengths, self.window, self.micro_rows):
+            local = {old: new for new, old in enumerate(chosen_rows)}
+            batch = pack_sequences(
+                [sequences[i] for i in chosen_rows], self.window, self.pad_id, rows=rows
+            )
+            drawn = sorted({of_sequence[i] for i in chosen_rows})
+            triples = [triple for d in drawn for triple in members[d]]
+            pairs = [data.pairs[i] for i, _, _ in triples]
+            fields = {
+                "pair": torch.tensor([i for i, _, _ in triples]),
+                "chosen": torch.tensor([local[c] for _, c, _ in triples]),
+                "rejected": torch.tensor([local[r] for _, _, r in triples]),
+                "margin": torch.tensor([pair.margin or 0.0 for pair in pairs]),
+            }
+            if data.reference is not None:
+                fields["reference"] = data.reference[fields["pair"]]
+            yield batch.with_fields(**fields)
+
+    @property
+    def examples(self) -> int:
+        return len(self.data.draws)
+
+    def count(self, batch: SequenceBatch) -> int:
+        return len(batch.fields["pair"])
+
+
+Triple = tuple[int, int, int]  # pair, and which sequences are its chosen and rejected answer
+
+
+def _sequences(
+    data: PairSet, draws: Sequence[Sequence[int]]
+) -> tuple[list[TokenSequence], list[list[int]], list[list[Triple]]]:
+    """The sequences of some draws; which belong to each draw; and each draw's pairs. An answer
+    that stands in several pairs of a draw is one sequence."""
+    sequences: list[TokenSequence] = []
+    groups: list[list[int]] = []
+    members: list[list[Triple]] = []
+    for draw in draws:
+        known: dict[bytes, int] = {}
+        triples: list[Triple] = []
+        for i in draw:
+            pair = data.pairs[i]
+            found = []
+            for answer in (pair.chosen_ids, pair.rejected_ids):
+                key = answer.tobytes()
+                if key not in known:
+                    known[key] = len(sequences)
+                    ids = [*pair.prompt_ids.tolist(), *answer.tolist()]
+                    sequences.append(TokenSequence(ids, len(pair.prompt_ids)))
+                found.append(known[key])
+            triples.append((i, found[0], found[1]))
+        groups.append(sorted(known.values()))
+        members.append(triples)
+    return sequences, groups, members

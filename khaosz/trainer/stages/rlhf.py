@@ -1,0 +1,342 @@
+"""PPO and GRPO: rollouts as a source of micro-batches for the one loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from khaosz.config import RolloutConfig
+from khaosz.data.batches.batch import IGNORE
+from khaosz.data.batches.sampler import draws_for, permute
+from khaosz.data.batches.sequences import SequenceBatch, group_into_batches, pack_sequences
+from khaosz.data.records.preference import Prompt
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import TrainingError
+from khaosz.model import RewardModel, Transformer
+from khaosz.model.lora import without_lora
+from khaosz.parallel import ParallelContext, across
+from khaosz.trainer.stages.logprobs import batch_logprobs, hidden_states
+from khaosz.trainer.stages.losses import (
+    KLController,
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    group_advantages,
+    kl_k1,
+    kl_k2,
+    kl_k3,
+    token_rewards,
+    whitened,
+)
+from khaosz.trainer.stages.reward_sources import Answer, Judge
+from khaosz.trainer.stages.rollout import Rollout, sample_answers
+from khaosz.trainer.strategy import Compute, Notes
+
+
+@dataclass
+class RLHFStrategy(Notes):
+    """Policy optimisation on answers of the policy itself.
+
+    `ppo` (Schulman et al. 2017, arXiv:1707.06347, as used by Ouyang et al. 2022, arXiv:2203.02155):
+    the reward stands at an answer's last token, a KL penalty against the reference at every token;
+    a critic of its own, generalised advantages, clipped ratios.
+    `grpo` (Shao et al. 2024, arXiv:2402.03300): no critic; an answer is judged against the others
+    to the same prompt, KL is a term of the loss.
+
+    Losses are summed over answer tokens and divided by their global number, so a long answer counts
+    for as much as it is long. The token that ends the turn is an action like any other; an answer
+    cut by the length limit is judged as it stands, less `missing_end_penalty`.
+    """
+
+    stage: str
+    policy: Transformer
+    tokenizer: Tokenizer
+    prompts: Sequence[Prompt]
+    judge: Judge
+    config: RolloutConfig
+    window: int
+    micro_rows: int
+    seed: int
+    parallel: ParallelContext
+    compute: Compute
+    reference: Transformer | None = None  # None: the policy with its adapters off
+    critic: RewardModel | None = None  # of ppo
+    rollout: Rollout | None = field(default=None, init=False)
+    samples: list[tuple[Answer, float]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.companion = self.critic
+        self.kl = KLController(self.config.kl, self.config.kl_target, self.config.kl_horizon)
+        self.shown = ("reward", "kl", "clip_fraction")
+        if self.critic is not None:
+            self.shown += ("explained_variance",)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        return self.config.epochs * self.config.minibatches
+
+    def micro_batches(self, step: int) -> list[SequenceBatch]:
+        number, within = divmod(step, self.steps_per_rollout)
+        if self.rollout is None or self.rollout.number != number:
+            self.rollout = self._collect(number)
+        epoch, minibatch = divmod(within, self.config.minibatches)
+        return list(self._batches(self.rollout, self._members(self.rollout, epoch, minibatch)))
+
+    def _members(self, rollout: Rollout, epoch: int, minibatch: int) -> list[int]:
+        """The answers of one update: a fresh partition of the rollout in every epoch. The first
+        epoch takes them as they come, in the layout their old log-probabilities were taken in."""
+        total = len(rollout.sequences)
+        key = self.seed + 7919 * (rollout.number + 1)
+        order = [permute(i, total, key, epoch) if epoch else i for i in range(total)]
+        first, end = (n * total // self.config.minibatches for n in (minibatch, minibatch + 1))
+        # A rank left with few answers still takes part in every update.
+        return order[first:end] or order[:1]
+
+    def _batches(self, rollout: Rollout, members: Sequence[int]) -> Iterator[SequenceBatch]:
+        lengths = [len(rollout.sequences[i].ids) for i in members]
+        alone = [[i] for i in range(len(members))]
+        for local in group_into_batches(alone, lengths, self.window, self.micro_rows):
+            picked = [members[i] for i in local]
+            batch = pack_sequences(
+                [rollout.sequences[i] for i in picked], self.window, self.tokenizer.pad_id
+            )
+            fields = {
+                name: batch.per_token([values[i] for i in picked])
+                for name in ("old", "reference", "values", "advantages", "returns")
+                if (values := getattr(rollout, name))
+            }
+            yield batch.with_fields(answer=torch.tensor(picked), **fields)
+
+    @property
+    def examples(self) -> int:
+        return len(self.prompts)
+
+    def count(self, batch: SequenceBatch) -> int:
+        return batch.tokens
+
+    def loss(self, model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
+        config, fields = self.config, batch.fields
+        logprobs, entropy = batch_logprobs(
+            model,
+            batch,
+            compute,
+            temperature=config.temperature,
+            entropy=config.entropy > 0,
+        )
+        policy, held = clipped_policy_loss(
+            logprobs, fields["old"], fields["advantages"], config.clip
+        )
+        loss = policy.sum()
+        self.note(
+            policy_loss=policy.sum(),
+            clip_fraction=held.sum(),
+            step_kl=kl_k3(fields["old"], logprobs.detach()).sum(),
+        )
+        if config.entropy:
+            loss = loss - config.entropy * entropy.sum()
+            self.note(entropy=entropy.sum())
+        if self.critic is not None:
+            critic = self.companion
+            assert isinstance(critic, RewardModel)
+            values = token_values(critic, batch, compute)
+            value_loss = clipped_value_loss(
+                values, fields["values"], fields["returns"], config.value_clip
+            ).sum()
+            loss = loss + config.value_weight * value_loss
+            self.note(value_loss=value_loss)
+        elif self.kl.weight:
+            estimate = kl_k2 if config.kl_loss == "k2" else kl_k3
+            penalty = estimate(logprobs, fields["reference"]).sum()
+            loss = loss + self.kl.weight * penalty
+            self.note(kl_loss=penalty)
+        return loss
+
+    # -- the rollout -------------------------------------------------------------------------
+
+    def _collect(self, number: int) -> Rollout:
+        """Sample, judge, and take every number that the updates need. Raises `TrainingError`."""
+        draws = draws_for(number, self.config.prompts, self.parallel.rank, self.parallel.world)
+        total, group = len(self.prompts), self.config.group
+        picked = []
+        seeds = []
+        for draw in draws:
+            epoch, within = divmod(draw, total)
+            picked.append(self.prompts[permute(within, total, self.seed, epoch)])
+            seeds += [(self.seed << 40) + draw * group + i for i in range(group)]
+        answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
+        judged = torch.tensor(self.judge(answers), dtype=torch.float32)
+        penalty = self.config.missing_end_penalty
+        finished = torch.tensor([answer.finished for answer in answers])
+        judged = judged - penalty * (~finished).float()
+        good = ~judged.isnan()
+        self._facts(answers, judged, finished, good)
+        # Whatever has no reward is left out whole: there is nothing to learn from it.
+        kept = good.nonzero()[:, 0].tolist()
+        sequences = [answers[i].sequence for i in kept]
+        rollout = Rollout(number, sequences, judged[good], finished[good])
+        self._forward(rollout)
+        if self.critic is None:
+            self._against_the_group(rollout, judged, good, group)
+        else:
+            self._estimate(rollout)
+        self.samples = [(answers[i], float(judged[i])) for i in kept[:2]]
+        return rollout
+
+    def _facts(self, answers: list[Answer], judged: Tensor, finished: Tensor, good: Tensor) -> None:
+        lengths = sum(len(answer.ids) for answer in answers)
+        total, kept, reward, ended, tokens = across(
+            [
+                float(len(answers)),
+                float(good.sum()),
+                float(judged[good].double().sum()),
+                float(finished.sum()),
+                float(lengths),
+            ],
+            self.parallel,
+        )
+        mine = int(good.sum())
+        if across([float(mine == 0)], self.parallel)[0]:
+            raise TrainingError(
+                "the judge gave no finite reward for a whole rollout",
+                hint="see that the reward function returns numbers",
+            )
+        self.facts = {
+            "reward": reward / kept,
+            "answer_tokens": tokens / total,
+            "finished": ended / total,
+            "without_reward": total - kept,
+        }
+
+    @torch.no_grad()
+    def _forward(self, rollout: Rollout) -> None:
+        """Old and reference log-probabilities and values, batch by batch as the first epoch will
+        train on them: its first ratio is exactly one."""
+        count = len(rollout.sequences)
+        empty = torch.zeros(0)
+        rollout.old = [empty] * count
+        rollout.reference = [empty] * count
+        rollout.values = [empty] * count if self.critic is not None else []
+        device = self.parallel.device
+        self.policy.train()
+        plain = Rollout(rollout.number, rollout.sequences, rollout.scores, rollout.finished)
+        done: set[int] = set()
+        for minibatch in range(self.config.minibatches):
+            for batch in self._batches(plain, self._members(rollout, 0, minibatch)):
+                members = batch.fields["answer"].tolist()
+                if done.issuperset(members):
+                    continue
+                done.update(members)
+                moved = batch.to(device)
+                found = {"old": self._logprobs(self.policy, moved)}
+                if self.reference is not None:
+                    found["reference"] = self._logprobs(self.reference, moved)
+                else:
+                    with without_lora(self.policy):
+                        found["reference"] = self._logprobs(self.policy, moved)
+                if self.critic is not None:
+                    found["values"] = token_values(self.critic, moved, self.compute)
+                for name, values in found.items():
+                    for i, own in zip(members, batch.split(values.cpu().float()), strict=True):
+                        getattr(rollout, name)[i] = own
+
+    def _logprobs(self, model: Transformer, batch: SequenceBatch) -> Tensor:
+        return batch_logprobs(model, batch, self.compute, temperature=self.config.temperature)[0]
+
+    def _note_kl(self, rollout: Rollout) -> float:
+        """Mean KL per answer over all ranks, by its unbiased estimate k1."""
+        mine = sum(
+            float(kl_k1(old, ref).double().sum())
+            for old, ref in zip(rollout.old, rollout.reference, strict=True)
+        )
+        kl, answers = across([mine, float(len(rollout.old))], self.parallel)
+        self.facts |= {"kl": kl / answers, "kl_weight": self.kl.weight}
+        self.kl.update(kl / answers, int(answers))
+        return kl / answers
+
+    def _against_the_group(
+        self, rollout: Rollout, judged: Tensor, good: Tensor, group: int
+    ) -> None:
+        """GRPO's advantages. A group's statistics are those of its judged answers."""
+        advantages = torch.zeros_like(judged)
+        for first in range(0, len(judged), group):
+            own = slice(first, first + group)
+            known = judged[own][good[own]]
+            if len(known) > 1:
+                advantages[own][good[own]] = group_advantages(
+                    known, len(known), self.config.scale_by_std
+                )
+        rollout.advantages = [
+            torch.full_like(old, float(advantage))
+            for old, advantage in zip(rollout.old, advantages[good].tolist(), strict=True)
+        ]
+        self._note_kl(rollout)
+
+    def _estimate(self, rollout: Rollout) -> None:
+        """PPO's advantages and returns, whitened over all ranks' tokens."""
+        config, weight = self.config, self.kl.weight
+        for score, old, reference, values in zip(
+            rollout.scores, rollout.old, rollout.reference, rollout.values, strict=True
+        ):
+            rewards = token_rewards(score, kl_k1(old, reference), weight)
+            advantages, returns = gae(rewards, values, config.gamma, config.lam)
+            rollout.advantages.append(advantages)
+            rollout.returns.append(returns)
+        returns, values = torch.cat(rollout.returns), torch.cat(rollout.values)
+        everything = torch.cat(rollout.advantages)
+        explained = self._explained(returns, values)
+        if math.isfinite(explained):
+            self.facts["explained_variance"] = explained
+        if config.whiten:
+            mean, variance = self._moments(everything)
+            rollout.advantages = [
+                whitened(own, torch.tensor(mean), torch.tensor(variance))
+                for own in rollout.advantages
+            ]
+        self._note_kl(rollout)
+
+    def _moments(self, values: Tensor) -> tuple[float, float]:
+        wide = values.double()
+        total, square, count = across(
+            [float(wide.sum()), float(wide.square().sum()), float(len(wide))], self.parallel
+        )
+        mean = total / count
+        return mean, max(0.0, square / count - mean * mean)
+
+    def _explained(self, returns: Tensor, values: Tensor) -> float:
+        """1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant."""
+        spread = self._moments(returns)[1]
+        left = self._moments(returns - values)[1]
+        return 1 - left / spread if spread > 1e-12 else math.nan
+
+    # -- what a checkpoint keeps -------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The rollout under way and the KL weight: what resuming needs beside the weights."""
+        held = {"kl_weight": torch.tensor(self.kl.weight, dtype=torch.float64)}
+        if self.rollout is not None:
+            held |= {f"rollout.{name}": t for name, t in self.rollout.tensors().items()}
+            held |= {
+                f"facts.{name}": torch.tensor(value, dtype=torch.float64)
+                for name, value in self.facts.items()
+            }
+        return held
+
+    def load_state_tensors(self, held: dict[str, Tensor]) -> None:
+        self.kl.weight = float(held["kl_weight"])
+        parts = {n.removeprefix("rollout."): t for n, t in held.items() if n.startswith("rollout.")}
+        if parts:
+            self.rollout = Rollout.from_tensors(parts)
+        self.facts = {
+            n.removeprefix("facts."): float(t) for n, t in held.items() if n.startswith("facts.")
+        }
+
+
+def token_values(critic: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
+    """The critic's values (N,) of the states before each scored token: what the answer so far, and
+    the prompt, are worth."""
+    hidden = hidden_states(critic, batch, compute)
+    return critic.rewards(hidden[batch.labels != IGNORE])

@@ -1,0 +1,106 @@
+"""A rollout: answers sampled from the policy, judged, with all that the updates need to know.
+
+Shapes: S answers, of L tokens each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from khaosz.config import RolloutConfig
+from khaosz.data.batches.sequences import TokenSequence
+from khaosz.data.records.preference import Prompt
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.inference.generator import Generator
+from khaosz.inference.sampling import SamplingParams
+from khaosz.model import Transformer
+from khaosz.trainer.stages.reward_sources import Answer
+
+_PER_TOKEN = ("old", "reference", "values", "advantages", "returns")
+
+
+@dataclass
+class Rollout:
+    """Answers of this rank, and their numbers, each a list of one (L,) fp32 tensor per answer.
+
+    old, reference  log-probabilities when sampled, by the training forward, and by the reference
+    values          the critic's, before the update (PPO)
+    advantages      what each token was worth beyond expectation
+    returns         what the critic is to learn (PPO)
+    """
+
+    number: int
+    sequences: list[TokenSequence]
+    scores: Tensor  # (S,) what the judge said
+    finished: Tensor  # (S,) bool: ended by itself
+    old: list[Tensor] = field(default_factory=list)
+    reference: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    advantages: list[Tensor] = field(default_factory=list)
+    returns: list[Tensor] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything, to be stored: ragged lists end to end with their lengths."""
+        held = {
+            "number": torch.tensor(self.number),
+            "lengths": torch.tensor([len(s.ids) for s in self.sequences]),
+            "scored_from": torch.tensor([s.scored_from for s in self.sequences]),
+            "ids": torch.cat([torch.as_tensor(s.ids, dtype=torch.int64) for s in self.sequences]),
+            "scores": self.scores,
+            "finished": self.finished,
+        }
+        for name in _PER_TOKEN:
+            if parts := getattr(self, name):
+                held[name] = torch.cat(parts)
+        return held
+
+    @classmethod
+    def from_tensors(cls, held: dict[str, Tensor]) -> Rollout:
+        """The reverse of `tensors`."""
+        ids = torch.split(held["ids"], held["lengths"].tolist())
+        sequences = [
+            TokenSequence(own.tolist(), first)
+            for own, first in zip(ids, held["scored_from"].tolist(), strict=True)
+        ]
+        rollout = cls(int(held["number"]), sequences, held["scores"], held["finished"])
+        scored = [s.scored for s in sequences]
+        for name in _PER_TOKEN:
+            if name in held:
+                setattr(rollout, name, list(torch.split(held[name], scored)))
+        return rollout
+
+
+def sample_answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    seeds: Sequence[int],
+) -> list[Answer]:
+    """`group` answers to each prompt, those of one prompt side by side; each seed is of one answer.
+
+    Nothing but the temperature shapes the distribution: a filter (top_p, a penalty) would sample
+    from another policy than the one whose log-probabilities are taken.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(config.group)]
+    asked = [prompt.prompt_ids for prompt in repeated]
+    params = [
+        SamplingParams(max_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
+        for seed in seeds
+    ]
+    was_training = model.training
+    model.eval()
+    try:
+        done = Generator(model, tokenizer).generate_batch(
+            [ids.tolist() for ids in asked if ids is not None], params
+        )
+    finally:
+        model.train(was_training)
+    return [
+        Answer(prompt, one.ids, one.text, one.finish_reason == "stop")
+        for prompt, one in zip(repeated, done, strict=True)
+    ]

@@ -1,0 +1,93 @@
+"""What a model says, taken apart: whole, and cut anywhere."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from khaosz.inference.parts import Calls, Part, PartStream, ToolCall
+
+WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+
+
+def told(pieces: list[str], calls: Calls = "marked", thinking: bool = False) -> dict[str, Any]:
+    stream = PartStream(calls, thinking=thinking)
+    found = [part for piece in pieces for part in stream.feed(piece)] + stream.finish()
+    said: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
+    for part in found:
+        if isinstance(part, ToolCall):
+            assert part.id.startswith("call_")
+            said["calls"].append((part.name, json.loads(part.arguments)))
+        else:
+            assert part.text, "an empty part"
+            said[part.kind] += part.text
+    return said
+
+
+CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
+    ("  plain \n text \n", "marked", False, {"content": "  plain \n text \n"}),
+    ("  plain \n text \n", "none", False, {"content": "  plain \n text \n"}),
+    ("", "marked", False, {}),
+    ("<think>\n一二\n\n三\n</think>\n\n答案", "none", False,
+     {"reasoning": "一二\n\n三", "content": "答案"}),
+    ("一二\n</think>\n\n答案\n", "marked", True, {"reasoning": "一二", "content": "答案\n"}),
+    ("\n\n</think>\n\nyes", "marked", True, {"content": "yes"}),
+    ("<think>cut at its len", "none", False, {"reasoning": "cut at its len"}),
+    ("a <think> in the text</think>", "none", False, {"content": "a <think> in the text</think>"}),
+    ("<thinking>", "none", False, {"content": "<thinking>"}),
+    (" <thi", "none", False, {"content": " <thi"}),
+    (f"{WEATHER}\n{TIME}", "marked", False,
+     {"calls": [("weather", {"city": "北京"}), ("time", {})]}),
+    (f"I look. \n{TIME}\nDone", "marked", False,
+     {"content": "I look.Done", "calls": [("time", {})]}),
+    (f"<think>\nhm\n</think>\n\n{TIME}", "marked", False,
+     {"reasoning": "hm", "calls": [("time", {})]}),
+    (WEATHER, "none", False, {"content": WEATHER}),
+    ("a \n<tool_call>not JSON</tool_call> b", "marked", False,
+     {"content": "a \n<tool_call>not JSON</tool_call> b"}),
+    ('<tool_call>{"name": "cut', "marked", False, {"content": '<tool_call>{"name": "cut'}),
+    ('<tool_call>[{"name": "a", "arguments": "{\\"x\\": 1}"}, {"name": "b"}]</tool_call>',
+     "marked", False, {"calls": [("a", {"x": 1}), ("b", {})]}),
+    ('<tool_call>[{"name": "a"}, 3]</tool_call>', "marked", False,
+     {"content": '<tool_call>[{"name": "a"}, 3]</tool_call>'}),
+    ('<tool_call>{"name": "a\\ud83d", "arguments": {"x": "\\ud83d"}}</tool_call>', "marked", False,
+     {"calls": [("a?", {"x": "?"})]}),
+    ('<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>', "marked", False,
+     {"content": '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>'}),
+    ('{"name": "a", "parameters": {"x": 1}}', "bare", False, {"calls": [("a", {"x": 1})]}),
+    ('{"other": 1}', "bare", False, {"content": '{"other": 1}'}),
+    ("no {", "bare", False, {"content": "no {"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "calls", "thinking", "expected"), CASES)
+def test_whole_or_in_pieces(
+    text: str, calls: Calls, thinking: bool, expected: dict[str, Any]
+) -> None:
+    wanted = {"reasoning": "", "content": "", "calls": [], **expected}
+    assert told([text], calls, thinking) == wanted
+    assert told(list(text), calls, thinking) == wanted
+    for cut in range(len(text)):
+        assert told([text[:cut], text[cut:]], calls, thinking) == wanted, cut
+
+
+@given(st.lists(st.sampled_from(
+    ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}', " ", "\n", "x", "<"]
+), max_size=12), st.sampled_from(["none", "marked", "bare"]), st.booleans())  # fmt: skip
+def test_pieces_join_to_the_whole(pieces: list[str], calls: Calls, thinking: bool) -> None:
+    whole = told(["".join(pieces)], calls, thinking)
+    assert told(pieces, calls, thinking) == whole
+    assert told(list("".join(pieces)), calls, thinking) == whole
+
+
+def test_nothing_is_held_longer_than_a_mark_needs() -> None:
+    stream = PartStream("marked")
+    assert stream.feed("one two <") == [Part("content", "one two")]
+    assert stream.feed("b>") == [Part("content", " <b>")]
+    assert stream.feed(" <tool_call") == []
+    assert stream.feed("s>") == [Part("content", " <tool_calls>")]

@@ -1,0 +1,54 @@
+"""Chunked log-probabilities against `log_softmax` in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from khaosz.trainer.stages.logprobs import token_logprobs
+
+
+def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(11, 6, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(17, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return hidden, weight, torch.randint(0, 17, (11,), generator=generator)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_values(chunk: int, temperature: float) -> None:
+    hidden, weight, labels = drawn(torch.float64)
+    found, entropy = token_logprobs(
+        hidden, weight, labels, chunk=chunk, temperature=temperature, entropy=True
+    )
+    every = F.log_softmax(hidden @ weight.t() / temperature, -1)
+    assert torch.allclose(found, every.gather(-1, labels[:, None])[:, 0], rtol=1e-12)
+    assert torch.allclose(entropy, -(every.exp() * every).sum(-1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_of_both(temperature: float) -> None:
+    hidden, weight, labels = drawn(torch.float64)
+
+    def both(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_logprobs(h, w, labels, chunk=4, temperature=temperature, entropy=True)
+
+    assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+def test_fp32_is_near_float64() -> None:
+    hidden, weight, labels = drawn(torch.float64)
+    wide, _ = token_logprobs(hidden, weight, labels)
+    found, _ = token_logprobs(hidden.float(), weight.float(), labels)
+    assert found.dtype == torch.float32
+    # Sums of six products and a softmax of seventeen: a few units in the last place.
+    torch.testing.assert_close(found.double(), wide, rtol=0, atol=5e-6)
+
+
+def test_without_tokens() -> None:
+    hidden, weight, labels = drawn(torch.float32)
+    found, _ = token_logprobs(hidden[:0].requires_grad_(), weight.requires_grad_(), labels[:0])
+    found.sum().backward()
+    assert found.shape == (0,) and weight.grad is not None and not weight.grad.any()
