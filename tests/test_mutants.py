@@ -14,5 +14,5 @@ def test_every_mutant_has_its_test() -> None:
         file, _, name = mutant.test.partition("::")
         source = ROOT / file
         assert source.is_file(), f"{mutant.name}: {file}"
-        wanted = name.partition("[")[0]
+        wanted = name.rpartition("::")[2].partition("[")[0]
         assert not wanted or f"def {wanted}(" in source.read_text(encoding="utf-8"), f"{mutant.name}: {wanted}"
