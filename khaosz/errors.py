@@ -1,20 +1,20 @@
-"""Every error a user can cause, drawn as the tree it is.
+"""All errors that a user can cause, and helpers for their messages.
 
     KhaoszError                 one line (`str(error)`) and one `hint`; the CLI prints both, exits 1
-    ├── ConfigError             a recipe, override, preset or flag that cannot be right
-    ├── DataError               an input text, record or prepared directory that cannot be used
-    │   ├── DocumentError       a file of documents that cannot be read; its `code` says why
-    │   ├── TokenFileError      a token shard that is cut short, corrupt or of another version
-    │   └── FetchError          a demo source that could not be fetched or failed its checksum
+    ├── ConfigError             an invalid recipe, override, preset or flag
+    ├── DataError               an unusable input text, record or prepared directory
+    │   ├── DocumentError       a document that cannot be read; `code` gives the reason
+    │   ├── TokenFileError      a token shard that is truncated, corrupt or of another version
+    │   └── FetchError          a download that failed, or whose checksum does not match
     ├── TokenizerError          a tokenizer that is missing, broken or does not fit the data
-    ├── ModelError              a model directory that is missing, broken or not of our families
+    ├── ModelError              a model that is missing, broken or of an unsupported family
     │   ├── CheckpointError     training state that is missing, torn or from another configuration
-    │   └── ServerError         a server that cannot be reached, refuses, or answers something else
+    │   └── ServerError         a server that is unreachable, refuses, or replies unexpectedly
     ├── DeviceError             a device, compute type or backend that this machine does not have
     ├── GenerationError         a request out of range: prompt too long, temperature below zero, ...
-    └── TrainingError           the run itself failed: loss not finite, disk full, data exhausted
+    └── TrainingError           a failed run: loss not finite, disk full, data exhausted
 
-Programming mistakes stay `AssertionError` or `TypeError`; they are ours, not the user's.
+Programming mistakes raise `AssertionError` or `TypeError`: they are bugs, not the user's mistakes.
 """
 
 from __future__ import annotations
@@ -23,37 +23,21 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal
 
-_LONGEST = 100  # characters
-
-
-def shown(value: object) -> str:
-    """`repr(value)` cut to one short line. A file can name a tensor with line breaks, terminal
-    escapes or a megabyte of text, and what we print must not."""
-    text = " ".join(repr(value[: 2 * _LONGEST] if isinstance(value, str) else value).split("\n"))
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def one_line(text: str) -> str:
-    """A library's message about a file, which may quote it: printable, and not without end."""
-    escaped = repr(text)[1:-1]
-    return escaped if len(escaped) <= 4 * _LONGEST else f"{escaped[: 4 * _LONGEST]}..."
-
-
 DocumentCode = Literal[
     "encrypted",
     "damaged",
-    "not_text",  # bytes in no encoding that we know
-    "wrong_kind",  # another format than its name says
+    "not_text",  # no supported encoding fits
+    "wrong_kind",  # the content does not match the file extension
     "no_text",
-    "too_large",  # itself, unpacked, or for its parser
+    "too_large",  # as stored, unpacked, or for its parser
     "too_slow",
-    "unsafe",  # made to harm who reads it, or it looks so
-    "not_read",  # nothing is wrong with the file
+    "unsafe",  # malicious, or looks like it
+    "not_read",  # the file itself is fine
 ]
 
 
 class KhaoszError(Exception):
-    """A mistake we can explain: `message` says what is wrong, `hint` what to do about it."""
+    """A user's mistake: `message` says what is wrong, `hint` how to fix it."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -69,7 +53,7 @@ class DataError(KhaoszError):
 
 
 class DocumentError(DataError):
-    """`code` is one of a few words that stay, for those who tell the user in words of their own."""
+    """`code` is stable, for callers that show the user a message of their own."""
 
     def __init__(self, message: str, *, code: DocumentCode, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
@@ -97,7 +81,7 @@ class CheckpointError(ModelError):
 
 
 class ServerError(ModelError):
-    """`status` and `code` (of its error's JSON) where the server answered."""
+    """`status` and `code` come from the server's JSON error; None if it did not answer."""
 
     def __init__(
         self,
@@ -124,6 +108,22 @@ class TrainingError(KhaoszError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name closest to a misspelt one, or None when nothing is close."""
+    """The known name closest to a misspelled one, or None."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return close[0] if close else None
+
+
+_MAX_LENGTH = 100  # characters
+
+
+def quoted(value: object) -> str:
+    """`repr(value)` on one line, cut to 100 characters. A file can name a tensor with line
+    breaks, terminal escapes or a megabyte of text, none of which belongs in a message."""
+    text = " ".join(repr(value[: 2 * _MAX_LENGTH] if isinstance(value, str) else value).split("\n"))
+    return text if len(text) <= _MAX_LENGTH else f"{text[:_MAX_LENGTH]}..."
+
+
+def one_line(text: str) -> str:
+    """A library's error message, which may quote the file: escaped and cut to 400 characters."""
+    escaped = repr(text)[1:-1]
+    return escaped if len(escaped) <= 4 * _MAX_LENGTH else f"{escaped[: 4 * _MAX_LENGTH]}..."

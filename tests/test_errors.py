@@ -1,4 +1,4 @@
-"""The error tree as its docstring draws it, and how the command shows an error."""
+"""The error tree matches its docstring; the command prints an error as one line and a hint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from khaosz import errors
 from khaosz.errors import ConfigError, KhaoszError, nearest
 
-DRAWN = re.compile(r"^(?P<indent>[ │]*)[├└]── (?P<name>\w+Error)\b", re.MULTILINE)
+_TREE_LINE = re.compile(r"^(?P<indent>[ │]*)[├└]── (?P<name>\w+Error)\b", re.MULTILINE)
 
 
-def test_the_tree_is_the_one_drawn() -> None:
+def test_tree_matches_docstring() -> None:
     assert errors.__doc__ is not None
     parents = {"KhaoszError": "Exception"}
     trail = ["KhaoszError"]
-    for match in DRAWN.finditer(errors.__doc__):
+    for match in _TREE_LINE.finditer(errors.__doc__):
         depth = (len(match["indent"]) - 4) // 4 + 1
         parents[match["name"]] = trail[depth - 1]
         trail[depth:] = [match["name"]]
@@ -32,26 +32,26 @@ def test_the_tree_is_the_one_drawn() -> None:
     assert {name: kind.__bases__[0].__name__ for name, kind in classes.items()} == parents
 
 
-def test_an_error_is_its_message_and_carries_its_hint() -> None:
-    error = ConfigError("a.toml: no such key", hint="write lr")
+def test_error_has_message_and_hint() -> None:
+    error = ConfigError("a.toml: unknown key", hint="write lr")
     assert isinstance(error, KhaoszError)
-    assert (str(error), error.hint) == ("a.toml: no such key", "write lr")
+    assert (str(error), error.hint) == ("a.toml: unknown key", "write lr")
     assert ConfigError("x").hint is None
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "expected"),
     [("lerning_rate", "learning_rate"), ("wdith", "width"), ("zzz", None), ("", None)],
 )
-def test_the_nearest_name(name: str, found: str | None) -> None:
-    assert nearest(name, iter(["learning_rate", "width", "depth"])) == found
+def test_nearest_name(name: str, expected: str | None) -> None:
+    assert nearest(name, iter(["learning_rate", "width", "depth"])) == expected
 
 
-def test_nothing_is_near_nothing() -> None:
+def test_nearest_of_no_names_is_none() -> None:
     assert nearest("x", []) is None
 
 
-def test_the_command_prints_one_line_and_a_hint_and_fails() -> None:
+def test_command_prints_message_and_hint_and_exits_with_1() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "khaosz", "data", "get", "nothing"],
         capture_output=True,

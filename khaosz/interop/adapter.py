@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import LoRAConfig, ModelConfig
-from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import write_json
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.models import load_model, open_tokenizer
@@ -119,7 +119,7 @@ def read_adapter(
         with safe_open(str(path), framework="pt") as file:
             names = set(file.keys())
             for name in sorted(names - stored.keys()):
-                raise ModelError(f"{path}: unexpected tensor {shown(name)}")
+                raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
             for name, ours in stored.items():
                 found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
                 if found != wanted[ours]:
@@ -151,7 +151,7 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
         base = Path(str(named or ""))
         if not named or not base.exists():
             raise ModelError(
-                f"{directory}: its base {shown(named)} is not on this machine",
+                f"{directory}: its base {quoted(named)} is not on this machine",
                 hint="name it with --base DIR",
             )
     model, tokenizer = load_model(base), open_tokenizer(base)
@@ -177,13 +177,13 @@ def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
     path = directory / CONFIG
     values = _read_values(path)
     if (kind := values.get("peft_type") if isinstance(values, dict) else None) != "LORA":
-        raise ModelError(f"{path}: peft_type {shown(kind)} is not supported", hint="LORA is")
+        raise ModelError(f"{path}: peft_type {quoted(kind)} is not supported", hint="LORA is")
     for key in sorted(values.keys() - _READ):
         value = values[key]
         if value not in _ALLOWED[key] if key in _ALLOWED else value:
-            raise ModelError(f"{path}: {one_line(key)}={shown(value)} is not supported")
+            raise ModelError(f"{path}: {one_line(key)}={quoted(value)} is not supported")
     if not isinstance(targets := values.get("target_modules"), list):
-        raise ModelError(f"{path}: target_modules={shown(targets)} is not a list of names")
+        raise ModelError(f"{path}: target_modules={quoted(targets)} is not a list of names")
     # PEFT takes the end of a name: "self_attn.q_proj" is every q_proj.
     found = {"target_modules": [str(name).rpartition(".")[2] for name in targets], "base": base}
     # What is left out is 0: off for dropout and rsLoRA, and refused for the rank and alpha.

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from khaosz.errors import ModelError, one_line, shown
+from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop.huggingface import weight_files
 from khaosz.model.encoder import Encoder, EncoderConfig
 
@@ -65,7 +65,7 @@ def load_encoder(
                     if plain in names:
                         loaded[names[plain]] = file.get_tensor(name).to(device, torch.float32)
                     elif not plain.startswith(_UNUSED):
-                        raise ModelError(f"{path}: unexpected tensor {shown(name)}")
+                        raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
     for theirs, name in names.items():
@@ -94,20 +94,20 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
     family = values.get("model_type")
     if family not in _FAMILIES:
         raise ModelError(
-            f"{source}: model_type {shown(family)} is no encoder we compute",
+            f"{source}: model_type {quoted(family)} is no encoder we compute",
             hint=f"one of {', '.join(_FAMILIES)}; or serve it, and name the server's address",
         )
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise ModelError(f"{source}: positions other than absolute ones are not supported")
     if (activation := values.get("hidden_act", "gelu")) not in _ACTIVATIONS:
-        raise ModelError(f"{source}: hidden_act {shown(activation)} is not supported")
+        raise ModelError(f"{source}: hidden_act {quoted(activation)} is not supported")
     if values.get("is_decoder") or values.get("add_cross_attention"):
         raise ModelError(f"{source}: a decoder of the BERT family is not supported")
     architecture = (values.get("architectures") or [""])[0]
     classifies = str(architecture).endswith("ForSequenceClassification")
     if head and not classifies:
         raise ModelError(
-            f"{source}: {shown(architecture)} has no classification head",
+            f"{source}: {quoted(architecture)} has no classification head",
             hint="a reranker is a ...ForSequenceClassification",
         )
     sizes: dict[str, int] = {}
@@ -115,7 +115,7 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
                  "intermediate_size", "max_position_embeddings", "type_vocab_size"):  # fmt: skip
         size = values.get(name)
         if not isinstance(size, int) or not 0 < size < 2**31:
-            raise ModelError(f"{source}: {name} is {shown(size)}")
+            raise ModelError(f"{source}: {name} is {quoted(size)}")
         sizes[name] = size
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise ModelError(f"{source}: {sizes['num_attention_heads']} heads do not part the width")

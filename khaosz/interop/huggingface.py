@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
-from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import write_json
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
@@ -160,7 +160,7 @@ def _read_parameters(
                         if head.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {head.dtype}")
                     elif not name.endswith("rotary_emb.inv_freq"):
-                        raise ModelError(f"{path}: unexpected tensor {shown(name)}")
+                        raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
     for hf_name, (name, shape) in wanted.items():
@@ -231,9 +231,9 @@ def weight_files(directory: Path) -> list[Path]:
             names = sorted(set(shard_of.values()))
             leaving = [name for name in names if name == ".." or Path(name).name != name]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(f"{index}: not an index of shards: {shown(error)}") from None
+            raise ModelError(f"{index}: not an index of shards: {quoted(error)}") from None
         if leaving:
-            raise ModelError(f"{index}: shard name {shown(leaving[0])} leaves the directory")
+            raise ModelError(f"{index}: shard name {quoted(leaving[0])} leaves the directory")
     paths = [directory / name for name in names]
     for path in paths:
         if not path.exists():
@@ -269,11 +269,11 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
     if family == "mistral" and (window := values.get("sliding_window")):
         context = values.get("max_position_embeddings", 131_072)
         if not isinstance(window, int) or not isinstance(context, int) or window < context:
-            raise ModelError(f"{source}: sliding_window={shown(window)} is not supported")
+            raise ModelError(f"{source}: sliding_window={quoted(window)} is not supported")
     family = _SAME_AS.get(str(family), family)
     if not isinstance(family, str) or family not in _ARCHITECTURES:
         raise ModelError(
-            f"{source}: model_type {shown(family)} is not supported",
+            f"{source}: model_type {quoted(family)} is not supported",
             hint=f"supported: {', '.join([*_ARCHITECTURES, *_SAME_AS])}",
         )
     for key, harmless in {
@@ -285,13 +285,13 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         "partial_rotary_factor": (1.0, None),
     }.items():
         if values.get(key, harmless[0]) not in harmless:
-            raise ModelError(f"{source}: {key}={shown(values[key])} is not supported")
+            raise ModelError(f"{source}: {key}={quoted(values[key])} is not supported")
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise ModelError(f"{source}: layer_types other than full_attention are not supported")
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ModelError(f"{source}: rope_parameters={shown(rope)} is not a table")
+        raise ModelError(f"{source}: rope_parameters={quoted(rope)} is not a table")
     rope = dict(rope)
     if rope.pop("partial_rotary_factor", None) not in (1.0, None):
         raise ModelError(f"{source}: partial_rotary_factor is not supported")

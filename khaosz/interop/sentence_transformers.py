@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import ModelError, shown
+from khaosz.errors import ModelError, quoted
 from khaosz.files import write_json
 
 _MODULES = "modules.json"
@@ -106,13 +106,13 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
         kind = str(part.get("type")).rpartition(".")[2]
         if kind not in _KINDS:
             raise ModelError(
-                f"{directory / _MODULES}: a module {shown(kind)} is not supported",
+                f"{directory / _MODULES}: a module {quoted(kind)} is not supported",
                 hint=f"supported: {', '.join(_KINDS)}",
             )
         if kind == "Pooling":
             folder = str(part.get("path"))
     if Path(folder).name != folder:
-        raise ModelError(f"{directory / _MODULES}: {shown(folder)} is no folder beside it")
+        raise ModelError(f"{directory / _MODULES}: {quoted(folder)} is no folder beside it")
     pooling = _table(directory / folder / "config.json", needed=said)
     pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
@@ -125,7 +125,7 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
     ):
         named = ", ".join(sorted(modes)) or "none"
         raise ModelError(
-            f"{directory / folder / 'config.json'}: pooling {shown(named)} is not supported",
+            f"{directory / folder / 'config.json'}: pooling {quoted(named)} is not supported",
             hint="mean over all tokens, prompts included, the last token, or the first",
         )
     prompts = _table(directory / "config_sentence_transformers.json").get("prompts") or {}
@@ -141,7 +141,7 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
         raise ModelError(f"{directory / 'config_sentence_transformers.json'}: prompts are no texts")
     if longest is not None and (type(longest) is not int or longest < 1):
         raise ModelError(
-            f"{directory / 'sentence_bert_config.json'}: max_seq_length={shown(longest)}"
+            f"{directory / 'sentence_bert_config.json'}: max_seq_length={quoted(longest)}"
         )
     return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, longest)
 

@@ -18,7 +18,7 @@ from tokenizers import normalizers, pre_tokenizers
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
-from khaosz.errors import ModelError, one_line, shown
+from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop import convert, load_gguf, load_model, open_tokenizer, save_gguf
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
@@ -216,7 +216,7 @@ def test_names_out_of_files_are_shown_on_one_short_line() -> None:
     with pytest.raises(ModelError) as caught:
         GgufFile(memoryview(head(pair(evil, 99, bytes(4)), n=(1, 0))), "x")
     assert str(caught.value).isprintable() and len(str(caught.value)) < 200
-    assert shown("a'b") == '"a\'b"' and shown(np.zeros((3, 2))).isprintable()
+    assert quoted("a'b") == '"a\'b"' and quoted(np.zeros((3, 2))).isprintable()
     assert one_line("a\tb\x00") == "a\\tb\\x00" and len(one_line("y" * 10_000)) < 500
 
 

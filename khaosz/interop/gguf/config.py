@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from khaosz.config import ModelConfig, RopeScaling
-from khaosz.errors import ConfigError, ModelError, one_line, shown
+from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.interop.gguf.blocks import dequantize
 from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.huggingface import check_rotary
@@ -26,7 +26,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     family = metadata.get("general.architecture")
     if family not in ("llama", "qwen2", "qwen3"):
         raise ModelError(
-            f"{source}: architecture {shown(family)} is not supported",
+            f"{source}: architecture {quoted(family)} is not supported",
             hint="llama, qwen2, qwen3 are",
         )
 
@@ -37,7 +37,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         # Whole numbers may stand for others; arrays, of one number a layer, are not supported.
         if type(found) is not kind and (kind, type(found)) != (float, int):
             what = {int: "a whole number", float: "a number", str: "a text"}[kind]
-            raise ModelError(f"{source}: {family}.{name} = {shown(found)} is not {what}")
+            raise ModelError(f"{source}: {family}.{name} = {quoted(found)} is not {what}")
         return found
 
     def number(name: str, default: float | None = None) -> float:
@@ -106,7 +106,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
                     ),
                 }
             case other:
-                raise ModelError(f"{source}: rope scaling {shown(other)} is not supported")
+                raise ModelError(f"{source}: rope scaling {quoted(other)} is not supported")
         return ModelConfig.parse(fields, source=source)
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None
@@ -136,7 +136,7 @@ def with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
         try:
             scalings.insert(0, RopeScaling.model_validate_json(own))
         except ValidationError:
-            raise ModelError(f"{file.source}: '{_OUR_SCALING}' is {shown(own)}") from None
+            raise ModelError(f"{file.source}: '{_OUR_SCALING}' is {quoted(own)}") from None
     for scaling in scalings:
         candidate = config.model_copy(update={"rope_scaling": scaling})
         check_rotary(candidate, file.source)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from khaosz.errors import ModelError, shown
+from khaosz.errors import ModelError, quoted
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -98,26 +98,26 @@ class _Cursor:
 
     def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return self.text(f"the text of {shown(key)}")
+            return self.text(f"the text of {quoted(key)}")
         if kind == _ARRAY:
             return self.array(key)
         if kind not in _SCALARS:
-            raise ModelError(f"{self.source}: {shown(key)} is of unknown type {kind}")
-        return self.number(_SCALARS[kind], shown(key))
+            raise ModelError(f"{self.source}: {quoted(key)} is of unknown type {kind}")
+        return self.number(_SCALARS[kind], quoted(key))
 
     def array(self, key: str) -> Any:
-        kind, count = self.number("I", shown(key)), self.number("Q", shown(key))
+        kind, count = self.number("I", quoted(key)), self.number("Q", quoted(key))
         if kind == _STRING:
             if count * 8 > self.left:
                 raise ModelError(
-                    f"{self.source}: {shown(key)} claims {count:,} texts, more than fit"
+                    f"{self.source}: {quoted(key)} claims {count:,} texts, more than fit"
                 )
             return self._texts(count, key)
         if kind not in _SCALARS:
             # Arrays of arrays are allowed by the format and used by no model we read.
-            raise ModelError(f"{self.source}: {shown(key)} is an array of unsupported type {kind}")
+            raise ModelError(f"{self.source}: {quoted(key)} is an array of unsupported type {kind}")
         dtype = np.dtype(f"<{_SCALARS[kind]}" if kind != 7 else "?")
-        return np.frombuffer(self.take(count * dtype.itemsize, shown(key)), dtype=dtype)
+        return np.frombuffer(self.take(count * dtype.itemsize, quoted(key)), dtype=dtype)
 
     def _texts(self, count: int, key: str) -> list[str]:
         """Vocabularies have a hundred thousand of them: one tight loop."""
@@ -129,10 +129,10 @@ class _Cursor:
                 start = at + 8
                 at = start + length_at(data, at)[0]
                 if at > end:
-                    raise ModelError(f"{self.source}: cut short: a text of {shown(key)}")
+                    raise ModelError(f"{self.source}: cut short: a text of {quoted(key)}")
                 texts.append(str(data[start:at], "utf-8"))
         except (struct.error, UnicodeDecodeError) as error:
-            raise ModelError(f"{self.source}: a text of {shown(key)} is broken: {error}") from None
+            raise ModelError(f"{self.source}: a text of {quoted(key)} is broken: {error}") from None
         self.at = at
         return texts
 
@@ -164,23 +164,23 @@ class GgufFile:
         for _ in range(pairs):
             key = cursor.text("a key", _MAX_NAME)
             if key in self.metadata:
-                raise ModelError(f"{source}: key {shown(key)} comes twice")
-            self.metadata[key] = cursor.value(cursor.number("I", shown(key)), key)
+                raise ModelError(f"{source}: key {quoted(key)} comes twice")
+            self.metadata[key] = cursor.value(cursor.number("I", quoted(key)), key)
         alignment = self.metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20 or alignment % 8:
             raise ModelError(
-                f"{source}: general.alignment {shown(alignment)} is not a multiple of 8"
+                f"{source}: general.alignment {quoted(alignment)} is not a multiple of 8"
             )
         entries = [self._entry(cursor) for _ in range(tensors)]
         start = -(-cursor.at // alignment) * alignment
         self.tensors: dict[str, GgufTensor] = {}
         for name, tensor in entries:
             if name in self.tensors:
-                raise ModelError(f"{source}: tensor {shown(name)} comes twice")
+                raise ModelError(f"{source}: tensor {quoted(name)} comes twice")
             offset = start + tensor.offset
             if tensor.offset % alignment or offset + tensor.nbytes > len(data):
                 raise ModelError(
-                    f"{source}: tensor {shown(name)} ({tensor.nbytes:,} bytes at {offset:,}) lies"
+                    f"{source}: tensor {quoted(name)} ({tensor.nbytes:,} bytes at {offset:,}) lies"
                     f" outside the file of {len(data):,} bytes or off its alignment"
                 )
             self.tensors[name] = GgufTensor(tensor.type, tensor.shape, offset, tensor.nbytes)
@@ -207,16 +207,16 @@ class GgufFile:
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GgufTensor]:
         name = cursor.text("a tensor's name", _MAX_NAME)
-        dimensions = cursor.number("I", f"tensor {shown(name)}")
+        dimensions = cursor.number("I", f"tensor {quoted(name)}")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise ModelError(f"{self.source}: tensor {shown(name)} has {dimensions} dimensions")
-        shape = tuple(cursor.number("Q", f"tensor {shown(name)}") for _ in range(dimensions))[::-1]
-        what = f"tensor {shown(name)}"
+            raise ModelError(f"{self.source}: tensor {quoted(name)} has {dimensions} dimensions")
+        shape = tuple(cursor.number("Q", f"tensor {quoted(name)}") for _ in range(dimensions))[::-1]
+        what = f"tensor {quoted(name)}"
         number, offset = cursor.number("I", what), cursor.number("Q", what)
         if number not in _NAME_OF:
             known = _FOREIGN.get(number, f"number {number}")
             raise ModelError(
-                f"{self.source}: tensor {shown(name)} is of unsupported type {known}",
+                f"{self.source}: tensor {quoted(name)} is of unsupported type {known}",
                 hint=f"supported: {', '.join(TENSOR_TYPES)}",
             )
         kind = _NAME_OF[number]
@@ -226,8 +226,8 @@ class GgufFile:
             count *= extent
         if not count or shape[-1] % block:
             raise ModelError(
-                f"{self.source}: tensor {shown(name)} of {kind} has shape {shape}, not whole blocks"
-                f" of {block}"
+                f"{self.source}: tensor {quoted(name)} of {kind} has shape {shape}, not whole"
+                f" blocks of {block}"
             )
         return name, GgufTensor(kind, shape, offset, count // block * size)
 

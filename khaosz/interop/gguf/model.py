@@ -14,7 +14,7 @@ import torch
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import ModelError, shown
+from khaosz.errors import ModelError, quoted
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.config import (
     ROPE_FACTORS,
@@ -76,7 +76,7 @@ class GgufModel:
                 )
         unexpected = file.tensors.keys() - set(self.names.values()) - {ROPE_FACTORS}
         if unexpected:
-            raise ModelError(f"{file.source}: unexpected tensor {shown(min(unexpected))}")
+            raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
         # Only now are the sizes known to be those of tensors, and what they cost to be bounded.
         if ROPE_FACTORS in file.tensors:
             self.config = with_llama3(self.config, file)

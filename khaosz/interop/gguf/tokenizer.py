@@ -10,7 +10,7 @@ import numpy as np
 
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
-from khaosz.errors import ModelError, shown
+from khaosz.errors import ModelError, quoted
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 
@@ -47,12 +47,12 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     model, pre = get("model", str), get("pre", str, "default")
     if model != "gpt2":
         raise ModelError(
-            f"{source}: tokenizer {shown(model)} is not supported",
+            f"{source}: tokenizer {quoted(model)} is not supported",
             hint="byte-level BPE ('gpt2') is; SentencePiece vocabularies are not",
         )
     if pre not in _PATTERNS:
         raise ModelError(
-            f"{source}: pre-tokenizer {shown(pre)} is not supported",
+            f"{source}: pre-tokenizer {quoted(pre)} is not supported",
             hint=f"supported: {', '.join(_PATTERNS)}",
         )
     tokens, merges = get("tokens", list, []), get("merges", list, [])
@@ -67,7 +67,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
-            raise ModelError(f"{source}: merge {shown(merge)} is not made of tokens")
+            raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
         pairs.append([left, right])
     added = [
         _added_token(i, token, kind == _CONTROL)
