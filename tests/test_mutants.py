@@ -15,4 +15,5 @@ def test_every_mutant_has_its_test() -> None:
         source = ROOT / file
         assert source.is_file(), f"{mutant.name}: {file}"
         wanted = name.rpartition("::")[2].partition("[")[0]
-        assert not wanted or f"def {wanted}(" in source.read_text(encoding="utf-8"), f"{mutant.name}: {wanted}"
+        text = source.read_text(encoding="utf-8")
+        assert not wanted or f"def {wanted}(" in text, f"{mutant.name}: {wanted}"
