@@ -11,7 +11,7 @@ all are run:
 Speed: documents of the demo corpus, one call each, MB of UTF-8; of Chinese also those that are
 running text alone. A cut is at a sentence when the text before it ends with a sentence mark and its
 closers, and clean when it is at one or at the end of a line: of a title, a verse, an item or a row.
-A document's last chunk is no cut. Evidence: `rag_evidence`. Semantic: `rag_semantic`.
+A document's last chunk is no cut. Evidence: `rag_corpus`. Semantic: `rag_semantic`.
 """
 
 from __future__ import annotations
@@ -29,11 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import as_markdown, describe
-from bench.rag_contenders import CONTENDERS, SLOW, Split
-from bench.rag_corpus import PROSE, documents
-from bench.rag_corpus import evidence as evidence_corpora
-from bench.rag_evidence import evidence, locate
-from bench.rag_semantic import SEMANTIC, embedder, run_semantic, spliced
+from bench.rag_corpus import PROSE, documents, evidence, evidence_corpora, locate
+from bench.rag_semantic import CONTENDERS, SEMANTIC, SLOW, Split, embedder, run_semantic, spliced
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LANGUAGES = ("zh", "en")
