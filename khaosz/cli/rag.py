@@ -32,8 +32,7 @@ Base = Annotated[
     str,
     typer.Option(
         "--kb",
-        help="The knowledge base: a file, postgresql://user@host/db#NAME"
-        " or qdrant+http://host:6333/NAME.",
+        help="The knowledge base: a file or postgresql://user@host/db#NAME.",
     ),
 ]
 KB = "khaosz.kb"

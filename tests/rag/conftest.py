@@ -1,10 +1,8 @@
-"""The homes of a knowledge base, each of them real: a file, a PostgreSQL server that is started for
-the tests, Qdrant's client in memory, and a Qdrant server where QDRANT_URL names one."""
+"""Stores of a knowledge base: a SQLite file, and a PostgreSQL server started for the tests."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 import uuid
 import warnings
@@ -24,7 +22,7 @@ from khaosz.model import Transformer
 from khaosz.rag.store import Store, open_store
 from khaosz.rag.terms import terms
 
-HOMES = ("sqlite", "postgres", "qdrant", "qdrant-server")
+KINDS = ("sqlite", "postgres")
 Open = Callable[..., Store]
 
 
@@ -100,62 +98,28 @@ def postgres_url() -> Iterator[str]:
         server.cleanup()
 
 
-@pytest.fixture(scope="session")
-def qdrant_client() -> Iterator[Any]:
-    pytest.importorskip("qdrant_client", reason="qdrant-client is not installed")
-    from qdrant_client import QdrantClient
-
-    client = QdrantClient(":memory:")
-    yield client
-    client.close()
-
-
 @pytest.fixture
-def homes(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], Open]]:
-    """`homes(kind)(name)` opens the store of that name there, anew each time, as another process
-    would. Names are the test's own."""
-    opened: list[Store] = []
-    used: set[str] = set()
-    mine = f"t{uuid.uuid4().hex[:12]}"
+def openers(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], Open]]:
+    """`openers(kind)(name)` opens a connection to the store `name` of this test."""
+    stores: list[Store] = []
+    prefix = f"t{uuid.uuid4().hex[:12]}"
 
-    def home(kind: str) -> Open:
-        if kind == "qdrant-server" and "QDRANT_URL" not in os.environ:
-            pytest.skip("QDRANT_URL names no server")
-        used.add(kind)
-        needed = {"postgres": "postgres_url", "qdrant": "qdrant_client"}.get(kind)
-        fixture = request.getfixturevalue(needed) if needed else None
+    def opener_of(kind: str) -> Open:
+        url = request.getfixturevalue("postgres_url") if kind == "postgres" else None
 
-        def open_at(name: str = "a", **options: Any) -> Store:
-            if kind == "qdrant":
-                from khaosz.rag.store.qdrant import QdrantStore
+        def open_named(name: str = "a", **options: Any) -> Store:
+            where = f"{url}#{prefix}_{name}" if url else str(tmp_path / f"{name}.kb")
+            stores.append(open_store(where, **options))
+            return stores[-1]
 
-                store: Store = QdrantStore(fixture, f"{mine}_{name}", **options)
-            else:
-                where = {
-                    "sqlite": str(tmp_path / f"{name}.kb"),
-                    "postgres": f"{fixture}#{mine}_{name}",
-                    "qdrant-server": f"qdrant+{os.environ.get('QDRANT_URL')}/{mine}_{name}",
-                }[kind]
-                store = open_store(where, **options)
-            opened.append(store)
-            return store
+        return open_named
 
-        return open_at
-
-    yield home
-    for store in opened:
+    yield opener_of
+    for store in stores:
         store.close()
-    if "qdrant-server" in used:
-        from qdrant_client import QdrantClient
-
-        client = QdrantClient(os.environ["QDRANT_URL"], check_compatibility=False)
-        for collection in client.get_collections().collections:
-            if collection.name.startswith(mine):
-                client.delete_collection(collection.name)
-        client.close()
 
 
-@pytest.fixture(params=HOMES)
-def opened(request: pytest.FixtureRequest, homes: Callable[[str], Open]) -> Open:
-    """One home after the other."""
-    return homes(request.param)
+@pytest.fixture(params=KINDS)
+def opener(request: pytest.FixtureRequest, openers: Callable[[str], Open]) -> Open:
+    """The opener of each kind of store."""
+    return openers(request.param)

@@ -20,10 +20,8 @@ from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store
 from khaosz.rag.store.copy import move
 
 Open = Callable[..., Store]
-Homes = Callable[[str], Open]
+Openers = Callable[[str], Open]
 Hashed = Callable[..., Any]
-
-OTHERS = ("postgres", "qdrant", "qdrant-server")
 
 
 def fill(store: Store) -> None:
@@ -73,9 +71,8 @@ def everything(store: Store) -> list[Any]:
     return rows
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_there_and_back_is_the_same(kind: str, homes: Homes) -> None:
-    first, there, back = homes("sqlite")("a"), homes(kind)("b"), homes("sqlite")("c")
+def test_copy_to_postgres_and_back_is_the_same(openers: Openers) -> None:
+    first, there, back = openers("sqlite")("a"), openers("postgres")("b"), openers("sqlite")("c")
     fill(first)
     before = everything(first)
     steps: list[tuple[int, int]] = []
@@ -88,19 +85,16 @@ def test_there_and_back_is_the_same(kind: str, homes: Homes) -> None:
     assert found == first.document_frequencies(["two", "esc", "字"]) and len(found) == 3
 
 
-@pytest.mark.parametrize("kind", OTHERS)
-def test_files_are_followed_after_a_move(
-    kind: str, homes: Homes, hashed: Hashed, tmp_path: Path
-) -> None:
+def test_files_are_followed_after_a_move(openers: Openers, hashed: Hashed, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(5):
         (docs / f"{i}.md").write_text(f"# 标题\n\n文件 {i} says word{i}.\n", encoding="utf-8")
-    with KnowledgeBase(homes("sqlite")(), embedder=hashed()) as base:
+    with KnowledgeBase(openers("sqlite")(), embedder=hashed()) as base:
         base.add([docs])
-        move(base.store, homes(kind)())
+        move(base.store, openers("postgres")())
         hits = base.search("word3 文件", 5)
-    with KnowledgeBase(homes(kind)(), embedder=hashed()) as base:
+    with KnowledgeBase(openers("postgres")(), embedder=hashed()) as base:
         found = base.search("word3 文件", 5)
         assert [replace(h, chunk=0, legs={}) for h in found] == [
             replace(h, chunk=0, legs={}) for h in hits
@@ -112,12 +106,12 @@ def test_files_are_followed_after_a_move(
         assert (report.unchanged, report.updated, report.removed, report.added) == (3, 1, 1, 0)
 
 
-@pytest.mark.parametrize("kind", ["sqlite", *OTHERS])
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_an_interrupted_move_goes_on(
-    kind: str, homes: Homes, monkeypatch: pytest.MonkeyPatch
+    kind: str, openers: Openers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("khaosz.rag.store.copy._SOURCES", 2)
-    source, target = homes("sqlite")("a"), homes(kind)("b")
+    source, target = openers("sqlite")("a"), openers(kind)("b")
     fill(source)
     written: list[str] = []
     plain = target.replace
@@ -134,23 +128,23 @@ def test_an_interrupted_move_goes_on(
     assert target.counts()["sources"] == 4  # whole transactions
     target.replace = plain  # type: ignore[method-assign]
     with pytest.raises(DataError, match="holds a part of"):
-        KnowledgeBase(homes(kind)("b"))
+        KnowledgeBase(openers(kind)("b"))
     with pytest.raises(DataError, match="holds a part of"):
-        move(target, homes("sqlite")("c"))
+        move(target, openers("sqlite")("c"))
     with source.writing():  # meanwhile
         source.remove_source("default", "/a/文件.md")
         source.replace("default", SourceFile("relative", 1, 1, "new"), [])
     with pytest.raises(DataError, match="is not empty"):
-        move(homes("sqlite")("other"), target)
-    target = homes(kind)("b")
+        move(openers("sqlite")("other"), target)
+    target = openers(kind)("b")
     move(source, target)
     assert everything(target) == everything(source)
     assert KnowledgeBase(target).documents()
 
 
-@pytest.mark.parametrize("kind", ["sqlite", *OTHERS])
-def test_a_full_target_is_refused(kind: str, homes: Homes) -> None:
-    source, target = homes("sqlite")("a"), homes(kind)("b")
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_full_target_is_refused(kind: str, openers: Openers) -> None:
+    source, target = openers("sqlite")("a"), openers(kind)("b")
     fill(source)
     KnowledgeBase(target).add_text("mine", name="mine")
     before = everything(target)
@@ -160,11 +154,11 @@ def test_a_full_target_is_refused(kind: str, homes: Homes) -> None:
 
 
 @pytest.mark.parametrize("embedded", [True, False])
-@pytest.mark.parametrize("kind", ["sqlite", *OTHERS])
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_target_that_was_emptied_is_as_new(
-    kind: str, embedded: bool, homes: Homes, hashed: Hashed
+    kind: str, embedded: bool, openers: Openers, hashed: Hashed
 ) -> None:
-    source, target = homes("sqlite")("a"), homes(kind)("b")
+    source, target = openers("sqlite")("a"), openers(kind)("b")
     base = KnowledgeBase(target, embedder=hashed("other", 7))
     base.add_text("mine", name="mine")
     base.remove("mine")
@@ -192,8 +186,8 @@ def nudged(chunk: NewChunk) -> NewChunk:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_is_lost_is_seen(loss: str, homes: Homes) -> None:
-    source, target = homes("sqlite")("a"), homes("sqlite")("b")
+def test_what_is_lost_is_seen(loss: str, openers: Openers) -> None:
+    source, target = openers("sqlite")("a"), openers("sqlite")("b")
     fill(source)
     plain, lost = target.replace, []
 
@@ -208,13 +202,13 @@ def test_what_is_lost_is_seen(loss: str, homes: Homes) -> None:
         move(source, target)
     assert lost
     with pytest.raises(DataError, match="holds a part of"):
-        KnowledgeBase(homes("sqlite")("b"))
+        KnowledgeBase(openers("sqlite")("b"))
 
 
 def test_the_command_line_moves_and_searches(
-    homes: Homes, postgres_url: str, tmp_path: Path
+    openers: Openers, postgres_url: str, tmp_path: Path
 ) -> None:
-    server = homes("postgres")("cli").where
+    server = openers("postgres")("cli").where
     file, back = str(tmp_path / "a.kb"), str(tmp_path / "b.kb")
     (tmp_path / "企鹅.md").write_text("企鹅住在南极。Penguins swim.\n", encoding="utf-8")
 
@@ -238,4 +232,4 @@ def test_the_command_line_moves_and_searches(
     assert run("search", "南极", "--kb", server) == "nothing found\n"
     result = CliRunner().invoke(app, ["rag", "search", "x", "--kb", f"{postgres_url}#not_there"])
     assert isinstance(result.exception, DataError)
-    assert "there is no knowledge base" in str(result.exception)
+    assert "not found" in str(result.exception)

@@ -29,7 +29,7 @@ from khaosz.rag.store.index import ExactIndex, GraphIndex
 from khaosz.rag.store.sqlite import SqliteStore
 from khaosz.rag.terms import terms
 
-Open = Callable[..., Store]  # a home of a base: see conftest.py
+Open = Callable[..., Store]  # see conftest.py
 Hashed = Callable[..., Any]
 
 TEXTS = {
@@ -51,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def base(opened: Open, folder: Path) -> KnowledgeBase:
-    made = KnowledgeBase(opened(), splitter=StructureSplitter(max_chars=40))
+def base(opener: Open, folder: Path) -> KnowledgeBase:
+    made = KnowledgeBase(opener(), splitter=StructureSplitter(max_chars=40))
     made.add([folder])
     return made
 
@@ -187,8 +187,8 @@ def test_neighbours_are_one_passage(base: KnowledgeBase) -> None:
 # --------------------------------------------------------------------------------------- embedders
 
 
-def test_dense_and_hybrid(opened: Open, hashed: Hashed, folder: Path) -> None:
-    base = KnowledgeBase(opened(), embedder=hashed())
+def test_dense_and_hybrid(opener: Open, hashed: Hashed, folder: Path) -> None:
+    base = KnowledgeBase(opener(), embedder=hashed())
     base.add([folder])
     for mode in ("dense", "hybrid"):
         hit = base.search("penguins swim", 1, mode=mode)[0]
@@ -199,24 +199,24 @@ def test_dense_and_hybrid(opened: Open, hashed: Hashed, folder: Path) -> None:
     assert base.search("penguins", 1, mode="lexical")[0].legs.keys() == {"lexical"}
 
 
-def test_another_embedder_is_refused(opened: Open, hashed: Hashed, folder: Path) -> None:
-    with KnowledgeBase(opened(), embedder=hashed()) as base:
+def test_another_embedder_is_refused(opener: Open, hashed: Hashed, folder: Path) -> None:
+    with KnowledgeBase(opener(), embedder=hashed()) as base:
         base.add([folder])
     with pytest.raises(ConfigError, match="was embedded by hashed"):
-        KnowledgeBase(opened(), embedder=hashed("other"))
-    with KnowledgeBase(opened(), embedder=hashed(dimension=9)) as base:
+        KnowledgeBase(opener(), embedder=hashed("other"))
+    with KnowledgeBase(opener(), embedder=hashed(dimension=9)) as base:
         with pytest.raises(ConfigError, match="9"):
             base.add_text("new", name="new")
         assert all(document.name != "new" for document in base.documents())
 
 
 def test_a_lexical_base_says_so_and_can_be_embedded(
-    base: KnowledgeBase, opened: Open, hashed: Hashed
+    base: KnowledgeBase, opener: Open, hashed: Hashed
 ) -> None:
     with pytest.raises(ConfigError, match="this base is lexical"):
         base.search("北京", mode="dense")
     with pytest.raises(ConfigError, match="is lexical"):
-        KnowledgeBase(opened(), embedder=hashed())
+        KnowledgeBase(opener(), embedder=hashed())
     base.reindex(hashed())
     assert base.search("北京", 1, mode="dense")[0].doc == "城市.md"
     by = hashed("other", 16)
@@ -228,7 +228,7 @@ def test_a_lexical_base_says_so_and_can_be_embedded(
 
 
 def test_embedding_that_broke_off_goes_on(
-    opened: Open, hashed: Hashed, folder: Path, monkeypatch: pytest.MonkeyPatch
+    opener: Open, hashed: Hashed, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("khaosz.rag.knowledge_base._EMBEDDED", 2)
     by = hashed()
@@ -241,7 +241,7 @@ def test_embedding_that_broke_off_goes_on(
         return embed(texts)
 
     by.passages = failing
-    base = KnowledgeBase(opened(), embedder=by, splitter=StructureSplitter(max_chars=40))
+    base = KnowledgeBase(opener(), embedder=by, splitter=StructureSplitter(max_chars=40))
     with pytest.raises(ConnectionError):
         base.add([folder])
     chunks = base.store.chunk_count
@@ -308,16 +308,15 @@ def test_a_file_that_is_no_base(tmp_path: Path) -> None:
         KnowledgeBase(path)
 
 
-def test_a_later_version_is_refused(base: KnowledgeBase, opened: Open) -> None:
+def test_a_later_version_is_refused(base: KnowledgeBase, opener: Open) -> None:
     with base.store.writing():
         base.store.set("version", "99")
     with pytest.raises(DataError, match="version 99"):
-        opened()
+        opener()
 
 
-@pytest.mark.parametrize("opened", ["sqlite", "postgres"], indirect=True)  # Qdrant promises less
-def test_readers_see_one_state_while_another_writes(base: KnowledgeBase, opened: Open) -> None:
-    reader = KnowledgeBase(opened())
+def test_readers_see_one_state_while_another_writes(base: KnowledgeBase, opener: Open) -> None:
+    reader = KnowledgeBase(opener())
     with reader.store.reading():
         count = len(reader.documents())
         base.add_text("new", name="new")
@@ -333,7 +332,7 @@ def test_a_change_that_fails_half_way_is_none(base: KnowledgeBase) -> None:
     consistent(base)
 
 
-@pytest.mark.parametrize("opened", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("opener", ["sqlite"], indirect=True)
 def test_a_full_disk_loses_nothing(base: KnowledgeBase) -> None:
     assert isinstance(base.store, SqliteStore)
     pages = base.store._db.execute("PRAGMA page_count").fetchone()[0]

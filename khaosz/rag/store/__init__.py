@@ -1,8 +1,7 @@
-"""Where a knowledge base lives. One interface (`Store`), three homes:
+"""Where a knowledge base is stored. One interface (`Store`), two stores:
 
-FILE                              SQLite, in this process: the one to begin with
+FILE                              SQLite, in this process
 postgresql://user@host/db#NAME    PostgreSQL with pgvector; NAME is a schema (default: khaosz)
-qdrant+http://host:6333/NAME      Qdrant; NAME begins the names of its collections
 """
 
 from __future__ import annotations
@@ -33,43 +32,28 @@ __all__ = [
 
 
 def open_store(where: Path | str, *, new: bool = True) -> Store:
-    """Open a base, or begin one where `new`.
+    """Open a knowledge base; create it if it does not exist and `new`.
 
-    Raises `DataError` for what is no base or cannot be reached, and where there is none and none
-    shall be begun; `ConfigError` for an address that cannot be right or a client that is missing.
+    Raises `DataError` for a file that is not a knowledge base, a server that cannot be reached, and
+    a missing knowledge base without `new`; `ConfigError` for an invalid address or missing client.
     """
     address = str(where)
     if address.startswith(("postgresql://", "postgres://")):
-        _need("psycopg", "postgres")
+        if importlib.util.find_spec("psycopg") is None:
+            raise ConfigError(
+                "the package psycopg is not installed", hint="pip install 'khaosz[postgres]'"
+            )
         from khaosz.rag.store.postgres import PostgresStore
 
         return PostgresStore(address, new=new)
-    if address.startswith(("qdrant+http://", "qdrant+https://")):
-        _need("qdrant_client", "qdrant")
-        from khaosz.rag.store.qdrant import open_qdrant
-
-        return open_qdrant(address, new=new)
-    if address.startswith("qdrant:"):
-        # The client's local mode keeps pickles, and reading one runs whatever is in it.
-        raise ConfigError(
-            f"{address}: Qdrant is used through its server, not in a folder",
-            hint="qdrant+http://localhost:6333/NAME, or a file: SQLite needs no server",
-        )
     if "://" in address:
         raise ConfigError(
-            f"{address} is no address of a knowledge base",
-            hint="a file, postgresql://user@host/db or qdrant+http://host:6333/NAME",
+            f"{address} is not an address of a knowledge base",
+            hint="a file, or postgresql://user@host/db#NAME",
         )
     path = Path(where)
     if not new and not path.exists():
         raise DataError(
-            f"there is no knowledge base {path}", hint=f"khaosz rag add FILES --kb {path}"
+            f"knowledge base {path} not found", hint=f"khaosz rag add FILES --kb {path}"
         )
     return SqliteStore(path)
-
-
-def _need(package: str, extra: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"the package {package} is not installed", hint=f"pip install 'khaosz[{extra}]'"
-        )

@@ -95,7 +95,7 @@ class PostgresStore(Database, Counted):
         if not self._there():
             if not new:
                 raise DataError(
-                    f"there is no knowledge base {self.where}",
+                    f"knowledge base {self.where} not found",
                     hint=f"khaosz rag add FILES --kb '{self.where}'",
                 )
             self._create()
