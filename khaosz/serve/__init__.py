@@ -1,9 +1,12 @@
-"""The HTTP service: models, documents and what the page keeps, to this machine or with a key.
+"""The HTTP service: models, knowledge bases, conversations and training runs, served to local
+programs, or to others with a key.
 
-run        `khaosz serve`             models     loaded when they are asked for
-app        all routes in one          worker     an engine's own thread, and its tickets
-guard      who may ask, how much      offered    embedders and rerankers by name
-refusals   errors as answers          metrics    what was done, for Prometheus
-openai/    OpenAI's interface         page       the built page, `page/`
-knowledge/ documents in, cited        records/   conversations, preferences, runs
+run      `khaosz serve`              worker            an engine's thread, and its requests
+app      all routes in one           models            chat models, loaded on first use
+guard    Host, Origin, key, size     retrieval_models  embedders and rerankers by name
+errors   errors as responses         metrics           counters for Prometheus
+schema   request bodies              page              the built page, in `page/`
+replies  response bodies             openai/           chat, completions, embeddings, tokens
+                                     knowledge/        documents in, search and citations out
+                                     records/          conversations, preferences, training runs
 """

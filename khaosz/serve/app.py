@@ -1,16 +1,17 @@
-"""The service as one ASGI application: OpenAI's paths over the models, and what is beside them."""
+"""The service as one ASGI application."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import Response
 
 from khaosz import __version__
-from khaosz.serve.errors import Refused, errors, explain_errors
+from khaosz.serve.errors import ApiError, errors, explain_errors
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
@@ -19,23 +20,37 @@ from khaosz.serve.openai.chat import chat_routes
 from khaosz.serve.openai.tokens import token_routes
 from khaosz.serve.openai.vectors import vector_routes
 from khaosz.serve.page import page_routes
+from khaosz.serve.records.conversation_store import ConversationStore
+from khaosz.serve.records.conversations import conversation_routes
+from khaosz.serve.records.preferences import FILE, PreferenceFile, preference_routes
+from khaosz.serve.records.runs import run_routes
 from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 
 TIMEOUT = 600.0  # seconds that a request may take
+
+
+def record_routes(data: Path, runs: Path) -> list[APIRouter]:
+    """Conversations and preferences in the folder `data`, and training runs below `runs`. Raises
+    `DataError` for a file in `data` that cannot be used."""
+    return [
+        conversation_routes(ConversationStore(data / "conversations.db")),
+        preference_routes(PreferenceFile(data / FILE)),
+        run_routes(runs),
+    ]
 
 
 def build_app(
     models: Models,
     *,
-    offered: Offered | None = None,
+    retrieval: RetrievalModels | None = None,
     library: Library | None = None,
     timeout: float = TIMEOUT,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
-    """The service of these models; it stops their threads when it ends. `offered`: embedders and
-    rerankers; `library`: knowledge bases; `routers`: what is served beside them."""
-    offered = offered or Offered()
+    """The service of these models; it stops their threads when it ends. `library`: knowledge bases;
+    `routers`: further routes, such as `record_routes`."""
+    retrieval = retrieval or RetrievalModels()
     meters = Meters(models)
 
     @asynccontextmanager
@@ -52,7 +67,7 @@ def build_app(
     app.add_middleware(Metered, meters=meters)
     app.include_router(chat_routes(models, meters, timeout, library))
     app.include_router(token_routes(models))
-    app.include_router(vector_routes(offered))
+    app.include_router(vector_routes(retrieval))
     if library is not None:
         app.include_router(knowledge_routes(library))
     app.include_router(page_routes())
@@ -61,7 +76,7 @@ def build_app(
 
     @app.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> dict[str, Any]:
-        names = (*models.names, *offered.embedders, *offered.rerankers)
+        names = (*models.names, *retrieval.embedders, *retrieval.rerankers)
         return {"object": "list", "data": [model_card(name) for name in names]}
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
@@ -71,9 +86,9 @@ def build_app(
     def model_card(name: str) -> dict[str, Any]:
         card: dict[str, Any] = {"id": name, "object": "model", "created": models.started}
         card |= {"owned_by": "khaosz", "context": None, "parent": None}
-        if name in offered.embedders:
+        if name in retrieval.embedders:
             return {**card, "kind": "embedding"}
-        if name in offered.rerankers:
+        if name in retrieval.rerankers:
             return {**card, "kind": "rerank"}
         model = models.find(name)
         parent = None if name == model.name else model.name
@@ -86,9 +101,9 @@ def build_app(
 
     @app.get("/health/ready", response_model=Ready, responses=errors(503))
     async def ready() -> dict[str, Any]:
-        """Whether every model that is loaded can answer; `models` says which are."""
+        """Whether every loaded model can answer; `models` says which are loaded."""
         if not all(model.loaded.worker.alive for model in models.all if model.loaded):
-            raise Refused(503, "an engine has ended", "server_error")
+            raise ApiError(503, "an engine has ended", "server_error")
         loaded = {model.name: model.loaded is not None for model in models.all}
         return {"status": "ready", "models": loaded}
 
@@ -104,24 +119,24 @@ def build_app(
         """Counters in Prometheus' text format."""
         return Response(meters.text(), media_type=meters.content_type)
 
-    known = {
-        "EmbeddingRequest": list(offered.embedders),
-        "RerankRequest": list(offered.rerankers),
+    names = {
+        "EmbeddingRequest": list(retrieval.embedders),
+        "RerankRequest": list(retrieval.rerankers),
         **dict.fromkeys(("ChatRequest", "CompletionRequest", "TokenizeRequest"), models.names),
     }
-    _make_true(app.openapi(), known)
+    patch_openapi(app.openapi(), names)
     return app
 
 
-def _make_true(document: dict[str, Any], models: dict[str, list[str]]) -> None:
-    """What FastAPI can't know: names of models, by request, and that what it answers with 422 is a
-    400."""
-    forms = document["components"]["schemas"]
-    for request, names in models.items():
-        if names:
-            forms[request]["properties"]["model"]["enum"] = names
+def patch_openapi(document: dict[str, Any], names: dict[str, list[str]]) -> None:
+    """Correct what FastAPI cannot know: the models' names, by request schema, and that validation
+    errors are answered with 400, not 422."""
+    schemas = document["components"]["schemas"]
+    for request, models in names.items():
+        if models:
+            schemas[request]["properties"]["model"]["enum"] = models
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
-        forms.pop(name, None)
+        schemas.pop(name, None)

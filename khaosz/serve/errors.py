@@ -68,7 +68,7 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class Refused(Exception):
+class ApiError(Exception):
     """A request that ends with an error of OpenAI's layout."""
 
     def __init__(
@@ -94,8 +94,8 @@ def explain_errors(app: FastAPI) -> None:
         # ASCII: what a client sent and a message repeats may not be valid Unicode.
         return Response(json.dumps(body), status, headers, "application/json")
 
-    @app.exception_handler(Refused)
-    async def our_own(request: Request, error: Refused) -> Response:
+    @app.exception_handler(ApiError)
+    async def our_own(request: Request, error: ApiError) -> Response:
         headers = {"retry-after": str(RETRY_AFTER)} if error.status == 503 else None
         return refused(error.status, error.body, headers)
 
@@ -119,7 +119,7 @@ def explain_errors(app: FastAPI) -> None:
 
     @app.exception_handler(TimeoutError)
     async def too_late(request: Request, error: TimeoutError) -> Response:
-        # Asked again it would take as long, and OpenAI's client asks again by itself.
+        # RequestModel again it would take as long, and OpenAI's client asks again by itself.
         body = error_body(TOO_LATE, "server_error", code="request_timeout")
         return refused(504, body, {"x-should-retry": "false"})
 

@@ -197,19 +197,19 @@ Code = (
 )
 
 
-class Trouble(NamedTuple):
+class IngestError(NamedTuple):
     code: Code
     message: str
 
 
-UNREADABLE = Trouble(
+UNREADABLE = IngestError(
     "base_unreadable", "cannot be read or written; is its file broken, or the disk full?"
 )
-FAILING = Trouble(
+FAILING = IngestError(
     "embedder_unusable",
     "its embedder is not offered, cannot be used, or is another than it was made by",
 )
-UNEXPECTED = Trouble("unexpected", "met an error; the server's log has more")
+UNEXPECTED = IngestError("unexpected", "met an error; the server's log has more")
 
 
 class BaseReply(Reply):

@@ -59,7 +59,7 @@ class UnknownName(Exception):
         self.kind, self.name, self.known = kind, name, list(known)
 
 
-class Offered:
+class RetrievalModels:
     """Safe to share between threads."""
 
     def __init__(self, embedders: Sequence[str] = (), rerankers: Sequence[str] = ()) -> None:

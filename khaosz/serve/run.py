@@ -1,4 +1,4 @@
-"""`khaosz serve`: an address, a model, and a server until it is told to stop."""
+"""`khaosz serve`: bind the address, load the first model, and serve until a signal."""
 
 from __future__ import annotations
 
@@ -10,28 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import APIRouter
-
 from khaosz.errors import ConfigError
 from khaosz.interop.models import default_name
 from khaosz.serve.models import Limits, Model, Models, describe
-from khaosz.serve.records.conversation_store import ConversationStore
-from khaosz.serve.records.conversations import conversation_routes
-from khaosz.serve.records.preferences import FILE, PreferenceFile, preference_routes
-from khaosz.serve.records.runs import run_routes
 
-
-def record_routes(data: Path, runs: Path) -> list[APIRouter]:
-    """Conversations and preferences in the folder `data`, and training runs below `runs`. Raises
-    `DataError` for a file in `data` that cannot be used."""
-    return [
-        conversation_routes(ConversationStore(data / "conversations.db")),
-        preference_routes(PreferenceFile(data / FILE)),
-        run_routes(runs),
-    ]
-
-
-DRAIN = 30  # seconds that answers under way have after SIGTERM
+DRAIN = 30  # seconds that running requests have after SIGTERM
 
 
 @dataclass(frozen=True)
@@ -57,54 +40,57 @@ def serve(
     timeout: float,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers under way are finished first. `models` are paths, or
+    """Serve until SIGTERM or Ctrl-C; running requests are finished first. `models` are paths, or
     NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
-    `rerankers` as `Offered` takes them. `data`: the folder of what is kept; `runs`: that of
-    training runs; `max_upload`: bytes of a document. `timeout`: seconds for a request. `announce`
-    is told the addresses once the first model is there.
+    `rerankers` as `RetrievalModels` takes them. `data`: the folder for documents, conversations and
+    preferences; `runs`: that of training runs; `max_upload`: bytes of a document. `timeout`:
+    seconds for a request. `announce` gets a line per address when the first model is loaded.
 
-    Raises `ConfigError` for a port in use, an address that isn't this machine's, no key off
+    Raises `ConfigError` for a port in use, an address that is not local, a missing key off
     loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
-    `DataError` for a file in it that cannot be used; `ModelError`.
+    `DataError` for a file in the folder that cannot be used; `ModelError`.
     """
     host, port, api_key = address.host, address.port, address.api_key
     if api_key is not None and not (api_key.isascii() and api_key.strip() == api_key != ""):
-        raise ConfigError("the API key is empty, or has spaces around it or letters beyond ASCII")
+        raise ConfigError("the API key is empty, or has spaces around it or non-ASCII characters")
     if not timeout > 0:
         raise ConfigError(f"--request-timeout is {timeout:g}, not above 0")
     local = is_loopback(host)
     if not local and api_key is None:
         raise ConfigError(
             f"{host} can be reached from other machines: a key is required",
-            hint="set KHAOSZ_API_KEY, or leave --host away to serve this machine only",
+            hint="set KHAOSZ_API_KEY, or omit --host to serve this machine only",
         )
-    try:
+    try:  # only here: `khaosz` works without them
         import uvicorn
 
-        from khaosz.serve.app import build_app
+        from khaosz.serve.app import build_app, record_routes
+        from khaosz.serve.guard import LOOPBACK, Guard
         from khaosz.serve.knowledge.library import Library
-        from khaosz.serve.retrieval_models import Offered
+        from khaosz.serve.retrieval_models import RetrievalModels
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"the service needs {error.name}", hint="pip install 'khaosz[serve]'"
         ) from None
-    from khaosz.serve.guard import LOOPBACK, Guard
 
-    with listen(host, port) as bound:
+    with listen(host, port) as listener:
         served = Models(named_models(models, loras), limits, device=device)
-        offered = Offered(embedders, rerankers)
-        if both := {*served.names} & {*offered.embedders, *offered.rerankers}:
+        retrieval = RetrievalModels(embedders, rerankers)
+        if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
-        with suppress(OSError):  # the library says what is wrong
+        with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
-        library = Library(data, offered, max_upload=max_upload)
-        routers = record_routes(data, runs)
-        app = build_app(served, offered=offered, library=library, timeout=timeout, routers=routers)
+        app = build_app(
+            served,
+            retrieval=retrieval,
+            library=Library(data, retrieval, max_upload=max_upload),
+            timeout=timeout,
+            routers=record_routes(data, runs),
+        )
         hosts = (*LOOPBACK, host) if local else None
-        guarded = Guard(app, key=api_key, hosts=hosts, origins=address.origins)
         config = uvicorn.Config(
-            guarded,
+            Guard(app, key=api_key, hosts=hosts, origins=address.origins),
             http="h11",
             ws="none",
             lifespan="on",
@@ -114,45 +100,43 @@ def serve(
             server_header=False,
             timeout_graceful_shutdown=DRAIN,
         )
-        shown = ", ".join(served.names)
-        address_shown = f"http://{_shown(host)}:{bound.getsockname()[1]}"
-        announce(f"{shown}: {address_shown}/v1")
-        announce(f"page: {address_shown}/")
-        uvicorn.Server(config).run([bound])
+        url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        announce(f"{', '.join(served.names)}: {url}/v1")
+        announce(f"page: {url}/")
+        uvicorn.Server(config).run([listener])
 
 
 def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model]:
     """Raises `ConfigError` and `ModelError`."""
-    given = [_named(each) for each in models]
-    adapters: dict[str, dict[str, Path]] = {name: {} for name, _ in given}
+    sources = [_name_and_path(each) for each in models]
+    adapters: dict[str, dict[str, Path]] = {name: {} for name, _ in sources}
     for lora in loras:
-        name, equals, path = lora.partition("=")
-        owner, colon, own = name.rpartition(":")
-        owner = owner if colon else given[0][0]
-        if not (equals and own and path) or owner not in adapters:
+        key, equals, path = lora.partition("=")
+        owner, colon, name = key.rpartition(":")
+        owner = owner if colon else sources[0][0]
+        if not (equals and name and path) or owner not in adapters:
             raise ConfigError(
                 f"--lora {lora!r} is not NAME=DIR or MODEL:NAME=DIR",
                 hint=f"models here: {', '.join(adapters)}",
             )
-        adapters[owner][own] = Path(path)
-    return [describe(name, path, adapters[name]) for name, path in given]
+        adapters[owner][name] = Path(path)
+    return [describe(name, path, adapters[name]) for name, path in sources]
 
 
-def _named(given: str) -> tuple[str, Path]:
-    name, equals, path = given.partition("=")
-    if equals and name and not Path(given).exists():
+def _name_and_path(argument: str) -> tuple[str, Path]:
+    name, equals, path = argument.partition("=")
+    if equals and name and not Path(argument).exists():
         return name, Path(path)
-    return default_name(Path(given)), Path(given)
+    return default_name(Path(argument)), Path(argument)
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before anything is loaded: a port in use is known at once. Port 0 is any
-    free one. Raises `ConfigError`."""
-    if not 0 <= port < 1 << 16:  # getaddrinfo would take what is left of it modulo 2**16
+    """A listening socket, bound before anything is loaded so that a port in use fails at once.
+    Port 0 is any free one. Raises `ConfigError`."""
+    if not 0 <= port < 1 << 16:  # getaddrinfo would take it modulo 2**16
         raise ConfigError(f"--port is {port}, not 0 to 65535")
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family)
     except OSError as error:
         why = str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
@@ -168,7 +152,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

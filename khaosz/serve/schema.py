@@ -26,11 +26,11 @@ MAX_HITS = 100
 ANSWER = 1024  # tokens of an answer at most, where the request doesn't say
 
 
-class Asked(BaseModel):
+class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class TextPart(Asked):
+class TextPart(RequestModel):
     type: Literal["text"]
     text: str
 
@@ -38,7 +38,7 @@ class TextPart(Asked):
 Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
 
 
-class FunctionCall(Asked):
+class FunctionCall(RequestModel):
     name: str
     arguments: str
 
@@ -54,7 +54,7 @@ class FunctionCall(Asked):
         return text
 
 
-class Call(Asked):
+class Call(RequestModel):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
@@ -68,7 +68,7 @@ class Call(Asked):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class Instruction(Asked):
+class Instruction(RequestModel):
     role: Literal["system", "developer", "user"]
     content: Content
 
@@ -77,7 +77,7 @@ class Instruction(Asked):
         return {"role": role, "content": _text(self.content)}
 
 
-class Said(Asked):
+class Said(RequestModel):
     """By the assistant; `refusal` and `citations` are there so that answers can be sent back as
     they came, and are not told to the model."""
 
@@ -103,7 +103,7 @@ class Said(Asked):
         return message
 
 
-class ToolAnswer(Asked):
+class ToolAnswer(RequestModel):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
@@ -119,14 +119,14 @@ class ToolAnswer(Asked):
 Message = Annotated[Instruction | Said | ToolAnswer, Field(discriminator="role")]
 
 
-class Function(Asked):
+class Function(RequestModel):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None  # calls that are forced fit their schema in either case
 
 
-class Tool(Asked):
+class Tool(RequestModel):
     type: Literal["function"]
     function: Function
 
@@ -139,39 +139,39 @@ class Tool(Asked):
         return {"type": "function", "function": function}
 
 
-class FunctionName(Asked):
+class FunctionName(RequestModel):
     name: str
 
 
-class ToolChoice(Asked):
+class ToolChoice(RequestModel):
     type: Literal["function"]
     function: FunctionName
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestModel):
     include_usage: bool = False
 
 
-class PlainText(Asked):
+class PlainText(RequestModel):
     type: Literal["text"]
 
 
-class JsonObject(Asked):
+class JsonObject(RequestModel):
     type: Literal["json_object"]
 
 
-class Schema(Asked):
+class Schema(RequestModel):
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
     strict: bool | None = None  # an answer fits its schema in either case
 
 
-class JsonSchema(Asked):
+class JsonSchema(RequestModel):
     type: Literal["json_schema"]
     json_schema: Schema
 
 
-class Retrieval(Asked):
+class Retrieval(RequestModel):
     """How passages of a knowledge base are found. mode: by words and by meaning where the base has
     an embedder."""
 
@@ -186,7 +186,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Sampled(Asked):
+class Sampled(RequestModel):
     """What completions and chats share."""
 
     model: str

@@ -134,7 +134,7 @@ class EngineThread:
             if params.form is not None:
                 # Beside the engine: while a large grammar is compiled, others' answers go on.
                 ticket.matcher = await asyncio.to_thread(
-                    _or_failed,
+                    wrap_unexpected,
                     lambda: matcher_for(params, self.engine.tokenizer),
                     "a grammar was not compiled",
                 )
@@ -167,7 +167,7 @@ class EngineThread:
 
     def _begin(self, ticket: Ticket) -> None:
         try:
-            ticket.request_id = _or_failed(
+            ticket.request_id = wrap_unexpected(
                 lambda: self.engine.add(
                     ticket.prompt, ticket.params, adapter=ticket.adapter, matcher=ticket.matcher
                 ),
@@ -187,7 +187,7 @@ class EngineThread:
 
     def _advance(self) -> None:
         try:
-            _or_failed(self.engine.step, "a step of the engine failed")
+            wrap_unexpected(self.engine.step, "a step of the engine failed")
         except Failed as error:
             # Which request it was isn't known, nor what the caches hold: begin anew.
             for request_id, ticket in self._tickets.items():
@@ -210,7 +210,7 @@ def _hand_out(outputs: list[tuple[Ticket | None, Output]]) -> None:
             ticket.events.put_nowait(output)
 
 
-def _or_failed(work: Callable[[], T], what: str) -> T:
+def wrap_unexpected(work: Callable[[], T], what: str) -> T:
     """Raises `Failed` for anything that isn't a `KhaoszError`: one request's surprise must not end
     the thread that all of them share."""
     try:

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from saying import environment
+from scripted_model import environment
 
 _ESCAPES = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07|[=>()][A-Z0-9]?)")
 

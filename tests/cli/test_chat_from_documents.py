@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from saying import model, model_directory, run_khaosz
+from scripted_model import model, model_directory, run_khaosz
 
 from khaosz.rag import KnowledgeBase
 

@@ -13,7 +13,15 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from saying import CONTEXT, SAID, environment, khaosz_serve, model, model_directory, run_khaosz
+from scripted_model import (
+    CONTEXT,
+    SAID,
+    environment,
+    khaosz_serve,
+    model,
+    model_directory,
+    run_khaosz,
+)
 
 ANSWER = "南极[1]。"
 

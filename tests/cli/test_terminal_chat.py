@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from saying import CONTEXT, SAID, model, model_directory, run_khaosz, tokenizer
+from scripted_model import CONTEXT, SAID, model, model_directory, run_khaosz, tokenizer
 
 from khaosz.cli.models import newest_model
 from khaosz.cli.terminal.chat import answer, say

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from saying import khaosz_serve, model, model_directory
+from scripted_model import khaosz_serve, model, model_directory
 
 from khaosz.cli.terminal.lines import read_lines
 

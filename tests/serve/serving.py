@@ -29,7 +29,7 @@ from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.models import Limits, Models
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 from khaosz.serve.run import listen, named_models
 
 CONTEXT = 2048
@@ -198,7 +198,7 @@ def served(
     limits: Limits | None = None,
     timeout: float = 60.0,
     step_tokens: int | None = None,
-    offered: Offered | None = None,
+    retrieval: RetrievalModels | None = None,
     library: Library | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
@@ -209,7 +209,7 @@ def served(
         service = Service(0, all_models)
         service.engine.step_tokens = step_tokens
     inner = build_app(
-        all_models, offered=offered, library=library, timeout=timeout, routers=routers
+        all_models, retrieval=retrieval, library=library, timeout=timeout, routers=routers
     )
     app = Guard(inner, key=key, hosts=LOOPBACK, origins=origins)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from serving import Service, served
 
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 
 FILE = os.environ.get("KHAOSZ_SMOLLM2", "")
 pytestmark = [
@@ -28,7 +28,7 @@ ADDRESS = "http://127.0.0.1:8000/v1"
 
 @pytest.fixture(scope="module")
 def smol() -> Iterator[Service]:
-    with served(f"smol={FILE}", offered=Offered([f"e5={FILE}"], [])) as running:
+    with served(f"smol={FILE}", retrieval=RetrievalModels([f"e5={FILE}"], [])) as running:
         yield running
 
 

@@ -7,19 +7,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from knowing import Knowing, knowing
+from knowledge_helpers import KnowledgeClient, serve_knowledge
 
 BIRDS = b"# Birds\n\nPenguins are birds that swim. They cannot fly.\n\nOwls hunt at night.\n"
 CITIES = "# 城市\n\n北京是中国的首都，有故宫和长城。\n\n上海是最大的港口。\n".encode()
 
 
 @pytest.fixture
-def bases(tiny: Path, tmp_path: Path) -> Iterator[Knowing]:
-    with knowing(tiny, tmp_path / "data") as running:
+def bases(tiny: Path, tmp_path: Path) -> Iterator[KnowledgeClient]:
+    with serve_knowledge(tiny, tmp_path / "data") as running:
         yield running
 
 
-def test_a_base_from_its_beginning_to_its_end(bases: Knowing, tmp_path: Path) -> None:
+def test_a_base_from_its_beginning_to_its_end(bases: KnowledgeClient, tmp_path: Path) -> None:
     made = bases.create("笔记 1")
     assert made == {
         "id": "笔记 1", "object": "knowledge_base", "created": made["created"], "embedder": None,

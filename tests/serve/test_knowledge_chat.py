@@ -11,14 +11,14 @@ from typing import Any
 
 import openai
 import pytest
-from knowing import Knowing, knowing
+from knowledge_helpers import KnowledgeClient, serve_knowledge
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.inference.request import Output
 from khaosz.rag.prompt import Prompt
 from khaosz.rag.search.hit import Hit
-from khaosz.serve.knowledge.grounding import Grounds
-from khaosz.serve.openai.completion_output import Answer, Form
+from khaosz.serve.knowledge.grounding import RetrievalContext
+from khaosz.serve.openai.completion_output import Answer, ResponseFormat
 from khaosz.serve.replies import ChatCompletion
 
 PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
@@ -29,9 +29,11 @@ SHOWN = "They live there [1],  [1] and [not here]. [1"
 
 
 @pytest.fixture(scope="module")
-def zoo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knowing]:
+def zoo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnowledgeClient]:
     data = tmp_path_factory.mktemp("data")
-    with knowing(tiny, data, embedders=[f"small={tiny}"], rerankers=[f"judge={tiny}"]) as running:
+    with serve_knowledge(
+        tiny, data, embedders=[f"small={tiny}"], rerankers=[f"judge={tiny}"]
+    ) as running:
         running.create("zoo")
         running.create("both", "small")
         for base in ("zoo", "both"):
@@ -43,7 +45,7 @@ def zoo(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knowin
         yield running
 
 
-def chat(zoo: Knowing, *messages: dict[str, Any], **more: Any) -> tuple[int, Any]:
+def chat(zoo: KnowledgeClient, *messages: dict[str, Any], **more: Any) -> tuple[int, Any]:
     body = {
         "model": "tiny", "knowledge_base": "zoo", "messages": messages or [ASKED],
         "max_tokens": 300, "temperature": 0, **more,
@@ -57,7 +59,7 @@ def saying(text: str) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
-def test_an_answer_with_citations(zoo: Knowing) -> None:
+def test_an_answer_with_citations(zoo: KnowledgeClient) -> None:
     status, answer = chat(zoo, **saying(SAID))
     assert status == 200, answer
     ChatCompletion.model_validate(answer)
@@ -78,7 +80,7 @@ def test_an_answer_with_citations(zoo: Knowing) -> None:
     assert answer["usage"]["prompt_tokens"] == len(tokens)
 
 
-def test_a_stream_is_the_whole_in_pieces(zoo: Knowing) -> None:
+def test_a_stream_is_the_whole_in_pieces(zoo: KnowledgeClient) -> None:
     _, whole = chat(zoo, **saying(SAID), n=2)
     client = zoo.service.client()
     chunks = [
@@ -102,7 +104,7 @@ def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
     """Cut anywhere, and cut short at the end."""
     passage = Hit(1, "a.md", "a.md", "0" * 64, 5, 9, "text", (), 1.0, {})
     prompt = Prompt("...", (passage,), 0, "en")
-    form = Form(True, grounds=Grounds([], "q", [passage], prompt, "no"))
+    form = ResponseFormat(True, grounds=RetrievalContext([], "q", [passage], prompt, "no"))
     text = "Yes [1], [2] and 【 1 】. [1"
 
     async def answered(sizes: list[int]) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
         assert (citation["number"], citation["start"], citation["text"]) == (1, 5, "text")
 
 
-def test_with_embedder_and_reranker(zoo: Knowing) -> None:
+def test_with_embedder_and_reranker(zoo: KnowledgeClient) -> None:
     for mode, legs in ((None, {"lexical", "dense"}), ("dense", {"dense"})):
         more = {"k": 2, "mode": mode, "reranker": "judge"}
         status, answer = chat(zoo, knowledge_base="both", retrieval=more, **saying("[2][1]"))
@@ -148,7 +150,7 @@ def test_with_embedder_and_reranker(zoo: Knowing) -> None:
     ],
 )
 def test_no_model_is_asked_where_nothing_is_found(
-    zoo: Knowing, question: str, refusal: str
+    zoo: KnowledgeClient, question: str, refusal: str
 ) -> None:
     asked = {"role": "user", "content": question}
     status, answer = chat(zoo, asked, n=2)
@@ -166,7 +168,7 @@ def test_no_model_is_asked_where_nothing_is_found(
     assert not zoo.service.engine.unfinished
 
 
-def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: Knowing) -> None:
+def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: KnowledgeClient) -> None:
     history = [ASKED, {"role": "assistant", "content": "In the south [1].", "citations": []}]
     status, answer = chat(
         zoo,
@@ -194,7 +196,7 @@ def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: Knowing) -> Non
 ROOM = {**saying("x"), "max_tokens": 1000}
 
 
-def test_passages_that_have_no_room_are_left_out(zoo: Knowing) -> None:
+def test_passages_that_have_no_room_are_left_out(zoo: KnowledgeClient) -> None:
     zoo.create("much")
     text = "Penguins in the south. " + "quartz " * 60
     files = [zoo.upload("much", f"{i}.md", f"{i} {text}".encode()) for i in range(6)]
@@ -210,7 +212,7 @@ def test_passages_that_have_no_room_are_left_out(zoo: Knowing) -> None:
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
 
 
-def test_what_cannot_be_asked(zoo: Knowing) -> None:
+def test_what_cannot_be_asked(zoo: KnowledgeClient) -> None:
     for changed, status, param in (
         ({"knowledge_base": "none"}, 404, None),
         ({"knowledge_base": None, "retrieval": {}}, 400, None),

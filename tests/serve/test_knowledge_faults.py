@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from knowing import BASES, EmbeddingServer, Knowing, knowing
+from knowledge_helpers import BASES, EmbeddingServer, KnowledgeClient, serve_knowledge
 from make_documents import pdf_bytes
 from serving import Service, wait_until
 
@@ -26,7 +26,7 @@ from khaosz.errors import ConfigError
 from khaosz.rag import KnowledgeBase
 from khaosz.serve.knowledge.catalogue import FileRow
 from khaosz.serve.knowledge.library import Library
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 
 # 64 passages are embedded at once.
 LONG = "\n\n".join(f"Paragraph {i} of the long text. " + "word " * 250 for i in range(100)).encode()
@@ -40,13 +40,13 @@ def letters() -> Iterator[EmbeddingServer]:
 
 
 @pytest.fixture
-def bases(tiny: Path, tmp_path: Path, letters: EmbeddingServer) -> Iterator[Knowing]:
-    with knowing(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
+def bases(tiny: Path, tmp_path: Path, letters: EmbeddingServer) -> Iterator[KnowledgeClient]:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
         yield running
         letters.open.set()  # what waits for it would hold the server's end up
 
 
-def test_progress_and_others_meanwhile(bases: Knowing, letters: EmbeddingServer) -> None:
+def test_progress_and_others_meanwhile(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("slow", "letters")
     bases.create("plain")
     bases.ready("slow", bases.upload("slow", "first.md", b"The first file."))
@@ -73,13 +73,13 @@ def test_progress_and_others_meanwhile(bases: Knowing, letters: EmbeddingServer)
     assert both[0]["legs"].keys() == {"lexical", "dense"}
 
 
-def test_an_empty_base_is_searched_in_every_mode(bases: Knowing) -> None:
+def test_an_empty_base_is_searched_in_every_mode(bases: KnowledgeClient) -> None:
     bases.create("new", "letters")
     for mode in (None, "lexical", "dense", "hybrid"):
         assert bases.search("new", "anything", mode=mode) == []
 
 
-def held(bases: Knowing, letters: EmbeddingServer, name: str) -> Any:
+def held(bases: KnowledgeClient, letters: EmbeddingServer, name: str) -> Any:
     """A file whose first passages wait for their vectors."""
     # The first of an embedder says how long they are.
     bases.ready("a", bases.upload("a", "first.md", b"The first file."))
@@ -91,7 +91,7 @@ def held(bases: Knowing, letters: EmbeddingServer, name: str) -> Any:
 
 @pytest.mark.parametrize("what", ["file", "base"])
 def test_deleted_while_it_is_embedded(
-    bases: Knowing, letters: EmbeddingServer, tmp_path: Path, what: str
+    bases: KnowledgeClient, letters: EmbeddingServer, tmp_path: Path, what: str
 ) -> None:
     bases.create("a", "letters")
     sent = held(bases, letters, "long.md")
@@ -116,7 +116,7 @@ def test_deleted_while_it_is_embedded(
     assert bases.ask("GET", "/a/files")[1]["data"] == []
 
 
-def test_deleted_before_it_is_written(bases: Knowing, letters: EmbeddingServer) -> None:
+def test_deleted_before_it_is_written(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     letters.open.clear()  # the base is not written before it is known how long its vectors are
     sent = bases.upload("a", "long.md", LONG)
@@ -129,7 +129,7 @@ def test_deleted_before_it_is_written(bases: Knowing, letters: EmbeddingServer) 
     assert not any("Paragraph 0 " in text for text in letters.asked), "for nobody"
 
 
-def test_replaced_while_it_is_embedded(bases: Knowing, letters: EmbeddingServer) -> None:
+def test_replaced_while_it_is_embedded(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     held(bases, letters, "a.md")
     new = bases.upload("a", "a.md", b"A short text instead.")
@@ -141,7 +141,7 @@ def test_replaced_while_it_is_embedded(bases: Knowing, letters: EmbeddingServer)
     ]
 
 
-def test_an_embedder_that_fails(bases: Knowing, letters: EmbeddingServer) -> None:
+def test_an_embedder_that_fails(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     letters.failing = True
     sent = bases.upload("a", "a.md", b"A text.")
@@ -155,7 +155,7 @@ def test_an_embedder_that_fails(bases: Knowing, letters: EmbeddingServer) -> Non
     assert bases.search("a", "text")[0]["doc"] == "a.md"
 
 
-def test_who_makes_a_base(bases: Knowing) -> None:
+def test_who_makes_a_base(bases: KnowledgeClient) -> None:
     def make(**asked: Any) -> tuple[int, Any]:
         status, answer = bases.ask("POST", "", json.dumps(asked))
         return status, answer["error"]["param"] if status >= 400 else answer["id"]
@@ -173,7 +173,7 @@ def test_who_makes_a_base(bases: Knowing) -> None:
     assert bases.ask("GET", "/U\u0308ni\u0308")[1]["id"] == "Ünï"
 
 
-def test_at_once(bases: Knowing, tmp_path: Path) -> None:
+def test_at_once(bases: KnowledgeClient, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(
             lambda _: bases.ask("POST", "", json.dumps({"name": "a"}))[0], range(8)
@@ -196,7 +196,7 @@ def test_at_once(bases: Knowing, tmp_path: Path) -> None:
     assert len(list((tmp_path / "uploads").iterdir())) == 1
 
 
-def test_what_cannot_be_searched(bases: Knowing) -> None:
+def test_what_cannot_be_searched(bases: KnowledgeClient) -> None:
     bases.create("a")
     (file,) = bases.ready("a", bases.upload("a", "a.md", b"A text."))
     for asked, status, param in (
@@ -232,20 +232,20 @@ def test_what_cannot_be_searched(bases: Knowing) -> None:
         assert bases.ask(method, path)[0] == 404
 
 
-def test_a_method_that_a_path_does_not_have(bases: Knowing) -> None:
+def test_a_method_that_a_path_does_not_have(bases: KnowledgeClient) -> None:
     for path, allowed in (("", "GET, POST"), ("/a", "DELETE, GET"), ("/a/search", "POST")):
         status, headers, _ = bases.service.ask("PATCH", BASES + path, b"")
         assert (status, headers["allow"]) == (405, allowed)
 
 
 def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         for name in ("good", "bad", "lost"):
             running.create(name)
             running.ready(name, running.upload(name, "a.md", b"A text."))
     (tmp_path / "bases/bad.kb").write_bytes(b"no database at all " * 1000)
     (tmp_path / "bases/lost.kb").unlink()
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         wait_until(lambda: running.ask("GET", "/bad")[1]["error"] is not None)
         by_name = {base["id"]: base for base in running.ask("GET")[1]["data"]}
         assert by_name["bad"]["error"].startswith("cannot be read") and by_name["bad"]["files"] == 1
@@ -270,7 +270,7 @@ def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:
 def test_what_the_base_lacks_is_read_again(tiny: Path, tmp_path: Path) -> None:
     """As after a power cut, which may take what SQLite wrote last."""
     embedders = [f"small={tiny}"]
-    with knowing(tiny, tmp_path, embedders=embedders) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=embedders) as running:
         running.create("a", "small")
         sent = [running.upload("a", f"{i}.md", f"Text {i}.".encode()) for i in range(3)]
         running.ready("a", *sent)
@@ -279,7 +279,7 @@ def test_what_the_base_lacks_is_read_again(tiny: Path, tmp_path: Path) -> None:
         with base.store.writing():
             base.store.remove_source("default", "0.md")
             base.store._db.execute("DELETE FROM vectors WHERE chunk = 2")  # type: ignore[attr-defined]
-    with knowing(tiny, tmp_path, embedders=embedders) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=embedders) as running:
         wait_until(lambda: running.ask("GET", "/a")[1]["embedded"] == 3)
         running.ready("a", *sent)
         assert {hit["doc"] for hit in running.search("a", "text", k=9)} == {
@@ -291,10 +291,10 @@ def test_what_the_base_lacks_is_read_again(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_an_embedder_that_is_offered_no_more(tiny: Path, tmp_path: Path) -> None:
-    with knowing(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.create("a", "small")
         running.ready("a", running.upload("a", "a.md", b"A text."))
-    with knowing(tiny, tmp_path, embedders=[f"other={tiny}"]) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"other={tiny}"]) as running:
         assert running.search("a", "text", mode="lexical")[0]["doc"] == "a.md"
         assert running.ask("POST", "/a/search", json.dumps({"query": "text"}))[0] == 409
         status, answer = running.ask("PUT", "/a/files/b.md", b"x")
@@ -304,7 +304,7 @@ def test_an_embedder_that_is_offered_no_more(tiny: Path, tmp_path: Path) -> None
 
 def test_a_reranker_that_fails(tiny: Path, tmp_path: Path) -> None:
     """Its context has no room for such a question."""
-    with knowing(tiny, tmp_path, rerankers=[f"judge={tiny}"]) as running:
+    with serve_knowledge(tiny, tmp_path, rerankers=[f"judge={tiny}"]) as running:
         running.create("a")
         running.ready("a", running.upload("a", "a.md", "春眠不觉晓。".encode()))
         assert running.search("a", "春眠", reranker="judge")[0]["legs"]["rerank"]["rank"] == 1
@@ -315,12 +315,12 @@ def test_a_reranker_that_fails(tiny: Path, tmp_path: Path) -> None:
 
 def test_another_embedder_under_the_same_name(tiny: Path, tmp_path: Path) -> None:
     """Its vectors would be compared with those that another model made."""
-    with knowing(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.create("a", "small")
         sent = running.upload("a", "a.md", b"A text.")
         running.ready("a", sent)
     copy = shutil.copytree(tiny, tmp_path / "copy")
-    with knowing(tiny, tmp_path, embedders=[f"small={copy}"]) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"small={copy}"]) as running:
         assert running.search("a", "text", mode="lexical")[0]["doc"] == "a.md"
         status, answer = running.ask("POST", "/a/search", json.dumps({"query": "text"}))
         assert status == 409 and str(tiny) not in answer["error"]["message"]
@@ -329,14 +329,14 @@ def test_another_embedder_under_the_same_name(tiny: Path, tmp_path: Path) -> Non
         assert running.ask("PUT", "/a/files/c.md", b"x")[0] == 409
         assert running.ask("DELETE", f"/a/files/{sent['id']}")[0] == 200
         assert running.search("a", "text", mode="lexical") == []
-    with knowing(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
+    with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.ready("a", later)
         assert [hit["doc"] for hit in running.search("a", "text")] == ["b.md"]
 
 
 def test_a_late_removal_spares_what_came_since(tmp_path: Path) -> None:
     """As where a slow search holds up the removal of a file that is uploaded again meanwhile."""
-    library = Library(tmp_path, Offered())
+    library = Library(tmp_path, RetrievalModels())
     library.start()
 
     def added() -> FileRow:
@@ -365,18 +365,18 @@ def test_a_late_removal_spares_what_came_since(tmp_path: Path) -> None:
 
 
 def test_one_server_at_a_time(tmp_path: Path) -> None:
-    first = Library(tmp_path, Offered())
+    first = Library(tmp_path, RetrievalModels())
     with pytest.raises(ConfigError, match="in use by another khaosz serve"):
-        Library(tmp_path, Offered())
+        Library(tmp_path, RetrievalModels())
     first.stop()
-    Library(tmp_path, Offered()).stop()
+    Library(tmp_path, RetrievalModels()).stop()
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(ConfigError, match="cannot be used"):
-        Library(tmp_path / "file", Offered())
+        Library(tmp_path / "file", RetrievalModels())
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/catalogue.db").write_bytes(b"no database " * 1000)
     with pytest.raises(ConfigError, match="cannot be used"):
-        Library(tmp_path / "broken", Offered())
+        Library(tmp_path / "broken", RetrievalModels())
 
 
 _LIMITED = """
@@ -398,7 +398,7 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path) -> None:
     assert process.stdout is not None
     try:
         port = int(process.stdout.readline().rsplit(":", 1)[1].split("/")[0])
-        client = Knowing(Service(port, None))  # type: ignore[arg-type]
+        client = KnowledgeClient(Service(port, None))  # type: ignore[arg-type]
         client.create("a")
         status, answer = client.ask("PUT", "/a/files/b.txt", b"x" * 3_000_000)
         assert status == 507 and answer["error"]["code"] == "disk_full"
@@ -416,22 +416,22 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path) -> None:
 def test_the_service_ends_while_a_file_is_parsed(tiny: Path, tmp_path: Path) -> None:
     """Its process is ended with it, and that is no fault of the file."""
     pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(1500)]
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         running.create("a")
         sent = running.upload("a", "long.pdf", pdf_bytes(pages))  # type: ignore[arg-type]
         wait_until(lambda: running.file("a", sent["id"])["status"] == "reading")
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         running.ready("a", sent)
 
 
 def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -> None:
     letters = EmbeddingServer()
     try:
-        with knowing(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
+        with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
             running.create("a", "letters")
             sent = held(running, letters, "long.md")
             threading.Timer(0.5, letters.open.set).start()
-        with knowing(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
+        with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
             (file,) = running.ready("a", sent)
             assert file["chunks"] == file["embedded"] > 64
     finally:
@@ -439,7 +439,7 @@ def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -
 
 
 def test_a_catalogue_of_before_there_were_codes_goes_on(tiny: Path, tmp_path: Path) -> None:
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         running.create("notes")
         kept = running.upload("notes", "a.md", b"A text.")
         running.ready("notes", kept)
@@ -448,7 +448,7 @@ def test_a_catalogue_of_before_there_were_codes_goes_on(tiny: Path, tmp_path: Pa
         db.execute("PRAGMA user_version = 1")
         db.commit()
     for _ in range(2):
-        with knowing(tiny, tmp_path) as running:
+        with serve_knowledge(tiny, tmp_path) as running:
             (file,) = running.ask("GET", "/notes/files")[1]["data"]
             assert (file["id"], file["status"], file["code"]) == (kept["id"], "ready", None)
             (bad,) = running.ready("notes", running.upload("notes", "b.md", b""), status="failed")

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from knowing import BASES, Knowing, knowing
+from knowledge_helpers import BASES, KnowledgeClient, serve_knowledge
 from make_documents import pdf_bytes, word, write_docx
 from serving import wait_until
 
@@ -29,13 +29,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def files(tiny: Path, data: Path) -> Iterator[Knowing]:
-    with knowing(tiny, data, max_upload=LIMIT) as running:
+def files(tiny: Path, data: Path) -> Iterator[KnowledgeClient]:
+    with serve_knowledge(tiny, data, max_upload=LIMIT) as running:
         yield running
 
 
 @pytest.fixture
-def base(files: Knowing, request: pytest.FixtureRequest) -> Iterator[str]:
+def base(files: KnowledgeClient, request: pytest.FixtureRequest) -> Iterator[str]:
     """An empty base of the test's own; it ends with the test, and its uploads with it."""
     name = request.node.name.partition("[")[0][:64]
     files.create(name)
@@ -49,7 +49,7 @@ def uploads(data: Path) -> set[str]:
     return {path.name for path in (data / "uploads").iterdir() if path.is_file()}
 
 
-def test_every_kind_in_both_languages(files: Knowing, base: str, tmp_path: Path) -> None:
+def test_every_kind_in_both_languages(files: KnowledgeClient, base: str, tmp_path: Path) -> None:
     pages = [
         [(72, 700, "The harbour of the first page.")],
         [(72, 700, "The lighthouse of the second page.")],
@@ -94,7 +94,9 @@ def bomb(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_bad_file_fails_alone(files: Knowing, base: str, tmp_path: Path, data: Path) -> None:
+def test_a_bad_file_fails_alone(
+    files: KnowledgeClient, base: str, tmp_path: Path, data: Path
+) -> None:
     bad = {
         "broken.pdf": b"%PDF-1.7\nnothing of it",
         "torn.docx": write_docx(tmp_path / "b.docx", word("x")).read_bytes()[:500],
@@ -124,14 +126,14 @@ def test_a_bad_file_fails_alone(files: Knowing, base: str, tmp_path: Path, data:
     assert again["id"] == failed[0]["id"] and again["status"] in ("queued", "reading")
 
 
-def test_a_part_that_cannot_be_read_is_told(files: Knowing, base: str) -> None:
+def test_a_part_that_cannot_be_read_is_told(files: KnowledgeClient, base: str) -> None:
     lines = b'{"id": "a", "text": "One good line."}\nnot JSON\n'
     (file,) = files.ready(base, files.upload(base, "a.jsonl", lines))
     assert file["chunks"] == 1 and file["error"].startswith("1 line is no document; line 2")
     assert file["code"] == "partly"
 
 
-def test_the_same_name_is_replaced(files: Knowing, base: str, data: Path) -> None:
+def test_the_same_name_is_replaced(files: KnowledgeClient, base: str, data: Path) -> None:
     (first,) = files.ready(base, files.upload(base, "a.md", b"The old cat."))
     assert files.upload(base, "a.md", b"The old cat.") == first, "it is there already"
     (second,) = files.ready(base, files.upload(base, "a.md", b"The new dog."))
@@ -147,7 +149,7 @@ def test_the_same_name_is_replaced(files: Knowing, base: str, data: Path) -> Non
     assert files.search(base, "dog") == []
 
 
-def test_the_same_bytes_are_kept_once(files: Knowing, base: str, data: Path) -> None:
+def test_the_same_bytes_are_kept_once(files: KnowledgeClient, base: str, data: Path) -> None:
     content = b"The same bytes."
     sent = [files.upload(base, name, content) for name in ("a.md", "b.txt")]
     first, second = files.ready(base, *sent)
@@ -161,7 +163,7 @@ def test_the_same_bytes_are_kept_once(files: Knowing, base: str, data: Path) -> 
     assert files.ask("DELETE", f"/{base}/files/{second['id']}")[0] == 404
 
 
-def test_content_is_saved_and_never_shown(files: Knowing, base: str) -> None:
+def test_content_is_saved_and_never_shown(files: KnowledgeClient, base: str) -> None:
     content = b"<script>alert(1)</script>"
     (file,) = files.ready(base, files.upload(base, "页 1.html", content), status="failed")
     connection = HTTPConnection("127.0.0.1", files.service.port, timeout=30)
@@ -194,7 +196,9 @@ def test_content_is_saved_and_never_shown(files: Knowing, base: str) -> None:
         ("..", 400),
     ],
 )
-def test_names_that_are_none(files: Knowing, base: str, data: Path, name: str, status: int) -> None:
+def test_names_that_are_none(
+    files: KnowledgeClient, base: str, data: Path, name: str, status: int
+) -> None:
     path = f"{BASES}/{base}/files/{name}"
     # Its sender has sent all of it before it reads the answer.
     found, _, answer = files.service.ask("PUT", path, b"x" * 2_000_000)
@@ -204,7 +208,7 @@ def test_names_that_are_none(files: Knowing, base: str, data: Path, name: str, s
     assert uploads(data) == set() and not list(data.parent.rglob("evil*"))
 
 
-def test_a_name_is_normalised(files: Knowing, base: str) -> None:
+def test_a_name_is_normalised(files: KnowledgeClient, base: str) -> None:
     name = "Über résumé ガ.md"
     for form in ("NFD", "NFC"):
         file = files.upload(base, unicodedata.normalize(form, name), b"One text.")  # type: ignore[arg-type]
@@ -213,7 +217,9 @@ def test_a_name_is_normalised(files: Knowing, base: str) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_file_that_is_too_large(files: Knowing, base: str, data: Path, chunked: bool) -> None:
+def test_a_file_that_is_too_large(
+    files: KnowledgeClient, base: str, data: Path, chunked: bool
+) -> None:
     """Its sender reads the answer, although it has sent all of it."""
     connection = HTTPConnection("127.0.0.1", files.service.port, timeout=30)
     body: Any = b"x" * 20_000_000
@@ -235,7 +241,7 @@ def head_of(base: str, length: int, *more: str) -> bytes:
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
-def test_who_leaves_midway_leaves_nothing(files: Knowing, base: str, data: Path) -> None:
+def test_who_leaves_midway_leaves_nothing(files: KnowledgeClient, base: str, data: Path) -> None:
     partial = data / "uploads/.partial"
     for sent in (0, 1, 150_000):
         connection = socket.create_connection(("127.0.0.1", files.service.port))
@@ -246,7 +252,7 @@ def test_who_leaves_midway_leaves_nothing(files: Knowing, base: str, data: Path)
     assert uploads(data) == set() and files.ask("GET", f"/{base}/files")[1]["data"] == []
 
 
-def test_a_refusal_comes_before_the_body(files: Knowing, base: str) -> None:
+def test_a_refusal_comes_before_the_body(files: KnowledgeClient, base: str) -> None:
     """Whoever waits for 100 Continue, as curl does, sends nothing in vain."""
     for head, status in (
         (head_of(base, LIMIT + 1, "Expect: 100-continue"), b"413"),
@@ -263,7 +269,7 @@ def test_a_refusal_comes_before_the_body(files: Knowing, base: str) -> None:
 
 def test_a_key_is_asked_for_first(tiny: Path, tmp_path: Path) -> None:
     with (
-        knowing(tiny, tmp_path, key="sesame") as guarded,
+        serve_knowledge(tiny, tmp_path, key="sesame") as guarded,
         socket.create_connection(("127.0.0.1", guarded.service.port)) as connection,
     ):
         connection.settimeout(30)
@@ -275,7 +281,7 @@ def test_a_key_is_asked_for_first(tiny: Path, tmp_path: Path) -> None:
 def test_a_large_file_comes_whole(tiny: Path, tmp_path: Path) -> None:
     """Larger than any other body may be."""
     content = b"".join(b"%d\n" % number for number in range(1_000_000))
-    with knowing(tiny, tmp_path) as running:
+    with serve_knowledge(tiny, tmp_path) as running:
         running.create("a")
         # No text that is split into passages: reading it isn't what is tried here.
         file = running.upload("a", "a.pdf", content)
@@ -285,7 +291,7 @@ def test_a_large_file_comes_whole(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_a_body_that_stops_coming(
-    files: Knowing, base: str, data: Path, monkeypatch: pytest.MonkeyPatch
+    files: KnowledgeClient, base: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "IDLE", 0.2)
     with socket.create_connection(("127.0.0.1", files.service.port)) as connection:

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from knowing import BASES, Knowing
+from knowledge_helpers import BASES, KnowledgeClient
 from make_documents import pdf_bytes
 from serving import Service, wait_until
 
@@ -102,7 +102,7 @@ def kill_amid(port: int, server: subprocess.Popen[str], sent: dict[str, bytes], 
 
 def check_all_there(tiny: Path, data: Path, sent: dict[str, bytes]) -> None:
     with process(tiny, data) as (_, port):
-        client = Knowing(Service(port, None))  # type: ignore[arg-type]
+        client = KnowledgeClient(Service(port, None))  # type: ignore[arg-type]
 
         def files() -> list[Any]:
             return client.ask("GET", "/k/files")[1]["data"]
@@ -139,7 +139,7 @@ def test_what_was_taken_on_survives(tiny: Path, tmp_path: Path, kills: int) -> N
     for seed in range(1, kills + 1):
         with process(tiny, tmp_path) as (server, port):
             if seed == 1:
-                Knowing(Service(port, None)).create("k", "small")  # type: ignore[arg-type]
+                KnowledgeClient(Service(port, None)).create("k", "small")  # type: ignore[arg-type]
             kill_amid(port, server, sent, seed)
         left = sqlite3.connect(tmp_path / "catalogue.db")
         (queued,) = left.execute("SELECT count(*) FROM files WHERE status = 'queued'").fetchone()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from serving import WEATHER, Service, served
 
+from khaosz.serve.app import record_routes
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
 from khaosz.serve.replies import ChatCompletion, TextCompletion
-from khaosz.serve.retrieval_models import Offered
-from khaosz.serve.run import record_routes
+from khaosz.serve.retrieval_models import RetrievalModels
 
 HELLO: list[Any] = [{"role": "user", "content": "the fox"}]
 
@@ -75,10 +75,10 @@ def test_nothing_is_answered_that_is_not_described(tiny: Path, tmp_path: Path) -
     tool = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
     if tool is None:
         pytest.skip("pip install schemathesis")
-    offered = Offered([f"small={tiny}"], [f"judge={tiny}"])
-    library = Library(tmp_path, offered, max_upload=MAX_UPLOAD)
+    retrieval = RetrievalModels([f"small={tiny}"], [f"judge={tiny}"])
+    library = Library(tmp_path, retrieval, max_upload=MAX_UPLOAD)
     routers = record_routes(tmp_path, tmp_path / "runs")
-    with served(tiny, offered=offered, library=library, routers=routers) as service:
+    with served(tiny, retrieval=retrieval, library=library, routers=routers) as service:
         settings = tmp_path / "schemathesis.toml"
         statuses = "[400, 401, 403, 404, 405, 409, 413, 415]"
         settings.write_text(f"[checks.negative_data_rejection]\nexpected-statuses = {statuses}\n")

@@ -11,7 +11,7 @@ import pytest
 from browsing import answer, ask, comes, first_put_held, ready, visited
 from serving import Service, served, slowed, wait_until
 
-from khaosz.serve.run import record_routes
+from khaosz.serve.app import record_routes
 
 pytestmark = pytest.mark.browser
 

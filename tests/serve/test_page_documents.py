@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import pytest
 from browsing import PHONE, comes, visited
-from knowing import BASES, Knowing, knowing
+from knowledge_helpers import BASES, KnowledgeClient, serve_knowledge
 from make_documents import pdf_bytes
 from serving import wait_until
 
@@ -19,8 +19,8 @@ REPORT = "本公司二零二五年的营业收入为三百二十亿元。\n董�
 
 
 @pytest.fixture(scope="module")
-def shelf(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Knowing]:
-    with knowing(taught, tmp_path_factory.mktemp("data")) as running:
+def shelf(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnowledgeClient]:
+    with serve_knowledge(taught, tmp_path_factory.mktemp("data")) as running:
         yield running
 
 
@@ -38,7 +38,7 @@ def made(page: Any, name: str) -> None:
     page.locator(".drop").wait_for()
 
 
-def test_a_chinese_pdf_comes_in_and_is_found(browser: Any, shelf: Knowing) -> None:
+def test_a_chinese_pdf_comes_in_and_is_found(browser: Any, shelf: KnowledgeClient) -> None:
     with visited(browser, shelf.service.port, "/#/documents") as page:
         made(page, "报告")
         page.set_input_files(".drop input", report())
@@ -62,7 +62,7 @@ def test_a_chinese_pdf_comes_in_and_is_found(browser: Any, shelf: Knowing) -> No
         assert picker.input_value() == "报告"
 
 
-def test_what_cannot_be_read_says_why(browser: Any, shelf: Knowing) -> None:
+def test_what_cannot_be_read_says_why(browser: Any, shelf: KnowledgeClient) -> None:
     with visited(browser, shelf.service.port, "/#/documents") as page:
         made(page, "mixed")
         page.set_input_files(
@@ -89,7 +89,7 @@ def test_what_cannot_be_read_says_why(browser: Any, shelf: Knowing) -> None:
     assert shelf.ask("GET", "/mixed")[0] == 404
 
 
-def test_what_cannot_be_read_says_why_in_chinese(browser: Any, shelf: Knowing) -> None:
+def test_what_cannot_be_read_says_why_in_chinese(browser: Any, shelf: KnowledgeClient) -> None:
     sent = {
         "broken.pdf": b"%PDF-1.7 no",
         "picture.pdf": pdf_bytes([[]]),
@@ -117,18 +117,18 @@ def test_what_cannot_be_read_says_why_in_chinese(browser: Any, shelf: Knowing) -
 
 
 def test_a_base_that_cannot_be_used_says_why(browser: Any, taught: Path, tmp_path: Path) -> None:
-    with knowing(taught, tmp_path) as running:
+    with serve_knowledge(taught, tmp_path) as running:
         running.create("坏")
         running.ready("坏", running.upload("坏", "a.md", b"A text."))
     (tmp_path / "bases/坏.kb").write_bytes(b"no database at all " * 1000)
-    with knowing(taught, tmp_path) as running:
+    with serve_knowledge(taught, tmp_path) as running:
         wait_until(lambda: running.ask("GET", "/坏")[1]["error"] is not None)
         address = f"/#/documents/{quote('坏')}"
         with visited(browser, running.service.port, address, locale="zh-CN") as page:
             page.get_by_role("alert").get_by_text("文档集无法读写").wait_for()
 
 
-def test_files_can_be_dropped(browser: Any, shelf: Knowing) -> None:
+def test_files_can_be_dropped(browser: Any, shelf: KnowledgeClient) -> None:
     with visited(browser, shelf.service.port, "/#/documents", locale="zh-CN") as page:
         page.get_by_role("button", name="新建文档集").first.click()
         page.get_by_label("名称").fill("拖放")
@@ -143,7 +143,7 @@ def test_files_can_be_dropped(browser: Any, shelf: Knowing) -> None:
         page.locator(".files li.ready", has_text="诗.txt").wait_for()
 
 
-def test_documents_on_a_phone(browser: Any, shelf: Knowing) -> None:
+def test_documents_on_a_phone(browser: Any, shelf: KnowledgeClient) -> None:
     with visited(browser, shelf.service.port, "/#/documents", viewport=PHONE) as page:
         made(page, "phone")
         long = {"name": "x" * 90 + ".txt", "mimeType": "text/plain", "buffer": b"A word."}
@@ -152,7 +152,7 @@ def test_documents_on_a_phone(browser: Any, shelf: Knowing) -> None:
         assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
 
 
-def test_what_could_not_be_done_is_said(browser: Any, shelf: Knowing) -> None:
+def test_what_could_not_be_done_is_said(browser: Any, shelf: KnowledgeClient) -> None:
     """Though the looks that come after it go well."""
     shelf.create("taken")
     shelf.ready("taken", shelf.upload("taken", "a.txt", b"A text."))
@@ -179,7 +179,7 @@ def test_what_could_not_be_done_is_said(browser: Any, shelf: Knowing) -> None:
             page.get_by_role("alert").get_by_text("can't be reached").wait_for()
 
 
-def test_a_server_that_was_away_is_looked_at_again(browser: Any, shelf: Knowing) -> None:
+def test_a_server_that_was_away_is_looked_at_again(browser: Any, shelf: KnowledgeClient) -> None:
     """What it reads meanwhile does not stand there as being read for ever."""
     shelf.create("away")
     file = shelf.upload("away", "a.txt", b"A text.")
@@ -207,7 +207,7 @@ def test_a_server_that_was_away_is_looked_at_again(browser: Any, shelf: Knowing)
 
 
 def test_what_was_on_its_way_to_a_deleted_base_goes_to_no_other(
-    browser: Any, shelf: Knowing
+    browser: Any, shelf: KnowledgeClient
 ) -> None:
     files = [{"name": f"{i}.txt", "mimeType": "text/plain", "buffer": b"A text."} for i in range(6)]
     with visited(browser, shelf.service.port, "/#/documents") as page:

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from browsing import answer, ask, visited
-from knowing import Knowing
+from knowledge_helpers import KnowledgeClient
 from make_documents import pdf_bytes
 from serving import learnt, served
 
+from khaosz.serve.app import record_routes
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.retrieval_models import Offered
-from khaosz.serve.run import record_routes
+from khaosz.serve.retrieval_models import RetrievalModels
 
 pytestmark = pytest.mark.browser
 
@@ -27,17 +27,17 @@ SAID = "营业收入为三百二十亿元[1]。"
 
 
 @contextmanager
-def keeping(model: Path, data: Path) -> Iterator[Knowing]:
-    library = Library(data, Offered(), max_upload=MAX_UPLOAD)
+def keeping(model: Path, data: Path) -> Iterator[KnowledgeClient]:
+    library = Library(data, RetrievalModels(), max_upload=MAX_UPLOAD)
     routers = record_routes(data, data / "runs")
     with served(model, library=library, routers=routers) as service:
-        yield Knowing(service)
+        yield KnowledgeClient(service)
 
 
 @pytest.fixture(scope="module")
 def kept(
     tiny: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Knowing, Path, Path]]:
+) -> Iterator[tuple[KnowledgeClient, Path, Path]]:
     """A base with the report, and a model that has learnt to answer the very prompt that the
     service builds of it."""
     data = tmp_path_factory.mktemp("kept")

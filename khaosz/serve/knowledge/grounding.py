@@ -13,14 +13,14 @@ from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
 from khaosz.rag.search.hit import Hit
 from khaosz.rag.search.search import LONGEST_QUERY as LONGEST_SEARCHED
 from khaosz.rag.search.search import merge_neighbours
-from khaosz.serve.errors import Refused
+from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.search import LONGEST_QUERY, Searcher, hit_bodies
 
 Messages = list[dict[str, Any]]  # as templates take them
 
 
 @dataclass(frozen=True)
-class Grounds:
+class RetrievalContext:
     """What an answer stands on. messages: to be sent to the model, with passages in the last
     question; where nothing good was found, no model is asked, and the answer is `refusal`."""
 
@@ -69,18 +69,18 @@ async def grounds_for(
     count: Callable[[Messages], int],
     room: int,
     ask_model: Callable[[Messages], Awaitable[str]],
-) -> Grounds:
+) -> RetrievalContext:
     """`count`: tokens of a conversation, of which there may be `room`. `ask_model` puts a follow-up
     so that it can be searched for.
 
-    Raises `Refused` for a chat without a question, one that leaves no room for a passage, and a
+    Raises `ApiError` for a chat without a question, one that leaves no room for a passage, and a
     base that cannot be used.
     """
     at = max((i for i, each in enumerate(messages) if each["role"] == "user"), default=None)
     question = "" if at is None else messages[at]["content"]
     if at is None or not question.strip() or len(question) > LONGEST_QUERY:
         message = f"with a knowledge base, a user asks something of {LONGEST_QUERY:,} characters"
-        raise Refused(400, f"{message} at most", param="messages")
+        raise ApiError(400, f"{message} at most", param="messages")
     before, behind = messages[:at], messages[at + 1 :]
     query = question
     if any(each["role"] == "user" for each in before):
@@ -89,7 +89,7 @@ async def grounds_for(
     hits, found = await search.run(query, lambda base, hits: (hits, good(base, query, hits)))
     refusal = REFUSAL[language_of(question)]
     if not found:
-        return Grounds(messages, query, hits, None, refusal)
+        return RetrievalContext(messages, query, hits, None, refusal)
 
     def built() -> Prompt:
         return build_prompt(
@@ -103,8 +103,8 @@ async def grounds_for(
         prompt = await asyncio.to_thread(built)
     except GenerationError as error:
         code = "context_length_exceeded"
-        raise Refused(400, str(error), param="messages", code=code) from None
-    return Grounds([*before, *prompt.messages, *behind], query, hits, prompt, refusal)
+        raise ApiError(400, str(error), param="messages", code=code) from None
+    return RetrievalContext([*before, *prompt.messages, *behind], query, hits, prompt, refusal)
 
 
 def _in(hit: Hit, passage: Hit) -> bool:

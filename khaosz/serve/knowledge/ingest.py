@@ -21,11 +21,11 @@ from typing import TypeVar
 from khaosz.errors import DataError, DocumentError, KhaoszError
 from khaosz.rag.knowledge_base import DEFAULT_COLLECTION, KnowledgeBase
 from khaosz.rag.load import Document, Limits, Problem, Source, WorkerPool, load_file
-from khaosz.serve.errors import Refused
+from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.catalogue import Catalogue, FileRow, Status
 from khaosz.serve.knowledge.uploads import Uploads
-from khaosz.serve.replies import FAILING, UNEXPECTED, UNREADABLE, Trouble
-from khaosz.serve.retrieval_models import Offered, UnknownName
+from khaosz.serve.replies import FAILING, UNEXPECTED, UNREADABLE, IngestError
+from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Shared:
 
     catalogue: Catalogue
     uploads: Uploads
-    offered: Offered
+    retrieval: RetrievalModels
     reading: threading.Semaphore  # files read at once
 
 
@@ -62,7 +62,7 @@ class Base:
     def __init__(self, name: str, embedder: str | None, path: Path, shared: Shared) -> None:
         """embedder: by the name that it is offered under."""
         self.name, self.embedder, self.path = name, embedder, path
-        self.trouble: Trouble | None = None  # why the base cannot be used
+        self.trouble: IngestError | None = None  # why the base cannot be used
         self._shared = shared
         self._now: Progress | None = None
         self._lock = threading.Lock()
@@ -86,7 +86,7 @@ class Base:
     async def read(self, work: Callable[[KnowledgeBase], T], *, embedder: bool = False) -> T:
         """What `work` finds in the base, with its embedder where it needs one.
 
-        Raises `Refused` where the base or its embedder cannot be used, and what `work` raises.
+        Raises `ApiError` where the base or its embedder cannot be used, and what `work` raises.
         """
         return await asyncio.wrap_future(self._submit(lambda: self._read(work, embedder)))
 
@@ -94,7 +94,7 @@ class Base:
         try:
             return self._reader.submit(work)
         except RuntimeError:  # it has ended
-            raise Refused(404, f"there is no knowledge base {self.name!r}") from None
+            raise ApiError(404, f"there is no knowledge base {self.name!r}") from None
 
     def _read(self, work: Callable[[KnowledgeBase], T], embedder: bool) -> T:
         try:
@@ -110,16 +110,16 @@ class Base:
     def _open(self, embedder: bool) -> KnowledgeBase:
         if not embedder or self.embedder is None:
             return KnowledgeBase(self.path)
-        return KnowledgeBase(self.path, embedder=self._shared.offered.embedder(self.embedder))
+        return KnowledgeBase(self.path, embedder=self._shared.retrieval.embedder(self.embedder))
 
-    def _unusable(self, error: Exception) -> Refused:
+    def _unusable(self, error: Exception) -> ApiError:
         """What of it may be told: errors name paths."""
         _log.warning("knowledge base %r: %s", self.name, error)
         if isinstance(error, DataError | sqlite3.DatabaseError):
             message = f"the knowledge base {self.name!r} {UNREADABLE.message}"
-            return Refused(409, message, code=UNREADABLE.code)
+            return ApiError(409, message, code=UNREADABLE.code)
         message = f"the knowledge base {self.name!r}: {FAILING.message}"
-        return Refused(409, message, code=FAILING.code)
+        return ApiError(409, message, code=FAILING.code)
 
     def _close_reader(self) -> None:
         if self._opened is not None:
@@ -129,7 +129,7 @@ class Base:
     # ----------------------------------------------------------------------------------------- add
 
     def try_again(self) -> None:
-        """One that could not be used. Raises `Refused` if it still cannot."""
+        """One that could not be used. Raises `ApiError` if it still cannot."""
 
         def opened_anew() -> None:
             self._close_reader()
@@ -150,7 +150,7 @@ class Base:
     def remove(self, row: FileRow) -> None:
         """At once where the base is free; else the thread that writes does it next. The file must
         be marked as removed."""
-        with suppress(KhaoszError, sqlite3.DatabaseError, Refused):
+        with suppress(KhaoszError, sqlite3.DatabaseError, ApiError):
             self._submit(lambda: self._remove_now(row)).result()
         self.wake()
 
@@ -248,15 +248,15 @@ class Base:
                 _take_out(base, row.name)
             return
         except DocumentError as error:
-            why = Trouble(error.code, _line(str(error), error.hint))
+            why = IngestError(error.code, _line(str(error), error.hint))
         except (DataError, sqlite3.DatabaseError):
             raise  # of the base's file: the disk may have room again when it is woken
         except KhaoszError as error:
             _log.warning("knowledge base %r: %s: %s", self.name, row.name, error)
-            why = Trouble("embedder_failed", f"the embedder {self.embedder!r} failed")
+            why = IngestError("embedder_failed", f"the embedder {self.embedder!r} failed")
         except Exception:
             _log.exception("knowledge base %r: %s", self.name, row.name)
-            why = Trouble("unexpected", "reading it failed; the server's log has more")
+            why = IngestError("unexpected", "reading it failed; the server's log has more")
         else:
             # Those that were there before a server was killed are not counted as new.
             chunks = report.chunks or _count(base, row.name)
@@ -269,7 +269,7 @@ class Base:
 
     def _load(
         self, row: FileRow, pool: WorkerPool
-    ) -> tuple[Source, list[Document], Trouble | None]:
+    ) -> tuple[Source, list[Document], IngestError | None]:
         """Also what is wrong with a part of the file."""
         path = self._shared.uploads.path(row.sha256)
         problems: list[Problem] = []
@@ -283,7 +283,7 @@ class Base:
         note = _line(problems[0].message, problems[0].hint) if problems else None
         if not any(document.text for document in documents):
             raise DocumentError(note or "has no text in it", code="no_text")
-        return source, documents, Trouble("partly", note) if note else None
+        return source, documents, IngestError("partly", note) if note else None
 
     def _check(self, row: FileRow) -> None:
         if self._stopping or not self._shared.catalogue.is_still("queued", row):

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from khaosz.errors import ConfigError
 from khaosz.rag.load.walk import INSTEAD, SUFFIXES, kind_of
-from khaosz.serve.errors import Refused
+from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.catalogue import BaseRow, Catalogue, FileRow
 from khaosz.serve.knowledge.ingest import Base, Shared
 from khaosz.serve.knowledge.uploads import Received, Uploads
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 
 MAX_UPLOAD = 256 << 20  # bytes
 LONGEST_NAME = 64  # characters of a base's
@@ -45,8 +45,10 @@ class Library:
     Raises `ConfigError` where the folder cannot be used, or is by another server.
     """
 
-    def __init__(self, data: Path, offered: Offered, *, max_upload: int = MAX_UPLOAD) -> None:
-        self.offered, self.max_upload = offered, max_upload
+    def __init__(
+        self, data: Path, retrieval: RetrievalModels, *, max_upload: int = MAX_UPLOAD
+    ) -> None:
+        self.retrieval, self.max_upload = retrieval, max_upload
         self._folder = data / "bases"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +63,7 @@ class Library:
             message = f"{data} cannot be used: {why}"
             raise ConfigError(message, hint="--data names another") from None
         reading = threading.Semaphore(max(2, os.cpu_count() or 1))
-        self._shared = Shared(self._catalogue, self.uploads, offered, reading)
+        self._shared = Shared(self._catalogue, self.uploads, retrieval, reading)
         self._lock = threading.Lock()  # of uploads and the files that name them, and of bases
         self._bases = {row.name: self._made(row) for row in self._catalogue.bases()}
 
@@ -90,12 +92,12 @@ class Library:
             return [(row, self._bases[row.name]) for row in rows if not row.deleting]
 
     def base(self, name: str) -> tuple[BaseRow, Base]:
-        """Raises `Refused`."""
+        """Raises `ApiError`."""
         name = unicodedata.normalize("NFC", name)
         for row, base in self.bases():
             if row.name == name:
                 return row, base
-        raise Refused(404, f"there is no knowledge base {name!r}")
+        raise ApiError(404, f"there is no knowledge base {name!r}")
 
     def counts(self, base: Base) -> Counts:
         files = self.files(base)
@@ -107,29 +109,29 @@ class Library:
         )
 
     def create(self, name: str, embedder: str | None) -> tuple[BaseRow, Base]:
-        """Raises `Refused`."""
+        """Raises `ApiError`."""
         name = base_name(name)
-        if embedder is not None and embedder not in self.offered.embedders:
-            known = ", ".join(self.offered.embedders) or "none"
+        if embedder is not None and embedder not in self.retrieval.embedders:
+            known = ", ".join(self.retrieval.embedders) or "none"
             message = f"this server offers no embedder {embedder!r}; there are: {known}"
-            raise Refused(400, message, param="embedder")
+            raise ApiError(400, message, param="embedder")
         with self._lock:
             in_the_way = (self._folder / f"{name}.kb").exists()
             row = None if in_the_way else self._catalogue.add_base(name, embedder)
             if row is None:
                 message = f"there is a knowledge base {name!r} already"
-                raise Refused(409, message, param="name", code="name_taken")
+                raise ApiError(409, message, param="name", code="name_taken")
             self._bases[name] = self._made(row)
             return row, self._bases[name]
 
     def delete(self, name: str) -> None:
         """It is gone for those who ask at once; its files a little later, when its threads have
-        ended. Raises `Refused`."""
+        ended. Raises `ApiError`."""
         row, base = self.base(name)
         with self._lock:
             hashes = {file.sha256 for file in self._catalogue.files(row.name)}
             if not self._catalogue.mark_deleting(row.name):
-                raise Refused(404, f"there is no knowledge base {row.name!r}")
+                raise ApiError(404, f"there is no knowledge base {row.name!r}")
             self._drop_unused(hashes)
         self._delete(base).join(1.0)
 
@@ -151,15 +153,15 @@ class Library:
         return [base.shown(row) for row in self._catalogue.files(base.name)]
 
     def file(self, name: str, file_id: str) -> FileRow:
-        """Raises `Refused`."""
+        """Raises `ApiError`."""
         _, base = self.base(name)
         row = self._catalogue.file(base.name, file_id)
         if row is None:
-            raise Refused(404, f"there is no file {file_id!r} in {base.name!r}")
+            raise ApiError(404, f"there is no file {file_id!r} in {base.name!r}")
         return base.shown(row)
 
     def add(self, base: Base, name: str, received: Received) -> FileRow:
-        """A file that came whole; it is read by and by. Raises `Refused`, `OSError` and
+        """A file that came whole; it is read by and by. Raises `ApiError`, `OSError` and
         `sqlite3.OperationalError` as the disk does."""
         with self._lock:
             before = {row.sha256 for row in self._catalogue.files(base.name) if row.name == name}
@@ -169,17 +171,17 @@ class Library:
             finally:
                 self._drop_unused({received.sha256, *before})
         if row is None:
-            raise Refused(404, f"there is no knowledge base {base.name!r}")
+            raise ApiError(404, f"there is no knowledge base {base.name!r}")
         base.wake()
         return base.shown(row)
 
     def remove(self, name: str, file_id: str) -> None:
-        """Raises `Refused`."""
+        """Raises `ApiError`."""
         _, base = self.base(name)
         row = self.file(name, file_id)
         with self._lock:
             if not self._catalogue.mark_removed(row):
-                raise Refused(404, f"there is no file {file_id!r} in {row.base!r}")
+                raise ApiError(404, f"there is no file {file_id!r} in {row.base!r}")
             self._drop_unused({row.sha256})
         base.remove(row)
 
@@ -190,33 +192,33 @@ class Library:
 
 
 def base_name(given: str) -> str:
-    """Raises `Refused` for what would be no file's name everywhere."""
+    """Raises `ApiError` for what would be no file's name everywhere."""
     name = unicodedata.normalize("NFC", given)
     if not 1 <= len(name) <= LONGEST_NAME or len(name.encode()) > _FILE_BYTES:
         message = f"a name has 1 to {LONGEST_NAME} characters, and {_FILE_BYTES} bytes at most"
-        raise Refused(400, message, param="name", code="invalid_name")
+        raise ApiError(400, message, param="name", code="invalid_name")
     if name != name.strip() or name[0] == "." or not all(c.isalnum() or c in " -_." for c in name):
         message = "a name has letters, digits, - _ . and spaces inside, and no dot before it"
-        raise Refused(400, message, param="name", code="invalid_name")
+        raise ApiError(400, message, param="name", code="invalid_name")
     return name
 
 
 def file_name(given: str) -> str:
-    """A file's name as it is shown; it is never a path. Raises `Refused` for what is no name, and
+    """A file's name as it is shown; it is never a path. Raises `ApiError` for what is no name, and
     for files of a kind that cannot be read."""
     name = unicodedata.normalize("NFC", given)
     if not 1 <= len(name) <= _LONGEST_FILE:
         message = f"a file's name has 1 to {_LONGEST_FILE} characters"
-        raise Refused(400, message, param="name", code="invalid_file_name")
+        raise ApiError(400, message, param="name", code="invalid_file_name")
     if name in (".", "..") or not all(map(_may_be_in_name, name)):
         message = "a file's name has no separators, no control characters, and is valid Unicode"
-        raise Refused(400, message, param="name", code="invalid_file_name")
+        raise ApiError(400, message, param="name", code="invalid_file_name")
     if kind_of(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         what = f"{suffix} files cannot be read" if suffix else "this name has no suffix"
         instead = f": {hint.partition(',')[0]}" if (hint := INSTEAD.get(suffix)) else ""
         message = f"{what}{instead}; these can: {' '.join(SUFFIXES)}"
-        raise Refused(415, message, param="name", code="unsupported_file_type")
+        raise ApiError(415, message, param="name", code="unsupported_file_type")
     return name
 
 

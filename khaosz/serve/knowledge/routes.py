@@ -16,7 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
-from khaosz.serve.errors import Refused, errors
+from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.knowledge.catalogue import BaseRow, FileRow
 from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import LONGEST_NAME, Library, file_name
@@ -37,14 +37,14 @@ from khaosz.serve.replies import (
     PassageReply,
     SearchReply,
 )
-from khaosz.serve.schema import Asked
+from khaosz.serve.schema import RequestModel
 
 IDLE = 60.0  # seconds that a client may take until the next bytes of a body
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
-class NewBase(Asked):
+class NewBase(RequestModel):
     """embedder: one that the server offers; without it passages are found by their words."""
 
     name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
@@ -68,7 +68,7 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.post("", status_code=201, response_model=BaseReply, responses=errors(400, 409, 507))
     def create_base(asked: NewBase) -> dict[str, Any]:
-        with _told_when_full():
+        with map_disk_full():
             return base_body(*library.create(asked.name, asked.embedder))
 
     @router.get("/{kb}", response_model=BaseReply, responses=errors(404))
@@ -77,7 +77,7 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.delete("/{kb}", response_model=Deleted, responses=errors(404, 507))
     def delete_base(kb: str) -> dict[str, Any]:
-        with _told_when_full():
+        with map_disk_full():
             library.delete(kb)
         return {"id": kb, "object": "knowledge_base", "deleted": True}
 
@@ -119,7 +119,7 @@ def knowledge_routes(library: Library) -> APIRouter:
         except OSError as error:
             raise _disk(error) from None
         try:
-            with _told_when_full():
+            with map_disk_full():
                 return file_body(await asyncio.to_thread(library.add, base, name, received))
         finally:
             await asyncio.to_thread(received.discard)
@@ -127,17 +127,17 @@ def knowledge_routes(library: Library) -> APIRouter:
     def may_come(kb: str, file: str, request: Request) -> tuple[str, Base]:
         _, base = library.base(kb)
         name = file_name(file)
-        if base.embedder is not None and base.embedder not in library.offered.embedders:
+        if base.embedder is not None and base.embedder not in library.retrieval.embedders:
             message = f"this server does not offer {base.embedder!r}, the embedder of {base.name!r}"
-            raise Refused(409, message, code="embedder_unusable")
+            raise ApiError(409, message, code="embedder_unusable")
         if base.trouble is not None:
             base.try_again()
         if int(request.headers.get("content-length", 0)) > library.max_upload:
             raise too_large()
         return name, base
 
-    def too_large() -> Refused:
-        return Refused(
+    def too_large() -> ApiError:
+        return ApiError(
             413, f"a file has {library.max_upload:,} bytes at most", code="file_too_large"
         )
 
@@ -147,7 +147,7 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.delete("/{kb}/files/{file}", response_model=Deleted, responses=errors(404, 507))
     def delete_file(kb: str, file: str) -> dict[str, Any]:
-        with _told_when_full():
+        with map_disk_full():
             library.remove(kb, file)
         return {"id": file, "object": "file", "deleted": True}
 
@@ -162,7 +162,7 @@ def knowledge_routes(library: Library) -> APIRouter:
         try:
             opened = open(library.uploads.path(row.sha256), "rb")  # noqa: SIM115 (when it is sent)
         except OSError:
-            raise Refused(404, f"there is no file {file!r} in {kb!r}") from None
+            raise ApiError(404, f"there is no file {file!r} in {kb!r}") from None
         return _Download(opened, row)
 
     # ---------------------------------------------------------------------------------------- find
@@ -171,7 +171,7 @@ def knowledge_routes(library: Library) -> APIRouter:
     async def search(kb: str, asked: SearchRequest) -> dict[str, Any]:
         """Passages about a question, best first."""
         _, base = await asyncio.to_thread(library.base, kb)
-        found = await searcher(base, asked, library.offered)
+        found = await searcher(base, asked, library.retrieval)
         hits = await found.run(asked.query, lambda _, hits: hits, asked.name)
         return {
             "object": "search",
@@ -214,21 +214,21 @@ def file_body(row: FileRow) -> dict[str, Any]:
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """A body as it comes. Raises `ClientDisconnect`, `Refused` for one that stops coming."""
+    """A body as it comes. Raises `ClientDisconnect`, `ApiError` for one that stops coming."""
     stream = request.stream()
     while True:
         try:
             async with asyncio.timeout(IDLE):
                 part = await anext(stream, None)
         except TimeoutError:
-            raise Refused(408, f"nothing came for {IDLE:g} seconds") from None
+            raise ApiError(408, f"nothing came for {IDLE:g} seconds") from None
         if part is None:
             return
         yield part
 
 
 @contextmanager
-def _told_when_full() -> Iterator[None]:
+def map_disk_full() -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
@@ -240,7 +240,7 @@ def _disk(error: OSError | sqlite3.OperationalError) -> Exception:
     full = error.errno in _FULL if isinstance(error, OSError) else "full" in str(error)
     if not full:
         return error
-    return Refused(507, "the server's disk is full", "server_error", code="disk_full")
+    return ApiError(507, "the server's disk is full", "server_error", code="disk_full")
 
 
 class _Download(StreamingResponse):

@@ -15,9 +15,9 @@ from khaosz.errors import KhaoszError
 from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.models.protocols import Reranker
 from khaosz.rag.search.hit import Hit, Mode
-from khaosz.serve.errors import Refused
+from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.ingest import Base
-from khaosz.serve.retrieval_models import Offered, UnknownName
+from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 from khaosz.serve.schema import Retrieval
 
 LONGEST_QUERY = 8000  # characters
@@ -48,9 +48,9 @@ class Searcher:
     async def run(
         self, query: str, look: Callable[[KnowledgeBase, list[Hit]], T], name: str | None = None
     ) -> T:
-        """What `look` makes of the hits while the base is at hand. Raises `Refused`."""
+        """What `look` makes of the hits while the base is at hand. Raises `ApiError`."""
         if not query.strip():
-            raise Refused(400, "the query is empty", param="query")
+            raise ApiError(400, "the query is empty", param="query")
 
         def work(base: KnowledgeBase) -> T:
             hits = base.search(query, self.k, mode=self.mode, name=name, reranker=self.reranker)
@@ -71,30 +71,30 @@ class _Judge:
         except KhaoszError as error:
             _log.warning("reranker %r: %s", self._name, error)
             message = f"the reranker {self._name!r} failed; a shorter question may help"
-            raise Refused(409, message, param="reranker") from None
+            raise ApiError(409, message, param="reranker") from None
 
 
-async def searcher(base: Base, asked: Retrieval, offered: Offered) -> Searcher:
-    """Raises `Refused`."""
+async def searcher(base: Base, asked: Retrieval, retrieval: RetrievalModels) -> Searcher:
+    """Raises `ApiError`."""
     mode: Mode = asked.mode or ("hybrid" if base.embedder else "lexical")
     if mode != "lexical" and base.embedder is None:
         message = f"{base.name!r} has no embedder, so it is searched in the mode lexical only"
-        raise Refused(400, message, param="mode")
+        raise ApiError(400, message, param="mode")
     reranker = None
     if asked.reranker is not None:
-        reranker = await asyncio.to_thread(_reranker, offered, asked.reranker)
+        reranker = await asyncio.to_thread(_reranker, retrieval, asked.reranker)
     return Searcher(base, mode, asked.k, reranker)
 
 
-def _reranker(offered: Offered, name: str) -> Reranker:
+def _reranker(retrieval: RetrievalModels, name: str) -> Reranker:
     try:
-        return _Judge(name, offered.reranker(name))
+        return _Judge(name, retrieval.reranker(name))
     except UnknownName:
-        known = ", ".join(offered.rerankers) or "none"
+        known = ", ".join(retrieval.rerankers) or "none"
         message = f"this server offers no reranker {name!r}; there are: {known}"
-        raise Refused(400, message, param="reranker") from None
+        raise ApiError(400, message, param="reranker") from None
     except KhaoszError:
-        raise Refused(409, f"the reranker {name!r} cannot be opened", param="reranker") from None
+        raise ApiError(409, f"the reranker {name!r} cannot be opened", param="reranker") from None
 
 
 def hit_bodies(hits: Sequence[Hit]) -> list[dict[str, Any]]:
@@ -104,17 +104,17 @@ def hit_bodies(hits: Sequence[Hit]) -> list[dict[str, Any]]:
 def passage(
     base: KnowledgeBase, digest: str, start: int, end: int | None, around: int
 ) -> dict[str, Any]:
-    """Raises `Refused` for a text that isn't there, and a place that isn't in it."""
+    """Raises `ApiError` for a text that isn't there, and a place that isn't in it."""
     document = base.store.document_by_hash(digest)
     if document is None:
-        raise Refused(404, "there is no document with this hash")
+        raise ApiError(404, "there is no document with this hash")
     end = start if end is None else end
     if not start <= end <= document.length or end - start > MAX_AROUND:
         message = (
             f"start and end name no part of its {document.length:,} characters,"
             f" {MAX_AROUND:,} at most"
         )
-        raise Refused(400, message, param="end")
+        raise ApiError(400, message, param="end")
     first = max(0, start - around)
     text = base.store.text(document.id)[first : end + around]
     pages = document.pages

@@ -17,13 +17,13 @@ from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITTEN
-from khaosz.serve.errors import Refused, errors
-from khaosz.serve.knowledge.grounding import Grounds, grounds_for
+from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.knowledge.grounding import RetrievalContext, grounds_for
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
-from khaosz.serve.openai.completion_output import Answer, Form
+from khaosz.serve.openai.completion_output import Answer, ResponseFormat
 from khaosz.serve.openai.tools import call_grammar, calls_of, introduced
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
 from khaosz.serve.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
@@ -36,10 +36,10 @@ class Question:
 
     prompt: list[int]
     params: SamplingParams
-    form: Form
+    form: ResponseFormat
     stream: bool
     include_usage: bool
-    told_in: str  # the field that the prompt came in
+    prompt_field: str  # the field that the prompt came in
 
     @property
     def refusal(self) -> str | None:
@@ -130,7 +130,7 @@ def chat_routes(
     async def refused(use: Use, asked: Question, text: str) -> Response:
         """Nothing was found to answer from, and no model is asked."""
         answer = answer_of(use, asked)
-        outputs = said(text, asked.params.n)
+        outputs = canned_output(text, asked.params.n)
         if asked.stream:
             return EventStream(answer.events(outputs, asked.include_usage), lambda: None)
         return JSONResponse(await answer.whole(outputs))
@@ -142,16 +142,16 @@ def answer_of(use: Use, asked: Question) -> Answer:
     return Answer(asked.form, use.name, use.generator.tokenizer, use.generator.engine.end_ids)
 
 
-async def said(text: str, choices: int) -> AsyncIterator[Output]:
+async def canned_output(text: str, choices: int) -> AsyncIterator[Output]:
     """A text that no model has written, as if one had."""
     for choice in range(choices):
         yield Output(0, choice, text, (), 0, 0, 0, finish_reason="stop")
 
 
-async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> Grounds:
-    """Raises `Refused` as `grounds_for` does, and for a base that there isn't."""
+async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> RetrievalContext:
+    """Raises `ApiError` as `grounds_for` does, and for a base that there isn't."""
     if library is None:
-        raise Refused(404, f"there is no knowledge base {asked.knowledge_base!r}")
+        raise ApiError(404, f"there is no knowledge base {asked.knowledge_base!r}")
     assert asked.knowledge_base is not None
     generator = use.generator
     tools = asked.allowed_tools
@@ -170,7 +170,7 @@ async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> Gro
             ticket.close()
 
     _, base = await asyncio.to_thread(library.base, asked.knowledge_base)
-    search = await searcher(base, asked.retrieval or Retrieval(), library.offered)
+    search = await searcher(base, asked.retrieval or Retrieval(), library.retrieval)
     messages = [message.for_template() for message in asked.messages]
     # Where no length is asked for, what the model could still say is not taken from its passages.
     answer = asked.most_tokens or min(ANSWER, generator.context // 4)
@@ -193,7 +193,7 @@ def _closed(prompt: list[int], generator: Generator) -> list[int]:
 
 
 def chat_question(
-    asked: ChatRequest, generator: Generator, grounds: Grounds | None = None
+    asked: ChatRequest, generator: Generator, grounds: RetrievalContext | None = None
 ) -> Question:
     """Raises `GenerationError`, `DataError` and `TokenizerError` for what can't be asked."""
     tokenizer = generator.tokenizer
@@ -210,7 +210,7 @@ def chat_question(
     if thinking and params.form is not None:  # which has no room for thoughts
         prompt, thinking = _closed(prompt, generator), False
     calls = calls_of(tokenizer) if tools else "none"
-    form = Form(True, bool(asked.logprobs), calls, thinking, asked.one_call, grounds)
+    form = ResponseFormat(True, bool(asked.logprobs), calls, thinking, asked.one_call, grounds)
     return Question(prompt, params, form, bool(asked.stream), asked.include_usage, "messages")
 
 
@@ -218,17 +218,22 @@ def text_question(asked: CompletionRequest, generator: Generator) -> Question:
     """Raises `GenerationError` and `TokenizerError` for what can't be asked."""
     prompt = generator.ids(asked.prompt)
     return Question(
-        prompt, asked.params(), Form(False), bool(asked.stream), asked.include_usage, "prompt"
+        prompt,
+        asked.params(),
+        ResponseFormat(False),
+        bool(asked.stream),
+        asked.include_usage,
+        "prompt",
     )
 
 
 def _check_context(asked: Question, generator: Generator) -> None:
     if len(asked.prompt) >= generator.context:
-        raise Refused(
+        raise ApiError(
             400,
             f"the prompt has {len(asked.prompt)} tokens, the model's context is"
             f" {generator.context}",
-            param=asked.told_in,
+            param=asked.prompt_field,
             code="context_length_exceeded",
         )
 

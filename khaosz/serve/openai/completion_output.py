@@ -19,7 +19,7 @@ from khaosz.serve.metrics import Usage
 from khaosz.serve.worker import Failed
 
 if TYPE_CHECKING:
-    from khaosz.serve.knowledge.grounding import Grounds
+    from khaosz.serve.knowledge.grounding import RetrievalContext
 
 DONE = "data: [DONE]\n\n"
 
@@ -30,7 +30,7 @@ def event(body: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Form:
+class ResponseFormat:
     """How a request's answer is taken apart and shown. `chat` chooses between the two layouts;
     `calls` is how this model writes calls of tools, `thinking` that its prompt has opened the
     reasoning, `one_call` that further calls are left out, `grounds` what the answer cites."""
@@ -40,13 +40,13 @@ class Form:
     calls: Calls = "none"
     thinking: bool = False
     one_call: bool = False
-    grounds: Grounds | None = None
+    grounds: RetrievalContext | None = None
 
 
 class Choice:
     """One choice as it comes: outputs in, pieces of a message out."""
 
-    def __init__(self, form: Form) -> None:
+    def __init__(self, form: ResponseFormat) -> None:
         self._form = form
         self._parts = PartStream(form.calls, thinking=form.thinking) if form.chat else None
         grounds = form.grounds
@@ -93,7 +93,9 @@ class Choice:
 class Answer:
     """How one request is answered: whole or as events."""
 
-    def __init__(self, form: Form, model: str, tokenizer: Tokenizer, ends: set[int]) -> None:
+    def __init__(
+        self, form: ResponseFormat, model: str, tokenizer: Tokenizer, ends: set[int]
+    ) -> None:
         self.form, self.tokenizer, self.ends = form, tokenizer, ends
         self.usage = Usage()
         self._choices: dict[int, Choice] = {}

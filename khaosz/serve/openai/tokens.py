@@ -12,10 +12,10 @@ from khaosz.inference.generator import Generator
 from khaosz.serve.errors import errors
 from khaosz.serve.models import Models
 from khaosz.serve.replies import Reply
-from khaosz.serve.schema import MAX_MESSAGES, Asked, Message
+from khaosz.serve.schema import MAX_MESSAGES, Message, RequestModel
 
 
-class TokenizeRequest(Asked):
+class TokenizeRequest(RequestModel):
     """A prompt to continue, or messages with the mark that lets the assistant speak."""
 
     model: str

@@ -13,10 +13,10 @@ import numpy as np
 from fastapi import APIRouter
 from pydantic import Field
 
-from khaosz.serve.errors import Refused, errors
+from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.replies import Reply
-from khaosz.serve.retrieval_models import Offered, SharedEmbedder
-from khaosz.serve.schema import Asked
+from khaosz.serve.retrieval_models import RetrievalModels, SharedEmbedder
+from khaosz.serve.schema import RequestModel
 
 MAX_INPUTS = 2048
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 Text = Annotated[str, Field(min_length=1)]
 
 
-class EmbeddingRequest(Asked):
+class EmbeddingRequest(RequestModel):
     """`input_type` is ours: some models want another prefix before a question than before what is
     searched."""
 
@@ -57,11 +57,11 @@ class Embeddings(Reply):
     usage: EmbeddingUsage
 
 
-class Document(Asked):
+class Document(RequestModel):
     text: Text
 
 
-class RerankRequest(Asked):
+class RerankRequest(RequestModel):
     model: str
     query: Text
     documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_INPUTS)]
@@ -82,12 +82,12 @@ class Ranking(Reply):
     results: list[Ranked]
 
 
-def vector_routes(offered: Offered) -> APIRouter:
+def vector_routes(retrieval: RetrievalModels) -> APIRouter:
     router = APIRouter()
     # Each is used by one at a time. Who waits for it takes no thread that chats are prepared in.
     threads = {
         name: ThreadPoolExecutor(1, thread_name_prefix=f"khaosz-{name}")
-        for name in (*offered.embedders, *offered.rerankers)
+        for name in (*retrieval.embedders, *retrieval.rerankers)
     }
 
     async def in_turn(name: str, work: Callable[[], T]) -> T:
@@ -102,7 +102,7 @@ def vector_routes(offered: Offered) -> APIRouter:
     async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
         """Vectors of length 1."""
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        vectors, count = await in_turn(asked.model, lambda: _embedded(offered, asked, texts))
+        vectors, count = await in_turn(asked.model, lambda: _embedded(retrieval, asked, texts))
         data = [
             {"object": "embedding", "index": i, "embedding": _encoded(asked, vector)}
             for i, vector in enumerate(vectors)
@@ -120,7 +120,7 @@ def vector_routes(offered: Offered) -> APIRouter:
         """Passages by how well they answer a query, best first."""
         texts = [each if isinstance(each, str) else each.text for each in asked.documents]
         scores = await in_turn(
-            asked.model, lambda: offered.reranker(asked.model).scores(asked.query, texts)
+            asked.model, lambda: retrieval.reranker(asked.model).scores(asked.query, texts)
         )
         found = 1 / (1 + np.exp(-scores.astype(np.float64)))
         results: list[dict[str, Any]] = []
@@ -134,11 +134,11 @@ def vector_routes(offered: Offered) -> APIRouter:
 
 
 def _embedded(
-    offered: Offered, asked: EmbeddingRequest, texts: Sequence[str]
+    retrieval: RetrievalModels, asked: EmbeddingRequest, texts: Sequence[str]
 ) -> tuple[np.ndarray, int]:
-    embedder: SharedEmbedder = offered.embedder(asked.model)
+    embedder: SharedEmbedder = retrieval.embedder(asked.model)
     if asked.dimensions not in (None, embedder.dimension):
-        raise Refused(
+        raise ApiError(
             400,
             f"{asked.model} has {embedder.dimension} dimensions, no others",
             param="dimensions",

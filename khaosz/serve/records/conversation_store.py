@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from khaosz.errors import DataError
-from khaosz.serve.errors import Refused
+from khaosz.serve.errors import ApiError
 
 VERSION = 1
 _BUSY_S = 10.0  # a writer waits for one of another process
@@ -96,7 +96,7 @@ class ConversationStore:
             self._writer = self._connect()
             self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
             found = self._made()
-        except (sqlite3.DatabaseError, Refused) as error:
+        except (sqlite3.DatabaseError, ApiError) as error:
             raise DataError(
                 f"{path} cannot be used for conversations: {error}",
                 hint="move it away, or choose another --data",
@@ -147,10 +147,10 @@ class ConversationStore:
                 match error.sqlite_errorcode & 0xFF:  # the rest says which kind of it
                     case sqlite3.SQLITE_FULL:
                         message, code = "the disk is full", "disk_full"
-                        raise Refused(507, message, "server_error", code=code) from None
+                        raise ApiError(507, message, "server_error", code=code) from None
                     case sqlite3.SQLITE_BUSY:
                         message = f"another program is writing to {self.path.name}"
-                        raise Refused(503, message, "server_error", code="file_busy") from None
+                        raise ApiError(503, message, "server_error", code="file_busy") from None
                 raise
 
     @contextmanager
@@ -165,7 +165,7 @@ class ConversationStore:
 
     def put(self, entry: Entry, revision: int | None = None) -> Summary:
         """Replace a conversation, or begin it. `revision`: what it is believed to be at, 0 for one
-        that isn't there yet; None does not care. Raises `Refused` where it is at another, unless
+        that isn't there yet; None does not care. Raises `ApiError` where it is at another, unless
         the very same is there already: an answer may have been lost on its way."""
         with self._writing() as db:
             row = db.execute(
@@ -175,7 +175,7 @@ class ConversationStore:
             if revision not in (None, now):
                 if row and (row[1], row[6]) == (entry.title, _dumped(entry.body)):
                     return Summary(*row[:6])
-                raise Refused(
+                raise ApiError(
                     409,
                     f"the conversation is at revision {now} by now, not {revision}",
                     param="revision",
@@ -306,5 +306,5 @@ def _snippet(text: str, needle: str) -> str:
     return f"{'…' if first else ''}{shown}{'…' if last < len(text) else ''}"
 
 
-def _missing(param: str | None = None) -> Refused:
-    return Refused(404, "there is no such conversation", param=param)
+def _missing(param: str | None = None) -> ApiError:
+    return ApiError(404, "there is no such conversation", param=param)

@@ -14,10 +14,10 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from khaosz.data.tokenizer.training_text import refuse_surrogates
-from khaosz.serve.errors import Refused, errors
+from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.records.conversation_store import ConversationStore, Entry
 from khaosz.serve.replies import Reply
-from khaosz.serve.schema import Asked
+from khaosz.serve.schema import RequestModel
 
 MAX_NODES = 4096
 MAX_TITLE = 512
@@ -29,7 +29,7 @@ Seconds = Annotated[int, Field(ge=0, lt=2**53)]
 Title = Annotated[str, Field(max_length=MAX_TITLE)]
 
 
-class Node(Asked):
+class Node(RequestModel):
     """A message. `parent` is the one that it follows, None for a first one."""
 
     id: Id
@@ -44,7 +44,7 @@ class Node(Asked):
     finish_reason: str | None = None
 
 
-class Body(Asked):
+class Body(RequestModel):
     title: Title
     system: str | None = None
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -71,7 +71,7 @@ class ImportedConversation(Body):
     messages: int | None = None
 
 
-class Imported(Asked):
+class Imported(RequestModel):
     conversations: Annotated[list[ImportedConversation], Field(max_length=MAX_IMPORTED)]
 
 
@@ -211,16 +211,16 @@ def _entry(
     created: int | None = None,
     updated: int | None = None,
 ) -> Entry:
-    """Raises `Refused` for what is no tree or cannot be kept."""
+    """Raises `ApiError` for what is no tree or cannot be kept."""
     _check_tree(asked.nodes, where)
     if asked.selected is not None and asked.selected not in {node.id for node in asked.nodes}:
-        raise Refused(400, f"there is no message {asked.selected}", param=f"{where}selected")
+        raise ApiError(400, f"there is no message {asked.selected}", param=f"{where}selected")
     try:
         body = asked.model_dump(include=set(Body.model_fields) - {"title"})
         refuse_surrogates(asked.title + _json(body))
     except ValueError:  # NaN and infinity are not JSON, though Python reads them
         message = "a number that is not finite, or values nested too deep"
-        raise Refused(400, message, param=where.rstrip(".") or None) from None
+        raise ApiError(400, message, param=where.rstrip(".") or None) from None
     return Entry(id, asked.title, body, created, updated)
 
 
@@ -229,7 +229,7 @@ def _check_tree(nodes: Sequence[Node], where: str) -> None:
     parents: dict[str, str | None] = {}
     for i, node in enumerate(nodes):
         if node.id in parents:
-            raise Refused(400, f"two messages are {node.id}", param=f"{where}nodes.{i}.id")
+            raise ApiError(400, f"two messages are {node.id}", param=f"{where}nodes.{i}.id")
         parents[node.id] = node.parent
     sound: set[str | None] = {None}
     for i, node in enumerate(nodes):
@@ -240,10 +240,10 @@ def _check_tree(nodes: Sequence[Node], where: str) -> None:
             line.add(at)
             if parents[at] not in parents and parents[at] is not None:
                 message = f"the parent of {at} is not there: {parents[at]}"
-                raise Refused(400, message, param=f"{where}nodes.{i}.parent")
+                raise ApiError(400, message, param=f"{where}nodes.{i}.parent")
             at = parents[at]
         if at in line:
-            raise Refused(400, f"{at} is its own forebear", param=f"{where}nodes.{i}.parent")
+            raise ApiError(400, f"{at} is its own forebear", param=f"{where}nodes.{i}.parent")
         sound |= line
 
 
@@ -251,7 +251,7 @@ def _lines(store: ConversationStore) -> Iterator[str]:
     for id in store.ids():
         try:
             found = store.get(id)
-        except Refused:  # deleted meanwhile
+        except ApiError:  # deleted meanwhile
             continue
         yield _json({"object": "conversation", **found}) + "\n"
 

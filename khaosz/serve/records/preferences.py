@@ -27,9 +27,9 @@ from khaosz.data.records.preference import to_pairs
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import sync_folder
-from khaosz.serve.errors import Refused, errors
+from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.replies import Reply
-from khaosz.serve.schema import MAX_MESSAGES, Asked
+from khaosz.serve.schema import MAX_MESSAGES, RequestModel
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
@@ -40,12 +40,12 @@ Text = Annotated[str, Field(min_length=1)]
 Finish = Literal["stop", "length", "tool_calls"]
 
 
-class PromptMessage(Asked):
+class PromptMessage(RequestModel):
     role: Literal["system", "user", "assistant"]
     content: Text
 
 
-class SampledWith(Asked):
+class SampledWith(RequestModel):
     """How the answers were sampled, as it was asked of /v1/chat/completions."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -56,7 +56,7 @@ class SampledWith(Asked):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
-class PreferenceRequest(Asked):
+class PreferenceRequest(RequestModel):
     """`messages` is what was to be answered and ends with the user's turn. Either `chosen` and
     `rejected`, or `ranked`: the best answer first, equals in a list of their own.
     `finish_reasons` are those of the answers in the order in which they are named."""
@@ -100,7 +100,7 @@ class PreferenceRequest(Asked):
         return [[level] if isinstance(level, str) else level for level in self.ranked]
 
     def record(self) -> dict[str, Any]:
-        """Raises `DataError` and `Refused` for what could not be trained on."""
+        """Raises `DataError` and `ApiError` for what could not be trained on."""
         ranking: list[int | list[int]] = []
         answers: list[str] = []
         for level in self.levels:
@@ -112,9 +112,9 @@ class PreferenceRequest(Asked):
         prompt = [message.model_dump() for message in self.messages]
         record: dict[str, Any] = {"prompt": prompt, "answers": answers, "ranking": ranking}
         if not to_pairs(record):
-            raise Refused(400, "all answers are ranked equal", param="ranked")
+            raise ApiError(400, "all answers are ranked equal", param="ranked")
         if not all(answer.strip() for answer in answers):
-            raise Refused(400, "an answer is empty", param="ranked" if self.ranked else None)
+            raise ApiError(400, "an answer is empty", param="ranked" if self.ranked else None)
         sampling = self.sampling.model_dump(exclude_none=True) if self.sampling else {}
         if self.seed is not None:
             sampling["seed"] = self.seed
@@ -184,9 +184,9 @@ class PreferenceFile:
 
     def append(self, record: dict[str, Any]) -> int:
         """On the disk when this returns: all of the line, or nothing. Returns how many there are.
-        Raises `Refused` where the disk is full."""
+        Raises `ApiError` where the disk is full."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self._lock, _told_when_full():
+        with self._lock, map_disk_full():
             if self._ends_within_a_line():  # an editor, or another program that was killed
                 self._mend()
                 self._counted = self._count = 0
@@ -226,13 +226,13 @@ class PreferenceFile:
 
 
 @contextmanager
-def _told_when_full() -> Iterator[None]:
+def map_disk_full() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        raise Refused(507, "the disk is full", "server_error", code="disk_full") from None
+        raise ApiError(507, "the disk is full", "server_error", code="disk_full") from None
 
 
 def preference_routes(file: PreferenceFile) -> APIRouter:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from khaosz.serve.errors import Refused, errors
+from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.records.run_metrics import Row, curve, last_row, plain, read_samples, rows_after
 from khaosz.serve.replies import Reply
 
@@ -188,10 +188,10 @@ def _run(folder: Path, id: str) -> Path:
     path = folder
     for part in id.split("/")[:MAX_DEPTH]:
         if part not in _listing(path)[0]:
-            raise Refused(404, "there is no such run", param="run")
+            raise ApiError(404, "there is no such run", param="run")
         path = path / part
     if path.relative_to(folder).as_posix() != id or not _is_run(_listing(path)[1]):
-        raise Refused(404, "there is no such run", param="run")
+        raise ApiError(404, "there is no such run", param="run")
     return path
 
 

@@ -15,14 +15,14 @@ from urllib.parse import quote
 from serving import Service, served, wait_until
 
 from khaosz.serve.knowledge.library import MAX_UPLOAD, Library
-from khaosz.serve.retrieval_models import Offered
+from khaosz.serve.retrieval_models import RetrievalModels
 
 sys.path.append(str(Path(__file__).parents[1] / "rag" / "load"))  # makers of PDF and DOCX files
 
 BASES = "/v1/knowledge_bases"
 
 
-class Knowing:
+class KnowledgeClient:
     """What a client of it does."""
 
     def __init__(self, service: Service) -> None:
@@ -68,7 +68,7 @@ class Knowing:
 
 
 @contextmanager
-def knowing(
+def serve_knowledge(
     model: Path,
     data: Path,
     *,
@@ -76,11 +76,11 @@ def knowing(
     rerankers: list[str] | None = None,
     max_upload: int = MAX_UPLOAD,
     key: str | None = None,
-) -> Iterator[Knowing]:
-    offered = Offered(embedders or [], rerankers or [])
-    library = Library(data, offered, max_upload=max_upload)
-    with served(model, offered=offered, library=library, key=key) as service:
-        yield Knowing(service)
+) -> Iterator[KnowledgeClient]:
+    retrieval = RetrievalModels(embedders or [], rerankers or [])
+    library = Library(data, retrieval, max_upload=max_upload)
+    with served(model, retrieval=retrieval, library=library, key=key) as service:
+        yield KnowledgeClient(service)
 
 
 class EmbeddingServer:
