@@ -129,7 +129,7 @@ def test_a_bad_file_fails_alone(
 def test_a_part_that_cannot_be_read_is_told(files: KnowledgeClient, base: str) -> None:
     lines = b'{"id": "a", "text": "One good line."}\nnot JSON\n'
     (file,) = files.ready(base, files.upload(base, "a.jsonl", lines))
-    assert file["chunks"] == 1 and file["error"].startswith("1 line is no document; line 2")
+    assert file["chunks"] == 1 and file["error"].startswith("1 line is not a document; line 2")
     assert file["code"] == "partly"
 
 

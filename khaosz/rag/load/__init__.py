@@ -3,9 +3,9 @@
     for source, documents in load_paths([Path("notes")], on_problem=print):
         ...
 
-Text is read in this process. HTML, PDF and DOCX are read by parsers that strangers' files can
-crash, hang or swell, so they run in worker processes with limits (`Limits`), which start when the
-first such file comes along. Nothing is fetched from a network.
+Text is read in this process. Other formats need parsers that an untrusted file can crash, hang or
+make use too much memory, so they run in worker processes with limits (`Limits`), started when the
+first such file arrives. Nothing is fetched from a network. `formats` is the table of formats.
 """
 
 from __future__ import annotations
@@ -19,10 +19,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from khaosz.errors import DataError, DocumentError
-from khaosz.rag.load.document import FOR_DOCLING, Document, Found, Limits, Problem, Source
+from khaosz.rag.load.document import (
+    FOR_DOCLING,
+    Document,
+    InputFile,
+    Limits,
+    Loaded,
+    OnProblem,
+    Problem,
+    Source,
+)
+from khaosz.rag.load.formats import FORMATS, format_of
 from khaosz.rag.load.plain import load_plain
-from khaosz.rag.load.pool import Loaded, WorkerPool
-from khaosz.rag.load.walk import OnProblem, kind_of, walk
+from khaosz.rag.load.pool import WorkerPool
+from khaosz.rag.load.walk import walk
 
 __all__ = [
     "Document",
@@ -35,27 +45,28 @@ __all__ = [
     "load_paths",
 ]
 
-_FORMATTED = ("html", "pdf", "docx", "pptx", "xlsx")
 _LOOK_AHEAD = 64
-"""How many files may wait behind one that a worker is reading, so that the others have work."""
+"""Files that may wait behind one that a worker is reading, so that the other workers are busy."""
+
+Unchanged = Callable[[Path, os.stat_result], bool]
 
 
 def load_paths(
     paths: Sequence[Path],
     *,
-    on_problem: Callable[[Problem], None],
-    unchanged: Callable[[Path, os.stat_result], bool] | None = None,
+    on_problem: OnProblem,
+    unchanged: Unchanged | None = None,
     limits: Limits | None = None,
     docling: bool = False,
-) -> Iterator[tuple[Source, list[Document]]]:
-    """Each file that could be read, with its documents (none when it is empty), in a fixed order.
+) -> Iterator[Loaded]:
+    """Each file that can be read, with its documents (none if it is empty), in a fixed order.
 
-    Files are read when they are asked for, and what cannot be read goes to `on_problem` without
-    stopping the others. `unchanged` is asked before a file is opened, with its resolved path and
-    its size and times; a file for which it says True is passed over. `docling`: formatted files but
-    HTML are read by that package (`by_docling`).
+    Files are read as the iterator advances; what cannot be read is passed to `on_problem`, and
+    the other files are still read. `unchanged` is called before a file is opened, with its
+    resolved path and its size and times; if it returns True, the file is skipped. `docling`: that
+    package reads formatted files except HTML (`by_docling`).
 
-    Raises DataError, at once, when one of `paths` does not exist, and when docling does not.
+    Raises DataError, at once, if one of `paths` does not exist or docling is not installed.
     """
     if docling and importlib.util.find_spec("docling") is None:
         raise DataError("docling is not installed", hint="pip install 'khaosz[docling]'")
@@ -65,13 +76,13 @@ def load_paths(
 
 
 def load_file(path: Path, name: str, *, pool: WorkerPool, on_problem: OnProblem) -> Loaded:
-    """One file as if `name` were its path: that says of what kind it is, and what cites it shows
-    it. `pool` reads what is not read in this process, and has the limits.
+    """One file as if `name` were its path: `name` says its format and is what citations show.
+    `pool` reads what is not read in this process, and has the limits.
 
-    Raises `DocumentError` for what cannot be read.
+    Raises `DocumentError` for a file that cannot be read.
     """
-    file = Found(path, name, kind_of(name) or "text")
-    if file.kind in _FORMATTED:
+    file = InputFile(path, name, format_of(name) or "text")
+    if FORMATS[file.format].in_worker:
         source, documents = pool.submit(file).result()
     else:
         source, documents = load_plain(file, pool.limits, on_problem)
@@ -84,29 +95,29 @@ def count_files(paths: Sequence[Path], *, docling: bool = False) -> int:
 
 
 def _load(
-    files: Iterator[Found],
+    files: Iterator[InputFile],
     on_problem: OnProblem,
-    unchanged: Callable[[Path, os.stat_result], bool] | None,
+    unchanged: Unchanged | None,
     limits: Limits,
     docling: bool,
-) -> Iterator[tuple[Source, list[Document]]]:
-    waiting: deque[tuple[Found, Future[Loaded] | None]] = deque()
+) -> Iterator[Loaded]:
+    queue: deque[tuple[InputFile, Future[Loaded] | None]] = deque()
     with WorkerPool(limits, docling=docling) as pool:
         for file in files:
             if unchanged and _is_unchanged(file, unchanged):
                 continue
-            waiting.append((file, pool.submit(file) if file.kind in _FORMATTED else None))
-            while waiting and (len(waiting) > _LOOK_AHEAD or _is_ready(waiting[0][1])):
-                yield from _finish(*waiting.popleft(), limits, on_problem)
-        while waiting:
-            yield from _finish(*waiting.popleft(), limits, on_problem)
+            queue.append((file, pool.submit(file) if FORMATS[file.format].in_worker else None))
+            while queue and (len(queue) > _LOOK_AHEAD or _is_ready(queue[0][1])):
+                yield from _finish(*queue.popleft(), limits, on_problem)
+        while queue:
+            yield from _finish(*queue.popleft(), limits, on_problem)
 
 
-def _is_unchanged(file: Found, unchanged: Callable[[Path, os.stat_result], bool]) -> bool:
+def _is_unchanged(file: InputFile, unchanged: Unchanged) -> bool:
     try:
         status = os.stat(file.path)
     except OSError:
-        return False  # reading it will say what is wrong
+        return False  # reading the file reports the error
     return unchanged(file.path, status)
 
 
@@ -115,7 +126,7 @@ def _is_ready(result: Future[Loaded] | None) -> bool:
 
 
 def _finish(
-    file: Found, result: Future[Loaded] | None, limits: Limits, on_problem: OnProblem
+    file: InputFile, result: Future[Loaded] | None, limits: Limits, on_problem: OnProblem
 ) -> Iterator[Loaded]:
     try:
         loaded = result.result() if result else load_plain(file, limits, on_problem)

@@ -1,8 +1,8 @@
 """PDF, DOCX, PPTX and XLSX by docling (the extra `docling`), for tables in PDF, scans and slides.
 
-It is heavier than our own parsers by two gigabytes and some seconds a page, so it is asked for by
-`--docling`. For PDF it needs its models on the disk (`docling-tools models download`, and
-`DOCLING_ARTIFACTS_PATH`); nothing is fetched here. What it can read without models it does.
+It needs two gigabytes and some seconds a page more than our own parsers, so it is used only with
+`--docling`. For PDF it needs its models on disk (`docling-tools models download`, and
+`DOCLING_ARTIFACTS_PATH`); nothing is fetched here. The other formats need no models.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from docling.document_converter import DocumentConverter
 
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
+from khaosz.rag.load.document import Parsed
 
 
 class DoclingParser:
-    """Made once in a process: docling then keeps its models."""
+    """Create one per process: docling keeps its models loaded."""
 
     def __init__(self) -> None:
         self._converter = DocumentConverter()
 
-    def parse(self, raw: bytes, name: str, kind: str) -> tuple[str, str, tuple[int, ...]]:
-        """(Markdown, title, offsets of pages 2, 3, ...). Raises DocumentError for what it
-        can't read; other errors are its own."""
+    def parse(self, raw: bytes, name: str, format_name: str) -> Parsed:
+        """Raises DocumentError for missing models; docling's other errors pass through."""
         stream = DocumentStream(name=name, stream=BytesIO(raw))
-        found: Any
+        document: Any
         try:
-            found = self._converter.convert(stream).document
+            document = self._converter.convert(stream).document
         except (OSError, PermissionError) as error:  # the hub's errors are OSErrors
             raise DocumentError(
-                f"docling has no models for {kind}: {' '.join(str(error).split())[:200]}",
+                f"docling has no models for {format_name}: {' '.join(str(error).split())[:200]}",
                 code="not_read",
                 hint="docling-tools models download, and set DOCLING_ARTIFACTS_PATH",
             ) from error
-        # Its page breaks stand in other places than the pages of slides.
-        numbers = sorted(found.pages) or [None]
-        pages = [found.export_to_markdown(page_no=number) for number in numbers]
+        # docling's page breaks are not where the pages of slides start.
+        numbers = sorted(document.pages) or [None]
+        pages = [document.export_to_markdown(page_no=number) for number in numbers]
         parts: list[str] = []
         offsets: list[int] = []
         length = 0
@@ -48,4 +48,4 @@ class DoclingParser:
             body = clean(page).strip() + ("\n\n" if number + 1 < len(pages) else "")
             parts.append(body)
             length += len(body)
-        return "".join(parts).rstrip(), "", tuple(offsets)
+        return Parsed("".join(parts).rstrip(), pages=tuple(offsets))

@@ -1,4 +1,4 @@
-"""Bytes to text that is certain to be text: UTF-8, UTF-16, GB18030, Big5, Windows-1252.
+"""Bytes to text, if they are text: UTF-8, UTF-16, GB18030, Big5, Windows-1252.
 
 `khaosz.data.records.charset` tells UTF-8 from GB18030 for corpora of megabytes, where a damaged
 line is skipped. Documents are short and whole, so here the other encodings of Chinese and English
@@ -13,8 +13,9 @@ import re
 from khaosz.data.records.charset import HEAD_BYTES, detect_encoding
 from khaosz.errors import DocumentError
 
-# The commonest characters of Chinese, simplified and traditional, with the commonest punctuation:
-# about four in ten characters of any running text. Text that was decoded wrongly has next to none.
+# The most common characters of Chinese, simplified and traditional, with the most common
+# punctuation: about four in ten characters of any running text. Text that was decoded wrongly has
+# almost none of them.
 _COMMON = (
     "，。、的一是在不了有和人這这中大為为上個个國国我以要他時时來来用們们生到作地於于出就分對对成會会"
     "可主發发年動动同工也能下過过子說说產产種种面而方後后多定行學学法所民得經经"
@@ -29,18 +30,17 @@ _SAMPLE = 1 << 16
 
 
 def decode(raw: bytes) -> tuple[str, str]:
-    """(text, encoding). Raises DocumentError when the bytes are not text."""
-    text, encoding = _decoded(raw)
-    lost = text.count("\ufffd")
-    if lost * 20 > len(text):
+    """(text, encoding). Raises DocumentError for bytes that are not text."""
+    text, encoding = _decode(raw)
+    if text.count("\ufffd") * 20 > len(text):
         raise DocumentError(
-            "is not text in an encoding we know", code="not_text", hint="save it as UTF-8"
+            "is not text in a known encoding", code="not_text", hint="save it as UTF-8"
         )
     return clean(text), encoding
 
 
 def clean(text: str) -> str:
-    """Line ends "\\n", no byte-order mark, no NUL; surrogates paired or replaced by U+FFFD."""
+    """With "\\n" for "\\r\\n", without byte order mark and NUL, surrogates paired or U+FFFD."""
     text = text.removeprefix("\ufeff")
     if "\r\n" in text:
         text = text.replace("\r\n", "\n")
@@ -53,11 +53,11 @@ def clean(text: str) -> str:
     return text
 
 
-def _decoded(raw: bytes) -> tuple[str, str]:
+def _decode(raw: bytes) -> tuple[str, str]:
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return _checked(raw.decode("utf-16", "replace")), "utf-16"
+        return _refuse_controls(raw.decode("utf-16", "replace")), "utf-16"
     if b"\0" in raw[:_BINARY_HEAD]:
-        return _utf16_without_mark(raw)
+        return _utf16_without_bom(raw)
     head = raw[:_SAMPLE]
     if (len(head) - len(head.translate(None, _CONTROLS))) * 20 > len(head):
         raise _binary()
@@ -77,7 +77,7 @@ def _binary() -> DocumentError:
     )
 
 
-def _checked(text: str) -> str:
+def _refuse_controls(text: str) -> str:
     head = text[:_SAMPLE]
     controls = sum(map(head.count, map(chr, _CONTROLS)))
     if controls * 20 > len(head):
@@ -85,21 +85,21 @@ def _checked(text: str) -> str:
     return text
 
 
-def _utf16_without_mark(raw: bytes) -> tuple[str, str]:
-    """The byte order that gives ASCII and the commonest Chinese characters, if one does."""
-    best, most = "", 0.25
+def _utf16_without_bom(raw: bytes) -> tuple[str, str]:
+    """By the byte order that gives ASCII and the most common Chinese characters, if one does."""
+    best, best_share = "", 0.25
     for encoding in ("utf-16-le", "utf-16-be"):
         head = raw[:_SAMPLE].decode(encoding, "replace")
         known = sum(map(head.count, _COMMON)) + len(_ASCII.findall(head))
-        if known > most * len(head):
-            best, most = encoding, known / len(head)
+        if known > best_share * len(head):
+            best, best_share = encoding, known / len(head)
     if not best:
         raise _binary()
-    return _checked(raw.decode(best, "replace")), best
+    return _refuse_controls(raw.decode(best, "replace")), best
 
 
 def _mostly_utf8(raw: bytes) -> bool:
-    """Whether nine in ten of the runs of bytes above 127 are UTF-8: damaged, but UTF-8."""
+    """Whether nine in ten runs of bytes above 127 are UTF-8: then it is damaged UTF-8."""
     runs = _HIGH_RUN.findall(raw[:_SAMPLE])[:-1] or [raw]
     good = 0
     for run in runs:
@@ -112,21 +112,21 @@ def _mostly_utf8(raw: bytes) -> bool:
 
 
 def _legacy(head: bytes) -> str:
-    """Which of the encodings from before Unicode: the one that gives the commonest characters.
+    """The encoding from before Unicode that gives the most common characters.
 
-    Any two of them decode most of each other's bytes, so that validity says little.
+    Any two of them decode most of each other's bytes, so validity says little.
     """
-    best, most = "", 0.0
+    best, best_share = "", 0.0
     for encoding in ("gb18030", "big5hkscs"):
         text = head.decode(encoding, "replace")
         han = len(_HAN.findall(text))
-        # Bytes that are damage in this encoding count against it like a character that is not Han.
+        # Bytes that are invalid in this encoding count like uncommon characters.
         share = sum(map(text.count, _COMMON)) / (han + text.count("\ufffd") + 1)
-        if share > most:
-            best, most = encoding, share
-    if most > 0.05:
+        if share > best_share:
+            best, best_share = encoding, share
+    if best_share > 0.05:
         return best
-    # Too little Chinese to tell by. An accent or a curly quote of Windows-1252 stands alone among
+    # Too little Chinese to decide. In Windows-1252 an accent or a curly quote stands alone among
     # letters; in GB2312 every character is two bytes above 127.
     odd = any(len(run) % 2 for run in _HIGH_RUN.findall(head))
     return "cp1252" if odd else "gb18030"

@@ -1,14 +1,13 @@
-"""What loading gives: documents, the files they came from, and the files that gave none."""
+"""Documents, the files they come from, problems with files, and limits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 from khaosz.errors import DocumentCode
-
-Kind = Literal["text", "markdown", "code", "jsonl", "html", "pdf", "docx", "pptx", "xlsx"]
 
 
 @dataclass(frozen=True)
@@ -16,12 +15,12 @@ class Document:
     """A text that can be split, indexed and cited.
 
     `name` is the path relative to the folder that was added (with "/"), or the file's name; for a
-    line of a JSONL file that, "#" and the line's `id` (its number when it has none).
-    `text` is Markdown for HTML and DOCX, paragraphs for PDF, and the file's own text else: only
-    "\\r\\n" became "\\n", and there is no byte-order mark, no NUL and no lone surrogate in it.
+    line of a JSONL file, that name, "#" and the line's `id` (or its number).
+    `text` is Markdown for HTML, DOCX and PDF, else the file's own text with "\\r\\n" as "\\n" and
+    without byte order mark, NUL and lone surrogates.
     `doc_id` is a JSONL line's `id`, otherwise `name`.
-    `pages` are the character offsets at which pages 2, 3, ... of a PDF begin.
-    `metadata` always has "format" (a `Kind`), and "title" when the file says so.
+    `pages` are the character offsets at which pages 2, 3, ... of a PDF start.
+    `metadata` always has "format" (a key of `formats.FORMATS`), and "title" if the file has one.
     """
 
     name: str
@@ -33,10 +32,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """A file as it was when it was read. `path` is absolute and has no symbolic links in it.
+    """A file as it was when it was read. `path` is absolute, with symbolic links resolved.
 
-    `size` in bytes and `mtime_ns` were taken before the first byte was read, so that a file that
-    changes meanwhile looks changed the next time. `sha256` (hexadecimal) is of the bytes read.
+    `size` (bytes) and `mtime_ns` are taken before the first byte is read, so that a file that
+    changes meanwhile counts as changed the next time. `sha256` (hexadecimal) is of the bytes read.
     """
 
     path: Path
@@ -48,8 +47,8 @@ class Source:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a file (or part of it) gave no document: one line, and what to do about it. `code`: why
-    reading it failed, in a word that stays."""
+    """Why a file (or part of it) was not read: one line, and what to do about it. `code` is the
+    reason as a stable word."""
 
     path: Path
     message: str
@@ -57,18 +56,32 @@ class Problem:
     code: DocumentCode | None = None
 
 
+OnProblem = Callable[[Problem], None]
+
+
 @dataclass(frozen=True)
-class Found:
-    """A file that is going to be read."""
+class InputFile:
+    """A file to read; `format` is a key of `formats.FORMATS`."""
 
     path: Path
     name: str
-    kind: Kind
+    format: str
+
+
+Loaded = tuple[Source, list[Document]]
+
+
+class Parsed(NamedTuple):
+    """What a reader makes of a file; `pages` as in `Document`."""
+
+    text: str
+    title: str = ""
+    pages: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a file may cost; one that needs more is a Problem.
+    """What a file may cost; a file that needs more is a Problem.
 
     | limit                              | Linux | macOS | Windows |
     |------------------------------------|-------|-------|---------|
@@ -79,12 +92,12 @@ class Limits:
     | `memory_bytes` (HTML, PDF, DOCX)   | yes   | no    | no      |
 
     `seconds` is wall-clock time per file, after which the parent kills the worker. `memory_bytes`
-    is the worker's address space (`RLIMIT_AS`), the interpreter's own 100 MB included; macOS takes
-    that call without holding to it, and Windows has none. There the other limits bound memory:
-    an HTML page takes about thirty times its size, a DOCX file about fifty times its XML.
+    is the worker's address space (`RLIMIT_AS`), including the interpreter's own 100 MB; macOS
+    accepts that call without enforcing it, and Windows has none. There the other limits bound
+    memory: an HTML page takes about thirty times its size, a DOCX file about fifty times its XML.
     `ratio` is bytes out per byte in, for parts of more than a megabyte.
 
-    docling (`--docling`) brings PyTorch into the worker: `FOR_DOCLING` gives it more of both.
+    docling (`--docling`) loads PyTorch in the worker: `FOR_DOCLING` allows more of both.
     """
 
     file_bytes: int = 256 << 20
@@ -99,4 +112,4 @@ class Limits:
 
 
 FOR_DOCLING = Limits(seconds=600.0, memory_bytes=64 << 30, workers=1)
-"""Address space, of which compiled libraries take much more than they use."""
+"""Address space, of which compiled libraries reserve much more than they use."""

@@ -1,9 +1,9 @@
-"""DOCX as Markdown: the container unpacked under limits, converted by mammoth, written as HTML is.
+"""DOCX as Markdown: unpacked under limits, converted to HTML by mammoth, written as HTML is.
 
-Only the XML parts are unpacked, and mammoth gets these in a container of our own: what counts is
-what came out of the decompressor, whatever the headers say, and pictures are never touched.
-ECMA-376 part 2 forbids document type declarations in a package, so a part that has one is refused,
-and with it every trick with entities.
+Only the XML parts are unpacked, and mammoth reads these from a new container: limits apply to what
+the decompressor returns, whatever the headers say, and pictures are never unpacked. ECMA-376 part 2
+forbids document type declarations in a package, so a part with one is refused, which excludes all
+attacks by entities.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import mammoth
 
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
-from khaosz.rag.load.document import Limits
+from khaosz.rag.load.document import Limits, Parsed
 from khaosz.rag.load.html import html_to_markdown
 from khaosz.rag.load.plain import size_text
 
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 _CHUNK = 1 << 16
 _RATIO_FROM = 1 << 20
-# Besides what mammoth knows: titles, and headings of programs that translate the style's name.
+# In addition to mammoth's: titles, and headings of programs that translate style names.
 _STYLES = "\n".join(
     [
         "p[style-name='Title'] => h1:fresh",
@@ -36,8 +36,8 @@ _STYLES = "\n".join(
 _DC_TITLE = "http://purl.org/dc/elements/1.1/ title"
 
 
-def parse_docx(raw: bytes, limits: Limits) -> tuple[str, str]:
-    """(Markdown, title). Raises DocumentError for a container that is too large, or none."""
+def parse(raw: bytes, limits: Limits) -> Parsed:
+    """Raises DocumentError for a container that is damaged, unsafe or too large."""
     if raw.startswith(_OLE):
         raise DocumentError(
             "is protected by a password, or an old .doc file",
@@ -54,19 +54,19 @@ def parse_docx(raw: bytes, limits: Limits) -> tuple[str, str]:
         ) from error
     if not any(name.lstrip("/") == "[Content_Types].xml" for name in parts):
         raise DocumentError(
-            "is a ZIP file, but no DOCX document",
+            "is a ZIP file, but not a DOCX document",
             code="wrong_kind",
             hint="unpack it and add the folder",
         )
     title = ""
     for name, part in parts.items():
-        found = _check_xml(name, part, limits.xml_depth)
+        part_title = _check_xml(name, part, limits.xml_depth)
         if name.lower().endswith("docprops/core.xml"):
-            title = " ".join(clean(found).split())
+            title = " ".join(clean(part_title).split())
     html = mammoth.convert_to_html(
-        _packed(parts), style_map=_STYLES, convert_image=_no_image, external_file_access=False
+        _pack(parts), style_map=_STYLES, convert_image=_no_image, external_file_access=False
     )
-    return html_to_markdown(html.value)[0], title
+    return Parsed(html_to_markdown(html.value).text, title)
 
 
 def _no_image(image: object) -> list[object]:
@@ -81,7 +81,7 @@ def _unpack(raw: bytes, limits: Limits) -> dict[str, bytes]:
         entries = container.infolist()
         if len(entries) > limits.entries:
             raise DocumentError(
-                f"unpacks to {len(entries):,} files, where {limits.entries:,} are allowed",
+                f"unpacks to {len(entries):,} files; at most {limits.entries:,} are allowed",
                 code="too_large",
             )
         for entry in entries:
@@ -92,22 +92,24 @@ def _unpack(raw: bytes, limits: Limits) -> dict[str, bytes]:
                     "is protected by a password", code="encrypted", hint="save it without one"
                 )
             if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                # Part 2 allows no other; Python's bzip2 and LZMA unpack without a bound.
-                raise DocumentError("is packed by a method that DOCX does not have", code="unsafe")
+                # Part 2 allows only these; Python's bzip2 and LZMA unpack without a bound.
+                raise DocumentError(
+                    "is compressed by a method that DOCX does not allow", code="unsafe"
+                )
             parts[entry.filename] = part = _unpack_part(container, entry, left, limits)
             left -= len(part)
     return parts
 
 
 def _unpack_part(
-    container: zipfile.ZipFile, entry: zipfile.ZipInfo, most: int, limits: Limits
+    container: zipfile.ZipFile, entry: zipfile.ZipInfo, maximum: int, limits: Limits
 ) -> bytes:
     part = bytearray()
     packed = max(1, entry.compress_size)
     with container.open(entry) as stream:
         while chunk := stream.read(_CHUNK):
             part += chunk
-            if len(part) > most:
+            if len(part) > maximum:
                 raise DocumentError(
                     f"unpacks to more than {size_text(limits.unpacked_bytes)}", code="too_large"
                 )
@@ -115,13 +117,14 @@ def _unpack_part(
                 raise DocumentError(
                     f"unpacks to more than {limits.ratio} times its size",
                     code="unsafe",
-                    hint="it was made to fill memory, or save it again in Word",
+                    hint="it may be an attack; save it again in Word",
                 )
     return bytes(part)
 
 
-def _check_xml(name: str, part: bytes, deepest: int) -> str:
-    """The text of its `dc:title`. Raises DocumentError for a document type, or nesting too deep."""
+def _check_xml(name: str, part: bytes, max_depth: int) -> str:
+    """The text of its `dc:title`. Raises DocumentError for a document type declaration, for XML
+    that is too deep, and for damage."""
     parser = expat.ParserCreate(namespace_separator=" ")
     title: list[str] = []
     depth = 0
@@ -131,8 +134,8 @@ def _check_xml(name: str, part: bytes, deepest: int) -> str:
         nonlocal depth, in_title
         depth += 1
         in_title = tag == _DC_TITLE
-        if depth > deepest:
-            raise DocumentError(f"nests more than {deepest} elements in {name}", code="unsafe")
+        if depth > max_depth:
+            raise DocumentError(f"nests more than {max_depth} elements in {name}", code="unsafe")
 
     def end(tag: str) -> None:
         nonlocal depth, in_title
@@ -161,8 +164,8 @@ def _check_xml(name: str, part: bytes, deepest: int) -> str:
     return "".join(title)
 
 
-def _packed(parts: dict[str, bytes]) -> io.BytesIO:
-    """As a container again, not compressed."""
+def _pack(parts: dict[str, bytes]) -> io.BytesIO:
+    """The parts in a container, not compressed."""
     container = io.BytesIO()
     with zipfile.ZipFile(container, "w", zipfile.ZIP_STORED) as writer:
         for name, part in parts.items():

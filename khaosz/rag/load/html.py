@@ -1,4 +1,4 @@
-"""HTML as Markdown: its bytes decoded, parsed as browsers do (lexbor), walked, written."""
+"""HTML as Markdown: bytes are decoded, parsed as browsers do (lexbor), and the tree is written."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 from selectolax.lexbor import LexborHTMLParser, SelectolaxError
 
 from khaosz.rag.load.decode import clean, decode
+from khaosz.rag.load.document import Limits, Parsed
 from khaosz.rag.load.markdown import MarkdownWriter
 
 _CHARSET = re.compile(
     rb"""<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?([\w-]+)""", re.I
 )
-# What pages label with the first is written with the second (https://encoding.spec.whatwg.org).
+# Pages that declare the first are written in the second (https://encoding.spec.whatwg.org).
 _SUPERSETS = {"gb2312": "gb18030", "gbk": "gb18030", "big5": "big5hkscs", "iso-8859-1": "cp1252"}
 
 _DROPPED = frozenset(
@@ -28,14 +29,14 @@ _DROPPED = frozenset(
 _HIDING = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 
 
-def parse_html(raw: bytes) -> tuple[str, str]:
-    """(Markdown, title). Raises DocumentError when the bytes are not text."""
+def parse(raw: bytes, limits: Limits) -> Parsed:
+    """Raises DocumentError for bytes that are not text."""
     return html_to_markdown(_decode(raw))
 
 
 def _decode(raw: bytes) -> str:
-    """The declared encoding counts when the bytes are not UTF-8: pages are saved anew by programs
-    that leave the declaration as it was."""
+    """The declared encoding is used if the bytes are not UTF-8: programs save pages again without
+    changing the declaration."""
     declared = _CHARSET.search(raw[:4096])
     if declared and not raw.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         label = declared[1].decode("ascii").lower()
@@ -45,16 +46,16 @@ def _decode(raw: bytes) -> str:
             try:
                 return clean(raw.decode(_SUPERSETS.get(label, label)))
             except (LookupError, UnicodeError):
-                pass  # no such encoding, or not this one
+                pass  # an unknown encoding, or not this one
     return decode(raw)[0]
 
 
-def html_to_markdown(html: str) -> tuple[str, str]:
-    """(Markdown, title); no script, style, navigation, form or hidden part."""
+def html_to_markdown(html: str) -> Parsed:
+    """Without scripts, styles, navigation, forms and hidden parts."""
     try:
         tree = LexborHTMLParser(html)
     except SelectolaxError as error:
-        raise MemoryError from error  # there is no HTML that cannot be parsed for another reason
+        raise MemoryError from error  # any HTML can be parsed, so it has no other reason
     title = tree.css_first("head > title")
     layout = _layout_tables(tree.body) if tree.body else set()
     writer = MarkdownWriter()
@@ -66,12 +67,12 @@ def html_to_markdown(html: str) -> tuple[str, str]:
                 writer.start(node.tag, node.attributes, is_layout=node.mem_id in layout)
             else:
                 writer.end(node.tag)
-    return clean(writer.finish()), " ".join(clean(title.text()).split()) if title else ""
+    return Parsed(clean(writer.finish()), " ".join(clean(title.text()).split()) if title else "")
 
 
 def _walk(root: Any) -> Iterator[tuple[str, Any]]:
     """("start" | "text" | "end", node) in document order. Not recursive: elements nest deeper than
-    Python's calls do."""
+    Python's recursion limit."""
     node = root
     above: list[Any] = []
     while True:
@@ -111,7 +112,7 @@ def _is_hidden(node: Any) -> bool:
 
 
 def _layout_tables(root: Any) -> set[int]:
-    """Tables around other tables: these lay out a page and hold no rows of data."""
+    """The ids of tables that contain tables: they lay out a page and hold no rows of data."""
     layout: set[int] = set()
     tables: list[int] = []
     for event, node in _walk(root):

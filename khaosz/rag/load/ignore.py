@@ -1,17 +1,17 @@
-"""`.khaoszignore`: which files of a folder are left out, in a subset of gitignore's syntax.
+"""`.khaoszignore`: which files of a folder are skipped, in a subset of gitignore's syntax.
 
-One pattern per line; the last one that matches decides. What holds (gitignore(5)):
+One pattern per line; the last one that matches decides. Supported (gitignore(5)):
 
-- a blank line, or one that begins with `#`, says nothing; `\\#` and `\\!` begin a pattern with
-  these characters; spaces at the end don't count;
-- `!` takes files back in, but nothing inside of a folder that is left out;
+- blank lines and lines that start with `#` are ignored; `\\#` and `\\!` start a pattern with these
+  characters; spaces at the end are removed;
+- `!` includes files again, but nothing inside a folder that is skipped;
 - `/` at the end: folders only; `/` anywhere else: relative to the folder of the ignore file;
   no other `/`: names at any depth;
 - `*`, `?` and `[a-z]`, `[!a-z]` match within a name; `**` as a whole name matches any number of
   folders.
 
-What does not: backslashes elsewhere, and matching without regard to case. Ignore files in
-subfolders hold below them and are read after those above.
+Not supported: backslashes elsewhere, and matching that ignores case. Ignore files in subfolders
+apply below them and are read after those above.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ IGNORE_FILE = ".khaoszignore"
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern by its names; None stands for `**`. `base` is the ignore file's folder, as names
-    from the folder that was added."""
+    """A pattern split at "/"; a part of None is `**`. `folder` is the ignore file's, as names from
+    the folder that was added."""
 
-    base: tuple[str, ...]
+    folder: tuple[str, ...]
     parts: tuple[Callable[[str], object] | None, ...]
     folders_only: bool
     ignores: bool
 
 
-def parse_rules(lines: Iterable[str], base: tuple[str, ...] = ()) -> list[Rule]:
+def parse_rules(lines: Iterable[str], folder: tuple[str, ...] = ()) -> list[Rule]:
     rules = []
     for line in lines:
         pattern = line.rstrip()
@@ -51,16 +51,16 @@ def parse_rules(lines: Iterable[str], base: tuple[str, ...] = ()) -> list[Rule]:
         names = pattern.lstrip("/").split("/")
         if "/" not in pattern:
             names.insert(0, "**")
-        if names[-1] == "**":  # a/** is what lies in a, not a itself
+        if names[-1] == "**":  # a/** is what is in a, not a itself
             names.append("*")
         if names[-1]:
             parts = tuple(None if name == "**" else _name_matcher(name) for name in names)
-            rules.append(Rule(base, parts, folders_only, ignores))
+            rules.append(Rule(folder, parts, folders_only, ignores))
     return rules
 
 
 def _name_matcher(pattern: str) -> Callable[[str], object]:
-    # fnmatch builds its expressions of atomic groups (Python 3.11): no exponential search.
+    # fnmatch uses atomic groups (Python 3.11), so the search is not exponential.
     return re.compile(fnmatch.translate(pattern.replace("[^", "[!"))).match
 
 
@@ -69,12 +69,12 @@ def _never(name: str) -> object:
 
 
 def is_ignored(rules: Sequence[Rule], names: tuple[str, ...], is_folder: bool) -> bool:
-    """Whether the file or folder at `names` (from the folder that was added) is left out."""
+    """Whether the file or folder at `names` (from the folder that was added) is skipped."""
     for rule in reversed(rules):
-        depth = len(rule.base)
+        depth = len(rule.folder)
         if rule.folders_only and not is_folder:
             continue
-        if names[:depth] == rule.base and _matches(rule.parts, names[depth:]):
+        if names[:depth] == rule.folder and _matches(rule.parts, names[depth:]):
             return rule.ignores
     return False
 

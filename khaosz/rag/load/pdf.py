@@ -1,5 +1,5 @@
-"""PDF as headings and paragraphs, by PDFium: pages in order, lines in reading order, wrapped lines
-joined."""
+"""PDF as Markdown headings and paragraphs, by PDFium: pages in order, lines in reading order,
+wrapped lines joined."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pypdfium2
 
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean
-from khaosz.rag.load.markdown import plain
+from khaosz.rag.load.document import Limits, Parsed
+from khaosz.rag.load.markdown import escape
 from khaosz.rag.load.pdf_lines import (
     Line,
     heading_levels,
     in_reading_order,
     join_lines,
-    with_headings,
+    split_headings,
 )
 
 # PDFium writes U+FFFE for a hyphen at a line's end, without the line end.
@@ -24,8 +25,8 @@ _INLINE_HYPHEN = re.compile(r"\b[^\W\d_]+-[^\W\d_]+\b")
 _JUNK = dict.fromkeys([*range(9), 11, 12, *range(14, 32), 0x7F, 0xAD, 0xFEFF, 0xFFFF])
 
 
-def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
-    """(text, title, offsets of pages 2, 3, ...). Raises DocumentError for a file that is no PDF."""
+def parse(raw: bytes, limits: Limits) -> Parsed:
+    """Raises DocumentError for a file that is not a PDF, damaged or encrypted."""
     try:
         pdf = pypdfium2.PdfDocument(raw)
     except pypdfium2.PdfiumError as error:
@@ -36,7 +37,7 @@ def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
                 hint="save a copy without a password",
             ) from error
         raise DocumentError(
-            "is a damaged PDF file, or none at all",
+            "is a damaged PDF file, or not a PDF file",
             code="damaged",
             hint="open it in a viewer and print it to PDF",
         ) from error
@@ -64,19 +65,19 @@ def parse_pdf(raw: bytes) -> tuple[str, str, tuple[int, ...]]:
             offsets.append(length)
         parts.append(body)
         length += len(body)
-    return "".join(parts), title, tuple(offsets)
+    return Parsed("".join(parts), title, tuple(offsets))
 
 
 def _page(lines: list[Line], levels: dict[float, int], compounds: set[str]) -> str:
     parts = []
-    for level, some in with_headings(lines, levels):
-        text = join_lines(some, compounds)
-        parts.append(f"{'#' * level} {' '.join(text.split())}" if level else plain(text))
+    for level, part in split_headings(lines, levels):
+        text = join_lines(part, compounds)
+        parts.append(f"{'#' * level} {' '.join(text.split())}" if level else escape(text))
     return "\n\n".join(parts)
 
 
 def _lines(pdf: pypdfium2.PdfDocument, number: int) -> list[Line]:
-    """A page's lines in reading order; a page that is damaged has none."""
+    """A page's lines in reading order; none for a damaged page."""
     try:
         page = pdf[number]
     except pypdfium2.PdfiumError:
@@ -84,7 +85,7 @@ def _lines(pdf: pypdfium2.PdfDocument, number: int) -> list[Line]:
     textpage = page.get_textpage()
     try:
         text = textpage.get_text_range()
-        # Characters outside of the basic plane, or without a meaning, shift the indices.
+        # Characters outside the basic plane, or without a meaning, shift the indices.
         placed = len(text) == textpage.count_chars() and page.get_rotation() == 0
         lines = []
         for match in _LINE.finditer(text):
@@ -102,7 +103,7 @@ def _lines(pdf: pypdfium2.PdfDocument, number: int) -> list[Line]:
 def _box(
     textpage: pypdfium2.PdfTextPage, start: int, length: int
 ) -> tuple[float, float, float, float, float] | None:
-    """left, bottom, right, top, and the widest gap, in points; None when nothing is drawn."""
+    """Left, bottom, right, top and the widest gap, in points; None if nothing is drawn."""
     rects = sorted(textpage.get_rect(n) for n in range(textpage.count_rects(start, length)))
     if not rects:
         return None
@@ -110,6 +111,6 @@ def _box(
     for left, _, right, _ in rects[1:]:
         gap = max(gap, left - end)
         end = max(end, right)
-    # Rectangles hold to the ink, "mean" being lower than "help"; this is the font's own height.
+    # Rectangles enclose the ink: "mean" is lower than "help". This is the font's own height.
     _, bottom, _, top = textpage.get_charbox(start, loose=True)
     return rects[0][0], bottom, end, top, gap

@@ -1,4 +1,4 @@
-"""Text, Markdown, source code and JSON Lines: the formats that are read in this process."""
+"""Text, Markdown, source code and JSON Lines: the formats that are read without a worker."""
 
 from __future__ import annotations
 
@@ -11,14 +11,24 @@ from typing import IO, Any
 from khaosz.data.records.readers import Skip, parse_line
 from khaosz.errors import DocumentError
 from khaosz.rag.load.decode import clean, decode
-from khaosz.rag.load.document import Document, Found, Limits, Problem, Source
-from khaosz.rag.load.walk import OnProblem
+from khaosz.rag.load.document import (
+    Document,
+    InputFile,
+    Limits,
+    Loaded,
+    OnProblem,
+    Problem,
+    Source,
+)
+
+_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def read_source(path: Path, name: str, limit: int) -> tuple[Source, bytes]:
-    """A file's bytes, at most `limit` of them. DocumentError if there are more, or none."""
+    """A file and its bytes. Raises DocumentError if there are more than `limit` of them, and if
+    the file cannot be read."""
     try:
-        # Not blocking: what was a file a moment ago may be a pipe now, which nobody writes to.
+        # Not blocking: the file may have become a pipe in the meantime, which nobody writes to.
         with open(os.open(path, _FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
@@ -39,41 +49,42 @@ def read_source(path: Path, name: str, limit: int) -> tuple[Source, bytes]:
 
 
 def _read(file: IO[bytes], expected: int, limit: int) -> bytes:
-    """Not `read(limit)`, which takes that much memory whatever there is to read."""
+    """Not `read(limit)`, which allocates that much memory however small the file is."""
     raw = file.read(expected + 1)
     while expected < len(raw) <= limit and (more := file.read(1 << 20)):
-        raw += more  # it grows as we read
+        raw += more  # the file grows while it is read
     return raw
-
-
-_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def size_text(n_bytes: int) -> str:
     return f"{n_bytes >> 20} MB" if n_bytes >= 1 << 20 else f"{n_bytes} bytes"
 
 
-def load_plain(file: Found, limits: Limits, on_problem: OnProblem) -> tuple[Source, list[Document]]:
-    """Raises DocumentError when nothing of the file can be used."""
-    source, raw = read_source(file.path, file.name, limits.file_bytes)
-    text, encoding = decode(raw)
+def check_characters(text: str, limits: Limits) -> None:
     if len(text) > limits.text_characters:
         raise DocumentError(
             f"has more than {limits.text_characters:,} characters",
             code="too_large",
             hint="split it",
         )
-    if file.kind == "jsonl":
-        return source, _documents_of_lines(file, text, on_problem)
+
+
+def load_plain(file: InputFile, limits: Limits, on_problem: OnProblem) -> Loaded:
+    """Raises DocumentError for a file of which nothing can be used."""
+    source, raw = read_source(file.path, file.name, limits.file_bytes)
+    text, encoding = decode(raw)
+    check_characters(text, limits)
+    if file.format == "jsonl":
+        return source, _jsonl_documents(file, text, on_problem)
     if not text or text.isspace():
         return source, []
-    metadata: dict[str, str] = {"format": file.kind}
+    metadata = {"format": file.format}
     if encoding != "utf-8":
         metadata["encoding"] = encoding
     return source, [Document(file.name, text, file.name, metadata=metadata)]
 
 
-def _documents_of_lines(file: Found, text: str, on_problem: OnProblem) -> list[Document]:
+def _jsonl_documents(file: InputFile, text: str, on_problem: OnProblem) -> list[Document]:
     documents: dict[str, Document] = {}
     skipped: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -84,37 +95,37 @@ def _documents_of_lines(file: Found, text: str, on_problem: OnProblem) -> list[D
         if isinstance(document, Skip):
             skipped.append(f"line {number}: {document.reason}")
         elif document.name in documents:
-            skipped.append(f"line {number}: an id that an earlier line has")
+            skipped.append(f"line {number}: the id of an earlier line")
         else:
             documents[document.name] = document
     if skipped:
-        lines = "1 line is" if len(skipped) == 1 else f"{len(skipped)} lines are"
-        on_problem(
-            Problem(
-                file.path,
-                f"{lines} no document; {skipped[0]}",
-                'each line is a JSON object with a "text" and, to be cited by, an "id"',
-            )
+        lines = (
+            "1 line is not a document"
+            if len(skipped) == 1
+            else (f"{len(skipped)} lines are not documents")
         )
+        hint = 'each line is a JSON object with a "text" and, for citations, an "id"'
+        on_problem(Problem(file.path, f"{lines}; {skipped[0]}", hint))
     return list(documents.values())
 
 
-def _document(record: dict[str, Any], file: Found, number: int) -> Document | Skip:
+def _document(record: dict[str, Any], file: InputFile, number: int) -> Document | Skip:
     text = record.get("text")
     if not isinstance(text, str):
         return Skip('no "text"' if text is None else '"text" is not a string')
     text = clean(text)
     if not text or text.isspace():
         return Skip('an empty "text"')
-    given = record.get("id")
-    # bool is an int to Python, and no id to anybody
-    has_id = isinstance(given, str | int) and not isinstance(given, bool) and given != ""
-    own_id = clean(str(given)) if has_id else str(number)
-    name = f"{file.name}#{own_id}"
+    record_id = record.get("id")
+    # In Python a bool is an int.
+    has_id = isinstance(record_id, str | int) and not isinstance(record_id, bool)
+    has_id = has_id and record_id != ""
+    line_id = clean(str(record_id)) if has_id else str(number)
+    name = f"{file.name}#{line_id}"
     metadata = {
         clean(key): clean(value)
         for key, value in record.items()
         if isinstance(value, str) and key not in ("text", "id", "format")
     }
     metadata["format"] = "jsonl"
-    return Document(name, text, own_id if has_id else name, metadata=metadata)
+    return Document(name, text, line_id if has_id else name, metadata=metadata)

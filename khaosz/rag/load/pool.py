@@ -1,8 +1,12 @@
-"""Worker processes for formats whose parsers a file can crash, hang or swell.
+"""Worker processes for formats whose parsers a file can crash, hang or make use too much memory.
 
 One thread per worker talks to it and waits, so that nothing here depends on what an operating
-system lets one wait for. A worker that dies or is too late takes its file with it, no other: the
-next file gets a new one.
+system can wait for. If a worker dies or takes too long, only its file is lost: the next file gets
+a new worker.
+
+Both ends talk in frames through the worker's standard input and output: the length of a JSON
+object in four bytes, big-endian, then the object. First come the limits, answered by `{}`; then a
+file for each request and its documents, or an error, for each reply.
 """
 
 from __future__ import annotations
@@ -22,55 +26,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from khaosz.errors import DocumentError
-from khaosz.rag.load.document import Document, Found, Limits, Source
+from khaosz.rag.load.document import Document, InputFile, Limits, Loaded, Source
 
 _LENGTH = struct.Struct(">I")
-
-
-def write_frame(pipe: IO[bytes], message: dict[str, Any]) -> None:
-    """`pipe` is unbuffered, so that one write may take only a part."""
-    body = json.dumps(message).encode("ascii")  # \\u escapes: paths may hold lone surrogates
-    rest = memoryview(_LENGTH.pack(len(body)) + body)
-    while rest:
-        rest = rest[pipe.write(rest) :]
-
-
-def read_frame(pipe: IO[bytes], limit: int = 1 << 32) -> dict[str, Any] | None:
-    """None at the end of the pipe, which may be inside of a frame.
-
-    Raises ValueError for a frame of more than `limit` bytes, or of something else than an object.
-    """
-    head = _read(pipe, _LENGTH.size)
-    if head is None:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    if length > limit:
-        raise ValueError(f"a frame of {length} bytes, where {limit} are allowed")
-    body = _read(pipe, length)
-    if body is None:
-        return None
-    message = json.loads(body)
-    if not isinstance(message, dict):
-        raise ValueError(f"a frame with a {type(message).__name__}")
-    return message
-
-
-def _read(pipe: IO[bytes], length: int) -> bytes | None:
-    parts = []
-    while length:
-        part = pipe.read(min(length, 1 << 20))
-        if not part:
-            return None
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-Loaded = tuple[Source, list[Document]]
-
 _START_SECONDS = 60.0
-_ENDED = "was not read: loading has ended"
-# Not `multiprocessing`, whose pipes unpickle, and which imports the user's script once more.
+_CLOSED = "was not read: loading has ended"
+# Not `multiprocessing`: its pipes unpickle, and it imports the user's script again.
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from khaosz.rag.load.worker import main; main()"
@@ -100,34 +61,34 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """From any thread; what is being read fails."""
+        """May be called from any thread; files that are being read fail."""
         with self._lock:
             self._closed = True
             for worker in self._workers:
                 worker.process.kill()  # its thread sees the end of the pipe
-        self._threads.shutdown(wait=True)  # those that wait see that it is closed
+        self._threads.shutdown(wait=True)  # queued files see that the pool is closed
         for worker in self._workers:
             worker.close()
 
     @property
     def processes(self) -> list[int]:
-        """Their process ids."""
+        """The workers' process ids."""
         with self._lock:
             return sorted(worker.process.pid for worker in self._workers)
 
-    def submit(self, file: Found) -> Future[Loaded]:
-        """The future's exception is a DocumentError when the file cannot be read, and so is ours
-        when the pool was closed."""
+    def submit(self, file: InputFile) -> Future[Loaded]:
+        """The future raises DocumentError if the file cannot be read; this method raises it if the
+        pool is closed."""
         try:
             return self._threads.submit(self._load, file)
         except RuntimeError:
-            raise DocumentError(_ENDED, code="not_read") from None
+            raise DocumentError(_CLOSED, code="not_read") from None
 
-    def _load(self, file: Found) -> Loaded:
-        worker = self._take()
-        request = {"path": str(file.path), "name": file.name, "kind": file.kind}
+    def _load(self, file: InputFile) -> Loaded:
+        worker = self._idle_worker()
+        request = {"path": str(file.path), "name": file.name, "format": file.format}
         try:
-            reply = worker.ask(request, self.limits.seconds)
+            reply = worker.request(request, self.limits.seconds)
         except DocumentError:
             self._drop(worker)
             raise
@@ -142,18 +103,18 @@ class WorkerPool:
         documents = [Document(**{**d, "pages": tuple(d["pages"])}) for d in reply["documents"]]
         return source, documents
 
-    def _take(self) -> _Worker:
+    def _idle_worker(self) -> _Worker:
         with self._lock:
             if self._closed:
-                raise DocumentError(_ENDED, code="not_read")
+                raise DocumentError(_CLOSED, code="not_read")
             if self._idle:
                 return self._idle.pop()
             worker = _Worker(self.limits)
             self._workers.add(worker)
         try:
-            # Docling takes its time to be imported.
+            # Importing docling is slow.
             seconds = _START_SECONDS + (self.limits.seconds if self._docling else 0.0)
-            worker.ask({"limits": asdict(self.limits), "docling": self._docling}, seconds)
+            worker.request({"limits": asdict(self.limits), "docling": self._docling}, seconds)
         except DocumentError as error:
             self._drop(worker)
             raise DocumentError(
@@ -180,13 +141,13 @@ class _Worker:
             bufsize=0,
         )
 
-    def ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises DocumentError when there is no answer, or none within `seconds`; the worker is
-        gone then."""
+    def request(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """The reply. Raises DocumentError if none arrives within `seconds`; the worker is then
+        dead."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with _Deadline(seconds, self.process.kill) as deadline:
             try:
-                write_frame(self.process.stdin, request)
+                write_frame(self.process.stdin, message)
                 reply = read_frame(self.process.stdout, 16 * self._limits.text_characters + 65536)
             except (OSError, ValueError):
                 reply = None
@@ -199,11 +160,11 @@ class _Worker:
         if reply is None:
             try:
                 code = self.process.wait(1)
-            except subprocess.TimeoutExpired:  # it lives, and talks nonsense
+            except subprocess.TimeoutExpired:  # it is alive, and its reply was not a frame
                 self.process.kill()
                 code = self.process.wait()
             raise DocumentError(
-                f"makes its parser fail ({_ending(code)})",
+                f"makes its parser fail ({_exit_text(code)})",
                 code="damaged",
                 hint="it is damaged, or needs more than "
                 f"{self._limits.memory_bytes >> 20} MB of memory",
@@ -220,7 +181,7 @@ class _Worker:
 
 
 class _Deadline:
-    """Calls `action` when the block takes longer than `seconds`."""
+    """Calls `action` if the block takes longer than `seconds`."""
 
     def __init__(self, seconds: float, action: Callable[[], None]) -> None:
         self.passed = False
@@ -241,8 +202,47 @@ class _Deadline:
         self._timer.join()
 
 
-def _ending(code: int) -> str:
+def _exit_text(code: int) -> str:
     try:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
     except ValueError:
         return f"signal {-code}"
+
+
+def write_frame(pipe: IO[bytes], message: dict[str, Any]) -> None:
+    """`pipe` is unbuffered, so that one write may take only a part of the frame."""
+    body = json.dumps(message).encode("ascii")  # \\u escapes: paths may hold lone surrogates
+    rest = memoryview(_LENGTH.pack(len(body)) + body)
+    while rest:
+        rest = rest[pipe.write(rest) :]
+
+
+def read_frame(pipe: IO[bytes], limit: int = 1 << 32) -> dict[str, Any] | None:
+    """None at the end of the pipe, which may be inside a frame.
+
+    Raises ValueError for a frame of more than `limit` bytes, and for JSON that is not an object.
+    """
+    head = _read(pipe, _LENGTH.size)
+    if head is None:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    if length > limit:
+        raise ValueError(f"a frame of {length} bytes; at most {limit} are allowed")
+    body = _read(pipe, length)
+    if body is None:
+        return None
+    message = json.loads(body)
+    if not isinstance(message, dict):
+        raise ValueError(f"a frame with a {type(message).__name__}, not an object")
+    return message
+
+
+def _read(pipe: IO[bytes], length: int) -> bytes | None:
+    parts = []
+    while length:
+        part = pipe.read(min(length, 1 << 20))
+        if not part:
+            return None
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)

@@ -4,65 +4,34 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from khaosz.errors import DataError
 from khaosz.rag.load.decode import clean
-from khaosz.rag.load.document import Found, Kind, Problem
+from khaosz.rag.load.document import InputFile, OnProblem, Problem
+from khaosz.rag.load.formats import INSTEAD, format_of
 from khaosz.rag.load.ignore import IGNORE_FILE, Rule, is_ignored, parse_rules
 
-_SUFFIXES: dict[Kind, str] = {
-    "markdown": ".md .markdown .mdx .qmd",
-    "text": ".txt .text .log .rst .adoc .org .tex .srt .vtt .csv .tsv .po",
-    "jsonl": ".jsonl .ndjson",
-    "html": ".html .htm .xhtml",
-    "pdf": ".pdf",
-    "docx": ".docx .docm",
-    "code": (
-        ".py .pyi .pyx .js .mjs .cjs .jsx .ts .tsx .vue .svelte .css .scss .less .c .h .cc .cpp"
-        " .cxx .hpp .hh .cu .cuh .m .mm .java .kt .kts .scala .groovy .go .rs .swift .rb .php .pl"
-        " .pm .lua .r .jl .hs .ml .mli .ex .exs .erl .clj .lisp .el .scm .dart .zig .nim .cs .fs"
-        " .vb .sql .sh .bash .zsh .fish .ps1 .bat .cmd .asm .s .f .f90 .v .sv .vhd .proto .thrift"
-        " .graphql .json .json5 .yaml .yml .toml .ini .cfg .conf .properties .xml .xsd .xsl .tf"
-        " .cmake .mk .gradle .dockerfile .diff .patch"
-    ),
-}
-_KIND_OF = {suffix: kind for kind, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
-SUFFIXES = tuple(_KIND_OF)  # that say what a file is
-_BY_DOCLING: dict[str, Kind] = {".pptx": "pptx", ".xlsx": "xlsx"}
-_NAMES: dict[str, Kind] = {
-    **dict.fromkeys(("readme", "license", "copying", "authors", "changelog", "notice"), "text"),
-    **dict.fromkeys(("makefile", "dockerfile", "rakefile", "gemfile", "jenkinsfile"), "code"),
-}
-INSTEAD = {
-    **dict.fromkeys((".doc", ".wps", ".rtf", ".odt", ".pages"), "save it as .docx or .pdf"),
-    ".pptx": "save it as .pdf, or --docling",
-    ".xlsx": "save it as .csv, or --docling",
-    **dict.fromkeys((".ppt", ".odp", ".key", ".dps"), "save it as .pdf"),
-    **dict.fromkeys((".xls", ".ods", ".numbers", ".et"), "save it as .csv"),
-    **dict.fromkeys((".epub", ".mobi", ".azw3", ".caj", ".djvu", ".chm"), "convert it to .pdf"),
-    **dict.fromkeys((".mht", ".mhtml"), "save it as .html"),
-}
 _IGNORE_FILE_BYTES = 1 << 20
 
-OnProblem = Callable[[Problem], None]
 
-
-def walk(paths: Sequence[Path], on_problem: OnProblem, *, docling: bool = False) -> Iterator[Found]:
+def walk(
+    paths: Sequence[Path], on_problem: OnProblem, *, docling: bool = False
+) -> Iterator[InputFile]:
     """The files to read: `paths` in their order, folders recursively and by name, each file once.
 
-    A file that was named is read whatever its name says, as text when it says nothing. In a
-    folder, names that say nothing are passed over, hidden files and folders too (unless
-    `.khaoszignore` takes them in with `!`; `.git` never). A symbolic link is followed when it
-    stays within the folder that was added. `docling`: slides and sheets are read, too. Raises
-    DataError for a path that does not exist.
+    A file in `paths` is read whatever its name, as text if the name says no format. In a folder,
+    files whose name says no format are skipped, and so are hidden files and folders (unless
+    `.khaoszignore` includes them with `!`; `.git` never). A symbolic link is followed if it stays
+    within the folder that was added. `docling`: slides and sheets are read, too. Raises DataError
+    for a path that does not exist.
     """
-    named = [(path, _stat_named(path)) for path in map(Path, paths)]
-    return _walk(named, on_problem, docling)
+    roots = [(path, _stat(path)) for path in map(Path, paths)]
+    return _walk(roots, on_problem, docling)
 
 
-def _stat_named(path: Path) -> os.stat_result:
+def _stat(path: Path) -> os.stat_result:
     try:
         return os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
@@ -74,24 +43,16 @@ def _stat_named(path: Path) -> os.stat_result:
 
 
 def _walk(
-    named: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem, docling: bool
-) -> Iterator[Found]:
+    roots: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem, docling: bool
+) -> Iterator[InputFile]:
     seen: set[str] = set()
-    for path, status in named:
+    for path, status in roots:
         real = os.path.realpath(path)
         if stat.S_ISDIR(status.st_mode):
-            found = _walk_folder(real, on_problem, docling)
+            files = _walk_folder(real, on_problem, docling)
         else:
-            kind = kind_of(path.name, docling=docling)
-            found = iter([Found(Path(real), path.name, kind or "text")])
-            suffix = path.suffix.lower()
-            if suffix in INSTEAD and not kind:
-                on_problem(Problem(path, f"{suffix} files cannot be read", INSTEAD[suffix]))
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                on_problem(Problem(path, "is neither a file nor a folder"))
-                continue
-        for file in found:
+            files = _input_file(path, real, path.name, status, docling, on_problem, default="text")
+        for file in files:
             if str(file.path) in seen:
                 continue
             seen.add(str(file.path))
@@ -101,16 +62,8 @@ def _walk(
             yield file
 
 
-def kind_of(name: str, *, docling: bool = False) -> Kind | None:
-    """What a file is by its name; None when that says nothing."""
-    stem, dot, suffix = name.lower().rpartition(".")
-    if docling and stem and dot + suffix in _BY_DOCLING:
-        return _BY_DOCLING[dot + suffix]
-    return _KIND_OF.get(dot + suffix) if stem and dot else _NAMES.get(name.lower())
-
-
-def _walk_folder(root: str, on_problem: OnProblem, docling: bool) -> Iterator[Found]:
-    """Depth first with a stack of our own: folders nest deeper than Python's calls do."""
+def _walk_folder(root: str, on_problem: OnProblem, docling: bool) -> Iterator[InputFile]:
+    """Depth first, with an explicit stack: folders nest deeper than Python's recursion limit."""
     seen = {root}
     rules = _with_ignore_file(parse_rules([".*"]), root, (), on_problem)
     names: tuple[str, ...] = ()
@@ -129,45 +82,48 @@ def _walk_folder(root: str, on_problem: OnProblem, docling: bool) -> Iterator[Fo
             status = entry.stat()
         except OSError as error:
             if not is_ignored(rules, names, is_folder=False):
-                what = "is a link that leads nowhere" if entry.is_symlink() else _reason(error)
-                on_problem(Problem(Path(entry.path), what))
+                reason = "is a broken link" if entry.is_symlink() else _reason(error)
+                on_problem(Problem(Path(entry.path), reason))
             continue
         is_folder = stat.S_ISDIR(status.st_mode)
         if entry.name == ".git" or is_ignored(rules, names, is_folder):
             continue
         if entry.is_symlink() and not Path(real).is_relative_to(root):
-            on_problem(
-                Problem(
-                    Path(entry.path),
-                    "is a link that leads out of the folder",
-                    f"add {clean(real)} by itself",
-                )
-            )
+            hint = f"add {clean(real)} by itself"
+            on_problem(Problem(Path(entry.path), "is a link to outside the folder", hint))
         elif is_folder:
-            if real not in seen:  # a link may lead back to a folder above
+            if real not in seen:  # a link may point to a folder above
                 seen.add(real)
                 inside = _with_ignore_file(rules, real, names, on_problem)
                 stack.append((names, inside, _entries(real, on_problem)))
         else:
-            kind = kind_of(entry.name, docling=docling)
-            yield from _of_folder(entry, real, "/".join(names), kind, status, on_problem)
+            yield from _input_file(
+                *(Path(entry.path), real, "/".join(names), status, docling, on_problem),
+                default=None,
+            )
 
 
-def _of_folder(
-    entry: os.DirEntry[str],
+def _input_file(
+    path: Path,
     real: str,
     name: str,
-    kind: Kind | None,
     status: os.stat_result,
+    docling: bool,
     on_problem: OnProblem,
-) -> Iterator[Found]:
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if suffix in INSTEAD and not kind:
-        on_problem(Problem(Path(entry.path), f"{suffix} files cannot be read", INSTEAD[suffix]))
-    elif kind and stat.S_ISREG(status.st_mode):
-        yield Found(Path(real), name, kind)
-    elif kind:
-        on_problem(Problem(Path(entry.path), "is neither a file nor a folder"))
+    *,
+    default: str | None,
+) -> Iterator[InputFile]:
+    """The file, unless it is a problem; `default` is its format if its name says none."""
+    suffix = path.suffix.lower()
+    file_format = format_of(path.name, docling=docling)
+    if file_format is None and suffix in INSTEAD:
+        on_problem(Problem(path, f"{suffix} files cannot be read", INSTEAD[suffix]))
+        return
+    file_format = file_format or default
+    if file_format and stat.S_ISREG(status.st_mode):
+        yield InputFile(Path(real), name, file_format)
+    elif file_format:
+        on_problem(Problem(path, "is neither a file nor a folder"))
 
 
 def _entries(folder: str, on_problem: OnProblem) -> Iterator[os.DirEntry[str]]:

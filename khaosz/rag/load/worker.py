@@ -1,4 +1,4 @@
-"""The other end of the pool's pipes: one file after the other, parsed under limits."""
+"""A worker process of the pool: reads files one after the other, under limits."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from khaosz.errors import DocumentError
-from khaosz.rag.load.document import Document, Found, Limits, Source
-from khaosz.rag.load.plain import read_source
+from khaosz.rag.load.document import Document, InputFile, Limits, Loaded, Parsed
+from khaosz.rag.load.formats import FORMATS
+from khaosz.rag.load.plain import check_characters, read_source
 from khaosz.rag.load.pool import read_frame, write_frame
 
 if TYPE_CHECKING:
     from khaosz.rag.load.by_docling import DoclingParser
 if sys.platform != "win32":
-    import resource  # at the top: there is no memory for imports where it is needed
+    import resource  # at the top: when it is needed, no memory is left for imports
 
 _GRACE_SECONDS = 10.0
 _RESERVE_BYTES = 4 << 20
@@ -25,31 +26,31 @@ _FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn"
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends us
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a parser prints must not get between the frames
+    os.dup2(2, 1)  # what a parser prints must not mix with the frames
     requests = os.fdopen(0, "rb", buffering=0, closefd=False)
     first = read_frame(requests)
     if first is None:
         return
     limits = Limits(**first["limits"])
     limit_memory(limits.memory_bytes)
-    # Before sockets and programs are refused: its imports ask what machine this is.
+    # Before sockets and programs are refused: its imports inspect the machine.
     docling = _docling() if first["docling"] else None
     reserve = [bytearray(_RESERVE_BYTES)]
     sys.addaudithook(_refuse)
     write_frame(replies, {})
     while (request := read_frame(requests)) is not None:
-        # Ends this process should the parent be gone, which otherwise ends it at `seconds`.
+        # Ends this process if the parent is gone, which would otherwise end it after `seconds`.
         _set_alarm(limits.seconds + _GRACE_SECONDS)
-        file = Found(Path(request["path"]), request["name"], request["kind"])
-        reply = _answer(file, limits, reserve, docling)
+        file = InputFile(Path(request["path"]), request["name"], request["format"])
+        reply = _reply(file, limits, reserve, docling)
         _set_alarm(0)
         write_frame(replies, reply)
 
 
 def limit_memory(n_bytes: int | None) -> None:
-    """The address space, where there is such a limit (see `Limits`); None lifts it again."""
+    """Limits the address space where the system can (see `Limits`); None lifts the limit."""
     if sys.platform == "win32":
         return
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -58,7 +59,7 @@ def limit_memory(n_bytes: int | None) -> None:
         soft = min(soft, hard)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    except (OSError, ValueError):  # macOS refuses what is below its shared libraries' size
+    except (OSError, ValueError):  # macOS refuses less than the size of its shared libraries
         return
 
 
@@ -68,29 +69,29 @@ def _set_alarm(seconds: float) -> None:
 
 
 def _refuse(event: str, arguments: object) -> None:
-    """A parser has no business with networks and programs, whatever a document says."""
+    """An audit hook: parsers need no network and no other programs, whatever a document says."""
     if event.startswith(_FORBIDDEN):
         raise PermissionError(f"{event} in a document loader")
 
 
 def _docling() -> DoclingParser:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # models are on the disk, or missing
+    os.environ["HF_HUB_OFFLINE"] = "1"  # models are on disk, or missing
     from khaosz.rag.load.by_docling import DoclingParser
 
     return DoclingParser()
 
 
-def _answer(
-    file: Found, limits: Limits, reserve: list[bytearray], docling: DoclingParser | None
+def _reply(
+    file: InputFile, limits: Limits, reserve: list[bytearray], docling: DoclingParser | None
 ) -> dict[str, Any]:
-    """A reply that says "spent" is the last one of this process. `reserve` is memory that is
-    given back when there is no other."""
+    """A reply with "spent" is the last one of this process. `reserve` is memory to free when no
+    other is left."""
     try:
         source, documents = _load(file, limits, docling)
     except DocumentError as error:
         return {"message": str(error), "code": error.code, "hint": error.hint or ""}
     except MemoryError:
-        # What was built is still there, in cycles and in the traceback: no room for an answer.
+        # What was built is still alive, in cycles and in the traceback: no memory for a reply.
         reserve.clear()
         limit_memory(None)
         message = f"needs more than {limits.memory_bytes >> 20} MB of memory"
@@ -102,12 +103,10 @@ def _answer(
     }
 
 
-def _load(
-    file: Found, limits: Limits, docling: DoclingParser | None
-) -> tuple[Source, list[Document]]:
+def _load(file: InputFile, limits: Limits, docling: DoclingParser | None) -> Loaded:
     source, raw = read_source(file.path, file.name, limits.file_bytes)
     try:
-        document = _parse(file, raw, limits, docling)
+        parsed = _parse(file, raw, limits, docling)
     except (DocumentError, MemoryError):
         raise
     except ImportError as error:
@@ -120,39 +119,17 @@ def _load(
             code="damaged",
             hint="it is damaged; open it in its own program and save it again",
         ) from error
-    if len(document.text) > limits.text_characters:
-        raise DocumentError(
-            f"has more than {limits.text_characters:,} characters",
-            code="too_large",
-            hint="split it",
-        )
-    if not document.text:
+    check_characters(parsed.text, limits)
+    if not parsed.text:
         raise DocumentError(
             "has no text in it", code="no_text", hint="text in pictures needs OCR first"
         )
-    return source, [document]
+    metadata = {"format": file.format} | ({"title": parsed.title} if parsed.title else {})
+    return source, [Document(file.name, parsed.text, file.name, parsed.pages, metadata)]
 
 
-def _parse(file: Found, raw: bytes, limits: Limits, docling: DoclingParser | None) -> Document:
-    # Imported here: each is optional, and needed for its own format only.
-    match file.kind:
-        case "pdf" | "docx" | "pptx" | "xlsx" if docling is not None:
-            text, title, pages = docling.parse(raw, file.path.name, file.kind)
-        case "html":
-            from khaosz.rag.load.html import parse_html
-
-            text, title = parse_html(raw)
-            pages = ()
-        case "docx":
-            from khaosz.rag.load.docx import parse_docx
-
-            text, title = parse_docx(raw, limits)
-            pages = ()
-        case "pdf":
-            from khaosz.rag.load.pdf import parse_pdf
-
-            text, title, pages = parse_pdf(raw)
-        case _:
-            raise AssertionError(f"{file.kind} is not for a worker")
-    metadata = {"format": file.kind} | ({"title": title} if title else {})
-    return Document(file.name, text, file.name, pages, metadata)
+def _parse(file: InputFile, raw: bytes, limits: Limits, docling: DoclingParser | None) -> Parsed:
+    row = FORMATS[file.format]
+    if docling is not None and row.docling:
+        return docling.parse(raw, file.path.name, file.format)
+    return row.parse(raw, limits)

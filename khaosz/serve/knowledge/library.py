@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import ConfigError
-from khaosz.rag.load.walk import INSTEAD, SUFFIXES, kind_of
+from khaosz.rag.load.formats import INSTEAD, SUFFIXES, format_of
 from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.catalogue import BaseRow, Catalogue, FileRow
 from khaosz.serve.knowledge.ingest import Base, Shared
@@ -213,7 +213,7 @@ def file_name(given: str) -> str:
     if name in (".", "..") or not all(map(_may_be_in_name, name)):
         message = "a file's name has no separators, no control characters, and is valid Unicode"
         raise ApiError(400, message, param="name", code="invalid_file_name")
-    if kind_of(name) is None:
+    if format_of(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         what = f"{suffix} files cannot be read" if suffix else "this name has no suffix"
         instead = f": {hint.partition(',')[0]}" if (hint := INSTEAD.get(suffix)) else ""

@@ -121,7 +121,7 @@ def test_a_header_that_lies_about_its_size_does_not_help(tmp_path: Path) -> None
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_methods_that_unpack_without_bounds_are_refused(tmp_path: Path, compression: int) -> None:
     path = write_docx(tmp_path / "a.docx", word("x"), compression=compression)
-    assert problem_of(path).message == "is packed by a method that DOCX does not have"
+    assert problem_of(path).message == "is compressed by a method that DOCX does not allow"
 
 
 def test_too_many_entries(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_what_is_no_docx_is_a_problem(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as container:
         container.writestr("a.xml", "<a/>")
     problem = problem_of(path)
-    assert problem.message == "is a ZIP file, but no DOCX document"
+    assert problem.message == "is a ZIP file, but not a DOCX document"
     assert problem.code == "wrong_kind"
     write_docx(path, "<w:p>")
     assert "damaged DOCX file: word/document.xml: mismatched tag" in problem_of(path).message

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from make_documents import load_one, problem_of
 
 pytest.importorskip("selectolax")
-from khaosz.rag.load.html import html_to_markdown, parse_html
+from khaosz.rag.load import Limits
+from khaosz.rag.load.html import html_to_markdown, parse
 
 
 def markdown(html: str) -> str:
-    return html_to_markdown(html)[0]
+    return html_to_markdown(html).text
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,10 @@ def test_pages_in_other_encodings(tmp_path: Path, encoding: str, declared: str) 
 
 
 def test_declared_encodings_beyond_what_we_detect() -> None:
-    assert parse_html("<meta charset=shift_jis><p>吾輩は猫である".encode("shift_jis"))[0] == (
-        "吾輩は猫である"
-    )
-    assert parse_html(b"<meta charset=iso-8859-1><p>\x93caf\xe9\x94")[0] == "“café”"
+    japanese = "<meta charset=shift_jis><p>吾輩は猫である".encode("shift_jis")
+    assert parse(japanese, Limits()).text == "吾輩は猫である"
+    latin = b"<meta charset=iso-8859-1><p>\x93caf\xe9\x94"
+    assert parse(latin, Limits()).text == "“café”"
 
 
 def test_elements_nest_deeper_than_pythons_calls() -> None:

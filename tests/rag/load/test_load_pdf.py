@@ -10,8 +10,14 @@ import pytest
 from make_documents import Placed, load, load_one, pdf_bytes, pdf_file, problem_of
 
 pytest.importorskip("pypdfium2")
-from khaosz.rag.load.pdf import parse_pdf
+from khaosz.rag.load import Limits
+from khaosz.rag.load.document import Parsed
+from khaosz.rag.load.pdf import parse
 from khaosz.rag.load.pdf_lines import Line, in_reading_order, join_lines
+
+
+def parse_pdf(raw: bytes) -> Parsed:
+    return parse(raw, Limits())
 
 
 def lines(text: str, x: float = 72, top: float = 720, pitch: float = 15) -> list[Placed]:

@@ -209,7 +209,7 @@ def test_bad_lines_are_one_problem_and_the_others_load(tmp_path: Path) -> None:
     )
     loaded, (problem,) = load(path)
     assert [document.doc_id for document in loaded["a.jsonl"][1]] == ["1", "a.jsonl#8"]
-    assert problem.message.startswith("7 lines are no document; line 2: not valid JSON")
+    assert problem.message.startswith("7 lines are not documents; line 2: not valid JSON")
 
 
 def test_escapes_in_jsonl_bring_no_nul_and_no_surrogate(tmp_path: Path) -> None:

@@ -174,11 +174,11 @@ def test_links_that_lead_out_are_problems(tmp_path: Path) -> None:
     loaded, problems = load(folder)
     assert list(loaded) == ["a.txt"]
     assert {(p.path.name, p.message) for p in problems} == {
-        ("link.txt", "is a link that leads out of the folder"),
-        ("sub", "is a link that leads out of the folder"),
-        ("near", "is a link that leads out of the folder"),
-        ("broken.txt", "is a link that leads nowhere"),
-        ("loop.txt", "is a link that leads nowhere"),
+        ("link.txt", "is a link to outside the folder"),
+        ("sub", "is a link to outside the folder"),
+        ("near", "is a link to outside the folder"),
+        ("broken.txt", "is a broken link"),
+        ("loop.txt", "is a broken link"),
     }
 
 
