@@ -334,18 +334,18 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     db.close()
-    with pytest.raises(DataError, match=r"has version 2 of the layout, this program 1") as newer:
+    with pytest.raises(DataError, match=r"has layout version 2, this program supports 1") as newer:
         ConversationStore(path)
     assert newer.value.hint is not None and "upgrade" in newer.value.hint
     path.write_bytes(b"no database at all" * 100)
-    with pytest.raises(DataError, match="cannot be used for conversations"):
+    with pytest.raises(DataError, match="cannot be used"):
         ConversationStore(path)
     with pytest.raises(DataError, match="cannot be used"):
         ConversationStore(tmp_path / "nowhere" / "c.db")
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE recipes (name TEXT)")
     db.close()
-    with pytest.raises(DataError, match="version 0"):
+    with pytest.raises(DataError, match="layout version 0"):
         ConversationStore(tmp_path / "other.db")
 
 
@@ -377,7 +377,7 @@ def test_a_file_that_another_program_writes_to(
                 assert "another program is writing to c.db" in answer["error"]["message"]
                 assert int(headers["retry-after"]) >= 1
             assert get(service, f"/{id}")[1]["title"] == "before"
-            with pytest.raises(DataError, match="another program is writing"):
+            with pytest.raises(DataError, match="in use by another process"):
                 ConversationStore(path)
         assert put(service, id, chat("after", "x"))[0] == 200
 

@@ -65,5 +65,5 @@ def test_the_command_keeps_records(tiny: Path, tmp_path: Path) -> None:
     with command(tiny, tmp_path) as (_, process):
         _, said = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "conversations.db has version 9 of the layout, this program 1" in said
+    assert "conversations.db has layout version 9, this program supports 1" in said
     assert "Traceback" not in said

@@ -8,15 +8,13 @@ speak of the same moment.
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from khaosz.errors import DataError
+from khaosz.database import close_on_error, database_errors, open_database
 
 
 class PrepareState:
@@ -27,49 +25,33 @@ class PrepareState:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with self._explained():
-            self._database = sqlite3.connect(path, isolation_level=None, timeout=0.2)
-            # With an exclusive lock WAL needs no shared memory and works on network disks too.
-            self._database.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=NORMAL")
-            self._database.execute("PRAGMA cache_size=-32768")  # 32 MB
-            self._database.execute("BEGIN IMMEDIATE")
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
-            )
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY) WITHOUT ROWID"
-            )
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            if "locked" in str(error):
-                raise DataError(
-                    f"{self.path.parent.parent} is being prepared by another process"
-                ) from error
-            raise DataError(
-                f"cannot write {self.path}: {error}",
-                hint="free some space and run the same command again: it goes on from there",
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise DataError(
-                f"{self.path} is damaged: {error}",
-                hint="remove the output directory and start again",
-            ) from error
+        self._errors = partial(
+            database_errors,
+            path,
+            busy=f"{path.parent.parent} is being prepared by another process",
+            hint="remove the output directory and start again",
+        )
+        with self._errors():
+            self._db = open_database(path, timeout=0.2, durable=False, exclusive=True)
+            with close_on_error(self._db):
+                self._db.execute("PRAGMA cache_size = -32768")  # 32 MB
+                self._db.execute("BEGIN IMMEDIATE")
+                self._db.execute(
+                    "CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
+                )
+                self._db.execute(
+                    "CREATE TABLE IF NOT EXISTS seen (hash BLOB PRIMARY KEY) WITHOUT ROWID"
+                )
 
     def get(self, key: str) -> Any:
         """The value last put under `key`, or None."""
-        with self._explained():
-            row = self._database.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        with self._errors():
+            row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, value: Any) -> None:
-        with self._explained():
-            self._database.execute(
+        with self._errors():
+            self._db.execute(
                 "INSERT OR REPLACE INTO meta VALUES (?, ?)",
                 (key, json.dumps(value, ensure_ascii=False)),
             )
@@ -82,11 +64,11 @@ class PrepareState:
         """
         new = np.zeros(len(hashes), dtype=bool)
         found = 0
-        with self._explained():
+        with self._errors():
             for i, row in enumerate(hashes):
                 if limit is not None and found >= limit:
                     break
-                inserted = self._database.execute(
+                inserted = self._db.execute(
                     "INSERT OR IGNORE INTO seen VALUES (?)", (row.tobytes(),)
                 )
                 if inserted.rowcount == 1:
@@ -96,13 +78,13 @@ class PrepareState:
 
     def commit(self) -> None:
         """Make everything since the last commit durable, at once."""
-        with self._explained():
-            self._database.execute("COMMIT")
-            self._database.execute("BEGIN IMMEDIATE")
+        with self._errors():
+            self._db.execute("COMMIT")
+            self._db.execute("BEGIN IMMEDIATE")
 
     def close(self) -> None:
         """Give the file back; what was not committed is forgotten."""
-        with self._explained():
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-        self._database.close()
+        with self._errors():
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+        self._db.close()

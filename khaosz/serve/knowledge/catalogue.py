@@ -1,7 +1,7 @@
-"""Which bases and files there are: the truth that survives a pulled plug.
+"""The knowledge bases of the service and their files: the record that survives a power cut.
 
-A file is in here before its upload is answered, and what a base holds is made again from here and
-from the uploads. One process at a time: the second one is told.
+A file is recorded here before its upload is answered, and the contents of a knowledge base can be
+rebuilt from here and the uploads. One process at a time; a second one gets an error.
 """
 
 from __future__ import annotations
@@ -12,17 +12,25 @@ import threading
 import time
 import unicodedata
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from khaosz.errors import ConfigError
+from khaosz.database import (
+    close_on_error,
+    database_errors,
+    open_database,
+    require_version,
+    transaction,
+)
+from khaosz.errors import ConfigError, DataError
 from khaosz.serve.replies import Code, IngestError
 
 # removed: gone for those who ask, its document may still be in the base.
 Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]
-VERSION = 2  # 1 had no codes
+VERSION = 2
+_UPGRADES = {1: "ALTER TABLE files ADD COLUMN code TEXT"}
 _SCHEMA = """
 CREATE TABLE bases (
     key TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, embedder TEXT, created INTEGER NOT NULL,
@@ -76,39 +84,16 @@ class Catalogue:
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
+        busy = f"{path.parent} is in use by another khaosz serve"
         try:
-            self._db = sqlite3.connect(
-                path, timeout=0, isolation_level=None, check_same_thread=False
-            )
-        except sqlite3.OperationalError as error:
-            raise ConfigError(f"{path} cannot be used: {error}") from error
-        with ExitStack() as undo:
-            undo.callback(self._db.close)
-            self._prepare(path)
-            undo.pop_all()
-
-    def _prepare(self, path: Path) -> None:
-        try:
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            with self._writing():
-                (found,) = self._db.execute("PRAGMA user_version").fetchone()
-                if found == 1:
-                    self._db.execute("ALTER TABLE files ADD COLUMN code TEXT")
-                    self._db.execute(f"PRAGMA user_version = {VERSION}")
-                elif not found:
-                    for statement in _SCHEMA.strip().split(";\n"):
-                        self._db.execute(statement)
-                    self._db.execute(f"PRAGMA user_version = {VERSION}")
-        except sqlite3.DatabaseError as error:
-            if "locked" in str(error):
-                raise ConfigError(
-                    f"{path.parent} is in use by another khaosz serve", hint="--data names another"
-                ) from None
-            raise ConfigError(f"{path} cannot be used: {error}") from error
-        if found not in (0, 1, VERSION):
-            raise ConfigError(f"{path} has version {found} of the layout, this program {VERSION}")
+            with database_errors(path, busy=busy):
+                self._db = open_database(
+                    path, timeout=0, durable=True, exclusive=True, any_thread=True
+                )
+                with close_on_error(self._db):
+                    require_version(self._db, path, VERSION, _SCHEMA, _UPGRADES)
+        except DataError as error:
+            raise ConfigError(str(error), hint="choose another --data") from error
 
     def close(self) -> None:
         with self._lock:
@@ -116,14 +101,8 @@ class Catalogue:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            finally:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
+        with self._lock, transaction(self._db):
+            yield
 
     # --------------------------------------------------------------------------------------- bases
 

@@ -20,14 +20,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from khaosz.errors import DataError
+from khaosz.database import (
+    close_on_error,
+    database_errors,
+    is_busy,
+    is_full,
+    open_database,
+    require_version,
+    transaction,
+)
 from khaosz.serve.errors import ApiError
 
 VERSION = 1
 _BUSY_S = 10.0  # a writer waits for one of another process
 _AROUND = 40  # characters of a snippet before and behind what was found
 _COLUMNS = "id, title, created, updated, messages, revision"
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE conversations (
     id TEXT PRIMARY KEY, title TEXT NOT NULL, created INTEGER NOT NULL, updated INTEGER NOT NULL,
     messages INTEGER NOT NULL, revision INTEGER NOT NULL, written INTEGER NOT NULL UNIQUE,
@@ -36,7 +44,6 @@ CREATE INDEX conversations_by_time ON conversations (updated, written);
 CREATE TABLE texts (
     conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE, at INTEGER NOT NULL,
     folded TEXT NOT NULL, PRIMARY KEY (conversation, at)) WITHOUT ROWID;
-PRAGMA user_version = {VERSION}
 """
 
 
@@ -92,39 +99,13 @@ class ConversationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        try:
+        with database_errors(path, hint="move it away, or choose another --data"):
             self._writer = self._connect()
-            self._writer.execute("PRAGMA journal_mode = WAL").fetchone()
-            found = self._made()
-        except (sqlite3.DatabaseError, ApiError) as error:
-            raise DataError(
-                f"{path} cannot be used for conversations: {error}",
-                hint="move it away, or choose another --data",
-            ) from None
-        if found != VERSION:
-            self._writer.close()
-            raise DataError(
-                f"{path} has version {found} of the layout, this program {VERSION}",
-                hint="upgrade khaosz, or choose another --data",
-            )
+            with close_on_error(self._writer):
+                require_version(self._writer, path, VERSION, _SCHEMA)
 
     def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(
-            self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-        )
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA foreign_keys = ON")
-        return db
-
-    def _made(self) -> int:
-        """The version of the layout, which is written where there is none."""
-        with self._writing() as db:
-            version: int = db.execute("PRAGMA user_version").fetchone()[0]
-            if version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                return version
-            for statement in _SCHEMA.split(";\n"):
-                db.execute(statement)
-        return VERSION
+        return open_database(self.path, timeout=_BUSY_S, durable=True, any_thread=True)
 
     def close(self) -> None:
         with self._lock:
@@ -134,23 +115,16 @@ class ConversationStore:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction."""
         with self._lock:
-            db = self._writer
             try:
-                db.execute("BEGIN IMMEDIATE")
-                try:
-                    yield db
-                    db.execute("COMMIT")
-                finally:  # a full disk may have rolled back already
-                    if db.in_transaction:
-                        db.execute("ROLLBACK")
+                with transaction(self._writer):
+                    yield self._writer
             except sqlite3.OperationalError as error:
-                match error.sqlite_errorcode & 0xFF:  # the rest says which kind of it
-                    case sqlite3.SQLITE_FULL:
-                        message, code = "the disk is full", "disk_full"
-                        raise ApiError(507, message, "server_error", code=code) from None
-                    case sqlite3.SQLITE_BUSY:
-                        message = f"another program is writing to {self.path.name}"
-                        raise ApiError(503, message, "server_error", code="file_busy") from None
+                if is_full(error):
+                    message, code = "the disk is full", "disk_full"
+                    raise ApiError(507, message, "server_error", code=code) from None
+                if is_busy(error):
+                    message = f"another program is writing to {self.path.name}"
+                    raise ApiError(503, message, "server_error", code="file_busy") from None
                 raise
 
     @contextmanager
