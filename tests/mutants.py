@@ -1,15 +1,16 @@
-"""Puts the defects of this field back into our code, one at a time: the tests must go red.
+"""Put defects back into our code, one at a time: the tests must fail.
 
-    python -m tests.mutants                    all of them, exit 1 if fewer than 95 % are caught
+    python -m tests.mutants                    all; exit status 1 if fewer than 95 % are caught
     python -m tests.mutants --only NAME ...    some of them
-    python -m tests.mutants --list             what there is
+    python -m tests.mutants --list             names, files and tests
 
-Each mutant replaces one text, which must occur exactly once, in a copy of the tree and runs the one
-test (or group) that is there to notice. First all of those tests run on the copy as it is and must
-pass. A test that dies of a NameError or the like has noticed bad Python, not the defect: such a
-mutant counts as broken, and broken and timed-out mutants count as not caught.
+`mutants.toml` lists them. Each replaces one text, which must occur exactly once, in a copy of the
+tree, and runs the one test (or group) that is there to notice. First all of those tests run on the
+unchanged copy and must pass. A test that fails with a NameError or the like has noticed bad Python,
+not the defect: such a mutant counts as broken, and broken and timed-out mutants count as not
+caught.
 
-Python and torch are imported once and every test runs in a fork of that process, which spares two
+Python and torch are imported once and every test runs in a fork of that process, which saves two
 seconds a mutant: this needs POSIX.
 """
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("khaosz", "tests", "recipes", "pyproject.toml")
 PRELOADED = ("torch", "numpy", "pytest", "safetensors.torch", "tokenizers", "jinja2", "pydantic")
 ENOUGH = 0.95
-# Python's own complaints about a mutant that is no program.
+# Python's own complaints about a mutant that is not a valid program.
 NO_DEFECT = ("NameError", "TypeError", "AttributeError", "ImportError", "SyntaxError",
              "IndentationError", "UnboundLocalError", "ModuleNotFoundError")  # fmt: skip
 
@@ -55,75 +56,77 @@ def load_mutants() -> list[Mutant]:
     return [Mutant(**each) for each in table["mutant"]]
 
 
-@dataclass
-class Result:
-    """What became of a mutant."""
-
-    outcome: str  # caught | survived | timeout | broken
-    seconds: float
-    why: str = ""  # the failing test, or what else there is to say
-    said: str = ""  # the first line of what it failed with
-
-
-class Tree:
-    """A copy of the tree, in which one mutant at a time is put."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        ignored = shutil.ignore_patterns("__pycache__", ".*")
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-            else:
-                shutil.copy2(ROOT / name, folder / name)
-        self._changed: tuple[Path, str] | None = None
-
-    def mutate(self, mutant: Mutant) -> None:
-        path = self.folder / mutant.file
-        before = path.read_text(encoding="utf-8")
-        self._changed = (path, before)
-        self._write(path, before.replace(mutant.old, mutant.new))
-
-    def restore(self) -> None:
-        if self._changed is not None:
-            self._write(*self._changed)
-            self._changed = None
-
-    def _write(self, path: Path, text: str) -> None:
-        path.write_text(text, encoding="utf-8")
-        # Bytecode is told to be stale by size and whole seconds: a mutant of the same length, put
-        # in within the same second, would not be seen.
-        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+def check_texts(mutants: Iterable[Mutant]) -> list[str]:
+    """Problems: mutants whose old text does not occur exactly once, and repeated names."""
+    problems, names = [], set()
+    for mutant in mutants:
+        path = ROOT / mutant.file
+        times = path.read_text(encoding="utf-8").count(mutant.old) if path.is_file() else 0
+        if times != 1 or mutant.old == mutant.new:
+            problems.append(f"{mutant.name}: its text occurs {times} times in {mutant.file}")
+        if mutant.name in names:
+            problems.append(f"{mutant.name}: listed twice")
+        names.add(mutant.name)
+    return problems
 
 
 @dataclass
-class Task:
-    """A pytest run in a fork: of a mutant, or of a share of the selections as they are."""
+class Run:
+    """A pytest run in a fork and in a copy of the tree: of a mutant, or of unchanged code."""
 
     tests: list[str]
-    tree: Tree
-    log: Path
+    mutant: Mutant | None = None
+    folder: Path = Path()
+    original: str = ""  # the mutated file as it was
     pid: int = 0
     started: float = 0.0
+    seconds: float = 0.0
 
-    def start(self) -> None:
+    def start(self, folder: Path) -> None:
+        self.folder = folder
+        if (mutant := self.mutant) is not None:
+            self.original = (folder / mutant.file).read_text(encoding="utf-8")
+            self._write(mutant.file, self.original.replace(mutant.old, mutant.new))
         self.started = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
             code = 98
             try:
-                code = self._run()
+                code = self._child()
             finally:
                 os._exit(code)
 
-    def _run(self) -> int:
-        """In the child: pytest, with `khaosz` from the copy here and in all that it starts."""
+    def ended(self, timeout: float) -> int | None:
+        """pytest's exit code, -1 after a timeout, None while it runs."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        self.seconds = time.monotonic() - self.started
+        if not pid and self.seconds <= timeout:
+            return None
+        if not pid:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        if self.mutant is not None:
+            self._write(self.mutant.file, self.original)
+        return os.waitstatus_to_exitcode(status) if pid else -1
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_suffix(".log")
+
+    def _write(self, file: str, text: str) -> None:
+        path = self.folder / file
+        path.write_text(text, encoding="utf-8")
+        # Python compares size and whole seconds: bytecode of a mutant of the same length, written
+        # within the same second, would pass for fresh.
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+    def _child(self) -> int:
+        """pytest, with `khaosz` from the copy here and in all processes that it starts."""
         os.setsid()  # a group of its own, so that a timeout ends torchrun's processes as well
         output = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(output, stream)
-        copy = str(self.tree.folder)
+        copy = str(self.folder)
         os.chdir(copy)
         os.environ["PYTHONPATH"] = copy
         os.environ["COLUMNS"] = "300"  # so that the summary is not cut
@@ -131,10 +134,9 @@ class Task:
         importlib.invalidate_caches()
         import pytest
 
-        scratch = str(self.log.with_suffix(".tmp"))
-        code = pytest.main(
-            ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", scratch, *self.tests]
-        )
+        scratch = str(self.folder.with_suffix(".tmp"))
+        options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", scratch]
+        code = pytest.main([*options, *self.tests])
         loaded = getattr(sys.modules.get("khaosz"), "__file__", "") or ""
         if not loaded.startswith(copy):
             print(f"khaosz was imported from {loaded or 'nowhere'}, not from {copy}")
@@ -142,113 +144,38 @@ class Task:
         sys.stdout.flush()
         return int(code)
 
-    def ended(self, timeout: float) -> int | None:
-        """pytest's exit code, -1 after a timeout, None while it runs."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() - self.started > timeout:
-            os.killpg(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            return -1
-        return None
 
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.started
-
-    def output(self) -> str:
-        return self.log.read_text(encoding="utf-8", errors="replace")
-
-
-def judge(code: int, output: str, seconds: float) -> Result:
-    """What pytest's exit code and summary say about a mutant."""
-    found = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - (.*))?$", output, re.MULTILINE)
-    test = found[1].rpartition("/")[2] if found else ""
-    complaint = (found[2] or "") if found else ""
-    if code == 0:
-        return Result("survived", seconds)
-    if code == -1:
-        return Result("timeout", seconds)
-    if code != 1:
-        return Result("broken", seconds, f"pytest ended with {code}")
-    if complaint.startswith(NO_DEFECT):
-        return Result("broken", seconds, test, complaint)
-    return Result("caught", seconds, test, complaint)
-
-
-def check_texts(mutants: Iterable[Mutant]) -> list[str]:
-    """Mutants whose old text does not occur exactly once: the code has moved on."""
-    problems = []
-    for mutant in mutants:
-        path = ROOT / mutant.file
-        times = path.read_text(encoding="utf-8").count(mutant.old) if path.is_file() else 0
-        if times != 1 or mutant.old == mutant.new:
-            problems.append(f"{mutant.name}: its text occurs {times} times in {mutant.file}")
-    return problems
-
-
-def in_turn(tasks: list[Task | None], timeout: float) -> Iterator[tuple[int, int]]:
-    """(slot, exit code) of the tasks that run in the slots, as they end."""
-    while any(tasks):
-        for slot, task in enumerate(tasks):
-            if task is not None and (code := task.ended(timeout)) is not None:
-                yield slot, code
+def run_all(runs: Iterable[Run], folders: list[Path], timeout: float) -> Iterator[tuple[Run, int]]:
+    """Each run in the next free folder, with its exit code when it ends."""
+    waiting = iter(runs)
+    running: dict[Path, Run] = {}
+    while True:
+        for folder in folders:
+            if folder not in running and (run := next(waiting, None)) is not None:
+                run.start(folder)
+                running[folder] = run
+        if not running:
+            return
+        for folder, run in list(running.items()):
+            if (code := run.ended(timeout)) is not None:
+                yield run, code
+                del running[folder]
         time.sleep(0.02)
 
 
-def run_unmutated(tests: list[str], trees: list[Tree], timeout: float) -> str | None:
-    """Run all selections on the code as it is: the output of the first run that fails, or None."""
-    share = -(-len(tests) // len(trees))
-    tasks: list[Task | None] = []
-    for i, tree in enumerate(trees):
-        if own := tests[i * share : (i + 1) * share]:
-            begun = Task(own, tree, tree.folder.with_suffix(".log"))
-            begun.start()
-            tasks.append(begun)
-    failed = None
-    for slot, code in in_turn(tasks, timeout):
-        task = tasks[slot]
-        assert task is not None
-        if code != 0:
-            failed = failed or f"{task.output()[-5000:]}\npytest ended with {code}"
-        tasks[slot] = None
-    return failed
-
-
-def run_mutants(
-    mutants: list[Mutant], trees: list[Tree], timeout: float, why: bool
-) -> list[Result]:
-    """One mutant at a time in each tree, each judged by its own test."""
-    results: dict[str, Result] = {}
-    waiting = iter(mutants)
-    running: list[Mutant | None] = [None] * len(trees)
-    tasks: list[Task | None] = [None] * len(trees)
-
-    def begin(slot: int) -> None:
-        mutant, tree = next(waiting, None), trees[slot]
-        running[slot] = mutant
-        tasks[slot] = None
-        if mutant is not None:
-            tree.mutate(mutant)
-            task = Task([mutant.test], tree, tree.folder.with_suffix(".log"))
-            task.start()
-            tasks[slot] = task
-
-    for slot in range(len(trees)):
-        begin(slot)
-    for slot, code in in_turn(tasks, timeout):
-        mutant, task = running[slot], tasks[slot]
-        assert mutant is not None and task is not None
-        result = judge(code, task.output(), task.seconds)
-        results[mutant.name] = result
-        print(f"{result.outcome:<9}{result.seconds:5.1f} s  {mutant.name:<45}{result.why}")
-        if why and result.said:
-            print(f"{'':18}{result.said}")
-        sys.stdout.flush()
-        trees[slot].restore()
-        begin(slot)
-    return [results[mutant.name] for mutant in mutants]
+def judge(code: int, output: str) -> tuple[str, str]:
+    """(caught, survived, timeout or broken; why) of a mutant's run."""
+    failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - (.*))?$", output, re.MULTILINE)
+    test, complaint = (failed[1].rpartition("/")[2], failed[2] or "") if failed else ("", "")
+    match code:
+        case 0:
+            return "survived", "its test passes"
+        case -1:
+            return "timeout", ""
+        case 1 if not complaint.startswith(NO_DEFECT):
+            return "caught", f"{test}  {complaint}"
+        case _:
+            return "broken", f"pytest ended with {code}  {test}  {complaint}"
 
 
 def parsed() -> argparse.Namespace:
@@ -256,7 +183,6 @@ def parsed() -> argparse.Namespace:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts of names are enough")
     parser.add_argument("--list", action="store_true", help="names, files and tests")
-    parser.add_argument("--why", action="store_true", help="with what each test has failed")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for a mutant")
     return parser.parse_args()
@@ -264,9 +190,12 @@ def parsed() -> argparse.Namespace:
 
 def main() -> int:
     options = parsed()
-    mutants = all_mutants = load_mutants()
+    mutants = load_mutants()
+    if problems := check_texts(mutants):
+        print("error: " + "\nerror: ".join(problems), file=sys.stderr)
+        return 2
     if options.only:
-        mutants = [m for m in all_mutants if any(part in m.name for part in options.only)]
+        mutants = [m for m in mutants if any(part in m.name for part in options.only)]
     if not mutants:
         print(f"error: no mutant is called {' or '.join(options.only)}", file=sys.stderr)
         return 2
@@ -277,34 +206,45 @@ def main() -> int:
     if not hasattr(os, "fork"):
         print("error: this needs fork, which Windows does not have", file=sys.stderr)
         return 2
-    assert len({m.name for m in all_mutants}) == len(all_mutants), "two mutants of one name"
-    if problems := check_texts(mutants):
-        print("error: " + "\nerror: ".join(problems), file=sys.stderr)
-        return 2
     # Before torch is imported: the models are tiny, and a fork with threads is a risk.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     for name in PRELOADED:
         importlib.import_module(name)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+    outcomes: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
+        folders = [Path(scratch) / f"tree{i}" for i in range(max(1, options.jobs))]
+        for folder in folders:
+            folder.mkdir()
+            for name in COPIED:
+                if (ROOT / name).is_dir():
+                    ignored = shutil.ignore_patterns("__pycache__", ".*")
+                    shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+                else:
+                    shutil.copy2(ROOT / name, folder / name)
         tests = sorted({mutant.test for mutant in mutants})
-        jobs = max(1, min(options.jobs, len(mutants)))
-        trees = [Tree(Path(folder) / f"tree{i}") for i in range(jobs)]
-        if failed := run_unmutated(tests, trees, 10 * options.timeout):
-            print(f"{failed}\nerror: a test fails without any mutant", file=sys.stderr)
-            return 2
+        shares = [tests[i :: len(folders)] for i in range(len(folders))]
+        unchanged = [Run(share) for share in shares if share]
+        for run, code in run_all(unchanged, folders, 10 * options.timeout):
+            if code != 0:
+                print(run.log.read_text(encoding="utf-8", errors="replace")[-5000:])
+                print("error: a test fails without any mutant", file=sys.stderr)
+                return 2
         print(f"{len(tests)} selections pass as they are, {time.monotonic() - started:.0f} s")
-        results = run_mutants(mutants, trees, options.timeout, options.why)
-    caught = sum(result.outcome == "caught" for result in results)
-    for mutant, result in zip(mutants, results, strict=True):
-        if result.outcome != "caught":
-            print(f"{result.outcome}: {mutant.name}, {mutant.file}  {result.why}  {result.said}")
+        runs = [Run([mutant.test], mutant) for mutant in mutants]
+        for run, code in run_all(runs, folders, options.timeout):
+            assert run.mutant is not None
+            output = run.log.read_text(encoding="utf-8", errors="replace")
+            outcome, why = judge(code, output)
+            outcomes[run.mutant.name] = outcome
+            print(f"{outcome:<9}{run.seconds:5.1f} s  {run.mutant.name:<45}{why[:160]}", flush=True)
+    caught = sum(outcome == "caught" for outcome in outcomes.values())
+    missed = [name for name, outcome in outcomes.items() if outcome != "caught"]
+    print("".join(f"{outcomes[name]}: {name}\n" for name in missed), end="")
     share = caught / len(mutants)
-    print(
-        f"{caught} of {len(mutants)} mutants caught ({share:.1%}),"
-        f" {time.monotonic() - started:.0f} s"
-    )
+    seconds = time.monotonic() - started
+    print(f"{caught} of {len(mutants)} mutants caught ({share:.1%}), {seconds:.0f} s")
     return 0 if share >= ENOUGH else 1
 
 
