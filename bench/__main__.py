@@ -42,7 +42,10 @@ def main() -> int:
             print(f"  {name:<12}{purpose}")
         return 0
     if arguments[0] not in BENCHES:
-        print(f"error: no bench '{arguments[0]}'; there are: {', '.join(BENCHES)}", file=sys.stderr)
+        print(
+            f"error: bench not found: {arguments[0]}; available: {', '.join(BENCHES)}",
+            file=sys.stderr,
+        )
         return 2
     module, before, _ = BENCHES[arguments[0]]
     sys.argv = [f"python -m bench {arguments[0]}", *before, *arguments[1:]]

@@ -1,17 +1,17 @@
 """Fine-tuning and preference tokens/s and peak memory: TRL and us on the same ragged chats.
 
 SFT and DPO of a 17M model (vocabulary 8192, d 384, 8 layers, tied) on chats of 32 to 512 tokens,
-every length as likely, eight chats or pairs in a step. Each run is a process of its own, the
-contenders taking turns (A B C A B C) so that a drifting machine drifts for all. TRL lives in a
-Python of its own:
+lengths uniform, eight chats or pairs a step. Each run is its own process, and contenders alternate
+(A B C A B C) so that drift of the machine affects all. TRL is installed in a separate Python:
 
     python -m bench align --peer-python VENV_WITH_TRL/bin/python --rounds 3
 
-Useful tokens are counted on both sides: every token of every sequence once, its prompt included,
-of a pair both answers with the prompt before each; padding never. A third of the shorter sequence
-is prompt and not trained on. TRL runs the reference in every step; we once before training, and
-those seconds are spread over one pass of the data (`tokens_per_s`); `later_tokens_per_s` is
-without them, as in a second epoch. What compilation and calibration take is in `ready_s`.
+Useful tokens are counted on both sides: every token of every sequence once, its prompt included; a
+pair counts both answers, each with its prompt; padding never counts. A third of the shorter
+sequence is prompt, which is not trained on. TRL runs the reference in every step; we run it once
+before training, and those seconds are spread over one pass of the data (`tokens_per_s`);
+`later_tokens_per_s` excludes them, as in a second epoch. `ready_s` holds compilation and
+calibration.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import numpy as np
 from bench.machine import as_markdown, describe, peak_rss_mb
 
 _ROOT = Path(__file__).resolve().parent.parent
-_SPECIAL = 16  # ids below are special tokens and stand in no chat
+_SPECIAL = 16  # ids below are special tokens and occur in no chat
 _STAGES = ("sft", "dpo")
 
-# Settings of TRL laid over its defaults, which are bf16 and gradient checkpointing.
+# Settings that override TRL's defaults, which are bf16 and gradient checkpointing.
 TRL_SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "fp32": {"bf16": False, "gradient_checkpointing": False},
@@ -74,7 +74,7 @@ class Sequences:
 
 
 def ragged(args: argparse.Namespace) -> list[Sequences]:
-    """As many as all steps take, of random tokens; nothing is seen twice."""
+    """Enough random sequences for all steps; none repeats."""
     generator = np.random.default_rng(args.seed)
     made = []
     for _ in range(args.batch * (args.warmups + args.steps)):
@@ -93,7 +93,7 @@ def ragged(args: argparse.Namespace) -> list[Sequences]:
 
 
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The real `Trainer.step` under what calibration chooses, batch assembly included."""
+    """The real `Trainer.step` as calibration chooses it, batch assembly included."""
     from khaosz.config import ModelConfig, ParallelConfig, TrainConfig
     from khaosz.config.presets import nearest_size, preset
     from khaosz.data.tokenizer import train_tokenizer
@@ -115,7 +115,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         lr=numbers.lr,
         embedding_lr=numbers.embedding_lr,
         weight_decay=numbers.weight_decay,
-        # Calibration weighs compilation against the length of the run; ours stands for a real one.
+        # Calibration weighs compilation against the length of the run: give it a real one.
         max_minutes=10,
         parallel=ParallelConfig(device="cpu"),
     )
@@ -133,7 +133,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         )
     )
     model.initialise(_generator(args.seed))
-    # Only its ids are used: no step reads text.
+    # Only its ids are used; no step reads text.
     tokenizer = train_tokenizer(iter(["to be or not to be", "学而时习之，不亦说乎"]), 300)
     parallel = setup_parallel(config.parallel)
     run = _ours_sft if args.stage == "sft" else _ours_dpo
@@ -186,7 +186,7 @@ def _ours_sft(
 def _ours_dpo(
     args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
 ) -> dict[str, Any]:
-    """As `khaosz.trainer.stages.build.build_pairs` sets a run up, without reading text."""
+    """Sets up a run as `khaosz.trainer.stages.build.build_pairs` does, without reading text."""
     from rich.console import Console
 
     from khaosz.data.records.preference import EncodedPair
@@ -330,12 +330,12 @@ def run_trl(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     ends = Clock.ends
-    (begun, useful, cells), (done, all_useful, all_cells) = ends[args.warmups - 1], ends[-1]
+    (start, useful, cells), (done, all_useful, all_cells) = ends[args.warmups - 1], ends[-1]
     result = _result(
         args,
         all_useful - useful,
         all_cells - cells,
-        done - begun,
+        done - start,
         float(trainer.loss),
         ends[0][0] - started,
     )
@@ -428,7 +428,7 @@ def _result(
 
 
 def run_contender(contender: Contender, stage: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON line of one fresh process. Raises SystemExit with its last words when it fails."""
+    """The JSON line of one fresh process. Raises SystemExit with its last output."""
     names = ("vocab", "d", "layers", "heads", "ffn", "batch", "shortest", "longest", "seed")
     options = [
         part for n in (*names, "steps", "warmups") for part in (f"--{n}", str(vars(args)[n]))
@@ -455,7 +455,7 @@ def run_contender(contender: Contender, stage: str, args: argparse.Namespace) ->
 
 
 def compare(stage: str, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Every contender once per round, in turn."""
+    """Run every contender once per round, alternating."""
     results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in CONTENDERS}
     for number in range(args.rounds):
         for contender in CONTENDERS:
@@ -471,14 +471,14 @@ def compare(stage: str, args: argparse.Namespace) -> dict[str, list[dict[str, An
 
 
 def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per contender: medians over rounds, and what ours is of it in the same rounds."""
+    """One row per contender: medians over rounds, and ours relative to it in the same rounds."""
     rows = []
     for name, runs in results.items():
         row: dict[str, Any] = {"name": name, "runs": runs}
         for key in ("tokens_per_s", "later_tokens_per_s", "peak_rss_mb", "useful", "ready_s"):
             row[key] = round(statistics.median(run[key] for run in runs), 4)
         for key, ratio in (("tokens_per_s", "ours_speed"), ("peak_rss_mb", "ours_memory")):
-            # Round by round: what slowed a whole round cancels out.
+            # Ratios per round: what slows a whole round cancels out.
             pairs = zip(results[OURS.name], runs, strict=True)
             row[ratio] = round(statistics.median(own[key] / run[key] for own, run in pairs), 3)
         row["dtype"] = sorted({run["dtype"] for run in runs})
@@ -548,7 +548,7 @@ def main() -> None:
         parser.error("--warmups: 1 or more")
     if args.stage is not None:
         run = run_ours if args.setting is None else run_trl
-        # Ignoring errors: Windows does not remove a file that is still mapped.
+        # Errors are ignored: Windows does not remove a file that is still mapped.
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             print(json.dumps(run(args, Path(folder))))
         return

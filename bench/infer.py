@@ -2,8 +2,8 @@
 
     KHAOSZ_LLAMA_CPP=PYTHON python -m bench infer MODEL.gguf --rounds 5
 
-`KHAOSZ_LLAMA_CPP` names a Python that has llama-cpp-python. Every round is a fresh process of each;
-what is printed are medians of the rounds and of their ratios.
+`KHAOSZ_LLAMA_CPP` names a Python that has llama-cpp-python. Each round starts a fresh process of
+each; medians of the rounds and of their ratios are printed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from bench.machine import as_markdown, describe
 PEER = """
 import json, sys, time
 from llama_cpp import Llama
-begun = time.perf_counter()
+start = time.perf_counter()
 model = Llama(sys.argv[1], n_ctx=1024, n_threads=2, n_threads_batch=2, n_batch=512, n_ubatch=512,
               verbose=False)
-loaded = time.perf_counter() - begun
+loaded = time.perf_counter() - start
 size, prompt = model.n_vocab(), []
 state = 1
 for _ in range(512):
@@ -33,13 +33,13 @@ for _ in range(512):
 prefill, decode = [], []
 for _ in range(3):
     model.reset()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     model.eval(prompt)
-    prefill.append(512 / (time.perf_counter() - begun))
-    begun = time.perf_counter()
+    prefill.append(512 / (time.perf_counter() - start))
+    start = time.perf_counter()
     for token in prompt[:64]:
         model.eval([token])
-    decode.append(64 / (time.perf_counter() - begun))
+    decode.append(64 / (time.perf_counter() - start))
 rss = next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]
 print(json.dumps({"prefill_tokens_per_s": max(prefill[1:]), "decode_tokens_per_s": max(decode[1:]),
                   "load_s": loaded, "peak_rss_mb": int(rss) // 1024}))

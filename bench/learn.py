@@ -2,11 +2,11 @@
 
     python -m bench learn [TASK ...] [--seeds 5] [--model runs/demo/sft/last] [--picture FILE.png]
 
-    rm-planted   pairs in which the better answer holds a mark: held-out accuracy, >= 95 % wanted
+    rm-planted   pairs whose better answer contains a marker: held-out accuracy, target >= 95 %
     rm-real      the shared pairs of people, each held out once over the seeds: better than chance?
-    dpo-real     the same folds: held-out accuracy and margin up, log p of chosen answers kept?
-    ppo, grpo    eight tokens, paid for lower-case letters, from a uniform policy: the best policy
-                 under the KL penalty is known in closed form; >= 90 % of its reward wanted
+    dpo-real     the same folds: held-out accuracy and margin up, log p of chosen answers preserved?
+    ppo, grpo    eight tokens rewarded for lower-case letters, from a uniform policy: the best
+                 policy under the KL penalty has a closed form; target >= 90 % of its reward
 
 The last two start from a policy that is uniform over a byte vocabulary, so with reward weight 1 and
 KL weight beta the soft value of t tokens to go is
@@ -164,7 +164,8 @@ def real(
 
 
 def letters_task(stage: str, work: Path, seeds: int) -> tuple[dict[str, Any], list[Rows]]:
-    # 16 control tokens, 256 bytes, and one merge, which must be: of digits, so no letter has two.
+    # 16 control tokens, 256 bytes and the one merge that is required, of digits, so that no letter
+    # has two tokens.
     train_tokenizer(["0000 " * 200], 273).save(work / "tokenizer")
     tokenizer = load_tokenizer(work / "tokenizer")
     best = optimum(tokenizer.vocab_size, 26, len({tokenizer.end_id, tokenizer.eos_id}))
@@ -228,7 +229,7 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def draw(curves: dict[str, list[Rows]], path: Path) -> None:
-    """One panel for each task: every seed a line."""
+    """One panel per task, one line per seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -3,9 +3,9 @@
     python -m bench lookup MODEL --rounds 3
 
 Greedy answers to "repeat this paragraph", of paragraphs of the built-in sample, plain and with
-`lookup` in turn. `identical` counts answers that are equal: on the fast path a wider pass may round
-otherwise, so sequences may part where two tokens are nearly as likely; in the deterministic path
-they never do, which the tests show.
+`lookup`, alternating. `identical` counts answers that are equal: on the fast path a wider pass may
+round differently, so sequences may diverge where two tokens are almost equally likely; in the
+deterministic path they never do, as the tests show.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
                 ids = generator.chat_ids([{"role": "user", "content": ask}])
                 first = 0.0
                 for piece in generator.stream(ids, params):
-                    if not first:  # decoding alone: the prompt is the same work for both
+                    if not first:  # decoding only: the prompt is the same work for both
                         first = time.perf_counter()
                         before = piece.tokens
                     last = piece.tokens

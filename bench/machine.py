@@ -1,4 +1,4 @@
-"""What a number was measured on, and how much memory a process has taken."""
+"""Describes the machine of a measurement, and the memory of a process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(command: list[str] | None = None) -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        # Somebody else's work on the cores shows here.
+        # Other work on the cores shows here.
         "load_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "command": _shown(arguments),
     }
@@ -50,7 +50,7 @@ def as_markdown(machine: dict[str, Any]) -> str:
 
 
 def peak_rss_mb() -> float:
-    """The most physical memory (MiB) this process has held so far."""
+    """Peak physical memory of this process so far, in MiB."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux a child's ru_maxrss starts at its parent's.

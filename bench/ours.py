@@ -35,7 +35,7 @@ from khaosz.trainer.strategy import PTStrategy
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
-_SPECIAL = 16  # ids below are special tokens and stand in no document
+_SPECIAL = 16  # ids below are special tokens and occur in no document
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def train_config(folder: Path, args: argparse.Namespace) -> TrainConfig:
         weight_decay=numbers["weight_decay"],
         dtype=args.dtype,
         compile=args.compile,
-        # Calibration weighs compilation against the length of the run; ours stands for a real one.
+        # Calibration weighs compilation against the length of the run: give it a real one.
         max_minutes=10,
         parallel=ParallelConfig(device="cpu"),
     )
@@ -97,7 +97,7 @@ def train_config(folder: Path, args: argparse.Namespace) -> TrainConfig:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Time whole optimizer steps, batch assembly included."""
-    # Only its ids are used: no step reads text.
+    # Only its ids are used; no step reads text.
     tokenizer = train_tokenizer(iter(["to be or not to be", "学而时习之，不亦说乎"]), 300)
     shard = random_shard(folder / "random.tok", tokenizer, args)
     try:
@@ -196,7 +196,7 @@ def arguments() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = arguments().parse_args()
-    # Ignoring errors: Windows does not remove a file that is still mapped.
+    # Errors are ignored: Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         print(json.dumps(measure(args, Path(folder))))
 

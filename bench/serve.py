@@ -2,10 +2,10 @@
 
     python -m bench serve overhead MODEL --rounds 5          one client against the engine alone
     python -m bench serve load MODEL --clients 64 --minutes 10
-    python -m bench serve page MODEL --rounds 5              until the page can be written to
+    python -m bench serve page MODEL --rounds 5              until the page accepts input
 
-The server is a process of its own; the engine alone runs the same requests before or after it,
-never beside it. `load` asks every client's questions anew once they are answered, greedily, and
+The server is its own process; the engine alone runs the same requests before or after it, never at
+the same time. `load` repeats every client's questions once they are answered, greedily, and
 compares every answer with the one that the engine alone gives to that question.
 """
 
@@ -88,14 +88,14 @@ async def ask(
                 times.append(time.perf_counter())
     writer.close()
     if not done:
-        raise ConnectionError("a stream ended before its end")
+        raise ConnectionError("a stream ended early")
     return text, times, usage
 
 
 def alone(
     engine: Engine, prompts: Iterator[tuple[Any, list[int]]], batch: int, tokens: int
 ) -> Iterator[tuple[Any, str, list[float]]]:
-    """What `ask` gives, by the engine alone with `batch` requests under way all the time."""
+    """What `ask` returns, by the engine alone with `batch` requests in flight all the time."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
     running: dict[int, tuple[Any, list[str], list[float]]] = {}
 
@@ -125,7 +125,7 @@ def gaps(times: list[float]) -> list[float]:
 
 
 def overhead(options: argparse.Namespace) -> None:
-    """Seconds per token between the first and the last one, server and engine in turn."""
+    """Seconds per token between the first and the last one, server and engine alternating."""
     generator = Generator.from_directory(options.model)
     messages = question(0, 0)
     served, own = [], []
@@ -167,8 +167,8 @@ def resident_mb(process: int) -> float:
 
 
 async def load(port: int, pid: int, options: argparse.Namespace) -> dict[str, Any]:
-    begun = time.perf_counter()
-    end = begun + 60 * options.minutes
+    start = time.perf_counter()
+    end = start + 60 * options.minutes
     answers: dict[tuple[int, int], str] = {}
     waits: list[float] = []
     lost: list[str] = []
@@ -188,7 +188,7 @@ async def load(port: int, pid: int, options: argparse.Namespace) -> dict[str, An
 
     async def watch() -> None:
         while time.perf_counter() < end:
-            memory.append((time.perf_counter() - begun, resident_mb(pid)))
+            memory.append((time.perf_counter() - start, resident_mb(pid)))
             await asyncio.sleep(5)
 
     await asyncio.gather(watch(), *(client(i) for i in range(options.clients)))
@@ -240,7 +240,7 @@ def loaded(options: argparse.Namespace) -> None:
 
 def page(options: argparse.Namespace) -> None:
     """Seconds from asking for the page to a model being chosen and the message box taking text, in
-    a browser that has nothing of it yet; bytes on the way."""
+    a browser with an empty cache; bytes transferred."""
     from playwright.sync_api import sync_playwright
 
     ready = (
@@ -257,16 +257,16 @@ def page(options: argparse.Namespace) -> None:
             network.on(
                 "Network.loadingFinished", lambda e, came=came: came.append(e["encodedDataLength"])
             )
-            begun = time.perf_counter()
+            start = time.perf_counter()
             tab.goto(f"http://127.0.0.1:{port}/", wait_until="commit")
             tab.wait_for_function(ready)
-            seconds.append(time.perf_counter() - begun)
+            seconds.append(time.perf_counter() - start)
             sizes.append(sum(came))
             tab.context.close()
         browser.close()
     print(as_markdown(describe()))
     print(f"ready after {median(seconds):.2f} s, {[round(each, 2) for each in seconds]}")
-    print(f"{median(sizes) / 1024:.0f} KB came over the wire, the API's answers included")
+    print(f"{median(sizes) / 1024:.0f} KB came over the wire, API responses included")
 
 
 def main() -> None:

@@ -65,7 +65,7 @@ MEMORY = (
 
 
 def run_contender(contender: Contender, shape: list[str], steps: int) -> dict[str, Any]:
-    """The JSON line of one fresh process. Raises SystemExit with its last words when it fails."""
+    """The JSON line of one fresh process. Raises SystemExit with its last output."""
     length = ["--steps", str(steps)] if contender.ours else ["--time-only", str(steps)]
     command = [sys.executable, "-m", contender.module, *contender.options, *shape, *length]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
@@ -79,7 +79,7 @@ def run_contender(contender: Contender, shape: list[str], steps: int) -> dict[st
 def compare(
     contenders: tuple[Contender, ...], shape: list[str], steps: int, rounds: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every contender once per round, in turn."""
+    """Run every contender once per round, alternating."""
     results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
     for number in range(rounds):
         for contender in contenders:
@@ -106,7 +106,7 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "tokens_per_s": round(statistics.median(speeds), 1),
                 "best_tokens_per_s": max(run["best_tokens_per_s"] for run in runs),
                 "medians": speeds,
-                # Round by round: what slowed a whole round cancels out.
+                # Ratios per round: what slows a whole round cancels out.
                 "speed_ratio": round(
                     statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs), 3
                 ),

@@ -29,7 +29,7 @@ PUBLISHED = {
 
 
 def demo_texts(path: Path) -> list[str]:
-    """instruction + input + output of every record, joined as they stand."""
+    """instruction + input + output of every record, joined."""
     records = json.loads(path.read_text(encoding="utf-8"))
     return [
         "".join(record[key] for key in ("instruction", "input", "output")) for record in records

@@ -1,4 +1,4 @@
-"""Vectors of many texts, computed once and kept: an hour of work that three benches need."""
+"""Vectors of many texts, computed once and cached: an hour of work that three benches need."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from khaosz.rag.models.protocols import Embedder
 _PART = 512  # texts between two saves
 
 
-def kept_embedder(name: str, folder: Path) -> KeptVectors:
-    return KeptVectors(open_embedder(name), folder)
+def cached_embedder(name: str, folder: Path) -> CachedVectors:
+    return CachedVectors(open_embedder(name), folder)
 
 
-class KeptVectors:
-    """An embedder whose vectors are kept in `folder`, by what was embedded; stopped, it goes on
-    where it was."""
+class CachedVectors:
+    """An embedder whose vectors are cached in `folder`; an interrupted run resumes."""
 
     def __init__(self, embedder: Embedder, folder: Path) -> None:
         self._embedder = embedder
@@ -49,7 +48,7 @@ class KeptVectors:
     def _embedded(self, kind: str, texts: Sequence[str]) -> np.ndarray:
         keys = [hashlib.sha256(f"{kind}:{text}".encode()).digest() for text in texts]
         missing = [at for at, key in enumerate(keys) if key not in self._known]
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for first in range(0, len(missing), _PART):
             some = missing[first : first + _PART]
             ask = self._embedder.passages if kind == "passage" else self._embedder.queries
@@ -61,6 +60,6 @@ class KeptVectors:
                 raw = np.array([np.frombuffer(keys[at], np.uint8) for at in some])
                 np.savez(file, keys=raw, vectors=vectors)
             part.replace(path)
-            rate = (first + len(some)) / (time.perf_counter() - begun)
+            rate = (first + len(some)) / (time.perf_counter() - start)
             print(f"  {first + len(some):,} of {len(missing):,}, {rate:.1f}/s", file=sys.stderr)
         return np.array([self._known[key] for key in keys], np.float32)
