@@ -20,7 +20,8 @@ from khaosz.config.presets import Derived, nearest_size, training_numbers
 from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import CheckpointError, ConfigError
-from khaosz.interop import load_config, load_model, write_json
+from khaosz.files import write_json
+from khaosz.interop import load_config, load_model
 from khaosz.interop.adapter import load_adapter
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora, named_adapters

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError
-from khaosz.interop import EmbedderSettings, save_embedder, save_model, write_json
+from khaosz.files import write_json
+from khaosz.interop import EmbedderSettings, save_embedder, save_model
 from khaosz.interop.adapter import save_adapter
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora

@@ -14,6 +14,7 @@ import pytest
 
 from khaosz.demo import fetch
 from khaosz.errors import FetchError
+from khaosz.interop.pip import _last_error
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_cache_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def test_notes_hide_addresses() -> None:
     # A mirror's address may carry its password.
     stderr = "noise\nERROR: Could not reach https://me:secret@mirror.example/simple/x: refused\n"
-    assert fetch._last_error(stderr) == "Could not reach <index> refused"
+    assert _last_error(stderr) == "Could not reach <index> refused"
 
 
 def _zip(path: Path, members: dict[str, bytes]) -> Path:

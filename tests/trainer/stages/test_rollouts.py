@@ -290,7 +290,7 @@ class TestJudges:
             ("khaosz.rewards", "names no function"),
             ("khaosz.rewards:nothing", "has no 'nothing'"),
             ("no.such.module:f", "can't be loaded"),
-            ("khaosz.rewards:re", "is not a function"),
+            ("khaosz.rewards:__all__", "is not a function"),
             ("/no/such/file.py:f", "can't be loaded"),
         ],
     )
