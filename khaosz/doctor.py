@@ -1,4 +1,4 @@
-"""What this machine offers and what a run would use of it."""
+"""Report the devices and speed of this machine, and what a run will use."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch
 from khaosz import __version__
 from khaosz.config import ParallelConfig
 from khaosz.parallel import available_devices, setup_parallel
+from khaosz.parallel.setup import cpu_threads
 from khaosz.trainer.calibration import compiler_problem
 from khaosz.trainer.callback import matmul_peak
 
 
 def examine() -> dict[str, Any]:
-    """Facts and short measurements (about a second in all)."""
+    """Versions, devices and short measurements; takes about a second."""
     parallel = setup_parallel(ParallelConfig())
     device = parallel.device
     speeds: dict[str, float | None] = {}
@@ -26,17 +27,13 @@ def examine() -> dict[str, Any]:
         try:
             speeds[name] = round(matmul_peak(device, dtype) / 1e9, 1)
         except RuntimeError:
-            speeds[name] = None  # this device has no such kernel
-    known = {name: speed for name, speed in speeds.items() if speed}
-    problem = compiler_problem(device)
+            speeds[name] = None  # no kernel for this type on this device
     return {
         "khaosz": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": cpu_threads(1),
         "threads": parallel.threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "memory_gb": _memory_gb(),
@@ -45,29 +42,29 @@ def examine() -> dict[str, Any]:
         "device": device.type,
         "matmul_gflops": speeds,
         "read_gb_per_s": _read_bandwidth(),
-        "dtype": max(known, key=lambda name: known[name]),
-        "compiler": problem or "yes",
+        "dtype": max(speeds, key=lambda name: speeds[name] or 0.0),
+        "compiler": compiler_problem(device) or "yes",
     }
 
 
-def format_examination(findings: dict[str, Any]) -> str:
-    speeds = findings["matmul_gflops"]
-    shown = ", ".join(
+def format_report(report: dict[str, Any]) -> str:
+    speeds = report["matmul_gflops"]
+    speed = ", ".join(
         f"{k} {v:,.0f} GFLOP/s" if v else f"{k} not supported" for k, v in speeds.items()
     )
-    compiler = findings["compiler"]
+    compiler = report["compiler"]
     lines = [
-        ("versions", f"khaosz {findings['khaosz']}, PyTorch {findings['torch']}, "
-                     f"Python {findings['python']}"),
-        ("machine", f"{findings['platform']}, {findings['cores']} cores, "
-                    f"{findings['cpu_capability']}"),
-        ("memory", f"{findings['memory_gb']} GB, reading {findings['read_gb_per_s']} GB/s; "
-                   f"{findings['disk_free_gb']} GB of disk free"),
-        ("devices", ", ".join(findings["devices"])),
-        ("speed", f"{shown} in matrix products on {findings['device']}"),
-        ("we use", f"{findings['device']} with {findings['threads']} threads; {findings['dtype']} "
-                   "is faster here, a run measures it again on the model itself"),
-        ("compile", "torch.compile, where it pays" if compiler == "yes" else f"no: {compiler}"),
+        ("versions", f"khaosz {report['khaosz']}, PyTorch {report['torch']}, "
+                     f"Python {report['python']}"),
+        ("machine", f"{report['platform']}, {report['cores']} cores, "
+                    f"{report['cpu_capability']}"),
+        ("memory", f"{report['memory_gb']} GB, read at {report['read_gb_per_s']} GB/s; "
+                   f"{report['disk_free_gb']} GB free on disk"),
+        ("devices", ", ".join(report["devices"])),
+        ("speed", f"{speed} in matrix multiplication on {report['device']}"),
+        ("defaults", f"{report['device']} with {report['threads']} threads; {report['dtype']}, the "
+                     "faster type here (each run measures it again on its model)"),
+        ("compile", "where it pays off" if compiler == "yes" else f"no: {compiler}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<9} {text}" for name, text in lines)
 
@@ -79,7 +76,7 @@ def _memory_gb() -> float | None:
 
 
 def _read_bandwidth() -> float:
-    """GB/s of summing 256 MB with all threads: what decoding one token at a time lives on."""
+    """GB/s of summing 256 MB with all threads: the bound on decoding one token at a time."""
     values = torch.ones(64 << 20)
     values.sum()
     best, end = 0.0, time.perf_counter() + 0.3

@@ -1,4 +1,4 @@
-"""The commands as a user types them: one path from text to answers, and what goes wrong."""
+"""The commands as a user types them: from text to answers, and error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def one_json_line(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
-    """tokenizer train, data prepare, train: the directory all of it lies in."""
+    """A directory written by tokenizer train, data prepare and train."""
     root = tmp_path_factory.mktemp("cli")
     khaosz("tokenizer", "train", corpus_file, "--vocab-size", "700", "--out", root / "tok")
     prepare = ["data", "prepare", corpus_file, "--tokenizer", root / "tok", "--out", root / "data"]
@@ -53,29 +53,29 @@ def test_eval_generate_show(trained: Path, corpus_file: Path) -> None:
     assert first.keys() == {"text", "tokens", "finish_reason"}
     answer = one_json_line(khaosz("generate", model, "--chat", "你好 <|end|>", *options))
     assert answer["finish_reason"] in ("stop", "length")
-    shown = khaosz("data", "show", trained / "data", "-n", "2")
-    assert "bos" in shown.stdout
-    assert "all sound" in khaosz("data", "verify", trained / "data").stdout
-    findings = one_json_line(khaosz("doctor", "--json"))
-    assert findings["device"] and findings["devices"]
+    records = khaosz("data", "show", trained / "data", "-n", "2")
+    assert "bos" in records.stdout
+    assert "shards verified" in khaosz("data", "verify", trained / "data").stdout
+    report = one_json_line(khaosz("doctor", "--json"))
+    assert report["device"] and report["devices"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["train", "nowhere.toml"], "no such recipe", "recipes/"),
+        (["train", "nowhere.toml"], "recipe not found", "recipes/"),
         (["train", "recipes/pt.toml", "lrr=1"], "unknown key 'lrr'", "did you mean 'lr'"),
         (["train", "recipes/pt.toml", "size=nanoo"], "size must be one of", ""),
         (["train", "recipes/pt.toml", "data=gone.jsonl"], "gone.jsonl", ""),
         (["generate", "nowhere", "--prompt", "x"], "no such model directory", "training"),
         (["generate", "nowhere"], "--prompt", ""),
         (["eval", "bpb", "nowhere", "x.jsonl"], "no such model directory", ""),
-        (["data", "get", "everything"], "no data set", "demo"),
+        (["data", "get", "everything"], "not found", "demo"),
         (["tokenizer", "train", "gone.txt", "--out", "t"], "gone.txt", ""),
         (["demo", "--minutes", "0"], "--minutes must be", ""),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_1(
+def test_user_error_is_one_line_and_exit_1(
     arguments: list[str], message: str, hint: str, tmp_path: Path
 ) -> None:
     if arguments[0] == "train" and len(arguments) > 2:
@@ -86,7 +86,7 @@ def test_a_mistake_is_one_line_and_exit_1(
     assert done.stderr.startswith("error: ") and done.stdout == ""
 
 
-def test_a_torn_model_is_named(trained: Path, tmp_path: Path) -> None:
+def test_truncated_model(trained: Path, tmp_path: Path) -> None:
     import shutil
 
     shutil.copytree(trained / "run" / "last", tmp_path / "m")
@@ -94,3 +94,12 @@ def test_a_torn_model_is_named(trained: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     done = khaosz("generate", tmp_path / "m", "--prompt", "x", ok=False)
     assert "broken or cut short" in done.stderr
+
+
+def test_old_spelling_of_prompt_lookup(trained: Path) -> None:
+    model = trained / "run" / "last"
+    command = ["generate", model, "--prompt", "a a a", "--max-tokens", "8", "--json"]
+    command += ["--temperature", "0"]
+    expected = one_json_line(khaosz(*command))
+    for option in ("--prompt-lookup", "--lookup"):
+        assert one_json_line(khaosz(*command, option)) == expected

@@ -63,4 +63,4 @@ def test_command_prints_message_and_hint_and_exits_with_1() -> None:
     assert done.returncode == 1
     assert done.stdout == ""
     message, hint = done.stderr.splitlines()
-    assert message == "error: no data set 'nothing'" and hint.startswith("hint: ")
+    assert message == "error: data set 'nothing' not found" and hint.startswith("hint: ")

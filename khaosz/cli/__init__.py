@@ -1,5 +1,4 @@
-"""The `khaosz` command: thin verbs over the package. Heavy imports happen inside the verbs, so
-that `--help` answers at once."""
+"""The `khaosz` command. Heavy modules are imported inside the commands, to keep `--help` fast."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from typing import NoReturn
 import typer
 
 from khaosz.cli.data import data_app, tokenizer_app
-from khaosz.cli.model import bench_app, model_app
+from khaosz.cli.inference import bench_app, model_app
 from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
 from khaosz.errors import KhaoszError
@@ -33,9 +32,9 @@ app.add_typer(rag_app, name="rag")
 
 
 def main() -> None:
-    """Entry point: user mistakes become one line, a hint and exit status 1."""
+    """Entry point: a `KhaoszError` is printed as one line and a hint; the exit status is 1."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
-        if hasattr(stream, "reconfigure"):  # a Windows console may not be UTF-8
+        if hasattr(stream, "reconfigure"):  # a Windows console may not use UTF-8
             stream.reconfigure(encoding="utf-8", errors=errors)
     try:
         app()

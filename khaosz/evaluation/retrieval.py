@@ -1,4 +1,4 @@
-"""How well passages are found: each query of a file of pairs against all passages of the file."""
+"""Retrieval accuracy: each query of a file of pairs against all passages of the file."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from khaosz.rag.models.protocols import Embedder
 from khaosz.rag.search.bm25 import lexical_search
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile, open_store
 
-_EMBEDDED = 64  # texts handed to an embedder at once
+_BATCH = 64  # texts per call of an embedder
 
 
 @dataclass(frozen=True)
 class RetrievalAccuracy:
-    """accuracy: share of queries whose passage comes first. mrr: mean of 1 / its rank. Other
-    passages that answer the query are left out; one of equal score stands before it."""
+    """accuracy: fraction of queries whose passage ranks first. mrr: mean of 1 / its rank. Other
+    passages that answer the query are ignored; passages with an equal score rank before it."""
 
     found_by: str
     accuracy: float
@@ -38,34 +38,34 @@ class RetrievalAccuracy:
 
 
 def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> RetrievalAccuracy:
-    """With an embedder by cosine, without one by the BM25 of a knowledge base.
+    """Rank by cosine with an embedder, by a knowledge base's BM25 without one.
 
-    Raises `DataError` when the file holds no pair.
+    Raises `DataError` when the file has no pairs.
     """
     report = InputReport(str(file))
     records = list(_records(report))
     if not records:
         why = worst_reason([report])
-        raise DataError(f"no pair in {report.records} records of {file}{why}")
+        raise DataError(f"no pairs in {report.records} records of {file}{why}")
     numbers: dict[str, int] = {}
     for text in chain.from_iterable((*r.positives, *r.negatives) for r in records):
         numbers.setdefault(text, len(numbers))
     answers: dict[str, set[int]] = {}
     for record in records:
-        known = answers.setdefault(record.query, set())
-        known.update(numbers[text] for text in record.positives)
+        relevant = answers.setdefault(record.query, set())
+        relevant.update(numbers[text] for text in record.positives)
     queries, passages = list(answers), list(numbers)
-    found = []
     if embedder is None:
-        scored = _by_words(queries, passages)
+        scored = _bm25_scores(queries, passages)
     else:
-        scored = _by_cosine(queries, passages, embedder)
+        scored = _cosine_scores(queries, passages, embedder)
+    rank_list = []
     for query, scores in zip(queries, scored, strict=True):
-        for own in answers[query]:
-            before = scores >= scores[own]
+        for passage in answers[query]:
+            before = scores >= scores[passage]
             before[list(answers[query])] = False
-            found.append(1 + int(before.sum()))
-    ranks = np.array(found)
+            rank_list.append(1 + int(before.sum()))
+    ranks = np.array(rank_list)
     return RetrievalAccuracy(
         "bm25" if embedder is None else embedder.name,
         round(float((ranks == 1).mean()), 4),
@@ -79,8 +79,8 @@ def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> Retrieva
 def _records(report: InputReport) -> Iterator[Texts]:
     for path in expand_inputs([report.path]):
         for batch in open_source(path):
-            unread = [(line, Skip(reason)) for line, reason in batch.skipped]
-            for line, record in chain(unread, parsed(batch)):
+            skipped = [(line, Skip(reason)) for line, reason in batch.skipped]
+            for line, record in chain(skipped, parsed(batch)):
                 report.records += 1
                 with report.skipping(line):
                     if isinstance(record, Skip):
@@ -90,17 +90,17 @@ def _records(report: InputReport) -> Iterator[Texts]:
                     yield texts
 
 
-def _by_cosine(
+def _cosine_scores(
     queries: Sequence[str], passages: Sequence[str], embedder: Embedder
 ) -> Iterator[np.ndarray]:
-    """(P,) for each query."""
-    matrix = np.concatenate([embedder.passages(part) for part in _parts(passages)])
-    for part in _parts(queries):
-        yield from embedder.queries(part) @ matrix.T
+    """Scores of all passages, (P,) float, for each query."""
+    matrix = np.concatenate([embedder.passages(batch) for batch in _batches(passages)])
+    for batch in _batches(queries):
+        yield from embedder.queries(batch) @ matrix.T
 
 
-def _by_words(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.ndarray]:
-    """(P,) for each query; 0 where no word of it is."""
+def _bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.ndarray]:
+    """Scores of all passages, (P,) float, for each query; 0 without a common word."""
     number = {text: i for i, text in enumerate(passages)}
     with tempfile.TemporaryDirectory() as folder:
         store = open_store(Path(folder) / "passages.kb")
@@ -119,6 +119,6 @@ def _by_words(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.nd
             store.close()
 
 
-def _parts(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    for first in range(0, len(texts), _EMBEDDED):
-        yield texts[first : first + _EMBEDDED]
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    for first in range(0, len(texts), _BATCH):
+        yield texts[first : first + _BATCH]

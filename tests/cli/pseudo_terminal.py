@@ -1,4 +1,4 @@
-"""The `khaosz` command at a terminal: keys in, the screen's bytes out."""
+"""The `khaosz` command at a terminal: keys in, screen contents out."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class PseudoTerminal:
             stderr=theirs,
             cwd=home,
             start_new_session=True,
-            # Whoever runs the tests in the background may have Ctrl-C ignored.
+            # A background process may ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            # The tests don't answer questions about the cursor's place.
+            # The tests do not answer queries of the cursor position.
             env=environment(
                 TERM="xterm", HOME=str(home), PROMPT_TOOLKIT_NO_CPR="1", COLUMNS="100", **more
             ),
@@ -51,7 +51,7 @@ class PseudoTerminal:
 
     @property
     def screen(self) -> str:
-        """What was printed since the last `until`, without what moves and colours."""
+        """What was printed since the last `until`, without escape sequences."""
         text = self._raw.decode("utf-8", errors="replace").replace("\r", "")
         return _ESCAPES.sub("", text)[self._read :]
 
@@ -63,26 +63,26 @@ class PseudoTerminal:
 
     def until(self, text: str, seconds: float = 60) -> str:
         """What was printed up to this text."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         while text not in self.screen:
-            left = end - time.monotonic()
-            assert left > 0, f"{text!r} did not come: {self.screen!r}"
+            left = deadline - time.monotonic()
+            assert left > 0, f"timed out waiting for {text!r}: {self.screen!r}"
             if select.select([self._ours], [], [], min(left, 0.2))[0]:
                 try:
                     self._raw += os.read(self._ours, 1 << 16)
                 except OSError:  # the other end is closed
-                    assert text in self.screen, f"{text!r} never came: {self.screen!r}"
+                    assert text in self.screen, f"{text!r} not printed: {self.screen!r}"
         before, _, _ = self.screen.partition(text)
         self._read += len(before) + len(text)
         return before + text
 
-    def leave(self) -> int:
-        """The exit status."""
+    def quit(self) -> int:
+        """Leave the chat; the exit status."""
         self.type("/exit\r")
-        # A terminal is left when all that was written to it has been read.
-        end = time.monotonic() + 30
+        # The process exits only when all its output has been read.
+        deadline = time.monotonic() + 30
         with contextlib.suppress(OSError):
-            while select.select([self._ours], [], [], max(0, end - time.monotonic()))[0]:
-                if not os.read(self._ours, 1 << 16) or time.monotonic() > end:
+            while select.select([self._ours], [], [], max(0, deadline - time.monotonic()))[0]:
+                if not os.read(self._ours, 1 << 16) or time.monotonic() > deadline:
                     break
         return self.process.wait(timeout=30)

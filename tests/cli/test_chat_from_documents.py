@@ -15,7 +15,7 @@ ANSWER = "南极[1]。"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two trained models, the newer of which cites, and a base."""
+    """A directory with a knowledge base and two trained models, the newer of which cites."""
     folder = tmp_path_factory.mktemp("place")
     model_directory(folder / "runs/plain/last", model("Yes"))
     citing = model_directory(folder / "runs/citing/last", model(ANSWER, 4096))
@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(place: Path, *lines: str, options: tuple[str, ...] = ()) -> str:
+def chat(place: Path, *lines: str, options: tuple[str, ...] = ()) -> str:
     done = run_khaosz(
         *("chat", "--device", "cpu", "--temperature", "0.5", *options),
         lines="\n".join(lines).encode(),
@@ -39,57 +39,57 @@ def told(place: Path, *lines: str, options: tuple[str, ...] = ()) -> str:
     return done.stdout.decode()
 
 
-def test_answers_come_from_documents_with_their_sources(place: Path) -> None:
+def test_answers_from_documents_with_sources(place: Path) -> None:
     question = "企鹅住在哪里？"
-    warm, cold = "/set temperature 50", "/set temperature 0"  # it quotes all the same
+    warm, cold = "/set temperature 50", "/set temperature 0"  # has no effect with documents
     base = "/docs", "/docs khaosz.kb"
-    out = told(place, *base, warm, question, "/retry", "/docs off", cold, question)
-    assert "answers come from no documents\n/docs BASE takes:\n  khaosz.kb" in out
-    assert "answers come from khaosz.kb" in out
+    out = chat(place, *base, warm, question, "/retry", "/docs off", cold, question)
+    assert "answering without documents\nknowledge bases:\n  khaosz.kb" in out
+    assert "answering from khaosz.kb" in out
     assert out.count(f"{ANSWER}\n[1] 企鹅.md  0-13\n") == 2
     assert out.count(ANSWER) == 3
 
 
-def test_what_documents_do_not_hold_no_model_is_asked(place: Path) -> None:
-    out = told(place, "木星有多少颗卫星？", options=("--docs", "khaosz.kb"))
-    assert "answers come from khaosz.kb" in out
+def test_refusal_without_a_matching_passage(place: Path) -> None:
+    out = chat(place, "木星有多少颗卫星？", options=("--docs", "khaosz.kb"))
+    assert "answering from khaosz.kb" in out
     assert "资料中没有找到答案。\n" in out
     assert "南极" not in out and "[1]" not in out
 
 
-def test_a_model_that_cites_nothing_is_told_of(place: Path) -> None:
+def test_answer_without_citation_lists_the_passages(place: Path) -> None:
     model_directory(place / "silent", model("南极。", 4096))
-    out = told(place, "/model silent", "企鹅住在哪里？", options=("--docs", "khaosz.kb"))
-    assert "names no source. Passages it was given:\n[1] 企鹅.md  0-13\n" in out
+    out = chat(place, "/model silent", "企鹅住在哪里？", options=("--docs", "khaosz.kb"))
+    assert "cites no source. Passages in the prompt:\n[1] 企鹅.md  0-13\n" in out
 
 
-def test_a_long_conversation_leaves_the_passages_their_room(place: Path) -> None:
+def test_long_conversation_is_truncated_for_the_passages(place: Path) -> None:
     long = "企鹅住在哪里？" + "吗" * 400  # 1,200 tokens
-    out = told(place, long, long, long, options=("--docs", "khaosz.kb"))
-    assert "exchanges are forgotten)" in out
+    out = chat(place, long, long, long, options=("--docs", "khaosz.kb"))
+    assert "exchanges are dropped)" in out
     assert out.count("[1] 企鹅.md") == 3
 
 
-def test_a_base_that_is_not_there(place: Path) -> None:
-    out = told(place, "/docs no.kb", "/docs silent", "企鹅住在哪里？")
+def test_missing_knowledge_base(place: Path) -> None:
+    out = chat(place, "/docs no.kb", "/docs silent", "企鹅住在哪里？")
     assert "no.kb" in out and not (place / "no.kb").exists()
     assert ANSWER in out
     done = run_khaosz("chat", "--docs", "no.kb", cwd=place, KHAOSZ_CACHE=str(place / "cache"))
     assert done.returncode == 1 and b"no.kb" in done.stderr
 
 
-def test_another_model_goes_on_with_the_conversation(place: Path) -> None:
-    out = told(place, "/model", "hi", "/model plain", "/model", "/retry", "/model plian", "hi")
+def test_model_command_continues_the_conversation(place: Path) -> None:
+    out = chat(place, "/model", "hi", "/model plain", "/model", "/retry", "/model plian", "hi")
     first, second = Path("runs/citing/last"), Path("runs/plain/last")
     assert f"* {first}\n  {second}\n" in out
     assert f"{second}  context 96 tokens" in out
     assert f"  {first}\n* {second}\n" in out
-    assert "no model 'plian' is here (did you mean plain?)" in out
+    assert "model 'plian' not found (did you mean plain?)" in out
     assert out.count("Yes") == 2
 
 
-def test_a_model_by_its_name(place: Path) -> None:
-    assert told(place, "hi", options=("--model", "plain")).count("Yes") == 1
-    assert "no model 'x' is here" in told(place, "/model x")
+def test_model_by_name(place: Path) -> None:
+    assert chat(place, "hi", options=("--model", "plain")).count("Yes") == 1
+    assert "model 'x' not found" in chat(place, "/model x")
     model_directory(place / "runs/more/plain/last", model("Yes"))
-    assert "name the whole path" in told(place, "/model plain")
+    assert "give the whole path" in chat(place, "/model plain")

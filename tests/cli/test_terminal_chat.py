@@ -1,4 +1,4 @@
-"""The terminal chat, with a real console, a real model and, where it counts, a real process."""
+"""The terminal chat, with a real console, a real model and, where needed, a real process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from scripted_model import CONTEXT, SAID, model, model_directory, run_khaosz, tokenizer
 
-from khaosz.cli.models import newest_model
-from khaosz.cli.terminal.chat import answer, say
+from khaosz.cli.local_models import newest_model
 from khaosz.cli.terminal.commands import COMMANDS
-from khaosz.cli.terminal.conversation import Conversation, Ended, Events, Part, Settings, Source
-from khaosz.cli.terminal.local import LocalPartner
+from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Part, Settings, Source
+from khaosz.cli.terminal.local_backend import LocalBackend
+from khaosz.cli.terminal.loop import answer, handle_input
 from khaosz.errors import (
     DataError,
     GenerationError,
@@ -38,11 +38,11 @@ class Terminal:
     def __init__(self, max_tokens: int = 24) -> None:
         self.console = Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
         self.generator = Model(model(), tokenizer())
-        self.partner = LocalPartner(self.generator, "tiny")
+        self.backend = LocalBackend(self.generator, "tiny")
         self.conversation = Conversation(Settings(max_tokens, temperature=0.0))
 
-    def shown(self) -> str:
-        """What appeared since the last call."""
+    def take_output(self) -> str:
+        """What was printed since the last call."""
         file = self.console.file
         assert isinstance(file, io.StringIO)
         text = file.getvalue()
@@ -51,20 +51,20 @@ class Terminal:
         return text
 
     def say(self, message: str) -> str:
-        answer(self.conversation, message, self.partner, self.console)
-        return self.shown()
+        answer(self.conversation, message, self.backend, self.console)
+        return self.take_output()
 
     def do(self, line: str) -> str:
-        assert say(line, self.conversation, self.partner, self.console)
-        return self.shown()
+        assert handle_input(line, self.conversation, self.backend, self.console)
+        return self.take_output()
 
 
-class Telling:
-    """Whoever says what it is told to."""
+class ScriptedBackend:
+    """Yields or raises these events."""
 
-    name, about = "telling", "nowhere"
+    name, about = "scripted", "nowhere"
 
-    def __init__(self, *events: Part | Ended | BaseException) -> None:
+    def __init__(self, *events: Part | Finished | BaseException) -> None:
         self.events, self.closed = events, False
 
     def answer(self, conversation: Conversation, message: str) -> Events:
@@ -80,13 +80,13 @@ class Telling:
         return []
 
     def choose(self, name: str) -> None:
-        raise ModelError(f"no model '{name}'")
+        raise ModelError(f"model '{name}' not found")
 
-    def bases(self) -> list[str]:
+    def knowledge_bases(self) -> list[str]:
         return []
 
-    def open_base(self, name: str) -> None:
-        raise DataError(f"no base '{name}'")
+    def open_knowledge_base(self, name: str) -> None:
+        raise DataError(f"knowledge base '{name}' not found")
 
     def check(self, settings: Settings) -> None:
         pass
@@ -95,23 +95,28 @@ class Telling:
         pass
 
 
-def quiet() -> Console:
+def memory_console() -> Console:
     return Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
 
 
-def told(console: Console) -> str:
+def output(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 
 
-def shown(*parts: Part, ended: Ended | None = None) -> str:
-    """What an answer of these parts looks like."""
-    console = quiet()
-    answer(Conversation(Settings()), "?", Telling(*parts, ended or Ended("stop")), console)
-    return told(console)
+def render(*parts: Part, finished: Finished | None = None) -> str:
+    """The printed form of an answer."""
+    console = memory_console()
+    answer(
+        Conversation(Settings()),
+        "?",
+        ScriptedBackend(*parts, finished or Finished("stop")),
+        console,
+    )
+    return output(console)
 
 
-def test_an_answer_is_shown_as_it_is_and_remembered() -> None:
+def test_answer_is_printed_verbatim_and_added_to_turns() -> None:
     terminal = Terminal()
     assert terminal.say("你好") == SAID + "\n"
     assert terminal.conversation.turns == [
@@ -120,65 +125,70 @@ def test_an_answer_is_shown_as_it_is_and_remembered() -> None:
     ]
 
 
-def test_what_looks_like_markup_is_text() -> None:
+def test_markup_is_not_interpreted() -> None:
     assert Terminal().say("hi") == SAID + "\n"
-    assert shown(Part("[b]ok[/b] "), Part(":smile:")) == "[b]ok[/b] :smile:\n"
+    assert render(Part("[b]ok[/b] "), Part(":smile:")) == "[b]ok[/b] :smile:\n"
 
 
-def test_what_a_terminal_would_obey_is_left_out() -> None:
-    # Of the answer and of a document's name: here a clipboard and a cleared screen.
-    text = shown(
+def test_control_characters_are_removed() -> None:
+    # In the answer and in a document's name: set the clipboard, clear the screen.
+    text = render(
         Part("a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
-        ended=Ended("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
+        finished=Finished("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
     )
     assert text == "a]52;c;aGk=b2Jc\n\n[1] x[2Jy.md  0-9\n"
 
 
-def test_thoughts_are_dimmed_and_not_remembered() -> None:
+def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
     conversation = Conversation(Settings())
-    parts = Part("hm", thought=True), Part("Yes."), Ended("stop")
-    answer(conversation, "?", Telling(*parts), console)
-    assert told(console) == "\x1b[2mhm\x1b[0m\n\nYes.\n"
+    parts = Part("hm", is_reasoning=True), Part("Yes."), Finished("stop")
+    answer(conversation, "?", ScriptedBackend(*parts), console)
+    assert output(console) == "\x1b[2mhm\x1b[0m\n\nYes.\n"
     assert conversation.turns[-1]["content"] == "Yes."
 
 
-def test_sources_stand_behind_the_answer() -> None:
+def test_sources_follow_the_answer() -> None:
     source = Source(2, "手册.pdf", 7, 1200, 1300)
-    assert shown(Part("是[2]。"), ended=Ended("stop", (source,))) == (
+    assert render(Part("是[2]。"), finished=Finished("stop", (source,))) == (
         "是[2]。\n[2] 手册.pdf, p. 7  1,200-1,300\n"
     )
-    assert "names no source" in shown(ended=Ended("stop", (source,), cited=False))
+    assert "cites no source" in render(finished=Finished("stop", (source,), cited=False))
 
 
-def test_an_answer_that_fails_midway_is_not_kept() -> None:
+def test_failed_answer_is_not_added() -> None:
     conversation = Conversation(Settings())
     with pytest.raises(ServerError):
-        answer(conversation, "?", Telling(Part("so far"), ServerError("gone")), quiet())
+        answer(
+            conversation,
+            "?",
+            ScriptedBackend(Part("so far"), ServerError("gone")),
+            memory_console(),
+        )
     assert conversation.turns == []
 
 
-def test_an_interrupted_answer_is_kept_as_far_as_it_went() -> None:
+def test_interrupted_answer_is_added_partially() -> None:
     conversation = Conversation(Settings())
-    partner = Telling(Part("so far"), KeyboardInterrupt(), Part("never"))
-    console = quiet()
-    answer(conversation, "?", partner, console)
-    assert told(console) == "so far [interrupted]\n"
+    backend = ScriptedBackend(Part("so far"), KeyboardInterrupt(), Part("never"))
+    console = memory_console()
+    answer(conversation, "?", backend, console)
+    assert output(console) == "so far [interrupted]\n"
     assert conversation.turns[-1]["content"] == "so far"
-    assert partner.closed
+    assert backend.closed
 
 
-def test_an_answer_that_met_its_limit_says_so() -> None:
+def test_finish_reason_length_is_printed() -> None:
     terminal = Terminal(max_tokens=4)
     assert terminal.say("hi") == "Yes, [length]\n"
 
 
-def test_the_oldest_exchange_is_forgotten_aloud_when_the_context_is_full() -> None:
+def test_oldest_exchange_is_dropped_when_the_context_is_full() -> None:
     terminal = Terminal()
     assert terminal.say("a" * 20) == SAID + "\n"
     assert terminal.say("b" * 20) == SAID + "\n"
-    shown = terminal.say("c" * 20)
-    assert shown.startswith("(context full: the oldest 1 exchanges are forgotten)\n")
+    text = terminal.say("c" * 20)
+    assert text.startswith("(context full: the oldest 1 exchanges are dropped)\n")
     assert [turn["content"] for turn in terminal.conversation.turns] == [
         "b" * 20,
         SAID,
@@ -189,7 +199,7 @@ def test_the_oldest_exchange_is_forgotten_aloud_when_the_context_is_full() -> No
     assert len(ids) <= CONTEXT
 
 
-def test_a_message_that_cannot_be_answered_changes_nothing() -> None:
+def test_rejected_message_leaves_the_conversation_unchanged() -> None:
     terminal = Terminal()
     terminal.say("hi")
     before = list(terminal.conversation.turns)
@@ -202,34 +212,34 @@ def test_a_message_that_cannot_be_answered_changes_nothing() -> None:
     assert terminal.say("hi") != ""
 
 
-def test_special_tokens_in_a_message_are_text() -> None:
+def test_special_tokens_in_a_message_are_plain_text() -> None:
     terminal = Terminal()
     terminal.say("<|end|>")
     ids = terminal.generator.chat_ids(terminal.conversation.turns[:1])
     assert ids.count(tokenizer().end_id) == 1
 
 
-def test_help_lists_the_commands_there_are() -> None:
+def test_help_lists_all_commands() -> None:
     terminal = Terminal()
-    shown = terminal.do("/help")
+    text = terminal.do("/help")
     for verb in COMMANDS:
-        assert verb in shown
+        assert verb in text
         if verb != "/exit":
             assert "unknown command" not in terminal.do(verb)
 
 
-def test_an_unknown_command_is_named() -> None:
-    shown = Terminal().do("/hlep [red]now")
-    assert shown == "unknown command /hlep; /help lists them\n"
+def test_unknown_command() -> None:
+    text = Terminal().do("/hlep [red]now")
+    assert text == "unknown command /hlep; /help lists the commands\n"
 
 
 @pytest.mark.parametrize("line", ["/exit", "/quit"])
-def test_exit_leaves(line: str) -> None:
+def test_exit(line: str) -> None:
     terminal = Terminal()
-    assert not say(line, terminal.conversation, terminal.partner, terminal.console)
+    assert not handle_input(line, terminal.conversation, terminal.backend, terminal.console)
 
 
-def test_reset_forgets_and_system_restarts() -> None:
+def test_reset_and_system_clear_the_turns() -> None:
     terminal = Terminal()
     terminal.say("hi")
     terminal.do("/reset")
@@ -246,7 +256,7 @@ def test_reset_forgets_and_system_restarts() -> None:
 
 def test_retry_answers_the_last_message_again() -> None:
     terminal = Terminal(max_tokens=4)
-    assert terminal.do("/retry") == "nothing to answer again\n"
+    assert terminal.do("/retry") == "nothing to retry\n"
     terminal.say("hi")
     terminal.do("/set max_tokens 24")
     assert terminal.do("/retry") == SAID + "\n"
@@ -256,7 +266,7 @@ def test_retry_answers_the_last_message_again() -> None:
     ]
 
 
-def test_a_retry_that_fails_keeps_the_answer_there_was() -> None:
+def test_failed_retry_keeps_the_previous_answer() -> None:
     terminal = Terminal()
     terminal.say("hi")
     before = list(terminal.conversation.turns)
@@ -284,13 +294,13 @@ def test_set_changes_one_setting(line: str, name: str, value: float) -> None:
     assert getattr(terminal.conversation.settings, name) == value
 
 
-def test_set_refuses_what_cannot_be() -> None:
+def test_set_rejects_invalid_values() -> None:
     terminal = Terminal()
     before = terminal.conversation.settings
     assert terminal.do("/set").startswith("settings: max_tokens 24, temperature 0.0, top_p 0.9")
     assert terminal.do("/set warmth 3").startswith("settings: max_tokens 24")
-    assert terminal.do("/set top_k 1.5") == "top_k takes a number, not '1.5'\n"
-    assert terminal.do("/set seed [b]") == "seed takes a number, not '[b]'\n"
+    assert terminal.do("/set top_k 1.5") == "top_k must be a number, not '1.5'\n"
+    assert terminal.do("/set seed [b]") == "seed must be a number, not '[b]'\n"
     for line in ("/set temperature -1", "/set top_p nan", f"/set seed {2**70}"):
         with pytest.raises(KhaoszError, match=" must be "):
             terminal.do(line)
@@ -346,16 +356,16 @@ def test_a_whole_conversation_through_a_pipe(tmp_path: Path) -> None:
     ]
 
 
-def test_bytes_that_are_not_text_do_not_end_it(tmp_path: Path) -> None:
+def test_invalid_utf8_does_not_end_the_chat(tmp_path: Path) -> None:
     done = run_chat(model_directory(tmp_path), b"\xff\xfe\n", "--temperature", "0")
     assert done.returncode == 0, done.stderr.decode()
-    assert b"Traceback" not in done.stderr and b"not understood" in done.stdout
+    assert b"Traceback" not in done.stderr and b"invalid utf-8" in done.stdout
 
 
-def test_the_newest_model_is_found(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model was trained here") as caught:
+def test_newest_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no trained model found") as error:
         newest_model(tmp_path / "runs")
-    assert caught.value.hint is not None and "khaosz demo" in caught.value.hint
+    assert error.value.hint is not None and "khaosz demo" in error.value.hint
     runs = tmp_path / "runs"
     for age, name in ((300, "last"), (100, "a/last"), (200, "demo/sft/last")):
         save_model(model(), runs / name)
@@ -369,16 +379,19 @@ def test_the_newest_model_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "holds no conversation"),
-        ("[1]", "holds no conversation"),
-        ('{"messages": [{"role": "user"}]}', "holds no conversation"),
-        ('{"messages": [{"role": "user", "content": null}]}', "not text"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is the assistant's"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
-        ("\udcff", "holds no conversation"),
+        ("", "is not a conversation"),
+        ("[1]", "is not a conversation"),
+        ('{"messages": [{"role": "user"}]}', "is not a conversation"),
+        ('{"messages": [{"role": "user", "content": null}]}', "a message is not text"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            "message 1 has role assistant, not user",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "ends with an unanswered message"),
+        ("\udcff", "is not a conversation"),
     ],
 )
-def test_load_refuses_what_is_no_conversation(tmp_path: Path, text: str, why: str) -> None:
+def test_load_rejects_other_files(tmp_path: Path, text: str, why: str) -> None:
     terminal = Terminal()
     terminal.say("hi")
     before = list(terminal.conversation.turns)
@@ -391,7 +404,7 @@ def test_load_refuses_what_is_no_conversation(tmp_path: Path, text: str, why: st
     assert terminal.conversation.turns == before
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+def test_load_restores_a_saved_conversation(tmp_path: Path) -> None:
     terminal = Terminal()
     terminal.do("/system Be brief.")
     terminal.say("hi")

@@ -302,7 +302,7 @@ def test_a_syntax_error_names_file_and_line(tmp_path: Path) -> None:
 
 
 def test_a_recipe_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no such recipe"):
+    with pytest.raises(ConfigError, match="recipe not found"):
         load_recipe(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_recipe(tmp_path)

@@ -157,7 +157,7 @@ def test_what_is_counted(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     other = {k: v.replace("道理", "意思") for k, v in right.items()}
     wrong = groundedness(Parrot(other), path)
     assert wrong.cited == 1 and wrong.exact is not None and wrong.exact < 1
-    with pytest.raises(DataError, match=r"bad\.jsonl line 1: no grounded record"):
+    with pytest.raises(DataError, match=r"bad\.jsonl line 1: not a grounded record"):
         (tmp_path / "bad.jsonl").write_text('{"messages": []}\n')
         groundedness(Parrot(""), tmp_path / "bad.jsonl")
 

@@ -32,4 +32,6 @@ def test_nothing_to_read_leaves_the_file_alone(tmp_path: Path) -> None:
     out.write_text("before")
     command = [sys.executable, "-m", "khaosz", "data", "from-docs", str(tmp_path / "docs")]
     done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 1 and "no text in" in done.stderr and out.read_text() == "before"
+    assert (
+        done.returncode == 1 and "no texts found in" in done.stderr and out.read_text() == "before"
+    )

@@ -77,7 +77,7 @@ def test_by_cosine(tmp_path: Path) -> None:
 
 
 def test_a_file_without_pairs(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no pair in 1 records .*no positive.*line 1"):
+    with pytest.raises(DataError, match=r"no pairs in 1 records .*no positive.*line 1"):
         retrieval_accuracy(lines(tmp_path / "bad.jsonl", [{"query": "x"}]))
 
 

@@ -1,4 +1,4 @@
-"""The terminal chat's two partners with a model that thinks, and bases that the service keeps."""
+"""The terminal chat's two backends with a model that thinks, and bases that the service keeps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from serving import Service, served
 
 from khaosz.cli.terminal.conversation import (
+    ChatBackend,
     Conversation,
-    Ended,
-    Forgotten,
+    Finished,
     Part,
-    Partner,
     Settings,
+    Truncated,
 )
-from khaosz.cli.terminal.local import LocalPartner
-from khaosz.cli.terminal.server import ServerPartner
+from khaosz.cli.terminal.local_backend import LocalBackend
+from khaosz.cli.terminal.server_backend import ServerBackend
 
 GREEDY = Settings(64, temperature=0.0, top_p=1.0)
 
@@ -28,53 +28,53 @@ def thinker(taught: Path) -> Iterator[Service]:
         yield running
 
 
-def answered(partner: Partner, message: str) -> tuple[str, str, Ended]:
+def answered(backend: ChatBackend, message: str) -> tuple[str, str, Finished]:
     """What was thought, what was said, and how it ended."""
     thought = said = ""
-    for event in partner.answer(Conversation(GREEDY), message):
+    for event in backend.answer(Conversation(GREEDY), message):
         match event:
             case Part(text, True):
                 thought += text
             case Part(text):
                 said += text
-            case Ended():
+            case Finished():
                 return thought, said, event
     raise AssertionError("it did not end")
 
 
-def test_both_partners_tell_thoughts_apart(thinker: Service, taught: Path) -> None:
-    remote = ServerPartner(f"http://127.0.0.1:{thinker.port}/v1")
-    for partner in (remote, LocalPartner.from_path(taught)):
-        assert answered(partner, "think") == ("一 + 一", "二", Ended("stop"))
-        assert answered(partner, "plain") == ("", "the fox", Ended("stop"))
+def test_both_backends_separate_reasoning(thinker: Service, taught: Path) -> None:
+    remote = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
+    for backend in (remote, LocalBackend.from_path(taught)):
+        assert answered(backend, "think") == ("一 + 一", "二", Finished("stop"))
+        assert answered(backend, "plain") == ("", "the fox", Finished("stop"))
 
 
 @pytest.mark.parametrize("counts", [True, False])
 def test_the_oldest_are_left_out_whether_the_server_counts_or_refuses(
     thinker: Service, counts: bool
 ) -> None:
-    partner = ServerPartner(f"http://127.0.0.1:{thinker.port}/v1")
-    partner._counts = counts  # as with a server that has no /tokenize
+    backend = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
+    backend._can_count = counts  # as with a server that has no /tokenize
     old = [
         {"role": "user", "content": "x " * 600},
         {"role": "assistant", "content": "y"},
     ]
     conversation = Conversation(GREEDY, turns=old * 3)
-    events = list(partner.answer(conversation, "plain"))
-    assert any(isinstance(event, Forgotten) for event in events)
-    assert partner._counts == counts
+    events = list(backend.answer(conversation, "plain"))
+    assert any(isinstance(event, Truncated) for event in events)
+    assert backend._can_count == counts
 
 
-def test_an_answer_has_room_where_the_server_counts(thinker: Service) -> None:
-    partner = ServerPartner(f"http://127.0.0.1:{thinker.port}/v1")
+def test_an_answer_has_room_where_the_server_can_count(thinker: Service) -> None:
+    backend = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
     conversation = Conversation(GREEDY)
 
     def count() -> int:
-        turns = conversation.asking("plain")
+        turns = conversation.with_message("plain")
         return len(thinker.generator.chat_ids(turns))
 
     while count() <= thinker.generator.context - GREEDY.max_tokens:  # that would be enough
         conversation.turns.append({"role": "user", "content": "x x x"})
         conversation.turns.append({"role": "assistant", "content": "y"})
     assert count() < thinker.generator.context
-    assert isinstance(next(partner.answer(conversation, "plain")), Forgotten)
+    assert isinstance(next(backend.answer(conversation, "plain")), Truncated)

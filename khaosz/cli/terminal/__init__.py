@@ -1,6 +1,6 @@
 """`khaosz chat`: a conversation in the terminal.
 
-`conversation` says what one is and what whoever answers must be able to do; `local` answers by a
-model in this process, `server` by one at an address. `commands` are the lines that begin with /,
-`lines` reads what is typed, `chat` joins them.
+`conversation` holds the conversation and the `ChatBackend` protocol; `local_backend` runs a model
+in this process, `server_backend` is a client of an OpenAI-compatible server. `input` reads
+messages, `commands` runs the lines that begin with /, `loop` connects them.
 """

@@ -1,4 +1,4 @@
-"""The lines that begin with /."""
+"""The commands of the chat: lines that begin with /."""
 
 from __future__ import annotations
 
@@ -9,137 +9,141 @@ from typing import Any
 
 from rich.console import Console
 
-from khaosz.cli.terminal.conversation import Conversation, Partner, Settings, load, save
+from khaosz.cli.terminal.conversation import ChatBackend, Conversation, Settings, load, save
 from khaosz.errors import KhaoszError
 
 HELP = '''\
-/help               this list                            这份说明
-/docs BASE          answer from its documents; off       根据文档回答；/docs off 关闭
-/model NAME         another model; alone: which there are    换模型；不写名字则列出
-/system TEXT        set the system message, restart      设定系统提示并重新开始
+/help               show this list                       显示本说明
+/docs BASE          answer from a knowledge base; off    根据知识库回答；/docs off 关闭
+/model NAME         switch models; without NAME: list    切换模型；不写名称则列出
+/system TEXT        set the system message, restart      设置系统提示并重新开始
 /set NAME VALUE     temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed
 /retry              answer the last message again        重新回答上一句
-/reset              forget the conversation              忘掉对话，重新开始
-/save FILE          write the conversation as JSON       把对话存成 JSON
-/load FILE          go on with one that was saved        接着存下的对话谈
-/exit               leave (also Ctrl-D)                  退出（也可按 Ctrl-D）
+/reset              clear the conversation               清空对话，重新开始
+/save FILE          save the conversation as JSON        将对话保存为 JSON
+/load FILE          continue a saved conversation        继续已保存的对话
+/exit               quit (also Ctrl-D)                   退出（也可按 Ctrl-D）
 
 """..."""           a message of several lines           多行消息
-...\\                goes on in the next line             行末反斜杠：下一行继续'''
+...\\                continues on the next line           行末反斜杠：下一行继续'''
 COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
 
 _SETTABLE = {field.name: field.type for field in fields(Settings)}
 
 
 def is_command(text: str) -> bool:
-    """A pasted path or program may begin with / too; one line of it is taken for a command."""
+    """Pasted text may begin with / as well: several lines are a command only if the first word is
+    one."""
     return text.startswith("/") and ("\n" not in text or text.split()[0] in COMMANDS)
 
 
-def run(
+def run_command(
     line: str,
     conversation: Conversation,
-    partner: Partner,
+    backend: ChatBackend,
     console: Console,
-    answer: Callable[[Conversation, str], None],
+    answer: Callable[[Conversation, str, ChatBackend, Console], None],
 ) -> bool:
-    """Carry one out; False when the user leaves. Raises `KhaoszError`."""
-    verb, _, rest = line.partition(" ") if " " in line else line.partition("\n")
-    rest = rest.strip()
+    """Run one command; False on /exit. Raises `KhaoszError`."""
+    verb, _, argument = line.partition(" ") if " " in line else line.partition("\n")
+    argument = argument.strip()
     match verb:
         case "/exit" | "/quit":
             return False
         case "/help":
-            _say(console, HELP)
+            _print(console, HELP)
         case "/reset":
             conversation.turns.clear()
         case "/system":
-            conversation.system = rest or None
+            conversation.system = argument or None
             conversation.turns.clear()
         case "/retry":
             if len(conversation.turns) < 2:
-                _say(console, "nothing to answer again")
+                _print(console, "nothing to retry")
             else:
-                earlier, last = conversation.turns[:-2], conversation.turns[-2]
-                again = replace(conversation, turns=earlier)
-                answer(again, last["content"])
-                conversation.turns = again.turns
+                message = conversation.turns[-2]["content"]
+                retried = replace(conversation, turns=conversation.turns[:-2])
+                answer(retried, message, backend, console)
+                conversation.turns = retried.turns
         case "/set":
-            _set(conversation, partner, rest, console)
+            _set(conversation, backend, argument, console)
         case "/docs":
-            _docs(conversation, partner, rest, console)
+            _docs(conversation, backend, argument, console)
         case "/model":
-            _model(partner, rest, console)
+            _model(backend, argument, console)
         case "/save":
-            _save(conversation, rest, console)
+            _save(conversation, argument, console)
         case "/load":
-            _load(conversation, rest, console)
+            _load(conversation, argument, console)
         case _:
-            _say(console, f"unknown command {verb}; /help lists them")
+            _print(console, f"unknown command {verb}; /help lists the commands")
     return True
 
 
-def _docs(conversation: Conversation, partner: Partner, rest: str, console: Console) -> None:
-    if rest == "off":
+def _docs(
+    conversation: Conversation, backend: ChatBackend, argument: str, console: Console
+) -> None:
+    if argument == "off":
         conversation.documents = None
-    elif rest:
-        partner.open_base(rest)
-        conversation.documents = rest
-    on = conversation.documents
-    _say(console, f"answers come from {on}" if on else "answers come from no documents")
-    if not rest:
-        there = [f"  {name}" for name in partner.bases() if name != on]
-        _say(console, "\n".join(["/docs BASE takes:", *there]) if there else "/docs BASE | off")
+    elif argument:
+        backend.open_knowledge_base(argument)
+        conversation.documents = argument
+    current = conversation.documents
+    _print(console, f"answering from {current}" if current else "answering without documents")
+    if not argument:
+        others = [f"  {name}" for name in backend.knowledge_bases() if name != current]
+        _print(console, "\n".join(["knowledge bases:", *others]) if others else "/docs BASE | off")
 
 
-def _model(partner: Partner, rest: str, console: Console) -> None:
-    if rest:
-        partner.choose(rest)
-        _say(console, f"{partner.name}  {partner.about}")
+def _model(backend: ChatBackend, argument: str, console: Console) -> None:
+    if argument:
+        backend.choose(argument)
+        _print(console, f"{backend.name}  {backend.about}")
         return
-    names = partner.models()
-    listed = names if partner.name in names else [partner.name, *names]
-    for name in listed:
-        _say(console, f"{'*' if name == partner.name else ' '} {name}")
+    names = backend.models()
+    for name in names if backend.name in names else [backend.name, *names]:
+        _print(console, f"{'*' if name == backend.name else ' '} {name}")
 
 
-def _set(conversation: Conversation, partner: Partner, rest: str, console: Console) -> None:
-    name, _, value = rest.partition(" ")
+def _set(conversation: Conversation, backend: ChatBackend, argument: str, console: Console) -> None:
+    name, _, value = argument.partition(" ")
     if name not in _SETTABLE:
-        now = ", ".join(f"{key} {getattr(conversation.settings, key)}" for key in _SETTABLE)
-        _say(console, f"settings: {now}")
+        values = ", ".join(f"{key} {getattr(conversation.settings, key)}" for key in _SETTABLE)
+        _print(console, f"settings: {values}")
         return
     try:
         number: Any = float(value) if _SETTABLE[name] == "float" else int(value)
     except ValueError:
-        _say(console, f"{name} takes a number, not '{value}'")
+        _print(console, f"{name} must be a number, not '{value}'")
         return
     settings = replace(conversation.settings, **{name: number})
-    partner.check(settings)
+    backend.check(settings)
     conversation.settings = settings
 
 
-def _save(conversation: Conversation, rest: str, console: Console) -> None:
-    if not rest:
-        _say(console, "/save FILE")
+def _save(conversation: Conversation, argument: str, console: Console) -> None:
+    if not argument:
+        _print(console, "/save FILE")
         return
     try:
-        save(conversation, Path(rest).expanduser())
-        _say(console, f"saved {rest}")
+        save(conversation, Path(argument).expanduser())
+        _print(console, f"saved {argument}")
     except OSError as error:
-        raise KhaoszError(f"could not write {rest}: {error.strerror}") from None
+        raise KhaoszError(f"could not write {argument}: {error.strerror}") from None
 
 
-def _load(conversation: Conversation, rest: str, console: Console) -> None:
-    if not rest:
-        _say(console, "/load FILE")
+def _load(conversation: Conversation, argument: str, console: Console) -> None:
+    if not argument:
+        _print(console, "/load FILE")
         return
     try:
-        conversation.system, conversation.turns = load(Path(rest).expanduser())
+        conversation.system, conversation.turns = load(Path(argument).expanduser())
     except OSError as error:
-        raise KhaoszError(f"could not read {rest}: {error.strerror}") from None
-    _say(console, f"{len(conversation.turns) // 2} exchanges; /retry answers the last again")
+        raise KhaoszError(f"could not read {argument}: {error.strerror}") from None
+    _print(
+        console, f"{len(conversation.turns) // 2} exchanges; /retry answers the last message again"
+    )
 
 
-def _say(console: Console, text: str) -> None:
+def _print(console: Console, text: str) -> None:
     console.print(text, markup=False)

@@ -1,4 +1,4 @@
-"""A conversation, and what whoever answers it must be able to do."""
+"""A conversation, and the protocol of the backends that answer it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Protocol
 
 from khaosz.errors import DataError
-from khaosz.inference import parts as serve
+from khaosz.inference import parts as inference_parts
 
 Turns = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are sampled. Whoever answers says what is out of range."""
+    """How answers are sampled. The backend checks the ranges."""
 
     max_tokens: int = 256
     temperature: float = 0.7
@@ -32,7 +32,7 @@ class Conversation:
     settings: Settings
     system: str | None = None
     turns: Turns = field(default_factory=list)
-    documents: str | None = None  # the knowledge base that answers come from
+    documents: str | None = None  # knowledge base to answer from
 
     @property
     def messages(self) -> Turns:
@@ -42,13 +42,13 @@ class Conversation:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return head + turns
 
-    def asking(self, message: str) -> Turns:
+    def with_message(self, message: str) -> Turns:
         return [*self.turns, {"role": "user", "content": message}]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A passage of a document: characters start to end of its text."""
+    """A passage of a document: characters `start` to `end` of its text."""
 
     number: int
     doc: str
@@ -58,94 +58,94 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Forgotten:
-    """The context is full: this many of the oldest exchanges are left out from here on."""
+class Truncated:
+    """The context is full: this many of the oldest exchanges are dropped."""
 
     exchanges: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """Text as it comes, said or only thought."""
+    """A piece of text, of the answer or of its reasoning."""
 
     text: str
-    thought: bool = False
+    is_reasoning: bool = False
 
 
-def told_apart(parts: Iterable[serve.Part | serve.ToolCall]) -> Iterator[Part]:
-    """As a server tells thoughts from the answer; calls of tools are not asked for here."""
+def text_parts(
+    parts: Iterable[inference_parts.Part | inference_parts.ToolCall],
+) -> Iterator[Part]:
+    """Answer and reasoning of a parsed stream; tool calls are never requested here."""
     for part in parts:
-        if isinstance(part, serve.Part):
-            yield Part(part.text, thought=part.kind == "reasoning")
+        if isinstance(part, inference_parts.Part):
+            yield Part(part.text, is_reasoning=part.kind == "reasoning")
 
 
 @dataclass(frozen=True)
-class Ended:
-    """Why: "stop", "length" or what a server calls it. `sources`: those the answer names, or, if
-    not `cited`, the passages that it was given."""
+class Finished:
+    """`reason`: "stop", "length" or a server's own word. `sources`: those that the answer cites,
+    or, if not `cited`, the passages in the prompt."""
 
     reason: str | None
     sources: tuple[Source, ...] = ()
     cited: bool = True
 
 
-Events = Generator[Forgotten | Part | Ended, None, None]
+Events = Generator[Truncated | Part | Finished, None, None]
 
 
-class Partner(Protocol):
-    """Whoever answers. What it cannot do it says by a `KhaoszError`."""
+class ChatBackend(Protocol):
+    """Answers a conversation. All methods raise `KhaoszError`."""
 
     @property
     def name(self) -> str:
-        """Of the model that answers now."""
+        """Name of the current model."""
 
     @property
     def about(self) -> str:
-        """Where it is and how long its context, in a few words."""
+        """Its address and context length, for people."""
 
     def models(self) -> list[str]:
-        """Names that `choose` takes."""
+        """Names that `choose` accepts."""
 
     def choose(self, name: str) -> None:
-        """Answer by another model from here on; one that fails changes nothing."""
+        """Switch to another model; on failure the current one stays."""
 
-    def bases(self) -> list[str]:
-        """Knowledge bases that are known to be there."""
+    def knowledge_bases(self) -> list[str]:
+        """Names of the available knowledge bases."""
 
-    def open_base(self, name: str) -> None:
-        """Raises `DataError` or `ServerError` if answers cannot come from it."""
+    def open_knowledge_base(self, name: str) -> None:
+        """Raises `DataError` or `ServerError` if it cannot be used."""
 
     def check(self, settings: Settings) -> None:
-        """Raises `GenerationError` for a value out of range, if that can be known before asking."""
+        """Raises `GenerationError` for a value out of range, if this backend can tell."""
 
     def answer(self, conversation: Conversation, message: str) -> Events:
-        """Parts, and `Ended` at the end; closed early, it stops the answer."""
+        """Parts, and `Finished` at the end. Closing the generator stops the answer."""
 
     def close(self) -> None: ...
 
 
 def save(conversation: Conversation, path: Path) -> None:
-    """As JSON. Raises `OSError`."""
+    """Write JSON. Raises `OSError`."""
     text = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=2)
     path.write_text(text + "\n", encoding="utf-8")
 
 
 def load(path: Path) -> tuple[str | None, Turns]:
-    """System message and turns of a file that `save` wrote. Raises `DataError`, `OSError`."""
+    """System message and turns of a file written by `save`. Raises `DataError`, `OSError`."""
     try:
         messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
         turns = [{"role": each["role"], "content": each["content"]} for each in messages]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f"{path} holds no conversation", hint="/save FILE writes one") from None
+        raise DataError(f"{path} is not a conversation", hint="/save FILE writes one") from None
     if not all(isinstance(value, str) for turn in turns for value in turn.values()):
-        raise DataError(f"{path} holds messages that are not text")
+        raise DataError(f"{path}: a message is not text")
     system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
-    for at, turn in enumerate(turns):
-        expected = "assistant" if at % 2 else "user"
+    for i, turn in enumerate(turns):
+        expected = "assistant" if i % 2 else "user"
         if turn["role"] != expected:
-            raise DataError(
-                f"{path}: message {at + 1} is the {turn['role']}'s, not the {expected}'s"
-            )
+            raise DataError(f"{path}: message {i + 1} has role {turn['role']}, not {expected}")
     if len(turns) % 2:
-        raise DataError(f"{path} ends with a question that has no answer")
+        raise DataError(f"{path} ends with an unanswered message")
     return system, turns

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import stopping_after, write_recipe
 from translation import translation_pairs, written
 
-from khaosz.cli.models import newest_model
+from khaosz.cli.local_models import newest_model
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, DataError
 from khaosz.interop import EmbedderSettings, load_embedder_settings
@@ -207,5 +207,5 @@ def test_bad_data_is_one_line(
 
 def test_nobody_is_sent_to_talk_to_it(embedder: Any, tmp_path: Path) -> None:
     go(embedder(max_steps=1, out=tmp_path / "runs/embed"))
-    with pytest.raises(Exception, match="no model was trained here"):
+    with pytest.raises(Exception, match="no trained model found"):
         newest_model(tmp_path / "runs")

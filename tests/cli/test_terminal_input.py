@@ -1,4 +1,4 @@
-"""What is typed, at a real pseudo-terminal and through a pipe."""
+"""Input of the chat, at a real pseudo-terminal and through a pipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scripted_model import khaosz_serve, model, model_directory
 
-from khaosz.cli.terminal.lines import read_lines
+from khaosz.cli.terminal.input import read_lines
 
 if sys.platform == "win32":
     pytest.skip("Windows has no pseudo-terminals", allow_module_level=True)
@@ -30,7 +30,7 @@ def messages(path: Path) -> list[str]:
 
 
 def read(*lines: str) -> list[str]:
-    """Messages of these lines, up to the end of the file."""
+    """The messages that these lines form."""
     rest = iter(lines)
 
     def line(prompt: str) -> str:
@@ -39,12 +39,12 @@ def read(*lines: str) -> list[str]:
         except StopIteration:
             raise EOFError from None
 
-    found = []
+    messages_read = []
     while True:
         try:
-            found.append(read_lines(line))
+            messages_read.append(read_lines(line))
         except EOFError:
-            return found
+            return messages_read
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def read(*lines: str) -> list[str]:
         (['"""a', "b\\", "", '"quoted" """', "c"], ['a\nb\\\n\n"quoted" ', "c"]),
         (['"""', "  a", "b", '"""', "c"], ["  a\nb", "c"]),
         (['"""a"""', '""""""'], ["a", ""]),
-        (['"""', "a"], ["a"]),  # the end of the file ends it
+        (['"""', "a"], ["a"]),  # ended by the end of the file
         (["a\\"], ["a"]),
     ],
 )
@@ -66,7 +66,7 @@ def test_lines_become_messages(lines: list[str], expected: list[str]) -> None:
 
 @pytest.mark.parametrize("editor", [True, False])
 def test_several_lines_at_a_terminal(url: str, tmp_path: Path, editor: bool) -> None:
-    """With prompt_toolkit, and where there is none."""
+    """With prompt_toolkit and without."""
     hidden = (
         {} if editor else {"PYTHONPATH": f"{hide_editor(tmp_path)}:{Path(__file__).parents[2]}"}
     )
@@ -78,21 +78,21 @@ def test_several_lines_at_a_terminal(url: str, tmp_path: Path, editor: bool) -> 
             terminal.until(">")
         terminal.type("/save a.json\r")
         terminal.until("saved a.json")
-        assert terminal.leave() == 0
+        assert terminal.quit() == 0
     assert messages(tmp_path / "a.json") == ["你好\nb", "c\nd", "/usr p\nq"]
     assert (tmp_path / ".khaosz_history").exists() == editor
 
 
 def hide_editor(tmp_path: Path) -> Path:
-    """A folder whose prompt_toolkit can't be found."""
+    """A folder whose prompt_toolkit can't be messages_read."""
     package = tmp_path / "hidden" / "prompt_toolkit.py"
     package.parent.mkdir()
     package.write_text("raise ModuleNotFoundError('not here', name='prompt_toolkit')\n")
     return package.parent
 
 
-def test_earlier_messages_come_back_in_another_session(url: str, tmp_path: Path) -> None:
-    for keys in ("你好\\\rb\r", "\x1b[A\x1b[A\x1b[A\r"):  # up: /exit, /save, it
+def test_history_survives_the_session(url: str, tmp_path: Path) -> None:
+    for keys in ("你好\\\rb\r", "\x1b[A\x1b[A\x1b[A\r"):  # up: /exit, /save, the message
         with PseudoTerminal("chat", "--url", url, home=tmp_path) as terminal:
             terminal.until(">")
             terminal.type(keys)
@@ -100,17 +100,17 @@ def test_earlier_messages_come_back_in_another_session(url: str, tmp_path: Path)
             terminal.until(">")
             terminal.type("/save a.json\r")
             terminal.until("saved a.json")
-            assert terminal.leave() == 0
+            assert terminal.quit() == 0
         assert messages(tmp_path / "a.json") == ["你好\nb"]
     assert (tmp_path / ".khaosz_history").stat().st_mode & 0o777 == 0o600
 
 
-def test_no_history_is_kept_where_none_is_wanted(url: str, tmp_path: Path) -> None:
+def test_empty_history_variable_disables_the_history(url: str, tmp_path: Path) -> None:
     with PseudoTerminal("chat", "--url", url, home=tmp_path, KHAOSZ_HISTORY="") as terminal:
         terminal.until(">")
         terminal.type("hi\r")
         terminal.until("ok:1")
-        assert terminal.leave() == 0
+        assert terminal.quit() == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -119,11 +119,11 @@ def test_tab_completes_a_command(url: str, tmp_path: Path) -> None:
         terminal.until(">")
         terminal.type("/mod\t\r")
         terminal.until("* saying")
-        assert terminal.leave() == 0
+        assert terminal.quit() == 0
 
 
 @pytest.mark.parametrize("remote", [True, False])
-def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(tmp_path: Path, remote: bool) -> None:
+def test_ctrl_c_stops_an_answer_and_keeps_its_text(tmp_path: Path, remote: bool) -> None:
     directory = model_directory(tmp_path / "endless", model("on, ", 1 << 17, endless=True))
     options = ["--max-tokens", "100000", "--temperature", "0", "--repetition-penalty", "1"]
 
@@ -138,9 +138,9 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(tmp_path: Path, remote: 
             terminal.type("/save a.json\r")
             terminal.until("saved a.json")
             terminal.until(">")
-            terminal.interrupt()  # of a line: it stays
-            terminal.until("leaves)")
-            assert terminal.leave() == 0
+            terminal.interrupt()  # while typing: the chat continues
+            terminal.until("to quit)")
+            assert terminal.quit() == 0
         saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))["messages"]
         assert saved[0] == {"role": "user", "content": "hi"}
         assert saved[1]["content"].startswith("on, on, ")

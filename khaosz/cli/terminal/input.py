@@ -1,9 +1,9 @@
-"""Reading messages: one line, or more.
+"""Read messages of one or more lines.
 
-A message that begins with three quotation marks goes on to the next three; a backslash at the end
-of a line goes on to the next. On a terminal, with prompt_toolkit, what is pasted with line breaks
-is one message, Alt-Enter breaks a line, Tab completes commands, and earlier messages are kept in a
-file that only this user can read. Else lines are read as they come.
+A message that begins with three quotation marks ends at the next three; a backslash at the end of a
+line continues it on the next. On a terminal with prompt_toolkit, pasted text with line breaks is
+one message, Alt-Enter breaks a line, Tab completes commands, and the history is stored in a file
+that only this user can read. Otherwise plain lines are read.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ Read = Callable[[], str]  # raises EOFError and KeyboardInterrupt
 
 
 def unfinished(text: str) -> bool:
-    """Whether the message goes on behind a line break."""
-    told = text.strip()
-    if told.startswith(QUOTES):
-        return len(told) < 2 * len(QUOTES) or not told.endswith(QUOTES)
-    return _goes_on(text)
+    """Whether the message continues on the next line."""
+    stripped = text.strip()
+    if stripped.startswith(QUOTES):
+        return len(stripped) < 2 * len(QUOTES) or not stripped.endswith(QUOTES)
+    return _continues(text)
 
 
 def message_of(text: str) -> str:
-    """What was typed, without the marks around it."""
-    told = text.strip()
-    if told.startswith(QUOTES):
-        return told.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
-    return told
+    """The message without the quotation marks around it."""
+    stripped = text.strip()
+    if stripped.startswith(QUOTES):
+        return stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+    return stripped
 
 
 def open_reader(commands: Sequence[str]) -> Read:
-    """For this terminal, or for a pipe."""
+    """A reader for this terminal, or for a pipe."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with suppress(ModuleNotFoundError):
             return _editor(commands)
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401 - lets `input` move and correct
+        with suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401 - gives `input` line editing
     return lambda: read_lines(input)
 
 
 def read_lines(line: Callable[[str], str]) -> str:
-    """One message; the end of the file ends one that was begun."""
+    """One message; the end of the file ends an unfinished one."""
     text = line(PROMPT)
     while unfinished(text):
-        told = text[:-1] if _goes_on(text) and not text.strip().startswith(QUOTES) else text
+        if _continues(text) and not text.strip().startswith(QUOTES):
+            text = text[:-1]
         try:
-            text = f"{told}\n{line(MORE)}"
+            text += f"\n{line(MORE)}"
         except EOFError:
-            text = told
             break
     return message_of(text)
 
 
 def history_file() -> Path | None:
-    """`KHAOSZ_HISTORY`, or a file in the home folder; None where that is set to nothing."""
-    chosen = os.environ.get(HISTORY)
-    if chosen == "":
+    """The path in `KHAOSZ_HISTORY`, by default ~/.khaosz_history; None if it is set but empty."""
+    path = os.environ.get(HISTORY)
+    if path == "":
         return None
-    return Path(chosen).expanduser() if chosen else Path.home() / ".khaosz_history"
+    return Path(path).expanduser() if path else Path.home() / ".khaosz_history"
 
 
-def _goes_on(text: str) -> bool:
+def _continues(text: str) -> bool:
     return (len(text) - len(text.rstrip("\\"))) % 2 == 1
 
 
@@ -86,10 +86,10 @@ def _editor(commands: Sequence[str]) -> Read:
         buffer = event.current_buffer
         before = buffer.document.text_before_cursor
         if buffer.text.strip().startswith(QUOTES):
-            goes_on = unfinished(buffer.text)
-        elif goes_on := _goes_on(before) and buffer.document.is_cursor_at_the_end:
+            continues = unfinished(buffer.text)
+        elif continues := _continues(before) and buffer.document.is_cursor_at_the_end:
             buffer.delete_before_cursor()
-        if goes_on:
+        if continues:
             buffer.insert_text("\n")
         else:
             buffer.validate_and_handle()
@@ -100,12 +100,12 @@ def _editor(commands: Sequence[str]) -> Read:
 
     history: History = InMemoryHistory()
     if (path := history_file()) is not None:
-        with suppress(OSError):  # no home, or one that can't be written: nothing is kept
+        with suppress(OSError):  # home missing or read-only: keep the history in memory
             os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND, 0o600))
             history = FileHistory(str(path))
     session: PromptSession[str] = PromptSession(
         PROMPT,
-        multiline=True,  # Enter is ours
+        multiline=True,  # `enter` above decides when a message ends
         prompt_continuation=MORE,
         key_bindings=keys,
         history=history,

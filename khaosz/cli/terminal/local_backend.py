@@ -1,21 +1,21 @@
-"""Answers by a model in this process."""
+"""Chat with a model in this process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from khaosz.cli.models import model_named, models_here
+from khaosz.cli.local_models import find_model, local_models
 from khaosz.cli.terminal.conversation import (
     Conversation,
-    Ended,
     Events,
-    Forgotten,
+    Finished,
     Part,
     Settings,
     Source,
+    Truncated,
     Turns,
-    told_apart,
+    text_parts,
 )
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.parts import PartStream, opens_thought
@@ -25,16 +25,16 @@ from khaosz.rag.answer import Answer, ask
 from khaosz.rag.models.chat_model import Messages
 from khaosz.rag.store import open_store
 
-KB = "khaosz.kb"
+DEFAULT_BASE = "khaosz.kb"
 
 
-class LocalPartner:
+class LocalBackend:
     def __init__(self, generator: Generator, name: str, *, device: str = "cpu") -> None:
         self.generator, self.name, self._device = generator, name, device
         self._base: tuple[str, KnowledgeBase] | None = None
 
     @classmethod
-    def from_path(cls, model: Path, *, device: str = "cpu") -> LocalPartner:
+    def from_path(cls, model: Path, *, device: str = "cpu") -> LocalBackend:
         return cls(Generator.from_directory(model, device=device), str(model), device=device)
 
     @property
@@ -42,18 +42,18 @@ class LocalPartner:
         return f"context {self.generator.context} tokens"
 
     def models(self) -> list[str]:
-        return [str(path) for path in models_here()]
+        return [str(path) for path in local_models()]
 
     def choose(self, name: str) -> None:
-        path = model_named(name)
+        path = find_model(name)
         self.generator = Generator.from_directory(path, device=self._device)
         self.name = str(path)
 
-    def bases(self) -> list[str]:
-        return [KB] if Path(KB).exists() else []
+    def knowledge_bases(self) -> list[str]:
+        return [DEFAULT_BASE] if Path(DEFAULT_BASE).exists() else []
 
-    def open_base(self, name: str) -> None:
-        self._opened(name)
+    def open_knowledge_base(self, name: str) -> None:
+        self._knowledge_base(name)
 
     def check(self, settings: Settings) -> None:
         _params(settings)
@@ -70,87 +70,94 @@ class LocalPartner:
 
     def _from_itself(self, conversation: Conversation, message: str) -> Events:
         params = _params(conversation.settings)
-        asked = conversation.asking(message)
-        room = min(params.max_tokens, self.generator.context // 4)
-        turns, ids = self._fitting(conversation, asked, self.generator.context - room)
-        model = _Speaker(self.generator, params)
-        pieces = model.pieces(ids, params)  # refuses a prompt that is too long
-        if len(turns) < len(asked):
-            yield Forgotten((len(asked) - len(turns)) // 2)
-        yield from pieces
-        yield Ended(model.reason)
+        turns = conversation.with_message(message)
+        answer_tokens = min(params.max_tokens, self.generator.context // 4)
+        kept, ids = self._truncate(conversation, turns, self.generator.context - answer_tokens)
+        model = _ChatModel(self.generator, params)
+        parts = model.parts(ids, params)  # refuses a prompt that is too long
+        if len(kept) < len(turns):
+            yield Truncated((len(turns) - len(kept)) // 2)
+        yield from parts
+        yield Finished(model.reason)
 
     def _from_documents(self, conversation: Conversation, message: str) -> Events:
-        """Greedy and without a penalty, since it shall quote."""
+        """Greedy and without a penalty, so that the answer quotes."""
         settings = conversation.settings
-        base = self._opened(str(conversation.documents))
+        knowledge_base = self._knowledge_base(str(conversation.documents))
         context = self.generator.context
-        # The passages have at least half of the context.
-        turns, _ = self._fitting(conversation, conversation.turns, context // 2, fewest=0)
-        model = _Speaker(self.generator, _params(settings))
-        room = min(settings.max_tokens, context // 4)
+        # At least half of the context is for the passages.
+        turns, _ = self._truncate(conversation, conversation.turns, context // 2, fewest=0)
+        model = _ChatModel(self.generator, _params(settings))
+        answer_tokens = min(settings.max_tokens, context // 4)
         history = conversation.with_system(turns)
-        reply = ask(base, message, model, history=history, max_tokens=room, temperature=0.0)
+        reply = ask(
+            knowledge_base,
+            message,
+            model,
+            history=history,
+            max_tokens=answer_tokens,
+            temperature=0.0,
+        )
         if len(turns) < len(conversation.turns):
-            yield Forgotten((len(conversation.turns) - len(turns)) // 2)
+            yield Truncated((len(conversation.turns) - len(turns)) // 2)
         for text in reply:
-            yield from model.take_thoughts()
+            yield from model.take_reasoning()
             yield Part(text)
-        yield Ended(model.reason if reply.found else "stop", *_sources(reply))
+        yield Finished(model.reason if reply.found else "stop", *_sources(reply))
 
-    def _fitting(
-        self, conversation: Conversation, turns: Turns, room: int, fewest: int = 1
+    def _truncate(
+        self, conversation: Conversation, turns: Turns, max_tokens: int, fewest: int = 1
     ) -> tuple[Turns, list[int]]:
-        """The last turns that have room, and the ids of the prompt that they make."""
+        """The last turns that fit into `max_tokens`, and the ids of their prompt."""
         while True:
             messages = conversation.with_system(turns)
             ids = self.generator.chat_ids(messages) if messages else []
-            if len(ids) <= room or len(turns) <= fewest:
+            if len(ids) <= max_tokens or len(turns) <= fewest:
                 return turns, ids
             turns = turns[2:]
 
-    def _opened(self, name: str) -> KnowledgeBase:
+    def _knowledge_base(self, name: str) -> KnowledgeBase:
         if self._base is None or self._base[0] != name:
-            opened = KnowledgeBase(open_store(name, new=False))
+            knowledge_base = KnowledgeBase(open_store(name, new=False))
             self.close()
-            self._base = name, opened
+            self._base = name, knowledge_base
         return self._base[1]
 
 
-class _Speaker:
-    """A model as `khaosz.rag.answer.ask` wants it, that keeps why it ended and what it thought."""
+class _ChatModel:
+    """A `ChatModel` for `khaosz.rag.answer.ask` that records finish reason and reasoning."""
 
     def __init__(self, generator: Generator, params: SamplingParams) -> None:
         self._generator, self._seed = generator, params.seed
         self.context = generator.context
         self.reason: str | None = None
-        self._thoughts: list[Part] = []
+        self._reasoning: list[Part] = []
 
     def count(self, messages: Messages) -> int:
         return len(self._generator.chat_ids(messages))
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
         params = SamplingParams(max_tokens, temperature, seed=self._seed)
-        for part in self.pieces(self._generator.chat_ids(messages), params):
-            if part.thought:
-                self._thoughts.append(part)
+        for part in self.parts(self._generator.chat_ids(messages), params):
+            if part.is_reasoning:
+                self._reasoning.append(part)
             else:
                 yield part.text
 
-    def pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Part]:
+    def parts(self, ids: list[int], params: SamplingParams) -> Iterator[Part]:
         """Raises `GenerationError` at once for a prompt that is too long."""
         pieces = self._generator.stream(ids, params)
-        end = self._generator.tokenizer.decode(ids[-8:])  # tokens that hold the mark and a break
-        return self._told_apart(pieces, PartStream(thinking=opens_thought(end)))
+        end = self._generator.tokenizer.decode(ids[-8:])  # enough for <think> and a line break
+        return self._parse(pieces, PartStream(thinking=opens_thought(end)))
 
-    def _told_apart(self, pieces: Iterator[Piece], parts: PartStream) -> Iterator[Part]:
+    def _parse(self, pieces: Iterator[Piece], parts: PartStream) -> Iterator[Part]:
         for piece in pieces:
-            yield from told_apart(parts.feed(piece.text))
+            yield from text_parts(parts.feed(piece.text))
             self.reason = piece.finish_reason
-        yield from told_apart(parts.finish())
+        yield from text_parts(parts.finish())
 
-    def take_thoughts(self) -> list[Part]:
-        taken, self._thoughts = self._thoughts, []
+    def take_reasoning(self) -> list[Part]:
+        taken, self._reasoning = self._reasoning, []
         return taken
 
 
@@ -167,10 +174,12 @@ def _params(settings: Settings) -> SamplingParams:
 
 
 def _sources(reply: Answer) -> tuple[tuple[Source, ...], bool]:
-    """Those that the answer names, or those it was given; and whether it named them."""
+    """Sources that the answer cites, else the passages of its prompt; and whether it cites any."""
     if reply.citations:
-        named = (Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
-        return tuple(named), True
+        cited = (Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
+        return tuple(cited), True
     passages = reply.prompt.passages if reply.prompt else ()
-    given = (Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in enumerate(passages, 1))
-    return tuple(given), not passages
+    sources = (
+        Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in enumerate(passages, start=1)
+    )
+    return tuple(sources), not passages

@@ -1,0 +1,335 @@
+"""Commands that run or write a model: generate, chat, serve, pull, convert, quantize, init,
+bench."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from khaosz.cli.local_models import default_model, find_model
+from khaosz.cli.output import (
+    Device,
+    Json,
+    ModelPath,
+    TopP,
+    print_json,
+    print_result,
+    progress_console,
+    resolve_device,
+)
+
+model_app = typer.Typer()
+bench_app = typer.Typer(help="Benchmark a model on this machine.", no_args_is_help=True)
+Temperature = Annotated[float, typer.Option(help="0: greedy.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+
+
+@model_app.command()
+def generate(
+    model: ModelPath,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    chat: Annotated[str | None, typer.Option(help="Message to answer.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum new tokens.")] = 128,
+    temperature: Temperature = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: off.")] = 0,
+    top_p: TopP = 0.95,
+    min_p: Annotated[
+        float, typer.Option(help="Minimum share of the top token's probability; 0: off.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    seed: Seed = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
+    ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option(help="File with a JSON schema for the output.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Pattern that the output must match.")] = None,
+    prompt_lookup: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-lookup",
+            "--lookup",
+            help="Draft tokens from the prompt: faster where the output quotes it.",
+        ),
+    ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="Output independent of the batch, bit by bit; slower."
+        ),
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a text, or answer a message."""
+    from khaosz.errors import GenerationError
+    from khaosz.inference.generator import Generator
+    from khaosz.inference.sampling import SamplingParams
+
+    if (prompt is None) == (chat is None):
+        raise GenerationError("give either --prompt TEXT or --chat TEXT")
+    params = SamplingParams(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+        json_schema=None if json_schema is None else _read_text(json_schema),
+        regex=regex,
+    )
+    generator = Generator.from_directory(
+        model, device=resolve_device(device), deterministic=deterministic, lookup=prompt_lookup
+    )
+    if prompt is not None:
+        ids = generator.prompt_ids(prompt)
+    else:
+        messages = [{"role": "system", "content": system}] if system else []
+        ids = generator.chat_ids([*messages, {"role": "user", "content": chat}])
+    text, piece = "", None
+    for piece in generator.stream(ids, params):
+        text += piece.text
+        if not as_json:
+            typer.echo(piece.text, nl=False)
+    assert piece is not None
+    if as_json:
+        print_json({"text": text, "tokens": piece.tokens, "finish_reason": piece.finish_reason})
+    else:
+        typer.echo()
+
+
+@model_app.command()
+def chat(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Model directory or .gguf file; default: the newest trained or pulled."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Server to chat with, such as http://127.0.0.1:8000/v1.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option("--model", help="Name of a local model, or of the server's.")
+    ] = None,
+    docs: Annotated[
+        str | None, typer.Option(help="Knowledge base to answer from: a file, or the server's.")
+    ] = None,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="1: off. Default: 1.1, or the server's with --url.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
+    seed: Seed = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Chat with a model in the terminal; /help lists the commands."""
+    from khaosz.cli.terminal.conversation import ChatBackend, Conversation, Settings
+    from khaosz.cli.terminal.loop import run_chat
+    from khaosz.errors import ConfigError
+
+    if model is not None and (url is not None or name is not None):
+        other = "--model" if url is None else "--url"
+        raise ConfigError(f"give a model path or {other}, not both")
+    if repetition_penalty is None:
+        repetition_penalty = 1.1 if url is None else 1.0
+    settings = Settings(
+        max_tokens, temperature, top_p, repetition_penalty=repetition_penalty, seed=seed
+    )
+    backend: ChatBackend
+    if url is not None:  # without importing torch
+        from khaosz.cli.terminal.server_backend import ServerBackend
+
+        backend = ServerBackend(url, name)
+    else:
+        from khaosz.cli.terminal.local_backend import LocalBackend
+
+        path = model or (find_model(name) if name else default_model())
+        backend = LocalBackend.from_path(path, device=resolve_device(device))
+    with closing(backend):
+        backend.check(settings)
+        if docs is not None:
+            backend.open_knowledge_base(docs)
+        run_chat(backend, Conversation(settings, system, documents=docs))
+
+
+@model_app.command()
+def serve(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model directories or .gguf files, or NAME=PATH; default: the newest trained or"
+            " pulled. The first is loaded at start, others on first use.",
+            metavar="[MODEL]...",
+            show_default=False,
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(help="Adapter of the first model: NAME=DIR; of another: MODEL:NAME=DIR."),
+    ] = None,
+    embedder: Annotated[
+        list[str] | None,
+        typer.Option(help="For /v1/embeddings and knowledge bases: NAME=SOURCE; see `rag add`."),
+    ] = None,
+    reranker: Annotated[
+        list[str] | None,
+        typer.Option(help="For /v1/rerank and knowledge bases: NAME=SOURCE; see `rag search`."),
+    ] = None,
+    data: Annotated[
+        Path,
+        typer.Option(help="Directory for documents, conversations and rankings."),
+    ] = Path("khaosz-data"),
+    runs: Annotated[Path, typer.Option(help="Directory of training runs to show.")] = Path("runs"),
+    max_upload: Annotated[int, typer.Option(help="Maximum MB per document.", min=1)] = 256,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Key that clients must send; safer as KHAOSZ_API_KEY.", envvar="KHAOSZ_API_KEY"
+        ),
+    ] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Additional allowed origin (CORS), such as https://chat.example.org."),
+    ] = None,
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum requests per model, running and queued.", min=1)
+    ] = 128,
+    max_batch: Annotated[int, typer.Option(help="Maximum sequences per step.", min=1)] = 64,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds per request, time in the queue included.")
+    ] = 600.0,
+    memory_limit: Annotated[
+        float | None,
+        typer.Option(help="GB for weights and prefix caches; idle models are unloaded to fit."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Serve models to local programs over an HTTP API compatible with OpenAI's."""
+    from khaosz.serve.models import Limits
+    from khaosz.serve.run import Address
+    from khaosz.serve.run import serve as run
+
+    memory = None if memory_limit is None else int(memory_limit * (1 << 30))
+    run(
+        models or [str(default_model())],
+        loras=lora or (),
+        embedders=embedder or (),
+        rerankers=reranker or (),
+        data=data,
+        runs=runs,
+        max_upload=max_upload << 20,
+        address=Address(host, port, api_key, tuple(origin or ())),
+        device=resolve_device(device),
+        limits=Limits(max_queue, max_batch, memory),
+        timeout=request_timeout,
+        announce=typer.echo,
+    )
+
+
+@model_app.command()
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="smollm2, a local path, hf:OWNER/NAME[/FILE.gguf] or ms:...")
+    ],
+) -> None:
+    """Download an open model, or import a local one."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    from khaosz.interop.pull import pull as pull_model
+
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=progress_console()) as bars:
+        tasks: dict[str, Any] = {}
+
+        def show(file: str, done: int, total: int) -> None:
+            if file not in tasks:
+                tasks[file] = bars.add_task(file, total=total or None)
+            bars.update(tasks[file], completed=done, total=total or None)
+
+        path = pull_model(name, show)
+    typer.echo(f"{path}\nStart a chat:  khaosz chat {path}")
+
+
+@model_app.command()
+def convert(
+    source: ModelPath,
+    target: Annotated[Path, typer.Argument(help="Output: a .gguf file or a directory.")],
+    to: Annotated[
+        str | None, typer.Option(help="GGUF tensor type: F16, F32, BF16, Q8_0, Q4_0 or Q4_1.")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face directory to a .gguf file, or back."""
+    from khaosz.interop import convert as convert_model
+
+    typer.echo(convert_model(source, target, kind=to))
+
+
+@model_app.command()
+def quantize(
+    model: ModelPath,
+    to: Annotated[str, typer.Option(help="int8 (Q8_0), int4 (Q4_1), or a GGUF type.")] = "int4",
+    out: Annotated[Path | None, typer.Option(help="Output .gguf file.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Held-out texts; default: the built-in sample.")
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Measure the loss of quality.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Write a quantised .gguf file, and measure its loss of quality on held-out text."""
+    from khaosz.inference.quantize import format_quality, quantize_model
+
+    result = quantize_model(
+        model, to=to, out=out, data=data, report=report, console=progress_console()
+    )
+    print_result(as_json, result, format_quality(result))
+
+
+@model_app.command()
+def init(
+    size: Annotated[str, typer.Option(help="nano, mini, small, base, 1b, 7b or 13b.")],
+    out: Annotated[Path, typer.Option(help="Output directory or .gguf file.")],
+    to: Annotated[str, typer.Option(help="GGUF tensor type.")] = "Q4_0",
+    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+) -> None:
+    """Write a model with random weights, to test the speed and memory of a size."""
+    from khaosz.inference.quantize import write_random_model
+
+    typer.echo(write_random_model(size, out, kind=to, seed=seed, console=progress_console()))
+
+
+@bench_app.command("infer")
+def bench_infer(
+    model: ModelPath,
+    rounds: Annotated[int, typer.Option(help="Rounds; the result is the median.")] = 3,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the speed of prefill (512 tokens) and of decode (64 more tokens)."""
+    from khaosz.inference.measure import measure_inference
+
+    result = measure_inference(model, device=resolve_device(device), rounds=rounds)
+    text = "\n".join(f"{name:24} {value}" for name, value in result.items())
+    print_result(as_json, result, text)
+
+
+def _read_text(path: Path) -> str:
+    from khaosz.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None

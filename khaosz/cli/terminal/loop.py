@@ -1,0 +1,121 @@
+"""The loop of `khaosz chat`: read a message, stream the answer, print it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from rich.console import Console
+from rich.markup import escape
+
+from khaosz.cli.terminal.commands import COMMANDS, is_command, run_command
+from khaosz.cli.terminal.conversation import (
+    ChatBackend,
+    Conversation,
+    Finished,
+    Part,
+    Source,
+    Truncated,
+)
+from khaosz.cli.terminal.input import open_reader
+from khaosz.errors import KhaoszError
+
+# Control characters: the output of a model and the name of a document may contain any.
+_CONTROLS = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
+
+
+def run_chat(backend: ChatBackend, conversation: Conversation) -> None:
+    """Read messages from the terminal until the user leaves."""
+    # No `:smile:` codes: the output of the model is printed verbatim.
+    console = Console(highlight=False, emoji=False)
+    console.print(f"[bold]{escape(backend.name)}[/bold]  {escape(backend.about)}, ", end="")
+    console.print("/help for commands")
+    if conversation.documents is not None:
+        console.print(f"answering from {conversation.documents}", markup=False)
+    read = open_reader(COMMANDS)
+    while True:
+        try:
+            text = read()
+        except EOFError:
+            console.print()
+            return
+        except KeyboardInterrupt:
+            console.print("  (Ctrl-D or /exit to quit)")
+            continue
+        except UnicodeDecodeError as error:
+            console.print(f"[red]invalid {error.encoding}[/red]")
+            continue
+        if not text:
+            continue
+        try:
+            if not handle_input(text, conversation, backend, console):
+                return
+        except KhaoszError as error:
+            hint = f" ({error.hint})" if error.hint else ""
+            console.print(f"[red]{escape(_printable(str(error)))}[/red]{escape(_printable(hint))}")
+        except KeyboardInterrupt:  # before an answer starts, or during a command
+            console.print("[dim](interrupted)[/dim]")
+
+
+def handle_input(
+    text: str, conversation: Conversation, backend: ChatBackend, console: Console
+) -> bool:
+    """Handle a message or command; False on /exit. Raises `KhaoszError`."""
+    if is_command(text):
+        return run_command(text, conversation, backend, console, answer)
+    answer(conversation, text, backend, console)
+    return True
+
+
+def answer(
+    conversation: Conversation, message: str, backend: ChatBackend, console: Console
+) -> None:
+    """Stream one answer. Ctrl-C stops it and keeps the partial answer. On an error the conversation
+    is unchanged."""
+    turns = conversation.with_message(message)
+    answer_text, in_reasoning = "", False
+    finished = Finished("interrupted")
+    with closing(backend.answer(conversation, message)) as events:
+        try:
+            for event in events:
+                match event:
+                    case Truncated(count):
+                        turns = turns[2 * count :]
+                        console.print(
+                            f"[dim](context full: the oldest {count} exchanges are dropped)[/dim]"
+                        )
+                    case Part(text, is_reasoning):
+                        if in_reasoning and not is_reasoning:
+                            console.print("\n")
+                        in_reasoning = is_reasoning
+                        answer_text += "" if is_reasoning else text
+                        _print_part(console, event)
+                    case Finished():
+                        finished = event
+        except KeyboardInterrupt:
+            pass
+    if finished.reason != "stop":
+        console.print(f" [dim]\\[{escape(finished.reason or 'incomplete')}][/dim]", end="")
+    console.print()
+    _print_sources(console, finished)
+    conversation.turns = [*turns, {"role": "assistant", "content": answer_text}]
+
+
+def _print_part(console: Console, part: Part) -> None:
+    style = "dim" if part.is_reasoning else None
+    console.print(_printable(part.text), end="", style=style, markup=False, soft_wrap=True)
+
+
+def _print_sources(console: Console, finished: Finished) -> None:
+    if finished.sources and not finished.cited:
+        console.print("[dim]The answer cites no source. Passages in the prompt:[/dim]")
+    for source in finished.sources:
+        console.print(_format_source(source), style="dim", markup=False, soft_wrap=True)
+
+
+def _format_source(source: Source) -> str:
+    page = f", p. {source.page}" if source.page else ""
+    return _printable(f"[{source.number}] {source.doc}{page}  {source.start:,}-{source.end:,}")
+
+
+def _printable(text: str) -> str:
+    return text.translate(_CONTROLS)
