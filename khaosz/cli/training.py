@@ -140,7 +140,7 @@ def eval_retrieval(
 ) -> None:
     """Measure how often a query retrieves its passage from all passages of the file."""
     from khaosz.evaluation import retrieval_accuracy
-    from khaosz.rag.models.embed import open_embedder
+    from khaosz.rag.models.embedders import open_embedder
 
     with progress_console().status("searching"):
         result = retrieval_accuracy(file, open_embedder(embedder) if embedder else None)
@@ -165,7 +165,7 @@ def eval_grounded(
 ) -> None:
     """Measure how often a model quotes the right passage, cites it, and refuses correctly."""
     from khaosz.evaluation import groundedness
-    from khaosz.rag.models.chat_model import open_chat_model
+    from khaosz.rag.models.chat_models import open_chat_model
 
     with progress_console().status("answering"):
         chat_model = open_chat_model(model, device=resolve_device(device))

@@ -10,7 +10,7 @@ from typing import Any
 from khaosz.data.records.readers import Skip, open_source, parsed
 from khaosz.errors import DataError
 from khaosz.rag.answer import CitationStream, without_markers
-from khaosz.rag.models.chat_model import ChatModel
+from khaosz.rag.models.protocols import ChatModel
 from khaosz.rag.prompt import REFUSAL
 
 

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from khaosz.rag.knowledge_base import KnowledgeBase
-from khaosz.rag.models.chat_model import ChatModel, Messages
-from khaosz.rag.models.protocols import Reranker
+from khaosz.rag.models.protocols import ChatModel, Messages, Reranker
 from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
 from khaosz.rag.search.bm25 import coverage
 from khaosz.rag.search.hit import Hit, Mode

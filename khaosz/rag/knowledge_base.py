@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.load import Document, Problem, Source, count_files, load_paths
-from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.rag.search.search import search

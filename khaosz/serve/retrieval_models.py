@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from khaosz.errors import ConfigError
-from khaosz.rag.models.embed import open_embedder
+from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
-from khaosz.rag.models.rerank import open_reranker
+from khaosz.rag.models.rerankers import open_reranker
 
 
 class SharedEmbedder:

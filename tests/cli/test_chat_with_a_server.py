@@ -121,8 +121,8 @@ def test_proxy_variables_are_ignored_for_loopback(url: str) -> None:
     ("arguments", "error", "hint"),
     [
         (["--url", "http://127.0.0.1:9/v1"], "Connection refused", "is the server running"),
-        (["--url", "127.0.0.1:8000"], "is no http address", "http://127.0.0.1:8000/v1"),
-        (["--url", "http://[::1/v1"], "is no http address", "http://127.0.0.1:8000/v1"),
+        (["--url", "127.0.0.1:8000"], "is not an http address", "http://127.0.0.1:8000/v1"),
+        (["--url", "http://[::1/v1"], "is not an http address", "http://127.0.0.1:8000/v1"),
     ],
 )
 def test_invalid_addresses(arguments: list[str], error: str, hint: str) -> None:

@@ -17,9 +17,10 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, CitationStream, ask, good
-from khaosz.rag.models.chat_model import HttpModel, LocalModel, Messages
-from khaosz.rag.models.embed import HttpEmbedder
+from khaosz.rag.models.chat_models import HttpModel, LocalModel
+from khaosz.rag.models.embedders import HttpEmbedder
 from khaosz.rag.models.http_client import _authorization
+from khaosz.rag.models.protocols import Messages
 from khaosz.rag.prompt import build_prompt
 from khaosz.rag.search.hit import Hit
 
@@ -287,3 +288,10 @@ def test_a_provider_is_not_sent_our_own_servers_key(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("OPENAI_API_KEY", "theirs")
     assert _authorization(local=True) == {"Authorization": "Bearer ours"}
     assert _authorization(local=False) == {"Authorization": "Bearer theirs"}
+
+
+def test_local_model_is_importable_by_every_documented_name() -> None:
+    from khaosz import rag
+    from khaosz.rag import chat_model
+
+    assert rag.LocalModel is chat_model.LocalModel is LocalModel

@@ -17,8 +17,8 @@ from knowledge_helpers import EmbeddingServer
 from serving import Service, served, wait_until
 
 from khaosz.errors import ConfigError
-from khaosz.rag.models.embed import open_embedder
-from khaosz.rag.models.rerank import open_reranker
+from khaosz.rag.models.embedders import open_embedder
+from khaosz.rag.models.rerankers import open_reranker
 from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 
 TEXTS = ["the quick fox", "春眠不觉晓", "x"]

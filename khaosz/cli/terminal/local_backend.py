@@ -22,7 +22,7 @@ from khaosz.inference.parts import PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import Answer, ask
-from khaosz.rag.models.chat_model import Messages
+from khaosz.rag.models.protocols import Messages
 from khaosz.rag.store import open_store
 
 DEFAULT_BASE = "khaosz.kb"

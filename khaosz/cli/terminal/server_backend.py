@@ -17,7 +17,7 @@ from khaosz.cli.terminal.conversation import (
 )
 from khaosz.errors import DataError, ModelError, ServerError, nearest
 from khaosz.inference.parts import PartStream
-from khaosz.rag.models.http_client import checked, deltas, read_events, read_json
+from khaosz.rag.models.http_client import check_url, deltas, read_events, read_json
 
 _OURS = "only a KHAOSZ server has knowledge bases"
 
@@ -27,7 +27,7 @@ class ServerBackend:
     reached, `ModelError` for a model that it does not have."""
 
     def __init__(self, url: str, name: str | None = None) -> None:
-        self._url = checked(url)
+        self._url = check_url(url)
         self._cards = self._read_cards()
         self._can_count = True  # assumed until /tokenize fails
         names = self._chat_models()

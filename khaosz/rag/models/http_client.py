@@ -1,4 +1,4 @@
-"""Questions to a server with an OpenAI-style API, at the address that the user names."""
+"""A client of servers with an OpenAI-style API."""
 
 from __future__ import annotations
 
@@ -16,68 +16,78 @@ from urllib.parse import urlsplit
 from khaosz.errors import ConfigError, ServerError
 
 KEYS = ("KHAOSZ_API_KEY", "OPENAI_API_KEY")  # environment variables; see `_authorization`
-_LONGEST = 1 << 20  # bytes of an error's body that are read
+_MAX_ERROR = 1 << 20  # bytes of an error's body that are read
 
 
-class _Here(urllib.request.HTTPRedirectHandler):
-    """A redirect is an error: urllib would go on to any host with the key in its hand."""
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: urllib would send the key to any host."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
-_OPENER = urllib.request.build_opener(_Here)
-# A proxy of the environment's can't reach this machine's own servers.
-_DIRECT = urllib.request.build_opener(_Here, urllib.request.ProxyHandler({}))
+_OPENER = urllib.request.build_opener(_NoRedirect)
+# A proxy from the environment cannot reach servers on this machine.
+_DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
 
-def checked(url: str) -> str:
-    """Without a slash at its end. Raises `ConfigError` for what is no http address."""
+def split_address(name: str) -> tuple[str, str] | None:
+    """(URL, model) of `http://host/v1#model`; None for a name that is not an http address."""
+    if not name.startswith(("http://", "https://")):
+        return None
+    url, _, model = name.partition("#")
+    return url, model or "default"
+
+
+def check_url(url: str) -> str:
+    """The URL without a slash at its end. Raises `ConfigError` if it is not an http address."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         usable = False
     if not usable or not url.isascii() or any(letter.isspace() for letter in url):
-        raise ConfigError(f"{url!r} is no http address", hint="http://127.0.0.1:8000/v1")
+        raise ConfigError(
+            f"{url!r} is not an http address", hint="for example http://127.0.0.1:8000/v1"
+        )
     return url.rstrip("/")
 
 
 @contextmanager
-def asked(
+def open_url(
     address: str, body: dict[str, Any] | None = None, *, seconds: float
 ) -> Iterator[HTTPResponse]:
-    """The answer to a GET, or to a POST of `body`, to be read within the block. A key comes from
-    the environment (`KEYS`). Raises `ServerError`, also for what goes wrong within the block."""
+    """The response to a GET, or to a POST of `body`, to be read within the block. The API key is
+    read from the environment (`KEYS`). Raises `ServerError`, also for errors within the block."""
     local = _is_loopback(urlsplit(address).hostname)
     headers = {"Content-Type": "application/json", **_authorization(local)}
     data = None if body is None else json.dumps(body).encode()
     try:
         request = urllib.request.Request(address, data, headers)
         opener = _DIRECT if local else _OPENER
-        with opener.open(request, timeout=seconds) as answer:
-            yield answer
+        with opener.open(request, timeout=seconds) as response:
+            yield response
     except HTTPError as error:
         with error:
-            raise _refusal(address, error) from None
+            raise _server_error(address, error) from None
     except (OSError, HTTPException, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.reason if isinstance(error, URLError) else error
-        why = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
-        raise ServerError(f"{address}: {why}", hint="is the server running there?") from error
+        text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+        raise ServerError(f"{address}: {text}", hint="is the server running?") from error
 
 
 def read_json(address: str, body: dict[str, Any] | None = None, *, seconds: float = 30) -> Any:
-    with asked(address, body, seconds=seconds) as answer:
-        return json.load(answer)
+    with open_url(address, body, seconds=seconds) as response:
+        return json.load(response)
 
 
 def read_events(
     address: str, body: dict[str, Any], *, seconds: float = 300
 ) -> Iterator[dict[str, Any]]:
     """Server-sent events up to [DONE], each a JSON object; `seconds` is how long one may take.
-    An event that holds an error raises it, and so does an end that comes too early."""
-    with asked(address, body, seconds=seconds) as answer:
-        for line in answer:
+    Raises `ServerError` for an event with an error, and for a stream that ends early."""
+    with open_url(address, body, seconds=seconds) as response:
+        for line in response:
             name, _, data = line.decode("utf-8").strip().partition(":")
             if name != "data" or not data.strip():
                 continue
@@ -98,13 +108,13 @@ def deltas(event: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str | None]]
 
 
 def _authorization(local: bool) -> dict[str, str]:
-    """Of `KEYS` the first that is set, for a server of this machine; for another's the last: where
-    both are set, a provider is not sent the key of our own server."""
+    """The first of `KEYS` that is set for a server on this machine, else the last: if both are set,
+    the key of our own server is not sent to a provider."""
     for name in KEYS if local else reversed(KEYS):
         if key := os.environ.get(name):
             if not (key.isascii() and key.isprintable()):
                 raise ConfigError(
-                    f"the key in {name} has letters that no header may hold",
+                    f"the key in {name} has characters that are not allowed in a header",
                     hint="it is one line of ASCII",
                 )
             return {"Authorization": f"Bearer {key}"}
@@ -118,33 +128,33 @@ def _is_loopback(host: str | None) -> bool:
         return False
 
 
-def _refusal(address: str, error: HTTPError) -> ServerError:
+def _server_error(address: str, error: HTTPError) -> ServerError:
     code = None
     message = f"{error.code} {error.reason}"
     try:
-        body = json.loads(error.read(_LONGEST))
+        body = json.loads(error.read(_MAX_ERROR))
         message = _message(body) or message
-        found = body["error"]["code"]
-        code = found if isinstance(found, str) else None
+        value = body["error"]["code"]
+        code = value if isinstance(value, str) else None
     except (OSError, HTTPException, ValueError, KeyError, TypeError):
-        pass  # not every server says why in JSON
+        pass  # not every server reports errors in JSON
     hint = None
     match error.code:
         case 401 | 403:
-            hint = f"its key belongs into {KEYS[0]}"
-        case 404 if "not found" in message.lower():  # what is missing has no name: the path
+            hint = f"set the server's key in {KEYS[0]}"
+        case 404 if "not found" in message.lower():  # the path, not a model, is missing
             hint = "does the address end in /v1?"
         case 429 | 503:
-            hint = "it is busy: try again in a moment"
+            hint = "the server is busy: try again in a moment"
         case 301 | 302 | 307 | 308:
-            hint = f"it points to {error.headers.get('Location')}: name that address"
+            hint = f"it redirects to {error.headers.get('Location')}: use that address"
     if str(error.code) not in message:
         message = f"{message} ({error.code})"
     return ServerError(f"{address}: {message}", hint=hint, status=error.code, code=code)
 
 
 def _message(body: Any) -> str | None:
-    """What an error's JSON says, in OpenAI's layout or one like it."""
+    """The message in an error's JSON, in OpenAI's layout or a similar one."""
     error = body.get("error", body) if isinstance(body, dict) else None
-    said = error.get("message", error.get("detail")) if isinstance(error, dict) else error
-    return said.strip().splitlines()[0][:500] if isinstance(said, str) and said.strip() else None
+    text = error.get("message", error.get("detail")) if isinstance(error, dict) else error
+    return text.strip().splitlines()[0][:500] if isinstance(text, str) and text.strip() else None

@@ -1,25 +1,21 @@
-"""What search needs of its models: `Embedder` and `Reranker`."""
+"""What retrieval and answers need of models: `Embedder`, `Reranker`, `ChatModel`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from khaosz.errors import ModelError
 
-
-class Reranker(Protocol):
-    """A second look at few passages by a slower judge."""
-
-    def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
-        """float32 (passages,): higher is better."""
+Messages = Sequence[dict[str, str]]
+T = TypeVar("T")
 
 
 class Embedder(Protocol):
-    """name: kept with a base; `open_embedder` opens it again. good_cosine: from where on a passage
-    is about a query, or None where nobody has measured it."""
+    """name: stored in a knowledge base; `open_embedder` opens the same model by it. good_cosine:
+    the cosine from which a passage is about a query, or None if it was not measured."""
 
     name: str
     good_cosine: float | None
@@ -31,15 +27,40 @@ class Embedder(Protocol):
         """float32 (texts, D), rows of length 1."""
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        """The same for questions; some models want another prefix before them."""
+        """The same for questions; some models need another prefix for them."""
 
     def tokens(self, texts: Sequence[str]) -> int:
-        """Read for passages, marks and prefixes included; 0 where nobody can say."""
+        """Tokens read for passages, with special tokens and prefixes; 0 if unknown."""
+
+
+class Reranker(Protocol):
+    """Scores the few passages that a search has found, by a slower model."""
+
+    def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
+        """float32 (passages,): higher is better."""
+
+
+class ChatModel(Protocol):
+    """context: tokens of prompt and answer together."""
+
+    context: int
+
+    def count(self, messages: Messages) -> int:
+        """Tokens of a prompt."""
+
+    def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
+        """Pieces of an answer."""
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows of length 1; raises `ModelError` for NaN and for zeros, which point nowhere."""
+    """Rows scaled to length 1. Raises `ModelError` for NaN and zeros, which have no direction."""
     lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
     if not np.isfinite(lengths).all() or (lengths == 0).any():
         raise ModelError("the embedder gave a vector without a direction (zero, infinite or NaN)")
     return (vectors / lengths).astype(np.float32)
+
+
+def flatten(groups: Iterable[Iterable[T]]) -> tuple[list[int], list[T]]:
+    """(group numbers, items): of texts cut in windows, the text of each window, and the windows."""
+    pairs = [(number, item) for number, group in enumerate(groups) for item in group]
+    return [number for number, _ in pairs], [item for _, item in pairs]

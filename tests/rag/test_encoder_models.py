@@ -15,8 +15,8 @@ from tokenizers import models, pre_tokenizers, processors
 
 from khaosz.errors import ConfigError, ModelError
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.models.embed import open_embedder
-from khaosz.rag.models.encoder import CrossEncoder, EncoderEmbedder
+from khaosz.rag.models.embedders import open_embedder
+from khaosz.rag.models.encoder_models import CrossEncoder, EncoderEmbedder
 
 transformers = pytest.importorskip("transformers")
 

@@ -13,7 +13,7 @@ from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
 from khaosz.interop import EmbedderSettings, save_embedder
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.models.embed import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder
+from khaosz.rag.models.embedders import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder
 from khaosz.rag.models.protocols import unit
 
 
@@ -44,7 +44,7 @@ def test_names_open_what_they_name(model: Path) -> None:
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         open_embedder(str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="no http address"):
+    with pytest.raises(ConfigError, match="not an http address"):
         HttpEmbedder("ftp://host", "m")
 
 

