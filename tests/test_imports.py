@@ -17,23 +17,23 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A package may import from packages of a lower number, and from itself.
 RANK = {
     "errors": 0,
-    "config": 1,
     "files": 1,
     "database": 1,
-    "parallel": 2,
-    "data": 3,
-    "model": 3,
-    "interop": 4,
-    "inference": 5,
-    "trainer": 6,
-    "rag": 6,
-    "evaluation": 7,
-    "demo": 8,
-    "doctor": 8,
-    "rewards": 8,  # the name of trainer/stages/rewards.py in recipes
-    "serve": 8,
-    "cli": 9,
-    "__main__": 10,
+    "config": 2,
+    "parallel": 3,
+    "data": 4,
+    "model": 4,
+    "interop": 5,
+    "inference": 6,
+    "trainer": 7,
+    "rag": 7,
+    "evaluation": 8,
+    "demo": 9,
+    "doctor": 9,
+    "rewards": 9,  # the name of trainer/stages/rewards.py in recipes
+    "serve": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 # Of `cli` and `data`, what computes; everything else there runs without torch.
 USES_TORCH = {

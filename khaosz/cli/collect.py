@@ -25,6 +25,7 @@ from khaosz.data.records.preference import Paths, load_prompts, prompt_key, to_p
 from khaosz.data.records.readers import Skip, parse_line
 from khaosz.data.records.report import text_hash
 from khaosz.errors import DataError, GenerationError
+from khaosz.files import append
 from khaosz.inference.generator import Completion, Generator
 from khaosz.inference.sampling import SamplingParams
 
@@ -172,10 +173,7 @@ def _key(out: Path, number: int, line: bytes) -> str:
 def _append(out: Path, line: bytes) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "ab") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append(out, line)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror or error}") from error
 

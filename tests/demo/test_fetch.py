@@ -14,7 +14,6 @@ import pytest
 
 from khaosz.demo import fetch
 from khaosz.errors import FetchError
-from khaosz.interop.pip import _last_error
 
 
 @pytest.fixture
@@ -117,19 +116,6 @@ def test_cache_folder_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="cache folder") as caught:
         fetch.fetch_demo(tmp_path / "file" / "cache")
     assert "KHAOSZ_CACHE" in (caught.value.hint or "")
-
-
-def test_cache_location(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("KHAOSZ_CACHE", str(tmp_path))
-    assert fetch.default_cache() == tmp_path
-    monkeypatch.delenv("KHAOSZ_CACHE")
-    assert fetch.default_cache().name == "khaosz"
-
-
-def test_notes_hide_addresses() -> None:
-    # A mirror's address may carry its password.
-    stderr = "noise\nERROR: Could not reach https://me:secret@mirror.example/simple/x: refused\n"
-    assert _last_error(stderr) == "Could not reach <index> refused"
 
 
 def _zip(path: Path, members: dict[str, bytes]) -> Path:

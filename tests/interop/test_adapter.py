@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,12 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("blocked", [f".{WEIGHTS}.partial", f".{CONFIG}.new"])
+@pytest.mark.parametrize("blocked", [WEIGHTS, CONFIG])
 def test_a_failed_save_leaves_the_old_adapter(saved: Path, blocked: str) -> None:
     old = contents(saved)
-    (saved / blocked).mkdir()  # what can't be written fails for root, too
+    (
+        saved / f".{blocked}.{os.getpid()}.partial"
+    ).mkdir()  # what can't be written fails for root, too
     with pytest.raises(ModelError, match="the adapter cannot be written") as caught:
         save_adapter(adapted({"rank": 2}), saved, "base")
     assert caught.value.hint is not None

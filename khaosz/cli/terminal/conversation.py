@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from khaosz.errors import DataError
+from khaosz.files import write_json
 from khaosz.inference import parts as inference_parts
 
 Turns = list[dict[str, str]]
@@ -128,8 +129,7 @@ class ChatBackend(Protocol):
 
 def save(conversation: Conversation, path: Path) -> None:
     """Write JSON. Raises `OSError`."""
-    text = json.dumps({"messages": conversation.messages}, ensure_ascii=False, indent=2)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_json(path.resolve(), {"messages": conversation.messages})
 
 
 def load(path: Path) -> tuple[str | None, Turns]:

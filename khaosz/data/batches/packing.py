@@ -33,6 +33,7 @@ import numpy as np
 
 from khaosz.data.records.chat import cut_at_turn
 from khaosz.errors import DataError, TokenFileError
+from khaosz.files import publish, write_json
 
 Piece = tuple[int, int, int]
 """(shard number, first token, number of inputs)"""
@@ -169,13 +170,9 @@ class PlanWriter:
         )
 
     def finish(self, documents: PackingStats) -> None:
-        """Make everything durable; `documents` counts what was seen and skipped."""
+        """Complete the files; `documents` counts what was seen and skipped."""
         self.flush()
-        with open(self._folder / "stats.json", "w", encoding="utf-8") as stats:
-            json.dump(asdict(documents + self._stats), stats)
-            for file in (*self._files.values(), stats):
-                file.flush()
-                os.fsync(file.fileno())
+        write_json(self._folder / "stats.json", asdict(documents + self._stats))
 
     def close(self) -> None:
         for file in self._files.values():
@@ -246,7 +243,7 @@ def _digest(shards: Sequence[TokenShard]) -> str:
 
 def _publish(partial: Path, path: Path) -> None:
     try:
-        os.rename(partial, path)
+        publish(partial, path)
     except OSError:
         if not path.is_dir():  # otherwise another process made the same plan first
             raise

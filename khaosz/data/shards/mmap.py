@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from khaosz.errors import TokenFileError
+from khaosz.files import publish, write_all
 
 MAGIC = b"KHAOSZTK"
 VERSION = 1
@@ -125,7 +126,7 @@ class TokenFileWriter:
             for name, part in self._parts.items():
                 # closed by close or abandon
                 self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
-            _write_all(self._files["tokens"], memoryview(bytes(HEADER_BYTES)))
+            write_all(self._files["tokens"], bytes(HEADER_BYTES))
             self._write("doc_offsets", bytes(8))
 
     def _setup(self, path: str | Path, vocab_size: int, stage: Stage, fingerprint: str) -> None:
@@ -189,7 +190,7 @@ class TokenFileWriter:
     def _write(self, name: str, data: Any) -> None:
         # `or bytes` because a zero-length array has no buffer that memoryview could cast
         raw = memoryview(data).cast("B") if len(data) else memoryview(b"")
-        _write_all(self._files[name], raw)
+        write_all(self._files[name], raw)
         self._crc[name] = zlib.crc32(raw, self._crc[name])
 
     def append(
@@ -232,7 +233,7 @@ class TokenFileWriter:
             self._join()
         finally:
             self.abandon()
-        os.replace(self._parts["tokens"], self.path)
+        publish(self._parts["tokens"], self.path)
         remove_parts(self.path)
 
     def _join(self) -> None:
@@ -244,10 +245,10 @@ class TokenFileWriter:
             start = -(-end // ALIGNMENT) * ALIGNMENT
             if name != "tokens":
                 main.seek(end)
-                _write_all(main, memoryview(bytes(start - end)))
+                write_all(main, bytes(start - end))
                 file.seek(0)
                 while piece := file.read(_COPY_BYTES):
-                    _write_all(main, memoryview(piece))
+                    write_all(main, piece)
             sections[name] = {
                 "dtype": dtype.name,
                 "offset": start,
@@ -265,8 +266,7 @@ class TokenFileWriter:
             "sections": sections,
         }
         main.seek(0)
-        _write_all(main, memoryview(encode_header(header)))
-        os.fsync(main.fileno())
+        write_all(main, encode_header(header))
 
     def abandon(self) -> None:
         """Close the parts and leave them as they are, for `resume`."""
@@ -285,11 +285,6 @@ def remove_parts(path: str | Path) -> None:
     """Remove what a writer of `path` may have left: the partial file and its side files."""
     for section in _PARTS:
         _part(Path(path), section).unlink(missing_ok=True)
-
-
-def _write_all(file: Any, raw: memoryview) -> None:
-    while len(raw):
-        raw = raw[file.write(raw) :]
 
 
 class MmapFileHandler:

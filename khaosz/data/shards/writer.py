@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import time
@@ -31,6 +30,7 @@ from khaosz.data.shards.manifest import MANIFEST_FORMAT, PrepareReport
 from khaosz.data.shards.mmap import Stage, TokenFileWriter, remove_parts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
+from khaosz.files import write_json
 
 MAX_GROUPS = 64
 OTHER_SOURCE = "other"
@@ -188,12 +188,7 @@ class Preparation:
             "configuration": self.configuration,
             "report": self.report.as_dict(),
         }
-        temporary = self.out / "manifest.json.partial"
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(manifest, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.out / "manifest.json")
+        write_json(self.out / "manifest.json", manifest)
 
     def abandon(self) -> None:
         """Close what is open, for a later run to go on with."""

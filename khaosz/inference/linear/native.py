@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from khaosz.files import default_cache
+from khaosz.files import default_cache, publish
 from khaosz.interop.gguf.file import TENSOR_TYPES
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quantised.cpp", "quantised_blocks.h")]
@@ -112,7 +112,7 @@ def _compiled(command: list[str], folder: Path) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             out = Path(temporary) / path.name
             _run([*command, *_OPTIONS, "-o", str(out), str(SOURCES[0])])
-            os.replace(out, path)
+            publish(out, path)
         return _opened(path)
 
 

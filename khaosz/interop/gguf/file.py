@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from khaosz.errors import ModelError, quoted
+from khaosz.files import atomic_file
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -266,23 +267,17 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: list[TensorToWrite
         head.append(struct.pack(f"<{len(tensor.shape)}Q", *tensor.shape[::-1]))
         head.append(struct.pack("<IQ", number, offset))
         offset += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(partial, "wb") as file:
+        with atomic_file(path) as file:
             file.write(b"".join(head))
             for tensor in tensors:
                 file.write(b"\0" * (-file.tell() % _ALIGNMENT))
                 for rows in tensor.rows():
                     file.write(np.ascontiguousarray(rows).data)
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _text(value: str) -> bytes:

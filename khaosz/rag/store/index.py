@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from khaosz.files import atomic_path, write_json
 from khaosz.rag.store import Store
 from khaosz.rag.store.sqlite import SqliteStore
 
@@ -110,14 +110,12 @@ class GraphIndex:
         self._index.reset()
         for numbers, matrix in store.vector_blocks():
             self._index.add(numbers, matrix)
-        part = path.with_name(f"{path.name}.{os.getpid()}.partial")
         # A base on a medium that cannot be written is searched from memory.
         with contextlib.suppress(OSError, RuntimeError):
-            self._index.save(str(part))
-            size = part.stat().st_size
-            _marks(path).unlink(missing_ok=True)
-            os.replace(part, path)
-            _marks(path).write_text(json.dumps({**mark, "bytes": size}))
+            with atomic_path(path) as partial:
+                self._index.save(str(partial))
+                _marks(path).unlink(missing_ok=True)
+            write_json(_marks(path), {**mark, "bytes": path.stat().st_size})
 
     def nearest(
         self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None

@@ -16,7 +16,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from khaosz.files import sync_folder
+from khaosz.files import publish, write_all
 
 BLOCK = 1 << 20  # bytes written at once
 
@@ -68,9 +68,7 @@ class Uploads:
 
                 def write(block: bytes) -> None:
                     digest.update(block)
-                    rest = memoryview(block)
-                    while rest:  # a disk that is almost full takes a part
-                        rest = rest[file.write(rest) :]
+                    write_all(file, block)
 
                 held = bytearray()
                 async for part in body:
@@ -82,7 +80,7 @@ class Uploads:
                         await asyncio.to_thread(write, bytes(held))
                         held.clear()
                 await asyncio.to_thread(write, bytes(held))
-                await asyncio.to_thread(os.fsync, file.fileno())
+                await asyncio.to_thread(os.fsync, file.fileno())  # not under the library's lock
             undo.pop_all()
         return Received(path, digest.hexdigest(), size)
 
@@ -92,8 +90,7 @@ class Uploads:
         if target.exists():
             received.discard()
         else:
-            os.replace(received.path, target)
-            sync_folder(self._folder)
+            publish(received.path, target)
 
     def remove(self, sha256: str) -> None:
         with suppress(OSError):  # in use on Windows: `clean` comes back to it

@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from khaosz.data.records.preference import to_pairs
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
-from khaosz.files import sync_folder
+from khaosz.files import append
 from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.replies import Reply
 from khaosz.serve.schema import MAX_MESSAGES, RequestModel
@@ -174,10 +174,7 @@ class PreferenceFile:
                 json.loads(torn)
                 file.write(b"\n")
             except ValueError:
-                with self.path.with_suffix(".torn").open("ab") as aside:
-                    aside.write(torn + b"\n")
-                    aside.flush()
-                    os.fsync(aside.fileno())
+                append(self.path.with_suffix(".torn"), torn + b"\n")
                 file.truncate(end)
             file.flush()
             os.fsync(file.fileno())
@@ -190,18 +187,7 @@ class PreferenceFile:
             if self._ends_within_a_line():  # an editor, or another program that was killed
                 self._mend()
                 self._counted = self._count = 0
-            with self.path.open("ab", buffering=0) as file:
-                size = os.fstat(file.fileno()).st_size
-                try:
-                    left = memoryview(line)
-                    while left:
-                        left = left[file.write(left) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(size)
-                    raise
-            if not size:
-                sync_folder(self.path.parent)
+            append(self.path, line)
             return self._counted_lines()
 
     def count(self) -> int:

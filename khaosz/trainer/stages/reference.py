@@ -7,7 +7,6 @@ reads the file, or loads that model again.
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.data.batches.sampler import permute
+from khaosz.files import atomic_path
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
@@ -99,6 +99,5 @@ def _read(path: Path, key: str) -> Tensor | None:
 
 
 def _write(path: Path, logprobs: Tensor, key: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    save_file({"logprobs": logprobs}, str(partial), metadata={"key": key})
-    os.replace(partial, path)
+    with atomic_path(path) as partial:
+        save_file({"logprobs": logprobs}, str(partial), metadata={"key": key})

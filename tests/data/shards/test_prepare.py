@@ -392,7 +392,7 @@ class Stopped(RuntimeError):
         ("khaosz.data.shards.mmap.encode_header", 3),  # parts joined, not renamed
         ("khaosz.data.shards.mmap.remove_parts", 3),  # renamed, side files still there
         ("khaosz.data.shards.prepare.PrepareState.commit", 3),  # shards on disk, not in the state
-        ("khaosz.data.shards.writer.json.dump", 1),  # every shard closed, manifest begun
+        ("khaosz.data.shards.writer.write_json", 1),  # every shard closed, no manifest
         ("khaosz.data.shards.prepare.shutil.rmtree", 1),  # complete but for tidying up
     ],
 )
