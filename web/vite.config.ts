@@ -1,6 +1,6 @@
 import { defineConfig } from "vite";
 
-// What is built goes into the Python package, which serves it; nothing is fetched from elsewhere.
+// The build goes into the Python package, which serves it without other hosts.
 export default defineConfig({
   base: "./",
   build: {
@@ -8,7 +8,7 @@ export default defineConfig({
     emptyOutDir: true,
     target: "es2022",
     sourcemap: false,
-    assetsInlineLimit: 0, // the Content-Security-Policy has no data: for scripts and styles
+    assetsInlineLimit: 0, // the Content-Security-Policy forbids data: for scripts and styles
     modulePreload: { polyfill: false },
     reportCompressedSize: true,
   },

@@ -1,4 +1,4 @@
-"""The page's files, as they are served."""
+"""The files of the page, as served."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ def get(service: Service, path: str, **headers: str) -> tuple[int, dict[str, str
     connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
     try:
         connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        given = {name.lower(): value for name, value in answer.getheaders()}
-        return answer.status, given, answer.read()
+        response = connection.getresponse()
+        response_headers = {name.lower(): value for name, value in response.getheaders()}
+        return response.status, response_headers, response.read()
     finally:
         connection.close()
 
 
 def first_load() -> list[str]:
-    """The index and what it names."""
+    """The index and the files that it references."""
     index = page_files()["/"].content.decode()
     return ["/", *(f"/{path}" for path in re.findall(r'(?:src|href)="\./([^"]+)"', index))]
 
 
-def test_what_is_loaded_first_is_small() -> None:
+def test_first_load_is_small() -> None:
     files = page_files()
     assert any(path.endswith(".js") for path in first_load())
     assert sum(len(files[path].packed) for path in first_load()) <= FIRST_LOAD
 
 
-def test_files_come_as_they_are_or_packed(service: Service) -> None:
+def test_files_are_served_plain_and_compressed(service: Service) -> None:
     for path, file in page_files().items():
         status, headers, content = get(service, path)
         assert (status, content) == (200, file.content), path
@@ -52,8 +52,8 @@ def test_files_come_as_they_are_or_packed(service: Service) -> None:
             assert "default-src 'none'" in policy and "unsafe" not in policy
             assert each["x-content-type-options"] == "nosniff"
             assert ("immutable" in each["cache-control"]) == (path != "/")
-        status, again, content = get(service, path, **{"If-None-Match": headers["etag"]})
-        assert (status, content) == (304, b"") and "content-security-policy" in again
+        status, not_modified, content = get(service, path, **{"If-None-Match": headers["etag"]})
+        assert (status, content) == (304, b"") and "content-security-policy" in not_modified
 
 
 @pytest.mark.parametrize(
@@ -61,11 +61,11 @@ def test_files_come_as_they_are_or_packed(service: Service) -> None:
     ["/assets/../page.py", "/assets/%2e%2e/page.py", "/assets/", "/page.py", "/assets/..%5cpage.py",
      "//assets/x.js", "/assets//etc/passwd", "/index.html"],
 )  # fmt: skip
-def test_nothing_else_is_a_file(service: Service, path: str) -> None:
+def test_other_paths_are_not_found(service: Service, path: str) -> None:
     assert get(service, path)[0] == 404
 
 
-def test_the_page_needs_no_key_and_all_else_does(tiny: Path) -> None:
+def test_only_the_page_needs_no_key(tiny: Path) -> None:
     with served(tiny, key="sesame") as service:
         assert all(get(service, path)[0] == 200 for path in first_load())
         for path in ("/v1/models", "/openapi.json", "/metrics", "/assets/../v1/models", "//"):
@@ -73,16 +73,16 @@ def test_the_page_needs_no_key_and_all_else_does(tiny: Path) -> None:
         assert get(service, "/v1/models")[0] == 401
 
 
-def test_no_file_names_another_host() -> None:
-    """What is fetched by itself would be seen by the browser tests; this needs no browser. Names
-    of formats and of licences are addresses too, and are left."""
+def test_files_reference_no_other_host() -> None:
+    """Without a browser; the browser tests check actual requests. URLs that identify formats or
+    licences are allowed."""
     names = {"www.w3.org", "github.com", "react.dev", "preactjs.com", "n"}
     for path, file in page_files().items():
         hosts = re.findall(rb"https?://([\w.-]+)", file.content)
         assert {host.decode() for host in hosts} <= names, path
 
 
-def test_every_error_has_chinese_words() -> None:
+def test_every_error_code_has_a_chinese_text() -> None:
     root = Path(__file__).parents[2]
     paths = [root / "khaosz/errors.py", *(root / "khaosz/serve").rglob("*.py")]
     source = "\n".join(path.read_text("utf-8") for path in paths)
@@ -90,7 +90,7 @@ def test_every_error_has_chinese_words() -> None:
     for each in (DocumentCode, *get_args(Code)):
         codes.update(get_args(each))
     assert len(codes) > 25
-    words = (root / "web/src/reasons.ts").read_text("utf-8")
-    known = set(re.findall(r'^  (\w+): "', words, re.MULTILINE))
-    assert codes - known == {"context_length_exceeded"}  # that one is among the page's own words
-    assert all(f'"{code}"' in source for code in known)
+    table = (root / "web/src/errorText.ts").read_text("utf-8")
+    translated = set(re.findall(r'^  (\w+): "', table, re.MULTILINE))
+    assert codes - translated == {"context_length_exceeded"}  # this one has a text in strings.ts
+    assert all(f'"{code}"' in source for code in translated)

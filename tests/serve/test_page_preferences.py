@@ -1,4 +1,4 @@
-"""Ranking answers blind on the page, in a real browser with a real model."""
+"""The preferences view, in Chromium with a real model: blind ranking of answers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, comes, visited
+from browser_helpers import PHONE, open_page, wait_for
 from serving import Service, served, wait_until
 
 from khaosz.data.records.preference import to_pairs
@@ -32,25 +32,25 @@ def records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def sampled(page: Any, prompt: str, n: int = 4, model: str = "tiny") -> list[str]:
-    """Answers as they are shown, in their order."""
+def sample(page: Any, prompt: str, n: int = 4, model: str = "tiny") -> list[str]:
+    """The answers in the order in which they are shown."""
     page.get_by_label("Model").select_option(model)
-    page.get_by_label("Answers", exact=True).fill(str(n))
-    page.get_by_label("Longest answer").fill("12")
+    page.get_by_label("Number of answers").fill(str(n))
+    page.get_by_label("Max tokens").fill("12")
     page.get_by_label("Prompt", exact=True).fill(prompt)
-    page.get_by_role("button", name="Sample answers").click()
+    page.get_by_role("button", name="Generate answers").click()
     page.locator(".strip").wait_for()
     page.evaluate("() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 30)))")
     return page.locator(".card .markdown").all_inner_texts()
 
 
-def endless(page: Any, place: Service, **more: Any) -> None:
-    """Answers that never end by themselves: none is empty, and no two are likely to be alike."""
-    never = {str(token): -100 for token in place.engine.end_ids}
+def prevent_end(page: Any, place: Service, **more: Any) -> None:
+    """Suppress end tokens: no answer is empty, and equal answers are unlikely."""
+    bias = {str(token): -100 for token in place.engine.end_ids}
     page.route(
         "**/v1/chat/completions",
         lambda route: route.continue_(
-            post_data={**route.request.post_data_json, "logit_bias": never, **more}
+            post_data={**route.request.post_data_json, "logit_bias": bias, **more}
         ),
     )
 
@@ -59,18 +59,18 @@ def chips(page: Any) -> str:
     return "".join(page.locator(".strip ol li").all_inner_texts()).replace("\n", "")
 
 
-def test_a_ranking_by_keys_is_a_record(browser: Any, place: Service, file: Path) -> None:
-    with visited(browser, place.port, "/#/preferences") as page:
-        page.get_by_text("0 rankings so far").wait_for()
-        endless(page, place)
-        with page.expect_request("**/v1/chat/completions") as sent:
-            sampled(page, "春天 fox", n=3)
-        asked = sent.value.post_data_json
-        page.keyboard.press("Enter")  # nothing is ranked yet, and the form is not sent again
+def test_ranking_by_keys_is_saved(browser: Any, place: Service, file: Path) -> None:
+    with open_page(browser, place.port, "/#/preferences") as page:
+        page.get_by_text("Rankings saved: 0").wait_for()
+        prevent_end(page, place)
+        with page.expect_request("**/v1/chat/completions") as completion:
+            sample(page, "春天 fox", n=3)
+        body = completion.value.post_data_json
+        page.keyboard.press("Enter")  # nothing is ranked, and the form is not submitted again
         page.keyboard.press("3")
         page.keyboard.press("=")
         page.keyboard.press("1")
-        assert chips(page) == "3=1>2"  # the last comes last by itself
+        assert chips(page) == "3=1>2"  # the remaining answer is ranked last
         page.keyboard.press("Backspace")
         page.keyboard.press("Backspace")
         assert chips(page) == "3"
@@ -78,31 +78,31 @@ def test_a_ranking_by_keys_is_a_record(browser: Any, place: Service, file: Path)
         assert chips(page) == "3>2>1"
         page.keyboard.press("=")
         assert chips(page) == "3>2=1"
-        with page.expect_request("**/v1/preferences") as told:
+        with page.expect_request("**/v1/preferences") as saved:
             page.keyboard.press("Enter")
-        page.get_by_text("1 rankings so far").wait_for()
-        page.get_by_text("Saved: 2 pairs").wait_for()
+        page.get_by_text("Rankings saved: 1").wait_for()
+        page.get_by_text("Preference pairs: 2").wait_for()
         assert page.locator(".card").count() == 0
     [record] = records(file)
-    best, equals = told.value.post_data_json["ranked"]
-    assert record["answers"] == [best, *equals] and record["ranking"] == [0, [1, 2]]
-    assert record["prompt"] == [{"role": "user", "content": "春天 fox"}] == asked["messages"]
+    best, tied = saved.value.post_data_json["ranked"]
+    assert record["answers"] == [best, *tied] and record["ranking"] == [0, [1, 2]]
+    assert record["prompt"] == [{"role": "user", "content": "春天 fox"}] == body["messages"]
     assert record["model"] == "tiny" and len(record["finish_reasons"]) == 3
     assert set(record["finish_reasons"]) <= {"stop", "length"}
-    how = {"temperature": 0.9, "max_tokens": 12, "seed": asked["seed"]}
-    assert record["sampling"] == how and asked["n"] == 3
+    settings = {"temperature": 0.9, "max_tokens": 12, "seed": body["seed"]}
+    assert record["sampling"] == settings and body["n"] == 3
     assert len(to_pairs(record)) == 2
 
 
-def test_the_order_tells_nothing(browser: Any, place: Service) -> None:
-    """The same seed gives the same answers; over some rounds they are not always in that order."""
+def test_answers_appear_in_random_order(browser: Any, place: Service) -> None:
+    """The same seed gives the same answers, but in different orders over several rounds."""
     orders = set()
-    with visited(browser, place.port, "/#/preferences") as page:
-        # The page's numbers for seeds and shuffling; the seed is held, the shuffling is not.
-        endless(page, place, seed=1)
+    with open_page(browser, place.port, "/#/preferences") as page:
+        # The seed of sampling is fixed, the shuffling is not.
+        prevent_end(page, place, seed=1)
         for _ in range(12):
-            shown = sampled(page, "fox", n=4)
-            orders.add(tuple(shown))
+            answers = sample(page, "fox", n=4)
+            orders.add(tuple(answers))
             assert "tiny" not in page.locator(".ranking").inner_text()
             page.keyboard.press("s")
     assert len({tuple(sorted(each)) for each in orders}) == 1
@@ -110,9 +110,9 @@ def test_the_order_tells_nothing(browser: Any, place: Service) -> None:
 
 
 def test_ranking_by_mouse_and_arrow_keys(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/preferences") as page:
-        endless(page, place)
-        sampled(page, "fox", n=4)
+    with open_page(browser, place.port, "/#/preferences") as page:
+        prevent_end(page, place)
+        sample(page, "fox", n=4)
         for number in (2, 4, 1):
             page.get_by_role("button", name=f"Rank answer {number} next").click()
         assert chips(page) == "2>4>1>3"
@@ -127,7 +127,7 @@ def test_ranking_by_mouse_and_arrow_keys(browser: Any, place: Service) -> None:
         page.keyboard.press("ArrowRight")
         assert chips(page) == "3>2>4=1"
         card = page.get_by_role("article", name="Answer 1")
-        assert "place 3" in card.inner_text()
+        assert "rank 3" in card.inner_text()
         page.get_by_role("button", name="Undo").click()
         card.locator("header").drag_to(page.locator(".chip", has_text="3"))
         assert chips(page) == "1>3>2>4"
@@ -135,68 +135,70 @@ def test_ranking_by_mouse_and_arrow_keys(browser: Any, place: Service) -> None:
         for _ in range(3):
             page.get_by_role("button", name="better than").first.click()
         assert chips(page) == "1=3=2=4" and save.is_disabled()
-        page.get_by_text("If all are equal, skip").wait_for()
+        page.get_by_text("All answers are tied").wait_for()
         page.get_by_role("button", name="Skip").click()
         page.get_by_text("Skipped").wait_for()
         assert place.ask("GET", "/v1/preferences")[2]["count"] == 0
 
 
-def test_prompts_of_a_file_come_one_after_the_other(browser: Any, place: Service) -> None:
+def test_prompts_of_a_file_follow_one_another(browser: Any, place: Service) -> None:
     lines = '{"prompt": "first"}\n{"messages": [{"role": "user", "content": "第二"}]}\n'
     file = {"name": "p.jsonl", "mimeType": "application/json", "buffer": lines.encode()}
-    with visited(browser, place.port, "/#/preferences") as page:
+    with open_page(browser, place.port, "/#/preferences") as page:
         field = page.get_by_label("Prompt", exact=True)
-        page.set_input_files(".asking input[type=file]", file)
-        page.get_by_text("1 prompts left").wait_for()
+        page.set_input_files(".prompt-form input[type=file]", file)
+        page.get_by_text("Prompts left: 1").wait_for()
         assert field.input_value() == "first"
-        endless(page, place)
-        sampled(page, "first", n=2)
+        prevent_end(page, place)
+        sample(page, "first", n=2)
         page.keyboard.press("1")
         page.keyboard.press("Enter")
-        # The next one is sampled by itself.
-        page.wait_for_function("() => document.querySelector('.asking textarea').value === '第二'")
+        # The next one is sampled automatically.
+        page.wait_for_function(
+            "() => document.querySelector('.prompt-form textarea').value === '第二'"
+        )
         page.locator(".strip").wait_for()
         page.keyboard.press("2")
         page.keyboard.press("Enter")
-        page.get_by_text("2 rankings so far").wait_for()
+        page.get_by_text("Rankings saved: 2").wait_for()
         assert field.input_value() == ""
         empty = {"name": "p.txt", "mimeType": "text/plain", "buffer": b"\n\n"}
-        page.set_input_files(".asking input[type=file]", empty)
-        page.get_by_text("No prompts were found").wait_for()
+        page.set_input_files(".prompt-form input[type=file]", empty)
+        page.get_by_text("No prompts found").wait_for()
 
 
-def test_what_is_saved_late_disturbs_nothing(browser: Any, place: Service, file: Path) -> None:
-    """Neither the next prompt, which is being written, nor the ranking of it."""
-    with visited(browser, place.port, "/#/preferences") as page:
-        endless(page, place)
-        held: list[Any] = []
-        page.route("**/v1/preferences", lambda route: held.append(route))
+def test_late_save_does_not_affect_the_next_prompt(
+    browser: Any, place: Service, file: Path
+) -> None:
+    """Neither its text, which is being typed, nor its ranking."""
+    with open_page(browser, place.port, "/#/preferences") as page:
+        prevent_end(page, place)
+        routes: list[Any] = []
+        page.route("**/v1/preferences", lambda route: routes.append(route))
         for skipped in (False, True):
-            sampled(page, "fox", n=3)
+            sample(page, "fox", n=3)
             for key in "123":
                 page.keyboard.press(key)
             page.keyboard.press("Enter")
-            comes(page, lambda: bool(held))
+            wait_for(page, lambda: bool(routes))
             field = page.get_by_label("Prompt", exact=True)
             field.fill("the next")
             if skipped:
-                sampled(page, "the next", n=2)
+                sample(page, "the next", n=2)
                 page.keyboard.press("2")
             with page.expect_response("**/v1/preferences"):
-                held.pop().continue_()
-            page.get_by_text("Saved: 3 pairs").wait_for()
+                routes.pop().continue_()
+            page.get_by_text("Preference pairs: 3").wait_for()
             page.wait_for_timeout(100)
             assert field.input_value() == "the next"
             assert chips(page) == ("2>1" if skipped else "")
     assert len(records(file)) == 2
 
 
-def test_a_ranking_that_could_not_be_saved_is_saved_again(
-    browser: Any, place: Service, file: Path
-) -> None:
-    with visited(browser, place.port, "/#/preferences") as page:
-        endless(page, place)
-        sampled(page, "fox", n=2)
+def test_failed_save_can_be_repeated(browser: Any, place: Service, file: Path) -> None:
+    with open_page(browser, place.port, "/#/preferences") as page:
+        prevent_end(page, place)
+        sample(page, "fox", n=2)
         page.keyboard.press("2")
         page.route("**/v1/preferences", lambda route: route.abort("connectionrefused"))
         page.keyboard.press("Enter")
@@ -204,43 +206,43 @@ def test_a_ranking_that_could_not_be_saved_is_saved_again(
         assert chips(page) == "2>1"
         page.unroute("**/v1/preferences")
         page.keyboard.press("Enter")
-        page.get_by_text("Saved: 1 pairs").wait_for()
+        page.get_by_text("Preference pairs: 1").wait_for()
         assert page.get_by_role("alert").count() == 0
     assert len(records(file)) == 1
 
 
-def test_answers_that_are_alike_cannot_be_ranked(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/preferences") as page:
-        page.get_by_label("Model").select_option("taught")  # says one thing by heart
+def test_identical_answers_cannot_be_ranked(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/preferences") as page:
+        page.get_by_label("Model").select_option("taught")  # always gives the same answer
         page.get_by_label("Temperature").fill("0.05")
         page.get_by_label("Prompt", exact=True).fill("plain")
-        page.get_by_role("button", name="Sample answers").click()
-        page.get_by_text("The answers are all the same").wait_for()
+        page.get_by_role("button", name="Generate answers").click()
+        page.get_by_text("All answers are identical").wait_for()
         assert page.locator(".card").count() == 0
-        assert page.locator(".told").inner_text() == ""  # nobody is answering any more
+        assert page.locator(".round-status").inner_text() == ""  # no longer generating
 
 
-def test_a_file_goes_on_behind_a_prompt_that_cannot_be_ranked(browser: Any, place: Service) -> None:
+def test_file_continues_after_a_prompt_that_cannot_be_ranked(browser: Any, place: Service) -> None:
     file = {"name": "p.txt", "mimeType": "text/plain", "buffer": b"plain\nfox\n"}
-    with visited(browser, place.port, "/#/preferences") as page:
-        page.get_by_label("Model").select_option("taught")  # says one thing by heart
-        page.set_input_files(".asking input[type=file]", file)
-        page.get_by_role("button", name="Sample answers").click()
-        page.get_by_text("The answers are all the same").wait_for()
+    with open_page(browser, place.port, "/#/preferences") as page:
+        page.get_by_label("Model").select_option("taught")  # always gives the same answer
+        page.set_input_files(".prompt-form input[type=file]", file)
+        page.get_by_role("button", name="Generate answers").click()
+        page.get_by_text("All answers are identical").wait_for()
         page.get_by_role("button", name="Next prompt").click()
         assert page.get_by_label("Prompt", exact=True).input_value() == "fox"
 
 
-def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:
+def test_stopping_or_leaving_cancels_sampling(browser: Any, place: Service) -> None:
     loaded = place.models.find("tiny").loaded
     assert loaded is not None
-    with visited(browser, place.port, "/#/preferences") as page:
-        page.get_by_label("Longest answer").fill("1900")
-        endless(page, place)
+    with open_page(browser, place.port, "/#/preferences") as page:
+        page.get_by_label("Max tokens").fill("1900")
+        prevent_end(page, place)
         for leave in ("Stop", "Chat"):
             page.goto(page.url.split("#")[0] + "#/preferences")
             page.get_by_label("Prompt", exact=True).fill("fox")
-            page.get_by_role("button", name="Sample answers").click()  # once there is a model
+            page.get_by_role("button", name="Generate answers").click()  # waits for a model
             page.locator(".card .markdown").first.wait_for()
             if leave == "Stop":
                 page.get_by_role("button", name="Stop").click()
@@ -250,16 +252,16 @@ def test_sampling_is_stopped_and_left(browser: Any, place: Service) -> None:
             page.locator(".card").first.wait_for(state="detached")
 
 
-def test_they_are_exported_and_the_command_is_copied(
+def test_exports_rankings_and_copies_the_command(
     browser: Any, place: Service, file: Path, tmp_path: Path
 ) -> None:
-    asked = {"messages": [{"role": "user", "content": "x"}], "ranked": ["甲", "乙"]}
-    assert place.ask("POST", "/v1/preferences", json.dumps(asked))[0] == 201
-    with visited(browser, place.port, "/#/preferences") as page:
-        with page.expect_download() as waiting:
+    record = {"messages": [{"role": "user", "content": "x"}], "ranked": ["甲", "乙"]}
+    assert place.ask("POST", "/v1/preferences", json.dumps(record))[0] == 201
+    with open_page(browser, place.port, "/#/preferences") as page:
+        with page.expect_download() as download:
             page.get_by_role("button", name="Export").click()
-        assert waiting.value.suggested_filename == "preferences.jsonl"
-        waiting.value.save_as(tmp_path / "out.jsonl")
+        assert download.value.suggested_filename == "preferences.jsonl"
+        download.value.save_as(tmp_path / "out.jsonl")
         assert (tmp_path / "out.jsonl").read_bytes() == file.read_bytes()
         page.get_by_role("button", name="Copy").click()
         copied = page.evaluate("navigator.clipboard.readText()")
@@ -267,10 +269,10 @@ def test_they_are_exported_and_the_command_is_copied(
         assert copied.endswith("/preferences.jsonl")
 
 
-def test_composing_never_ranks(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/preferences") as page:
-        endless(page, place)
-        sampled(page, "fox", n=3)
+def test_composing_does_not_rank(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/preferences") as page:
+        prevent_end(page, place)
+        sample(page, "fox", n=3)
         page.evaluate(
             """() => document.body.dispatchEvent(
                  new KeyboardEvent("keydown", {key: "1", bubbles: true, isComposing: true}))"""
@@ -281,14 +283,14 @@ def test_composing_never_ranks(browser: Any, place: Service) -> None:
         assert field.input_value().endswith("12s=") and page.locator(".chip").count() == 0
 
 
-def test_it_fits_a_phone_in_chinese(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/preferences", viewport=PHONE, locale="zh-CN") as page:
-        endless(page, place)
-        page.get_by_label("最长回答").fill("12")
-        page.locator(".asking textarea").first.fill("春")
-        page.get_by_role("button", name="采样回答").click()
+def test_fits_a_phone_in_chinese(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/preferences", viewport=PHONE, locale="zh-CN") as page:
+        prevent_end(page, place)
+        page.get_by_label("最大词元数").fill("12")
+        page.locator(".prompt-form textarea").first.fill("春")
+        page.get_by_role("button", name="生成回答").click()
         page.locator(".strip").wait_for()
-        page.get_by_role("button", name="接着排回答 2").click()
+        page.get_by_role("button", name="将回答 2 排在下一位").click()
         page.get_by_role("article", name="回答 2").get_by_text("第 1 名").wait_for()
-        wide = "(() => { const p = document.querySelector('.page');"
-        assert page.evaluate(wide + " return p.scrollWidth <= p.clientWidth })()")
+        fits = "(() => { const p = document.querySelector('.page');"
+        assert page.evaluate(fits + " return p.scrollWidth <= p.clientWidth })()")

@@ -1,4 +1,4 @@
-"""Following training runs on the page, in a real browser."""
+"""The training view, in Chromium."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import PHONE, visited
+from browser_helpers import PHONE, open_page
 from serving import Service, served
 
 from khaosz.serve.records.runs import run_routes
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.browser
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
-    shown = {"loss": 5 / step, "lr": 0.01, "tokens_per_s": 100.0, "elapsed_s": step / 2}
-    shown["kl"] = (step - 1) / 100  # 0 has no place on a logarithmic scale
-    return {"step": step, "tokens": 64 * step, **shown, **more}
+    metrics = {"loss": 5 / step, "lr": 0.01, "tokens_per_s": 100.0, "elapsed_s": step / 2}
+    metrics["kl"] = (step - 1) / 100  # 0 cannot be drawn on a logarithmic scale
+    return {"step": step, "tokens": 64 * step, **metrics, **more}
 
 
 def append(path: Path, *rows: dict[str, Any]) -> None:
@@ -29,7 +29,7 @@ def append(path: Path, *rows: dict[str, Any]) -> None:
         file.writelines(json.dumps(each) + "\n" for each in rows)
 
 
-def begin(path: Path, steps: int, total: int, **config: Any) -> Path:
+def create_run(path: Path, steps: int, total: int, **config: Any) -> Path:
     path.mkdir(parents=True)
     (path / "train_config.json").write_text(json.dumps({"stage": "pt", "lr": 0.01, **config}))
     (path / "plan.json").write_text(json.dumps({"total_steps": total}))
@@ -43,11 +43,11 @@ def begin(path: Path, steps: int, total: int, **config: Any) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "runs"
-    begin(folder / "演示/pt", 20, 40)
-    old = begin(folder / "other", 10, 10, lr=0.02, model={"heads": 4})
-    then = time.time() - 7200
+    create_run(folder / "演示/pt", 20, 40)
+    old = create_run(folder / "other", 10, 10, lr=0.02, model={"heads": 4})
+    past = time.time() - 7200
     for file in old.iterdir():
-        os.utime(file, (then, then))
+        os.utime(file, (past, past))
     return folder
 
 
@@ -61,11 +61,11 @@ def chart(page: Any, title: str) -> Any:
     return page.locator(".chart").filter(has=page.locator("figcaption", has_text=title))
 
 
-def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> None:
-    begun = time.time()
+def test_follows_a_running_run(browser: Any, place: Service, folder: Path) -> None:
+    now = time.time()
     for file in (folder / "演示/pt").iterdir():
-        os.utime(file, (begun, begun))
-    with visited(browser, place.port, "/#/training") as page:
+        os.utime(file, (now, now))
+    with open_page(browser, place.port, "/#/training") as page:
         entry = page.locator(".runs li").first
         assert entry.locator("a").inner_text() == "演示/pt"
         assert entry.locator(".state").inner_text() == "running"
@@ -75,28 +75,28 @@ def test_a_run_is_followed_live(browser: Any, place: Service, folder: Path) -> N
         assert [title.split("\n")[0] for title in titles] == [
             "Loss", "Bits per byte", "KL divergence", "Learning rate", "Tokens per second"
         ]  # fmt: skip
-        page.wait_for_load_state("networkidle")  # so that no look is under way
+        page.wait_for_load_state("networkidle")  # so that no refresh is in progress
         files = [folder / "演示/pt" / name for name in ("metrics.jsonl", "samples.jsonl")]
         append(files[0], *(row(i) for i in range(21, 40)), row(40, reward=1.5))
         append(files[1], {"step": 40, "prompt": "春天", "text": "万物生长"})
-        # The end may fall into the second that the page knows already.
+        # The end may fall into a second that the page has already fetched.
         for file in files:
-            os.utime(file, (begun, begun))
+            os.utime(file, (now, now))
         entry.get_by_text("step 40 of 40").wait_for()
         assert entry.locator(".state").inner_text() == "finished"
         chart(page, "Reward").wait_for()
         page.get_by_text("万物生长").wait_for()
 
 
-def test_values_are_read_by_mouse_and_by_keyboard(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/training") as page:
+def test_reads_values_by_mouse_and_keyboard(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/training") as page:
         plot = chart(page, "Loss").locator(".plot")
         box = plot.bounding_box()
         page.mouse.move(box["x"] + box["width"] - 12, box["y"] + 60)
         values = chart(page, "Loss").locator(".values")
         assert values.inner_text().split("\n")[0] == "step 20"
         assert "training 0.25" in " ".join(values.inner_text().split())
-        assert "held out 0.5" in " ".join(values.inner_text().split())
+        assert "held-out 0.5" in " ".join(values.inner_text().split())
         assert page.locator(".values").count() == 1
         assert page.locator(".cross").count() == page.locator(".chart").count()
         page.mouse.move(2, 2)
@@ -104,43 +104,43 @@ def test_values_are_read_by_mouse_and_by_keyboard(browser: Any, place: Service) 
         plot.focus()
         page.keyboard.press("Home")
         page.keyboard.press("ArrowRight")
-        told = chart(page, "Loss").locator("[role=status]")
-        assert told.inner_text() == "step 2: training 2.5, held out 0.5"
+        announcement = chart(page, "Loss").locator("[role=status]")
+        assert announcement.inner_text() == "step 2: training 2.5, held-out 0.5"
         page.keyboard.press("End")
-        assert told.inner_text() == "step 20: training 0.25, held out 0.5"
+        assert announcement.inner_text() == "step 20: training 0.25, held-out 0.5"
         page.keyboard.press("Escape")
         assert page.locator(".cross").count() == 0
-        # And as a table.
-        chart(page, "Loss").get_by_text("As a table").click()
+        # As a table.
+        chart(page, "Loss").get_by_text("Show as table").click()
         rows = chart(page, "Loss").locator("tbody tr").all_inner_texts()
         assert rows[0].split() == ["1", "5", "0.5"] and rows[-1].split() == ["20", "0.25", "0.5"]
 
 
-def test_the_axes_can_be_chosen(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/training") as page:
+def test_selects_axes_and_smoothing(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/training") as page:
         picture = chart(page, "Loss").locator(".plot .line:not(.held) path").last
         picture.wait_for()
 
-        def drawn() -> tuple[str, list[str]]:
+        def drawing() -> tuple[str, list[str]]:
             ticks = chart(page, "Loss").locator("text").all_text_contents()
             return str(picture.get_attribute("d")), ticks
 
-        seen = [drawn()]
+        drawings = [drawing()]
         page.select_option(".tuning select", "tokens")
-        seen.append(drawn())
-        assert "1,000" in seen[-1][1]
-        page.get_by_label("Logarithmic").check()
-        seen.append(drawn())
-        assert "0.5" in seen[-1][1] and "0" not in seen[-1][1]
-        assert len({ticks[0] for ticks in seen}) >= 2
+        drawings.append(drawing())
+        assert "1,000" in drawings[-1][1]
+        page.get_by_label("Log scale").check()
+        drawings.append(drawing())
+        assert "0.5" in drawings[-1][1] and "0" not in drawings[-1][1]
+        assert len({ticks[0] for ticks in drawings}) >= 2
         smooth = chart(page, "Loss").locator(".plot .line:not(.held) path")
-        assert smooth.count() == 2  # as it is, and smoothed
+        assert smooth.count() == 2  # raw and smoothed
         page.get_by_label("Smoothing").fill("0")
         assert smooth.count() == 1
 
 
-def test_runs_are_compared(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/training") as page:
+def test_compares_runs(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/training") as page:
         page.get_by_label("Compare other").check()
         page.locator(".legend").wait_for()
         assert page.locator(".legend li").all_inner_texts()[:2] == ["演示/pt", "other"]
@@ -155,7 +155,7 @@ def test_runs_are_compared(browser: Any, place: Service) -> None:
             ["model.heads", "–", "4"],
             ["plan.total_steps", "40", "10"],
         ]
-        page.get_by_label("All keys").check()
+        page.get_by_label("Show all keys").check()
         assert table.get_by_text("stage").count() == 1
         address = page.url
         page.reload()
@@ -168,8 +168,8 @@ def test_runs_are_compared(browser: Any, place: Service) -> None:
         assert page.locator(".configuration").get_by_text("model.heads").is_visible()
 
 
-def test_samples_of_every_step_can_be_seen(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/training/other") as page:
+def test_shows_samples_of_every_step(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/training/other") as page:
         page.get_by_text("Samples at step 10").wait_for()
         assert page.locator(".sample p").inner_text() == "来了"
         page.get_by_label("Samples", exact=True).fill("0")
@@ -177,34 +177,34 @@ def test_samples_of_every_step_can_be_seen(browser: Any, place: Service) -> None
         assert page.locator(".sample p").inner_text() == "<b>early</b>"  # text, not markup
 
 
-def test_without_runs_it_says_how_to_begin(browser: Any, tiny: Path, tmp_path: Path) -> None:
+def test_without_runs_shows_how_to_start(browser: Any, tiny: Path, tmp_path: Path) -> None:
     with (
         served(tiny, routers=[run_routes(tmp_path)]) as service,
-        visited(browser, service.port, "/#/training", locale="zh-CN") as page,
+        open_page(browser, service.port, "/#/training", locale="zh-CN") as page,
     ):
-        page.get_by_text("还没有训练").wait_for()
+        page.get_by_text("还没有训练任务").wait_for()
         assert "khaosz demo" in page.locator(".empty").inner_text()
 
 
-def test_it_fits_a_phone(browser: Any, place: Service) -> None:
-    with visited(browser, place.port, "/#/training", viewport=PHONE) as page:
+def test_fits_a_phone(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/training", viewport=PHONE) as page:
         chart(page, "Loss").locator(".plot .line").first.wait_for(state="attached")
-        wide = "(() => { const p = document.querySelector('.page');"
-        assert page.evaluate(wide + " return p.scrollWidth <= p.clientWidth })()")
+        fits = "(() => { const p = document.querySelector('.page');"
+        assert page.evaluate(fits + " return p.scrollWidth <= p.clientWidth })()")
 
 
-def test_values_that_differ_by_their_rounding_alone_are_drawn(
+def test_draws_values_that_differ_only_by_rounding(
     browser: Any, place: Service, folder: Path
 ) -> None:
     append(folder / "other/metrics.jsonl", row(11, accuracy=1 / 3), row(12, accuracy=1 / 3 + 6e-17))
-    with visited(browser, place.port, "/#/training/other") as page:
+    with open_page(browser, place.port, "/#/training/other") as page:
         chart(page, "Accuracy").locator(".plot .line").first.wait_for(state="attached")
 
 
-def test_samples_of_a_step_come_one_after_the_other(
+def test_samples_of_a_step_may_arrive_one_by_one(
     browser: Any, place: Service, folder: Path
 ) -> None:
-    with visited(browser, place.port, "/#/training/other") as page:
+    with open_page(browser, place.port, "/#/training/other") as page:
         append(folder / "other/samples.jsonl", {"step": 11, "prompt": "first", "text": "one"})
         page.get_by_text("Samples at step 11").wait_for()
         append(folder / "other/samples.jsonl", {"step": 11, "prompt": "second", "text": "two"})
@@ -212,12 +212,10 @@ def test_samples_of_a_step_come_one_after_the_other(
         assert page.locator(".sample p").all_inner_texts() == ["one", "two"]
 
 
-def test_a_run_that_was_begun_again_and_is_further_on_is_another(
-    browser: Any, place: Service, folder: Path
-) -> None:
-    """Nobody looked meanwhile: the page was in the background, or the server away."""
-    with visited(browser, place.port, "/#/training/other") as page:
-        chart(page, "Loss").get_by_text("As a table").click()
+def test_restarted_run_replaces_the_old_metrics(browser: Any, place: Service, folder: Path) -> None:
+    """Without a refresh meanwhile: the page was in the background, or the server unreachable."""
+    with open_page(browser, place.port, "/#/training/other") as page:
+        chart(page, "Loss").get_by_text("Show as table").click()
         first = chart(page, "Loss").locator("tbody tr").first
         assert first.inner_text().split() == ["1", "5", "0.5"]
         page.wait_for_load_state("networkidle")
@@ -231,15 +229,15 @@ def test_a_run_that_was_begun_again_and_is_further_on_is_another(
         assert page.get_by_text("来了").count() == 0
 
 
-def test_of_two_runs_at_once_the_one_looked_at_stays(
+def test_selected_run_stays_when_another_is_newer(
     browser: Any, place: Service, folder: Path
 ) -> None:
-    with visited(browser, place.port, "/#/training") as page:
-        shown = page.locator(".runs li.open a")
-        assert shown.inner_text() == "演示/pt"
+    with open_page(browser, place.port, "/#/training") as page:
+        selected = page.locator(".runs li.open a")
+        assert selected.inner_text() == "演示/pt"
         append(folder / "other/metrics.jsonl", row(11))
-        then = time.time() + 5
-        os.utime(folder / "other/metrics.jsonl", (then, then))
+        future = time.time() + 5
+        os.utime(folder / "other/metrics.jsonl", (future, future))
         page.locator(".runs li").first.get_by_text("other").wait_for()
         page.wait_for_timeout(100)
-        assert shown.inner_text() == "演示/pt"
+        assert selected.inner_text() == "演示/pt"

@@ -1,4 +1,4 @@
-"""Conversations that the server keeps, in two windows of two people or of one."""
+"""Conversations stored by the server, in two windows of one or two users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browsing import answer, ask, comes, first_put_held, visited
+from browser_helpers import ask, hold_first_put, last_answer, open_page, wait_for
 from serving import Service, served
 
 from khaosz.serve.app import record_routes
@@ -22,46 +22,46 @@ def place(taught: Path, tmp_path: Path) -> Iterator[Service]:
         yield running
 
 
-def kept(service: Service) -> list[dict[str, Any]]:
-    found = service.ask("GET", "/v1/conversations")[2]["data"]
-    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in found]
+def stored(service: Service) -> list[dict[str, Any]]:
+    listed = service.ask("GET", "/v1/conversations")[2]["data"]
+    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in listed]
 
 
-def both_look(one: Any, two: Any) -> None:
-    """At one conversation."""
+def open_in_both(one: Any, two: Any) -> None:
+    """Start a conversation in one window and open it in the other."""
     ask(one, "plain")
-    answer(one)
+    last_answer(one)
     one.locator(".history li a").wait_for()
     two.goto(one.url)
-    assert answer(two).locator(".markdown").inner_text() == "the fox"
+    assert last_answer(two).locator(".markdown").inner_text() == "the fox"
 
 
-def test_two_windows_lose_nothing(browser: Any, place: Service) -> None:
-    with visited(browser, place.port) as one, visited(browser, place.port) as two:
-        both_look(one, two)
-        for page in (one, two):  # neither knows of the other's
+def test_two_windows_merge_their_messages(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port) as one, open_page(browser, place.port) as two:
+        open_in_both(one, two)
+        for page in (one, two):  # each is unaware of the other
             ask(page, "think")
             page.locator(".message.assistant").nth(1).wait_for()
-            answer(page)
-        two.get_by_text("went on in another window too").wait_for()
-        # Both questions stand beside one another, each with its answer.
+            last_answer(page)
+        two.get_by_text("changed in another window").wait_for()
+        # Both questions are versions, each with its answer.
         assert two.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
         two.locator(".message.user").last.get_by_role("button", name="Previous version").click()
-        answered = answer(one).locator("> .markdown").inner_text()
-        assert answered and answer(two).locator("> .markdown").inner_text() == answered
-        both = sorted(["plain", "the fox", "think", "think", answered, answered])
-        comes(two, lambda: sorted(node["content"] for node in kept(place)[0]["nodes"]) == both)
-    assert len(kept(place)) == 1
+        text = last_answer(one).locator("> .markdown").inner_text()
+        assert text and last_answer(two).locator("> .markdown").inner_text() == text
+        both = sorted(["plain", "the fox", "think", "think", text, text])
+        wait_for(two, lambda: sorted(node["content"] for node in stored(place)[0]["nodes"]) == both)
+    assert len(stored(place)) == 1
 
 
-def prompted(page: Any, text: str) -> None:
-    page.get_by_role("button", name="Sampling").click()
+def set_system_prompt(page: Any, text: str) -> None:
+    page.get_by_role("button", name="Chat settings").click()
     page.get_by_label("System prompt").fill(text)
     page.keyboard.press("Escape")
     page.get_by_role("dialog").wait_for(state="detached")
 
 
-def renamed(page: Any, title: str) -> None:
+def rename(page: Any, title: str) -> None:
     page.locator(".history li").hover()
     page.get_by_role("button", name="Rename").click()
     page.fill("dialog input", title)
@@ -69,80 +69,80 @@ def renamed(page: Any, title: str) -> None:
     page.locator(".history li a", has_text=title).wait_for()
 
 
-def test_settings_and_names_of_two_windows_are_kept(browser: Any, place: Service) -> None:
-    """Of the one that goes on in an older state, and of the other."""
-    with visited(browser, place.port) as one, visited(browser, place.port) as two:
-        both_look(one, two)
+def test_two_windows_merge_titles_and_settings(browser: Any, place: Service) -> None:
+    """Of the window that continues from an older state, and of the other."""
+    with open_page(browser, place.port) as one, open_page(browser, place.port) as two:
+        open_in_both(one, two)
         ask(two, "think")
         two.locator(".message.assistant").nth(1).wait_for()
-        answer(two)
-        comes(two, lambda: len(kept(place)[0]["nodes"]) == 4)
-        prompted(one, "Be brief.")
-        one.get_by_text("went on in another window too").wait_for()
-        comes(one, lambda: kept(place)[0]["system"] == "Be brief.")
-        renamed(two, "a name")
-        prompted(one, "Be very brief.")
-        comes(one, lambda: kept(place)[0]["system"] == "Be very brief.")
+        last_answer(two)
+        wait_for(two, lambda: len(stored(place)[0]["nodes"]) == 4)
+        set_system_prompt(one, "Be brief.")
+        one.get_by_text("changed in another window").wait_for()
+        wait_for(one, lambda: stored(place)[0]["system"] == "Be brief.")
+        rename(two, "a name")
+        set_system_prompt(one, "Be very brief.")
+        wait_for(one, lambda: stored(place)[0]["system"] == "Be very brief.")
         ask(one, "plain")
         one.locator(".message.assistant").nth(1).wait_for()
-        answer(one)
-        comes(one, lambda: len(kept(place)[0]["nodes"]) == 6)
-    [conversation] = kept(place)
+        last_answer(one)
+        wait_for(one, lambda: len(stored(place)[0]["nodes"]) == 6)
+    [conversation] = stored(place)
     assert (conversation["title"], conversation["system"]) == ("a name", "Be very brief.")
 
 
-def test_an_answer_is_not_set_back_by_who_saw_it_begin(browser: Any, place: Service) -> None:
-    with visited(browser, place.port) as one, visited(browser, place.port) as two:
-        held: list[Any] = []
-        one.route("**/v1/chat/completions", lambda route: held.append(route))
+def test_window_with_partial_answer_does_not_overwrite_it(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port) as one, open_page(browser, place.port) as two:
+        routes: list[Any] = []
+        one.route("**/v1/chat/completions", lambda route: routes.append(route))
         ask(one, "plain")
-        comes(one, lambda: bool(held))
+        wait_for(one, lambda: bool(routes))
         two.goto(one.url)
         two.locator(".bubble").wait_for()
-        prompted(two, "Be brief.")
-        comes(two, lambda: kept(place)[0]["system"] == "Be brief.")
-        held[0].continue_()
-        answer(one)
-        comes(one, lambda: kept(place)[0]["nodes"][1]["content"] == "the fox")
-        prompted(two, "Be very brief.")
-        comes(two, lambda: kept(place)[0]["system"] == "Be very brief.")
-    assert kept(place)[0]["nodes"][1]["content"] == "the fox"
+        set_system_prompt(two, "Be brief.")
+        wait_for(two, lambda: stored(place)[0]["system"] == "Be brief.")
+        routes[0].continue_()
+        last_answer(one)
+        wait_for(one, lambda: stored(place)[0]["nodes"][1]["content"] == "the fox")
+        set_system_prompt(two, "Be very brief.")
+        wait_for(two, lambda: stored(place)[0]["system"] == "Be very brief.")
+    assert stored(place)[0]["nodes"][1]["content"] == "the fox"
 
 
-def test_a_change_is_kept_though_one_before_it_is_still_on_its_way(
-    browser: Any, place: Service
-) -> None:
-    with visited(browser, place.port) as page:
+def test_change_during_a_save_is_saved(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port) as page:
         ask(page, "plain")
-        answer(page)
+        last_answer(page)
         page.locator(".history li a").wait_for()
-        comes(page, lambda: bool(kept(place)[0]["nodes"][-1]["content"]))
+        wait_for(page, lambda: bool(stored(place)[0]["nodes"][-1]["content"]))
         page.wait_for_load_state("networkidle")
-        held = first_put_held(page)
-        prompted(page, "Be")
-        comes(page, lambda: bool(held))
-        prompted(page, "Be brief.")
+        routes = hold_first_put(page)
+        set_system_prompt(page, "Be")
+        wait_for(page, lambda: bool(routes))
+        set_system_prompt(page, "Be brief.")
         page.keyboard.press("Control+k")
         page.locator(".empty").wait_for()
-        held[0].continue_()
-        comes(page, lambda: kept(place)[0]["system"] == "Be brief.")
+        routes[0].continue_()
+        wait_for(page, lambda: stored(place)[0]["system"] == "Be brief.")
 
 
-def test_what_was_deleted_in_another_window_goes_on_here(browser: Any, place: Service) -> None:
-    with visited(browser, place.port) as page:
+def test_conversation_deleted_elsewhere_is_saved_again(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port) as page:
         ask(page, "plain")
-        answer(page)
+        last_answer(page)
         page.locator(".history li a").wait_for()
-        [conversation] = kept(place)
+        [conversation] = stored(place)
         place.ask("DELETE", f"/v1/conversations/{conversation['id']}")
         ask(page, "think")
         page.locator(".message.assistant").nth(1).wait_for()
-        answer(page)
-        comes(page, lambda: [len(each["nodes"]) for each in kept(place)] == [4])
+        last_answer(page)
+        wait_for(page, lambda: [len(each["nodes"]) for each in stored(place)] == [4])
 
 
-def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Path) -> None:
-    """And comes back with its times, in the several parts that so much of it takes."""
+def test_exports_and_imports_all_conversations(
+    browser: Any, place: Service, tmp_path: Path
+) -> None:
+    """With their times, in several requests because of the size."""
     ids = [f"00000000-0000-4000-8000-{i:012}" for i in range(130)]
     many = [
         {
@@ -159,14 +159,14 @@ def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Pa
     for half in (many[:65], many[65:]):
         body = json.dumps({"conversations": half}, ensure_ascii=False)
         assert place.ask("POST", "/v1/conversations/import", body.encode())[0] == 200
-    with visited(browser, place.port, "/#/settings") as page:
-        with page.expect_download() as waiting:
+    with open_page(browser, place.port, "/#/settings") as page:
+        with page.expect_download() as download:
             page.get_by_role("button", name="Export all").click()
-        waiting.value.save_as(tmp_path / "out.json")
+        download.value.save_as(tmp_path / "out.json")
         exported = json.loads((tmp_path / "out.json").read_text("utf-8"))["conversations"]
         assert {each["id"] for each in exported} == set(ids)
         page.set_input_files("input[type=file]", tmp_path / "out.json")
-        page.get_by_text("130 conversations imported").wait_for()
+        page.get_by_text("Conversations imported: 130").wait_for()
     listed = place.ask("GET", "/v1/conversations?limit=1000")[2]["data"]
     assert sorted((each["title"], each["updated"]) for each in listed) == sorted(
         (each["title"], each["updated"]) for each in many * 2
@@ -174,17 +174,15 @@ def test_all_that_is_kept_is_exported(browser: Any, place: Service, tmp_path: Pa
     assert len({each["id"] for each in listed}) == 260
 
 
-def test_nothing_is_exported_before_it_is_known_where_it_is_kept(
-    browser: Any, place: Service
-) -> None:
-    with visited(browser, place.port, "/#/settings") as page:
+def test_export_is_disabled_until_the_storage_is_known(browser: Any, place: Service) -> None:
+    with open_page(browser, place.port, "/#/settings") as page:
         export = page.get_by_role("button", name="Export all")
-        held: list[Any] = []
-        page.route("**/openapi.json", lambda route: held.append(route))
+        routes: list[Any] = []
+        page.route("**/openapi.json", lambda route: routes.append(route))
         page.reload()
         export.wait_for()
         assert export.is_disabled() and page.locator("input[type=file]").is_disabled()
-        held[0].continue_()
+        routes[0].continue_()
         export.and_(page.locator(":enabled")).wait_for()
         page.route("**/v1/conversations**", lambda route: route.abort("connectionrefused"))
         export.click()

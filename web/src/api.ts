@@ -1,15 +1,15 @@
-/** What the service is asked: the same public API that every other client has. */
+/** Client of the service's public HTTP API. */
 
 import { batch, signal } from "@preact/signals";
 import { events } from "./sse";
 
 const KEY = "khaosz.key";
 
-/** Resolves when the user has given a key, null when they would rather not. */
-export const keyAsked = signal<((key: string | null) => void) | null>(null);
+/** Set while the page prompts for a key: call it with the key, or with null if the user declines. */
+export const keyPrompt = signal<((key: string | null) => void) | null>(null);
 
-/** Whether a key was sent and the server did not take it. */
-export const keyRefused = signal(false);
+/** The server rejected the key that was sent. */
+export const keyRejected = signal(false);
 
 export class ApiError extends Error {
   constructor(
@@ -22,7 +22,7 @@ export class ApiError extends Error {
   }
 }
 
-/** The server could not be reached at all. */
+/** The server can't be reached, or the connection broke. */
 export class Unreachable extends Error {}
 
 export interface ModelCard {
@@ -32,7 +32,7 @@ export interface ModelCard {
   parent: string | null;
 }
 
-export interface Leg {
+export interface RetrieverScore {
   rank: number;
   score: number;
 }
@@ -47,7 +47,7 @@ export interface Hit {
   headings: string[];
   text: string;
   score: number;
-  legs: Record<string, Leg>;
+  legs: Record<string, RetrieverScore>; // by retriever: "lexical", "dense"
 }
 
 export interface Citation {
@@ -67,7 +67,7 @@ export interface Retrieval {
   prompt: string | null;
   left_out: number;
   narrowed: boolean;
-  /** Which base it was: kept with the answer, since the conversation may turn to another. */
+  /** Saved with the answer, since the conversation may switch to another knowledge base. */
   knowledge_base?: string | null;
 }
 
@@ -112,39 +112,39 @@ export interface SourceText {
   text: string;
 }
 
-function stored(): string | null {
+function storedKey(): string | null {
   return sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY);
 }
 
-export function keepKey(key: string, forLong: boolean): void {
+export function storeKey(key: string, remember: boolean): void {
   sessionStorage.setItem(KEY, key);
-  if (forLong) localStorage.setItem(KEY, key);
+  if (remember) localStorage.setItem(KEY, key);
   else localStorage.removeItem(KEY);
 }
 
 export function headers(): Record<string, string> {
-  const key = stored();
+  const key = storedKey();
   if (!key) return {};
-  // As bytes: a browser sends no other letters, and one that is typed by mistake (密, ｋ) would fail
-  // before the server could say that the key is wrong.
+  // As bytes: header values are limited to Latin-1, and other characters (密, ｋ) would make fetch
+  // throw before the server could reject the key.
   const bytes = new TextEncoder().encode(key);
   return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };
 }
 
-let asking: Promise<string | null> | null = null;
+let pendingKey: Promise<string | null> | null = null;
 
-function askForKey(): Promise<string | null> {
-  asking ??= new Promise<string | null>((resolve) => {
-    keyAsked.value = (key) => {
-      keyAsked.value = null;
-      asking = null;
+function requestKey(): Promise<string | null> {
+  pendingKey ??= new Promise<string | null>((resolve) => {
+    keyPrompt.value = (key) => {
+      keyPrompt.value = null;
+      pendingKey = null;
       resolve(key);
     };
   });
-  return asking;
+  return pendingKey;
 }
 
-/** The response, if it is a good one. Asks for a key when the server wants one. */
+/** Fetch; prompts for a key on status 401. Throws `ApiError` or `Unreachable`. */
 export async function request(path: string, init: RequestInit = {}): Promise<Response> {
   for (;;) {
     let response: Response;
@@ -155,19 +155,19 @@ export async function request(path: string, init: RequestInit = {}): Promise<Res
       throw new Unreachable(String(error));
     }
     if (response.ok) return response;
-    keyRefused.value = response.status === 401 && stored() !== null;
-    if (response.status === 401 && (await askForKey()) !== null) continue;
-    throw await errorOf(response);
+    keyRejected.value = response.status === 401 && storedKey() !== null;
+    if (response.status === 401 && (await requestKey()) !== null) continue;
+    throw await apiError(response);
   }
 }
 
-async function errorOf(response: Response): Promise<ApiError> {
-  const after = Number(response.headers.get("retry-after"));
+async function apiError(response: Response): Promise<ApiError> {
+  const retryAfter = Number(response.headers.get("retry-after"));
   try {
     const { error } = await response.json();
-    return new ApiError(response.status, error.message, error.code, after || null);
+    return new ApiError(response.status, error.message, error.code, retryAfter || null);
   } catch {
-    return new ApiError(response.status, response.statusText, null, after || null);
+    return new ApiError(response.status, response.statusText, null, retryAfter || null);
   }
 }
 
@@ -191,7 +191,7 @@ export async function sendJson<T>(
   return (response.status === 204 ? undefined : await response.json()) as T;
 }
 
-/** Chunks of a streamed answer. A stream that ends before its end is an error. */
+/** Chunks of a streamed answer. Throws `Unreachable` if the stream ends without `[DONE]`. */
 export async function* streamChat(body: unknown, signal: AbortSignal): AsyncGenerator<Chunk> {
   const response = await request("/v1/chat/completions", {
     method: "POST",
@@ -199,7 +199,7 @@ export async function* streamChat(body: unknown, signal: AbortSignal): AsyncGene
     headers: { "Content-Type": "application/json" },
     signal,
   });
-  if (response.body === null) throw new Unreachable("no body");
+  if (response.body === null) throw new Unreachable("response has no body");
   for await (const data of events(response.body)) {
     if (data === "[DONE]") return;
     const chunk: Chunk = JSON.parse(data);
@@ -213,26 +213,31 @@ export async function countTokens(
   model: string,
   messages: { role: string; content: string }[],
 ): Promise<number> {
-  const found = await sendJson<{ count: number }>("POST", "/tokenize", { model, messages });
-  return found.count;
+  const { count } = await sendJson<{ count: number }>("POST", "/tokenize", { model, messages });
+  return count;
 }
 
-/** Whether the server has told what it offers: before that nobody knows where things are kept. */
-export const met = signal(false);
+/** Features are known; until then the page can't know where conversations are stored. */
+export const connected = signal(false);
 
-/** What the server offers beside chats: absent parts are not shown. */
-export const offers = signal({ conversations: false, bases: false, runs: false, preferences: false });
+/** Optional parts of the server; views of missing parts are hidden. */
+export const features = signal({
+  conversations: false,
+  knowledgeBases: false,
+  runs: false,
+  preferences: false,
+});
 
-export async function lookAround(): Promise<void> {
+export async function discoverFeatures(): Promise<void> {
   const document = await getJson<{ paths: Record<string, unknown> }>("/openapi.json");
   const has = (path: string) => path in document.paths;
   batch(() => {
-    offers.value = {
+    features.value = {
       conversations: has("/v1/conversations"),
-      bases: has("/v1/knowledge_bases"),
+      knowledgeBases: has("/v1/knowledge_bases"),
       runs: has("/v1/runs"),
       preferences: has("/v1/preferences"),
     };
-    met.value = true;
+    connected.value = true;
   });
 }

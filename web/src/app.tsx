@@ -1,11 +1,11 @@
 import { useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
 import { useEffect } from "preact/hooks";
-import { keepKey, keyAsked, keyRefused, met, offers } from "./api";
-import { composing } from "./chat/composer";
+import { storeKey, keyPrompt, keyRejected, connected, features } from "./api";
+import { isComposing } from "./chat/composer";
 import { History } from "./chat/history";
-import { open, startAnew } from "./chat/keeping";
-import { said, stop } from "./chat/state";
+import { open, startNewChat } from "./chat/persistence";
+import { announcement, stop } from "./chat/state";
 import { ChatView } from "./chat/view";
 import { Dialog } from "./components/dialog";
 import { Icon } from "./components/icons";
@@ -18,61 +18,61 @@ import { TrainingView } from "./training/view";
 
 interface View {
   name: "chat" | "documents" | "training" | "preferences" | "settings";
-  shown: () => boolean;
+  available: () => boolean;
   view: FunctionComponent;
 }
 
-/** What there is to see; a part that the server lacks is not shown. */
+/** Views in the order of the menu; those that the server does not support are hidden. */
 export const views: View[] = [
-  { name: "chat", shown: () => true, view: ChatView },
-  { name: "documents", shown: () => offers.value.bases, view: DocumentsView },
-  { name: "training", shown: () => offers.value.runs, view: TrainingView },
-  { name: "preferences", shown: () => offers.value.preferences, view: PreferencesView },
-  { name: "settings", shown: () => true, view: SettingsView },
+  { name: "chat", available: () => true, view: ChatView },
+  { name: "documents", available: () => features.value.knowledgeBases, view: DocumentsView },
+  { name: "training", available: () => features.value.runs, view: TrainingView },
+  { name: "preferences", available: () => features.value.preferences, view: PreferencesView },
+  { name: "settings", available: () => true, view: SettingsView },
 ];
 
 export function App() {
   const drawer = useSignal(false);
   const help = useSignal(false);
-  const there = views.filter((each) => each.shown());
-  const at = there.find((each) => each.name === route.value.view) ?? there[0]!;
+  const visible = views.filter((each) => each.available());
+  const active = visible.find((each) => each.name === route.value.view) ?? visible[0]!;
   useEffect(() => {
-    if (met.value && route.value.view === "chat") void open(route.value.id);
-  }, [route.value, met.value]);
+    if (connected.value && route.value.view === "chat") void open(route.value.id);
+  }, [route.value, connected.value]);
   useEffect(() => {
-    document.title = at.name === "chat" ? "KHAOSZ" : `${t(at.name)} · KHAOSZ`;
+    document.title = active.name === "chat" ? "KHAOSZ" : `${t(active.name)} · KHAOSZ`;
   });
   useEffect(() => {
     const onKey = (event: KeyboardEvent) => {
-      // An input method's keys are its own, and a dialog is before all else.
-      if (composing(event) || document.querySelector("dialog[open]")) return;
-      const writing = (event.target as HTMLElement).matches("input, textarea, select");
+      // Leave keys to input methods and to open dialogs.
+      if (isComposing(event) || document.querySelector("dialog[open]")) return;
+      const inField = (event.target as HTMLElement).matches("input, textarea, select");
       if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "k") {
         event.preventDefault();
-        startAnew();
+        startNewChat();
       } else if (event.key === "Escape") {
         stop();
         drawer.value = false;
-      } else if (event.key === "/" && !writing) {
+      } else if (event.key === "/" && !inField) {
         event.preventDefault();
         document.getElementById("message")?.focus();
-      } else if (event.key === "?" && !writing) help.value = true;
+      } else if (event.key === "?" && !inField) help.value = true;
     };
     addEventListener("keydown", onKey);
     return () => removeEventListener("keydown", onKey);
   }, []);
-  const Shown = at.view;
+  const ActiveView = active.view;
   return (
     <div class={drawer.value ? "shell drawn" : "shell"}>
       <a class="skip" href="#main" onClick={toMain}>
-        {t("skip")}
+        {t("skipToMain")}
       </a>
       <header class="top">
         <button type="button" class="quiet" aria-label={t("menu")} onClick={() => (drawer.value = true)}>
           <Icon name="menu" />
         </button>
         <span class="brand">KHAOSZ</span>
-        <button type="button" class="quiet" aria-label={t("newChat")} onClick={startAnew}>
+        <button type="button" class="quiet" aria-label={t("newChat")} onClick={startNewChat}>
           <Icon name="plus" />
         </button>
       </header>
@@ -90,11 +90,11 @@ export function App() {
           </button>
         </div>
         <ul class="views">
-          {there.map((each) => (
+          {visible.map((each) => (
             <li key={each.name}>
               <a
                 href={href(each.name)}
-                aria-current={each === at ? "page" : undefined}
+                aria-current={each === active ? "page" : undefined}
                 onClick={() => (drawer.value = false)}
               >
                 <Icon name={each.name} /> {t(each.name)}
@@ -102,44 +102,44 @@ export function App() {
             </li>
           ))}
         </ul>
-        <History onGo={() => (drawer.value = false)} />
+        <History onNavigate={() => (drawer.value = false)} />
       </nav>
       <main id="main" tabindex={-1}>
-        <Shown />
+        <ActiveView />
       </main>
       <div class="sr-only" role="status" aria-live="polite">
-        {said.value}
+        {announcement.value}
       </div>
       {help.value && (
-        <Dialog title={t("keys")} onClose={() => (help.value = false)}>
+        <Dialog title={t("shortcuts")} onClose={() => (help.value = false)}>
           <Keys />
         </Dialog>
       )}
-      {keyAsked.value && <KeyDialog give={keyAsked.value} />}
+      {keyPrompt.value && <KeyDialog onKey={keyPrompt.value} />}
     </div>
   );
 }
 
 function toMain(event: Event): void {
-  event.preventDefault(); // the part behind # is the view's
+  event.preventDefault(); // the fragment belongs to the router
   document.getElementById("main")?.focus();
 }
 
-function KeyDialog(props: { give: (key: string | null) => void }) {
+function KeyDialog(props: { onKey: (key: string | null) => void }) {
   const key = useSignal("");
-  const long = useSignal(false);
+  const remember = useSignal(false);
   const submit = (event: Event) => {
     event.preventDefault();
-    keepKey(key.value.trim(), long.value);
-    props.give(key.value);
+    storeKey(key.value.trim(), remember.value);
+    props.onKey(key.value);
   };
   return (
-    <Dialog title={t("keyTitle")} onClose={() => props.give(null)}>
+    <Dialog title={t("keyRequired")} onClose={() => props.onKey(null)}>
       <form class="form" onSubmit={submit}>
-        <p>{t("keyText")}</p>
-        {keyRefused.value && <p role="alert">{t("keyWrong")}</p>}
+        <p>{t("keyHint")}</p>
+        {keyRejected.value && <p role="alert">{t("keyRejected")}</p>}
         <label>
-          <span>{t("key")}</span>
+          <span>{t("apiKey")}</span>
           <input
             type="password"
             autocomplete="current-password"
@@ -151,13 +151,13 @@ function KeyDialog(props: { give: (key: string | null) => void }) {
         <label class="check">
           <input
             type="checkbox"
-            checked={long.value}
-            onChange={(event) => (long.value = event.currentTarget.checked)}
+            checked={remember.value}
+            onChange={(event) => (remember.value = event.currentTarget.checked)}
           />
           <span>{t("remember")}</span>
         </label>
         <button type="submit" class="primary">
-          {t("open")}
+          {t("continue")}
         </button>
       </form>
     </Dialog>

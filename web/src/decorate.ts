@@ -1,4 +1,4 @@
-/** Code and formulas, once their block is finished: both libraries are fetched when needed. */
+/** Highlight code and render formulas in finished blocks; both libraries are loaded on demand. */
 
 import DOMPurify from "dompurify";
 
@@ -6,10 +6,10 @@ export async function decorate(element: HTMLElement): Promise<void> {
   const codes = element.querySelectorAll<HTMLElement>("code[data-language]:not([data-done])");
   const formulas = element.querySelectorAll<HTMLElement>(".math:not([data-done])");
   if (codes.length) {
-    const { colour } = await import("./highlight");
+    const { highlight } = await import("./highlight");
     for (const code of codes) {
       code.dataset.done = "";
-      colour(code, code.dataset.language ?? "");
+      highlight(code, code.dataset.language ?? "");
     }
   }
   if (formulas.length) {
@@ -19,10 +19,10 @@ export async function decorate(element: HTMLElement): Promise<void> {
       const source = formula.textContent ?? "";
       try {
         const displayMode = "display" in formula.dataset;
-        // No \href, \includegraphics or \class: what a formula may do is to be seen.
+        // Untrusted: no \href, \includegraphics or \class.
         const mathml = temml.renderToString(source, { displayMode, trust: false, throwOnError: true });
-        // Its style attributes are few, and the Content-Security-Policy allows none, not even in
-        // a text that is about to be cleaned.
+        // The Content-Security-Policy forbids style attributes, even in text that is about to be
+        // sanitized.
         formula.innerHTML = DOMPurify.sanitize(mathml.replace(/ style="[^"]*"/g, ""), {
           USE_PROFILES: { mathMl: true },
         });

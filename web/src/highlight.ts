@@ -18,8 +18,8 @@ const languages = {
 };
 for (const [name, language] of Object.entries(languages)) hljs.registerLanguage(name, language);
 
-/** Its own escaping makes the source inert. A language that isn't here stays plain. */
-export function colour(code: HTMLElement, language: string): void {
+/** highlight.js escapes the source. Code in other languages stays plain. */
+export function highlight(code: HTMLElement, language: string): void {
   if (!hljs.getLanguage(language)) return;
   code.innerHTML = hljs.highlight(code.textContent ?? "", { language }).value;
 }

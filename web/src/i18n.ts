@@ -1,43 +1,43 @@
-/** The page's language: a signal, so that a switch redraws whatever was said. */
+/** The page's language: a signal, so that changing it redraws every text. */
 
 import { computed, effect, signal } from "@preact/signals";
 import { strings, type Strings } from "./strings";
 
 export type Language = keyof typeof strings;
 
-const KEPT = "khaosz.language";
+const STORAGE_KEY = "khaosz.language";
 
-function first(): Language {
-  const kept = localStorage.getItem(KEPT);
-  if (kept === "en" || kept === "zh") return kept;
+function initialLanguage(): Language {
+  const stored = localStorage.getItem(STORAGE_KEY);
+  if (stored === "en" || stored === "zh") return stored;
   return navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
 }
 
-export const language = signal<Language>(first());
+export const language = signal<Language>(initialLanguage());
 
-const words = computed(() => strings[language.value]);
+const texts = computed(() => strings[language.value]);
 
 effect(() => {
   document.documentElement.lang = language.value === "zh" ? "zh-CN" : "en";
 });
 
-export function speak(chosen: Language): void {
-  localStorage.setItem(KEPT, chosen);
-  language.value = chosen;
+export function setLanguage(value: Language): void {
+  localStorage.setItem(STORAGE_KEY, value);
+  language.value = value;
 }
 
-type Simple = { [K in keyof Strings]: Strings[K] extends string ? K : never }[keyof Strings];
+type TextKey = { [K in keyof Strings]: Strings[K] extends string ? K : never }[keyof Strings];
 
-/** A text in the page's language, with `{name}`s filled in. */
-export function t(key: Simple, values: Record<string, string | number> = {}): string {
-  return words.value[key].replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
+/** A text in the page's language, with each `{name}` replaced by its value. */
+export function t(key: TextKey, values: Record<string, string | number> = {}): string {
+  return texts.value[key].replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
 }
 
-export function list<K extends "examples" | "keyHelp">(key: K): Strings[K] {
-  return words.value[key];
+export function list<K extends "examples" | "shortcutList">(key: K): Strings[K] {
+  return texts.value[key];
 }
 
-/** 12,345 as the language writes it. */
+/** A number with the separators of the language, such as 12,345. */
 export function number(value: number, digits = 0): string {
   return value.toLocaleString(language.value, {
     minimumFractionDigits: digits,

@@ -8,8 +8,8 @@ import "./styles/training.css";
 import "./styles/preferences.css";
 import { render } from "preact";
 import { App } from "./app";
-import { begin } from "./chat/state";
+import { connect } from "./chat/state";
 
 render(<App />, document.getElementById("app")!);
 
-await begin();
+await connect();

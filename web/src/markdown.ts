@@ -1,28 +1,28 @@
 /**
- * A model's Markdown as HTML that can do no harm: raw HTML is text, links go only to http, https
- * and mailto, and no image is ever loaded, since fetching one could carry what was read to a
- * stranger (CVE-2025-32711).
+ * A model's Markdown as safe HTML: raw HTML becomes text, links are limited to http, https and
+ * mailto, and images are never loaded, since a request could leak what the model has read
+ * (CVE-2025-32711).
  */
 
 import DOMPurify from "dompurify";
 import { Marked, type Tokens } from "marked";
 import { t } from "./i18n";
 
-function escaped(text: string): string {
+function escapeHtml(text: string): string {
   return text.replace(/[&<>"']/g, (letter) => `&#${letter.charCodeAt(0)};`);
 }
 
-/** Only addresses that a click may open. */
-export function harmless(address: string): string | null {
+/** The URL if it is safe to open, else null. */
+export function safeUrl(text: string): string | null {
   try {
-    const url = new URL(address);
+    const url = new URL(text);
     return ["http:", "https:", "mailto:"].includes(url.protocol) ? url.href : null;
   } catch {
     return null;
   }
 }
 
-// A formula that stands by itself is a block, or a line of it that begins with - would be a list.
+// A formula on its own lines is a block; otherwise a line of it that starts with - would be a list.
 const math = [
   { name: "display", level: "block", start: /^ {0,3}(?:\$\$|\\\[)/m, rule: /^ {0,3}(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n|$)/ },
   { name: "display", level: "inline", start: /\$\$|\\\[/, rule: /^(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])/ },
@@ -33,23 +33,23 @@ const marked = new Marked({
   gfm: true,
   breaks: true,
   renderer: {
-    html: ({ text }: Tokens.HTML | Tokens.Tag) => escaped(text),
+    html: ({ text }: Tokens.HTML | Tokens.Tag) => escapeHtml(text),
     image: ({ href, text }: Tokens.Image) => {
-      const shown = escaped(`[${t("image")}: ${text || href}]`);
-      const address = harmless(href);
-      return address === null ? shown : anchor(address, shown);
+      const label = escapeHtml(`[${t("image")}: ${text || href}]`);
+      const url = safeUrl(href);
+      return url === null ? label : anchor(url, label);
     },
     link({ href, tokens }: Tokens.Link) {
       const inner = this.parser.parseInline(tokens);
-      const address = harmless(href);
-      return address === null ? inner : anchor(address, inner);
+      const url = safeUrl(href);
+      return url === null ? inner : anchor(url, inner);
     },
     code: ({ text, lang }: Tokens.Code) => {
       const name = (lang ?? "").split(/\s/)[0] ?? "";
       return (
-        `<div class="code"><div class="code-head"><span>${escaped(name)}</span>` +
-        `<button type="button" data-copy>${escaped(t("copy"))}</button></div>` +
-        `<pre tabindex="0"><code data-language="${escaped(name)}">${escaped(text)}</code></pre></div>`
+        `<div class="code"><div class="code-head"><span>${escapeHtml(name)}</span>` +
+        `<button type="button" data-copy>${escapeHtml(t("copy"))}</button></div>` +
+        `<pre tabindex="0"><code data-language="${escapeHtml(name)}">${escapeHtml(text)}</code></pre></div>`
       );
     },
     table(token: Tokens.Table) {
@@ -76,30 +76,29 @@ const marked = new Marked({
       return match && body ? { type: `math-${level}-${name}`, raw: match[0], body } : undefined;
     },
     renderer: (token: Tokens.Generic) =>
-      `<span class="math" data-${name}>${escaped(token.body as string)}</span>`,
+      `<span class="math" data-${name}>${escapeHtml(token.body as string)}</span>`,
   })),
 });
 
-function anchor(address: string, inner: string): string {
-  return `<a href="${escaped(address)}" target="_blank" rel="noopener noreferrer nofollow">${inner}</a>`;
+function anchor(url: string, inner: string): string {
+  return `<a href="${escapeHtml(url)}" target="_blank" rel="noopener noreferrer nofollow">${inner}</a>`;
 }
 
 /**
- * The blocks of a text, so that those that are finished need not be drawn again. `known`: those of
- * its beginning, from a moment ago; only the last few of them can still change (a list waits behind
- * white space and a number for its next entry), so a long answer is not read from its start with
- * every token.
+ * The blocks of a text, so that finished ones need not be rendered again. `known` are the blocks of
+ * an earlier prefix of the text. Only the last few of them can still change (a list may continue
+ * after white space and a number), so a long answer is not parsed from its start for every token.
  */
 export function blocks(text: string, known: readonly string[] = []): string[] {
-  const kept = known.slice(0, -4);
-  const begun = kept.join("");
-  if (!begun || !text.startsWith(begun)) return marked.lexer(text).map((token) => token.raw);
-  return [...kept, ...marked.lexer(text.slice(begun.length)).map((token) => token.raw)];
+  const stable = known.slice(0, -4);
+  const prefix = stable.join("");
+  if (!prefix || !text.startsWith(prefix)) return marked.lexer(text).map((token) => token.raw);
+  return [...stable, ...marked.lexer(text.slice(prefix.length)).map((token) => token.raw)];
 }
 
 export function toHtml(text: string): string {
   const html = marked.parse(text, { async: false });
-  // A second wall: what the renderer lets through by mistake is taken out here.
+  // Second line of defence, should the renderer let something through.
   return DOMPurify.sanitize(html, {
     ALLOWED_TAGS: [
       "a", "b", "blockquote", "br", "button", "code", "del", "div", "em", "h1", "h2", "h3", "h4",

@@ -1,4 +1,4 @@
-/** What browsers give only to pages they call secure: this one may be read over plain http. */
+/** Replacements for APIs that browsers restrict to secure contexts; the page also works over http. */
 
 export function uuid(): string {
   const bytes = crypto.getRandomValues(new Uint8Array(16));

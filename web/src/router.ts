@@ -1,4 +1,4 @@
-/** Views by the part behind #: /chat/ID, /documents, ... */
+/** Routes in the URL fragment: #/chat/ID, #/documents, ... */
 
 import { signal } from "@preact/signals";
 
@@ -7,7 +7,7 @@ export interface Route {
   id: string | null;
 }
 
-/** An address may have been cut short, or written by hand: then it is taken as it is. */
+/** A truncated or hand-written address may be malformed; it is then used as is. */
 export function decoded(text: string): string {
   try {
     return decodeURIComponent(text);
@@ -35,7 +35,7 @@ export function go(view: string, id?: string): void {
   location.hash = href(view, id);
 }
 
-/** The same place under another name, without a step in the history. */
+/** Change the address of the current view without a history entry. */
 export function rename(view: string, id: string): void {
   history.replaceState(null, "", href(view, id));
   route.value = { view, id };

@@ -1,19 +1,19 @@
 import { useSignal } from "@preact/signals";
-import { met } from "./api";
-import { importAll } from "./chat/keeping";
+import { connected } from "./api";
+import { importAll } from "./chat/persistence";
 import { explain } from "./chat/state";
-import { language, list, speak, t, type Language } from "./i18n";
-import { keeper } from "./keep";
+import { language, list, setLanguage, t, type Language } from "./i18n";
+import { conversationStorage } from "./conversationStorage";
 import { theme, type Theme } from "./theme";
 
 export function SettingsView() {
-  const told = useSignal("");
+  const status = useSignal("");
   const save = async () => {
     let text: string;
     try {
-      text = JSON.stringify({ conversations: await keeper().all() }, null, 1);
+      text = JSON.stringify({ conversations: await conversationStorage().all() }, null, 1);
     } catch (error) {
-      told.value = explain(error);
+      status.value = explain(error);
       return;
     }
     const link = document.createElement("a");
@@ -28,9 +28,9 @@ export function SettingsView() {
     input.value = "";
     if (!file) return;
     try {
-      told.value = t("imported", { n: await importAll(await file.text()) });
+      status.value = t("imported", { n: await importAll(await file.text()) });
     } catch (error) {
-      told.value = error instanceof SyntaxError ? t("importFailed") : explain(error);
+      status.value = error instanceof SyntaxError ? t("importFailed") : explain(error);
     }
   };
   return (
@@ -43,7 +43,7 @@ export function SettingsView() {
           ["en", "English"],
           ["zh", "中文"],
         ]}
-        onChoose={(value) => speak(value as Language)}
+        onChoose={(value) => setLanguage(value as Language)}
       />
       <Choice
         label={t("theme")}
@@ -57,18 +57,18 @@ export function SettingsView() {
       />
       <h2>{t("conversations")}</h2>
       <div class="row">
-        <button type="button" disabled={!met.value} onClick={() => void save()}>
+        <button type="button" disabled={!connected.value} onClick={() => void save()}>
           {t("exportAll")}
         </button>
         <label class="button">
           {t("importFile")}
-          <input class="sr-only" type="file" accept="application/json,.json" disabled={!met.value} onChange={load} />
+          <input class="sr-only" type="file" accept="application/json,.json" disabled={!connected.value} onChange={load} />
         </label>
-        <span role="status">{told.value}</span>
+        <span role="status">{status.value}</span>
       </div>
-      <h2>{t("keys")}</h2>
+      <h2>{t("shortcuts")}</h2>
       <Keys />
-      <p class="note">{t("local")}</p>
+      <p class="note">{t("localOnly")}</p>
     </div>
   );
 }
@@ -76,7 +76,7 @@ export function SettingsView() {
 export function Keys() {
   return (
     <dl class="keys">
-      {list("keyHelp").map(([key, what]) => (
+      {list("shortcutList").map(([key, what]) => (
         <div key={key}>
           <dt>
             {key!.split(" ").map((each) => (

@@ -1,28 +1,28 @@
-/** Server-sent events out of bytes that may be cut anywhere, also amid a character. */
+/** Parser of server-sent events; chunks may end anywhere, also within a UTF-8 character. */
 
 export async function* events(body: ReadableStream<Uint8Array>): AsyncGenerator<string> {
   const reader = body.getReader();
   const decoder = new TextDecoder();
-  let held = "";
+  let buffer = "";
   try {
     for (;;) {
       const { value, done } = await reader.read();
-      held += done ? decoder.decode() : decoder.decode(value, { stream: true });
-      // An event ends with a blank line, whichever of the three line ends is used.
-      const parts = held.split(/\r\n\r\n|\n\n|\r\r/);
-      held = parts.pop() ?? "";
+      buffer += done ? decoder.decode() : decoder.decode(value, { stream: true });
+      // An event ends with a blank line, with any of the three line endings.
+      const parts = buffer.split(/\r\n\r\n|\n\n|\r\r/);
+      buffer = parts.pop() ?? "";
       for (const part of parts) {
         const data = dataOf(part);
         if (data !== null) yield data;
       }
       if (done) {
-        const data = dataOf(held);
+        const data = dataOf(buffer);
         if (data !== null) yield data;
         return;
       }
     }
   } finally {
-    // Also when whoever reads leaves: the server then frees the place.
+    // Also when the consumer stops early: the server then stops generating.
     await reader.cancel().catch(() => undefined);
   }
 }

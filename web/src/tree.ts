@@ -1,4 +1,4 @@
-/** A conversation is a tree: to edit a message or to answer again adds a sibling. */
+/** A conversation is a tree: editing a message or regenerating an answer adds a sibling. */
 
 import type { Citation, Retrieval } from "./api";
 import { uuid } from "./platform";
@@ -26,27 +26,27 @@ export interface Settings {
   stop?: string[];
 }
 
-/** What a conversation has beside its messages. */
-export interface Head {
+/** The fields of a conversation beside its messages. */
+export interface Metadata {
   title: string;
   system: string | null;
   settings: Settings;
   knowledge_base: string | null;
 }
 
-export interface Conversation extends Head {
+export interface Conversation extends Metadata {
   id: string;
   nodes: Node[];
   selected: string | null;
   revision?: number;
-  /** How `revision` had it: what differs from that was changed in this window. */
-  base?: Head;
+  /** The metadata of `revision`: differences from it are changes of this window. */
+  base?: Metadata;
 }
 
-/** As it is kept: what is changed from now on is told from what was changed elsewhere. */
-export function based(kept: Conversation): Conversation {
-  const { title, system, settings, knowledge_base } = kept;
-  return { ...kept, base: { title, system, settings, knowledge_base } };
+/** Record the stored metadata as the base that later changes of this window are compared with. */
+export function withBase(stored: Conversation): Conversation {
+  const { title, system, settings, knowledge_base } = stored;
+  return { ...stored, base: { title, system, settings, knowledge_base } };
 }
 
 export function newConversation(): Conversation {
@@ -81,30 +81,30 @@ export function newNode(
   };
 }
 
-/** Messages from the first to the one that is selected. */
+/** Messages from the root to the selected one; ends at a missing parent or a cycle. */
 export function path(conversation: Conversation): Node[] {
   const byId = new Map(conversation.nodes.map((node) => [node.id, node]));
-  const found: Node[] = [];
-  let at = conversation.selected;
-  while (at !== null) {
-    const node = byId.get(at);
-    if (node === undefined || found.includes(node)) break;
-    found.unshift(node);
-    at = node.parent;
+  const nodes: Node[] = [];
+  let id = conversation.selected;
+  while (id !== null) {
+    const node = byId.get(id);
+    if (node === undefined || nodes.includes(node)) break;
+    nodes.unshift(node);
+    id = node.parent;
   }
-  return found;
+  return nodes;
 }
 
 export function siblings(conversation: Conversation, node: Node): Node[] {
   return conversation.nodes.filter((each) => each.parent === node.parent);
 }
 
-/** The newest leaf below a message, itself where nothing is below it. */
+/** The newest leaf below a message, or the message itself if it is a leaf. */
 export function leafBelow(conversation: Conversation, id: string): string {
   for (;;) {
-    const below = conversation.nodes.findLast((node) => node.parent === id);
-    if (below === undefined) return id;
-    id = below.id;
+    const child = conversation.nodes.findLast((node) => node.parent === id);
+    if (child === undefined) return id;
+    id = child.id;
   }
 }
 
@@ -112,7 +112,7 @@ export function withNode(conversation: Conversation, node: Node): Conversation {
   return { ...conversation, nodes: [...conversation.nodes, node], selected: node.id };
 }
 
-export function changed(
+export function updateNode(
   conversation: Conversation,
   id: string,
   change: Partial<Node>,
@@ -121,29 +121,31 @@ export function changed(
   return { ...conversation, nodes };
 }
 
-/** What two windows made of one conversation: the messages of both and the changes of both, those
- * of this window where they meet, shown as it was here. */
-export function merged(ours: Conversation, theirs: Conversation): Conversation {
-  const own = new Map(ours.nodes.map((node) => [node.id, node]));
-  const known = new Set(theirs.nodes.map((node) => node.id));
-  const nodes = theirs.nodes.map((node) => further(own.get(node.id) ?? node, node));
-  nodes.push(...ours.nodes.filter((node) => !known.has(node.id)));
-  const head = based(theirs);
+/**
+ * Merge the states of two windows: the messages of both and the metadata changes of both. This
+ * window's change wins a conflict, and its selection is preserved.
+ */
+export function merge(ours: Conversation, theirs: Conversation): Conversation {
+  const ourNodes = new Map(ours.nodes.map((node) => [node.id, node]));
+  const theirIds = new Set(theirs.nodes.map((node) => node.id));
+  const nodes = theirs.nodes.map((node) => moreComplete(ourNodes.get(node.id) ?? node, node));
+  nodes.push(...ours.nodes.filter((node) => !theirIds.has(node.id)));
   const { base } = ours;
-  const mine = (name: keyof Head) => JSON.stringify(ours[name]) !== JSON.stringify(base?.[name]);
-  const changes = (["title", "system", "settings", "knowledge_base"] as const).filter(mine);
-  const kept = Object.fromEntries(changes.map((name) => [name, ours[name]]));
-  return { ...head, ...kept, nodes, selected: ours.selected };
+  const isChanged = (name: keyof Metadata) =>
+    JSON.stringify(ours[name]) !== JSON.stringify(base?.[name]);
+  const names = (["title", "system", "settings", "knowledge_base"] as const).filter(isChanged);
+  const changes = Object.fromEntries(names.map((name) => [name, ours[name]]));
+  return { ...withBase(theirs), ...changes, nodes, selected: ours.selected };
 }
 
-/** A message is written in one window; the other may have it as it was while it came. */
-function further(ours: Node, theirs: Node): Node {
-  const [here, there] = [ours, theirs].map((node) => node.finish_reason !== null);
-  if (here !== there) return here ? ours : theirs;
-  return written(ours) >= written(theirs) ? ours : theirs;
+/** A message is generated in one window; the other may have an earlier state of it. */
+function moreComplete(ours: Node, theirs: Node): Node {
+  const [oursFinished, theirsFinished] = [ours, theirs].map((node) => node.finish_reason !== null);
+  if (oursFinished !== theirsFinished) return oursFinished ? ours : theirs;
+  return textLength(ours) >= textLength(theirs) ? ours : theirs;
 }
 
-function written(node: Node): number {
+function textLength(node: Node): number {
   return node.content.length + (node.reasoning?.length ?? 0);
 }
 
@@ -151,23 +153,23 @@ export function isEmpty(node: Node): boolean {
   return !node.content && !node.reasoning;
 }
 
-/** Without a message and what is below it; the selection moves to what is left. */
+/** Remove a message and its descendants; the selection moves to a remaining message. */
 export function without(conversation: Conversation, id: string): Conversation {
-  const gone = new Set([id]);
-  // Children come after their parents.
+  const removed = new Set([id]);
+  // Children follow their parents in the list.
   for (const node of conversation.nodes) {
-    if (node.parent !== null && gone.has(node.parent)) gone.add(node.id);
+    if (node.parent !== null && removed.has(node.parent)) removed.add(node.id);
   }
   const parent = conversation.nodes.find((node) => node.id === id)?.parent ?? null;
-  const nodes = conversation.nodes.filter((node) => !gone.has(node.id));
-  const left = { ...conversation, nodes };
-  if (conversation.selected === null || !gone.has(conversation.selected)) return left;
-  const beside = nodes.findLast((node) => node.parent === parent);
-  return { ...left, selected: beside ? leafBelow(left, beside.id) : parent };
+  const nodes = conversation.nodes.filter((node) => !removed.has(node.id));
+  const rest = { ...conversation, nodes };
+  if (conversation.selected === null || !removed.has(conversation.selected)) return rest;
+  const sibling = nodes.findLast((node) => node.parent === parent);
+  return { ...rest, selected: sibling ? leafBelow(rest, sibling.id) : parent };
 }
 
 export function titleOf(text: string): string {
   const line = text.trim().split("\n")[0] ?? "";
-  const letters = [...line];
-  return letters.length > 40 ? `${letters.slice(0, 40).join("")}…` : line;
+  const characters = [...line];
+  return characters.length > 40 ? `${characters.slice(0, 40).join("")}…` : line;
 }

@@ -1,33 +1,33 @@
 import { expect, test } from "vitest";
 import {
-  add, complete, move, placeOf, promptsOf, put, toggleTie, without, type Ranking,
+  add, isComplete, move, rankOf, promptsOf, put, toggleTie, without, type Ranking,
 } from "../src/preferences/ranking"; // prettier-ignore
 
-test("answers are ranked one after the other, and the last by itself", () => {
-  let made: Ranking = add([], 2, 4);
-  expect(made).toEqual([[2]]);
-  expect(add(made, 2, 4)).toBe(made);
-  made = add(made, 0, 4, true);
-  expect(made).toEqual([[2, 0]]);
-  expect(complete(made, 4)).toBe(false);
-  made = add(made, 3, 4);
-  expect(made).toEqual([[2, 0], [3], [1]]);
-  expect(complete(made, 4)).toBe(true);
-  expect([0, 1, 2, 3].map((i) => placeOf(made, i))).toEqual([1, 4, 1, 3]);
+test("answers are ranked in turn, and the last one automatically", () => {
+  let ranking: Ranking = add([], 2, 4);
+  expect(ranking).toEqual([[2]]);
+  expect(add(ranking, 2, 4)).toBe(ranking);
+  ranking = add(ranking, 0, 4, true);
+  expect(ranking).toEqual([[2, 0]]);
+  expect(isComplete(ranking, 4)).toBe(false);
+  ranking = add(ranking, 3, 4);
+  expect(ranking).toEqual([[2, 0], [3], [1]]);
+  expect(isComplete(ranking, 4)).toBe(true);
+  expect([0, 1, 2, 3].map((i) => rankOf(ranking, i))).toEqual([1, 4, 1, 3]);
   expect(add([], 1, 2)).toEqual([[1], [0]]);
-  expect(add([], 1, 2, true)).toEqual([[1], [0]]); // there is nothing to be equal to
+  expect(add([], 1, 2, true)).toEqual([[1], [0]]); // no answer to tie with
 });
 
-test("nothing is learnt where all are equal", () => {
-  expect(complete([[0, 1]], 2)).toBe(false);
-  expect(placeOf([[0]], 1)).toBeNull();
+test("a ranking with all answers tied is incomplete", () => {
+  expect(isComplete([[0, 1]], 2)).toBe(false);
+  expect(rankOf([[0]], 1)).toBeNull();
 });
 
-test("ties are made and undone", () => {
+test("ties are added and removed", () => {
   expect(toggleTie([[0], [1], [2]], 1)).toEqual([[0], [1, 2]]);
   expect(toggleTie([[0], [1, 2]], 1)).toEqual([[0], [1], [2]]);
   expect(toggleTie([[0, 3], [1, 2]], 1)).toEqual([[0, 3, 1, 2]]);
-  expect(toggleTie([[0], [1]], 1)).toEqual([[0], [1]]); // nothing behind the last
+  expect(toggleTie([[0], [1]], 1)).toEqual([[0], [1]]); // no answer after the last
 });
 
 test("answers are dragged and moved", () => {
@@ -41,7 +41,7 @@ test("answers are dragged and moved", () => {
   expect(without([[0], [1, 2]], 0)).toEqual([[1, 2]]);
 });
 
-test("prompts are found in files of every layout", () => {
+test("prompts are read from files of every layout", () => {
   expect(promptsOf("你是谁？\r\n\n  \nWho?\n")).toEqual(["你是谁？", "Who?"]);
   const lines = [
     { prompt: "a" },

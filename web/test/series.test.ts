@@ -1,6 +1,6 @@
 import { expect, test } from "vitest";
 import {
-  differing, joined, nearest, panels, points, scale, shown, smoothed, type Row,
+  differences, appendRows, nearest, panels, points, scale, formatNumber, smoothed, type Row,
 } from "../src/training/series"; // prettier-ignore
 
 const rows: Row[] = [
@@ -9,7 +9,7 @@ const rows: Row[] = [
   { step: 3, tokens: 30, loss: 2, lr: 0.05, val_bits_per_byte_zh: 1, val_bits_per_byte_en: 3, odd: 1 },
 ];
 
-test("metrics make charts, the important ones first", () => {
+test("charts are sorted by importance", () => {
   expect(panels(rows)).toEqual([
     { metric: "loss", lines: ["loss", "val_loss"] },
     {
@@ -23,80 +23,80 @@ test("metrics make charts, the important ones first", () => {
   ]);
 });
 
-test("what is not a number leaves a gap", () => {
+test("values that are not numbers leave gaps", () => {
   expect(points(rows, "loss", "tokens")).toEqual([
     { x: 10, y: 4, step: 1 },
     { x: 30, y: 2, step: 3 },
   ]);
 });
 
-test("smoothing begins at the first value and keeps a constant", () => {
-  const given = [3, 3, 3].map((y, x) => ({ x, y, step: x }));
-  for (const { y } of smoothed(given, 0.9)) expect(y).toBeCloseTo(3, 12);
+test("smoothing starts at the first value and preserves constants", () => {
+  const constant = [3, 3, 3].map((y, x) => ({ x, y, step: x }));
+  for (const { y } of smoothed(constant, 0.9)) expect(y).toBeCloseTo(3, 12);
   const rising = [0, 1].map((y, x) => ({ x, y, step: x }));
   // (0.5 * 0 + 0.5 * 1) / (1 - 0.25)
   expect(smoothed(rising, 0.5).map((each) => each.y)).toEqual([0, 0.5 / 0.75]);
   expect(smoothed(rising, 0)).toBe(rising);
 });
 
-test("the nearest point is found", () => {
-  const given = [1, 4, 9].map((x) => ({ x, y: 0, step: x }));
-  for (const [x, found] of [[-5, 1], [2, 1], [3, 4], [6.4, 4], [7, 9], [99, 9]] as const) {
-    expect(nearest(given, x)?.x).toBe(found);
+test("nearest point", () => {
+  const squares = [1, 4, 9].map((x) => ({ x, y: 0, step: x }));
+  for (const [x, expected] of [[-5, 1], [2, 1], [3, 4], [6.4, 4], [7, 9], [99, 9]] as const) {
+    expect(nearest(squares, x)?.x).toBe(expected);
   }
   expect(nearest([], 1)).toBeNull();
 });
 
-test("scales hold their values and have round ticks", () => {
+test("scales cover their values with round ticks", () => {
   for (const values of [[0.93, 6.2], [1e-5, 3e-4], [-3, 7], [5], [0], [1e6, 1e6 + 1], [-2, -2]]) {
-    const made = scale(values, 4);
+    const result = scale(values, 4);
     for (const value of values) {
-      expect(made.at(value)).toBeGreaterThanOrEqual(0);
-      expect(made.at(value)).toBeLessThanOrEqual(1);
+      expect(result.at(value)).toBeGreaterThanOrEqual(0);
+      expect(result.at(value)).toBeLessThanOrEqual(1);
     }
-    expect(made.ticks.length).toBeGreaterThan(1);
-    expect(made.ticks.length).toBeLessThan(9);
+    expect(result.ticks.length).toBeGreaterThan(1);
+    expect(result.ticks.length).toBeLessThan(9);
   }
   expect(scale([0.93, 6.2], 4).ticks).toEqual([0, 2, 4, 6, 8]);
   expect(scale([], 4).ticks.length).toBeGreaterThan(1);
 });
 
-test("a logarithmic scale leaves out what has no logarithm", () => {
-  const made = scale([0, -1, 0.01, 100], 4, true);
-  expect([made.at(0.01), made.at(1), made.at(100)]).toEqual([0, 0.5, 1]);
-  expect(made.ticks).toEqual([0.01, 0.1, 1, 10, 100]);
+test("a logarithmic scale ignores values without a logarithm", () => {
+  const result = scale([0, -1, 0.01, 100], 4, true);
+  expect([result.at(0.01), result.at(1), result.at(100)]).toEqual([0, 0.5, 1]);
+  expect(result.ticks).toEqual([0.01, 0.1, 1, 10, 100]);
   for (const values of [[2.1, 2.9], [3], [], [0]]) {
     expect(scale(values, 4, true).ticks.length).toBeGreaterThan(1);
   }
 });
 
-test("numbers are as long as they need to be", () => {
-  expect([0, 2.34567, 0.00012, 12345.6, 1e9, -0.5, 1e-5].map((value) => shown(value))).toEqual([
+test("numbers are formatted by their magnitude", () => {
+  expect([0, 2.34567, 0.00012, 12345.6, 1e9, -0.5, 1e-5].map((value) => formatNumber(value))).toEqual([
     "0", "2.346", "1.2e-4", "12,346", "1e+9", "-0.5", "1e-5",
   ]); // prettier-ignore
 });
 
-test("new rows come behind, and those of a run begun again take the place of the old", () => {
-  const steps = (...given: number[]) => given.map((step) => ({ step }));
-  expect(joined(steps(1, 2), steps(3, 4))).toEqual(steps(1, 2, 3, 4));
-  expect(joined(steps(1, 2, 3, 4), steps(3, 5))).toEqual(steps(1, 2, 3, 5));
-  expect(joined(steps(1), [])).toEqual(steps(1));
+test("new rows are appended, and rows of a restarted run replace the old ones", () => {
+  const steps = (...numbers: number[]) => numbers.map((step) => ({ step }));
+  expect(appendRows(steps(1, 2), steps(3, 4))).toEqual(steps(1, 2, 3, 4));
+  expect(appendRows(steps(1, 2, 3, 4), steps(3, 5))).toEqual(steps(1, 2, 3, 5));
+  expect(appendRows(steps(1), [])).toEqual(steps(1));
 });
 
-test("configurations are compared by their leaves", () => {
+test("configurations are compared by their leaf values", () => {
   const a = { lr: 0.1, model: { heads: 2 }, mix: null, list: [1, 2], same: "x" };
   const b = { lr: 0.2, model: { heads: 2, more: true }, mix: null, list: [1, 2], same: "x" };
-  expect(differing([a, b])).toEqual([
+  expect(differences([a, b])).toEqual([
     ["lr", ["0.1", "0.2"]],
     ["model.more", [undefined, "true"]],
   ]);
-  expect(differing([a, b], true).map(([key]) => key)).toEqual([
+  expect(differences([a, b], true).map(([key]) => key)).toEqual([
     "list", "lr", "mix", "model.heads", "model.more", "same",
   ]); // prettier-ignore
-  expect(differing([null])).toEqual([]);
+  expect(differences([null])).toEqual([]);
 });
 
-test("values that differ by their rounding alone have a scale", () => {
+test("values that differ only by rounding have a scale", () => {
   for (const [a, b] of [[1 / 3, 1 / 3 + 5.6e-17], [0.1, 0.1 + 1.4e-17], [-1e300, -1e300 * (1 - 1e-15)]]) {
     for (const log of [false, true]) {
       const { ticks, at } = scale([a!, b!], 4, log);

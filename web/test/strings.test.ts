@@ -2,20 +2,20 @@ import { expect, test } from "vitest";
 import { strings } from "../src/strings";
 
 const { en, zh } = strings;
-const holes = (text: string) => (text.match(/\{\w+\}/g) ?? []).sort();
+const placeholders = (text: string) => (text.match(/\{\w+\}/g) ?? []).sort();
 
-test("both languages say everything, with the same holes to fill", () => {
+test("both languages have all texts, with the same placeholders", () => {
   expect(Object.keys(zh)).toEqual(Object.keys(en));
   for (const key of Object.keys(en) as (keyof typeof en)[]) {
-    const [ours, theirs] = [en[key], zh[key]];
-    if (typeof ours === "string") {
-      expect(ours.trim(), key).not.toBe("");
-      expect(holes(theirs as string), key).toEqual(holes(ours));
-    } else expect(theirs, key).toHaveLength(ours.length);
+    const [english, chinese] = [en[key], zh[key]];
+    if (typeof english === "string") {
+      expect(english.trim(), key).not.toBe("");
+      expect(placeholders(chinese as string), key).toEqual(placeholders(english));
+    } else expect(chinese, key).toHaveLength(english.length);
   }
 });
 
-test("Chinese is Chinese", () => {
+test("Chinese texts are translated", () => {
   const same = Object.keys(en).filter((key) => en[key as "chat"] === zh[key as "chat"]);
   expect(same).toEqual(["topP"]);
 });

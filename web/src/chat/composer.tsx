@@ -1,44 +1,46 @@
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { offers } from "../api";
+import { features } from "../api";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
-import { send } from "./asking";
-import { update } from "./keeping";
-import { answering, bases, choose, current, filled, free, model, models, stop } from "./state";
+import { send } from "./generation";
+import { update } from "./persistence";
+import {
+  canGenerate, contextTokens, current, generating, knowledgeBases, model, models, selectModel, stop,
+} from "./state"; // prettier-ignore
 
 /**
- * Whether a key is the input method's. While it composes, Enter takes a candidate; Safari sends
- * that keydown after the composition has ended, with the code 229 that all browsers give such keys.
+ * Whether a key belongs to an input method. While composing, Enter accepts a candidate; Safari sends
+ * that keydown after the composition has ended, with key code 229 as in all browsers.
  */
-export function composing(event: KeyboardEvent): boolean {
+export function isComposing(event: KeyboardEvent): boolean {
   return event.isComposing || event.keyCode === 229;
 }
 
-const text = signal(""); // outlives a look at another view
+const text = signal(""); // a draft outlives a visit to another view
 
-export function Composer(props: { onTune: () => void }) {
+export function Composer(props: { onSettings: () => void }) {
   const area = useRef<HTMLTextAreaElement>(null);
-  const fit = () => {
+  const fitHeight = () => {
     const { current: element } = area;
     if (element === null) return;
     element.style.height = "auto";
     element.style.height = `${Math.min(element.scrollHeight, innerHeight * 0.4)}px`;
   };
-  useEffect(fit, [text.value]);
+  useEffect(fitHeight, [text.value]);
   useEffect(() => {
-    // On a phone the keyboard would come up over what is to be read.
+    // On a phone, focus would open the keyboard over the conversation.
     if (matchMedia("(hover: hover)").matches) area.current?.focus();
   }, [current.value.id]);
   const submit = (event?: Event) => {
     event?.preventDefault();
-    if (!text.value.trim() || !free.value) return;
+    if (!text.value.trim() || !canGenerate.value) return;
     const message = text.value.trim();
     text.value = "";
     void send(message);
   };
   const onKeyDown = (event: KeyboardEvent) => {
-    if (event.key === "Enter" && !event.shiftKey && !composing(event)) submit(event);
+    if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) submit(event);
   };
   const chats = models.value.filter((each) => each.kind === "chat");
   const limit = model.value?.context ?? null;
@@ -49,8 +51,8 @@ export function Composer(props: { onTune: () => void }) {
         ref={area}
         rows={1}
         value={text.value}
-        placeholder={t("placeholder")}
-        aria-label={t("placeholder")}
+        placeholder={t("message")}
+        aria-label={t("message")}
         onInput={(event) => (text.value = event.currentTarget.value)}
         onKeyDown={onKeyDown}
       />
@@ -59,7 +61,7 @@ export function Composer(props: { onTune: () => void }) {
           <span class="sr-only">{t("model")}</span>
           <select
             value={model.value?.id ?? ""}
-            onChange={(event) => choose(event.currentTarget.value)}
+            onChange={(event) => selectModel(event.currentTarget.value)}
           >
             {!chats.length && <option value="">{t("noModel")}</option>}
             {chats.map((each) => (
@@ -69,15 +71,15 @@ export function Composer(props: { onTune: () => void }) {
             ))}
           </select>
         </label>
-        {offers.value.bases && (
+        {features.value.knowledgeBases && (
           <label class="picker">
-            <span class="sr-only">{t("knowledge")}</span>
+            <span class="sr-only">{t("knowledgeBase")}</span>
             <select
               value={current.value.knowledge_base ?? ""}
               onChange={(event) => update({ knowledge_base: event.currentTarget.value || null })}
             >
-              <option value="">{t("noKnowledge")}</option>
-              {bases.value.map((base) => (
+              <option value="">{t("noKnowledgeBase")}</option>
+              {knowledgeBases.value.map((base) => (
                 <option key={base.id} value={base.id}>
                   {base.id}
                 </option>
@@ -85,12 +87,12 @@ export function Composer(props: { onTune: () => void }) {
             </select>
           </label>
         )}
-        <button type="button" class="quiet" aria-label={t("sampling")} title={t("sampling")} onClick={props.onTune}>
+        <button type="button" class="quiet" aria-label={t("chatSettings")} title={t("chatSettings")} onClick={props.onSettings}>
           <Icon name="tune" />
         </button>
-        {limit !== null && filled.value !== null && <Meter used={filled.value} limit={limit} />}
+        {limit !== null && contextTokens.value !== null && <Meter used={contextTokens.value} limit={limit} />}
         <span class="grow" />
-        {answering.value ? (
+        {generating.value ? (
           <button type="button" class="round" aria-label={t("stop")} title={t("stop")} onClick={stop}>
             <Icon name="stop" />
           </button>
@@ -100,7 +102,7 @@ export function Composer(props: { onTune: () => void }) {
             class="round"
             aria-label={t("send")}
             title={t("send")}
-            disabled={!text.value.trim() || !free.value}
+            disabled={!text.value.trim() || !canGenerate.value}
           >
             <Icon name="send" />
           </button>
@@ -111,7 +113,7 @@ export function Composer(props: { onTune: () => void }) {
 }
 
 function Meter(props: { used: number; limit: number }) {
-  const label = t("context", { n: number(props.used), of: number(props.limit) });
+  const label = t("contextUsed", { n: number(props.used), of: number(props.limit) });
   return (
     <span class="meter" title={label}>
       <meter min={0} max={props.limit} high={0.85 * props.limit} value={props.used} aria-label={label} />

@@ -3,16 +3,16 @@ import { useEffect } from "preact/hooks";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
 import { t } from "../i18n";
-import type { Listed } from "../keep";
+import type { Listed } from "../conversationStorage";
 import { href } from "../router";
-import { remove, retitle, startAnew } from "./keeping";
+import { remove, retitle, startNewChat } from "./persistence";
 import { conversations, current, refreshList, search } from "./state";
 
-export function History(props: { onGo: () => void }) {
-  const asked = useSignal<{ what: "rename" | "delete"; of: Listed } | null>(null);
+export function History(props: { onNavigate: () => void }) {
+  const dialog = useSignal<{ action: "rename" | "delete"; item: Listed } | null>(null);
   useEffect(() => {
-    const wait = setTimeout(() => void refreshList().catch(() => undefined), 150);
-    return () => clearTimeout(wait);
+    const timer = setTimeout(() => void refreshList().catch(() => undefined), 150);
+    return () => clearTimeout(timer);
   }, [search.value]);
   return (
     <section class="history" aria-label={t("conversations")}>
@@ -20,8 +20,8 @@ export function History(props: { onGo: () => void }) {
         type="button"
         class="new"
         onClick={() => {
-          startAnew();
-          props.onGo();
+          startNewChat();
+          props.onNavigate();
         }}
       >
         <Icon name="plus" /> {t("newChat")}
@@ -32,13 +32,13 @@ export function History(props: { onGo: () => void }) {
         <input
           type="search"
           placeholder={t("searchChats")}
-          maxLength={256} // as the server takes; a list that it refused would show what was there
+          maxLength={256} // the server's limit; a longer query would be rejected
           value={search.value}
           onInput={(event) => (search.value = event.currentTarget.value)}
         />
       </label>
       {!conversations.value.length && (
-        <p class="note">{t(search.value ? "nothingFound" : "noChats")}</p>
+        <p class="note">{t(search.value ? "noResults" : "noChats")}</p>
       )}
       <ul>
         {conversations.value.map((each) => (
@@ -46,7 +46,7 @@ export function History(props: { onGo: () => void }) {
             <a
               href={href("chat", each.id)}
               aria-current={each.id === current.value.id ? "page" : undefined}
-              onClick={props.onGo}
+              onClick={props.onNavigate}
             >
               <span>{each.title || t("newChat")}</span>
               {each.snippet && <small>{each.snippet}</small>}
@@ -56,7 +56,7 @@ export function History(props: { onGo: () => void }) {
               class="quiet"
               aria-label={`${t("rename")}: ${each.title}`}
               title={t("rename")}
-              onClick={() => (asked.value = { what: "rename", of: each })}
+              onClick={() => (dialog.value = { action: "rename", item: each })}
             >
               <Icon name="edit" />
             </button>
@@ -65,31 +65,31 @@ export function History(props: { onGo: () => void }) {
               class="quiet"
               aria-label={`${t("delete")}: ${each.title}`}
               title={t("delete")}
-              onClick={() => (asked.value = { what: "delete", of: each })}
+              onClick={() => (dialog.value = { action: "delete", item: each })}
             >
               <Icon name="trash" />
             </button>
           </li>
         ))}
       </ul>
-      {asked.value && <Ask {...asked.value} onClose={() => (asked.value = null)} />}
+      {dialog.value && <EditDialog {...dialog.value} onClose={() => (dialog.value = null)} />}
     </section>
   );
 }
 
-function Ask(props: { what: "rename" | "delete"; of: Listed; onClose: () => void }) {
-  const { what, of } = props;
-  const title = useSignal(of.title);
+function EditDialog(props: { action: "rename" | "delete"; item: Listed; onClose: () => void }) {
+  const { action, item } = props;
+  const title = useSignal(item.title);
   const submit = (event: Event) => {
     event.preventDefault();
     props.onClose();
-    void (what === "delete" ? remove(of.id) : retitle(of.id, title.value.trim()));
+    void (action === "delete" ? remove(item.id) : retitle(item.id, title.value.trim()));
   };
   return (
-    <Dialog title={t(what === "delete" ? "deleteChat" : "rename")} onClose={props.onClose}>
+    <Dialog title={t(action === "delete" ? "deleteChat" : "rename")} onClose={props.onClose}>
       <form class="form" onSubmit={submit}>
-        {what === "delete" ? (
-          <p>{of.title}</p>
+        {action === "delete" ? (
+          <p>{item.title}</p>
         ) : (
           <input
             aria-label={t("rename")}
@@ -102,8 +102,8 @@ function Ask(props: { what: "rename" | "delete"; of: Listed; onClose: () => void
           <button type="button" onClick={props.onClose}>
             {t("cancel")}
           </button>
-          <button type="submit" class={what === "delete" ? "danger" : "primary"}>
-            {t(what === "delete" ? "delete" : "save")}
+          <button type="submit" class={action === "delete" ? "danger" : "primary"}>
+            {t(action === "delete" ? "delete" : "save")}
           </button>
         </div>
       </form>

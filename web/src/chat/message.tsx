@@ -3,14 +3,14 @@ import { useLayoutEffect, useRef } from "preact/hooks";
 import type { Citation, Hit } from "../api";
 import { Icon } from "../components/icons";
 import { Markdown } from "../components/markdown";
-import { Inspector, place, SourcePanel } from "../components/sources";
+import { Inspector, sourceLabel, SourcePanel } from "../components/sources";
 import { number, t } from "../i18n";
 import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
-import { edit, regenerate } from "./asking";
-import { composing } from "./composer";
-import { select } from "./keeping";
-import { current, free, running, usage } from "./state";
+import { edit, regenerate } from "./generation";
+import { isComposing } from "./composer";
+import { select } from "./persistence";
+import { canGenerate, current, running, usage } from "./state";
 
 export function Message(props: { node: Node }) {
   const { node } = props;
@@ -55,12 +55,12 @@ function Editor(props: { node: Node; onDone: () => void }) {
   const submit = (event: Event) => {
     event.preventDefault();
     const text = area.current?.value.trim();
-    if (!text || !free.value) return;
+    if (!text || !canGenerate.value) return;
     props.onDone();
     void edit(props.node, text);
   };
   const onKeyDown = (event: KeyboardEvent) => {
-    if (composing(event)) return;
+    if (isComposing(event)) return;
     if (event.key === "Enter" && !event.shiftKey) submit(event);
     if (event.key === "Escape") props.onDone();
   };
@@ -73,7 +73,7 @@ function Editor(props: { node: Node; onDone: () => void }) {
         <button type="button" onClick={props.onDone}>
           {t("cancel")}
         </button>
-        <button type="submit" class="primary" disabled={!free.value}>
+        <button type="submit" class="primary" disabled={!canGenerate.value}>
           {t("send")}
         </button>
       </div>
@@ -83,28 +83,28 @@ function Editor(props: { node: Node; onDone: () => void }) {
 
 function Answer(props: { node: Node }) {
   const { node } = props;
-  const cited = useSignal<Citation | Hit | null>(null);
-  const inspected = useSignal(false);
-  const under = running.value?.node === node.id;
-  const base = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
-  const counted = usage.value[node.id];
+  const opened = useSignal<Citation | Hit | null>(null);
+  const inspecting = useSignal(false);
+  const generating = running.value?.node === node.id;
+  const knowledgeBase = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
+  const stats = usage.value[node.id];
   return (
     <>
       {node.reasoning && (
-        <details class="thought" open={under && !node.content}>
-          <summary>{under && !node.content ? t("thinking") : t("thought")}</summary>
-          <Markdown text={node.reasoning} finished={!under || Boolean(node.content)} />
+        <details class="thought" open={generating && !node.content}>
+          <summary>{generating && !node.content ? t("thinking") : t("reasoning")}</summary>
+          <Markdown text={node.reasoning} finished={!generating || Boolean(node.content)} />
         </details>
       )}
       {node.content ? (
         <Markdown
           text={node.content}
-          finished={!under}
-          citations={node.citations ?? found(node)}
-          onCite={(citation) => (cited.value = citation)}
+          finished={!generating}
+          citations={node.citations ?? provisionalCitations(node)}
+          onCite={(citation) => (opened.value = citation)}
         />
       ) : (
-        under && !node.reasoning && <span class="waiting" aria-hidden="true" />
+        generating && !node.reasoning && <span class="waiting" aria-hidden="true" />
       )}
       {node.citations !== null && node.citations.length > 0 && (
         <ul class="citations" aria-label={t("sources")}>
@@ -113,15 +113,15 @@ function Answer(props: { node: Node }) {
               <button
                 type="button"
                 aria-label={t("openSource", { n: each.number, doc: each.doc })}
-                onClick={() => (cited.value = each)}
+                onClick={() => (opened.value = each)}
               >
-                <b>{each.number}</b> {place(each)}
+                <b>{each.number}</b> {sourceLabel(each)}
               </button>
             </li>
           ))}
         </ul>
       )}
-      {!under && (
+      {!generating && (
         <div class="actions">
           <Versions node={node} />
           <Copy text={node.content} />
@@ -139,71 +139,71 @@ function Answer(props: { node: Node }) {
             <button
               type="button"
               class="quiet"
-              aria-label={t("howFound")}
-              title={t("howFound")}
-              onClick={() => (inspected.value = true)}
+              aria-label={t("retrievalDetails")}
+              title={t("retrievalDetails")}
+              onClick={() => (inspecting.value = true)}
             >
               <Icon name="search" />
             </button>
           )}
-          <span class="facts">
+          <span class="metadata">
             {node.model}
-            {counted && ` · ${t("tokens", { n: number(counted.usage.completion_tokens) })}`}
-            {counted && counted.usage.completion_tokens > 1 &&
-              ` · ${t("perSecond", { n: number(counted.usage.completion_tokens / counted.seconds, 1) })}`}
+            {stats && ` · ${t("tokens", { n: number(stats.usage.completion_tokens) })}`}
+            {stats && stats.usage.completion_tokens > 1 &&
+              ` · ${t("perSecond", { n: number(stats.usage.completion_tokens / stats.seconds, 1) })}`}
             {node.finish_reason === "stopped" && ` · ${t("stopped")}`}
-            {node.finish_reason === "error" && ` · ${t("brokenOff")}`}
-            {node.finish_reason === "length" && ` · ${t("cutShort")}`}
+            {node.finish_reason === "error" && ` · ${t("interrupted")}`}
+            {node.finish_reason === "length" && ` · ${t("lengthLimit")}`}
           </span>
         </div>
       )}
-      {inspected.value && node.retrieval && (
+      {inspecting.value && node.retrieval && (
         <Inspector
           retrieval={node.retrieval}
-          onOpen={(hit) => (cited.value = hit)}
-          onClose={() => (inspected.value = false)}
+          onOpen={(hit) => (opened.value = hit)}
+          onClose={() => (inspecting.value = false)}
         />
       )}
-      {cited.value && base !== null && (
-        <SourcePanel base={base} citation={cited.value} onClose={() => (cited.value = null)} />
+      {opened.value && knowledgeBase !== null && (
+        <SourcePanel knowledgeBase={knowledgeBase} citation={opened.value} onClose={() => (opened.value = null)} />
       )}
     </>
   );
 }
 
-/** While an answer comes its citations aren't told yet; the passages that it may name are. */
-function found(node: Node): Citation[] | null {
+/** Citations arrive at the end; while an answer streams, every retrieved passage may be cited. */
+function provisionalCitations(node: Node): Citation[] | null {
   return node.retrieval?.hits.map((hit, i) => ({ ...hit, number: hit.number ?? i + 1 })) ?? null;
 }
 
 function Versions(props: { node: Node }) {
   const all = siblings(current.value, props.node);
-  const at = all.findIndex((each) => each.id === props.node.id);
+  const index = all.findIndex((each) => each.id === props.node.id);
   if (all.length < 2) return null;
-  const turn = (by: number) => {
-    const other = all[at + by];
+  const move = (by: number) => {
+    const other = all[index + by];
     if (other) select(other);
   };
   return (
-    <span class="versions" role="group" aria-label={t("versionOf", { i: at + 1, n: all.length })}>
+    <span class="versions" role="group" aria-label={t("versionOf", { i: index + 1, n: all.length })}>
       <button
         type="button"
         class="quiet"
-        aria-label={t("previous")}
-        disabled={at === 0 || running.value !== null}
-        onClick={() => turn(-1)}
+        aria-label={t("previousVersion")}
+        disabled={index === 0 || running.value !== null}
+        onClick={() => move(-1)}
       >
         <Icon name="left" />
       </button>
       <span aria-hidden="true">
-        {at + 1}/{all.length}
+        {index + 1}/{all.length}
       </span>
       <button
         type="button"
         class="quiet"
-        aria-label={t("next")}
-        disabled={at === all.length - 1 || running.value !== null}
-        onClick={() => turn(1)}
+        aria-label={t("nextVersion")}
+        disabled={index === all.length - 1 || running.value !== null}
+        onClick={() => move(1)}
       >
         <Icon name="right" />
       </button>

@@ -1,38 +1,38 @@
-/** What the chat shows: signals, and what the server is asked for. */
+/** State of the chat, as signals, and the requests that fill it. */
 
 import { computed, signal } from "@preact/signals";
 import {
   ApiError,
+  connected,
   countTokens,
+  discoverFeatures,
+  features,
   getJson,
-  lookAround,
-  met,
-  offers,
   Unreachable,
   type KnowledgeBase,
   type ModelCard,
   type Usage,
 } from "../api";
+import { conversationStorage, type Listed } from "../conversationStorage";
+import { errorText } from "../errorText";
 import { t } from "../i18n";
-import { keeper, type Listed } from "../keep";
-import { worded } from "../reasons";
 import { newConversation, path, type Conversation } from "../tree";
 
 export const models = signal<ModelCard[]>([]);
-export const chosenModel = signal<string | null>(localStorage.getItem("khaosz.model"));
-export const bases = signal<KnowledgeBase[]>([]);
+export const selectedModel = signal<string | null>(localStorage.getItem("khaosz.model"));
+export const knowledgeBases = signal<KnowledgeBase[]>([]);
 export const conversations = signal<Listed[]>([]);
 export const search = signal("");
 export const current = signal<Conversation>(newConversation());
 export const problem = signal<string | null>(null);
 
-/** The answer that is under way: it belongs to one conversation, which need not be the open one. */
+/** The answer being generated, which may belong to a conversation that is not open. */
 export interface Running {
   conversation: string;
   node: string;
   abort: AbortController;
-  began: number;
-  first: number | null;
+  startedAt: number; // ms, as performance.now()
+  firstTokenAt: number | null;
 }
 export const running = signal<Running | null>(null);
 
@@ -40,29 +40,31 @@ export function stop(): void {
   running.value?.abort.abort();
 }
 
-export const said = signal(""); // for those who listen: "answering", "answer complete"
+export const announcement = signal(""); // for screen readers
 export const usage = signal<Record<string, { usage: Usage; seconds: number }>>({});
 
-export const shown = computed(() => path(current.value));
+export const visibleNodes = computed(() => path(current.value));
 export const model = computed(() => {
   const chats = models.value.filter((each) => each.kind === "chat");
-  return chats.find((each) => each.id === chosenModel.value) ?? chats[0] ?? null;
+  return chats.find((each) => each.id === selectedModel.value) ?? chats[0] ?? null;
 });
-/** Whether something can be asked: one answer is under way at a time, and it needs a model. */
-export const free = computed(() => running.value === null && model.value !== null);
-export const answering = computed(() => running.value?.conversation === current.value.id);
+/** One answer is generated at a time, and it needs a model. */
+export const canGenerate = computed(() => running.value === null && model.value !== null);
+/** The open conversation is being answered. */
+export const generating = computed(() => running.value?.conversation === current.value.id);
 
-export function choose(id: string): void {
+export function selectModel(id: string): void {
   localStorage.setItem("khaosz.model", id);
-  chosenModel.value = id;
+  selectedModel.value = id;
 }
 
+/** The message of an error, in the page's language. */
 export function explain(error: unknown): string {
   if (error instanceof Unreachable) return t("unreachable");
   if (error instanceof ApiError) {
     if (error.status === 503) return t("busy", { n: error.retryAfter ?? 1 });
     if (error.code === "context_length_exceeded") return t("contextFull");
-    return worded(error.message, error.code);
+    return errorText(error.message, error.code);
   }
   return t("failed", { what: error instanceof Error ? error.message : String(error) });
 }
@@ -71,49 +73,53 @@ export async function refreshModels(): Promise<void> {
   models.value = (await getJson<{ data: ModelCard[] }>("/v1/models")).data;
 }
 
-export async function refreshBases(): Promise<void> {
-  bases.value = (await getJson<{ data: KnowledgeBase[] }>("/v1/knowledge_bases")).data;
+export async function refreshKnowledgeBases(): Promise<void> {
+  knowledgeBases.value = (await getJson<{ data: KnowledgeBase[] }>("/v1/knowledge_bases")).data;
 }
 
-/** Meet the server: at the start, and again where it could not be reached. */
-export async function begin(): Promise<void> {
+/** Load what the page needs from the server: at the start, and on retry. */
+export async function connect(): Promise<void> {
   problem.value = null;
   try {
-    await lookAround();
-    await Promise.all([refreshModels(), refreshList(), offers.value.bases && refreshBases()]);
+    await discoverFeatures();
+    await Promise.all([
+      refreshModels(),
+      refreshList(),
+      features.value.knowledgeBases && refreshKnowledgeBases(),
+    ]);
   } catch (error) {
     problem.value = explain(error);
   }
 }
 
 export async function refreshList(): Promise<void> {
-  if (!met.value) return; // nobody knows yet where they are kept
-  const wanted = search.value;
-  const found = await keeper().list(wanted);
-  if (wanted === search.value) conversations.value = found; // or a later search is on its way
+  if (!connected.value) return; // the storage is not known yet
+  const query = search.value;
+  const listed = await conversationStorage().list(query);
+  if (query === search.value) conversations.value = listed; // else a later search is running
 }
 
-/** Tokens of what is shown; asked for once an answer is complete. */
-export const filled = signal<number | null>(null);
+/** Tokens of the visible messages; counted when an answer is complete. */
+export const contextTokens = signal<number | null>(null);
 
-let measured: object | null = null;
+let latestCount: object | null = null;
 
-export async function measure(): Promise<void> {
-  const own = (measured = {}); // a count that comes late is of another conversation
+export async function countContextTokens(): Promise<void> {
+  const count = (latestCount = {}); // a late result belongs to another conversation
   const chosen = model.value;
-  const messages = shown.value
+  const messages = visibleNodes.value
     .filter((node) => node.content)
     .map(({ role, content }) => ({ role, content: content as string }));
   const system = current.value.system;
   if (system) messages.unshift({ role: "system" as "user", content: system });
   if (chosen === null || !messages.length) {
-    filled.value = null;
+    contextTokens.value = null;
     return;
   }
   try {
-    const count = await countTokens(chosen.id, messages);
-    if (measured === own) filled.value = count;
+    const tokens = await countTokens(chosen.id, messages);
+    if (latestCount === count) contextTokens.value = tokens;
   } catch {
-    if (measured === own) filled.value = null; // a meter, no more
+    if (latestCount === count) contextTokens.value = null; // the meter is optional
   }
 }

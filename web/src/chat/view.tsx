@@ -1,22 +1,25 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { met } from "../api";
+import { connected } from "../api";
 import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
-import { answer, send } from "./asking";
+import { answer, send } from "./generation";
 import { Composer } from "./composer";
 import { Message } from "./message";
-import { answering, begin, current, free, measure, model, problem, running, shown } from "./state";
+import {
+  canGenerate, connect, countContextTokens, current, generating, model, problem, running,
+  visibleNodes,
+} from "./state"; // prettier-ignore
 import { isEmpty, type Node } from "../tree";
-import { Tuning } from "./tuning";
+import { ChatSettings } from "./chatSettings";
 
-const END = 8; // pixels: nearer to the end than this is at the end
+const END_MARGIN = 8; // px from the end that count as at the end
 
 export function ChatView() {
-  const tuning = useSignal(false);
-  const away = useSignal(false);
+  const settingsOpen = useSignal(false);
+  const scrolledUp = useSignal(false);
   const scroller = useRef<HTMLDivElement>(null);
-  const top = useRef(0);
+  const lastTop = useRef(0);
   const toEnd = () => {
     const { current: element } = scroller;
     if (element) element.scrollTop = element.scrollHeight;
@@ -24,41 +27,42 @@ export function ChatView() {
   const onScroll = () => {
     const { current: element } = scroller;
     if (element === null) return;
-    // Whoever scrolls up by the least is not pulled down again; what grows below moves nobody.
-    if (element.scrollHeight - element.scrollTop - element.clientHeight <= END) away.value = false;
-    else if (element.scrollTop < top.current) away.value = true;
-    top.current = element.scrollTop;
+    // Scrolling up stops following the answer, even by a pixel; growth of the text does not.
+    const below = element.scrollHeight - element.scrollTop - element.clientHeight;
+    if (below <= END_MARGIN) scrolledUp.value = false;
+    else if (element.scrollTop < lastTop.current) scrolledUp.value = true;
+    lastTop.current = element.scrollTop;
   };
   useEffect(() => {
-    away.value = false;
+    scrolledUp.value = false;
     toEnd();
-  }, [current.value.id, shown.value.length]);
+  }, [current.value.id, visibleNodes.value.length]);
   useEffect(() => {
-    if (!away.value) toEnd();
+    if (!scrolledUp.value) toEnd();
   });
   useEffect(() => {
-    if (running.value === null) void measure();
-  }, [current.value.id, running.value, model.value?.id, shown.value.length]);
-  const last = shown.value.at(-1);
-  const unanswered = running.value === null && last ? questionOf(last) : null;
+    if (running.value === null) void countContextTokens();
+  }, [current.value.id, running.value, model.value?.id, visibleNodes.value.length]);
+  const last = visibleNodes.value.at(-1);
+  const unanswered = running.value === null && last ? unansweredQuestion(last) : null;
   return (
     <div class="chat">
       <div class="scroll" ref={scroller} onScroll={onScroll}>
-        <div class="column" aria-busy={answering.value}>
-          {shown.value.length === 0 ? (
+        <div class="column" aria-busy={generating.value}>
+          {visibleNodes.value.length === 0 ? (
             <Empty />
           ) : (
-            shown.value.map((node) => <Message key={node.id} node={node} />)
+            visibleNodes.value.map((node) => <Message key={node.id} node={node} />)
           )}
           {(problem.value || unanswered) && (
             <div class="problem" role={problem.value ? "alert" : undefined}>
               <span>{problem.value ?? t("unanswered")}</span>
-              {!met.value && (
-                <button type="button" onClick={() => void begin()}>
+              {!connected.value && (
+                <button type="button" onClick={() => void connect()}>
                   {t("retry")}
                 </button>
               )}
-              {met.value && unanswered && (
+              {connected.value && unanswered && (
                 <button type="button" onClick={() => void answer(unanswered)}>
                   {t("retry")}
                 </button>
@@ -68,20 +72,20 @@ export function ChatView() {
         </div>
       </div>
       <div class="foot">
-        {away.value && (
-          <button type="button" class="to-end round" aria-label={t("toEnd")} onClick={toEnd}>
+        {scrolledUp.value && (
+          <button type="button" class="to-end round" aria-label={t("scrollToEnd")} onClick={toEnd}>
             <Icon name="down" />
           </button>
         )}
-        <Composer onTune={() => (tuning.value = true)} />
+        <Composer onSettings={() => (settingsOpen.value = true)} />
       </div>
-      {tuning.value && <Tuning onClose={() => (tuning.value = false)} />}
+      {settingsOpen.value && <ChatSettings onClose={() => (settingsOpen.value = false)} />}
     </div>
   );
 }
 
-/** The question that a conversation ends with, also where the page went amid its answer. */
-function questionOf(last: Node): string | null {
+/** The question at the end of a conversation; an empty answer was cut off by closing the page. */
+function unansweredQuestion(last: Node): string | null {
   if (last.role === "user") return last.id;
   return isEmpty(last) ? last.parent : null;
 }
@@ -93,7 +97,7 @@ function Empty() {
       <p>{t("emptyText")}</p>
       <div class="examples">
         {list("examples").map((text) => (
-          <button key={text} type="button" disabled={!free.value} onClick={() => void send(text)}>
+          <button key={text} type="button" disabled={!canGenerate.value} onClick={() => void send(text)}>
             {text}
           </button>
         ))}

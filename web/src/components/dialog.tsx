@@ -3,7 +3,7 @@ import { useLayoutEffect, useRef } from "preact/hooks";
 import { t } from "../i18n";
 import { Icon } from "./icons";
 
-/** A native dialog: it keeps the focus, and Escape closes it. `side` for a panel at the edge. */
+/** A native modal dialog: it traps the focus, and Escape closes it. `side`: a panel at the edge. */
 export function Dialog(props: {
   title: string;
   side?: boolean;
@@ -11,19 +11,19 @@ export function Dialog(props: {
   children: ComponentChildren;
 }) {
   const dialog = useRef<HTMLDialogElement>(null);
-  const gone = useRef(false);
+  const unmounted = useRef(false);
   const pressed = useRef<EventTarget | null>(null);
   useLayoutEffect(() => {
     const { current: element } = dialog;
     element?.showModal();
-    // One that is taken away rather than closed would leave the focus nowhere.
+    // Removing an open dialog without closing it would lose the focus.
     return () => {
-      gone.current = true;
+      unmounted.current = true;
       element?.close();
     };
   }, []);
-  const beside = (event: MouseEvent) => {
-    // Begun there too: who selects text may let go beside the dialog.
+  const onBackdropClick = (event: MouseEvent) => {
+    // Only if pressed there too: a text selection may end outside the dialog.
     const { current: element } = dialog;
     if (event.target === element && pressed.current === element) props.onClose();
   };
@@ -32,9 +32,9 @@ export function Dialog(props: {
       ref={dialog}
       class={props.side ? "panel" : "dialog"}
       aria-label={props.title}
-      onClose={() => gone.current || props.onClose()}
+      onClose={() => unmounted.current || props.onClose()}
       onPointerDown={(event) => (pressed.current = event.target)}
-      onClick={beside}
+      onClick={onBackdropClick}
     >
       <div class="dialog-inner">
         <header>

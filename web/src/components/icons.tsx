@@ -1,4 +1,4 @@
-/** Drawn here, so that none is fetched. */
+/** Inline icons, so that none is loaded. */
 
 const paths: Record<string, string> = {
   menu: "M4 7h16M4 12h16M4 17h16",

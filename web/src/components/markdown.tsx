@@ -8,7 +8,7 @@ import { copyText } from "../platform";
 
 const MARKER = /\[(\d{1,3})\]/;
 
-/** One block: made anew only when its text changes, so a long answer stays smooth. */
+/** One block, rendered again only when its text changes, so that long answers stay smooth. */
 const Block = memo(function Block(props: {
   text: string;
   finished: boolean;
@@ -21,7 +21,7 @@ const Block = memo(function Block(props: {
     const { current } = element;
     if (current === null) return;
     current.innerHTML = html;
-    if (props.numbers) cite(current, new Set(props.numbers.split(",").map(Number)), props.onCite);
+    if (props.numbers) addCitationButtons(current, new Set(props.numbers.split(",").map(Number)), props.onCite);
     if (props.finished) void decorate(current);
   }, [html, props.finished, props.numbers]);
   return <div ref={element} />;
@@ -34,7 +34,7 @@ export function Markdown(props: {
   onCite?: (citation: Citation) => void;
 }) {
   const known = useRef<string[]>([]);
-  // In the end once more as a whole: a definition of a link may stand far below its use.
+  // When finished, parse the whole again: a link may be defined far below its use.
   const parts = useMemo(
     () => (known.current = blocks(props.text, props.finished ? [] : known.current)),
     [props.text, props.finished],
@@ -42,8 +42,8 @@ export function Markdown(props: {
   const citations = props.citations ?? [];
   const numbers = citations.map((each) => each.number).join(",");
   const onCite = (number: number) => {
-    const found = citations.find((each) => each.number === number);
-    if (found) props.onCite?.(found);
+    const citation = citations.find((each) => each.number === number);
+    if (citation) props.onCite?.(citation);
   };
   const copy = async (event: MouseEvent) => {
     const button = (event.target as HTMLElement).closest<HTMLElement>("[data-copy]");
@@ -68,8 +68,8 @@ export function Markdown(props: {
   );
 }
 
-/** Turn [1] into a button, in the text alone: not in code. */
-function cite(root: HTMLElement, known: Set<number>, onCite: (number: number) => void): void {
+/** Turn [1] into a button, except in code and formulas. */
+function addCitationButtons(root: HTMLElement, known: Set<number>, onCite: (number: number) => void): void {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   const texts: Text[] = [];
   while (walker.nextNode()) {

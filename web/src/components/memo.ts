@@ -1,6 +1,6 @@
 import { Component, h, type FunctionComponent } from "preact";
 
-/** Draws again only when a property has changed; functions don't count as changed. */
+/** Renders again only when a property changes; functions are not compared. */
 export function memo<P extends object>(inner: FunctionComponent<P>): FunctionComponent<P> {
   class Memo extends Component<P> {
     override shouldComponentUpdate(next: P): boolean {

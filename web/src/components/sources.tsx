@@ -1,42 +1,43 @@
-/** Where an answer is from: the passage in its document, and how it was found. */
+/** Sources of an answer: the passage in its document, and the retrieval details. */
 
 import { useEffect, useState } from "preact/hooks";
 import { getJson, type Citation, type Hit, type Retrieval, type SourceText } from "../api";
+import { explain } from "../chat/state";
 import { number, t } from "../i18n";
 import { Dialog } from "./dialog";
 
-export function place(each: { doc: string; page: number | null }): string {
+export function sourceLabel(each: { doc: string; page: number | null }): string {
   return each.page === null ? each.doc : `${each.doc}, ${t("pageNumber", { n: each.page })}`;
 }
 
-/** The document's text around the passage, which is marked and scrolled to. */
+/** The text around a passage, which is highlighted and scrolled into view. */
 export function SourcePanel(props: {
-  base: string;
+  knowledgeBase: string;
   citation: Pick<Citation, "number" | "hash" | "start" | "end" | "doc" | "page" | "text">;
   onClose: () => void;
 }) {
-  const { base, citation } = props;
+  const { knowledgeBase, citation } = props;
   const [source, setSource] = useState<SourceText | null>(null);
   const [problem, setProblem] = useState<string | null>(null);
   useEffect(() => {
-    const where = `start=${citation.start}&end=${citation.end}&around=4000`;
+    const range = `start=${citation.start}&end=${citation.end}&around=4000`;
     getJson<SourceText>(
-      `/v1/knowledge_bases/${encodeURIComponent(base)}/documents/${citation.hash}?${where}`,
-    ).then(setSource, (error) => setProblem(String(error.message)));
-  }, [base, citation.hash, citation.start]);
+      `/v1/knowledge_bases/${encodeURIComponent(knowledgeBase)}/documents/${citation.hash}?${range}`,
+    ).then(setSource, (error) => setProblem(explain(error)));
+  }, [knowledgeBase, citation.hash, citation.start]);
   const mark = (element: HTMLElement | null) => element?.scrollIntoView({ block: "center" });
-  // Offsets count characters, not JavaScript's halves of them.
-  const letters = source ? [...source.text] : [];
+  // Offsets count code points; JavaScript strings count UTF-16 code units.
+  const characters = source ? [...source.text] : [];
   const from = source ? source.start - source.text_start : 0;
   const to = source ? source.end - source.text_start : 0;
   return (
-    <Dialog title={place(citation)} side onClose={props.onClose}>
+    <Dialog title={sourceLabel(citation)} side onClose={props.onClose}>
       {problem && <p class="problem">{problem}</p>}
       {source ? (
         <div class="source" tabindex={0}>
-          {letters.slice(0, from).join("")}
-          <mark ref={mark}>{letters.slice(from, to).join("")}</mark>
-          {letters.slice(to).join("")}
+          {characters.slice(0, from).join("")}
+          <mark ref={mark}>{characters.slice(from, to).join("")}</mark>
+          {characters.slice(to).join("")}
         </div>
       ) : (
         !problem && <div class="source">{citation.text}</div>
@@ -52,14 +53,14 @@ export function HitList(props: { hits: Hit[]; onOpen: (hit: Hit) => void }) {
         <li key={`${hit.hash}-${hit.start}`}>
           <button type="button" class="hit" onClick={() => props.onOpen(hit)}>
             <span class="hit-title">
-              <b>{hit.number ?? i + 1}</b> {[place(hit), ...hit.headings].join(" › ")}
+              <b>{hit.number ?? i + 1}</b> {[sourceLabel(hit), ...hit.headings].join(" › ")}
             </span>
             <span class="legs">
               {(["lexical", "dense"] as const).map((leg) => {
-                const found = hit.legs[leg];
+                const result = hit.legs[leg];
                 return (
-                  <span key={leg} class={found ? `leg ${leg}` : "leg none"}>
-                    {t(leg)} {found ? `#${found.rank} · ${number(found.score, 3)}` : "–"}
+                  <span key={leg} class={result ? `leg ${leg}` : "leg none"}>
+                    {t(leg)} {result ? `#${result.rank} · ${number(result.score, 3)}` : "–"}
                   </span>
                 );
               })}
@@ -82,13 +83,13 @@ export function Inspector(props: {
 }) {
   const { retrieval } = props;
   return (
-    <Dialog title={t("howFound")} side onClose={props.onClose}>
-      <h3>{t("question")}</h3>
-      <p class="asked">{retrieval.query}</p>
-      {!retrieval.found && <p class="note">{t("notFound")}</p>}
+    <Dialog title={t("retrievalDetails")} side onClose={props.onClose}>
+      <h3>{t("searchQuery")}</h3>
+      <p class="query">{retrieval.query}</p>
+      {!retrieval.found && <p class="note">{t("noPassages")}</p>}
       <h3>{t("passages")}</h3>
       <HitList hits={retrieval.hits} onOpen={props.onOpen} />
-      {retrieval.left_out > 0 && <p class="note">{t("leftOut", { n: retrieval.left_out })}</p>}
+      {retrieval.left_out > 0 && <p class="note">{t("passagesOmitted", { n: retrieval.left_out })}</p>}
       {retrieval.prompt !== null && (
         <details>
           <summary>{t("promptSent")}</summary>

@@ -1,8 +1,8 @@
-/** Knowledge bases and their files, as the server tells of them. */
+/** State of knowledge bases, their files and uploads. */
 
 import { signal } from "@preact/signals";
 import { ApiError, getJson, headers, sendJson, Unreachable, type KnowledgeBase } from "../api";
-import { explain, refreshBases } from "../chat/state";
+import { explain, refreshKnowledgeBases } from "../chat/state";
 
 export interface FileState {
   id: string;
@@ -16,143 +16,154 @@ export interface FileState {
   created: number;
 }
 
-/** A file on its way to the server, or that did not get there. */
+/** A file being uploaded, or whose upload failed. */
 export interface Upload {
   key: number;
   file: File;
-  base: string;
-  sent: number; // of 1
+  knowledgeBase: string;
+  progress: number; // 0 to 1
   problem: string | null;
 }
 
 export const files = signal<FileState[]>([]);
 export const uploads = signal<Upload[]>([]);
-export const trouble = signal<string | null>(null); // with what was asked for
-export const away = signal<string | null>(null); // with the looks, which come by themselves
+export const actionProblem = signal<string | null>(null); // of the user's last action
+export const refreshProblem = signal<string | null>(null); // of refreshing in the background
 
-const AT_ONCE = 3;
-let keys = 0;
+const PARALLEL_UPLOADS = 3;
+let nextKey = 0;
 
-function where(base: string, rest = ""): string {
-  return `/v1/knowledge_bases/${encodeURIComponent(base)}${rest}`;
+function url(name: string, rest = ""): string {
+  return `/v1/knowledge_bases/${encodeURIComponent(name)}${rest}`;
 }
 
-/** What went wrong is shown; what goes right takes the last trouble of its kind away. */
-async function tried<T>(work: () => Promise<T>, kind = trouble): Promise<T | null> {
+/** The result, or null on an error, which is shown; a success clears the last error of its kind. */
+async function attempt<T>(work: () => Promise<T>, problem = actionProblem): Promise<T | null> {
   try {
-    const found = await work();
-    kind.value = null;
-    return found;
+    const result = await work();
+    problem.value = null;
+    return result;
   } catch (error) {
-    kind.value = explain(error);
+    problem.value = explain(error);
     return null;
   }
 }
 
-export async function makeBase(name: string, embedder: string | null): Promise<KnowledgeBase | null> {
-  const made = await tried(() =>
+export async function createKnowledgeBase(
+  name: string,
+  embedder: string | null,
+): Promise<KnowledgeBase | null> {
+  const created = await attempt(() =>
     sendJson<KnowledgeBase>("POST", "/v1/knowledge_bases", { name, embedder }),
   );
-  await tried(refreshBases, away);
-  return made;
+  await attempt(refreshKnowledgeBases, refreshProblem);
+  return created;
 }
 
-/** Whether it is gone, and what was on its way to it: a new one of its name has other files. */
-export async function removeBase(base: string): Promise<boolean> {
-  const answer = await tried(() => sendJson("DELETE", where(base)));
-  if (answer !== null) {
-    const lost = uploads.value.filter((each) => each.base === base);
-    uploads.value = uploads.value.filter((each) => each.base !== base);
-    for (const { key } of lost) under.get(key)?.abort();
+/** Cancels uploads to it too, which would end up in a new knowledge base of the same name. */
+export async function removeKnowledgeBase(name: string): Promise<boolean> {
+  const response = await attempt(() => sendJson("DELETE", url(name)));
+  if (response !== null) {
+    const cancelled = uploads.value.filter((each) => each.knowledgeBase === name);
+    uploads.value = uploads.value.filter((each) => each.knowledgeBase !== name);
+    for (const { key } of cancelled) active.get(key)?.abort();
   }
-  await tried(refreshBases, away);
-  return answer !== null;
+  await attempt(refreshKnowledgeBases, refreshProblem);
+  return response !== null;
 }
 
-let shown: string | null = null;
+let openName: string | null = null;
 
-export async function refreshFiles(base: string): Promise<void> {
-  if (base !== shown) files.value = [];
-  shown = base;
-  const found = await tried(() => getJson<{ data: FileState[] }>(where(base, "/files")), away);
-  if (found !== null && shown === base) files.value = found.data;
+export async function refreshFiles(name: string): Promise<void> {
+  if (name !== openName) files.value = [];
+  openName = name;
+  const response = await attempt(
+    () => getJson<{ data: FileState[] }>(url(name, "/files")),
+    refreshProblem,
+  );
+  if (response !== null && openName === name) files.value = response.data;
 }
 
-/** While something is being read, which may also fail as a whole. */
-export async function lookAgain(base: string): Promise<void> {
-  await Promise.all([refreshFiles(base), tried(refreshBases, away)]);
+/** Files and knowledge bases, since ingestion may fail for the knowledge base as a whole. */
+export async function refresh(name: string): Promise<void> {
+  await Promise.all([refreshFiles(name), attempt(refreshKnowledgeBases, refreshProblem)]);
 }
 
-export function busy(): boolean {
+export function isIngesting(): boolean {
   return files.value.some((file) => !["ready", "failed"].includes(file.status));
 }
 
-export async function removeFile(base: string, file: FileState): Promise<void> {
-  await tried(() => sendJson("DELETE", where(base, `/files/${file.id}`)));
-  await refreshFiles(base);
+export async function removeFile(name: string, file: FileState): Promise<void> {
+  await attempt(() => sendJson("DELETE", url(name, `/files/${file.id}`)));
+  await refreshFiles(name);
 }
 
-export function add(base: string, given: Iterable<File>): void {
-  const fresh = [...given].map((file) => ({ key: keys++, file, base, sent: 0, problem: null }));
-  uploads.value = [...uploads.value, ...fresh];
-  next();
+export function upload(knowledgeBase: string, selection: Iterable<File>): void {
+  const added = [...selection].map((file) => ({
+    key: nextKey++,
+    file,
+    knowledgeBase,
+    progress: 0,
+    problem: null,
+  }));
+  uploads.value = [...uploads.value, ...added];
+  startUploads();
 }
 
-export function again(upload: Upload): void {
-  change(upload.key, { problem: null, sent: 0 });
-  next();
+export function retry(upload: Upload): void {
+  change(upload.key, { problem: null, progress: 0 });
+  startUploads();
 }
 
-export function forget(upload: Upload): void {
+export function dismiss(upload: Upload): void {
   uploads.value = uploads.value.filter((each) => each.key !== upload.key);
 }
 
-function change(key: number, how: Partial<Upload>): void {
-  uploads.value = uploads.value.map((each) => (each.key === key ? { ...each, ...how } : each));
+function change(key: number, fields: Partial<Upload>): void {
+  uploads.value = uploads.value.map((each) => (each.key === key ? { ...each, ...fields } : each));
 }
 
-const under = new Map<number, XMLHttpRequest>();
+const active = new Map<number, XMLHttpRequest>();
 
-function next(): void {
+function startUploads(): void {
   for (const upload of uploads.value) {
-    if (under.size >= AT_ONCE) return;
-    if (upload.problem !== null || under.has(upload.key)) continue;
-    const sending = new XMLHttpRequest();
-    under.set(upload.key, sending);
-    void put(upload, sending)
+    if (active.size >= PARALLEL_UPLOADS) return;
+    if (upload.problem !== null || active.has(upload.key)) continue;
+    const request = new XMLHttpRequest();
+    active.set(upload.key, request);
+    void put(upload, request)
       .then(
-        () => forget(upload),
+        () => dismiss(upload),
         (error) => change(upload.key, { problem: explain(error) }),
       )
       .finally(async () => {
-        under.delete(upload.key);
-        if (shown === upload.base) await refreshFiles(upload.base);
-        next();
+        active.delete(upload.key);
+        if (openName === upload.knowledgeBase) await refreshFiles(upload.knowledgeBase);
+        startUploads();
       });
   }
 }
 
-/** `fetch` tells nothing of what was sent so far, so this is the older way. */
-function put(upload: Upload, sending: XMLHttpRequest): Promise<void> {
+/** By XMLHttpRequest, since `fetch` reports no upload progress. */
+function put(upload: Upload, request: XMLHttpRequest): Promise<void> {
   return new Promise((resolve, reject) => {
-    sending.open("PUT", where(upload.base, `/files/${encodeURIComponent(upload.file.name)}`));
-    for (const [name, value] of Object.entries(headers())) sending.setRequestHeader(name, value);
-    sending.setRequestHeader("Content-Type", "application/octet-stream");
-    sending.upload.onprogress = ({ loaded, total }) =>
-      change(upload.key, { sent: total ? loaded / total : 0 });
-    sending.onabort = sending.onerror = () => reject(new Unreachable("upload"));
-    sending.onload = () => {
-      if (sending.status < 300) return resolve();
-      let message = sending.statusText;
+    request.open("PUT", url(upload.knowledgeBase, `/files/${encodeURIComponent(upload.file.name)}`));
+    for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
+    request.setRequestHeader("Content-Type", "application/octet-stream");
+    request.upload.onprogress = ({ loaded, total }) =>
+      change(upload.key, { progress: total ? loaded / total : 0 });
+    request.onabort = request.onerror = () => reject(new Unreachable("upload"));
+    request.onload = () => {
+      if (request.status < 300) return resolve();
+      let message = request.statusText;
       let code = null;
       try {
-        ({ message, code } = JSON.parse(sending.responseText).error);
+        ({ message, code } = JSON.parse(request.responseText).error);
       } catch {
-        // what stands before the server answered in its own words
+        // the response of a proxy
       }
-      return reject(new ApiError(sending.status, message, code));
+      return reject(new ApiError(request.status, message, code));
     };
-    sending.send(upload.file);
+    request.send(upload.file);
   });
 }
-

@@ -1,92 +1,93 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { startAnew, update } from "../chat/keeping";
-import { bases, current, models } from "../chat/state";
+import { startNewChat, update } from "../chat/persistence";
+import { current, knowledgeBases, models } from "../chat/state";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
-import { worded } from "../reasons";
+import { errorText } from "../errorText";
 import { go, href, route } from "../router";
-import { Finder } from "./finder";
+import { Search } from "./search";
 import {
-  add,
-  again,
-  away,
-  busy,
+  actionProblem,
+  createKnowledgeBase,
+  dismiss,
   files,
-  forget,
-  lookAgain,
-  makeBase,
+  isIngesting,
+  refresh,
   refreshFiles,
-  removeBase,
+  refreshProblem,
   removeFile,
-  trouble,
+  removeKnowledgeBase,
+  retry,
+  upload,
   uploads,
   type FileState,
 } from "./state";
 
-const POLL = 1000; // ms between looks while something is being read
+const POLL_INTERVAL = 1000; // ms, while files are being ingested
 
 export function DocumentsView() {
-  const making = useSignal(false);
+  const creating = useSignal(false);
   useEffect(() => {
-    trouble.value = null;
-  }, [route.value.id, making.value]);
-  const told = (!making.value && trouble.value) || away.value;
-  const open = bases.value.find((each) => each.id === route.value.id) ?? bases.value[0] ?? null;
+    actionProblem.value = null;
+  }, [route.value.id, creating.value]);
+  const problem = (!creating.value && actionProblem.value) || refreshProblem.value;
+  const all = knowledgeBases.value;
+  const open = all.find((each) => each.id === route.value.id) ?? all[0] ?? null;
   return (
     <div class="page">
       <div class="row spread">
         <h1>{t("documents")}</h1>
-        <button type="button" onClick={() => (making.value = true)}>
-          <Icon name="plus" /> {t("newBase")}
+        <button type="button" onClick={() => (creating.value = true)}>
+          <Icon name="plus" /> {t("newKnowledgeBase")}
         </button>
       </div>
-      {told && (
+      {problem && (
         <div class="problem" role="alert">
-          {told}
+          {problem}
         </div>
       )}
-      {bases.value.length > 1 && (
+      {all.length > 1 && (
         <ul class="tabs">
-          {bases.value.map((base) => (
-            <li key={base.id}>
-              <a href={href("documents", base.id)} aria-current={base === open ? "page" : undefined}>
-                {base.id}
+          {all.map((each) => (
+            <li key={each.id}>
+              <a href={href("documents", each.id)} aria-current={each === open ? "page" : undefined}>
+                {each.id}
               </a>
             </li>
           ))}
         </ul>
       )}
       {open ? (
-        <Base key={open.id} id={open.id} />
+        <KnowledgeBaseView key={open.id} id={open.id} />
       ) : (
         <div class="empty">
-          <h2>{t("noBases")}</h2>
-          <p>{t("noBasesText")}</p>
-          <button type="button" class="primary" onClick={() => (making.value = true)}>
-            {t("newBase")}
+          <h2>{t("noKnowledgeBases")}</h2>
+          <p>{t("noKnowledgeBasesText")}</p>
+          <button type="button" class="primary" onClick={() => (creating.value = true)}>
+            {t("newKnowledgeBase")}
           </button>
         </div>
       )}
-      {making.value && <MakeBase onClose={() => (making.value = false)} />}
+      {creating.value && <CreateDialog onClose={() => (creating.value = false)} />}
     </div>
   );
 }
 
-function MakeBase(props: { onClose: () => void }) {
+function CreateDialog(props: { onClose: () => void }) {
   const name = useSignal("");
   const embedders = models.value.filter((each) => each.kind === "embedding");
   const embedder = useSignal(embedders[0]?.id ?? "");
   const submit = async (event: Event) => {
     event.preventDefault();
-    const made = await makeBase(name.value.trim(), embedder.value || null);
-    if (made === null) return;
+    const created = await createKnowledgeBase(name.value.trim(), embedder.value || null);
+    if (created === null) return;
     props.onClose();
-    go("documents", made.id);
+    go("documents", created.id);
   };
   return (
-    <Dialog title={t("newBase")} onClose={props.onClose}>
+    <Dialog title={t("newKnowledgeBase")} onClose={props.onClose}>
       <form class="form" onSubmit={submit}>
         <label>
           <span>{t("name")}</span>
@@ -98,22 +99,22 @@ function MakeBase(props: { onClose: () => void }) {
           />
         </label>
         <label>
-          <span>{t("searchBy")}</span>
+          <span>{t("searchMode")}</span>
           <select
             value={embedder.value}
             onChange={(event) => (embedder.value = event.currentTarget.value)}
           >
-            <option value="">{t("byWords")}</option>
+            <option value="">{t("lexicalSearch")}</option>
             {embedders.map((each) => (
               <option key={each.id} value={each.id}>
-                {t("byMeaning", { name: each.id })}
+                {t("hybridSearch", { name: each.id })}
               </option>
             ))}
           </select>
         </label>
-        {trouble.value && (
+        {actionProblem.value && (
           <div class="problem" role="alert">
-            {trouble.value}
+            {actionProblem.value}
           </div>
         )}
         <div class="editor-row">
@@ -129,44 +130,44 @@ function MakeBase(props: { onClose: () => void }) {
   );
 }
 
-function Base(props: { id: string }) {
+function KnowledgeBaseView(props: { id: string }) {
   const { id } = props;
-  const over = useSignal(false);
-  const asked = useSignal<"base" | FileState | null>(null);
+  const dragging = useSignal(false);
+  const deleting = useSignal<"knowledgeBase" | FileState | null>(null);
   const picker = useRef<HTMLInputElement>(null);
   useEffect(() => {
     void refreshFiles(id);
   }, [id]);
   useEffect(() => {
-    let over = false;
-    let wait = 0;
-    // Whatever comes of a look, and however often the page is drawn while a file is sent.
-    const look = async () => {
-      if (busy()) await lookAgain(id);
-      if (!over) wait = window.setTimeout(look, POLL);
+    let unmounted = false;
+    let timer = 0;
+    // Polling continues after errors, and does not depend on how often the page is rendered.
+    const poll = async () => {
+      if (isIngesting()) await refresh(id);
+      if (!unmounted) timer = window.setTimeout(poll, POLL_INTERVAL);
     };
-    wait = window.setTimeout(look, POLL);
+    timer = window.setTimeout(poll, POLL_INTERVAL);
     return () => {
-      over = true;
-      clearTimeout(wait);
+      unmounted = true;
+      clearTimeout(timer);
     };
   }, [id]);
-  const base = bases.value.find((each) => each.id === id);
+  const knowledgeBase = knowledgeBases.value.find((each) => each.id === id);
   const drop = (event: DragEvent) => {
     event.preventDefault();
-    over.value = false;
-    if (event.dataTransfer) add(id, event.dataTransfer.files);
+    dragging.value = false;
+    if (event.dataTransfer) upload(id, event.dataTransfer.files);
   };
   const pick = () => {
     const { current: input } = picker;
-    if (input?.files) add(id, input.files);
+    if (input?.files) upload(id, input.files);
     if (input) input.value = "";
   };
-  const talk = () => {
-    startAnew();
+  const ask = () => {
+    startNewChat();
     update({ knowledge_base: id });
   };
-  const mine = uploads.value.filter((each) => each.base === id);
+  const ownUploads = uploads.value.filter((each) => each.knowledgeBase === id);
   return (
     <>
       <div class="row">
@@ -174,45 +175,45 @@ function Base(props: { id: string }) {
           type="button"
           class="primary"
           disabled={!files.value.some((file) => file.status === "ready")}
-          onClick={talk}
+          onClick={ask}
         >
-          <Icon name="chat" /> {t("askThese")}
+          <Icon name="chat" /> {t("askDocuments")}
         </button>
         <span class="note grow">
-          {base?.embedder ? t("byMeaning", { name: base.embedder }) : t("byWords")}
+          {knowledgeBase?.embedder ? t("hybridSearch", { name: knowledgeBase.embedder }) : t("lexicalSearch")}
         </span>
-        <button type="button" onClick={() => (asked.value = "base")}>
-          <Icon name="trash" /> {t("deleteBase")}
+        <button type="button" onClick={() => (deleting.value = "knowledgeBase")}>
+          <Icon name="trash" /> {t("deleteKnowledgeBase")}
         </button>
       </div>
-      {base?.error && (
+      {knowledgeBase?.error && (
         <div class="problem" role="alert">
-          {worded(base.error, base.code)}
+          {errorText(knowledgeBase.error, knowledgeBase.code)}
         </div>
       )}
       <label
-        class={over.value ? "drop over" : "drop"}
+        class={dragging.value ? "drop over" : "drop"}
         onDragOver={(event) => {
           event.preventDefault();
-          over.value = true;
+          dragging.value = true;
         }}
-        onDragLeave={() => (over.value = false)}
+        onDragLeave={() => (dragging.value = false)}
         onDrop={drop}
       >
         <Icon name="documents" />
-        <span>{t("dropHere")}</span>
-        <small>{t("kinds")}</small>
-        <input ref={picker} class="sr-only" type="file" multiple aria-label={t("dropHere")} onChange={pick} />
+        <span>{t("dropFiles")}</span>
+        <small>{t("formats")}</small>
+        <input ref={picker} class="sr-only" type="file" multiple aria-label={t("dropFiles")} onChange={pick} />
       </label>
       <ul class="files" aria-label={t("files")}>
-        {mine.map((upload) => (
+        {ownUploads.map((upload) => (
           <li key={upload.key} class={upload.problem ? "failed" : ""}>
             <span class="file-name">{upload.file.name}</span>
             <span class="file-state" role={upload.problem ? "alert" : undefined}>
-              {upload.problem ?? <progress value={upload.sent} aria-label={t("sending")} />}
+              {upload.problem ?? <progress value={upload.progress} aria-label={t("uploading")} />}
             </span>
             {upload.problem && (
-              <button type="button" onClick={() => again(upload)}>
+              <button type="button" onClick={() => retry(upload)}>
                 {t("retry")}
               </button>
             )}
@@ -221,7 +222,7 @@ function Base(props: { id: string }) {
                 type="button"
                 class="quiet"
                 aria-label={`${t("close")}: ${upload.file.name}`}
-                onClick={() => forget(upload)}
+                onClick={() => dismiss(upload)}
               >
                 <Icon name="close" />
               </button>
@@ -232,31 +233,31 @@ function Base(props: { id: string }) {
           <li key={file.id} class={file.status}>
             <span class="file-name">{file.name}</span>
             <span class="file-state">
-              <State file={file} />
+              <FileStatus file={file} />
             </span>
             <button
               type="button"
               class="quiet"
               aria-label={`${t("delete")}: ${file.name}`}
               title={t("delete")}
-              onClick={() => (asked.value = file)}
+              onClick={() => (deleting.value = file)}
             >
               <Icon name="trash" />
             </button>
           </li>
         ))}
       </ul>
-      {files.value.some((file) => file.status === "ready") && <Finder base={id} />}
-      {asked.value && (
+      {files.value.some((file) => file.status === "ready") && <Search knowledgeBase={id} />}
+      {deleting.value && (
         <Confirm
-          what={asked.value === "base" ? id : asked.value.name}
-          onClose={() => (asked.value = null)}
-          onYes={() => {
-            const target = asked.value;
-            asked.value = null;
-            if (target === "base") {
-              void removeBase(id).then((gone) => {
-                if (!gone) return;
+          name={deleting.value === "knowledgeBase" ? id : deleting.value.name}
+          onClose={() => (deleting.value = null)}
+          onConfirm={() => {
+            const target = deleting.value;
+            deleting.value = null;
+            if (target === "knowledgeBase") {
+              void removeKnowledgeBase(id).then((removed) => {
+                if (!removed) return;
                 if (current.value.knowledge_base === id) update({ knowledge_base: null });
                 if (route.value.view === "documents" && route.value.id === id) go("documents");
               });
@@ -268,18 +269,18 @@ function Base(props: { id: string }) {
   );
 }
 
-function State(props: { file: FileState }) {
+function FileStatus(props: { file: FileState }) {
   const { file } = props;
   switch (file.status) {
     case "ready":
       return (
         <>
-          {`${size(file.bytes)} · ${t("chunks", { n: number(file.chunks) })}`}
-          {file.error && <span class="partly"><Told file={file} /></span>}
+          {`${size(file.bytes)} · ${t("passageCount", { n: number(file.chunks) })}`}
+          {file.error && <span class="partial"><FileError file={file} /></span>}
         </>
       );
     case "failed":
-      return <Told file={file} />;
+      return <FileError file={file} />;
     case "embedding":
       return (
         <>
@@ -292,11 +293,11 @@ function State(props: { file: FileState }) {
   }
 }
 
-/** What is wrong; the server's own words have the figures and lines of it. */
-function Told(props: { file: FileState }) {
+/** The error; the server's message, with its figures and line numbers, is the tooltip. */
+function FileError(props: { file: FileState }) {
   const { error, code } = props.file;
   const message = error ?? "";
-  return <span title={message}>{worded(message, code)}</span>;
+  return <span title={message}>{errorText(message, code)}</span>;
 }
 
 function size(bytes: number): string {
@@ -304,15 +305,15 @@ function size(bytes: number): string {
   return bytes < 1_000_000 ? `${number(bytes / 1000)} kB` : `${number(bytes / 1_000_000, 1)} MB`;
 }
 
-function Confirm(props: { what: string; onYes: () => void; onClose: () => void }) {
+function Confirm(props: { name: string; onConfirm: () => void; onClose: () => void }) {
   return (
-    <Dialog title={t("deleteThis")} onClose={props.onClose}>
-      <p>{props.what}</p>
+    <Dialog title={t("confirmDeletion")} onClose={props.onClose}>
+      <p>{props.name}</p>
       <div class="editor-row">
         <button type="button" onClick={props.onClose}>
           {t("cancel")}
         </button>
-        <button type="button" class="danger" onClick={props.onYes}>
+        <button type="button" class="danger" onClick={props.onConfirm}>
           {t("delete")}
         </button>
       </div>

@@ -1,10 +1,10 @@
-/** Answers to rank: sampled all at once, shown in an order that tells nothing. */
+/** Answers to rank: sampled in one request and shown in random order. */
 
 import { batch, signal } from "@preact/signals";
 import { getJson, request, sendJson, streamChat } from "../api";
 import { explain, model } from "../chat/state";
 import { t } from "../i18n";
-import { add, complete, ranked, type Ranking } from "./ranking";
+import { add, isComplete, rankedAnswers, type Ranking } from "./ranking";
 
 export interface Answer {
   text: string;
@@ -17,7 +17,7 @@ export interface Sampling {
   max_tokens: number;
 }
 
-/** What is ranked now: the prompt as it was sent, and how. */
+/** The prompt being ranked, as it was sent, with its settings and answers. */
 export interface Round {
   prompt: string;
   system: string;
@@ -25,35 +25,35 @@ export interface Round {
   seed: number;
   sampling: Sampling;
   answers: Answer[];
-  sampled: boolean; // all of them are there
+  sampled: boolean; // all answers are complete
 }
 
 export const prompt = signal("");
 export const system = signal("");
 export const sampling = signal<Sampling>({ n: 4, temperature: 0.9, max_tokens: 256 });
-export const waiting = signal<string[]>([]); // prompts of a file
+export const promptQueue = signal<string[]>([]); // prompts of a file
 export const round = signal<Round | null>(null);
 export const ranking = signal<Ranking>([]);
-export const tied = signal(false); // the next one is as good as the last
+export const tied = signal(false); // rank the next answer tied with the last
 export const count = signal<number | null>(null);
 export const file = signal("preferences.jsonl");
-export const trouble = signal<string | null>(null);
-export const told = signal("");
+export const problem = signal<string | null>(null);
+export const status = signal("");
 
 let abort: AbortController | null = null;
-let saving = false; // a second Enter is no second record
+let saving = false; // pressing Enter twice saves once
 
 export async function refreshCount(): Promise<void> {
   try {
-    const found = await getJson<{ count: number; file: string }>("/v1/preferences");
-    count.value = found.count;
-    file.value = found.file;
+    const summary = await getJson<{ count: number; file: string }>("/v1/preferences");
+    count.value = summary.count;
+    file.value = summary.file;
   } catch (error) {
-    trouble.value = explain(error);
+    problem.value = explain(error);
   }
 }
 
-export function giveUp(): void {
+export function cancelRound(): void {
   abort?.abort();
   abort = null;
   batch(() => {
@@ -66,14 +66,14 @@ export function giveUp(): void {
 export async function sample(): Promise<void> {
   const chosen = model.value;
   if (chosen === null || !prompt.value.trim()) return;
-  giveUp();
-  const own = new AbortController();
-  abort = own;
-  const { n, ...how } = sampling.value;
+  cancelRound();
+  const controller = new AbortController();
+  abort = controller;
+  const { n, ...settings } = sampling.value;
   const seed = crypto.getRandomValues(new Uint32Array(1))[0]! >>> 1;
-  const places = shuffled(n);
-  const answers: Answer[] = places.map(() => ({ text: "", finish: null }));
-  const begun: Round = {
+  const order = shuffled(n);
+  const answers: Answer[] = order.map(() => ({ text: "", finish: null }));
+  const started: Round = {
     prompt: prompt.value.trim(),
     system: system.value.trim(),
     model: chosen.id,
@@ -83,20 +83,20 @@ export async function sample(): Promise<void> {
     sampled: false,
   };
   batch(() => {
-    trouble.value = null;
-    told.value = t("answering");
-    round.value = begun;
+    problem.value = null;
+    status.value = t("generating");
+    round.value = started;
   });
   let frame = 0;
   const draw = () => {
     frame = 0;
-    if (abort === own) round.value = { ...begun, answers: answers.map((each) => ({ ...each })) };
+    if (abort === controller) round.value = { ...started, answers: answers.map((each) => ({ ...each })) };
   };
   try {
-    const asked = { model: chosen.id, messages: messagesOf(begun), n, seed, ...how, stream: true };
-    for await (const chunk of streamChat(asked, own.signal)) {
+    const body = { model: chosen.id, messages: messagesOf(started), n, seed, ...settings, stream: true };
+    for await (const chunk of streamChat(body, controller.signal)) {
       for (const { index, delta, finish_reason } of chunk.choices) {
-        const answer = answers[places[index]!]!;
+        const answer = answers[order[index]!]!;
         answer.text += delta.content ?? "";
         if (finish_reason) answer.finish = finish_reason;
       }
@@ -104,36 +104,36 @@ export async function sample(): Promise<void> {
     }
   } catch (error) {
     cancelAnimationFrame(frame);
-    if (own.signal.aborted || abort !== own) return;
-    failed(explain(error));
+    if (controller.signal.aborted || abort !== controller) return;
+    fail(explain(error));
     return;
   }
   cancelAnimationFrame(frame);
-  if (abort !== own) return;
+  if (abort !== controller) return;
   const different = answers.filter(
     ({ text }, i) => text.trim() && answers.findIndex((each) => each.text === text) === i,
   );
   if (different.length < 2) {
-    failed(t("alike"));
+    fail(t("identicalAnswers"));
     return;
   }
   batch(() => {
-    round.value = { ...begun, answers: different, sampled: true };
-    told.value = t("answered");
+    round.value = { ...started, answers: different, sampled: true };
+    status.value = t("answerComplete");
   });
 }
 
-function failed(why: string): void {
-  giveUp();
+function fail(message: string): void {
+  cancelRound();
   batch(() => {
-    told.value = ""; // nobody is answering any more
-    trouble.value = why;
+    status.value = ""; // no longer generating
+    problem.value = message;
   });
 }
 
-function messagesOf(given: Round): { role: string; content: string }[] {
-  const before = given.system ? [{ role: "system", content: given.system }] : [];
-  return [...before, { role: "user", content: given.prompt }];
+function messagesOf(round: Round): { role: string; content: string }[] {
+  const system = round.system ? [{ role: "system", content: round.system }] : [];
+  return [...system, { role: "user", content: round.prompt }];
 }
 
 function shuffled(n: number): number[] {
@@ -146,21 +146,21 @@ function shuffled(n: number): number[] {
 }
 
 export function rankNext(answer: number): void {
-  const at = round.value;
-  if (!at?.sampled || answer >= at.answers.length) return;
-  ranking.value = add(ranking.value, answer, at.answers.length, tied.value);
+  const { value: active } = round;
+  if (!active?.sampled || answer >= active.answers.length) return;
+  ranking.value = add(ranking.value, answer, active.answers.length, tied.value);
   tied.value = false;
 }
 
 export async function save(): Promise<void> {
   const done = round.value;
-  if (!done || saving || !complete(ranking.value, done.answers.length)) return;
-  const { n: _, ...how } = done.sampling;
-  const finishes = ranked(ranking.value).map((i) => done.answers[i]!.finish);
+  if (!done || saving || !isComplete(ranking.value, done.answers.length)) return;
+  const { n: _, ...settings } = done.sampling;
+  const finishes = rankedAnswers(ranking.value).map((i) => done.answers[i]!.finish);
   const levels = ranking.value.map((level) => level.map((i) => done.answers[i]!.text));
   saving = true;
   try {
-    const { pairs, count: now } = await sendJson<{ pairs: number; count: number }>(
+    const { pairs, count: total } = await sendJson<{ pairs: number; count: number }>(
       "POST",
       "/v1/preferences",
       {
@@ -169,49 +169,49 @@ export async function save(): Promise<void> {
         finish_reasons: finishes.includes(null) ? null : finishes,
         model: done.model,
         seed: done.seed,
-        sampling: how,
+        sampling: settings,
       },
     );
     batch(() => {
-      count.value = now;
-      told.value = t("savedRanking", { n: pairs });
-      trouble.value = null;
+      count.value = total;
+      status.value = t("rankingSaved", { n: pairs });
+      problem.value = null;
     });
   } catch (error) {
-    trouble.value = explain(error);
+    problem.value = explain(error);
     return;
   } finally {
     saving = false;
   }
-  if (round.value === done) goOn(done); // or the user has gone on already
+  if (round.value === done) nextRound(done); // else the user has already continued
 }
 
 export function skip(): void {
   const { value: done } = round;
   if (done === null) return;
-  told.value = t("skipped");
-  goOn(done);
+  status.value = t("skipped");
+  nextRound(done);
 }
 
-/** With the next prompt of the file, if there is one, or with what was written meanwhile. */
-function goOn(done: Round): void {
-  giveUp();
+/** Continue with the next prompt of the file, unless the user has already entered another one. */
+function nextRound(done: Round): void {
+  cancelRound();
   if (prompt.value.trim() !== done.prompt) return;
   prompt.value = "";
   if (takeNext()) void sample();
 }
 
 export function takeNext(): boolean {
-  const [next, ...rest] = waiting.value;
+  const [next, ...rest] = promptQueue.value;
   if (next === undefined) return false;
   batch(() => {
     prompt.value = next;
-    waiting.value = rest;
+    promptQueue.value = rest;
   });
   return true;
 }
 
-/** By hand rather than by a link, which would not send the key. */
+/** By a request rather than a link, which would not send the API key. */
 export async function download(): Promise<void> {
   try {
     const response = await request("/v1/preferences/export");
@@ -221,6 +221,6 @@ export async function download(): Promise<void> {
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
   } catch (error) {
-    trouble.value = explain(error);
+    problem.value = explain(error);
   }
 }

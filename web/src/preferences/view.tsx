@@ -1,15 +1,15 @@
 import { useSignal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { composing } from "../chat/composer";
-import { choose, model, models } from "../chat/state";
+import { isComposing } from "../chat/composer";
+import { model, models, selectModel } from "../chat/state";
 import { Icon } from "../components/icons";
 import { Markdown } from "../components/markdown";
 import { list, number, t } from "../i18n";
 import { copyText } from "../platform";
-import { complete, move, placeOf, promptsOf, put, ranked, toggleTie, without } from "./ranking";
+import { isComplete, move, promptsOf, put, rankedAnswers, rankOf, toggleTie, without } from "./ranking";
 import {
-  count, download, file, giveUp, prompt, rankNext, ranking, refreshCount, round, sample, sampling,
-  save, skip, system, takeNext, tied, told, trouble, waiting,
+  cancelRound, count, download, file, problem, prompt, promptQueue, rankNext, ranking, refreshCount,
+  round, sample, sampling, save, skip, status, system, takeNext, tied,
 } from "./state"; // prettier-ignore
 
 export function PreferencesView() {
@@ -18,34 +18,34 @@ export function PreferencesView() {
     addEventListener("keydown", onKey);
     return () => {
       removeEventListener("keydown", onKey);
-      giveUp();
+      cancelRound();
     };
   }, []);
   return (
     <div class="page preferences">
-      <h1>{t("prefer")}</h1>
-      <p class="note">{t("preferText")}</p>
-      {trouble.value && (
+      <h1>{t("rankAnswers")}</h1>
+      <p class="note">{t("rankAnswersText")}</p>
+      {problem.value && (
         <div class="problem" role="alert">
-          {trouble.value}
+          {problem.value}
         </div>
       )}
-      <Asking />
+      <PromptForm />
       {round.value && <Answers />}
-      <div role="status" class="note told">
-        {told.value}
+      <div role="status" class="note round-status">
+        {status.value}
       </div>
-      <Kept />
+      <SavedRankings />
     </div>
   );
 }
 
 function onKey(event: KeyboardEvent): void {
   const target = event.target as HTMLElement;
-  if (!round.value?.sampled || composing(event) || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (!round.value?.sampled || isComposing(event) || event.ctrlKey || event.metaKey || event.altKey) return;
   if (target.matches("input, textarea, select") || target.closest("dialog")) return;
   if (/^[1-9]$/.test(event.key)) rankNext(Number(event.key) - 1);
-  else if (event.key === "=") makeTie();
+  else if (event.key === "=") markTie();
   else if (event.key === "Backspace") undo();
   else if (event.key === "s" || event.key === "S") skip();
   else if (event.key === "Enter" && !target.matches("button:not(.chip), a, summary")) void save();
@@ -53,40 +53,40 @@ function onKey(event: KeyboardEvent): void {
   event.preventDefault();
 }
 
-/** What comes next is as good as the last; where all have a place, the last two are equal. */
-function makeTie(): void {
-  const done = ranked(ranking.value).length;
-  if (done === round.value!.answers.length) ranking.value = toggleTie(ranking.value, done - 2);
-  else if (done) tied.value = !tied.value;
+/** Tie the next answer with the last one; if all are ranked, toggle the tie of the last two. */
+function markTie(): void {
+  const count = rankedAnswers(ranking.value).length;
+  if (count === round.value!.answers.length) ranking.value = toggleTie(ranking.value, count - 2);
+  else if (count) tied.value = !tied.value;
 }
 
 function undo(): void {
-  const last = ranked(ranking.value).at(-1);
+  const last = rankedAnswers(ranking.value).at(-1);
   if (last !== undefined) ranking.value = without(ranking.value, last);
   tied.value = false;
 }
 
-function Asking() {
-  const problem = useSignal("");
+function PromptForm() {
+  const fileProblem = useSignal("");
   const chats = models.value.filter((each) => each.kind === "chat");
-  const how = sampling.value;
-  const under = round.value !== null && !round.value.sampled;
+  const settings = sampling.value;
+  const isSampling = round.value !== null && !round.value.sampled;
   const submit = (event: Event) => {
     event.preventDefault();
     void sample();
   };
   const load = async (event: Event) => {
     const input = event.currentTarget as HTMLInputElement;
-    const given = input.files?.[0];
+    const selected = input.files?.[0];
     input.value = "";
-    if (!given) return;
-    const found = promptsOf(await given.text());
-    problem.value = found.length ? "" : t("noPrompts");
-    if (!found.length) return;
-    waiting.value = found;
+    if (!selected) return;
+    const prompts = promptsOf(await selected.text());
+    fileProblem.value = prompts.length ? "" : t("noPrompts");
+    if (!prompts.length) return;
+    promptQueue.value = prompts;
     takeNext();
   };
-  const numeric = (name: keyof typeof how, label: string, min: number, max: number, step: number) => (
+  const numeric = (name: keyof typeof settings, label: string, min: number, max: number, step: number) => (
     <label>
       <span>{label}</span>
       <input
@@ -95,7 +95,7 @@ function Asking() {
         max={max}
         step={step}
         required
-        value={how[name]}
+        value={settings[name]}
         onChange={(event) => {
           const { valueAsNumber, validity } = event.currentTarget;
           if (validity.valid) sampling.value = { ...sampling.value, [name]: valueAsNumber };
@@ -104,9 +104,9 @@ function Asking() {
     </label>
   );
   return (
-    <form class="form asking" onSubmit={submit}>
+    <form class="form prompt-form" onSubmit={submit}>
       <label>
-        <span>{t("promptToRank")}</span>
+        <span>{t("prompt")}</span>
         <textarea
           rows={3}
           required
@@ -114,11 +114,11 @@ function Asking() {
           value={prompt.value}
           onInput={(event) => (prompt.value = event.currentTarget.value)}
           onKeyDown={(event) => {
-            if (event.key === "Enter" && !event.shiftKey && !composing(event)) submit(event);
+            if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) submit(event);
           }}
         />
       </label>
-      {!prompt.value && !waiting.value.length && (
+      {!prompt.value && !promptQueue.value.length && (
         <div class="row">
           {list("examples").map((each) => (
             <button key={each} type="button" class="example" onClick={() => (prompt.value = each)}>
@@ -139,7 +139,7 @@ function Asking() {
       <div class="grid">
         <label>
           <span>{t("model")}</span>
-          <select value={model.value?.id ?? ""} onChange={(event) => choose(event.currentTarget.value)}>
+          <select value={model.value?.id ?? ""} onChange={(event) => selectModel(event.currentTarget.value)}>
             {!chats.length && <option value="">{t("noModel")}</option>}
             {chats.map((each) => (
               <option key={each.id} value={each.id}>
@@ -148,14 +148,14 @@ function Asking() {
             ))}
           </select>
         </label>
-        {numeric("n", t("answers"), 2, 4, 1)}
+        {numeric("n", t("answerCount"), 2, 4, 1)}
         {numeric("temperature", t("temperature"), 0.05, 2, 0.05)}
         {numeric("max_tokens", t("maxTokens"), 1, 8192, 1)}
       </div>
       <div class="row">
-        {under ? (
-          // Keyed: one button that became the other amid its click would send the form.
-          <button key="stop" type="button" onClick={giveUp}>
+        {isSampling ? (
+          // Keyed: if this button became the submit button during a click, it would submit the form.
+          <button key="stop" type="button" onClick={cancelRound}>
             <Icon name="stop" /> {t("stop")}
           </button>
         ) : (
@@ -165,11 +165,11 @@ function Asking() {
             class={round.value ? "" : "primary"}
             disabled={!prompt.value.trim() || model.value === null}
           >
-            {t("sampleThem")}
+            {t("generateAnswers")}
           </button>
         )}
         <label class="button">
-          {t("promptList")}
+          {t("loadPrompts")}
           <input
             class="sr-only"
             type="file"
@@ -177,54 +177,54 @@ function Asking() {
             onChange={load}
           />
         </label>
-        {waiting.value.length > 0 && (
-          <span class="note">{t("promptsLeft", { n: number(waiting.value.length) })}</span>
+        {promptQueue.value.length > 0 && (
+          <span class="note">{t("promptsLeft", { n: number(promptQueue.value.length) })}</span>
         )}
-        {waiting.value.length > 0 && round.value === null && (
-          // Where nothing can be ranked there is nothing to skip either.
+        {promptQueue.value.length > 0 && round.value === null && (
+          // Without answers, the skip button is not available.
           <button type="button" onClick={takeNext}>
             {t("nextPrompt")}
           </button>
         )}
-        <span role="status">{problem.value}</span>
+        <span role="status">{fileProblem.value}</span>
       </div>
     </form>
   );
 }
 
 function Answers() {
-  const at = round.value!;
+  const { answers, sampled } = round.value!;
   const section = useRef<HTMLElement>(null);
   useEffect(() => {
-    // Away from the form, where Enter would sample again.
-    if (at.sampled) section.current?.focus({ preventScroll: true });
+    // Move the focus out of the form, where Enter would sample again.
+    if (sampled) section.current?.focus({ preventScroll: true });
     section.current?.scrollIntoView({ block: "start" });
-  }, [at.sampled]);
+  }, [sampled]);
   return (
-    <section class="ranking" ref={section} tabindex={-1} aria-label={t("prefer")}>
+    <section class="ranking" ref={section} tabindex={-1} aria-label={t("rankAnswers")}>
       <div class="cards">
-        {at.answers.map((answer, i) => {
-          const place = placeOf(ranking.value, i);
+        {answers.map((answer, i) => {
+          const rank = rankOf(ranking.value, i);
           return (
             <article
               key={i}
-              class={place === null ? "card" : "card placed"}
+              class={rank === null ? "card" : "card ranked"}
               aria-label={t("answerAt", { n: i + 1 })}
             >
               <header
-                draggable={at.sampled}
+                draggable={sampled}
                 onDragStart={(event) => event.dataTransfer!.setData("text/plain", String(i))}
               >
                 <kbd>{i + 1}</kbd>
                 <span class="note grow">
-                  {at.sampled && (place === null ? t("notRanked") : t("placeOf", { n: place }))}
-                  {answer.finish === "length" && ` · ${t("cutShort")}`}
+                  {sampled && (rank === null ? t("notRanked") : t("rankOf", { n: rank }))}
+                  {answer.finish === "length" && ` · ${t("lengthLimit")}`}
                 </span>
-                {at.sampled && (
+                {sampled && (
                   <button
                     type="button"
                     class="quiet"
-                    disabled={place !== null}
+                    disabled={rank !== null}
                     aria-label={t("rankNext", { n: i + 1 })}
                     title={t("rankNext", { n: i + 1 })}
                     onClick={() => rankNext(i)}
@@ -233,26 +233,26 @@ function Answers() {
                   </button>
                 )}
               </header>
-              <Markdown text={answer.text} finished={at.sampled} />
+              <Markdown text={answer.text} finished={sampled} />
             </article>
           );
         })}
       </div>
-      {at.sampled && <Strip count={at.answers.length} />}
+      {sampled && <Order count={answers.length} />}
     </section>
   );
 }
 
-/** The order so far: to drag, to move with the arrow keys, and to say what is equal. */
-function Strip(props: { count: number }) {
-  const order = ranked(ranking.value);
+/** The ranked answers: drag them, move them with the arrow keys, and mark ties. */
+function Order(props: { count: number }) {
+  const order = rankedAnswers(ranking.value);
   const drop = (event: DragEvent, before: number | null) => {
     event.preventDefault();
     event.stopPropagation();
     const answer = Number(event.dataTransfer!.getData("text/plain"));
     if (Number.isInteger(answer) && answer < props.count) ranking.value = put(ranking.value, answer, before);
   };
-  const over = (event: DragEvent) => event.preventDefault();
+  const onDragOver = (event: DragEvent) => event.preventDefault();
   const onKeyDown = (event: KeyboardEvent, answer: number) => {
     const by = { ArrowLeft: -1, ArrowUp: -1, ArrowRight: 1, ArrowDown: 1 }[event.key];
     if (by === undefined) return;
@@ -261,17 +261,17 @@ function Strip(props: { count: number }) {
   };
   return (
     <div class="strip">
-      <ol aria-label={t("ranking")} onDragOver={over} onDrop={(event) => drop(event, null)}>
+      <ol aria-label={t("ranking")} onDragOver={onDragOver} onDrop={(event) => drop(event, null)}>
         {!order.length && <li class="note">{t("ranking")}</li>}
         {order.map((answer, i) => {
-          const equal = i < order.length - 1 && placeOf(ranking.value, answer) === placeOf(ranking.value, order[i + 1]!);
+          const isTied = i < order.length - 1 && rankOf(ranking.value, answer) === rankOf(ranking.value, order[i + 1]!);
           return (
-            <li key={answer} onDragOver={over} onDrop={(event) => drop(event, answer)}>
+            <li key={answer} onDragOver={onDragOver} onDrop={(event) => drop(event, answer)}>
               <button
                 type="button"
                 class="chip"
                 draggable
-                aria-label={`${t("answerAt", { n: answer + 1 })}, ${t("placeOf", { n: placeOf(ranking.value, answer)! })}`}
+                aria-label={`${t("answerAt", { n: answer + 1 })}, ${t("rankOf", { n: rankOf(ranking.value, answer)! })}`}
                 onDragStart={(event) => event.dataTransfer!.setData("text/plain", String(answer))}
                 onKeyDown={(event) => onKeyDown(event, answer)}
               >
@@ -281,11 +281,11 @@ function Strip(props: { count: number }) {
                 <button
                   type="button"
                   class="quiet relation"
-                  aria-label={t(equal ? "asGoodAs" : "betterThan")}
-                  title={t(equal ? "asGoodAs" : "betterThan")}
+                  aria-label={t(isTied ? "tiedWith" : "betterThan")}
+                  title={t(isTied ? "tiedWith" : "betterThan")}
                   onClick={() => (ranking.value = toggleTie(ranking.value, i))}
                 >
-                  {equal ? "=" : ">"}
+                  {isTied ? "=" : ">"}
                 </button>
               )}
             </li>
@@ -298,25 +298,25 @@ function Strip(props: { count: number }) {
           {t("undo")}
         </button>
         <button type="button" onClick={skip}>
-          {t("skipThis")}
+          {t("skip")}
         </button>
         <button
           type="button"
           class="primary"
-          disabled={!complete(ranking.value, props.count)}
+          disabled={!isComplete(ranking.value, props.count)}
           onClick={() => void save()}
         >
           {t("saveRanking")}
         </button>
       </div>
       <p class="note">
-        {order.length === props.count && ranking.value.length === 1 ? t("allAlike") : t("rankHelp")}
+        {order.length === props.count && ranking.value.length === 1 ? t("allTied") : t("rankHelp")}
       </p>
     </div>
   );
 }
 
-function Kept() {
+function SavedRankings() {
   const copied = useSignal(false);
   const command = `khaosz train recipes/dpo.toml init_from=MODEL data=khaosz-data/${file.value}`;
   const copy = async () => {
@@ -328,9 +328,9 @@ function Kept() {
   return (
     <section>
       <div class="row spread">
-        <h2>{t("trainOnThem")}</h2>
+        <h2>{t("trainOnRankings")}</h2>
         <span class="row">
-          <span class="note">{t("count", { n: number(count.value) })}</span>
+          <span class="note">{t("rankingCount", { n: number(count.value) })}</span>
           <button type="button" disabled={!count.value} onClick={() => void download()}>
             {t("exportRankings")}
           </button>

@@ -1,9 +1,9 @@
 import { signal, useSignal } from "@preact/signals";
 import { useEffect, useMemo, useRef } from "preact/hooks";
 import { language, t } from "../i18n";
-import { isHeldOut, nearest, scale, shown, smoothed, type Axis, type Point } from "./series";
+import { formatNumber, isHeldOut, nearest, scale, smoothed, type Axis, type Point } from "./series";
 
-/** One line of a chart; `colour` is that of its run, 0 to 5. */
+/** One line of a chart; `colour` is the index of the run's colour, 0 to 5. */
 export interface Line {
   key: string;
   label: string;
@@ -17,12 +17,12 @@ const LEFT = 52;
 const BOTTOM = 22;
 const TOP = 8;
 const RIGHT = 10;
-const TABLE = 12; // rows of the table that stands for the picture
+const TABLE_ROWS = 12; // of the table with the chart's values
 
-/** Where the crosshair stands in all charts, and in which of them it is moved. */
+/** Position of the crosshair in all charts, and the chart in which it is moved. */
 export const cursor = signal<{ x: number; chart: string } | null>(null);
 
-/** These are what they are: no noise to be smoothed away. */
+/** Metrics without noise, which are not smoothed. */
 const EXACT = new Set(["lr"]);
 
 export function Chart(props: {
@@ -30,7 +30,7 @@ export function Chart(props: {
   lines: Line[];
   axis: Axis;
   range: [number, number]; // of x
-  named: boolean; // has a legend of its own
+  legend: boolean;
   log: boolean;
   smoothing: number;
 }) {
@@ -38,14 +38,14 @@ export function Chart(props: {
   const [first, last] = props.range;
   const box = useRef<HTMLDivElement>(null);
   const width = useSignal(0);
-  const said = useSignal("");
-  const above = useSignal(false); // the values: where there is no room below
+  const announcement = useSignal("");
+  const valuesAbove = useSignal(false); // when the space below is too small
   useEffect(() => {
-    const watch = new ResizeObserver(([entry]) => (width.value = Math.floor(entry!.contentRect.width)));
-    watch.observe(box.current!);
-    return () => watch.disconnect();
+    const observer = new ResizeObserver(([entry]) => (width.value = Math.floor(entry!.contentRect.width)));
+    observer.observe(box.current!);
+    return () => observer.disconnect();
   }, []);
-  const drawn = useMemo(
+  const smoothedLines = useMemo(
     () =>
       lines.map((line) => ({
         ...line,
@@ -62,43 +62,43 @@ export function Chart(props: {
   const span = last - first || 1;
   const toX = (x: number) => LEFT + (inner * (x - first)) / span;
   const toY = (value: number) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - y.at(value));
-  const fits = (point: Point) => !props.log || point.y > 0;
+  const isDrawable = (point: Point) => !props.log || point.y > 0;
   const path = (points: Point[]) =>
     points
-      .filter(fits)
+      .filter(isDrawable)
       .map((each, i) => `${i ? "L" : "M"}${toX(each.x).toFixed(1)} ${toY(each.y).toFixed(1)}`)
       .join("");
   const ticks = scale([first, last], Math.max(2, inner / 85)).ticks.filter(
     (each) => each >= first && each <= last,
   );
-  const text = (value: number) => shown(value, language.value);
-  const place = (x: number) =>
+  const text = (value: number) => formatNumber(value, language.value);
+  const axisText = (x: number) =>
     axis === "step" ? t("stepAt", { n: text(x) }) : `${t(axisName[axis])} ${text(x)}`;
-  const at = cursor.value === null || !all.length ? null : cursor.value.x;
-  const told = at !== null && cursor.value?.chart === props.title;
-  const under =
-    at === null
+  const cursorX = cursor.value === null || !all.length ? null : cursor.value.x;
+  const hasCursor = cursorX !== null && cursor.value?.chart === props.title;
+  const pointsAtCursor =
+    cursorX === null
       ? []
-      : drawn.flatMap((line) => {
-          const point = nearest(line.points, at);
-          return point ? [{ line, point, smooth: nearest(line.smooth, at)! }] : [];
+      : smoothedLines.flatMap((line) => {
+          const point = nearest(line.points, cursorX);
+          return point ? [{ line, point, smooth: nearest(line.smooth, cursorX)! }] : [];
         });
   const onMove = (event: PointerEvent) => {
     const { left, bottom } = box.current!.getBoundingClientRect();
-    above.value = bottom + 34 + 28 * lines.length > innerHeight;
+    valuesAbove.value = bottom + 34 + 28 * lines.length > innerHeight;
     const x = first + (span * (event.clientX - left - LEFT)) / inner;
     cursor.value = { x: Math.min(last, Math.max(first, x)), chart: props.title };
   };
   const onKey = (event: KeyboardEvent) => {
     const xs = [...new Set(all.map((each) => each.x))].sort((a, b) => a - b);
     if (!xs.length) return;
-    const now = at === null ? xs.length : xs.findLastIndex((x) => x <= at);
-    const far = Math.max(1, Math.round(xs.length / 20));
-    const to = {
-      ArrowLeft: now - 1, ArrowRight: now + 1, PageUp: now + far, PageDown: now - far,
+    const index = cursorX === null ? xs.length : xs.findLastIndex((x) => x <= cursorX);
+    const page = Math.max(1, Math.round(xs.length / 20));
+    const target = {
+      ArrowLeft: index - 1, ArrowRight: index + 1, PageUp: index + page, PageDown: index - page,
       Home: 0, End: xs.length - 1,
     }[event.key]; // prettier-ignore
-    if (to === undefined) {
+    if (target === undefined) {
       if (event.key === "Escape" && cursor.value !== null) {
         event.stopPropagation();
         cursor.value = null;
@@ -106,19 +106,19 @@ export function Chart(props: {
       return;
     }
     event.preventDefault();
-    const x = xs[Math.min(xs.length - 1, Math.max(0, to))]!;
+    const x = xs[Math.min(xs.length - 1, Math.max(0, target))]!;
     cursor.value = { x, chart: props.title };
-    const values = drawn.flatMap((line) => {
+    const values = smoothedLines.flatMap((line) => {
       const point = nearest(line.points, x);
       return point ? [`${line.label} ${text(point.y)}`] : [];
     });
-    said.value = `${place(x)}: ${values.join(", ")}`;
+    announcement.value = `${axisText(x)}: ${values.join(", ")}`;
   };
   return (
     <figure class="chart">
       <figcaption>
         {props.title}
-        {props.named &&
+        {props.legend &&
           lines.length > 1 &&
           lines.map((line) => (
             <span key={line.key}>
@@ -152,13 +152,13 @@ export function Chart(props: {
               {text(value)}
             </text>
           ))}
-          {drawn.map((line) =>
+          {smoothedLines.map((line) =>
             isHeldOut(line.metric) ? (
               <g key={line.key} class={`line held c${line.colour}`}>
                 <path d={path(line.points)} />
                 {line.points.length <= 100 &&
                   line.points
-                    .filter(fits)
+                    .filter(isDrawable)
                     .map((each) => <circle key={each.x} cx={toX(each.x)} cy={toY(each.y)} r={2.6} />)}
               </g>
             ) : (
@@ -168,11 +168,11 @@ export function Chart(props: {
               </g>
             ),
           )}
-          {at !== null && (
+          {cursorX !== null && (
             <g>
-              <line class="cross" x1={toX(at)} x2={toX(at)} y1={TOP} y2={HEIGHT - BOTTOM} />
-              {under
-                .filter(({ point }) => fits(point))
+              <line class="cross" x1={toX(cursorX)} x2={toX(cursorX)} y1={TOP} y2={HEIGHT - BOTTOM} />
+              {pointsAtCursor
+                .filter(({ point }) => isDrawable(point))
                 .map(({ line, smooth }) => (
                   <circle
                     key={line.key}
@@ -185,28 +185,28 @@ export function Chart(props: {
             </g>
           )}
         </svg>
-        {told && (
-          <div class={above.value ? "values above" : "values"}>
-            <b>{place(under[0]?.point.x ?? at)}</b>
-            {under.map(({ line, point }) => (
+        {hasCursor && (
+          <div class={valuesAbove.value ? "values above" : "values"}>
+            <b>{axisText(pointsAtCursor[0]?.point.x ?? cursorX)}</b>
+            {pointsAtCursor.map(({ line, point }) => (
               <span key={line.key}>
                 <Swatch colour={line.colour} held={isHeldOut(line.metric)} /> {line.label}{" "}
                 <b>{text(point.y)}</b>
-                {point.x !== under[0]!.point.x && <small>@ {text(point.x)}</small>}
+                {point.x !== pointsAtCursor[0]!.point.x && <small>@ {text(point.x)}</small>}
               </span>
             ))}
           </div>
         )}
       </div>
       <span class="sr-only" role="status" aria-live="polite">
-        {said.value}
+        {announcement.value}
       </span>
       <Table {...props} />
     </figure>
   );
 }
 
-export const axisName = { step: "step", tokens: "tokensSeen", elapsed_s: "seconds" } as const;
+export const axisName = { step: "step", tokens: "tokenCount", elapsed_s: "seconds" } as const;
 
 export function Swatch(props: { colour: number; held?: boolean }) {
   return (
@@ -217,12 +217,12 @@ export function Swatch(props: { colour: number; held?: boolean }) {
   );
 }
 
-/** The same numbers to be read: a few rows from beginning to end. */
+/** The values of a chart as a table, thinned to a few rows. */
 function Table(props: { title: string; lines: Line[]; axis: Axis }) {
   const xs = [...new Set(props.lines.flatMap((line) => line.points.map((each) => each.x)))];
   xs.sort((a, b) => a - b);
-  const count = Math.min(TABLE, xs.length);
-  const picked = Array.from({ length: count }, (_, i) =>
+  const count = Math.min(TABLE_ROWS, xs.length);
+  const rows = Array.from({ length: count }, (_, i) =>
     count === 1 ? xs[0]! : xs[Math.round((i * (xs.length - 1)) / (count - 1))]!,
   );
   return (
@@ -242,12 +242,12 @@ function Table(props: { title: string; lines: Line[]; axis: Axis }) {
             </tr>
           </thead>
           <tbody>
-            {picked.map((x) => (
+            {rows.map((x) => (
               <tr key={x}>
-                <th scope="row">{shown(x, language.value)}</th>
+                <th scope="row">{formatNumber(x, language.value)}</th>
                 {props.lines.map((line) => {
                   const point = nearest(line.points, x);
-                  return <td key={line.key}>{point ? shown(point.y, language.value) : "–"}</td>;
+                  return <td key={line.key}>{point ? formatNumber(point.y, language.value) : "–"}</td>;
                 })}
               </tr>
             ))}
@@ -258,14 +258,14 @@ function Table(props: { title: string; lines: Line[]; axis: Axis }) {
   );
 }
 
-/** A line the size of a word. */
+/** A word-sized line chart. */
 export function Sparkline(props: { values: (number | null)[]; label: string }) {
-  const known = props.values.filter((each): each is number => each !== null);
-  if (known.length < 2) return null;
-  const [low, high] = [Math.min(...known), Math.max(...known)];
-  const step = 96 / (known.length - 1);
+  const values = props.values.filter((each): each is number => each !== null);
+  if (values.length < 2) return null;
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  const step = 96 / (values.length - 1);
   const y = (value: number) => 22 - (20 * (value - low)) / (high - low || 1);
-  const path = known.map((value, i) => `${i ? "L" : "M"}${(2 + i * step).toFixed(1)} ${y(value).toFixed(1)}`);
+  const path = values.map((value, i) => `${i ? "L" : "M"}${(2 + i * step).toFixed(1)} ${y(value).toFixed(1)}`);
   return (
     <svg class="spark" viewBox="0 0 100 24" role="img" aria-label={props.label}>
       <path d={path.join("")} />

@@ -1,12 +1,12 @@
 import { useSignal } from "@preact/signals";
 import { t } from "../i18n";
 import { Swatch } from "./chart";
-import { differing } from "./series";
+import { differences } from "./series";
 import { details } from "./state";
 
-/** How the runs were set up: of several, where they differ. */
+/** The configuration of one run, or the differences between several. */
 export function Configuration(props: { ids: string[] }) {
-  const all = useSignal(false);
+  const showAll = useSignal(false);
   const known = props.ids.filter((id) => details.value[id]);
   if (!known.length) return null;
   const several = known.length > 1;
@@ -14,13 +14,13 @@ export function Configuration(props: { ids: string[] }) {
     const { config, plan } = details.value[id]!.config;
     return { ...config, plan };
   });
-  const rows = differing(configs, all.value || !several).filter(([key]) => key !== "out");
+  const rows = differences(configs, showAll.value || !several).filter(([key]) => key !== "out");
   const table = rows.length ? (
     <div class="wide-table">
       <table class="settings">
         <thead>
           <tr>
-            <th scope="col">{t("keyOf")}</th>
+            <th scope="col">{t("configKey")}</th>
             {known.map((id) => (
               <th key={id} scope="col">
                 {several && <Swatch colour={props.ids.indexOf(id)} />} {id}
@@ -58,8 +58,8 @@ export function Configuration(props: { ids: string[] }) {
         <label class="check">
           <input
             type="checkbox"
-            checked={all.value}
-            onChange={(event) => (all.value = event.currentTarget.checked)}
+            checked={showAll.value}
+            onChange={(event) => (showAll.value = event.currentTarget.checked)}
           />{" "}
           {t("allKeys")}
         </label>

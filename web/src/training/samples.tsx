@@ -1,23 +1,23 @@
 import { useSignal } from "@preact/signals";
 import { number, t } from "../i18n";
-import { shown } from "./series";
+import { formatNumber } from "./series";
 import { Swatch } from "./chart";
 import { details } from "./state";
 
-/** What the models wrote at a step, and a slider through the steps; the newest unless it is moved. */
+/** Samples at a step, with a slider over the steps; follows the newest step until it is moved. */
 export function Samples(props: { ids: string[] }) {
-  const at = useSignal<number | null>(null); // null: follow the newest
+  const selectedStep = useSignal<number | null>(null); // null: follow the newest
   const runs = props.ids.map((id) => details.value[id]?.samples ?? []);
   const steps = [...new Set(runs.flat().map((each) => each.step))];
   steps.sort((a, b) => a - b);
   if (!steps.length) return null;
-  const index = at.value === null ? steps.length - 1 : lastUpTo(steps, at.value);
+  const index = selectedStep.value === null ? steps.length - 1 : lastUpTo(steps, selectedStep.value);
   const step = steps[index]!;
-  const texts = runs.flatMap((samples, at) => {
+  const texts = runs.flatMap((samples, run) => {
     const reached = samples[lastUpTo(samples.map((each) => each.step), step)]?.step;
     return samples
       .filter((each) => each.step === reached && each.step <= step)
-      .map((sample) => ({ at, sample }));
+      .map((sample) => ({ run, sample }));
   });
   const prompts = [...new Set(texts.map(({ sample }) => sample.prompt))];
   return (
@@ -33,7 +33,7 @@ export function Samples(props: { ids: string[] }) {
           aria-valuetext={t("stepAt", { n: step })}
           onInput={(event) => {
             const chosen = event.currentTarget.valueAsNumber;
-            at.value = chosen === steps.length - 1 ? null : steps[chosen]!;
+            selectedStep.value = chosen === steps.length - 1 ? null : steps[chosen]!;
           }}
         />
       )}
@@ -42,13 +42,13 @@ export function Samples(props: { ids: string[] }) {
           <figcaption>{prompt}</figcaption>
           {texts
             .filter(({ sample }) => sample.prompt === prompt)
-            .map(({ at, sample }, i) => (
+            .map(({ run, sample }, i) => (
               <p key={i}>
-                {runs.length > 1 && <Swatch colour={at} />}
+                {runs.length > 1 && <Swatch colour={run} />}
                 {sample.text}
                 {typeof sample.reward === "number" && (
                   <small>
-                    {t("reward")} {shown(sample.reward)}
+                    {t("reward")} {formatNumber(sample.reward)}
                   </small>
                 )}
               </p>
@@ -59,7 +59,7 @@ export function Samples(props: { ids: string[] }) {
   );
 }
 
-/** Where the last number up to `limit` stands in rising numbers; 0 where there is none. */
+/** Index of the last number up to `limit` in sorted numbers, or 0. */
 function lastUpTo(numbers: number[], limit: number): number {
   return Math.max(0, numbers.findLastIndex((each) => each <= limit));
 }

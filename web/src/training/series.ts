@@ -1,12 +1,12 @@
-/** Rows of metrics as lines to draw: no drawing here, so that it can be tested without a page. */
+/** Metrics as series to draw, without any drawing, so that it can be tested without a page. */
 
 export type Row = Record<string, number | string | boolean | null>;
 export type Axis = "step" | "tokens" | "elapsed_s";
 
-/** What one chart shows: a metric in training, and where it is known on held-out data. */
+/** One chart: a metric in training and, if available, on held-out data. */
 export interface Panel {
   metric: string;
-  lines: string[]; // the metrics drawn, `val_` last
+  lines: string[]; // names of the metrics, `val_` last
 }
 
 export interface Point {
@@ -15,28 +15,28 @@ export interface Point {
   step: number;
 }
 
-const FIRST = [
+const FIRST_METRICS = [
   "loss", "bits_per_byte", "accuracy", "reward", "kl", "margin", "mrr", "entropy", "clip_fraction",
   "explained_variance",
 ]; // prettier-ignore
-const LAST = ["lr", "grad_norm", "tokens_per_s", "mfu"];
-const NO_METRIC = new Set(["step", "tokens", "elapsed_s"]);
+const LAST_METRICS = ["lr", "grad_norm", "tokens_per_s", "mfu"];
+const AXES = new Set(["step", "tokens", "elapsed_s"]);
 
-/** Charts for the metrics that the rows know, in the order in which they are looked at. */
+/** Charts for the metrics in the rows, the most important first. */
 export function panels(rows: Row[]): Panel[] {
-  const known = new Set<string>();
+  const names = new Set<string>();
   for (const row of rows) {
-    for (const [key, value] of Object.entries(row)) if (typeof value === "number") known.add(key);
+    for (const [key, value] of Object.entries(row)) if (typeof value === "number") names.add(key);
   }
   const charts = new Map<string, string[]>();
-  for (const key of known) {
-    if (NO_METRIC.has(key)) continue;
-    // By language they belong to the same chart.
+  for (const key of names) {
+    if (AXES.has(key)) continue;
+    // Metrics per language share a chart.
     const metric = key.replace(/^val_/, "").replace(/^(bits_per_byte)_\w+$/, "$1");
     charts.set(metric, [...(charts.get(metric) ?? []), key]);
   }
   const rank = (metric: string) => {
-    const [first, last] = [FIRST.indexOf(metric), LAST.indexOf(metric)];
+    const [first, last] = [FIRST_METRICS.indexOf(metric), LAST_METRICS.indexOf(metric)];
     if (first >= 0) return first;
     return last >= 0 ? 1000 + last : 100;
   };
@@ -53,36 +53,36 @@ export function isHeldOut(metric: string): boolean {
 }
 
 export function points(rows: Row[], metric: string, axis: Axis): Point[] {
-  const found: Point[] = [];
+  const result: Point[] = [];
   for (const row of rows) {
     const [x, y] = [row[axis], row[metric]];
-    if (typeof x === "number" && typeof y === "number") found.push({ x, y, step: row.step as number });
+    if (typeof x === "number" && typeof y === "number") result.push({ x, y, step: row.step as number });
   }
-  return found;
+  return result;
 }
 
-/** Exponential moving average with the bias of its start removed, as the trainer's own picture. */
-export function smoothed(given: Point[], weight: number): Point[] {
-  if (!weight) return given;
+/** Exponential moving average with bias correction, as in the trainer's plots. */
+export function smoothed(points: Point[], weight: number): Point[] {
+  if (!weight) return points;
   let average = 0;
-  let left = 1;
-  return given.map((point) => {
+  let bias = 1;
+  return points.map((point) => {
     average = weight * average + (1 - weight) * point.y;
-    left *= weight;
-    return { ...point, y: average / (1 - left) };
+    bias *= weight;
+    return { ...point, y: average / (1 - bias) };
   });
 }
 
-/** The point nearest to `x`; `given` is in the order of x. */
-export function nearest(given: Point[], x: number): Point | null {
-  let [low, high] = [0, given.length - 1];
+/** The point nearest to `x`; `points` are sorted by x. */
+export function nearest(points: Point[], x: number): Point | null {
+  let [low, high] = [0, points.length - 1];
   if (high < 0) return null;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (given[middle]!.x <= x) low = middle;
+    if (points[middle]!.x <= x) low = middle;
     else high = middle;
   }
-  const [a, b] = [given[low]!, given[high]!];
+  const [a, b] = [points[low]!, points[high]!];
   return Math.abs(a.x - x) <= Math.abs(b.x - x) ? a : b;
 }
 
@@ -93,7 +93,7 @@ export interface Scale {
   at: (value: number) => number; // 0 to 1
 }
 
-/** A scale with round ticks that holds all values; `log` only where all of them are above 0. */
+/** A scale with round ticks that covers all values; a logarithmic one ignores values up to 0. */
 export function scale(values: number[], count: number, log = false): Scale {
   let [from, to] = [Infinity, -Infinity];
   for (const value of values) {
@@ -103,7 +103,7 @@ export function scale(values: number[], count: number, log = false): Scale {
   }
   if (from > to) [from, to] = [log ? 1 : 0, log ? 10 : 1];
   if (log) return logarithmic(from, to, count);
-  if (alike(from, to)) {
+  if (nearlyEqual(from, to)) {
     const around = Math.abs(from) / 10 || 1;
     [from, to] = [from - around, to + around];
   }
@@ -115,8 +115,8 @@ export function scale(values: number[], count: number, log = false): Scale {
   return { from: low, to: high, ticks, at: (value) => (value - low) / (high - low) };
 }
 
-/** But for their rounding: the steps between such values would be too small to be counted. */
-function alike(from: number, to: number): boolean {
+/** Equal up to rounding: the ticks between such values would coincide. */
+function nearlyEqual(from: number, to: number): boolean {
   return to - from <= 1e-12 * Math.max(Math.abs(from), Math.abs(to));
 }
 
@@ -127,7 +127,7 @@ function roundStep(rough: number): number {
 }
 
 function logarithmic(from: number, to: number, count: number): Scale {
-  if (alike(from, to)) [from, to] = [from / 2, to * 2];
+  if (nearlyEqual(from, to)) [from, to] = [from / 2, to * 2];
   const [low, high] = [Math.log10(from), Math.log10(to)];
   const at = (value: number) => (Math.log10(value) - low) / (high - low);
   const ticks: number[] = [];
@@ -137,41 +137,41 @@ function logarithmic(from: number, to: number, count: number): Scale {
       if (value >= from && value <= to) ticks.push(value);
     }
   }
-  // Within less than a power of ten there may be no round one.
+  // A range below a power of ten may contain no round value.
   if (ticks.length < 2) return { from, to, ticks: scale([from, to], count).ticks.filter((v) => v >= from && v <= to), at };
   const every = Math.ceil(ticks.length / (count + 1));
   return { from, to, ticks: ticks.filter((_, i) => i % every === 0), at };
 }
 
-/** `0.00123`, `1.2e-5`, `12,345`: as many digits as tell values of this size apart. */
-export function shown(value: number, language = "en"): string {
+/** A number with a suitable number of digits: `0.00123`, `1.2e-5`, `12,345`. */
+export function formatNumber(value: number, language = "en"): string {
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2).replace(/\.?0+e/, "e");
   if (size >= 1000) return Math.round(value).toLocaleString(language);
   return String(Number(value.toPrecision(4)));
 }
 
-/** Later rows behind those that are there; a run that was begun again takes their place. */
-export function joined(before: Row[], after: Row[]): Row[] {
+/** Append later rows; the rows of a restarted run replace those from the same step on. */
+export function appendRows(before: Row[], after: Row[]): Row[] {
   const first = after[0]?.step;
   if (typeof first !== "number") return before;
   return [...before.filter((row) => (row.step as number) < first), ...after];
 }
 
 /** Values of a nested configuration by their dotted names. */
-export function flat(config: unknown, name = ""): Map<string, string> {
-  const found = new Map<string, string>();
+export function flatten(config: unknown, name = ""): Map<string, string> {
+  const values = new Map<string, string>();
   if (config !== null && typeof config === "object" && !Array.isArray(config)) {
     for (const [key, value] of Object.entries(config)) {
-      for (const [inner, text] of flat(value, name ? `${name}.${key}` : key)) found.set(inner, text);
+      for (const [inner, text] of flatten(value, name ? `${name}.${key}` : key)) values.set(inner, text);
     }
-  } else if (name) found.set(name, typeof config === "string" ? config : JSON.stringify(config));
-  return found;
+  } else if (name) values.set(name, typeof config === "string" ? config : JSON.stringify(config));
+  return values;
 }
 
-/** Keys and their values in each configuration; only those that differ, unless `all`. */
-export function differing(configs: unknown[], all = false): [string, (string | undefined)[]][] {
-  const flats = configs.map((config) => flat(config));
+/** Keys with their values in each configuration; only those that differ, unless `all`. */
+export function differences(configs: unknown[], all = false): [string, (string | undefined)[]][] {
+  const flats = configs.map((config) => flatten(config));
   const keys = [...new Set(flats.flatMap((each) => [...each.keys()]))].sort();
   return keys
     .map((key): [string, (string | undefined)[]] => [key, flats.map((each) => each.get(key))])

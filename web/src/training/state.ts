@@ -1,9 +1,9 @@
-/** Training runs as the server tells of them, and those that are looked at. */
+/** Training runs, with details of the selected ones. */
 
 import { signal } from "@preact/signals";
 import { ApiError, getJson } from "../api";
 import { explain } from "../chat/state";
-import { joined, type Row } from "./series";
+import { appendRows, type Row } from "./series";
 
 export interface Run {
   id: string;
@@ -28,79 +28,80 @@ export interface Config {
   plan: Record<string, unknown> | null;
 }
 
-/** What is known of a run that is looked at. */
+/** Metrics, samples and configuration of a selected run. */
 export interface Detail {
   rows: Row[];
   samples: Sample[];
   config: Config;
-  updated: number; // the run's, when it was looked at
-  still: boolean; // nothing more is to come
+  updated: number; // `updated` of the run when this was fetched
+  complete: boolean; // the run has ended, and two fetches agreed
 }
 
-export const MOST = 6; // runs in one chart
-const MANY = 5000; // rows, then they are fetched thinned again
+export const MAX_RUNS = 6; // in one chart
+const MAX_ROWS = 5000; // then all rows are fetched again, thinned by the server
 
-export const runs = signal<Run[] | null>(null); // null: not asked yet
+export const runs = signal<Run[] | null>(null); // null: not fetched yet
 export const details = signal<Record<string, Detail>>({});
-export const trouble = signal<string | null>(null);
+export const problem = signal<string | null>(null);
 
-function where(id: string, what: string): string {
-  return `/v1/runs/${id.split("/").map(encodeURIComponent).join("/")}/${what}`;
+function url(id: string, resource: string): string {
+  return `/v1/runs/${id.split("/").map(encodeURIComponent).join("/")}/${resource}`;
 }
 
 export async function refreshRuns(): Promise<void> {
   try {
     runs.value = (await getJson<{ data: Run[] }>("/v1/runs")).data;
-    trouble.value = null;
+    problem.value = null;
   } catch (error) {
-    trouble.value = explain(error);
+    problem.value = explain(error);
   }
 }
 
-/** What is new of these runs; all of a run that was not looked at before. */
-export async function follow(ids: string[]): Promise<void> {
+/** Fetch what is new of these runs, and everything of runs selected for the first time. */
+export async function refreshDetails(ids: string[]): Promise<void> {
   try {
-    const found = await Promise.all(ids.map(async (id) => [id, await newest(id)] as const));
-    details.value = Object.fromEntries(found.filter((each) => each[1] !== null)) as typeof details.value;
-    trouble.value = null;
+    const entries = await Promise.all(ids.map(async (id) => [id, await fetchDetail(id)] as const));
+    const existing = entries.filter(([, detail]) => detail !== null);
+    details.value = Object.fromEntries(existing) as typeof details.value;
+    problem.value = null;
   } catch (error) {
-    trouble.value = explain(error);
+    problem.value = explain(error);
   }
 }
 
-async function newest(id: string, anew = false): Promise<Detail | null> {
-  const before = anew ? undefined : details.value[id];
+async function fetchDetail(id: string, fromStart = false): Promise<Detail | null> {
+  const before = fromStart ? undefined : details.value[id];
   const run = runs.value?.find((each) => each.id === id);
-  // `updated` is a whole second, in which more may be written: a run that has ended is looked at
-  // until two looks agree.
-  const same = before !== undefined && before.updated === run?.updated && run.state !== "running";
-  if (same && before.still) return before;
-  const known = before && before.rows.length < MANY ? before : null;
+  // `updated` is in whole seconds, and more may be written within one: an ended run is fetched until
+  // two fetches agree.
+  const unchanged = before !== undefined && before.updated === run?.updated && run.state !== "running";
+  if (unchanged && before.complete) return before;
+  const known = before && before.rows.length < MAX_ROWS ? before : null;
   const lastOf = (rows: { step?: unknown }[] | undefined) => Number(rows?.at(-1)?.step ?? 0);
-  const [from, sampled] = [lastOf(known?.rows), lastOf(known?.samples)];
-  // The last step once more: its row tells whether this is still the same run, and its samples are
-  // written one after the other.
+  const [lastRow, lastSample] = [lastOf(known?.rows), lastOf(known?.samples)];
+  // Include the last known step: its row shows whether this is still the same run, and its samples
+  // are written one by one.
   const after = (step: number) => `after=${Math.max(0, step - 1)}`;
   try {
     const [metrics, samples, config] = await Promise.all([
-      getJson<{ rows: Row[] }>(where(id, `metrics?${after(from)}`)),
-      getJson<{ data: Sample[] }>(where(id, `samples?${after(sampled)}`)),
-      known?.config.plan ? known.config : getJson<Config>(where(id, "config")),
+      getJson<{ rows: Row[] }>(url(id, `metrics?${after(lastRow)}`)),
+      getJson<{ data: Sample[] }>(url(id, `samples?${after(lastSample)}`)),
+      known?.config.plan ? known.config : getJson<Config>(url(id, "config")),
     ]);
-    const again = metrics.rows.findLast((row) => row.step === from);
-    if (from && JSON.stringify(again) !== JSON.stringify(known?.rows.at(-1))) {
-      // It was begun again, and may be further on by now: what is known is no longer so.
-      return await newest(id, true);
+    const row = metrics.rows.findLast((row) => row.step === lastRow);
+    if (lastRow && JSON.stringify(row) !== JSON.stringify(known?.rows.at(-1))) {
+      // The run was restarted and may have passed this step: discard what is known.
+      return await fetchDetail(id, true);
     }
     return {
-      rows: known ? joined(known.rows, metrics.rows) : metrics.rows,
-      samples: [...(known?.samples ?? []).filter(({ step }) => step < sampled), ...samples.data],
+      rows: known ? appendRows(known.rows, metrics.rows) : metrics.rows,
+      samples: [...(known?.samples ?? []).filter(({ step }) => step < lastSample), ...samples.data],
       config,
       updated: run?.updated ?? 0,
-      still: same,
+      complete: unchanged,
     };
   } catch (error) {
-    if (error instanceof ApiError && error.status === 404) return null; // deleted meanwhile
+    if (error instanceof ApiError && error.status === 404) return null; // deleted
     throw error;
   }
 }

@@ -5,20 +5,20 @@ import { decoded, go, href, route } from "../router";
 import { Chart, Sparkline, Swatch, axisName, type Line } from "./chart";
 import { Configuration } from "./configuration";
 import { Samples } from "./samples";
-import { isHeldOut, panels, points, shown, type Axis } from "./series";
-import { details, follow, MOST, refreshRuns, runs, trouble, type Run } from "./state";
+import { formatNumber, isHeldOut, panels, points, type Axis } from "./series";
+import { details, MAX_RUNS, problem, refreshDetails, refreshRuns, runs, type Run } from "./state";
 
-const POLL = 3000; // ms between looks
+const POLL_INTERVAL = 3000; // ms
 
 /**
- * The runs that an address names: several for a comparison. Without one it is the newest, and stays
- * `before`: of two runs at once now one and now the other is the newest.
+ * The runs in the address, several for a comparison. Without any, `previous` or else the newest run:
+ * of two runs in progress, the newest keeps changing.
  */
-function chosen(before: string | null): string[] {
+function selectedRuns(previous: string | null): string[] {
   const ids = route.value.id?.split(",").map(decoded) ?? [];
-  if (ids.length) return ids.slice(0, MOST);
-  const there = runs.value ?? [];
-  const run = there.find((each) => each.id === before) ?? there[0];
+  if (ids.length) return ids.slice(0, MAX_RUNS);
+  const all = runs.value ?? [];
+  const run = all.find((each) => each.id === previous) ?? all[0];
   return run ? [run.id] : [];
 }
 
@@ -28,35 +28,35 @@ function address(ids: string[]): string {
 
 export function TrainingView() {
   const followed = useRef<string | null>(null);
-  const ids = chosen(followed.current);
+  const ids = selectedRuns(followed.current);
   followed.current = route.value.id === null ? (ids[0] ?? null) : null;
   const key = ids.join("\n");
   useEffect(() => {
-    let over = false;
-    let wait = 0;
-    const look = async () => {
+    let unmounted = false;
+    let timer = 0;
+    const poll = async () => {
       if (document.visibilityState === "visible") {
         await refreshRuns();
-        await follow(chosen(followed.current));
+        await refreshDetails(selectedRuns(followed.current));
       }
-      if (!over) wait = window.setTimeout(look, POLL);
+      if (!unmounted) timer = window.setTimeout(poll, POLL_INTERVAL);
     };
-    void look();
+    void poll();
     return () => {
-      over = true;
-      clearTimeout(wait);
+      unmounted = true;
+      clearTimeout(timer);
     };
   }, [key]);
   return (
     <div class="page training">
       <h1>{t("training")}</h1>
-      {trouble.value && (
+      {problem.value && (
         <div class="problem" role="alert">
-          {trouble.value}
+          {problem.value}
         </div>
       )}
       {runs.value === null ? (
-        !trouble.value && <p class="note">{t("loading")}</p>
+        !problem.value && <p class="note">{t("loading")}</p>
       ) : runs.value.length ? (
         <>
           <RunList ids={ids} />
@@ -84,19 +84,19 @@ function RunList(props: { ids: string[] }) {
   return (
     <ul class="runs" aria-label={t("runs")}>
       {(runs.value ?? []).map((run) => {
-        const at = ids.indexOf(run.id);
-        const full = at < 0 && ids.length >= MOST;
+        const index = ids.indexOf(run.id);
+        const full = index < 0 && ids.length >= MAX_RUNS;
         return (
-          <li key={run.id} class={at < 0 ? "" : "open"}>
-            <label class="pick" title={full ? t("mostRuns") : undefined}>
+          <li key={run.id} class={index < 0 ? "" : "open"}>
+            <label class="pick" title={full ? t("runLimit") : undefined}>
               <input
                 type="checkbox"
-                checked={at >= 0}
+                checked={index >= 0}
                 disabled={full}
                 aria-label={t("compare", { run: run.id })}
                 onChange={() => toggle(run.id)}
               />
-              {at >= 0 && ids.length > 1 && <Swatch colour={at} />}
+              {index >= 0 && ids.length > 1 && <Swatch colour={index} />}
             </label>
             <a href={href("training", address([run.id]))} title={t("showRun", { run: run.id })}>
               {run.id}
@@ -105,7 +105,7 @@ function RunList(props: { ids: string[] }) {
             <span class={`state ${run.state}`}>{t(run.state)}</span>
             <Progress run={run} />
             <Sparkline values={run.curve} label={t("lossCurve")} />
-            <span class="figures">{figures(run)}</span>
+            <span class="figures">{summary(run)}</span>
             <time dateTime={new Date(run.updated * 1000).toISOString()}>{ago(run.updated)}</time>
           </li>
         );
@@ -128,16 +128,16 @@ function Progress(props: { run: Run }) {
   );
 }
 
-function figures(run: Run): string {
-  const told = [
+function summary(run: Run): string {
+  const values = [
     ["loss", run.last.loss],
     ["reward", run.last.reward],
     ["accuracy", run.last.val_accuracy ?? run.last.accuracy],
     ["bitsPerByte", run.last.val_bits_per_byte],
   ] as const;
-  return told
+  return values
     .filter(([, value]) => typeof value === "number")
-    .map(([name, value]) => `${t(name)} ${shown(value as number)}`)
+    .map(([name, value]) => `${t(name)} ${formatNumber(value as number)}`)
     .join(" · ");
 }
 
@@ -154,12 +154,12 @@ const titles = {
   loss: "loss", bits_per_byte: "bitsPerByte", accuracy: "accuracy", reward: "reward", kl: "kl",
   margin: "margin", entropy: "entropy", clip_fraction: "clipFraction",
   explained_variance: "explainedVariance", lr: "learningRate", grad_norm: "gradientNorm",
-  tokens_per_s: "tokensPerSecond", mfu: "utilisation",
+  tokens_per_s: "tokensPerSecond", mfu: "mfu",
 } as const; // prettier-ignore
 
 function titleOf(metric: string): string {
-  const known = titles[metric as keyof typeof titles];
-  return known ? t(known) : metric;
+  const key = titles[metric as keyof typeof titles];
+  return key ? t(key) : metric;
 }
 
 function Charts(props: { ids: string[] }) {
@@ -174,13 +174,13 @@ function Charts(props: { ids: string[] }) {
       metric,
       lines: known.flatMap((run) =>
         lines.flatMap((name, i): Line[] => {
-          const found = points(run.rows, name, axis.value);
-          // Several runs are told apart by their colours, so there is none left for languages.
-          if (!found.length || (!single && languageOf(name))) return [];
+          const series = points(run.rows, name, axis.value);
+          // With several runs, colours distinguish the runs, and languages are omitted.
+          if (!series.length || (!single && languageOf(name))) return [];
           const label = single ? labelOf(name) : isHeldOut(name) ? `${run.id}, ${labelOf(name)}` : run.id;
           const part = languageOf(name) ? i + 1 : Number(isHeldOut(name));
-          const colour = single ? part % MOST : props.ids.indexOf(run.id);
-          return [{ key: `${run.id} ${name}`, label, metric: name, colour, points: found }];
+          const colour = single ? part % MAX_RUNS : props.ids.indexOf(run.id);
+          return [{ key: `${run.id} ${name}`, label, metric: name, colour, points: series }];
         }),
       ),
     }));
@@ -193,7 +193,7 @@ function Charts(props: { ids: string[] }) {
     <section aria-label={t("chart")}>
       <div class="row tuning">
         <label>
-          {t("horizontal")}{" "}
+          {t("xAxis")}{" "}
           <select
             value={axis.value}
             onChange={(event) => (axis.value = event.currentTarget.value as Axis)}
@@ -237,7 +237,7 @@ function Charts(props: { ids: string[] }) {
           </li>
         </ul>
       )}
-      {known.length > 0 && !charts.length && <p class="note">{t("noRows")}</p>}
+      {known.length > 0 && !charts.length && <p class="note">{t("noMetrics")}</p>}
       <div class="charts">
         {charts.map((each) => (
           <Chart
@@ -246,7 +246,7 @@ function Charts(props: { ids: string[] }) {
             lines={each.lines}
             axis={axis.value}
             range={range}
-            named={props.ids.length === 1}
+            legend={props.ids.length === 1}
             log={log.value}
             smoothing={smoothing.value}
           />

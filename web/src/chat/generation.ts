@@ -1,25 +1,25 @@
-/** Questions are sent, and answers come. */
+/** Sending prompts and streaming answers. */
 
 import { batch } from "@preact/signals";
 import { streamChat } from "../api";
 import { t } from "../i18n";
 import { rename } from "../router";
 import {
-  changed,
   isEmpty,
   newNode,
   path,
   titleOf,
+  updateNode,
   withNode,
   without,
   type Conversation,
   type Node,
 } from "../tree";
-import { answeredHere, keep, newest, renew } from "./keeping";
-import { current, explain, free, model, problem, running, said, usage } from "./state";
+import { latest, save, setState, trackAnswered } from "./persistence";
+import { announcement, canGenerate, current, explain, model, problem, running, usage } from "./state";
 
 export async function send(text: string): Promise<void> {
-  if (!free.value) return; // or the question would stand there, neither answered nor kept
+  if (!canGenerate.value) return; // the prompt would be neither answered nor saved
   const before = current.value;
   const question = newNode(before.selected, "user", text);
   const title = before.title || titleOf(text);
@@ -27,9 +27,9 @@ export async function send(text: string): Promise<void> {
   await answer(question.id);
 }
 
-/** The same question in other words, beside the former one. */
+/** Send an edited prompt as a sibling of the original. */
 export async function edit(node: Node, text: string): Promise<void> {
-  if (!free.value) return;
+  if (!canGenerate.value) return;
   current.value = withNode(current.value, newNode(node.parent, "user", text));
   await answer(current.value.selected!);
 }
@@ -38,29 +38,30 @@ export async function regenerate(node: Node): Promise<void> {
   if (node.parent !== null) await answer(node.parent);
 }
 
-/** Answer the question, beside what answered it before. */
+/** Stream an answer to the question, as a sibling of earlier answers. */
 export async function answer(question: string): Promise<void> {
   const chosen = model.value;
   if (chosen === null || running.value !== null) return;
   const node = newNode(question, "assistant", "", chosen.id);
-  const asked = path({ ...current.value, selected: question });
+  const messages = path({ ...current.value, selected: question });
   const abort = new AbortController();
-  const { id, selected: former } = current.value;
-  const broken = current.value.nodes.filter((each) => each.parent === question && isEmpty(each));
+  const { id, selected: previous } = current.value;
+  const empty = current.value.nodes.filter((each) => each.parent === question && isEmpty(each));
   batch(() => {
     problem.value = null;
-    const rest = broken.reduce((left, { id }) => without(left, id), current.value);
+    const rest = empty.reduce((left, { id }) => without(left, id), current.value);
     current.value = withNode(rest, node);
-    running.value = { conversation: id, node: node.id, abort, began: performance.now(), first: null };
-    said.value = t("answering");
+    const startedAt = performance.now();
+    running.value = { conversation: id, node: node.id, abort, startedAt, firstTokenAt: null };
+    announcement.value = t("generating");
   });
   rename("chat", id);
-  // The question first: it is there whatever becomes of the answer.
-  answeredHere(current.value);
-  await keep(current.value);
-  const begun = newest(id)!;
-  // The user may look at another conversation meanwhile: this one goes on by itself.
-  const shows = () => current.value.id === id;
+  // Save the question first, so that it survives a failed answer.
+  trackAnswered(current.value);
+  await save(current.value);
+  const conversation = latest(id)!;
+  // Generation continues in the background if the user opens another conversation.
+  const isVisible = () => current.value.id === id;
   let frame = 0;
   let content = "";
   let reasoning = "";
@@ -68,21 +69,21 @@ export async function answer(question: string): Promise<void> {
   const draw = () => {
     frame = 0;
     const change = { content, reasoning: reasoning || null, ...rest };
-    renew(changed(newest(id)!, node.id, change));
+    setState(updateNode(latest(id)!, node.id, change));
   };
   try {
-    for await (const chunk of streamChat(requestOf(begun, asked, chosen.id), abort.signal)) {
+    for await (const chunk of streamChat(requestBody(conversation, messages, chosen.id), abort.signal)) {
       if (chunk.retrieval) {
-        const { knowledge_base } = begun;
+        const { knowledge_base } = conversation;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
       }
       if (chunk.usage) {
-        const { first, began } = running.value!;
-        const seconds = (performance.now() - (first ?? began)) / 1000;
+        const { firstTokenAt, startedAt } = running.value!;
+        const seconds = (performance.now() - (firstTokenAt ?? startedAt)) / 1000;
         usage.value = { ...usage.value, [node.id]: { usage: chunk.usage, seconds } };
       }
       for (const { delta, finish_reason } of chunk.choices) {
-        if (delta.content || delta.reasoning_content) running.value!.first ??= performance.now();
+        if (delta.content || delta.reasoning_content) running.value!.firstTokenAt ??= performance.now();
         content += delta.content ?? "";
         reasoning += delta.reasoning_content ?? "";
         if (delta.citations) rest = { ...rest, citations: delta.citations };
@@ -94,28 +95,29 @@ export async function answer(question: string): Promise<void> {
     if (abort.signal.aborted) rest = { ...rest, finish_reason: "stopped" };
     else {
       rest = { ...rest, finish_reason: "error" };
-      if (shows()) problem.value = explain(error);
+      if (isVisible()) problem.value = explain(error);
     }
   }
   cancelAnimationFrame(frame);
   draw();
   if (!content && !reasoning) {
-    const rest = without(newest(id)!, node.id); // nothing came: the question stays, to be asked again,
-    const there = rest.nodes.some((each) => each.id === former); // or the answer it has already
-    renew({ ...rest, selected: there ? former : question });
+    // Without an answer, select the previous answer or the question, which can be retried.
+    const rest = without(latest(id)!, node.id);
+    const exists = rest.nodes.some((each) => each.id === previous);
+    setState({ ...rest, selected: exists ? previous : question });
   }
   batch(() => {
     running.value = null;
-    said.value = t("answered");
+    announcement.value = t("answerComplete");
   });
-  await keep(newest(id)!);
+  await save(latest(id)!);
 }
 
-function requestOf(conversation: Conversation, asked: Node[], id: string): unknown {
+function requestBody(conversation: Conversation, messages: Node[], model: string): unknown {
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return {
-    model: id,
-    messages: [...system, ...asked.map(({ role, content }) => ({ role, content }))],
+    model,
+    messages: [...system, ...messages.map(({ role, content }) => ({ role, content }))],
     stream: true,
     stream_options: { include_usage: true },
     ...conversation.settings,

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright, with an eye on what it asks for and complains of."""
+"""Chromium, driven by Playwright; foreign requests and console errors fail a test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DESK = {"width": 1280, "height": 800}
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="pip install 'khaosz[browser]'")
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("Chromium not found")
     with api.sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=CHROMIUM)
         yield running
@@ -28,34 +28,35 @@ def browser() -> Iterator[Any]:
 
 
 @contextmanager
-def visited(
+def open_page(
     browser: Any, port: int, path: str = "/", *, viewport: dict[str, int] | None = None, **more: Any
 ) -> Iterator[Any]:
-    """A page in a fresh profile. At its end: nothing was asked of another host, and the console
-    has no error, which is where Content-Security-Policy complains."""
-    outside: list[str] = []
+    """A page in a fresh profile. Asserts at the end that no other host was requested and that the
+    console has no errors, which include violations of the Content-Security-Policy."""
+    foreign: list[str] = []
     errors: list[str] = []
     more.setdefault("locale", "en-US")
     context = browser.new_context(
         viewport=viewport or DESK, permissions=["clipboard-read", "clipboard-write"], **more
     )
 
-    def watched(route: Any) -> None:
+    def intercept(route: Any) -> None:
         address = urlsplit(route.request.url)
         if address.scheme in ("blob", "data") or address.netloc == f"127.0.0.1:{port}":
             route.continue_()
         else:
-            outside.append(route.request.url)
+            foreign.append(route.request.url)
             route.abort()
 
-    context.route("**/*", watched)
+    context.route("**/*", intercept)
     page = context.new_page()
-    # A status of 4xx that the page deals with is also logged by the browser itself.
+    # The browser also logs 4xx responses that the page handles.
     page.on(
         "console",
-        lambda said: (
-            errors.append(said.text)
-            if said.type in ("error", "warning") and "Failed to load resource" not in said.text
+        lambda message: (
+            errors.append(message.text)
+            if message.type in ("error", "warning")
+            and "Failed to load resource" not in message.text
             else None
         ),
     )
@@ -65,46 +66,46 @@ def visited(
         page.goto(f"http://127.0.0.1:{port}{path}")
         page.wait_for_selector("main")
         yield page
-        assert not outside, outside
+        assert not foreign, foreign
         assert not errors, errors
     finally:
         context.close()
 
 
-def comes(page: Any, true: Callable[[], bool]) -> None:
-    """`wait_until` for a page, which does nothing while nobody waits for it."""
-    wait_until(lambda: page.wait_for_timeout(50) or true())
+def wait_for(page: Any, condition: Callable[[], bool]) -> None:
+    """`wait_until` that lets Playwright process the page's events meanwhile."""
+    wait_until(lambda: page.wait_for_timeout(50) or condition())
 
 
-def ready(page: Any) -> None:
-    """There is a model: before, Enter leaves the text where it is."""
+def wait_for_model(page: Any) -> None:
+    """Until a model is selected, Enter does not send."""
     page.wait_for_function("() => document.querySelector('.picker select')?.value")
 
 
 def ask(page: Any, text: str) -> None:
-    ready(page)
+    wait_for_model(page)
     page.fill("#message", text)
     page.focus("#message")
     page.keyboard.press("Enter")
 
 
-def first_put_held(page: Any) -> list[Any]:
-    """The first writing of a conversation waits here, once it was asked for, to go on."""
-    held: list[Any] = []
+def hold_first_put(page: Any) -> list[Any]:
+    """Hold the first save of a conversation; the returned list then contains its route."""
+    routes: list[Any] = []
 
     def hold(route: Any) -> None:
-        if route.request.method == "PUT" and not held:
-            held.append(route)
+        if route.request.method == "PUT" and not routes:
+            routes.append(route)
         else:
             route.continue_()
 
     page.route("**/v1/conversations/*", hold)
-    return held
+    return routes
 
 
-def answer(page: Any, number: int = -1) -> Any:
-    """The last answer, once it is complete."""
-    # What was done just now is drawn by then: the button to send has made room for that to stop.
+def last_answer(page: Any, number: int = -1) -> Any:
+    """The last answer, or that with index `number`, once it is complete."""
+    # Wait for rendering: the send button is then replaced by the stop button.
     page.evaluate("() => new Promise(r => requestAnimationFrame(() => requestAnimationFrame(r)))")
     page.wait_for_selector("button[aria-label='Send'], button[aria-label='发送']")
     page.wait_for_selector(".message.assistant .actions")

@@ -1,7 +1,7 @@
 import { Dialog } from "../components/dialog";
 import { t } from "../i18n";
 import type { Settings } from "../tree";
-import { update } from "./keeping";
+import { update } from "./persistence";
 import { current } from "./state";
 
 type Numeric = Exclude<keyof Settings, "stop">;
@@ -11,20 +11,20 @@ const fields: [Numeric, Parameters<typeof t>[0], number, number, number][] = [
   ["top_p", "topP", 0.05, 1, 0.05],
   ["max_tokens", "maxTokens", 1, 131072, 1],
   ["seed", "seed", 0, 2 ** 31 - 1, 1],
-  ["presence_penalty", "presence", -2, 2, 0.1],
-  ["frequency_penalty", "frequency", -2, 2, 0.1],
+  ["presence_penalty", "presencePenalty", -2, 2, 0.1],
+  ["frequency_penalty", "frequencyPenalty", -2, 2, 0.1],
 ];
 
-/** System prompt and sampling of this conversation; what is left empty is the server's default. */
-export function Tuning(props: { onClose: () => void }) {
+/** System prompt and sampling settings of this conversation; empty fields use the server's defaults. */
+export function ChatSettings(props: { onClose: () => void }) {
   const { settings } = current.value;
   const set = (change: Partial<Settings>) => {
     const entries = Object.entries({ ...settings, ...change });
-    const kept = entries.filter(([, value]) => value !== undefined);
-    update({ settings: Object.fromEntries(kept) as Settings });
+    const defined = entries.filter(([, value]) => value !== undefined);
+    update({ settings: Object.fromEntries(defined) as Settings });
   };
   return (
-    <Dialog title={t("sampling")} side onClose={props.onClose}>
+    <Dialog title={t("chatSettings")} side onClose={props.onClose}>
       <div class="form">
         <label>
           <span>{t("systemPrompt")}</span>
@@ -44,7 +44,7 @@ export function Tuning(props: { onClose: () => void }) {
                 min={min}
                 max={max}
                 step={step}
-                placeholder={t("byDefault")}
+                placeholder={t("defaultValue")}
                 value={settings[name] ?? ""}
                 onChange={(event) => {
                   const { value, valueAsNumber, validity } = event.currentTarget;
@@ -58,7 +58,7 @@ export function Tuning(props: { onClose: () => void }) {
           ))}
         </div>
         <label>
-          <span>{t("stopAt")}</span>
+          <span>{t("stopSequences")}</span>
           <textarea
             rows={2}
             value={(settings.stop ?? []).join("\n")}
