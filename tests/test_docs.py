@@ -39,6 +39,7 @@ from khaosz.model import Transformer
 ROOT = Path(__file__).parent.parent
 GUIDES = (
     "alignment.md",
+    "architecture.md",
     "chat.md",
     "data.md",
     "deploy.md",
