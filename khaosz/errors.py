@@ -113,6 +113,12 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return close[0] if close else None
 
 
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A hint that names the closest known name, or `otherwise`."""
+    guess = nearest(name, known)
+    return f"did you mean '{guess}'?" if guess else otherwise
+
+
 _MAX_LENGTH = 100  # characters
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from khaosz import errors
-from khaosz.errors import ConfigError, KhaoszError, nearest
+from khaosz.errors import ConfigError, KhaoszError, did_you_mean, nearest
 
 _TREE_LINE = re.compile(r"^(?P<indent>[ │]*)[├└]── (?P<name>\w+Error)\b", re.MULTILINE)
 
@@ -49,6 +49,11 @@ def test_nearest_name(name: str, expected: str | None) -> None:
 
 def test_nearest_of_no_names_is_none() -> None:
     assert nearest("x", []) is None
+
+
+def test_did_you_mean() -> None:
+    assert did_you_mean("wdith", ["width", "depth"], "-") == "did you mean 'width'?"
+    assert did_you_mean("zzz", ["width", "depth"], "known: width") == "known: width"
 
 
 def test_command_prints_message_and_hint_and_exits_with_1() -> None:

@@ -46,7 +46,7 @@ def default_model() -> Path:
 
 def find_model(name: str) -> Path:
     """A path, or the local model with this short name. Raises `ModelError`."""
-    from khaosz.errors import ModelError, nearest
+    from khaosz.errors import ModelError, did_you_mean
     from khaosz.interop.models import default_name
 
     path = Path(name).expanduser()
@@ -58,7 +58,7 @@ def find_model(name: str) -> Path:
         paths = ", ".join(str(model) for model in matches)
         raise ModelError(f"'{name}' is ambiguous: {paths}", hint="give the whole path")
     if not matches:
-        guess = nearest(name, [default_name(model) for model in models])
-        hint = f"did you mean {guess}?" if guess else "/model lists the local models"
+        names = [default_name(model) for model in models]
+        hint = did_you_mean(name, names, "/model lists the local models")
         raise ModelError(f"model '{name}' not found", hint=hint)
     return matches[0]

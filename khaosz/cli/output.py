@@ -35,11 +35,11 @@ def resolve_device(name: str) -> str:
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises `ConfigError` for a value that is not one of `choices`."""
-    from khaosz.errors import ConfigError, nearest
+    from khaosz.errors import ConfigError, did_you_mean
 
     if value not in choices:
-        guess = nearest(value, choices) or " | ".join(choices)
-        raise ConfigError(f"--{option} {value} is unknown", hint=f"did you mean {guess}?")
+        hint = did_you_mean(value, choices, f"choose {' | '.join(choices)}")
+        raise ConfigError(f"--{option} {value} is unknown", hint=hint)
 
 
 def print_result(as_json: bool, values: dict[str, Any], text: str) -> None:

@@ -1,4 +1,4 @@
-"""Configuration is data with closed fields: a misspelt key is an error that names the right one."""
+"""Configuration with closed fields: an unknown key is an error that suggests the nearest one."""
 
 from khaosz.config.align_config import (
     LORA_TARGETS,

@@ -1,4 +1,4 @@
-"""What a recipe can say about alignment: LoRA, reward models, preference losses, rollouts."""
+"""Recipe keys of alignment: LoRA, reward models, preference losses, rollouts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from khaosz.config.closed import Closed
-from khaosz.errors import nearest
+from khaosz.errors import did_you_mean
 
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
@@ -18,7 +18,7 @@ class LoRAConfig(Closed):
     """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685).
 
     `rslora` scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) rather than
-    alpha / rank. `base="int8"` keeps the frozen weights at 8 bits while training.
+    alpha / rank. `base="int8"` stores the frozen weights in 8 bits during training.
     """
 
     rank: int = Field(default=16, ge=1)
@@ -33,17 +33,16 @@ class LoRAConfig(Closed):
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for name in value:
             if name not in LORA_TARGETS:
-                guess = nearest(name, LORA_TARGETS)
-                more = f"did you mean '{guess}'?" if guess else f"known: {', '.join(LORA_TARGETS)}"
-                raise ValueError(f"unknown module {name!r}, {more}")
+                hint = did_you_mean(name, LORA_TARGETS, f"known: {', '.join(LORA_TARGETS)}")
+                raise ValueError(f"unknown module {name!r}, {hint}")
         return tuple(dict.fromkeys(value))
 
 
 class RewardConfig(Closed):
     """The reward model's loss: -log sigma(r_chosen - r_rejected - margin), Bradley-Terry.
 
-    `margin` is taken from records that carry one (Llama 2, Touvron et al. 2023, arXiv:2307.09288)
-    where `use_margins`. `centre` weighs (r_chosen + r_rejected)^2, which pins rewards around zero
+    With `use_margins`, `margin` comes from records that have one (Llama 2, Touvron et al. 2023,
+    arXiv:2307.09288). `centre` weights (r_chosen + r_rejected)^2, which keeps rewards around zero
     (Eisenstein et al. 2023, arXiv:2312.09244).
     """
 
@@ -64,8 +63,8 @@ class PreferenceConfig(Closed):
     orpo     -mean log p_chosen - beta log sigma(log-odds difference), no reference
              (Hong et al. 2024, arXiv:2403.07691)
 
-    `length_normalised` divides log-ratios by the answer's tokens. `sft_weight` adds that multiple
-    of -mean log p_chosen, which keeps the chosen answer likely (RPO, Pang et al. 2024,
+    `length_normalised` divides log-ratios by the answer's number of tokens. `sft_weight` weights an
+    additional -mean log p_chosen, which keeps the chosen answer likely (RPO, Pang et al. 2024,
     arXiv:2404.19733).
     """
 
@@ -77,13 +76,13 @@ class PreferenceConfig(Closed):
     sft_weight: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
-    def _only_what_is_used(self) -> PreferenceConfig:
+    def _check_unused(self) -> PreferenceConfig:
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
-            raise ValueError(f"label_smoothing has no meaning with loss={self.loss}")
+            raise ValueError(f"label_smoothing has no effect with loss={self.loss}")
         if self.gamma != 0.5 and self.loss != "simpo":
-            raise ValueError(f"gamma has no meaning with loss={self.loss}, only with simpo")
+            raise ValueError(f"gamma has no effect with loss={self.loss}, only with simpo")
         if self.length_normalised and self.loss in ("simpo", "orpo"):
-            raise ValueError(f"{self.loss} is length-normalised by itself")
+            raise ValueError(f"{self.loss} is already length-normalised")
         return self
 
     @property
@@ -92,20 +91,20 @@ class PreferenceConfig(Closed):
 
 
 class RolloutConfig(Closed):
-    """PPO and GRPO: how answers are sampled, judged and learned from.
+    """PPO and GRPO: sampling, rewards and losses.
 
-    Each rollout samples `group` answers to each of `prompts` prompts, then takes `epochs` passes
-    over them in `minibatches` optimizer steps each.
+    Each rollout samples `group` answers to each of `prompts` prompts, then trains `epochs` passes
+    over them, each in `minibatches` optimizer steps.
     """
 
     prompts: int = Field(default=16, ge=1, description="prompts per rollout, all ranks")
-    group: int = Field(default=1, ge=1, description="answers per prompt; GRPO wants 4 or more")
+    group: int = Field(default=1, ge=1, description="answers per prompt; 4 or more for GRPO")
     max_new_tokens: int = Field(default=64, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     epochs: int = Field(default=2, ge=1)
     minibatches: int = Field(default=2, ge=1)
 
-    clip: float = Field(default=0.2, gt=0, description="of the ratio, on both sides")
+    clip: float = Field(default=0.2, gt=0, description="of the probability ratio, on both sides")
     value_clip: float = Field(default=0.2, gt=0)
     value_weight: float = Field(default=0.5, gt=0)
     entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
@@ -115,7 +114,9 @@ class RolloutConfig(Closed):
 
     kl: float = Field(default=0.05, ge=0, description="weight of the KL penalty")
     kl_target: float | None = Field(default=None, gt=0, description="adapt `kl` towards this")
-    kl_horizon: float = Field(default=2_000.0, gt=0, description="answers until it has adapted")
-    missing_end_penalty: float = Field(default=0.0, ge=0, description="off an unfinished answer")
+    kl_horizon: float = Field(default=2_000.0, gt=0, description="answers until `kl` has adapted")
+    missing_end_penalty: float = Field(
+        default=0.0, ge=0, description="subtracted for an unfinished answer"
+    )
     kl_loss: Literal["k2", "k3"] = Field(default="k3", description="GRPO's KL term")
     scale_by_std: bool = Field(default=True, description="GRPO; False: Dr. GRPO")

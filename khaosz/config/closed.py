@@ -1,4 +1,4 @@
-"""The one base of all configuration: closed, frozen, validated, with errors a person can act on."""
+"""The base class of all configuration: closed, frozen and validated."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from khaosz.errors import ConfigError, nearest
 
 
 class Closed(BaseModel):
-    """A frozen pydantic model that refuses unknown keys.
+    """A frozen pydantic model that rejects unknown keys.
 
-    Build it from outside data with `parse`, which turns pydantic's report into one `ConfigError`.
+    `parse` builds it from untrusted data and turns pydantic's report into one `ConfigError`.
     """
 
     model_config = ConfigDict(
@@ -20,44 +20,43 @@ class Closed(BaseModel):
         frozen=True,
         validate_default=True,
         protected_namespaces=(),
-        allow_inf_nan=False,  # TOML can say `inf`; no number of ours may
+        allow_inf_nan=False,  # TOML has `inf`; no field accepts it
     )
 
     @classmethod
     def parse(cls, values: dict[str, Any], *, source: str = "configuration") -> Self:
-        """Raises `ConfigError` naming `source`, the key and the nearest known key."""
+        """Raises `ConfigError` with `source`, the key and the nearest known key."""
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explain(cls, error, source) from None
+            raise _config_error(cls, error, source) from None
 
     def updated(self, **changes: Any) -> Self:
         """A validated copy with `changes`; raises `ConfigError`."""
         return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
 
 
-def _explain(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
-    # A misspelt required key is missing as well: the misspelling explains both.
-    found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+    # A misspelled required key is also reported as missing; the misspelling explains both.
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
         owner = _owner(cls, path[:-1])
-        guess = nearest(path[-1], owner.model_fields)
-        hint = f"did you mean '{'.'.join([*path[:-1], guess])}'?" if guess else None
-        if hint is None:
-            hint = f"known keys: {', '.join(sorted(owner.model_fields))}"
+        hint = f"known keys: {', '.join(sorted(owner.model_fields))}"
+        if guess := nearest(path[-1], owner.model_fields):
+            hint = f"did you mean '{'.'.join([*path[:-1], guess])}'?"
         return ConfigError(f"{source}: unknown key '{key}'", hint=hint)
     reason = first["msg"].removeprefix("Value error, ")
-    shown = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
-    others = f" ({error.error_count() - 1} more like it)" if error.error_count() > 1 else ""
-    where = f"{source}: {key}: " if key else f"{source}: "
-    return ConfigError(f"{where}{reason}{shown}{others}")
+    value = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    place = f"{source}: {key}: " if key else f"{source}: "
+    return ConfigError(f"{place}{reason}{value}{others}")
 
 
 def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel]:
-    """The model class that holds the key at `path`, following nested models."""
+    """The model class that contains the key at `path`, following nested models."""
     for part in path:
         field = cls.model_fields.get(part)
         if field is None:

@@ -1,4 +1,4 @@
-"""What a recipe can say about training an embedder."""
+"""Recipe keys of the embed stage."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from khaosz.config.closed import Closed
 
 
 class EmbedConfig(Closed):
-    """InfoNCE on the cosines of a query with the passages of its batch (van den Oord et al. 2018,
-    arXiv:1807.03748), divided by `temperature`.
+    """InfoNCE over the cosine similarities of a query and the passages of its batch, divided by
+    `temperature` (van den Oord et al. 2018, arXiv:1807.03748).
 
-    `pooling`, the prefixes and `max_length` are stored with the model: who embeds with it later
-    embeds as it was trained. `symmetric` adds the same loss of a passage against the queries
-    (Radford et al. 2021, arXiv:2103.00020), both at half weight.
+    `pooling`, the prefixes and `max_length` are stored with the model, so that it embeds later as
+    it was trained. `symmetric` adds the same loss of a passage over the queries (Radford et al.
+    2021, arXiv:2103.00020), both with weight 1/2.
     """
 
     pooling: Literal["mean", "last"] = "mean"
@@ -24,6 +24,6 @@ class EmbedConfig(Closed):
     query_prefix: str = ""
     passage_prefix: str = ""
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens of a text, its prefix included; None: the window"
+        default=None, ge=2, description="tokens of a text, with its prefix; None: the window"
     )
-    negatives: int = Field(default=4, ge=0, description="hard negatives of a record, the first")
+    negatives: int = Field(default=4, ge=0, description="hard negatives used per record")

@@ -12,11 +12,11 @@ Family = Literal["llama", "qwen2", "qwen3"]
 
 
 class RopeScaling(Closed):
-    """How rotary frequencies are stretched beyond the trained context.
+    """Scaling of the rotary frequencies beyond the trained context.
 
     `linear`: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3`: low
-    frequencies divided, high ones kept, a ramp between (Llama 3.1). `yarn`: the NTK-by-parts ramp
-    and an attention temperature (Peng et al. 2023, arXiv:2309.00071).
+    frequencies divided, high ones unchanged, a ramp between (Llama 3.1). `yarn`: the NTK-by-parts
+    ramp and an attention temperature (Peng et al. 2023, arXiv:2309.00071).
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
@@ -32,7 +32,7 @@ class RopeScaling(Closed):
     @model_validator(mode="after")
     def _needs_original(self) -> RopeScaling:
         if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
-            raise ValueError("llama3 scaling needs original_max_position_embeddings")
+            raise ValueError("llama3 scaling requires original_max_position_embeddings")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be above low_freq_factor")
         return self
@@ -41,8 +41,8 @@ class RopeScaling(Closed):
 class ModelConfig(Closed):
     """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    With neither switch it is a Llama; `qkv_bias` makes it a Qwen2, `qk_norm` a Qwen3. Both
-    together is refused, because no family that others load has both.
+    It is a Llama by default, a Qwen2 with `qkv_bias`, a Qwen3 with `qk_norm`. Both together are
+    rejected: none of the families has both.
     """
 
     vocab_size: int = Field(ge=1)
@@ -72,7 +72,7 @@ class ModelConfig(Closed):
             raise ValueError(f"head_dim must be even for rotary positions (got {self.head_dim})")
         if self.qk_norm and self.qkv_bias:
             raise ValueError(
-                "qk_norm (Qwen3) and qkv_bias (Qwen2) together: no model family loads that"
+                "qk_norm (Qwen3) and qkv_bias (Qwen2) exclude each other: no model family has both"
             )
         return self
 
@@ -93,7 +93,7 @@ class ModelConfig(Closed):
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     def parameters(self) -> int:
-        """All parameters, exactly: what `sum(p.numel())` gives on the meta device."""
+        """All parameters, exactly: `sum(p.numel())` of the network."""
         blocks = self.num_hidden_layers * self.block_parameters()
         return self.embedding_parameters() + blocks + self.hidden_size
 

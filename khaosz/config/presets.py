@@ -1,6 +1,6 @@
-"""One dial: `size` derives width, depth, heads, vocabulary, learning rate, batch and schedule.
+"""Presets: `size` determines width, depth, heads, vocabulary, learning rates and batch.
 
-Every derived number carries its reason, because a reader should be able to disagree with it.
+Every derived number has a reason, so that a reader can disagree with it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from khaosz.config.model_config import ModelConfig
-from khaosz.errors import ConfigError, nearest
+from khaosz.errors import ConfigError, did_you_mean
 
 
 @dataclass(frozen=True)
 class Derived:
-    """One derived number and why it is what it is."""
+    """A derived number and its reason."""
 
     name: str
     value: Any
@@ -23,7 +23,7 @@ class Derived:
 
 @dataclass(frozen=True)
 class Preset:
-    """A model shape and the training numbers that go with it."""
+    """A model shape and its training hyperparameters."""
 
     size: str
     model: ModelConfig
@@ -36,7 +36,7 @@ class Preset:
 
 
 # width, layers, heads, key/value heads, feed-forward width, vocabulary, pretraining window,
-# longest context, tokens per step.
+# maximum context, tokens per step.
 _SHAPES: dict[str, tuple[int, int, int, int, int, int, int, int, int]] = {
     "nano": (256, 6, 4, 4, 704, 8_192, 256, 512, 4_096),
     "mini": (384, 8, 6, 6, 1_024, 8_192, 512, 1_024, 8_192),
@@ -50,16 +50,15 @@ SIZES: tuple[str, ...] = tuple(_SHAPES)
 
 
 def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Preset:
-    """The preset of one size; `vocab_size` replaces the derived vocabulary (an existing tokenizer).
+    """The preset of a size; `vocab_size` is that of an existing tokenizer, by default derived.
 
-    Raises `ConfigError` for a size we do not have.
+    Raises `ConfigError` for an unknown size.
     """
     if size not in _SHAPES:
-        guess = nearest(size, SIZES)
-        hint = f"did you mean '{guess}'?" if guess else f"sizes: {', '.join(SIZES)}"
-        raise ConfigError(f"no preset of size '{size}'", hint=hint)
-    width, layers, heads, kv_heads, ffn, own_vocab, window, context, batch = _SHAPES[size]
-    vocab = vocab_size or own_vocab
+        hint = did_you_mean(size, SIZES, f"sizes: {', '.join(SIZES)}")
+        raise ConfigError(f"unknown size '{size}'", hint=hint)
+    width, layers, heads, kv_heads, ffn, default_vocab, window, context, batch = _SHAPES[size]
+    vocab = vocab_size or default_vocab
     tied = 384 < width < 4_096
     theta = 10_000.0 if context <= 4_096 else 500_000.0
     model = ModelConfig(
@@ -76,43 +75,43 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         qk_norm=True,
         initializer_range=0.02 if tied else 0.2,
     )
-    why_kv = "one per query head: so small a cache needs no sharing"
+    why_kv = "one per query head: the KV cache is small anyway"
     if kv_heads < heads:
-        why_kv = f"{heads // kv_heads} query heads share one: a smaller KV cache"
-    why_tied = "two tables learn faster in few steps, and cost no computation"
+        why_kv = f"{heads // kv_heads} query heads per key/value head: a smaller KV cache"
+    why_tied = "separate tables learn faster in few steps and cost no computation"
     if tied:
         why_tied = "a second table would be a large part of the model"
     elif width >= 4_096:
         why_tied = "a second table is a small part of a model this wide"
-    why_spread = "the input table is the output matrix too, and must start small"
+    why_init = "small, because the input table is also the output matrix"
     if not tied:
-        why_spread = "an input table of its own starts at a size the first block can hear"
-    why_vocab = "given by the tokenizer"
+        why_init = "a separate input table starts large enough for the first block"
+    why_vocab = "from the tokenizer"
     if vocab_size is None:
-        why_vocab = "grows with the model, so that embeddings do not own it"
+        why_vocab = "grows with the model, so that embeddings do not dominate it"
     shape = [
         Derived("hidden_size", width, f"size '{size}'"),
-        Derived("num_hidden_layers", layers, "width / depth of 40 to 130, growing with size"),
-        Derived("num_attention_heads", heads, f"heads of {width // heads} dimensions"),
-        Derived("head_dim", width // heads, "width / heads; 64 to 128 wide"),
+        Derived("num_hidden_layers", layers, "width / depth is 40 to 130 and grows with size"),
+        Derived("num_attention_heads", heads, f"{width // heads} dimensions per head"),
+        Derived("head_dim", width // heads, "width / heads, 64 to 128"),
         Derived("num_key_value_heads", kv_heads, why_kv),
-        Derived("intermediate_size", ffn, "SwiGLU: 8/3 of the width, 3 to 4 times from 1b on"),
+        Derived("intermediate_size", ffn, "SwiGLU: 8/3 of the width, 3 to 4 times from 1b up"),
         Derived("vocab_size", vocab, why_vocab),
         Derived("tie_word_embeddings", tied, why_tied),
-        Derived("initializer_range", model.initializer_range, why_spread),
-        Derived("qk_norm", True, "steadier attention logits; exports as Qwen3"),
-        Derived("max_position_embeddings", context, "as far as the window of fine-tuning reaches"),
-        Derived("rope_theta", theta, "the usual 10,000 to 4096 positions, Llama 3's beyond"),
-        Derived("parameters", f"{model.parameters() / 1e6:,.1f}M", "counted exactly"),
+        Derived("initializer_range", model.initializer_range, why_init),
+        Derived("qk_norm", True, "stable attention logits; exported as Qwen3"),
+        Derived("max_position_embeddings", context, "the window of fine-tuning"),
+        Derived("rope_theta", theta, "10,000 up to 4096 positions, Llama 3's 500,000 beyond"),
+        Derived("parameters", f"{model.parameters() / 1e6:,.1f}M", "exact count"),
     ]
     numbers = training_numbers(width, stage)
     if stage != "pt":
         window, batch = context, max(2_048, batch // 2)
-        why_window = "the whole context: a conversation is not cut into segments"
-        why_batch = "half of pretraining's: few tokens of a conversation are trained on"
+        why_window = "the whole context: conversations are not split"
+        why_batch = "half of pretraining's: few tokens of a conversation are scored"
     else:
-        why_window = "what documents of this corpus size fill, within the context"
-        why_batch = "grows with the tokens such a model is trained on"
+        why_window = "fits the documents of a corpus of this size"
+        why_batch = "grows with the training tokens"
     numbers = [
         Derived("window", window, why_window),
         Derived("batch_tokens", batch, why_batch),
@@ -123,34 +122,34 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
 
 
 def training_numbers(width: int, stage: str) -> list[Derived]:
-    """Learning rates and weight decay for a width, each with its reason."""
-    # The update of Muon has a fixed size per matrix; 1/sqrt(width) from the tuned nano run is the
-    # usual guide where nobody has swept the larger sizes.
+    """Learning rates and weight decay of a width and stage."""
+    # Muon's update has a fixed norm per matrix; 1/sqrt(width) from the tuned nano run is the usual
+    # rule where the larger sizes have not been swept.
     share = {"pt": 1.0, "sft": 0.3, "embed": 0.03, "rm": 0.03, "dpo": 0.03}.get(stage, 0.003)
-    shrink = (256 / width) ** 0.5 * share
-    after = {
+    scale = (256 / width) ** 0.5 * share
+    why_share = {
         "pt": "",
-        "sft": ", 0.3 of it after pretraining",
-        "embed": ", 0.03 of it: what a model has read is to be compared, not read anew",
-    }.get(stage, f", {share:g} of it: alignment moves a model, it does not make one")
+        "sft": ", times 0.3 after pretraining",
+        "embed": ", times 0.03: embedding adjusts a pretrained model only a little",
+    }.get(stage, f", times {share:g}: alignment adjusts a trained model only a little")
     decay = 0.1 if stage in ("pt", "sft") else 0.0
-    why_decay = "the usual 0.1; one short epoch hardly feels it"
+    why_decay = "the usual 0.1; small effect in one short epoch"
     if not decay:
-        why_decay = "none: decay would pull the model away from where it starts"
+        why_decay = "none: decay would pull the model away from its initial weights"
     return [
-        Derived("lr", round(0.01 * shrink, 6), f"Muon, 0.01 at width 256, by sqrt(width){after}"),
-        Derived("embedding_lr", round(0.015 * shrink, 6), "AdamW for embeddings, head and norms"),
+        Derived("lr", round(0.01 * scale, 6), f"Muon: 0.01 * sqrt(256 / width){why_share}"),
+        Derived("embedding_lr", round(0.015 * scale, 6), "AdamW for embeddings, head and norms"),
         Derived("weight_decay", decay, why_decay),
     ]
 
 
 def nearest_size(width: int) -> str:
-    """The preset whose width is nearest: what an existing model takes its batch and window from."""
+    """The size of nearest width; an existing model takes its batch and window from it."""
     return min(SIZES, key=lambda size: abs(_SHAPES[size][0] - width))
 
 
 def size_for_minutes(minutes: float, *, accelerator: bool = False) -> Derived:
-    """The size that reaches the lowest bits per byte in `minutes` of training on such a device."""
+    """The size with the lowest bits per byte after `minutes` of training on such a device."""
     if accelerator:
         steps = [(10.0, "small"), (120.0, "base")]
         largest = "1b"
@@ -159,5 +158,5 @@ def size_for_minutes(minutes: float, *, accelerator: bool = False) -> Derived:
         largest = "small"
     size = next((size for limit, size in steps if minutes <= limit), largest)
     where = "an accelerator" if accelerator else "a CPU"
-    reason = f"{minutes:g} minutes on {where}: a larger one sees too few tokens"
+    reason = f"{minutes:g} minutes on {where}: a larger model would see too few tokens"
     return Derived("size", size, reason)

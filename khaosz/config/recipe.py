@@ -1,4 +1,4 @@
-"""Recipes: TOML files plus `key=value` overrides in, the resolved configuration out."""
+"""Recipes: from TOML files and `key=value` overrides to validated configurations."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from khaosz.files import write_json
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a TOML recipe of one stage, lay `key=value` overrides over it, validate.
+    """Read a TOML recipe of one stage, apply `key=value` overrides, validate.
 
-    Raises `ConfigError` for a missing or broken file, an unknown key, a value out of range.
+    Raises `ConfigError` for a missing or invalid file, an unknown key, a value out of range.
     """
     stages = load_stages(path, overrides)
     if len(stages) != 1:
-        raise ConfigError(f"{path} has {len(stages)} stages, one is wanted here")
+        raise ConfigError(f"{path} has {len(stages)} stages, expected one")
     return stages[0]
 
 
 def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainConfig]:
-    """The stages of a recipe, in order: one, or those of its `[[stages]]` tables, each laid over
-    the keys that stand above them. An override `pt.lr=1e-3` is for the stage of that name.
+    """The stages of a recipe, in order: one, or its `[[stages]]` tables, each of which inherits the
+    keys above them. An override `pt.lr=1e-3` applies to the stage of that name.
 
     Raises `ConfigError` as `load_recipe` does.
     """
@@ -43,16 +43,16 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainCon
             if owner not in names:
                 _assign(merged, dotted, value)
             elif owner == name:
-                # `embed` is a stage and a table: what no recipe has for a key is the table's.
+                # `embed` is a stage and a table: a name that is not a recipe key is the table's.
                 keys = TrainConfig.model_fields
-                of_table = owner in keys and rest.partition(".")[0] not in keys
-                _assign(merged, dotted if of_table else rest, value)
+                in_table = owner in keys and rest.partition(".")[0] not in keys
+                _assign(merged, dotted if in_table else rest, value)
         configs.append(TrainConfig.parse(merged, source=str(path)))
     return configs
 
 
 def shipped_recipe(name: str) -> Path:
-    """A recipe that comes with KHAOSZ, wherever it is installed."""
+    """A recipe shipped with KHAOSZ, in the package or in the source tree."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "recipes" / name
     return inside if inside.exists() else package.parent / "recipes" / name
@@ -60,7 +60,7 @@ def shipped_recipe(name: str) -> Path:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        # Some Windows editors begin a file with a byte order mark, which TOML forbids.
+        # Some Windows editors write a byte order mark, which TOML forbids.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         hint = "the shipped recipes are in recipes/"
@@ -74,7 +74,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """`["lr=1e-3", "schedule.name=wsd"]` -> {"lr": 0.001, "schedule.name": "wsd"}.
 
-    A value is read as TOML where that succeeds and taken as a plain string where it does not.
+    A value that is not valid TOML is taken as a string.
     """
     parsed: dict[str, Any] = {}
     for text in overrides:

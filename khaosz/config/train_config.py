@@ -1,4 +1,4 @@
-"""`TrainConfig` and its parts: everything a recipe can say. None: derived (see presets)."""
+"""`TrainConfig` and its tables: the keys of a recipe. None: derived (see presets)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from khaosz.config.closed import Closed
 from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
 from khaosz.config.presets import SIZES
-from khaosz.errors import nearest
+from khaosz.errors import did_you_mean
 
 Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo", "embed"]
 PAIR_STAGES = ("rm", "dpo")
@@ -43,7 +43,7 @@ class ScheduleConfig(Closed):
 
 
 class ParallelConfig(Closed):
-    """Where the run computes. `auto` takes what the machine has (see `khaosz doctor`)."""
+    """Device and backend of a run. `auto`: the best that this machine has (`khaosz doctor`)."""
 
     device: Literal["auto", "cpu", "cuda", "npu", "mps", "xpu"] = "auto"
     backend: Literal["auto", "gloo", "nccl", "hccl", "xccl"] = "auto"
@@ -64,7 +64,7 @@ class TrainConfig(Closed):
     size: str | None = None
     model: dict[str, Any] = Field(default_factory=dict, description="ModelConfig keys to override")
     vocab_size: int | None = Field(default=None, ge=1)
-    window: int | None = Field(default=None, ge=8, description="tokens a row holds")
+    window: int | None = Field(default=None, ge=8, description="tokens per row")
 
     max_minutes: float | None = Field(default=None, gt=0)
     max_steps: int | None = Field(default=None, ge=1)
@@ -92,7 +92,7 @@ class TrainConfig(Closed):
     preference: PreferenceConfig = PreferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
     embed: EmbedConfig = EmbedConfig()
-    reference: Path | None = Field(default=None, description="None: the model as it starts")
+    reference: Path | None = Field(default=None, description="None: the initial model")
     reward_model: Path | None = None
     reward_function: str | None = Field(default=None, description="module:name or file.py:name")
 
@@ -107,7 +107,9 @@ class TrainConfig(Closed):
     keep: int = Field(default=2, ge=1)
     sample_every: int | None = Field(default=None, ge=1)
     prompts: list[str] = Field(default_factory=list)
-    early_stop: int | None = Field(default=None, ge=1, description="evaluations without a gain")
+    early_stop: int | None = Field(
+        default=None, ge=1, description="evaluations without improvement"
+    )
     loggers: list[Literal["tensorboard", "trackio", "swanlab", "wandb"]] = Field(
         default_factory=list
     )
@@ -116,27 +118,25 @@ class TrainConfig(Closed):
     @classmethod
     def _known_size(cls, value: str | None) -> str | None:
         if value is not None and value not in (*SIZES, "auto"):
-            guess = nearest(value, SIZES)
-            known = " | ".join(SIZES)
-            more = f", did you mean '{guess}'?" if guess else ""
-            raise ValueError(f"size must be one of {known}{more}")
+            hint = did_you_mean(value, SIZES, "or auto")
+            raise ValueError(f"size must be one of {' | '.join(SIZES)}, {hint}")
         return value
 
     @field_validator("model")
     @classmethod
     def _known_model_keys(cls, value: dict[str, Any]) -> dict[str, Any]:
-        # Values are checked once the size is known; a misspelt key need not wait for the data.
+        # Values are checked when the size is known; a misspelled key is reported before that.
         for key in value:
             if key not in ModelConfig.model_fields:
-                guess = nearest(key, ModelConfig.model_fields)
-                more = f", did you mean '{guess}'?" if guess else ""
-                raise ValueError(f"unknown key '{key}'{more}")
+                known = f"known keys: {', '.join(sorted(ModelConfig.model_fields))}"
+                hint = did_you_mean(key, ModelConfig.model_fields, known)
+                raise ValueError(f"unknown key '{key}', {hint}")
         return value
 
     @field_validator("reward_function")
     @classmethod
     def _unset(cls, value: str | None) -> str | None:
-        return value or None  # so that an override can take back what a recipe says
+        return value or None  # an override can unset a recipe's
 
     @field_validator("betas")
     @classmethod
@@ -153,33 +153,31 @@ class TrainConfig(Closed):
         return value
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
-        given = [n for n in ("max_minutes", "max_steps", "epochs") if getattr(self, n) is not None]
-        if not given:
-            raise ValueError("say how long to train: max_minutes, max_steps or epochs")
+    def _consistent(self) -> TrainConfig:
+        if self.max_minutes is None and self.max_steps is None and self.epochs is None:
+            raise ValueError("set the length of the run: max_minutes, max_steps or epochs")
         if self.stage != "pt" and self.init_from is None and self.size is None:
-            raise ValueError(
-                f"{self.stage} needs init_from=MODEL (or size=... to start from nothing)"
-            )
+            raise ValueError(f"{self.stage} needs init_from=MODEL (or size=... for random weights)")
         if self.stage in ROLLOUT_STAGES:
             if self.max_steps is None and self.epochs is None:
-                raise ValueError(f"{self.stage} is planned in steps: give max_steps or epochs")
-            judges = [self.reward_model, self.reward_function]
-            if judges.count(None) == 2:
+                raise ValueError(f"{self.stage} needs max_steps or epochs")
+            if self.reward_model is None and self.reward_function is None:
                 raise ValueError(
-                    f"{self.stage} needs a judge: reward_model=DIR or reward_function=MODULE:NAME"
+                    f"{self.stage} needs a reward: reward_model=DIR or reward_function=MODULE:NAME"
                 )
-            if None not in judges:
+            if self.reward_model is not None and self.reward_function is not None:
                 raise ValueError(
-                    "one judge, not two: give reward_model or reward_function"
+                    "give reward_model or reward_function, not both"
                     ' (reward_function="" unsets a recipe\'s)'
                 )
             if self.stage == "grpo" and self.rollout.group < 2:
-                raise ValueError("grpo compares answers: rollout.group must be 2 or more")
+                raise ValueError(
+                    "grpo compares answers to a prompt: rollout.group must be 2 or more"
+                )
         elif self.reward_model is not None or self.reward_function is not None:
             raise ValueError(
                 f"reward_model and reward_function are for ppo and grpo, not {self.stage}"
             )
         if self.model and self.init_from is not None:
-            raise ValueError("[model] shapes a new model, init_from brings its own: drop one")
+            raise ValueError("[model] is for a new model and excludes init_from")
         return self

@@ -84,7 +84,7 @@ def test_model_command_continues_the_conversation(place: Path) -> None:
     assert f"* {first}\n  {second}\n" in out
     assert f"{second}  context 96 tokens" in out
     assert f"  {first}\n* {second}\n" in out
-    assert "model 'plian' not found (did you mean plain?)" in out
+    assert "model 'plian' not found (did you mean 'plain'?)" in out
     assert out.count("Yes") == 2
 
 

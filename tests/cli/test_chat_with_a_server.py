@@ -98,7 +98,7 @@ def test_unknown_model(url: str) -> None:
     error, hint = error_and_hint("--url", url, "--model", "sayinh")
     assert (
         error == f"error: model 'sayinh' not found at {url}"
-        and hint == "hint: did you mean saying?"
+        and hint == "hint: did you mean 'saying'?"
     )
     assert "model 'x' not found" in chat(url, "/model x", "hi")
 
@@ -182,4 +182,4 @@ def test_refusal_without_a_matching_passage(citing: str) -> None:
 
 def test_unknown_knowledge_base(citing: str) -> None:
     error, hint = error_and_hint("--url", citing, "--docs", "动")
-    assert "knowledge base '动' not found" in error and "did you mean 动物?" in hint
+    assert "knowledge base '动' not found" in error and "did you mean '动物'?" in hint

@@ -1,4 +1,4 @@
-"""Configuration is closed: every mistake is one line that names the key and what is right."""
+"""Configuration is closed: every error is one line with the key and what is expected."""
 
 from __future__ import annotations
 
@@ -55,24 +55,24 @@ def one_line(error: ConfigError) -> str:
         ({"model": {"hiden_size": 64}}, "hiden_size", "hidden_size"),
     ],
 )
-def test_a_misspelt_key_is_refused_and_the_nearest_one_named(
+def test_unknown_key_suggests_the_nearest(
     extra: dict[str, Any], wrong: str, right: str | None
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError) as error:
         TrainConfig.parse({**MINIMAL, **extra}, source="r.toml")
-    text = one_line(caught.value)
+    text = one_line(error.value)
     assert text.startswith("r.toml: ") and f"'{wrong}'" in text
     assert f"'{right}'" in text if right else "known keys: " in text and "lr" in text
 
 
-def test_a_misspelt_model_key_is_named_in_a_model_config_too() -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_unknown_key_of_a_model_config() -> None:
+    with pytest.raises(ConfigError) as error:
         ModelConfig.parse({**SHAPE, "rope_thetta": 1.0}, source="[model]")
-    assert caught.value.hint == "did you mean 'rope_theta'?"
-    with pytest.raises(ConfigError) as caught:
+    assert error.value.hint == "did you mean 'rope_theta'?"
+    with pytest.raises(ConfigError) as error:
         ModelConfig.parse({**SHAPE, "rope_scaling": {"rope_type": "linear", "facto": 2.0}})
-    assert "rope_scaling.facto" in str(caught.value) and caught.value.hint is not None
-    assert "rope_scaling.factor" in caught.value.hint
+    assert "rope_scaling.facto" in str(error.value) and error.value.hint is not None
+    assert "rope_scaling.factor" in error.value.hint
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_a_misspelt_model_key_is_named_in_a_model_config_too() -> None:
         ("data", None),
     ],
 )
-def test_a_value_out_of_range_names_its_key(key: str, value: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
+def test_invalid_value_names_its_key(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError) as error:
         TrainConfig.parse({**MINIMAL, key: value}, source="r.toml")
-    assert f"r.toml: {key}" in one_line(caught.value)
+    assert f"r.toml: {key}" in one_line(error.value)
 
 
-def test_a_misspelt_size_names_the_nearest_one() -> None:
+def test_unknown_size_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean 'nano'"):
         TrainConfig.parse({**MINIMAL, "size": "nanoo"})
 
@@ -119,14 +119,12 @@ def test_a_misspelt_size_names_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_steps": None}, "say how long to train"),
+        ({"max_steps": None}, "set the length of the run"),
         ({"stage": "sft"}, "sft needs init_from"),
-        ({"init_from": "m", "model": {"hidden_size": 64}}, "init_from brings its own"),
+        ({"init_from": "m", "model": {"hidden_size": 64}}, "excludes init_from"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(
-    changes: dict[str, Any], message: str
-) -> None:
+def test_contradictory_settings_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         TrainConfig.parse({**MINIMAL, **changes})
 
@@ -156,17 +154,17 @@ def test_settings_that_contradict_each_other_are_refused(
         ),
     ],
 )
-def test_shapes_that_no_family_has_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_shapes_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelConfig.parse({**SHAPE, **changes})
 
 
-def test_several_mistakes_are_counted() -> None:
-    with pytest.raises(ConfigError, match=r"\(1 more like it\)"):
+def test_several_errors_are_counted() -> None:
+    with pytest.raises(ConfigError, match=r"\(and 1 more\)"):
         TrainConfig.parse({**MINIMAL, "lr": -1, "seed": -1})
 
 
-def test_configurations_are_frozen() -> None:
+def test_configuration_is_frozen() -> None:
     config = TrainConfig.parse(MINIMAL)
     with pytest.raises(ValidationError, match="frozen"):
         config.seed = 1
@@ -174,7 +172,7 @@ def test_configurations_are_frozen() -> None:
         config.schedule.name = "cosine"
 
 
-def test_updated_validates_and_leaves_the_original_alone() -> None:
+def test_updated_validates_and_copies() -> None:
     config = TrainConfig.parse({**MINIMAL, "schedule": {"name": "cosine"}})
     changed = config.updated(seed=3)
     assert (config.seed, changed.seed, changed.schedule.name) == (0, 3, "cosine")
@@ -184,13 +182,13 @@ def test_updated_validates_and_leaves_the_original_alone() -> None:
         config.updated(sed=3)
 
 
-def test_the_family_follows_from_the_switches() -> None:
+def test_family() -> None:
     shapes = [SHAPE, {**SHAPE, "qkv_bias": True}, {**SHAPE, "qk_norm": True}]
     families = [ModelConfig.parse(shape).family for shape in shapes]
     assert families == ["llama", "qwen2", "qwen3"]
 
 
-def test_overrides_are_read_as_toml_or_taken_as_strings() -> None:
+def test_overrides_are_toml_or_strings() -> None:
     parsed = parse_overrides(
         [
             "lr=1e-3",
@@ -218,13 +216,13 @@ def test_overrides_are_read_as_toml_or_taken_as_strings() -> None:
 
 
 @pytest.mark.parametrize("text", ["lr", "=1", "--resume"])
-def test_what_is_not_an_override_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="not an override") as caught:
+def test_invalid_override(text: str) -> None:
+    with pytest.raises(ConfigError, match="not an override") as error:
         parse_overrides([text])
-    assert text in str(caught.value) and caught.value.hint is not None
+    assert text in str(error.value) and error.value.hint is not None
 
 
-def test_a_recipe_with_overrides(tmp_path: Path) -> None:
+def test_recipe_with_overrides(tmp_path: Path) -> None:
     path = recipe(
         tmp_path,
         'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n[schedule]\nname = "cosine"\n',
@@ -238,17 +236,17 @@ def test_a_recipe_with_overrides(tmp_path: Path) -> None:
     assert config.max_steps == 5
 
 
-def test_an_override_cannot_go_below_a_value(tmp_path: Path) -> None:
+def test_override_below_a_value(tmp_path: Path) -> None:
     path = recipe(tmp_path, 'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n')
     with pytest.raises(ConfigError, match="'max_steps' is a value"):
         load_recipe(path, ["max_steps.x=1"])
 
 
-def test_a_misspelt_override_names_the_nearest_key(tmp_path: Path) -> None:
+def test_unknown_override_suggests_the_nearest(tmp_path: Path) -> None:
     path = recipe(tmp_path, 'stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n')
-    with pytest.raises(ConfigError, match=r"unknown key 'schedule\.nam'") as caught:
+    with pytest.raises(ConfigError, match=r"unknown key 'schedule\.nam'") as error:
         load_recipe(path, ["schedule.nam=wsd"])
-    assert caught.value.hint == "did you mean 'schedule.name'?"
+    assert error.value.hint == "did you mean 'schedule.name'?"
 
 
 STAGES = """
@@ -268,7 +266,7 @@ max_steps = 7
 """
 
 
-def test_stages_inherit_what_stands_above_them(tmp_path: Path) -> None:
+def test_stages_inherit_the_keys_above_them(tmp_path: Path) -> None:
     overrides = ["sft.schedule.name=cosine", "pt.max_steps=9", "seed=4"]
     pt, sft = load_stages(recipe(tmp_path, STAGES), overrides)
     assert (pt.stage, pt.size, pt.max_steps, pt.schedule.name, pt.seed) == (
@@ -283,25 +281,25 @@ def test_stages_inherit_what_stands_above_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stages", ["stages = 3", "stages = [1]", '[stages]\nstage = "pt"'])
-def test_stages_that_are_not_tables_are_refused(tmp_path: Path, stages: str) -> None:
+def test_stages_must_be_tables(tmp_path: Path, stages: str) -> None:
     with pytest.raises(ConfigError, match=r"must be \[\[stages\]\] tables"):
         load_stages(recipe(tmp_path, stages))
 
 
-def test_one_stage_is_wanted_where_one_is_run(tmp_path: Path) -> None:
+def test_load_recipe_expects_one_stage(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has 2 stages"):
         load_recipe(recipe(tmp_path, STAGES))
     with pytest.raises(ConfigError, match="unknown key 'dpo'"):
         load_stages(recipe(tmp_path, STAGES), ["dpo.lr=1"])
 
 
-def test_a_syntax_error_names_file_and_line(tmp_path: Path) -> None:
+def test_syntax_error_names_file_and_line(tmp_path: Path) -> None:
     path = recipe(tmp_path, 'stage = "pt"\ndata = \n')
     with pytest.raises(ConfigError, match=r"recipe\.toml: not valid TOML: .*line 2"):
         load_recipe(path)
 
 
-def test_a_recipe_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
+def test_missing_or_unreadable_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe not found"):
         load_recipe(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -312,13 +310,13 @@ def test_a_recipe_that_is_not_there_or_not_a_file(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-def test_a_byte_order_mark_is_read_over(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "bom.toml"
     path.write_text('stage = "pt"\ndata = "a"\nout = "b"\nmax_steps = 5\n', encoding="utf-8-sig")
     assert load_recipe(path).max_steps == 5
 
 
-def test_the_shipped_recipes_are_valid() -> None:
+def test_shipped_recipes_are_valid() -> None:
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))
     assert recipes
     for path in recipes:
@@ -326,7 +324,7 @@ def test_the_shipped_recipes_are_valid() -> None:
         assert shipped_recipe(path.name) == path
 
 
-def test_a_resolved_configuration_survives_saving(tmp_path: Path) -> None:
+def test_saved_configuration_can_be_read(tmp_path: Path) -> None:
     config = TrainConfig.parse(
         {
             **MINIMAL,
@@ -344,7 +342,7 @@ def test_a_resolved_configuration_survives_saving(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_rope_scaling_keeps_what_was_given() -> None:
+def test_rope_scaling_is_kept() -> None:
     scaling = RopeScaling.parse({"rope_type": "yarn", "factor": 4})
     config = ModelConfig.parse({**SHAPE, "rope_scaling": scaling})
     assert config.rope_scaling == scaling
@@ -357,6 +355,6 @@ def test_embed_is_a_stage_and_a_table(tmp_path: Path) -> None:
     changed = ["embed.temperature=0.5", "embed.lr=0.25", "embed.schedule.name=cosine"]
     config = load_recipe(recipe, changed)
     assert (config.embed.temperature, config.lr, config.schedule.name) == (0.5, 0.25, "cosine")
-    with pytest.raises(ConfigError, match=r"embed\.temprature") as refused:
+    with pytest.raises(ConfigError, match=r"embed\.temprature") as error:
         load_recipe(recipe, ["embed.temprature=1"])
-    assert refused.value.hint == "did you mean 'embed.temperature'?"
+    assert error.value.hint == "did you mean 'embed.temperature'?"

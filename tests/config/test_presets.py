@@ -1,4 +1,4 @@
-"""Sizes: counted exactly, near what their names promise, each number with its reason."""
+"""Presets: exact parameter counts that fit the names, and a reason for each number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from khaosz.errors import ConfigError
 from khaosz.model import Transformer
 
 
-def counted(config: ModelConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     with torch.device("meta"):
         model = Transformer(config)
     return sum(p.numel() for p in model.parameters())
@@ -20,7 +20,7 @@ def counted(config: ModelConfig) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_are_counted_exactly(size: str) -> None:
     config = preset(size).model
-    assert config.parameters() == counted(config)
+    assert config.parameters() == count_parameters(config)
 
 
 @pytest.mark.parametrize("switches", [{}, {"qkv_bias": True}, {"qk_norm": True}])
@@ -39,11 +39,11 @@ def test_parameters_are_counted_exactly_in_every_family(
         tie_word_embeddings=tied,
         **switches,  # type: ignore[arg-type]
     )
-    assert config.parameters() == counted(config)
+    assert config.parameters() == count_parameters(config)
 
 
 @pytest.mark.parametrize(("size", "billions"), [("1b", 1.0), ("7b", 7.0), ("13b", 13.0)])
-def test_a_name_says_how_many_parameters(size: str, billions: float) -> None:
+def test_size_name_matches_the_parameter_count(size: str, billions: float) -> None:
     assert 0.95 <= preset(size).model.parameters() / (billions * 1e9) <= 1.15
 
 
@@ -59,7 +59,7 @@ def test_every_derived_number_has_a_reason(size: str, stage: str) -> None:
     reasons = {number.name: number for number in chosen.derived}
     assert len(reasons) == len(chosen.derived)
     assert all(len(number.reason) > 3 for number in chosen.derived)
-    # Whatever a preset sets, on the model or beside it, is listed with the value it has.
+    # Every value that a preset sets is listed.
     for name in chosen.model.model_fields_set:
         assert reasons[name].value == getattr(chosen.model, name)
     for name in ("window", "batch_tokens", "lr", "embedding_lr", "weight_decay"):
@@ -67,7 +67,7 @@ def test_every_derived_number_has_a_reason(size: str, stage: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_preset_is_consistent_with_itself(size: str) -> None:
+def test_preset_is_consistent(size: str) -> None:
     pt, sft = preset(size), preset(size, stage="sft")
     assert pt.window <= pt.model.max_position_embeddings == sft.window
     assert pt.batch_tokens % pt.window == 0
@@ -75,23 +75,23 @@ def test_a_preset_is_consistent_with_itself(size: str) -> None:
     assert sft.lr < pt.lr
 
 
-def test_an_existing_vocabulary_replaces_the_derived_one() -> None:
+def test_vocab_size_replaces_the_derived_one() -> None:
     chosen = preset("nano", vocab_size=777)
     assert chosen.model.vocab_size == 777
     reason = next(n.reason for n in chosen.derived if n.name == "vocab_size")
-    assert reason == "given by the tokenizer"
+    assert reason == "from the tokenizer"
 
 
-def test_an_unknown_size_names_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match="no preset of size 'smal'") as caught:
+def test_unknown_size() -> None:
+    with pytest.raises(ConfigError, match="unknown size 'smal'") as error:
         preset("smal")
-    assert caught.value.hint == "did you mean 'small'?"
-    with pytest.raises(ConfigError) as caught:
+    assert error.value.hint == "did you mean 'small'?"
+    with pytest.raises(ConfigError) as error:
         preset("zzz")
-    assert caught.value.hint is not None and "nano" in caught.value.hint
+    assert error.value.hint is not None and "nano" in error.value.hint
 
 
-def test_more_minutes_never_give_a_smaller_model() -> None:
+def test_size_grows_with_the_minutes() -> None:
     for accelerator in (False, True):
         minutes = (0.1, 6.0, 30.0, 60.0, 300.0, 10_000.0)
         sizes = [str(size_for_minutes(m, accelerator=accelerator).value) for m in minutes]
@@ -101,7 +101,7 @@ def test_more_minutes_never_give_a_smaller_model() -> None:
     assert SIZES.index(size_for_minutes(6.0, accelerator=True).value) > SIZES.index("nano")
 
 
-def test_an_existing_model_takes_the_preset_nearest_in_width() -> None:
+def test_nearest_size() -> None:
     assert [nearest_size(width) for width in (1, 256, 700, 5_000)] == [
         "nano",
         "nano",
@@ -110,7 +110,7 @@ def test_an_existing_model_takes_the_preset_nearest_in_width() -> None:
     ]
 
 
-def test_the_learning_rate_shrinks_with_the_square_root_of_the_width() -> None:
+def test_learning_rate_scales_with_one_over_sqrt_width() -> None:
     def lr(width: int) -> float:
         return float(next(n.value for n in training_numbers(width, "pt") if n.name == "lr"))
 

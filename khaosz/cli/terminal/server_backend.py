@@ -15,7 +15,7 @@ from khaosz.cli.terminal.conversation import (
     Turns,
     text_parts,
 )
-from khaosz.errors import DataError, ModelError, ServerError, nearest
+from khaosz.errors import DataError, ModelError, ServerError, did_you_mean
 from khaosz.inference.parts import PartStream
 from khaosz.rag.models.http_client import check_url, deltas, read_events, read_json
 
@@ -62,8 +62,7 @@ class ServerBackend:
     def open_knowledge_base(self, name: str) -> None:
         names = self.knowledge_bases()
         if name not in names:
-            guess = nearest(name, names)
-            hint = f"did you mean {guess}?" if guess else "/docs lists the knowledge bases"
+            hint = did_you_mean(name, names, "/docs lists the knowledge bases")
             raise DataError(f"knowledge base '{name}' not found at {self._url}", hint=hint)
 
     def check(self, settings: Settings) -> None:
@@ -168,8 +167,7 @@ class ServerBackend:
     def _check_name(self, name: str) -> str:
         names = [card["id"] for card in self._cards]
         if name not in names:
-            guess = nearest(name, names)
-            hint = f"did you mean {guess}?" if guess else f"available: {', '.join(names[:8])}"
+            hint = did_you_mean(name, names, f"available: {', '.join(names[:8])}")
             raise ModelError(f"model '{name}' not found at {self._url}", hint=hint)
         return name
 

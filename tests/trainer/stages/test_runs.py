@@ -183,7 +183,7 @@ def test_ppo_with_a_reward_model(align: Any, tmp_path: Path) -> None:
 
 class TestBadInput:
     def test_no_judge(self, align: Any) -> None:
-        with pytest.raises(ConfigError, match="needs a judge"):
+        with pytest.raises(ConfigError, match="needs a reward"):
             align("ppo", reward_function=None)
 
     def test_a_judge_where_none_is_asked(self, align: Any) -> None:
@@ -195,7 +195,7 @@ class TestBadInput:
             align("grpo", rollout={**ROLLOUT, "group": 1})
 
     def test_minutes_for_rollouts(self, align: Any) -> None:
-        with pytest.raises(ConfigError, match="planned in steps"):
+        with pytest.raises(ConfigError, match="needs max_steps or epochs"):
             align("ppo", max_steps=None, max_minutes=3)
 
     def test_dropout_in_a_log_ratio(self, align: Any) -> None:
