@@ -9,7 +9,7 @@ from typing import Any
 
 from khaosz.data.records.readers import Skip, open_source, parsed
 from khaosz.errors import DataError
-from khaosz.rag.answer import CitationStream, without_markers
+from khaosz.rag.answer import CitationStream, strip_markers
 from khaosz.rag.models.protocols import ChatModel
 from khaosz.rag.prompt import REFUSAL
 
@@ -60,7 +60,7 @@ def groundedness(
             refusals += refusal
             continue
         answerable += 1
-        words, expected = _without_spaces(without_markers(text)), _without_spaces(record["answer"])
+        words, expected = _without_spaces(strip_markers(text)), _without_spaces(record["answer"])
         is_exact = words == expected
         is_cited = stream.used == [record["citation"]] and not stream.invalid
         said += expected in words and not is_exact

@@ -1,4 +1,4 @@
-"""An answer from the documents, streamed, with citations that resolve to their very characters."""
+"""Answers from documents, streamed, with citations that resolve to exact characters."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from khaosz.rag.search.bm25 import coverage
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.rag.search.search import merge_neighbours
 
-# Of the question's weight in terms, in the best of the passages found. 97 % of CMRC's questions
-# find as much where their passage is there, 8 % where it is not (20,000 other passages).
-GOOD_COVERAGE = 0.3
-REWRITTEN = 64  # tokens of a question that is put anew
+# Share of the question's term weight in the best passage. 97 % of CMRC's questions reach it if
+# their passage is stored, 8 % if not (20,000 other passages).
+MIN_COVERAGE = 0.3
+REWRITE_TOKENS = 64  # of a rewritten question
 _MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
-_BEGUN = re.compile(r"[\[【][\d\s,，、]*$")  # what may still become a marker
-_LONGEST = 24  # characters of one: a bracket with more digits is text
+_OPEN_MARKER = re.compile(r"[\[【][\d\s,，、]*$")  # may still become a marker
+_MAX_MARKER = 24  # characters: a bracket with more digits is text
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,10 @@ class Citation:
 
 @dataclass
 class Answer:
-    """Iterate for the text as it comes; the rest is complete when it has ended.
+    """Iterate over it for the text as it streams; the other fields are complete at the end.
 
-    found: whether retrieval found something good; if not, no model was asked. prompt: what the
-    model was sent. hits: all that was found, in the inspector's order. invalid: markers that named
-    no passage and were taken out.
+    found: whether a hit is relevant; if not, the model is not called. prompt: as sent to the model.
+    hits: all of them, best first. invalid: how many markers named no passage and were removed.
     """
 
     question: str
@@ -58,39 +57,39 @@ class Answer:
         passages = self.prompt.passages if self.prompt else ()
         stream = CitationStream(len(passages))
         for piece in self.pieces:
-            yield from self._said(stream.feed(piece))
-        yield from self._said(stream.finish())
+            yield from self._emit(stream.feed(piece))
+        yield from self._emit(stream.finish())
         self.invalid = stream.invalid
         self.citations += citations(stream.used, passages)
 
-    def _said(self, text: str) -> Iterator[str]:
+    def _emit(self, text: str) -> Iterator[str]:
         if text:
             self.text += text
             yield text
 
 
 class CitationStream:
-    """Takes pieces of an answer and hands out text in which every marker names a passage. Only
-    what may still become a marker is held back."""
+    """Takes pieces of an answer and returns text in which every marker names a passage. Only text
+    that may still become a marker is held back."""
 
     def __init__(self, passages: int) -> None:
         self._passages = passages
-        self._held = ""
+        self._pending = ""
         self.used: list[int] = []  # in the order in which they were first named
         self.invalid = 0
 
     def feed(self, piece: str) -> str:
-        text = _MARKER.sub(self._checked, self._held + piece)
-        begun = _BEGUN.search(text)
-        cut = begun.start() if begun and len(text) - begun.start() <= _LONGEST else len(text)
-        self._held = text[cut:]
+        text = _MARKER.sub(self._valid_markers, self._pending + piece)
+        marker = _OPEN_MARKER.search(text)
+        cut = marker.start() if marker and len(text) - marker.start() <= _MAX_MARKER else len(text)
+        self._pending = text[cut:]
         return text[:cut]
 
     def finish(self) -> str:
-        rest, self._held = self._held, ""
+        rest, self._pending = self._pending, ""
         return rest
 
-    def _checked(self, match: re.Match[str]) -> str:
+    def _valid_markers(self, match: re.Match[str]) -> str:
         numbers = [int(number) for number in re.findall(r"\d+", match[1])]
         valid = [number for number in numbers if 1 <= number <= self._passages]
         self.invalid += len(numbers) - len(valid)
@@ -99,22 +98,20 @@ class CitationStream:
 
 
 def citations(used: Sequence[int], passages: Sequence[Hit]) -> list[Citation]:
-    """What the numbers in an answer name."""
-    found = []
-    for number in used:
-        hit = passages[number - 1]
-        span = hit.hash, hit.start, hit.end
-        found.append(Citation(number, *span, hit.doc, hit.doc_id, hit.page))
-    return found
+    """The passages that the numbers in an answer name."""
+    hits = [(number, passages[number - 1]) for number in used]
+    return [
+        Citation(number, hit.hash, hit.start, hit.end, hit.doc, hit.doc_id, hit.page)
+        for number, hit in hits
+    ]
 
 
-def without_markers(text: str) -> str:
-    """An answer's words alone."""
+def strip_markers(text: str) -> str:
     return _MARKER.sub("", text)
 
 
 def ask(
-    base: KnowledgeBase,
+    knowledge_base: KnowledgeBase,
     question: str,
     model: ChatModel | Callable[[], ChatModel],
     *,
@@ -126,65 +123,63 @@ def ask(
     max_tokens: int = 256,
     temperature: float = 0.0,
 ) -> Answer:
-    """Retrieve, build the prompt, and answer while it is iterated. A function given as `model` is
-    called only if something was found. Raises as `KnowledgeBase.search` and `build_prompt` do."""
-    follows = any(message["role"] == "user" for message in history)
-    query = standalone(question, history, _opened(model)) if follows else question
-    hits = base.search(query, k, mode=mode, collection=collection, reranker=reranker)
-    if not good(base, query, hits):
+    """Retrieve, build the prompt, and generate the answer while it is iterated. `model` may be a
+    function that opens it, called only if it is needed. Raises the errors of `KnowledgeBase.search`
+    and `build_prompt`."""
+    is_follow_up = any(message["role"] == "user" for message in history)
+    query = question
+    if is_follow_up:
+        rewritten = _opened(model).stream(rewrite_messages(question, history), REWRITE_TOKENS, 0.0)
+        query = contextual_query(question, history, "".join(rewritten))
+    hits = knowledge_base.search(query, k, mode=mode, collection=collection, reranker=reranker)
+    if not has_relevant(knowledge_base, query, hits):
         return Answer(question, query, hits, False, None, iter([REFUSAL[language_of(question)]]))
-    chosen = _opened(model)
+    chat_model = _opened(model)
     prompt = build_prompt(
         question,
         merge_neighbours(hits),
-        lambda messages: chosen.count([*history, *messages]),
-        chosen.context - max_tokens,
+        lambda messages: chat_model.count([*history, *messages]),
+        chat_model.context - max_tokens,
     )
-    pieces = chosen.stream([*history, *prompt.messages], max_tokens, temperature)
+    pieces = chat_model.stream([*history, *prompt.messages], max_tokens, temperature)
     return Answer(question, query, hits, True, prompt, pieces)
 
 
-def good(base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
-    """Whether any hit is about the question: it holds enough of its weight in words, or lies near
-    enough in meaning, if its embedder's cosines can tell."""
+def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
+    """Whether a hit is about the question: it has enough of its term weight, or is close enough in
+    meaning, if the embedder's cosines tell."""
     dense = [hit.legs["dense"].score for hit in hits if "dense" in hit.legs]
-    embedder = base.embedder() if dense else None
-    near = embedder.good_cosine if embedder is not None else None
-    if near is not None and max(dense) >= near:
+    embedder = knowledge_base.embedder() if dense else None
+    good_cosine = embedder.good_cosine if embedder is not None else None
+    if good_cosine is not None and max(dense) >= good_cosine:
         return True
-    # Of a follow-up, what was asked before may say what it is about: each line by itself.
+    # Of a follow-up, the question before may name the subject: each line counts alone.
     lines = [line for line in query.splitlines() if line.strip()]
     return bool(hits) and any(
-        max(coverage(base.store, line, hits)) >= GOOD_COVERAGE for line in lines
+        max(coverage(knowledge_base.store, line, hits)) >= MIN_COVERAGE for line in lines
     )
 
 
-def standalone(question: str, history: Messages, model: ChatModel) -> str:
-    """A follow-up as a question that can be searched for."""
-    rewritten = model.stream(rewriting(question, history), REWRITTEN, 0.0)
-    return with_context(question, history, "".join(rewritten))
-
-
-def rewriting(question: str, history: Messages) -> list[dict[str, str]]:
-    """What a model is asked, to say a follow-up so that it can be understood alone."""
-    order = {
+def rewrite_messages(question: str, history: Messages) -> list[dict[str, str]]:
+    """A prompt to rewrite a follow-up as a standalone question."""
+    instruction = {
         "zh": "把最后一个问题改写成不看上文也能懂的一句话，只写这句话。",
         "en": "Rewrite the last question so that it can be understood alone. Write only that.",
     }[language_of(question)]
-    lines = [*_asked(history)[-2:], question]
-    return [{"role": "user", "content": order + "\n\n" + "\n".join(lines)}]
+    lines = [*_user_messages(history)[-2:], question]
+    return [{"role": "user", "content": instruction + "\n\n" + "\n".join(lines)}]
 
 
-def with_context(question: str, history: Messages, rewritten: str) -> str:
-    """A follow-up as a query. What was asked before stays in it: small models rewrite badly, and a
-    search is not hurt by words too many."""
+def contextual_query(question: str, history: Messages, rewritten: str) -> str:
+    """A follow-up as a query. It keeps the question before: small models rewrite badly, and
+    additional words do not hurt a search."""
     lines = rewritten.strip().splitlines()
     first = lines[0][:500] if lines else ""
-    parts = (question, first, *_asked(history)[-1:])
+    parts = (question, first, *_user_messages(history)[-1:])
     return "\n".join(dict.fromkeys(text for text in parts if text))
 
 
-def _asked(history: Messages) -> list[str]:
+def _user_messages(history: Messages) -> list[str]:
     return [message["content"] for message in history if message["role"] == "user"]
 
 

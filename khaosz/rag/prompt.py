@@ -1,8 +1,8 @@
 """Passages and a question as one visible string, within a model's context.
 
-Passages are the user's documents, and a document may hold anything: marks that look like ours are
-broken up, so that a passage ends where we say; what it orders is declared a quotation. That lowers
-the odds that a model obeys it. It does not make them zero.
+Passages come from the user's documents, which may contain prompt injections: delimiters like ours
+are broken up, so that a passage cannot end early, and the prompt declares passages quotations.
+That lowers the probability that a model follows their instructions. It does not make it zero.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from khaosz.rag.search.hit import Hit
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.terms import terms
 
-_MARKS = re.compile(r"<(?=[/\s]*passage\b|\|)", re.IGNORECASE)  # ours, and control tokens <|...|>
-_SHORTEST = 60  # characters of a passage that may still answer something
+_DELIMITERS = re.compile(r"<(?=[/\s]*passage\b|\|)", re.IGNORECASE)  # and tokens <|...|>
+_SHORTEST = 60  # characters of a passage that can still answer a question
 _HAN = re.compile("[㐀-鿿]")
 
 _RULES = {
@@ -38,9 +38,9 @@ REFUSAL = {"zh": "资料中没有找到答案。", "en": "The documents do not c
 
 @dataclass(frozen=True)
 class Prompt:
-    """text: the whole user message. passages: those in it; `[1]` is the first. left_out: passages
-    that were found and for which the context had no room. narrowed: even the best had none, and
-    only the part of it that is most about the question is in."""
+    """text: the whole user message. passages: those in it; `[1]` is the first. left_out: how many
+    retrieved passages did not fit in the context. narrowed: not even the best passage fits, and
+    only its most relevant part is in the prompt."""
 
     text: str
     passages: tuple[Hit, ...]
@@ -58,44 +58,45 @@ def language_of(question: str) -> str:
 
 
 def build_prompt(
-    question: str, hits: Sequence[Hit], count: Callable[[list[dict[str, str]]], int], room: int
+    question: str, hits: Sequence[Hit], count: Callable[[list[dict[str, str]]], int], budget: int
 ) -> Prompt:
-    """With as many of the passages, best first, as leave the prompt within `room` tokens; where
-    the best alone is too long, with the part of it that holds most of the question's terms.
+    """A prompt of at most `budget` tokens with as many passages as fit, best first; if the best
+    alone is too long, with the part of it that has most of the question's terms.
 
-    Raises `GenerationError` when a few lines of it are still too many.
+    Raises `GenerationError` if a few lines of it are still too long.
     """
     language = language_of(question)
 
-    def with_passages(kept: Sequence[Hit], narrowed: bool = False) -> Prompt:
+    def with_passages(passages: Sequence[Hit], narrowed: bool = False) -> Prompt:
         parts = [_RULES[language].format(refusal=REFUSAL[language])]
-        parts += [_passage(i, hit) for i, hit in enumerate(kept, 1)]
+        parts += [_passage(i, hit) for i, hit in enumerate(passages, 1)]
         parts.append(_QUESTION[language] + question.strip())
-        return Prompt("\n\n".join(parts), tuple(kept), len(hits) - len(kept), language, narrowed)
+        left_out = len(hits) - len(passages)
+        return Prompt("\n\n".join(parts), tuple(passages), left_out, language, narrowed)
 
     def tokens(number: int) -> int:
         return count(with_passages(hits[:number]).messages)
 
-    if kept := bisect_right(range(1, len(hits) + 1), room, key=tokens):
-        return with_passages(hits[:kept])
+    if fitting := bisect_right(range(1, len(hits) + 1), budget, key=tokens):
+        return with_passages(hits[:fitting])
     size = len(hits[0].text) // 2
     while size >= _SHORTEST:
-        narrowed = with_passages([_most_about(question, hits[0], size)], narrowed=True)
-        if count(narrowed.messages) <= room:
+        narrowed = with_passages([_most_relevant_part(question, hits[0], size)], narrowed=True)
+        if count(narrowed.messages) <= budget:
             return narrowed
         size = size * 3 // 4
     raise GenerationError(
-        f"question and best passage need {tokens(1):,} tokens, {room:,} are left beside the answer",
-        hint="a model with a longer context, or fewer --max-tokens",
+        f"question and best passage need {tokens(1):,} tokens; the prompt may have {budget:,}",
+        hint="use a model with a longer context, or fewer --max-tokens",
     )
 
 
-def _most_about(question: str, hit: Hit, size: int) -> Hit:
-    """Of at most `size` characters, cut where sentences end."""
-    wanted = set(terms(question))
+def _most_relevant_part(question: str, hit: Hit, size: int) -> Hit:
+    """The part, of at most `size` characters, with most of the question's terms."""
+    query_terms = set(terms(question))
     best = max(
         StructureSplitter(max_chars=size).split(hit.text),
-        key=lambda part: sum(len(term) for term in wanted.intersection(terms(part.text))),
+        key=lambda part: sum(len(term) for term in query_terms.intersection(terms(part.text))),
     )
     start = hit.start + best.start
     return replace(hit, start=start, end=start + len(best.text), text=best.text)
@@ -104,13 +105,13 @@ def _most_about(question: str, hit: Hit, size: int) -> Hit:
 def _passage(number: int, hit: Hit) -> str:
     source = hit.doc if hit.page is None else f"{hit.doc}, p. {hit.page}"
     title = " > ".join((source, *hit.headings))
-    return f'<passage id="{number}" source="{_attribute(title)}">\n{_inert(hit.text)}\n</passage>'
+    return f'<passage id="{number}" source="{_attribute(title)}">\n{_defuse(hit.text)}\n</passage>'
 
 
-def _inert(text: str) -> str:
-    """Our delimiters and control tokens broken up; everything else as it is."""
-    return _MARKS.sub("< ", text).strip()
+def _defuse(text: str) -> str:
+    """Breaks up our delimiters and control tokens; the rest is unchanged."""
+    return _DELIMITERS.sub("< ", text).strip()
 
 
 def _attribute(text: str) -> str:
-    return " ".join(_inert(text).replace('"', "'").split())
+    return " ".join(_defuse(text).replace('"', "'").split())

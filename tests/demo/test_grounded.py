@@ -18,7 +18,7 @@ from khaosz.demo.texts import Unit
 from khaosz.errors import DataError
 from khaosz.evaluation import groundedness
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.answer import CitationStream, ask, without_markers
+from khaosz.rag.answer import CitationStream, ask, strip_markers
 from khaosz.rag.prompt import REFUSAL
 
 WORDS = [
@@ -62,7 +62,7 @@ def test_an_answer_is_in_the_passage_that_it_cites(records: list[dict[str, Any]]
         stream = CitationStream(record["passages"])
         text = stream.feed(said) + stream.finish()
         assert (stream.used, stream.invalid) == ([record["citation"]], 0)
-        assert without_markers(text) == record["answer"]
+        assert strip_markers(text) == record["answer"]
         to_messages(record)  # what `stage = "sft"` reads
     for record in refused:
         asked = record["messages"][0]["content"].rpartition("问题：")[2]

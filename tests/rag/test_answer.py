@@ -16,7 +16,7 @@ from khaosz.errors import GenerationError, ModelError, ServerError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.answer import Answer, CitationStream, ask, good
+from khaosz.rag.answer import Answer, CitationStream, ask, has_relevant
 from khaosz.rag.models.chat_models import HttpModel, LocalModel
 from khaosz.rag.models.embedders import HttpEmbedder
 from khaosz.rag.models.http_client import _authorization
@@ -278,8 +278,8 @@ def test_a_base_of_one_note_answers_and_refuses(text: str, question: str, other:
     """Its frequencies say nothing: every word that it has is in all of it."""
     with KnowledgeBase(":memory:") as base:
         base.add_text(text, name="note")
-        assert good(base, question, base.search(question))
-        assert not good(base, other, base.search(other))
+        assert has_relevant(base, question, base.search(question))
+        assert not has_relevant(base, other, base.search(other))
 
 
 def test_a_provider_is_not_sent_our_own_servers_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_another_embedder_is_refused(opener: Open, hashed: Hashed, folder: Path)
 def test_a_lexical_base_says_so_and_can_be_embedded(
     base: KnowledgeBase, opener: Open, hashed: Hashed
 ) -> None:
-    with pytest.raises(ConfigError, match="this base is lexical"):
+    with pytest.raises(ConfigError, match="this knowledge base is lexical"):
         base.search("北京", mode="dense")
     with pytest.raises(ConfigError, match="is lexical"):
         KnowledgeBase(opener(), embedder=hashed())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from khaosz.rag.terms import counter_of, stem, terms
+from khaosz.rag.terms import stem, term_counter, terms
 
 
 def test_chinese_is_characters_and_pairs() -> None:
@@ -82,4 +82,4 @@ def test_terms_are_what_fts5_takes_for_one_token(text: str) -> None:
 def test_counting_some_terms_is_counting_all(pieces: list[str], wanted: list[str]) -> None:
     text = "".join(pieces)
     expected = {term: n for term, n in Counter(terms(text)).items() if term in wanted}
-    assert counter_of(wanted)(text) == expected
+    assert term_counter(wanted)(text) == expected

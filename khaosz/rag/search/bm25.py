@@ -1,9 +1,9 @@
 """BM25 over a knowledge base, right for Chinese and bounded in time.
 
-A base of a million chunks has half a million with 的 in them: ranking all of them takes longer
-than a reader waits. So the rarest terms of a query are looked up first, until `BUDGET` postings
-have been read; the chunks that hold most of their weight are then scored exactly, by every term.
-In a base where no query reaches the budget this is plain BM25.
+Of a million chunks, half a million contain 的: ranking all of them takes longer than a reader
+waits. So the rarest terms of a query are looked up first, until `BUDGET` postings have been read;
+the chunks with most of their weight are then scored exactly, by every term. In a knowledge base
+where no query reaches the budget this is plain BM25.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from khaosz.rag.store import NewChunk, Store
-from khaosz.rag.terms import counter_of, is_character, terms
+from khaosz.rag.terms import is_character, term_counter, terms
 
 if TYPE_CHECKING:
     from khaosz.rag.search.hit import Hit
 
 K1, B = 1.2, 0.75
-SINGLE = 0.5  # weight of one Chinese character: its pairs say it again (CMRC 2018: .984 to .986)
-BUDGET = 20_000  # postings read for a query
-FEW, SEEN = 30, 1000  # chunks of a small base, and as of how many it is read: `_rarity`
-# Of questions and of every text. Pairs of Chinese characters with one of these are common too.
+SINGLE = 0.5  # weight of a Chinese character, whose pairs count too (CMRC 2018: .984 to .986)
+BUDGET = 20_000  # postings read per query
+SMALL, ASSUMED = 30, 1000  # chunks of a small knowledge base, and assumed for it: `_rarity`
+# In questions and in every text. Pairs of Chinese characters with one of these are common too.
 _COMMON = frozenset(
     terms(
         "a an and are as at be by can could did do does for from had has have how i if in is it its"
@@ -35,7 +35,7 @@ _COMMON = frozenset(
         " 这 那 哪 谁 什 么 怎 样 如 何 为 多 少 几 吗 呢 请 问 吧 其 及 对 以 个 会 能 可 被 把 从"
     )
 )
-CANDIDATES = 150  # chunks that are scored exactly, at least; 120 to 200 find the same
+CANDIDATES = 150  # chunks scored exactly, at least; 120 to 200 give the same results
 
 
 def lexical_search(
@@ -43,24 +43,24 @@ def lexical_search(
 ) -> list[tuple[int, float]]:
     """Chunk numbers and BM25 scores (Robertson and Zaragoza 2009, 3.2.3), best first.
 
-    allowed: ascending int64 numbers of the only chunks that may be found.
+    allowed: ascending int64 numbers of the chunks to search; None for all.
     """
-    wanted = Counter(terms(query))
-    frequency = store.document_frequencies(list(wanted))
+    query_terms = Counter(terms(query))
+    frequency = store.document_frequencies(list(query_terms))
     if not frequency:
         return []
     total = max(store.chunk_count, 1)
-    weight = {term: wanted[term] * _weight(term, count, total) for term, count in frequency.items()}
+    weight = {t: query_terms[t] * _weight(t, count, total) for t, count in frequency.items()}
     candidates = _candidates(store, frequency, weight, max(CANDIDATES, limit), allowed)
     average = max(store.term_count / total, 1.0)
-    counted = counter_of(weight)
+    count_terms = term_counter(weight)
     scored = []
     for chunk in store.chunks(candidates.tolist()):
         indexed = NewChunk(chunk.start, chunk.end, chunk.text, chunk.headings).indexed
-        found = counted(indexed)
+        counts = count_terms(indexed)
         norm = K1 * (1 - B + B * chunk.terms / average)
         score = sum(
-            weight[term] * count * (K1 + 1) / (count + norm) for term, count in found.items()
+            weight[term] * count * (K1 + 1) / (count + norm) for term, count in counts.items()
         )
         scored.append((chunk.id, score))
     scored.sort(key=lambda pair: (-pair[1], pair[0]))
@@ -74,29 +74,29 @@ def _weight(term: str, chunks: int, total: int) -> float:
 
 
 def coverage(store: Store, query: str, hits: Sequence[Hit]) -> list[float]:
-    """For each hit the share, 0 to 1, of the query's weight in terms that stands in it. Terms that
-    the base has nowhere weigh most."""
-    wanted = set(terms(query))
-    frequency = store.document_frequencies(list(wanted))
+    """For each hit the share, 0 to 1, of the query's term weight that it contains. Terms that are
+    nowhere in the knowledge base weigh most."""
+    query_terms = set(terms(query))
+    frequency = store.document_frequencies(list(query_terms))
     total = max(store.chunk_count, 1)
-    weight = {term: _rarity(term, frequency.get(term, 0), total) for term in wanted}
+    weight = {term: _rarity(term, frequency.get(term, 0), total) for term in query_terms}
     whole = sum(weight.values()) or 1.0
     shares = []
     for hit in hits:
-        found = wanted.intersection(terms("\n".join((*hit.headings, hit.text))))
-        shares.append(sum(weight[term] for term in found) / whole)
+        matches = query_terms.intersection(terms("\n".join((*hit.headings, hit.text))))
+        shares.append(sum(weight[term] for term in matches) / whole)
     return shares
 
 
 def _rarity(term: str, chunks: int, total: int) -> float:
-    """`_weight`, but a base of few chunks can't tell rare words from common ones: there all that it
-    has weigh nothing, and the words of asking weigh most. It is taken for a piece of `SEEN` chunks,
-    in half of which stand the words that every text and question has. Of CMRC's questions to a base
-    of one passage, which answers them, 99 % find enough this way, and 45 % did without; of one that
-    does not, 4 % and none."""
-    if total >= FEW:
+    """`_weight`, corrected for a small knowledge base, which cannot tell rare terms from common
+    ones: all of its own terms would weigh nothing, and question words most. So it is taken as a
+    part of `ASSUMED` chunks, half of which contain the common terms. Of CMRC's questions to a
+    knowledge base of the one passage that answers them, 99 % reach the threshold (45 % without the
+    correction); of questions to another passage, 4 % (none)."""
+    if total >= SMALL:
         return _weight(term, chunks, total)
-    return _weight(term, SEEN // 2 if _is_common(term) else chunks, SEEN)
+    return _weight(term, ASSUMED // 2 if _is_common(term) else chunks, ASSUMED)
 
 
 def _is_common(term: str) -> bool:
@@ -116,8 +116,8 @@ def _candidates(
     first = max(1, sum(total <= BUDGET for total in read))
     numbers: list[np.ndarray] = []
     weights: list[np.ndarray] = []
-    # All that the budget allows at once; then one by one, until something that may be found was
-    # found: a filter may leave nothing of rare terms.
+    # All terms within the budget at once, then one by one until an allowed chunk matches: a filter
+    # may exclude every chunk with the rare terms.
     for group in (ranked[:first], *([term] for term in ranked[first:])):
         if any(map(len, numbers)):
             break

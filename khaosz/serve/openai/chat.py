@@ -16,7 +16,7 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
-from khaosz.rag.answer import REWRITTEN
+from khaosz.rag.answer import REWRITE_TOKENS
 from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.knowledge.grounding import RetrievalContext, grounds_for
 from khaosz.serve.knowledge.library import Library
@@ -161,9 +161,9 @@ async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> Ret
 
     async def ask_model(messages: list[dict[str, Any]]) -> str:
         ids = await asyncio.to_thread(_unthinking, messages, generator)
-        if len(ids) + REWRITTEN > generator.context:
+        if len(ids) + REWRITE_TOKENS > generator.context:
             return ""
-        ticket = await use.worker.submit(ids, SamplingParams(REWRITTEN, 0.0), use.adapter)
+        ticket = await use.worker.submit(ids, SamplingParams(REWRITE_TOKENS, 0.0), use.adapter)
         try:
             return "".join([output.text async for output in ticket.outputs()])
         finally:
