@@ -1,4 +1,4 @@
-"""A knowledge base: documents in, passages out. The rest of the room serves this class."""
+"""`KnowledgeBase`: documents in, passages out. The rest of the package serves this class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from khaosz.errors import ConfigError, DataError
-from khaosz.rag.load import Document, Problem, Source, count_files, load_paths
+from khaosz.rag.load import Document, Loaded, Problem, Source, count_files, load_paths
 from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.hit import Hit, Mode
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     from khaosz.rag.split.semantic import SemanticSplitter
 
 DEFAULT_COLLECTION = "default"
-_FILES = 64  # written in one transaction, at most
-_CHARACTERS = 4_000_000  # the same
-_EMBEDDED = 64  # chunks handed to an embedder at once
+_BATCH_FILES = 64  # written in one transaction, at most
+_BATCH_CHARACTERS = 4_000_000  # the same
+_EMBED_CHUNKS = 64  # passed to an embedder at once
 
 
 @dataclass
 class AddReport:
-    """Files by what became of them, of `found` in all (where progress is shown); chunks that are
-    new, and how many of those without a vector have one now."""
+    """Files by result, of `found` in total (counted if `on_file` is given); new chunks; and how
+    many of the `to_embed` chunks without a vector are embedded."""
 
     found: int = 0
     added: int = 0
@@ -59,12 +59,12 @@ class AddReport:
 
 
 class KnowledgeBase:
-    """Opens the base at `where` (see `khaosz.rag.store`), or begins one there; a store that is
-    given is closed with it. The embedder of an existing base is opened by the name it has in it;
-    without one the base is lexical.
+    """Opens the knowledge base at `where` (see `khaosz.rag.store`), or creates it; a store passed
+    as `where` is closed with it. The embedder of an existing knowledge base is opened by its stored
+    name; without one it is lexical.
 
-    Raises `DataError` for what is no base or half moved, `ConfigError` for another embedder than
-    the one its vectors are from.
+    Raises `DataError` for a file that is not a knowledge base and for one that is partly moved,
+    `ConfigError` for an embedder other than that of its vectors.
     """
 
     def __init__(
@@ -78,24 +78,24 @@ class KnowledgeBase:
         self.store = open_store(where) if isinstance(where, Path | str) else where
         self.splitter = splitter or StructureSplitter()
         self._index: VectorIndex | None = None
-        with ExitStack() as opened:
-            opened.callback(self.store.close)
+        with ExitStack() as stack:
+            stack.callback(self.store.close)
             self._check()
-            opened.pop_all()
+            stack.pop_all()
 
     def _check(self) -> None:
         if (origin := self.store.get("moving")) is not None:
             raise DataError(
                 f"{self.store.where} holds a part of {origin}",
-                hint="khaosz rag move --from ... --to ... goes on where it stopped",
+                hint="khaosz rag move --from ... --to ... continues",
             )
-        known = self.store.get("embedder")
-        if self._embedder is not None and known not in (None, self._embedder.name):
+        stored = self.store.get("embedder")
+        if self._embedder is not None and stored not in (None, self._embedder.name):
             raise ConfigError(
-                f"{self.store.where} was embedded by {known}, not by {self._embedder.name}",
-                hint="khaosz rag reindex --embedder NAME embeds it anew",
+                f"{self.store.where} was embedded by {stored}, not by {self._embedder.name}",
+                hint="khaosz rag reindex --embedder NAME embeds it again",
             )
-        if self._embedder is not None and known is None and self.store.chunk_count:
+        if self._embedder is not None and stored is None and self.store.chunk_count:
             raise ConfigError(
                 f"{self.store.where} is lexical and has {self.store.chunk_count:,} chunks",
                 hint="khaosz rag reindex --embedder NAME embeds them",
@@ -106,9 +106,9 @@ class KnowledgeBase:
         return self._embedder.name if self._embedder else self.store.get("embedder")
 
     def embedder(self) -> Embedder | None:
-        """Opened when it is first needed: lexical search waits for no model."""
-        if self._embedder is None and (known := self.store.get("embedder")) is not None:
-            self._embedder = open_embedder(known)
+        """Opened when it is first needed, so that lexical search loads no model."""
+        if self._embedder is None and (name := self.store.get("embedder")) is not None:
+            self._embedder = open_embedder(name)
         return self._embedder
 
     def close(self) -> None:
@@ -130,19 +130,19 @@ class KnowledgeBase:
         docling: bool = False,
         on_file: Callable[[str, AddReport], None] | None = None,
     ) -> AddReport:
-        """Add files and folders, or what has changed in them; files that are gone from an added
-        folder go. Interrupted, it goes on where it stopped when called again.
+        """Add files and folders, or what has changed in them; files that were deleted from an added
+        folder are removed. If interrupted, it continues when called again.
 
-        A file that cannot be read is a problem in the report and stops no other. `docling`: see
-        `load_paths`. Raises `DataError` for a path that does not exist.
+        A file that cannot be read is a problem in the report. `docling`: see `load_paths`. Raises
+        `DataError` for a path that does not exist.
         """
         roots = [Path(path).resolve() for path in paths]
         report = AddReport(found=count_files(roots, docling=docling) if on_file is not None else 0)
 
         def unchanged(path: Path, stat: os.stat_result) -> bool:
-            known = self.store.source(collection, str(path))
-            now = stat.st_size, stat.st_mtime_ns
-            same = known is not None and (known.size, known.mtime_ns) == now
+            stored = self.store.source(collection, str(path))
+            current = stat.st_size, stat.st_mtime_ns
+            same = stored is not None and (stored.size, stored.mtime_ns) == current
             report.unchanged += same
             return same
 
@@ -153,20 +153,20 @@ class KnowledgeBase:
             self._write(collection, batch, report)
             if on_file is not None:
                 on_file(batch[-1][0].name, report)
-        self._forget_missing(collection, roots, report)
+        self._remove_missing(collection, roots, report)
 
-        def embedded(done: int, of: int) -> None:
-            report.embedded, report.to_embed = done, of
+        def on_chunk(done: int, total: int) -> None:
+            report.embedded, report.to_embed = done, total
             if on_file is not None:
                 on_file("", report)
 
-        self._embed_missing(embedded)
+        self._embed_missing(on_chunk)
         return report
 
     def add_text(
         self, text: str, *, name: str, collection: str = DEFAULT_COLLECTION, **metadata: str
     ) -> AddReport:
-        """A text without a file, in the place of the former one of that name."""
+        """A text without a file; it replaces the one with that name."""
         raw = text.encode("utf-8", errors="replace")
         source = Source(Path(name), name, len(raw), 0, hashlib.sha256(raw).hexdigest())
         document = Document(name, text, name, (), dict(metadata))
@@ -180,24 +180,22 @@ class KnowledgeBase:
         collection: str = DEFAULT_COLLECTION,
         on_chunk: Callable[[int, int], None] | None = None,
     ) -> AddReport:
-        """What was read of a file (`load_file`), in the place of what was there of that path. The
-        bytes that are there already are not split again. `on_chunk`: how many of the base's chunks
-        without a vector have one now, and of how many."""
+        """What was read of a file (`load_file`); it replaces the documents of that path, unless the
+        bytes are the same. `on_chunk` is called with how many of the chunks without a vector are
+        embedded, and of how many."""
         report = AddReport()
         self._write(collection, [(source, list(documents))], report)
         self._embed_missing(on_chunk)
         return report
 
-    def _write(
-        self, collection: str, batch: list[tuple[Source, list[Document]]], report: AddReport
-    ) -> None:
+    def _write(self, collection: str, batch: list[Loaded], report: AddReport) -> None:
         prepared = []
         for source, documents in batch:
             file = SourceFile(str(source.path), source.size, source.mtime_ns, source.sha256)
-            known = self.store.source(collection, file.path)
-            same = known is not None and known.sha256 == file.sha256
-            made = None if same else [self._split(document) for document in documents]
-            prepared.append((file, known, made))
+            stored = self.store.source(collection, file.path)
+            same = stored is not None and stored.sha256 == file.sha256
+            new = None if same else [self._split(document) for document in documents]
+            prepared.append((file, stored, new))
         embedder = self.embedder()
         if embedder is not None and self.store.dimension not in (0, embedder.dimension):
             raise self._other_dimension(embedder, embedder.dimension)
@@ -205,24 +203,24 @@ class KnowledgeBase:
             if embedder is not None:
                 self.store.set("embedder", embedder.name)
                 self.store.set("dimension", str(embedder.dimension))
-            for file, known, made in prepared:
-                if made is None:  # touched, but the same bytes
+            for file, stored, new in prepared:
+                if new is None:  # another time, but the same bytes
                     self.store.touch(collection, file)
                     report.unchanged += 1
                     continue
-                self.store.replace(collection, file, made)
-                report.added += known is None
-                report.updated += known is not None
-                report.documents += len(made)
-                report.chunks += sum(len(d.chunks) for d in made)
-                report.characters += sum(d.length for d in made)
+                self.store.replace(collection, file, new)
+                report.added += stored is None
+                report.updated += stored is not None
+                report.documents += len(new)
+                report.chunks += sum(len(document.chunks) for document in new)
+                report.characters += sum(document.length for document in new)
 
     def _split(self, document: Document) -> NewDocument:
         chunks = [
             NewChunk(chunk.start, chunk.end, chunk.text, chunk.headings)
             for chunk in self.splitter.split(document.text)
         ]
-        # The base keeps a text as its chunks: nothing may be between them.
+        # The store keeps a text as its chunks: there must be no gap between them.
         assert not chunks or (chunks[0].start, chunks[-1].end) == (0, len(document.text))
         digest = hashlib.sha256(document.text.encode()).hexdigest()
         return NewDocument(
@@ -231,16 +229,16 @@ class KnowledgeBase:
         )
 
     def _embed_missing(self, on_chunk: Callable[[int, int], None] | None = None) -> None:
-        """Texts are stored first and found by their words at once; their vectors follow, a few at
-        a time, so that hours of embedding can be interrupted."""
+        """Texts are stored first, so that lexical search finds them at once; their vectors follow
+        in small batches, so that hours of embedding can be interrupted."""
         embedder = self.embedder()
         if embedder is None or self.store.vector_count >= self.store.chunk_count:
             return
         missing = [chunk.id for chunk in self.store.unembedded()]
         if on_chunk is not None:
             on_chunk(0, len(missing))
-        for first in range(0, len(missing), _EMBEDDED):
-            chunks = self.store.chunks(missing[first : first + _EMBEDDED])
+        for first in range(0, len(missing), _EMBED_CHUNKS):
+            chunks = self.store.chunks(missing[first : first + _EMBED_CHUNKS])
             texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]
             vectors = embedder.passages(texts)
             if vectors.shape != (len(texts), self.store.dimension):
@@ -252,61 +250,63 @@ class KnowledgeBase:
             if on_chunk is not None:
                 on_chunk(first + len(chunks), len(missing))
 
-    def _other_dimension(self, embedder: Embedder, found: object) -> ConfigError:
+    def _other_dimension(self, embedder: Embedder, shape: object) -> ConfigError:
         return ConfigError(
-            f"{embedder.name} gave vectors {found}, the base has {self.store.dimension} dimensions",
-            hint="khaosz rag reindex --embedder NAME embeds it anew",
+            f"{embedder.name} gave vectors {shape}; the knowledge base has"
+            f" {self.store.dimension} dimensions",
+            hint="khaosz rag reindex --embedder NAME embeds it again",
         )
 
-    def _forget_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
+    def _remove_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
         folders = [root for root in roots if root.is_dir()]
-        gone = [
+        missing = [
             path
             for path in self.store.source_paths(collection)
             if any(Path(path).is_relative_to(folder) for folder in folders)
             and not Path(path).exists()
         ]
-        if not gone:
+        if not missing:
             return
         with self.store.writing():
-            for path in gone:
+            for path in missing:
                 report.removed += self.store.remove_source(collection, path)
 
     def remove(self, name: str, *, collection: str | None = None) -> int:
-        """Documents that went: those of sources with that path, name or document id. Raises
-        `DataError` when there is none."""
+        """Removes sources with that path, name or document id. Returns the number of documents.
+        Raises `DataError` if there are none."""
         resolved = str(Path(name).resolve())
-        found = [
+        matches = [
             document
             for document in self.store.documents(collection)
             if name in (document.name, document.doc_id) or document.path in (name, resolved)
         ]
-        if not found:
+        if not matches:
             raise DataError(f"no document {name!r} in {self.store.where}", hint="khaosz rag list")
         with self.store.writing():
-            for owner, path in {(document.collection, document.path) for document in found}:
+            for owner, path in {(document.collection, document.path) for document in matches}:
                 self.store.remove_source(owner, path)
-        return len(found)
+        return len(matches)
 
     def reindex(
         self,
         embedder: Embedder | str | None = None,
         on_chunk: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Make every index again from the chunks; with an embedder, the vectors too. Interrupted,
-        it goes on with the chunks that have none."""
-        chosen = open_embedder(embedder) if isinstance(embedder, str) else embedder
+        """Rebuild every index from the chunks, and the vectors if `embedder` is another one. If
+        interrupted, it continues with the chunks without a vector."""
+        if isinstance(embedder, str):
+            embedder = open_embedder(embedder)
         with self.store.writing():
             self.store.rebuild_postings()
-            if chosen is not None and chosen.name != self.store.get("embedder"):
+            if embedder is not None and embedder.name != self.store.get("embedder"):
                 self.store.forget_vectors()
-                self.store.set("embedder", chosen.name)
-                self.store.set("dimension", str(chosen.dimension))
-        self._embedder = chosen or self._embedder
+                self.store.set("embedder", embedder.name)
+                self.store.set("dimension", str(embedder.dimension))
+        self._embedder = embedder or self._embedder
         self._index = None
         self._embed_missing(on_chunk)
 
-    # ---------------------------------------------------------------------------------------- find
+    # -------------------------------------------------------------------------------------- search
 
     def search(
         self,
@@ -318,16 +318,17 @@ class KnowledgeBase:
         name: str | None = None,
         reranker: Reranker | None = None,
     ) -> list[Hit]:
-        """At most k passages, best first: both legs where there is an embedder, else lexical."""
-        chosen = mode or ("hybrid" if self.embedder_name else "lexical")
-        embedder = None if chosen == "lexical" else self.embedder()
+        """At most k passages, best first; hybrid search by default if there is an embedder, else
+        lexical."""
+        mode = mode or ("hybrid" if self.embedder_name else "lexical")
+        embedder = None if mode == "lexical" else self.embedder()
         index = None
         if embedder is not None:
             if self._index is None or self._index.generation != self.store.generation:
                 self._index = open_index(self.store)
             index = self._index
         return search(
-            self.store, query, k, chosen,
+            self.store, query, k, mode,
             embedder=embedder, index=index, collection=collection, name=name, reranker=reranker,
         )  # fmt: skip
 
@@ -343,15 +344,13 @@ class KnowledgeBase:
         }
 
 
-def _batches(
-    loaded: Iterator[tuple[Source, list[Document]]],
-) -> Iterator[list[tuple[Source, list[Document]]]]:
-    batch: list[tuple[Source, list[Document]]] = []
+def _batches(loaded: Iterator[Loaded]) -> Iterator[list[Loaded]]:
+    batch: list[Loaded] = []
     characters = 0
     for source, documents in loaded:
         batch.append((source, documents))
         characters += sum(len(document.text) for document in documents)
-        if len(batch) >= _FILES or characters >= _CHARACTERS:
+        if len(batch) >= _BATCH_FILES or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -230,7 +230,7 @@ def test_a_lexical_base_says_so_and_can_be_embedded(
 def test_embedding_that_broke_off_goes_on(
     opener: Open, hashed: Hashed, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("khaosz.rag.knowledge_base._EMBEDDED", 2)
+    monkeypatch.setattr("khaosz.rag.knowledge_base._EMBED_CHUNKS", 2)
     by = hashed()
     embed, left = by.passages, [2]
 

@@ -37,6 +37,7 @@ from khaosz.rag.load.walk import walk
 __all__ = [
     "Document",
     "Limits",
+    "Loaded",
     "Problem",
     "Source",
     "WorkerPool",
