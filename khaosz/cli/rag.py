@@ -181,7 +181,7 @@ def move(
     from rich.progress import Progress
 
     from khaosz.rag.store import open_store
-    from khaosz.rag.store.copy import move as move_base
+    from khaosz.rag.store.copy import copy_store
 
     with (
         closing(open_store(source, new=False)) as origin,
@@ -189,7 +189,7 @@ def move(
         Progress(console=progress_console(), transient=True) as progress,
     ):
         task = progress.add_task("copying", total=None)
-        counts = move_base(
+        counts = copy_store(
             *(origin, destination),
             lambda done, total: progress.update(task, completed=done, total=total),
         )

@@ -86,8 +86,8 @@ class KnowledgeBase:
     def _check(self) -> None:
         if (origin := self.store.get("moving")) is not None:
             raise DataError(
-                f"{self.store.where} holds a part of {origin}",
-                hint="khaosz rag move --from ... --to ... continues",
+                f"{self.store.where} is an incomplete copy of {origin}",
+                hint="khaosz rag move --from ... --to ... continues it",
             )
         stored = self.store.get("embedder")
         if self._embedder is not None and stored not in (None, self._embedder.name):
@@ -324,7 +324,7 @@ class KnowledgeBase:
         embedder = None if mode == "lexical" else self.embedder()
         index = None
         if embedder is not None:
-            if self._index is None or self._index.generation != self.store.generation:
+            if self._index is None or self._index.revision != self.store.revision:
                 self._index = open_index(self.store)
             index = self._index
         return search(

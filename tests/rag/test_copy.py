@@ -1,4 +1,4 @@
-"""A base moved between stores, both ways: nothing is lost, and what would be lost is seen."""
+"""Copying between stores, in both directions: complete, resumable and compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from khaosz.cli import app
 from khaosz.errors import DataError
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store
-from khaosz.rag.store.copy import move
+from khaosz.rag.store.copy import copy_store
 
 Open = Callable[..., Store]
 Openers = Callable[[str], Open]
@@ -25,7 +25,7 @@ Hashed = Callable[..., Any]
 
 
 def fill(store: Store) -> None:
-    """What is awkward to keep: every kind of character, holes, doubles, nothing, long names."""
+    """Awkward contents: special characters, gaps, duplicates, empty documents, long names."""
     chance = np.random.default_rng(1)
 
     def chunk(start: int, text: str, vector: bool = True) -> NewChunk:
@@ -58,8 +58,8 @@ def fill(store: Store) -> None:
 
 
 def everything(store: Store) -> list[Any]:
-    kept = [(k, v) for k, v in sorted(store.settings().items()) if k != "generation"]
-    rows: list[Any] = [kept, store.counts()]
+    compared = [(k, v) for k, v in sorted(store.settings().items()) if k != "generation"]
+    rows: list[Any] = [compared, store.counts()]
     for collection, file in store.sources():
         rows.append((collection, file))
         for document in store.contents(collection, file.path):
@@ -71,32 +71,32 @@ def everything(store: Store) -> list[Any]:
     return rows
 
 
-def test_copy_to_postgres_and_back_is_the_same(openers: Openers) -> None:
+def test_copies_to_postgres_and_back_are_equal(openers: Openers) -> None:
     first, there, back = openers("sqlite")("a"), openers("postgres")("b"), openers("sqlite")("c")
     fill(first)
     before = everything(first)
     steps: list[tuple[int, int]] = []
-    counts = move(first, there, lambda *step: steps.append(step))
+    counts = copy_store(first, there, lambda *step: steps.append(step))
     assert steps[-1] == (9, 9) and counts["documents"] == 19
     assert everything(there) == before
-    move(there, back)
+    copy_store(there, back)
     assert everything(back) == before == everything(first)
-    found = there.document_frequencies(["two", "esc", "字"])
-    assert found == first.document_frequencies(["two", "esc", "字"]) and len(found) == 3
+    frequencies = there.document_frequencies(["two", "esc", "字"])
+    assert frequencies == first.document_frequencies(["two", "esc", "字"]) and len(frequencies) == 3
 
 
-def test_files_are_followed_after_a_move(openers: Openers, hashed: Hashed, tmp_path: Path) -> None:
+def test_add_updates_files_after_a_move(openers: Openers, hashed: Hashed, tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(5):
         (docs / f"{i}.md").write_text(f"# 标题\n\n文件 {i} says word{i}.\n", encoding="utf-8")
     with KnowledgeBase(openers("sqlite")(), embedder=hashed()) as base:
         base.add([docs])
-        move(base.store, openers("postgres")())
+        copy_store(base.store, openers("postgres")())
         hits = base.search("word3 文件", 5)
     with KnowledgeBase(openers("postgres")(), embedder=hashed()) as base:
-        found = base.search("word3 文件", 5)
-        assert [replace(h, chunk=0, legs={}) for h in found] == [
+        copied = base.search("word3 文件", 5)
+        assert [replace(h, chunk=0, legs={}) for h in copied] == [
             replace(h, chunk=0, legs={}) for h in hits
         ]
         (docs / "1.md").unlink()
@@ -107,7 +107,7 @@ def test_files_are_followed_after_a_move(openers: Openers, hashed: Hashed, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_an_interrupted_move_goes_on(
+def test_interrupted_copy_continues(
     kind: str, openers: Openers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("khaosz.rag.store.copy._SOURCES", 2)
@@ -124,38 +124,38 @@ def test_an_interrupted_move_goes_on(
 
     target.replace = failing  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        move(source, target)
+        copy_store(source, target)
     assert target.counts()["sources"] == 4  # whole transactions
     target.replace = plain  # type: ignore[method-assign]
-    with pytest.raises(DataError, match="holds a part of"):
+    with pytest.raises(DataError, match="is an incomplete copy of"):
         KnowledgeBase(openers(kind)("b"))
-    with pytest.raises(DataError, match="holds a part of"):
-        move(target, openers("sqlite")("c"))
+    with pytest.raises(DataError, match="is an incomplete copy of"):
+        copy_store(target, openers("sqlite")("c"))
     with source.writing():  # meanwhile
         source.remove_source("default", "/a/文件.md")
         source.replace("default", SourceFile("relative", 1, 1, "new"), [])
     with pytest.raises(DataError, match="is not empty"):
-        move(openers("sqlite")("other"), target)
+        copy_store(openers("sqlite")("other"), target)
     target = openers(kind)("b")
-    move(source, target)
+    copy_store(source, target)
     assert everything(target) == everything(source)
     assert KnowledgeBase(target).documents()
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_a_full_target_is_refused(kind: str, openers: Openers) -> None:
+def test_refuses_target_with_contents(kind: str, openers: Openers) -> None:
     source, target = openers("sqlite")("a"), openers(kind)("b")
     fill(source)
     KnowledgeBase(target).add_text("mine", name="mine")
     before = everything(target)
     with pytest.raises(DataError, match="is not empty"):
-        move(source, target)
+        copy_store(source, target)
     assert everything(target) == before
 
 
 @pytest.mark.parametrize("embedded", [True, False])
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_a_target_that_was_emptied_is_as_new(
+def test_emptied_target_is_accepted(
     kind: str, embedded: bool, openers: Openers, hashed: Hashed
 ) -> None:
     source, target = openers("sqlite")("a"), openers(kind)("b")
@@ -166,7 +166,7 @@ def test_a_target_that_was_emptied_is_as_new(
         fill(source)
     else:
         KnowledgeBase(source).add_text("lexical", name="a")
-    move(source, target)
+    copy_store(source, target)
     assert everything(target) == everything(source)
 
 
@@ -186,7 +186,7 @@ def nudged(chunk: NewChunk) -> NewChunk:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_what_is_lost_is_seen(loss: str, openers: Openers) -> None:
+def test_detects_every_loss(loss: str, openers: Openers) -> None:
     source, target = openers("sqlite")("a"), openers("sqlite")("b")
     fill(source)
     plain, lost = target.replace, []
@@ -198,14 +198,14 @@ def test_what_is_lost_is_seen(loss: str, openers: Openers) -> None:
         plain(collection, file, documents)
 
     target.replace = losing  # type: ignore[method-assign]
-    with pytest.raises(DataError, match="is not what"):
-        move(source, target)
+    with pytest.raises(DataError, match="differs from what"):
+        copy_store(source, target)
     assert lost
-    with pytest.raises(DataError, match="holds a part of"):
+    with pytest.raises(DataError, match="is an incomplete copy of"):
         KnowledgeBase(openers("sqlite")("b"))
 
 
-def test_the_command_line_moves_and_searches(
+def test_command_line_moves_and_searches(
     openers: Openers, postgres_url: str, tmp_path: Path
 ) -> None:
     server = openers("postgres")("cli").where

@@ -98,13 +98,13 @@ def test_scores_are_bm25(base: KnowledgeBase) -> None:
 
 
 def test_what_is_unchanged_is_not_read(base: KnowledgeBase, folder: Path) -> None:
-    before = base.store.generation
+    before = base.store.revision
     report = base.add([folder])
     assert (report.unchanged, report.added, report.updated) == (3, 0, 0)
     os.utime(folder / "birds.txt", ns=(1, 1))  # touched: read, found the same
     report = base.add([folder])
     assert (report.unchanged, report.updated) == (3, 0)
-    assert base.store.generation == before
+    assert base.store.revision == before
     known = base.store.source("default", str((folder / "birds.txt").resolve()))
     assert known is not None and known.mtime_ns == 1  # and not read the next time
 

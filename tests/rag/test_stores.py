@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def fill(store: Store, documents: list[tuple[str, str]], embedder: Any) -> Knowl
     base = KnowledgeBase(store, embedder=embedder, splitter=StructureSplitter(max_chars=200))
     for i, (name, text) in enumerate(documents):
         base.add_text(text, name=name, collection=("even", "odd")[i % 2])
-    for name, text in documents[:9]:  # written again, so that numbers have holes
+    for name, text in documents[:9]:  # replaced, so that numbers have gaps
         base.add_text(text + " 又 again", name=name, collection="even")
     base.remove(documents[20][0])
     return base
@@ -63,29 +64,29 @@ def test_hits_and_scores_are_the_same(
     }
     filters: list[dict[str, Any]] = [{}, {"collection": "odd"}, {"name": "法[1-3]*.md"}]
     filters += [{"collection": "even", "name": "speech?.txt"}, {"collection": "none"}]
-    found = 0
+    hits = 0
     for query in QUERIES:
         for only in filters:
             lexical = [base.search(query, 20, mode="lexical", **only) for base in (file, other)]
-            assert [told(hit) for hit in lexical[0]] == [told(hit) for hit in lexical[1]]
+            assert [fields(hit) for hit in lexical[0]] == [fields(hit) for hit in lexical[1]]
             # One formula over the same texts and counts, in float64.
             assert scores(lexical[1]) == pytest.approx(scores(lexical[0]), rel=1e-12)
             dense = [base.search(query, 20, mode="dense", **only) for base in (file, other)]
             # A dot product of 48 float32, summed in another order: 48 roundings of 2^-24.
             assert scores(dense[1]) == pytest.approx(scores(dense[0]), abs=48 * 2**-24)
-            places = {told(hit): hit.score for hit in dense[0]}
+            places = {fields(hit): hit.score for hit in dense[0]}
             for hit in dense[1]:
                 last = dense[0][-1].score
-                assert places.get(told(hit), last) == pytest.approx(hit.score, abs=48 * 2**-24)
-            found += len(lexical[0]) + len(dense[0])
+                assert places.get(fields(hit), last) == pytest.approx(hit.score, abs=48 * 2**-24)
+            hits += len(lexical[0]) + len(dense[0])
             both = other.search(query, 20, **only)
-            assert {told(hit) for hit in both} <= {
-                told(hit) for hit in file.search(query, 200, **only)
+            assert {fields(hit) for hit in both} <= {
+                fields(hit) for hit in file.search(query, 200, **only)
             }
-    assert found > 500
+    assert hits > 500
 
 
-def told(hit: Any) -> tuple:
+def fields(hit: Any) -> tuple:
     return hit.doc, hit.doc_id, hit.collection, hit.hash, hit.start, hit.end, hit.text, hit.headings
 
 
@@ -99,7 +100,7 @@ def document(text: str, name: str = "a") -> NewDocument:
     return NewDocument(name, name, digest, len(text), [NewChunk(0, len(text), text, (), vector)])
 
 
-def test_an_embedders_vectors_come_back_bit_by_bit(opener: Open) -> None:
+def test_vectors_are_stored_bit_by_bit(opener: Open) -> None:
     store = opener()
     chance = np.random.default_rng(0)
     vectors = chance.normal(size=(20, 5)).astype(np.float32)
@@ -113,12 +114,76 @@ def test_an_embedders_vectors_come_back_bit_by_bit(opener: Open) -> None:
     assert store.dimension == 5 and store.vector_count == 20
 
 
-def test_looking_begins_no_base(opener: Open) -> None:
+def test_opening_without_new_creates_nothing(opener: Open) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="not found"):
             opener("none", new=False)
     opener("some").close()
     opener("some", new=False)
+
+
+# A file as the first version wrote it; the index's revision is called generation.
+FIRST_VERSION = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE sources (
+    id INTEGER PRIMARY KEY, collection TEXT NOT NULL, path TEXT NOT NULL, size INTEGER NOT NULL,
+    mtime_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, UNIQUE (collection, path));
+CREATE TABLE documents (
+    id INTEGER PRIMARY KEY, source INTEGER NOT NULL REFERENCES sources ON DELETE CASCADE,
+    collection TEXT NOT NULL, doc_id TEXT NOT NULL, name TEXT NOT NULL, hash TEXT NOT NULL,
+    length INTEGER NOT NULL, pages TEXT NOT NULL, metadata TEXT NOT NULL);
+CREATE INDEX documents_of_source ON documents (source);
+CREATE INDEX documents_of_collection ON documents (collection, doc_id);
+CREATE TABLE chunks (
+    id INTEGER PRIMARY KEY, document INTEGER NOT NULL REFERENCES documents ON DELETE CASCADE,
+    start INTEGER NOT NULL, "end" INTEGER NOT NULL, text TEXT NOT NULL, headings TEXT NOT NULL,
+    terms INTEGER NOT NULL);
+CREATE INDEX chunks_of_document ON chunks (document, start);
+CREATE TABLE vectors (chunk INTEGER PRIMARY KEY REFERENCES chunks ON DELETE CASCADE,
+    vector BLOB NOT NULL);
+CREATE TABLE terms (term TEXT PRIMARY KEY, chunks INTEGER NOT NULL) WITHOUT ROWID;
+CREATE VIRTUAL TABLE postings USING fts5(
+    terms, content='', detail=none, columnsize=0, tokenize="unicode61 remove_diacritics 0");
+INSERT INTO sources VALUES (4, 'default', 'a', 10, 5, 's');
+INSERT INTO documents VALUES (4, 4, 'default', 'a', 'a', 'h', 10, '[]', '{"k": "v"}');
+INSERT INTO chunks VALUES (7, 4, 0, 5, 'words', '["标题"]', 4);
+INSERT INTO chunks VALUES (8, 4, 5, 10, ' word', '[]', 1);
+INSERT INTO vectors VALUES (7, x'0000803f00000000');
+INSERT INTO terms VALUES ('word', 2), ('标题', 1), ('标', 1), ('题', 1), ('gone', 0);
+INSERT INTO postings (rowid, terms) VALUES (7, '标 word 标题 题'), (8, 'word');
+INSERT INTO meta VALUES ('version', '1'), ('chunks', '2'), ('terms', '5'), ('generation', '7');
+INSERT INTO meta VALUES ('embedder', 'hashed'), ('dimension', '2');
+"""
+
+
+def test_opens_a_file_of_the_first_version(tmp_path: Path, hashed: Hashed) -> None:
+    with closing(sqlite3.connect(tmp_path / "a.kb")) as db:
+        db.executescript(FIRST_VERSION)
+    with KnowledgeBase(tmp_path / "a.kb", embedder=hashed(dimension=2)) as base:
+        store = base.store
+        assert (store.revision, store.chunk_count, store.dimension) == (7, 2, 2)
+        assert [hit.chunk for hit in base.search("标题", 5, mode="lexical")] == [7]
+        assert store.vectors()[1].tolist() == [[1.0, 0.0]]
+        (content,) = store.contents("default", "a")
+        assert content.metadata == {"k": "v"} and content.chunks[0].headings == ("标题",)
+        base.add_text("more words", name="b")
+        assert store.revision > 7 and store.chunk_count == 3
+        assert [chunk.id for chunk in store.chunks(list(range(20)))] == [7, 8, 9]
+        base.remove("a")
+        assert store.settings()["generation"] == str(store.revision)
+        assert store.document_frequencies(["word", "标题"]) == {"word": 1}
+        assert (store.chunk_count, store.term_count) == (1, 2)
+
+
+def test_revision_is_stored_as_generation(opener: Open) -> None:
+    store = opener()
+    with store.writing():
+        store.set("generation", "7")
+    assert store.revision == 7
+    with store.writing():
+        store.set("dimension", "3")
+        store.replace("c", SourceFile("p", 1, 2, "s"), [document("字 word")])
+    assert opener().revision == store.revision == int(store.get("generation") or 0) > 7
 
 
 def test_two_writers_at_once_lose_nothing(opener: Open) -> None:
@@ -139,7 +204,7 @@ def test_two_writers_at_once_lose_nothing(opener: Open) -> None:
     assert (store.chunk_count, len(store.postings(["shared"])[0])) == (20, 20)
 
 
-def test_a_writer_that_dies_leaves_nothing(openers: Openers) -> None:
+def test_killed_postgres_writer_leaves_nothing(openers: Openers) -> None:
     home = openers("postgres")
     first, second = home(), home()
     file = SourceFile("p", 1, 2, "s")
@@ -158,7 +223,7 @@ def test_a_writer_that_dies_leaves_nothing(openers: Openers) -> None:
     assert second.document_frequencies(["word"]) == {"word": 1}
 
 
-def test_a_waiting_writer_gives_up(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_postgres_writer_fails(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("khaosz.rag.store.postgres._BUSY", "100ms")
     home = openers("postgres")
     first, second = home(), home()
@@ -168,7 +233,7 @@ def test_a_waiting_writer_gives_up(openers: Openers, monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_a_role_that_may_make_no_schema(openers: Openers, postgres_url: str) -> None:
+def test_postgres_role_without_create_schema(openers: Openers, postgres_url: str) -> None:
     admin: Any = openers("postgres")()
     role = f"r{admin._schema}"[:60]
     admin._run(f"CREATE ROLE {role} LOGIN")
@@ -181,7 +246,7 @@ def test_a_role_that_may_make_no_schema(openers: Openers, postgres_url: str) -> 
         assert base.search("字", 1)[0].doc == "a"
 
 
-def test_an_old_pgvector_is_refused(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_old_pgvector(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
     home = openers("postgres")
     home()
     monkeypatch.setattr("khaosz.rag.store.postgres_server.PGVECTOR", (99, 0))
@@ -190,7 +255,7 @@ def test_an_old_pgvector_is_refused(openers: Openers, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("dimension", [8, 24])
-def test_postgres_finds_through_a_graph(
+def test_postgres_searches_a_graph(
     openers: Openers, hashed: Hashed, monkeypatch: pytest.MonkeyPatch, dimension: int
 ) -> None:
     monkeypatch.setattr("khaosz.rag.store.postgres.EXACT_UP_TO", 100)
@@ -236,7 +301,7 @@ NAMES = (
 )  # fmt: skip
 
 
-def sqlite_fits(pattern: str, name: str) -> bool:
+def sqlite_matches(pattern: str, name: str) -> bool:
     return bool(
         sqlite3.connect(":memory:").execute("SELECT ? GLOB ?", (name, pattern)).fetchone()[0]
     )
@@ -247,12 +312,12 @@ alphabet = st.text(alphabet="ab-z[]^*?\\.法 \n", max_size=7)
 
 @settings(max_examples=400)
 @given(alphabet, alphabet)
-def test_patterns_are_sqlites(pattern: str, name: str) -> None:
+def test_glob_pattern_matches_as_sqlite_does(pattern: str, name: str) -> None:
     fits = re.fullmatch(glob_pattern(pattern), name, re.DOTALL) is not None
-    assert fits == sqlite_fits(pattern, name)
+    assert fits == sqlite_matches(pattern, name)
 
 
-def test_patterns_mean_the_same_in_every_store(openers: Openers) -> None:
+def test_postgres_matches_names_as_sqlite_does(openers: Openers) -> None:
     store = openers("postgres")()
     with store.writing():
         for name in NAMES:
@@ -263,7 +328,7 @@ def test_patterns_mean_the_same_in_every_store(openers: Openers) -> None:
         found = store.chunk_numbers(name=pattern)
         owners = store.owners([chunk.document for chunk in store.chunks(found.tolist())])
         names = {owner.name for owner in owners.values()}
-        assert names == {name for name in NAMES if sqlite_fits(pattern, name)}, pattern
+        assert names == {name for name in NAMES if sqlite_matches(pattern, name)}, pattern
 
 
 # --------------------------------------------------------------------------------------- addresses
@@ -279,7 +344,7 @@ def test_patterns_mean_the_same_in_every_store(openers: Openers) -> None:
         ("mysql://127.0.0.1/db", ConfigError, "address"),
     ],
 )
-def test_a_bad_address_is_one_line(address: str, error: type, words: str) -> None:
+def test_bad_address_is_one_line_without_password(address: str, error: type, words: str) -> None:
     if address.startswith("postgresql"):
         pytest.importorskip("psycopg")
     with pytest.raises(error) as caught:
@@ -296,7 +361,7 @@ def test_names_the_missing_client(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.hint == "pip install 'khaosz[postgres]'"
 
 
-def test_clients_are_imported_for_their_bases_alone(tmp_path: Path) -> None:
+def test_sqlite_imports_no_client(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom khaosz.rag import KnowledgeBase\nimport khaosz.rag.store.copy\n"
         f"base = KnowledgeBase({str(tmp_path / 'a.kb')!r})\n"

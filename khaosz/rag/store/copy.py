@@ -1,4 +1,4 @@
-"""A whole base from one store to another, in either direction."""
+"""Copy a whole knowledge base to another store, and compare the copy."""
 
 from __future__ import annotations
 
@@ -11,45 +11,47 @@ import numpy as np
 from khaosz.errors import DataError
 from khaosz.rag.store.protocol import COUNTED, NewDocument, SourceFile, Store
 
-_SOURCES = 64  # written in one transaction, at most
-_CHARACTERS = 4_000_000  # the same
+_SOURCES = 64  # per transaction, at most
+_CHARACTERS = 4_000_000  # per transaction, about
 
 
-def move(
+def copy_store(
     source: Store, target: Store, on_source: Callable[[int, int], None] | None = None
 ) -> dict[str, int]:
-    """Copy everything of `source` into the empty `target`, read it back, compare, and say how much
-    it was. `source` stays as it is. Numbers of chunks are new; their order, texts, vectors and
-    hashes are the same.
+    """Copy everything in `source` to the empty `target`, read it back, compare, and return the
+    counts. `source` is not changed. Chunk numbers are new; order, texts, vectors and hashes are the
+    same.
 
-    Interrupted, it goes on when it is called again; until it is through, `target` is no base to
-    others. Raises `DataError` for a target that holds something else, and for a copy that differs.
+    on_source: called with the number of sources copied and their total. An interrupted copy
+    continues when it is called again; until it is complete, `target` cannot be opened as a
+    knowledge base. Raises `DataError` for a target with other contents, and a copy that differs.
     """
     origin = source.where
     if (earlier := source.get("moving")) is not None:
-        raise DataError(f"{origin} holds a part of {earlier}", hint="finish that move first")
-    goes_on = target.get("moving") == origin
-    if not goes_on and target.counts()["sources"]:
         raise DataError(
-            f"{target.where} is not empty", hint="move to a new file, schema or collection name"
+            f"{origin} is an incomplete copy of {earlier}", hint="finish that move first"
         )
+    continued = target.get("moving") == origin
+    if not continued and target.counts()["sources"]:
+        raise DataError(f"{target.where} is not empty", hint="move to a new file or schema")
     with source.reading():
         settings = _settings(source)
         with target.writing():
-            if not goes_on:
-                target.forget_vectors()  # and what was made for them: they may have another length
+            if not continued:
+                # An emptied target may have an index for vectors of another length.
+                target.forget_vectors()
             for key in _settings(target).keys() - settings.keys():
                 target.unset(key)
             for key, value in {**settings, "moving": origin}.items():
                 target.set(key, value)
-        _forget_others(source, target)
+        _remove_stale(source, target)
         counts = source.counts()
-        wanted: list[bytes] = []
+        expected: list[bytes] = []
         batch: list[tuple[str, SourceFile, list[NewDocument]]] = []
         characters = chunks = 0
         for done, (collection, file) in enumerate(source.sources(), 1):
             documents = source.contents(collection, file.path)
-            wanted.append(_digest(collection, file, documents))
+            expected.append(_digest(collection, file, documents))
             chunks += sum(len(document.chunks) for document in documents)
             if target.source(collection, file.path) is None:
                 batch.append((collection, file, documents))
@@ -61,16 +63,16 @@ def move(
                 on_source(done, counts["sources"])
         _write(target, batch)
     with target.reading():
-        found = [
+        copied = [
             _digest(collection, file, target.contents(collection, file.path))
             for collection, file in target.sources()
         ]
-        same = sorted(found) == sorted(wanted) and _settings(target) == settings
+        same = sorted(copied) == sorted(expected) and _settings(target) == settings
         same &= target.chunk_count == target.counts()["chunks"] == chunks
     if not same:
         raise DataError(
-            f"{target.where} is not what {origin} was when the move began",
-            hint="was one of them written meanwhile? move again, to an empty place",
+            f"{target.where} differs from what {origin} was when the move started",
+            hint="one of them may have been written meanwhile; move again, to an empty place",
         )
     with target.writing():
         target.unset("moving")
@@ -87,8 +89,8 @@ def _write(target: Store, batch: list[tuple[str, SourceFile, list[NewDocument]]]
             target.replace(*part)
 
 
-def _forget_others(source: Store, target: Store) -> None:
-    """What an interrupted move has copied and the source has changed since."""
+def _remove_stale(source: Store, target: Store) -> None:
+    """Remove what an interrupted copy wrote and the source has changed since."""
     stale = [
         (collection, file.path)
         for collection, file in target.sources()
@@ -100,7 +102,7 @@ def _forget_others(source: Store, target: Store) -> None:
 
 
 def _digest(collection: str, file: SourceFile, documents: Sequence[NewDocument]) -> bytes:
-    """SHA-256 of all that a store keeps of a source, its vectors bit by bit."""
+    """SHA-256 of everything that a store has of a source, including all bits of the vectors."""
     digest = hashlib.sha256()
 
     def add(*values: object) -> None:

@@ -1,8 +1,8 @@
-"""Nearest vectors: exactly for small bases, by a usearch graph beside the file for large ones. A
-store on a server searches by itself.
+"""Nearest vectors: exact for small knowledge bases, by a usearch graph beside the file for large
+ones. PostgreSQL searches on the server.
 
-The graph is never the truth. It is kept with the base's fingerprint and made again when that does
-not fit, when it is missing or broken.
+The graph can always be rebuilt from the vectors. It is saved with the state of the knowledge base
+that it was built from, and rebuilt when the state differs or the graph is missing or damaged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from khaosz.rag.store import Store
 from khaosz.rag.store.sqlite import SqliteStore
 
 EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions
-# Near neighbours of an encoder's vectors are many and close: usearch's own 16, 128 and 64 find 94 %
-# of the ten nearest of 50,000 passages. `python -m bench rag large`.
+# An encoder's vectors have many near neighbours: usearch's defaults of 16, 128 and 64 find 94 % of
+# the ten nearest of 50,000 passages. `python -m bench rag large`.
 _CONNECTIVITY, _EXPANSION_ADD, _EXPANSION_SEARCH = 32, 128, 896
-_MORE = 4  # times as many are asked of the graph when only some chunks are allowed
+_MORE = 4  # times the limit is requested from the graph when only some chunks are allowed
 
 
 @runtime_checkable
 class VectorIndex(Protocol):
     @property
-    def generation(self) -> int: ...
+    def revision(self) -> int: ...
 
     def nearest(
         self,
@@ -40,8 +40,8 @@ class VectorIndex(Protocol):
         collection: str | None = None,
         name: str | None = None,
     ) -> list[tuple[int, float]]:
-        """Chunk numbers and cosines, best first. `allowed` are the only numbers that may be: those
-        of `collection` and `name`, by which a server filters."""
+        """Chunk numbers and cosines, best first. `allowed`: the numbers of the chunks that match
+        `collection` and `name`, by which a server filters."""
 
 
 def open_index(store: Store) -> VectorIndex:
@@ -54,17 +54,17 @@ def open_index(store: Store) -> VectorIndex:
 
 
 class ExactIndex:
-    """Every vector is compared."""
+    """Compares every vector."""
 
     def __init__(self, store: Store) -> None:
         with store.reading():
-            self.generation = store.generation
+            self.revision = store.revision
             self._numbers, self._matrix = store.vectors()
 
     def nearest(
         self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None
     ) -> list[tuple[int, float]]:
-        if not len(self._numbers):  # nor has the matrix a width
+        if not len(self._numbers):  # the matrix may have no columns
             return []
         numbers, cosines = self._numbers, self._matrix @ query
         if allowed is not None:
@@ -75,7 +75,7 @@ class ExactIndex:
 
 
 class GraphIndex:
-    """HNSW (Malkov and Yashunin 2016) in half precision, mapped from a file beside the base."""
+    """HNSW (Malkov and Yashunin 2016) in half precision, mapped from a file beside the store."""
 
     def __init__(self, store: SqliteStore) -> None:
         from usearch.index import Index
@@ -87,52 +87,51 @@ class GraphIndex:
         )  # fmt: skip
         path = Path(f"{store.path}.usearch")
         with store.reading():
-            self.generation = store.generation
-            mark = {
-                "generation": store.generation,
+            self.revision = store.revision
+            state = {
+                "generation": self.revision,  # the key in existing files
                 "count": store.vector_count,
                 "dimension": self._dimension,
                 "connectivity": _CONNECTIVITY,
             }
-            if not self._opened(path, mark):
-                self._build(store, path, mark)
+            if not self._open(path, state):
+                self._build(store, path, state)
 
-    def _opened(self, path: Path, mark: dict[str, int]) -> bool:
+    def _open(self, path: Path, state: dict[str, int]) -> bool:
         try:
-            if json.loads(_marks(path).read_text()) != {**mark, "bytes": path.stat().st_size}:
+            if json.loads(_state_path(path).read_text()) != {**state, "bytes": path.stat().st_size}:
                 return False
             self._index.view(str(path))
         except (OSError, ValueError, RuntimeError):
             return False
-        return len(self._index) == mark["count"] and self._index.ndim == self._dimension
+        return len(self._index) == state["count"] and self._index.ndim == self._dimension
 
-    def _build(self, store: SqliteStore, path: Path, mark: dict[str, int]) -> None:
+    def _build(self, store: SqliteStore, path: Path, state: dict[str, int]) -> None:
         self._index.reset()
         for numbers, matrix in store.vector_blocks():
             self._index.add(numbers, matrix)
-        # A base on a medium that cannot be written is searched from memory.
+        # On a read-only medium the graph stays in memory.
         with contextlib.suppress(OSError, RuntimeError):
             with atomic_path(path) as partial:
                 self._index.save(str(partial))
-                _marks(path).unlink(missing_ok=True)
-            write_json(_marks(path), {**mark, "bytes": path.stat().st_size})
+                _state_path(path).unlink(missing_ok=True)
+            write_json(_state_path(path), {**state, "bytes": path.stat().st_size})
 
     def nearest(
         self, query: np.ndarray, limit: int, allowed: np.ndarray | None = None, **_: str | None
     ) -> list[tuple[int, float]]:
-        wanted = limit if allowed is None else limit * _MORE
-        found: list[tuple[int, float]] = []
+        requested = limit if allowed is None else limit * _MORE
         while True:
-            matches = self._index.search(query, min(wanted, len(self._index)))
-            found = [(int(m.key), 1.0 - float(m.distance)) for m in matches]
+            matches = self._index.search(query, min(requested, len(self._index)))
+            pairs = [(int(m.key), 1.0 - float(m.distance)) for m in matches]
             if allowed is not None:
-                keep = np.isin(np.array([key for key, _ in found]), allowed)
-                found = [pair for pair, kept in zip(found, keep, strict=True) if kept]
+                keep = np.isin(np.array([key for key, _ in pairs]), allowed)
+                pairs = [pair for pair, kept in zip(pairs, keep, strict=True) if kept]
             enough = min(limit, len(self._index) if allowed is None else len(allowed))
-            if len(found) >= enough or wanted >= len(self._index):
-                return found[:limit]
-            wanted *= _MORE
+            if len(pairs) >= enough or requested >= len(self._index):
+                return pairs[:limit]
+            requested *= _MORE
 
 
-def _marks(path: Path) -> Path:
+def _state_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")

@@ -1,4 +1,4 @@
-"""A connection to PostgreSQL as a store needs it: one schema, our errors, pgvector's type."""
+"""A connection to PostgreSQL for a store: one schema, our errors, pgvector's type."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from psycopg.types import TypeInfo
 from khaosz.errors import DataError
 
 _CONNECT_S = 10
-PGVECTOR = (0, 8)  # which goes on through its graph until a filter has let enough pass
+PGVECTOR = (0, 8)  # continues through its graph until enough vectors pass a filter
 
 
 class Database:
-    """Raises `DataError` for whatever the server refuses, and for a server that is not there."""
+    """Raises `DataError` for errors of the server, and for a server that cannot be reached."""
 
     def __init__(self, url: str, schema: str) -> None:
         self.where = f"{_without_password(url)}#{schema}"
         self._schema = schema
-        with self._typed("is the server running, and the address right?"):
+        with self._typed("check the address, and that the server is running"):
             self._db = psycopg.connect(url, autocommit=True, connect_timeout=_CONNECT_S)
 
-    def _path(self) -> None:
-        """Our schema, and whichever the extension was installed in."""
-        found = self._one(
+    def _set_path(self) -> None:
+        """Search our schema, and the one that the extension is installed in."""
+        row = self._run(
             "SELECT n.nspname FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
             " WHERE e.extname = 'vector'"
-        )
-        path = f'{self._schema}, "{found[0] if found else "public"}"'
-        self._run("SELECT set_config('search_path', %s, false)", (path,))
+        ).fetchone()
+        path = f'{self._schema}, "{row[0] if row else "public"}"'
+        self._run("SELECT set_config('search_path', ?, false)", (path,))
 
-    def _adapt(self) -> None:
-        """Vectors go and come as arrays. The extension has to be there, and not too old."""
-        found = self._one("SELECT extversion FROM pg_extension WHERE extname = 'vector'")
-        version = tuple(map(int, found[0].split(".")[:2])) if found else (0, 0)
+    def _register_vectors(self) -> None:
+        """Pass vectors as arrays. Requires the extension at `PGVECTOR` or later."""
+        row = self._run("SELECT extversion FROM pg_extension WHERE extname = 'vector'").fetchone()
+        version = tuple(map(int, row[0].split(".")[:2])) if row else (0, 0)
         if version < PGVECTOR:
             raise DataError(
-                f"{self.where} has pgvector {found[0] if found else 'not installed'}",
+                f"{self.where} has pgvector {row[0] if row else 'not installed'}",
                 hint="{}.{} is needed: ALTER EXTENSION vector UPDATE".format(*PGVECTOR),
             )
         with self._typed():
@@ -68,16 +68,9 @@ class Database:
     def _run(
         self, query: str, values: Sequence[Any] = (), *, binary: bool = False
     ) -> psycopg.Cursor[Any]:
+        """Values stand as `?`, or as %b where they go in binary format."""
         with self._typed():
-            return self._db.execute(query, values or None, binary=binary)
-
-    def _one(self, query: str, values: Sequence[Any] = ()) -> tuple | None:
-        return self._run(query, values).fetchone()
-
-    def _number(self, query: str, values: Sequence[Any] = ()) -> int:
-        found = self._one(query, values)
-        assert found is not None, query
-        return int(found[0])
+            return self._db.execute(query.replace("?", "%s"), values or None, binary=binary)
 
     def _copy(self, into: str, types: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         query = f"COPY {into} FROM STDIN (FORMAT BINARY)"
@@ -91,7 +84,7 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """All reads inside see one state of the base, whatever is written meanwhile."""
+        """All reads inside see one state, whatever is written meanwhile."""
         if self._db.info.transaction_status != TransactionStatus.IDLE:
             yield
             return
@@ -109,7 +102,7 @@ def _without_password(url: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """PostgreSQL's text holds no NUL, and documents may: as two characters, with ESC before."""
+    """PostgreSQL's text cannot hold NUL; it is stored as two characters, the first of them ESC."""
     return text.replace("\x1b", "\x1be").replace("\0", "\x1b0")
 
 
@@ -118,7 +111,7 @@ def plain(text: str) -> str:
 
 
 class _VectorDumper(Dumper):
-    """As vector_recv of pgvector reads it: uint16 dimensions, uint16 zero, float32, big-endian."""
+    """The format of pgvector's vector_recv: uint16 dimensions, uint16 zero, float32, big-endian."""
 
     format = Format.BINARY
 

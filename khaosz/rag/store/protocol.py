@@ -1,14 +1,12 @@
-"""What a store of a knowledge base is: the records that go in and come out, and its interface.
+"""The interface of a store of a knowledge base, and the records that it reads and writes.
 
-Chunk and document numbers are the store's own, ascending in the order of writing; another store has
-other ones. What a citation names (hash, start, end) is the same in every store.
+Each store numbers its chunks and documents itself, ascending in the order of writing. What a
+citation names (hash, start, end) is the same in every store.
 """
 
 from __future__ import annotations
 
 import re
-import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -16,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-COUNTED = frozenset({"version", "chunks", "terms", "generation"})  # settings a store keeps itself
+COUNTED = frozenset({"version", "chunks", "terms", "generation"})  # settings a store writes itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +29,7 @@ class SourceFile:
 
 @dataclass(frozen=True, slots=True)
 class NewChunk:
-    """A chunk to store, with its vector where there is an embedder."""
+    """A chunk to store, with its vector if there is an embedder."""
 
     start: int
     end: int
@@ -41,7 +39,7 @@ class NewChunk:
 
     @property
     def indexed(self) -> str:
-        """What lexical search reads: the headings above a chunk are about it too."""
+        """What lexical search indexes: the headings above a chunk describe it too."""
         return "\n".join((*self.headings, self.text))
 
 
@@ -58,7 +56,7 @@ class NewDocument:
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """pages: offsets at which pages 2, 3, ... begin. length: characters. hash: SHA-256 of the
+    """pages: offsets at which pages 2, 3, ... start. length: characters. hash: SHA-256 of the
     text, which citations name."""
 
     id: int
@@ -89,17 +87,17 @@ class StoredChunk:
 
 
 class Store(Protocol):
-    """Raises `DataError` for what cannot be used, reached, read or written."""
+    """Raises `DataError` when the store cannot be used, reached, read or written."""
 
-    where: str  # as a user names it, without a password
+    where: str  # the address, without its password
 
     def close(self) -> None: ...
 
     def writing(self) -> AbstractContextManager[None]:
-        """What is in it is there whole or not at all. One writer; another is waited for."""
+        """One atomic change. There is one writer at a time; a second one waits."""
 
     def reading(self) -> AbstractContextManager[None]:
-        """All reads inside see one state of the base, whatever is written meanwhile."""
+        """All reads inside see one state, whatever is written meanwhile."""
 
     # settings
 
@@ -112,44 +110,44 @@ class Store(Protocol):
         """Inside `writing`."""
 
     def settings(self) -> dict[str, str]:
-        """All of them, those the store counts itself (`COUNTED`) included."""
+        """All of them, including those of `COUNTED`."""
 
     @property
     def chunk_count(self) -> int: ...
 
     @property
     def term_count(self) -> int:
-        """Occurrences of terms in all chunks."""
+        """Occurrences of terms, over all chunks."""
 
     @property
     def vector_count(self) -> int: ...
 
     @property
     def dimension(self) -> int:
-        """Of vectors; 0 where there are none."""
+        """Of vectors; 0 without an embedder."""
 
     @property
-    def generation(self) -> int:
-        """Grows with every change: what an index was made from."""
+    def revision(self) -> int:
+        """Grows with every change; an index records the revision it was built from."""
 
     # writes, all of them inside `writing`
 
     def replace(
         self, collection: str, source: SourceFile, documents: Sequence[NewDocument]
     ) -> None:
-        """Put a file's documents where its former ones were."""
+        """Store a file's documents in place of its former ones."""
 
     def touch(self, collection: str, source: SourceFile) -> None:
-        """The same bytes with another time."""
+        """Record another time of an unchanged file."""
 
     def remove_source(self, collection: str, path: str) -> bool:
-        """Whether it was there."""
+        """Returns whether it existed."""
 
     def rebuild_postings(self) -> None:
-        """Lexical search made again from the chunks."""
+        """Rebuild the lexical index from the chunks."""
 
     def set_vectors(self, vectors: Iterable[tuple[int, np.ndarray]]) -> None:
-        """float32 (D,) of chunks, by their numbers."""
+        """float32 (D,) per chunk number."""
 
     def forget_vectors(self) -> None: ...
 
@@ -166,31 +164,32 @@ class Store(Protocol):
         """The documents of a source with chunks and vectors, as `replace` takes them."""
 
     def counts(self) -> dict[str, int]:
-        """Of sources, documents, chunks, vectors and distinct terms."""
+        """The numbers of sources, documents, chunks, vectors and distinct terms."""
 
     def size(self) -> int:
-        """Bytes on disk; 0 where that is not known."""
+        """Bytes on disk."""
 
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
-        """By collection, name and number."""
+        """Ordered by collection, name and number."""
 
     def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
-        """Documents by their numbers; those that are gone are left out."""
+        """Documents by number; removed ones are left out."""
 
     def document_by_hash(self, digest: str) -> StoredDocument | None: ...
 
     def text(self, document: int) -> str: ...
 
     def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
-        """In the order asked for; those that are gone are left out."""
+        """In the order of `numbers`; removed ones are left out."""
 
     def chunks_of(self, document: int) -> list[StoredChunk]:
-        """By start."""
+        """Ordered by start."""
 
     def chunk_numbers(
         self, *, collection: str | None = None, name: str | None = None
     ) -> np.ndarray:
-        """int64 numbers of the chunks of a collection, of documents whose name fits a GLOB."""
+        """Ascending int64 numbers of the chunks of a collection, of documents whose name matches a
+        GLOB."""
 
     def unembedded(self) -> Iterator[StoredChunk]: ...
 
@@ -198,47 +197,10 @@ class Store(Protocol):
         """int64 chunk numbers (N,), ascending, and float32 vectors (N, D)."""
 
     def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
-        """In how many chunks a term stands; terms that stand nowhere are left out."""
+        """The number of chunks that contain each term; absent terms are left out."""
 
     def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
-        """For each term the int64 numbers of the chunks that it stands in, ascending."""
-
-
-class Counted(ABC):
-    """What every store keeps among its settings; see `Store`."""
-
-    @abstractmethod
-    def get(self, key: str) -> str | None: ...
-
-    @property
-    def chunk_count(self) -> int:
-        return int(self.get("chunks") or 0)
-
-    @property
-    def term_count(self) -> int:
-        return int(self.get("terms") or 0)
-
-    @property
-    def generation(self) -> int:
-        return int(self.get("generation") or 0)
-
-    @property
-    def dimension(self) -> int:
-        return int(self.get("dimension") or 0)
-
-
-def key_of(collection: str, path: str) -> str:
-    """A source's, of one length however long its path is."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}"))
-
-
-def whole_text(chunks: Iterable[StoredChunk]) -> str:
-    """Of a document, from its chunks by start: they cover it, and may overlap."""
-    parts, end = [], 0
-    for chunk in chunks:
-        parts.append(chunk.text[end - chunk.start :] if chunk.start < end else chunk.text)
-        end = max(end, chunk.end)
-    return "".join(parts)
+        """For each term the ascending int64 numbers of the chunks that contain it."""
 
 
 _GLOB = re.compile(r"(\*)|(\?)|\[(\^?)(\]?+[^\]]*)\]|(\[)|([^*?\[]+)", re.DOTALL)
@@ -246,8 +208,8 @@ _MEMBER = re.compile(r"([^\]])-(.)|(.)", re.DOTALL)
 
 
 def glob_pattern(glob: str) -> str:
-    """SQLite's GLOB as a regular expression that Python and PostgreSQL read alike, for whole
-    strings: `*` any characters, `?` one, `[a-z]` and `[^a-z]` sets. An open `[` fits nothing."""
+    """SQLite's GLOB as a regular expression for Python and PostgreSQL, to match whole strings: `*`
+    any characters, `?` one, `[a-z]` and `[^a-z]` sets. An unclosed `[` matches nothing."""
     return _GLOB.sub(_expression, glob)
 
 
