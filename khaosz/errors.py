@@ -100,7 +100,12 @@ class DeviceError(KhaoszError):
 
 
 class GenerationError(KhaoszError):
-    pass
+    """`param`: the field of `SamplingParams` that is wrong, None where it is none of them. `str` of
+    the error is the field and the `reason`."""
+
+    def __init__(self, reason: str, *, param: str | None = None, hint: str | None = None) -> None:
+        super().__init__(f"{param} {reason}" if param else reason, hint=hint)
+        self.param, self.reason = param, reason
 
 
 class TrainingError(KhaoszError):

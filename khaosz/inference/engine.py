@@ -102,7 +102,7 @@ class Engine:
         if not all(0 <= token <= last for token in prompt):
             raise GenerationError(f"the prompt has token ids outside 0 to {last}")
         if not all(0 <= token <= last for token in params.logit_bias):
-            raise GenerationError(f"logit_bias has token ids outside 0 to {last}")
+            raise GenerationError(f"has token ids outside 0 to {last}", param="logit_bias")
         need = params.n * self._need(len(prompt), params)
         if need > self.cache_bytes:
             raise GenerationError(

@@ -63,37 +63,39 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
         return None
     what, source = params.form
     if len(source) > MAX_GRAMMAR:
-        raise GenerationError(f"{what} has {len(source):,} characters, more than {MAX_GRAMMAR:,}")
+        raise GenerationError(
+            f"has {len(source):,} characters, more than {MAX_GRAMMAR:,}", param=what
+        )
     try:
         source.encode()
     except UnicodeEncodeError as error:
-        raise GenerationError(f"{what} is not text: {error.reason}") from None
+        raise GenerationError(f"is not text: {error.reason}", param=what) from None
     try:
         import llguidance
     except ImportError:
         raise GenerationError(
-            f"{what} needs llguidance", hint="pip install 'khaosz[structured]'"
+            "needs llguidance", param=what, hint="pip install 'khaosz[structured]'"
         ) from None
     if what == "json_schema":
         try:
             schema = json.loads(source)
         except (ValueError, RecursionError) as error:
-            raise GenerationError(f"json_schema is not JSON: {error}") from None
+            raise GenerationError(f"is not JSON: {error}", param=what) from None
         if not isinstance(schema, dict):
-            raise GenerationError("json_schema is not an object")
+            raise GenerationError("is not an object", param=what)
         try:
             grammar = llguidance.LLMatcher.grammar_from_json_schema(
                 source, defaults={"whitespace_pattern": _SPACE}
             )
         except ValueError as error:  # nested too deep, or NaN, which Python's parser lets through
-            raise GenerationError(f"json_schema cannot be used: {_first_line(error)}") from None
+            raise GenerationError(f"cannot be used: {_first_line(error)}", param=what) from None
     elif what == "regex":
         grammar = llguidance.LLMatcher.grammar_from_regex(source)
     else:
         grammar = llguidance.LLMatcher.grammar_from_lark(source)
     inner = llguidance.LLMatcher(_tokens(tokenizer), grammar, log_level=0)
     if inner.is_error():
-        raise GenerationError(f"{what} cannot be used: {_first_line(inner.get_error())}")
+        raise GenerationError(f"cannot be used: {_first_line(inner.get_error())}", param=what)
     matcher = Matcher(inner, tokenizer.vocab_size)
     matcher.mask(torch.zeros(tokenizer.vocab_size))  # where most costly forms show what they are
     return matcher

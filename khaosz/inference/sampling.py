@@ -91,7 +91,8 @@ class SamplingParams:
         ]
         for name, fine, expected in rules:
             if not fine:  # a NaN compares false and lands here too
-                raise GenerationError(f"{name} must be {expected} (got {getattr(self, name)!r})")
+                got = getattr(self, name)
+                raise GenerationError(f"must be {expected} (got {got!r})", param=name)
 
     @property
     def form(self) -> tuple[str, str] | None:

@@ -1,10 +1,13 @@
-"""Refusals and errors as answers of OpenAI's layout: no path, no stack trace."""
+"""Errors as responses in OpenAI's layout, without paths or stack traces."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-from collections.abc import Sequence
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,26 +16,32 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from khaosz.database import is_full
 from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
 from khaosz.serve.models import UnknownModel
 from khaosz.serve.retrieval_models import UnknownName
-from khaosz.serve.schema import ChatRequest
 from khaosz.serve.worker import Busy, Failed
 
 _log = logging.getLogger("khaosz.serve")
 
-TOO_LATE = "the answer took longer than this server gives a request"
+TIMED_OUT = "the answer took longer than the time limit of this server"
+FAILED = "the request failed"
 RETRY_AFTER = 1  # seconds, when the queue is full or a file in use
-_MEANINGS = {
-    400: "What was asked is wrong; `param` names the field.",
-    404: "There is no such thing here.",
-    408: "The body stopped coming.",
-    409: "It is there already, has changed meanwhile, or cannot be used as it is.",
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Fields of `SamplingParams` that requests spell otherwise.
+_FIELDS = {"json_schema": "response_format", "lark": "tools"}
+_DESCRIPTIONS = {
+    400: "The request is invalid; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    403: "The Host or Origin header is not allowed.",
+    404: "Not found.",
+    408: "The body stopped arriving.",
+    409: "It exists already, was changed meanwhile, or cannot be used in its state.",
     413: "The body is too large.",
-    415: "A file of a kind that can't be read.",
-    500: "The request failed; the server's log has more.",
-    503: "The queue is full, a model has no room, or a file is in use; see Retry-After.",
-    504: "The request took longer than it may.",
+    415: "Files of this type cannot be read.",
+    500: "The request failed; see the server's log.",
+    503: "The queue or the memory is full, or a file is in use; see Retry-After.",
+    504: "The request took longer than the time limit.",
     507: "The disk is full.",
 }
 
@@ -49,27 +58,24 @@ class Error(BaseModel):
 
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route answers beside its good answer, for the OpenAPI document. Who may ask and how
-    large a body may be is checked before any route: 401, 403, 413."""
-    always = {401: "The key is missing or wrong.", 403: "Not from there.", 413: _MEANINGS[413]}
-    found: dict[int | str, dict[str, Any]] = {
-        status: {"model": Error, "description": text} for status, text in always.items()
+    """A route's error responses for the OpenAPI document. Key, origin and body size are checked
+    before any route, so each has 401, 403 and 413."""
+    return {
+        status: {"model": Error, "description": _DESCRIPTIONS[status]}
+        for status in (401, 403, 413, *statuses, 500)
     }
-    for status in (*statuses, 500):
-        found[status] = {"model": Error, "description": _MEANINGS[status]}
-    return found
 
 
 def error_body(
     message: str, kind: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    # It may repeat what was sent, which may be long.
+    # The message may quote the request, which may be long.
     message = message if len(message) <= 1000 else message[:1000] + "..."
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class ApiError(Exception):
-    """A request that ends with an error of OpenAI's layout."""
+    """A request that ends with an error in OpenAI's layout. `param`: the field that is wrong."""
 
     def __init__(
         self,
@@ -81,112 +87,124 @@ class ApiError(Exception):
         code: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.param = status, param
         self.body = error_body(message, kind, param, code)
 
 
+@contextmanager
+def map_disk_full() -> Iterator[None]:
+    """Raises `ApiError` 507 instead of the system's and SQLite's errors of a full disk."""
+    try:
+        yield
+    except (OSError, sqlite3.OperationalError) as error:
+        full = error.errno in _DISK_FULL if isinstance(error, OSError) else is_full(error)
+        if not full:
+            raise
+        raise ApiError(507, "the disk is full", "server_error", code="disk_full") from None
+
+
 def explain_errors(app: FastAPI) -> None:
-    def refused(
-        status: int,
-        body: dict[str, Any],
-        headers: dict[str, str] | None = None,
+    """Answer every exception of a route with JSON in OpenAI's layout."""
+
+    def respond(
+        status: int, body: dict[str, Any], headers: dict[str, str] | None = None
     ) -> Response:
-        # ASCII: what a client sent and a message repeats may not be valid Unicode.
+        # ASCII: a message may quote the request, which may not be valid Unicode.
         return Response(json.dumps(body), status, headers, "application/json")
 
+    def model_not_found(message: str) -> Response:
+        body = error_body(message, "invalid_request_error", "model", "model_not_found")
+        return respond(404, body)
+
     @app.exception_handler(ApiError)
-    async def our_own(request: Request, error: ApiError) -> Response:
+    async def api_error(request: Request, error: ApiError) -> Response:
         headers = {"retry-after": str(RETRY_AFTER)} if error.status == 503 else None
-        return refused(error.status, error.body, headers)
+        return respond(error.status, error.body, headers)
 
     @app.exception_handler(Busy)
     async def busy(request: Request, error: Busy) -> Response:
         body = error_body("the queue is full", "server_error", code="queue_full")
-        return refused(503, body, {"retry-after": str(RETRY_AFTER)})
+        return respond(503, body, {"retry-after": str(RETRY_AFTER)})
 
     @app.exception_handler(UnknownModel)
     async def unknown_model(request: Request, error: UnknownModel) -> Response:
-        message = f"the model {str(error)!r} does not exist; GET /v1/models lists what does"
-        body = error_body(message, "invalid_request_error", "model", "model_not_found")
-        return refused(404, body)
+        return model_not_found(f"model {str(error)!r} not found; GET /v1/models lists all models")
 
     @app.exception_handler(UnknownName)
     async def unknown_name(request: Request, error: UnknownName) -> Response:
         known = ", ".join(error.known) or f"none (khaosz serve --{error.kind} NAME=SOURCE)"
-        message = f"there is no {error.kind} {error.name!r} here; there are: {known}"
-        body = error_body(message, "invalid_request_error", "model", "model_not_found")
-        return refused(404, body)
+        return model_not_found(f"{error.kind} {error.name!r} not found; available: {known}")
 
     @app.exception_handler(TimeoutError)
-    async def too_late(request: Request, error: TimeoutError) -> Response:
-        # RequestModel again it would take as long, and OpenAI's client asks again by itself.
-        body = error_body(TOO_LATE, "server_error", code="request_timeout")
-        return refused(504, body, {"x-should-retry": "false"})
+    async def timed_out(request: Request, error: TimeoutError) -> Response:
+        # A retry would take as long, and OpenAI's client retries by itself.
+        body = error_body(TIMED_OUT, "server_error", code="request_timeout")
+        return respond(504, body, {"x-should-retry": "false"})
 
     @app.exception_handler(KhaoszError)
-    async def out_of_range(request: Request, error: KhaoszError) -> Response:
-        if not isinstance(error, GenerationError | DataError | TokenizerError):
-            _log.error("%s", error)  # it may name paths, so not to the client
-            return refused(500, error_body("the request failed", "server_error"))
-        # `SamplingParams` begins with the name of what is out of range.
-        word, _, rest = str(error).partition(" ")
-        field = {"json_schema": "response_format", "lark": "tools"}.get(word, word)
-        known = field in ChatRequest.model_fields
-        message = f"{field} {rest}" if known else str(error)
-        body = error_body(message, "invalid_request_error", field if known else None)
-        return refused(400, body)
+    async def khaosz_error(request: Request, error: KhaoszError) -> Response:
+        field: str | None = None
+        match error:
+            case GenerationError(param=str(param)):
+                field = _FIELDS.get(param, param)
+                message = f"{field} {error.reason}"
+            case GenerationError() | DataError() | TokenizerError():
+                message = str(error)
+            case _:
+                _log.error("%s", error)  # it may name paths, so it is not sent
+                return respond(500, error_body(FAILED, "server_error"))
+        return respond(400, error_body(message, "invalid_request_error", field))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         # The deepest: of a union, that is the member that fits best.
         first = max(error.errors(), key=lambda each: len(each["loc"]))
-        unknown = first["type"] == "extra_forbidden"
-        what = "unknown field" if unknown else str(first["msg"])
-        where, *parts = first["loc"]
-        missing = first["type"] == "missing"
-        param = _path(where, parts, error.body, missing)
-        if isinstance(error.body, bytes):
-            what = "not sent as JSON: Content-Type is to be application/json"
-        message = what.removeprefix("Value error, ")
+        place, *parts = first["loc"]
+        param = _param(place, parts, error.body, missing=first["type"] == "missing")
+        match first:
+            case _ if isinstance(error.body, bytes):
+                message = "not sent as JSON: set Content-Type to application/json"
+            case {"type": "extra_forbidden"}:
+                message = "unknown field"
+            case {"type": "value_error", "ctx": {"error": ValueError() as raised}}:
+                message = str(raised)  # of our validators, without pydantic's prefix
+            case _:
+                message = str(first["msg"])
         message = f"{param}: {message}" if param else message
-        return refused(400, error_body(message, "invalid_request_error", param))
+        return respond(400, error_body(message, "invalid_request_error", param))
 
     @app.exception_handler(RecursionError)
     async def too_deep(request: Request, error: RecursionError) -> Response:
-        # JSON that could be read may still be too deep for what goes through it.
-        return refused(400, error_body("values nested too deep", "invalid_request_error"))
+        # JSON that could be parsed may still be too deep for the code that processes it.
+        return respond(400, error_body("values nested too deep", "invalid_request_error"))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
-        if error.status_code == 405:  # of several routes of a path, only the first was asked
-            asked = getattr(request.scope.get("route"), "path_format", "")
-            path = app.openapi()["paths"].get(asked, {})
-            headers |= {"Allow": ", ".join(sorted(map(str.upper, path)))} if path else {}
-        return refused(
-            error.status_code, error_body(str(error.detail), "invalid_request_error"), headers
-        )
+        if error.status_code == 405:  # Starlette lists the methods of a path's first route only
+            path = getattr(request.scope.get("route"), "path_format", "")
+            methods = app.openapi()["paths"].get(path, {})
+            headers |= {"Allow": ", ".join(sorted(map(str.upper, methods)))} if methods else {}
+        body = error_body(str(error.detail), "invalid_request_error")
+        return respond(error.status_code, body, headers)
 
     @app.exception_handler(Failed)
-    async def failed(request: Request, error: Failed) -> Response:
-        return refused(500, error_body("the request failed", "server_error"))
-
     @app.exception_handler(Exception)
-    async def surprise(request: Request, error: Exception) -> Response:
-        return refused(500, error_body("the request failed", "server_error"))
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return respond(500, error_body(FAILED, "server_error"))
 
 
-def _path(where: str | int, parts: Sequence[str | int], body: Any, missing: bool) -> str | None:
-    """Where a field stands, or would stand. Of a union pydantic also names the member that it
-    tried, which is no part of the body."""
-    if where != "body":
+def _param(place: str | int, parts: Sequence[str | int], body: Any, *, missing: bool) -> str | None:
+    """The path of a field in the body, as "messages.0.content"; a missing one's where it belongs.
+    For unions, pydantic's path also names the member it tried, which is left out."""
+    if place != "body":
         return ".".join(map(str, parts)) or None
-    kept: list[str] = []
-    for at, part in enumerate(parts):
+    path: list[str] = []
+    for i, part in enumerate(parts):
         try:
             body = body[part]
         except (LookupError, TypeError):
-            if not missing or at < len(parts) - 1:
+            if not missing or i < len(parts) - 1:
                 continue
-        kept.append(str(part))
-    return ".".join(kept) or None
+        path.append(str(part))
+    return ".".join(path) or None

@@ -1,7 +1,7 @@
-"""Who may ask, and how much: checked before anything of a request is read.
+"""Checks of Host, Origin, key and body size, before a route sees the request.
 
-A page of the web can make a browser talk to this machine. It can't choose the Host and Origin that
-the browser sends, so those tell it apart, also when its name was rebound to a loopback address
+A web page can make a browser send requests to this machine. It cannot choose the Host and Origin
+that the browser sends, so those identify it, even when its name was rebound to a loopback address
 (CVE-2024-28224).
 """
 
@@ -18,8 +18,8 @@ from khaosz.errors import ConfigError
 from khaosz.serve.errors import error_body
 
 MAX_BODY = 4 << 20  # bytes
-_DRAINED = 32 << 20  # bytes read of a body too large, so that its sender comes to read the answer
-# Their routes read the body as it comes, and have a limit of their own.
+_DRAINED = 32 << 20  # bytes read of a body too large, so that its sender reads the response
+# These routes stream the body, and have a limit of their own.
 _STREAMED = re.compile(r"PUT /v1/knowledge_bases/[^/]+/files/[^/]+")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -40,9 +40,9 @@ class Guard:
         hosts: tuple[str, ...] | None,
         origins: Sequence[str] = (),
     ) -> None:
-        """`key` None: nobody needs one. `hosts`: names this server answers to; None: any.
-        `origins`: SCHEME://HOST[:PORT] of pages that may use it besides its own, and so of proxies
-        before it. Raises `ConfigError` for one that is none."""
+        """`key` None: no key is needed. `hosts`: accepted names of this server; None: any.
+        `origins`: SCHEME://HOST[:PORT] of other pages that may use it, and of proxies in front of
+        it. Raises `ConfigError` for an invalid one."""
         self.app = app
         self.origins = frozenset(map(_origin, origins))
         names = [_hostname(origin.partition(":")[2]) or "" for origin in self.origins]
@@ -58,38 +58,38 @@ class Guard:
             headers.setdefault(name.decode("latin-1"), value)
         origin = headers.get("origin", b"").decode("latin-1")
         if origin in self.origins:
-            send = _allowing(origin, send)
+            send = _allow_origin(origin, send)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 await _answer_preflight(send)
                 return
-        refusal = self._refusal(scope["path"], headers)
-        if refusal is None and _STREAMED.fullmatch(f"{scope['method']} {scope['path']}"):
+        error = self._check(scope["path"], headers)
+        if error is None and _STREAMED.fullmatch(f"{scope['method']} {scope['path']}"):
             await self.app(scope, receive, send)
             return
-        if refusal is None:
+        if error is None:
             body = await _body(receive)
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
                 return
             message = f"the request's body has more than {MAX_BODY:,} bytes"
-            refusal = 413, error_body(message, "invalid_request_error", code="body_too_large")
-        await _answer(send, *refusal)
+            error = 413, error_body(message, "invalid_request_error", code="body_too_large")
+        await _respond(send, *error)
 
-    def _refusal(self, path: str, headers: dict[str, bytes]) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of the answer to a request that goes no further."""
+    def _check(self, path: str, headers: dict[str, bytes]) -> tuple[int, dict[str, Any]] | None:
+        """Status and body of the error response, None for a request that may pass."""
         host = headers.get("host", b"").decode("latin-1")
         if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
-            message = "this server does not answer to the name in the Host header"
+            message = "the name in the Host header is not a name of this server"
             return 403, error_body(message, "invalid_request_error", code="host_not_allowed")
         origin = headers.get("origin", b"").decode("latin-1")
         if origin and origin not in self.origins and origin.partition("://")[2] != host:
             message = "pages of other origins may not use this server"
             return 403, error_body(message, "invalid_request_error", code="origin_not_allowed")
-        # The page asks for the key; there is nothing in it that is not in the package.
+        # The page itself is public: it asks for the key.
         if self._key is None or path == "/" or path.startswith(("/health/", "/assets/")):
             return None
-        scheme, _, given = headers.get("authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(given.strip(), self._key):
+        scheme, _, key = headers.get("authorization", b"").partition(b" ")
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         return 401, error_body(message, "invalid_request_error", code="invalid_api_key")
@@ -107,16 +107,16 @@ def _origin(text: str) -> str:
     return whole.lower()
 
 
-def _allowing(origin: str, send: Send) -> Send:
-    """An answer that a page of this origin may read. No cookies: the key is in a header."""
+def _allow_origin(origin: str, send: Send) -> Send:
+    """Let a page of this origin read the response. No cookies: the key is in a header."""
     headers = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"origin")]
 
-    async def allowed(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message["headers"], *headers]}
         await send(message)
 
-    return allowed
+    return send_with_headers
 
 
 async def _answer_preflight(send: Send) -> None:
@@ -137,7 +137,7 @@ def _hostname(address: str) -> str | None:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None for one that is too large."""
+    """The whole body, None if it is too large."""
     parts: list[bytes] = []
     size = 0
     while size <= _DRAINED:
@@ -154,25 +154,25 @@ async def _body(receive: Receive) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that hands out a body that was read, then what comes after it."""
-    given = False
+    """A `receive` that returns the body that was read, then what follows it."""
+    done = False
 
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
+    async def replay() -> Message:
+        nonlocal done
+        if done:
             return await receive()
-        given = True
+        done = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replayed
+    return replay
 
 
-async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
+async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:
     content = json.dumps(body).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),  # what is left of the body is not read
+        (b"connection", b"close"),  # the rest of the body is not read
     ]
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

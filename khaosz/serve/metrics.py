@@ -1,11 +1,11 @@
-"""What a service has done, as Prometheus reads it."""
+"""Counters of the service in Prometheus' format."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, MutableMapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -16,18 +16,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from khaosz.inference.request import Output
 from khaosz.serve.models import Models
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass
 class Usage:
-    """Tokens of a request, from what its outputs say so far."""
+    """Tokens of a request, counted from its outputs."""
 
     prompt: int = 0
     cached: int = 0
     generated: dict[int, int] = field(default_factory=dict)  # by choice
-    first: float | None = None  # when the first output came, by `time.perf_counter`
+    first: float | None = None  # time of the first output, by `time.perf_counter`
 
     def count(self, output: Output) -> None:
         if self.first is None:
@@ -37,11 +34,11 @@ class Usage:
         self.generated[output.choice] = output.generated
 
     def body(self) -> dict[str, Any]:
-        answered = sum(self.generated.values())
+        generated = sum(self.generated.values())
         return {
             "prompt_tokens": self.prompt,
-            "completion_tokens": answered,
-            "total_tokens": self.prompt + answered,
+            "completion_tokens": generated,
+            "total_tokens": self.prompt + generated,
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
@@ -50,7 +47,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 
 
 
 class Meters:
-    """Counted on the event loop's thread."""
+    """Used by the event loop's thread only."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -67,16 +64,16 @@ class Meters:
             return Histogram(f"khaosz_{name}", text, labels, registry=registry, buckets=_SECONDS)
 
         self._requests = counter("requests", "Requests answered.", "route", "status")
-        self._request_seconds = histogram("request_seconds", "Of whole requests.", "route")
-        self._first = histogram("first_token_seconds", "Until an answer's first text.", "model")
+        self._request_seconds = histogram("request_seconds", "Duration of requests.", "route")
+        self._first = histogram("first_token_seconds", "Time to the first output.", "model")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.", "model")
-        self._cached = counter("cached_tokens", "Of those, found in a cache.", "model")
+        self._cached = counter("cached_tokens", "Prompt tokens found in the prefix cache.", "model")
         self._generated = counter("generated_tokens", "Tokens of answers.", "model")
 
-    def answered(self, model: str, usage: Usage, began: float) -> None:
-        """`began`: by `time.perf_counter`."""
+    def answered(self, model: str, usage: Usage, started: float) -> None:
+        """`started`: by `time.perf_counter`."""
         if usage.first is not None:
-            self._first.labels(model).observe(usage.first - began)
+            self._first.labels(model).observe(usage.first - started)
         self._prompt.labels(model).inc(usage.prompt)
         self._cached.labels(model).inc(usage.cached)
         self._generated.labels(model).inc(sum(usage.generated.values()))
@@ -90,25 +87,28 @@ class Meters:
 
 
 class _State(Collector):
-    """What is so at the moment that it is asked for."""
+    """Gauges, read when they are collected."""
 
     def __init__(self, models: Models) -> None:
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
-        held = GaugeMetricFamily("khaosz_requests_held", "Under way and waiting.", labels=["model"])
-        loaded = GaugeMetricFamily("khaosz_model_loaded", "1 where it is.", labels=["model"])
-        size = GaugeMetricFamily("khaosz_model_bytes", "Weights and kept caches.", labels=["model"])
+        def gauge(name: str, text: str) -> GaugeMetricFamily:
+            return GaugeMetricFamily(f"khaosz_{name}", text, labels=["model"])
+
+        requests = gauge("requests_held", "Running and waiting requests.")
+        loaded = gauge("model_loaded", "1 if it is loaded.")
+        size = gauge("model_bytes", "Weights and prefix cache.")
         for model in self._models.all:
-            now = model.loaded
-            held.add_metric([model.name], now.worker.held if now else 0)
-            loaded.add_metric([model.name], int(now is not None))
-            size.add_metric([model.name], now.nbytes if now else 0)
-        return held, loaded, size
+            instance = model.loaded
+            requests.add_metric([model.name], instance.worker.held if instance else 0)
+            loaded.add_metric([model.name], int(instance is not None))
+            size.add_metric([model.name], instance.nbytes if instance else 0)
+        return requests, loaded, size
 
 
 class Metered:
-    """ASGI middleware: counts requests by the route that took them."""
+    """ASGI middleware: counts requests by route."""
 
     def __init__(self, app: ASGIApp, meters: Meters) -> None:
         self._app, self._meters = app, meters
@@ -117,17 +117,17 @@ class Metered:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status, began = 500, time.perf_counter()
+        status, started = 500, time.perf_counter()
 
-        async def noted(message: MutableMapping[str, Any]) -> None:
+        async def send_and_note(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, send_and_note)
         finally:
-            # A path that is no route would be a label of a stranger's choice.
+            # An unknown path would let clients create labels.
             route = getattr(scope.get("route"), "path", "other")
-            self._meters.request(route, status, time.perf_counter() - began)
+            self._meters.request(route, status, time.perf_counter() - started)

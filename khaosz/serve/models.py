@@ -1,4 +1,4 @@
-"""The models of a service: loaded when they are first asked for, let go when memory is short."""
+"""The models of a service: loaded on first use, unloaded when memory is short."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from khaosz.serve.worker import Busy, EngineThread
 
 @dataclass(frozen=True)
 class Limits:
-    """max_queue: requests that one model holds; max_batch: sequences in one pass. memory: bytes
-    for weights and kept caches of all models together, None for no limit."""
+    """max_queue: running and waiting requests of one model; max_batch: sequences in one pass.
+    memory: bytes for weights and prefix caches of all models together, None for no limit."""
 
     max_queue: int = 128
     max_batch: int = 64
@@ -44,13 +44,13 @@ class Loaded:
 
 @dataclass
 class Model:
-    """One that is served, under its name and those of its adapters."""
+    """A served model, under its own name and those of its adapters."""
 
     name: str
     source: Path
     adapters: dict[str, Path]
     context: int
-    weights: int  # bytes that loading it will take
+    weights: int  # bytes when it is loaded
     loaded: Loaded | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -61,9 +61,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Use:
-    """A model that stays loaded while somebody uses it."""
+    """A loaned model, which stays loaded until it is given back."""
 
-    name: str  # that was asked for
+    name: str  # as requested: the model's or an adapter's
     generator: Generator
     worker: EngineThread
     adapter: Adapter | None
@@ -74,11 +74,10 @@ class UnknownModel(Exception):
 
 
 class Models:
-    """Its methods belong to one event loop."""
+    """All methods are for one event loop."""
 
     def __init__(self, models: Sequence[Model], limits: Limits, *, device: str = "cpu") -> None:
-        """Raises `ConfigError` for a name that stands twice, and a model that alone is larger
-        than the limit."""
+        """Raises `ConfigError` for a duplicate name, and for a model larger than the limit."""
         self.limits, self.device = limits, device
         self.started = int(time.time())
         self._by_name: dict[str, Model] = {}
@@ -93,7 +92,7 @@ class Models:
                     f" {limits.memory >> 20:,}"
                 )
         self.all = list(models)
-        self._making_room = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -105,27 +104,27 @@ class Models:
             raise UnknownModel(name)
         return self._by_name[name]
 
-    def check_room(self, name: str) -> None:
-        """Raises `UnknownModel`, and `Busy` when the model holds as many requests as it may."""
+    def check_capacity(self, name: str) -> None:
+        """Raises `UnknownModel`, and `Busy` when the model's queue is full."""
         loaded = self.find(name).loaded
         if loaded is not None:
-            loaded.worker.check_room()
+            loaded.worker.check_capacity()
 
     def preload(self) -> None:
-        """The first, before there is an event loop: what is wrong with it is known at once.
+        """Load the first model before the event loop runs, so that its errors end the start.
         Raises `ModelError`."""
         self.all[0].loaded = self._load(self.all[0])
 
     async def take(self, name: str) -> Use:
-        """Loads it first where it isn't. Every use must be given back.
+        """Load the model if needed and mark it as in use. Every use must be given back.
 
-        Raises `UnknownModel`, `Busy` when others that are in use leave no room, `ModelError`.
+        Raises `UnknownModel`, `Busy` when models in use leave no memory for it, `ModelError`.
         """
         model = self.find(name)
         async with model.loading:
             if model.loaded is None:
-                async with self._making_room:  # one loads at a time
-                    await self._make_room(model)
+                async with self._load_lock:  # one at a time
+                    await self._free_memory(model)
                     model.loaded = await asyncio.to_thread(self._load, model)
             loaded = model.loaded
             loaded.worker.start()
@@ -137,40 +136,42 @@ class Models:
         assert loaded is not None and loaded.users > 0, use.name
         loaded.users -= 1
         loaded.used = time.monotonic()
-        self._forget_caches()
+        self._shrink_caches()
 
     async def stop(self) -> None:
-        """Requests that are still under way fail."""
+        """Running requests fail."""
         for model in self.all:
             if model.loaded is not None:
                 await model.loaded.worker.stop()
 
-    async def _make_room(self, wanted: Model) -> None:
-        """Let idle models go, the longest unused first, until this one has room."""
+    async def _free_memory(self, model: Model) -> None:
+        """Unload idle models, the least recently used first, until this one fits."""
         if self.limits.memory is None:
             return
-        while sum(each.nbytes for each in self._loaded()) + wanted.weights > self.limits.memory:
+        while sum(each.nbytes for each in self._loaded()) + model.weights > self.limits.memory:
             idle = [
-                model for model in self.all if model.loaded is not None and not model.loaded.users
+                (each.loaded.used, i)
+                for i, each in enumerate(self.all)
+                if each.loaded is not None and not each.loaded.users
             ]
             if not idle:
                 raise Busy
-            oldest = min(idle, key=lambda model: model.loaded.used if model.loaded else 0.0)
+            oldest = self.all[min(idle)[1]]
             loaded, oldest.loaded = oldest.loaded, None
             assert loaded is not None
             await loaded.worker.stop()
 
-    def _forget_caches(self) -> None:
-        """Kept caches grow after a model was let in: those beyond the limit go, beginning with the
-        longest unused model's."""
+    def _shrink_caches(self) -> None:
+        """Prefix caches grow after a model was loaded: shrink them to the limit, starting with the
+        least recently used model's."""
         if self.limits.memory is None:
             return
         over = sum(each.nbytes for each in self._loaded()) - self.limits.memory
         for each in sorted(self._loaded(), key=lambda each: each.used):
-            kept = each.nbytes - each.weights
-            if over > 0 and kept:
-                each.worker.keep_at_most(max(0, kept - over))
-                over -= kept
+            cached = each.nbytes - each.weights
+            if over > 0 and cached:
+                each.worker.shrink_prefix_cache(max(0, cached - over))
+                over -= cached
 
     def _loaded(self) -> Iterator[Loaded]:
         return (model.loaded for model in self.all if model.loaded is not None)
@@ -189,7 +190,8 @@ class Models:
 
 
 def describe(name: str, source: Path, adapters: dict[str, Path]) -> Model:
-    """A model as its files say, without its weights. Raises `ModelError`, for adapters too."""
+    """A model described by its files; weights are not loaded. Raises `ModelError`, for adapters
+    too."""
     if not source.exists():
         raise ModelError(f"{source} does not exist")
     if is_gguf(source):

@@ -1,4 +1,4 @@
-"""The page: files that `web/` was built into, as they lie in the package."""
+"""The web page: the files built from `web/`, which are part of the package."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from importlib.resources.abc import Traversable
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-# Everything the page needs comes from here, and nothing else is let in: an answer that a model
-# was tricked into writing can neither run nor send anything away.
+# Only this server's own files are allowed: a script that a model was tricked into writing cannot
+# run or send anything.
 _POLICY = "; ".join(
     (
         "default-src 'none'",
@@ -33,7 +33,7 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
 }
-# Not by `mimetypes`, which on Windows asks the registry.
+# Not `mimetypes`, which reads the registry on Windows.
 _TYPES = {
     "html": "text/html; charset=utf-8",
     "js": "text/javascript; charset=utf-8",
@@ -53,17 +53,17 @@ class PageFile:
 
 
 def page_files(root: Traversable | None = None) -> dict[str, PageFile]:
-    """By the path that they are asked for with; none where the page was not built."""
+    """Files by URL path; empty where the page was not built."""
     root = root or files("khaosz.serve") / "page"
     index = root / "index.html"
     if not index.is_file():
         return {}
-    # The name of an asset holds a hash of its content, so it never changes.
+    # Names of assets contain a hash of the content, so they can be cached for ever.
     assets = {f"/assets/{each.name}": each for each in (root / "assets").iterdir()}
-    found = {"/": _file(index, "no-cache")}
+    pages = {"/": _file(index, "no-cache")}
     for path, each in assets.items():
-        found[path] = _file(each, "public, max-age=31536000, immutable")
-    return found
+        pages[path] = _file(each, "public, max-age=31536000, immutable")
+    return pages
 
 
 def _file(source: Traversable, cache: str) -> PageFile:
@@ -75,14 +75,14 @@ def _file(source: Traversable, cache: str) -> PageFile:
 
 
 def page_routes() -> APIRouter:
-    """Read once, at the start; a path that is none of them is no file."""
+    """One route per file. Files are read once, at the start."""
     router = APIRouter(include_in_schema=False)
     for path, file in page_files().items():
-        router.add_api_route(path, _answering(file), methods=["GET", "HEAD"])
+        router.add_api_route(path, _endpoint(file), methods=["GET", "HEAD"])
     return router
 
 
-def _answering(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
+def _endpoint(file: PageFile) -> Callable[[Request], Awaitable[Response]]:
     async def answer(request: Request) -> Response:
         if request.headers.get("if-none-match") == file.etag:
             return Response(status_code=304, headers=file.headers)

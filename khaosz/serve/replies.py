@@ -1,11 +1,11 @@
-"""What is answered, for the OpenAPI document: OpenAI's layouts, and what is ours in them.
+"""Response bodies, for the OpenAPI document: OpenAI's, and this service's own.
 
-Answers are written as plain JSON; the tests hold them against these.
+Most responses are written as plain JSON; the tests validate them against these models.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,6 +14,144 @@ from khaosz.errors import DocumentCode
 
 class Reply(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+# ------------------------------------------------------------------------------- models and health
+
+
+class ModelCard(Reply):
+    """`context` in tokens. `parent`: the model that an adapter belongs to."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    kind: Literal["chat", "embedding", "rerank"]
+    context: int | None
+    parent: str | None
+
+
+class ModelList(Reply):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Live(Reply):
+    status: Literal["live"]
+
+
+class Ready(Reply):
+    status: Literal["ready"]
+    models: dict[str, bool]
+
+
+# ------------------------------------------------------------------------------- knowledge bases
+
+Code = (
+    DocumentCode
+    | Literal[
+        "partly",  # the file is ready, and a part of it could not be read
+        "embedder_failed",
+        "base_unreadable",
+        "embedder_unusable",
+        "unexpected",
+    ]
+)
+
+
+class BaseReply(Reply):
+    """chunks: passages; embedded: those with a vector; bytes: size of the uploaded files. error:
+    why the base cannot be used; code: a stable name of the error."""
+
+    id: str
+    object: Literal["knowledge_base"]
+    created: int
+    embedder: str | None
+    files: int
+    chunks: int
+    embedded: int
+    bytes: int
+    error: str | None
+    code: Code | None
+
+
+class BaseList(Reply):
+    object: Literal["list"]
+    data: list[BaseReply]
+
+
+class FileReply(Reply):
+    """error: why the file failed, or which part could not be read; code: a stable name of it."""
+
+    id: str
+    object: Literal["file"]
+    name: str
+    bytes: int
+    sha256: str
+    status: Literal["queued", "reading", "embedding", "ready", "failed"]
+    error: str | None
+    code: Code | None
+    chunks: int
+    embedded: int
+    created: int
+
+
+class FileList(Reply):
+    object: Literal["list"]
+    data: list[FileReply]
+
+
+class Deleted(Reply):
+    id: str
+    object: Literal["knowledge_base", "file"]
+    deleted: Literal[True]
+
+
+class LegReply(Reply):
+    rank: int
+    score: float
+
+
+class HitReply(Reply):
+    """Characters `start` to `end` of the text with the SHA-256 `hash`. legs: rank and score by each
+    search method."""
+
+    number: int
+    doc: str
+    doc_id: str
+    hash: str
+    start: int
+    end: int
+    page: int | None
+    headings: list[str]
+    text: str
+    score: float
+    legs: dict[Literal["lexical", "dense", "rerank"], LegReply]
+
+
+class SearchReply(Reply):
+    object: Literal["search"]
+    query: str
+    mode: Literal["lexical", "dense", "hybrid"]
+    hits: list[HitReply]
+
+
+class PassageReply(Reply):
+    """`text` starts at character `text_start` of the document, which has `length` characters."""
+
+    hash: str
+    doc: str
+    length: int
+    page: int | None
+    start: int
+    end: int
+    text_start: int
+    text: str
+
+
+# -------------------------------------------------------------------------- chats and completions
+
+Reason = Literal["stop", "length", "tool_calls"]
 
 
 class TokenLogprob(Reply):
@@ -42,32 +180,10 @@ class Called(Reply):
     function: CalledFunction
 
 
-class LegReply(Reply):
-    rank: int
-    score: float
-
-
-class HitReply(Reply):
-    """Characters `start` to `end` of the text with the SHA-256 `hash`. legs: what each way of
-    searching says of it."""
-
-    number: int
-    doc: str
-    doc_id: str
-    hash: str
-    start: int
-    end: int
-    page: int | None
-    headings: list[str]
-    text: str
-    score: float
-    legs: dict[Literal["lexical", "dense", "rerank"], LegReply]
-
-
 class RetrievalReply(Reply):
-    """What was found for an answer. `number`: of the passage of the prompt that a hit is in; hits
-    that are in none have higher ones. prompt: what the model was sent, if it was. left_out:
-    passages that the context had no room for; narrowed: of the best one, only a part is in."""
+    """The search behind an answer. `number` of a hit: of the prompt's passage that contains it;
+    hits outside the prompt have higher numbers. prompt: what the model got, None if it was not
+    asked. left_out: passages that did not fit into the context; narrowed: the best one was cut."""
 
     query: str
     found: bool
@@ -96,9 +212,6 @@ class AnswerMessage(Reply):
     reasoning_content: str | None = None
     tool_calls: list[Called] | None = None
     citations: list[CitationReply] | None = None
-
-
-Reason = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(Reply):
@@ -145,136 +258,14 @@ class TextCompletion(Reply):
     usage: TokensUsed
 
 
-class ModelCard(Reply):
-    """`context` in tokens. `parent`: the model that an adapter is put on."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    kind: Literal["chat", "embedding", "rerank"]
-    context: int | None
-    parent: str | None
-
-
-class ModelList(Reply):
-    object: Literal["list"]
-    data: list[ModelCard]
-
-
-class Live(Reply):
-    status: Literal["live"]
-
-
-class Ready(Reply):
-    status: Literal["ready"]
-    models: dict[str, bool]
-
-
 def streamed(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
-    """Of a route that answers with this, or with server-sent events where a stream is asked for."""
+    """OpenAPI's responses of a route that answers with `model`, or with server-sent events."""
     data = {
         "type": "string",
         "contentMediaType": "application/json",
-        "description": "A chunk, or an error; of the last event, [DONE].",
+        "description": "A chunk, or an error; [DONE] in the last event.",
     }
-    # OpenAPI 3.1 does not say so, but what reads it takes this for the schema of each event.
+    # OpenAPI 3.1 does not define it, but tools read this as the schema of each event.
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     events = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "description": "The answer.", "content": events}}
-
-
-# What is wrong with a file or a knowledge base.
-Code = (
-    DocumentCode
-    | Literal[
-        "partly",  # the file is ready, and a part of it could not be read
-        "embedder_failed",
-        "base_unreadable",
-        "embedder_unusable",
-        "unexpected",
-    ]
-)
-
-
-class IngestError(NamedTuple):
-    code: Code
-    message: str
-
-
-UNREADABLE = IngestError(
-    "base_unreadable", "cannot be read or written; is its file broken, or the disk full?"
-)
-FAILING = IngestError(
-    "embedder_unusable",
-    "its embedder is not offered, cannot be used, or is another than it was made by",
-)
-UNEXPECTED = IngestError("unexpected", "met an error; the server's log has more")
-
-
-class BaseReply(Reply):
-    """chunks: passages; embedded: those that are found by meaning too; bytes: of the files as they
-    came. error: why the base cannot be used, and code, a word of it that stays."""
-
-    id: str
-    object: Literal["knowledge_base"]
-    created: int
-    embedder: str | None
-    files: int
-    chunks: int
-    embedded: int
-    bytes: int
-    error: str | None
-    code: Code | None
-
-
-class BaseList(Reply):
-    object: Literal["list"]
-    data: list[BaseReply]
-
-
-class FileReply(Reply):
-    """error: why it failed, or what of it could not be read; code: a word of it that stays."""
-
-    id: str
-    object: Literal["file"]
-    name: str
-    bytes: int
-    sha256: str
-    status: Literal["queued", "reading", "embedding", "ready", "failed"]
-    error: str | None
-    code: Code | None
-    chunks: int
-    embedded: int
-    created: int
-
-
-class FileList(Reply):
-    object: Literal["list"]
-    data: list[FileReply]
-
-
-class Deleted(Reply):
-    id: str
-    object: Literal["knowledge_base", "file"]
-    deleted: Literal[True]
-
-
-class SearchReply(Reply):
-    object: Literal["search"]
-    query: str
-    mode: Literal["lexical", "dense", "hybrid"]
-    hits: list[HitReply]
-
-
-class PassageReply(Reply):
-    """`text` begins at character `text_start` of the document, which has `length`."""
-
-    hash: str
-    doc: str
-    length: int
-    page: int | None
-    start: int
-    end: int
-    text_start: int
-    text: str

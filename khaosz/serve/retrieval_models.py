@@ -1,4 +1,4 @@
-"""Embedders and rerankers of a service: named at the start, opened when they are first used."""
+"""Embedders and rerankers of a service, opened on first use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from khaosz.rag.models.rerankers import open_reranker
 
 
 class SharedEmbedder:
-    """One embedder for many threads: it is used by one at a time."""
+    """An embedder that threads use one at a time."""
 
     def __init__(self, inner: Embedder) -> None:
         self._inner, self._lock = inner, threading.Lock()
@@ -42,6 +42,8 @@ class SharedEmbedder:
 
 
 class SharedReranker:
+    """A reranker that threads use one at a time."""
+
     def __init__(self, inner: Reranker) -> None:
         self._inner, self._lock = inner, threading.Lock()
 
@@ -52,7 +54,7 @@ class SharedReranker:
 
 
 class UnknownName(Exception):
-    """`kind` "embedder" or "reranker", the name that was asked for, and those that there are."""
+    """`kind`: "embedder" or "reranker"; `known`: the available names."""
 
     def __init__(self, kind: str, name: str, known: Sequence[str]) -> None:
         super().__init__(kind, name, known)
@@ -60,11 +62,11 @@ class UnknownName(Exception):
 
 
 class RetrievalModels:
-    """Safe to share between threads."""
+    """Embedders and rerankers by name. Thread-safe."""
 
     def __init__(self, embedders: Sequence[str] = (), rerankers: Sequence[str] = ()) -> None:
-        """NAME=SOURCE each, SOURCE as `open_embedder` and `open_reranker` take it; a source alone
-        is named after itself. Raises `ConfigError` for a name that stands twice."""
+        """Each is NAME=SOURCE, SOURCE as for `open_embedder` and `open_reranker`; a source alone is
+        named after itself. Raises `ConfigError` for a duplicate name."""
         self.embedders = _sources(embedders, "--embedder")
         self.rerankers = _sources(rerankers, "--reranker")
         if both := self.embedders.keys() & self.rerankers.keys():
@@ -74,10 +76,10 @@ class RetrievalModels:
         self._rerankers: dict[str, SharedReranker] = {}
 
     def embedder(self, name: str) -> SharedEmbedder:
-        """Raises `UnknownName`, and `ConfigError` or `ModelError` when it can't be opened."""
+        """Raises `UnknownName`, and `ConfigError` or `ModelError` when it cannot be opened."""
         if name not in self.embedders:
             raise UnknownName("embedder", name, list(self.embedders))
-        with self._lock:  # asked for twice at once it is opened once
+        with self._lock:  # concurrent first requests open it once
             if name not in self._embedders:
                 self._embedders[name] = SharedEmbedder(open_embedder(self.embedders[name]))
             return self._embedders[name]
@@ -92,15 +94,15 @@ class RetrievalModels:
             return self._rerankers[name]
 
 
-def _sources(given: Sequence[str], option: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for each in given:
+def _sources(arguments: Sequence[str], option: str) -> dict[str, str]:
+    sources: dict[str, str] = {}
+    for each in arguments:
         name, equals, source = each.partition("=")
-        if not equals or "/" in name or Path(each).exists():  # a source alone; URLs may have a =
+        if not equals or "/" in name or Path(each).exists():  # a source alone; URLs may contain =
             name, source = Path(each).name, each
         if not name or not source:
             raise ConfigError(f"{option} {each!r} is not NAME=SOURCE")
-        if name in found:
+        if name in sources:
             raise ConfigError(f"{option}: two are named {name!r}", hint="NAME=SOURCE names one")
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources

@@ -1,7 +1,7 @@
-"""What may be asked, as OpenAI's interface spells it.
+"""Request bodies of OpenAI's API.
 
-Fields are closed and types strict: what isn't listed here is an error that names it. Ranges are
-those of `SamplingParams`, said once more so that the OpenAPI document has them.
+Types are strict, and an unknown field is an error that names it. Ranges repeat those of
+`SamplingParams`, so that the OpenAPI document has them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from khaosz.inference.sampling import (
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
 MAX_HITS = 100
-ANSWER = 1024  # tokens of an answer at most, where the request doesn't say
+DEFAULT_MAX_TOKENS = 1024  # of an answer, where the request sets no limit
 
 
 class RequestModel(BaseModel):
@@ -46,21 +46,21 @@ class FunctionCall(RequestModel):
     @classmethod
     def _is_json(cls, text: str) -> str:
         try:
-            given = json.loads(text)
+            value = json.loads(text)
         except (ValueError, RecursionError):
-            given = None
-        if not isinstance(given, dict):
+            value = None
+        if not isinstance(value, dict):
             raise ValueError("not a JSON object")
         return text
 
 
-class Call(RequestModel):
+class ToolCall(RequestModel):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
 
     def for_template(self) -> dict[str, Any]:
-        # As an object: templates spell it out, and one that is text already would be quoted.
+        # As an object: templates turn it into JSON themselves, and would quote a text.
         function = {
             "name": self.function.name,
             "arguments": json.loads(self.function.arguments),
@@ -68,7 +68,7 @@ class Call(RequestModel):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class Instruction(RequestModel):
+class InputMessage(RequestModel):
     role: Literal["system", "developer", "user"]
     content: Content
 
@@ -77,21 +77,21 @@ class Instruction(RequestModel):
         return {"role": role, "content": _text(self.content)}
 
 
-class Said(RequestModel):
-    """By the assistant; `refusal` and `citations` are there so that answers can be sent back as
-    they came, and are not told to the model."""
+class AssistantMessage(RequestModel):
+    """`refusal` and `citations` exist so that a client can send an answer back unchanged; the model
+    does not see them."""
 
     role: Literal["assistant"]
     content: Content | None = None
     reasoning_content: str | None = None
-    tool_calls: Annotated[list[Call], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
     refusal: None = None
     citations: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Said:
+    def _has_content(self) -> AssistantMessage:
         if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant's message needs content or tool_calls")
+            raise ValueError("an assistant message needs content or tool_calls")
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Said(RequestModel):
         return message
 
 
-class ToolAnswer(RequestModel):
+class ToolMessage(RequestModel):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
@@ -116,14 +116,14 @@ class ToolAnswer(RequestModel):
         }
 
 
-Message = Annotated[Instruction | Said | ToolAnswer, Field(discriminator="role")]
+Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class Function(RequestModel):
     name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # calls that are forced fit their schema in either case
+    strict: bool | None = None  # forced calls fit their schema in either case
 
 
 class Tool(RequestModel):
@@ -131,11 +131,10 @@ class Tool(RequestModel):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        given = self.function
-        function: dict[str, Any] = {"name": given.name}
-        if given.description is not None:
-            function["description"] = given.description
-        function["parameters"] = given.parameters or {"type": "object", "properties": {}}
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
 
 
@@ -160,20 +159,20 @@ class JsonObject(RequestModel):
     type: Literal["json_object"]
 
 
-class Schema(RequestModel):
+class NamedSchema(RequestModel):
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: bool | None = None  # an answer fits its schema in either case
+    strict: bool | None = None  # the answer fits the schema in either case
 
 
 class JsonSchema(RequestModel):
     type: Literal["json_schema"]
-    json_schema: Schema
+    json_schema: NamedSchema
 
 
 class Retrieval(RequestModel):
-    """How passages of a knowledge base are found. mode: by words and by meaning where the base has
-    an embedder."""
+    """How passages of a knowledge base are searched. mode: hybrid by default where the base has an
+    embedder, lexical otherwise."""
 
     k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 5
     mode: Literal["lexical", "dense", "hybrid"] | None = None
@@ -186,8 +185,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Sampled(RequestModel):
-    """What completions and chats share."""
+class SamplingRequest(RequestModel):
+    """Fields of completions and chats."""
 
     model: str
     max_tokens: Tokens | None = None
@@ -211,9 +210,9 @@ class Sampled(RequestModel):
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
-    def _options_of_a_stream(self) -> Sampled:
+    def _needs_stream(self) -> SamplingRequest:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for stream: true")
+            raise ValueError("stream_options needs stream: true")
         return self
 
     @property
@@ -226,28 +225,25 @@ class Sampled(RequestModel):
 
     def _params(self, max_tokens: int | None, **more: Any) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        same_names = {
+            "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed",
+            "presence_penalty", "frequency_penalty",
+        }  # fmt: skip
+        values = {"temperature": 1.0, **self.model_dump(include=same_names, exclude_none=True)}
         return SamplingParams(
-            max_tokens=ANSWER if max_tokens is None else max_tokens,
-            temperature=_or_one(self.temperature),
-            top_p=_or_one(self.top_p),
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=_or_one(self.repetition_penalty),
-            n=1 if self.n is None else self.n,
+            max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             stop=tuple(stop or ()),
-            seed=self.seed,
-            presence_penalty=self.presence_penalty or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            **values,
             **more,
         )
 
 
-class CompletionRequest(Sampled):
+class CompletionRequest(SamplingRequest):
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingRequest):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -262,19 +258,21 @@ class ChatRequest(Sampled):
     retrieval: Retrieval | None = None
 
     @model_validator(mode="after")
-    def _fields_that_go_together(self) -> ChatRequest:
+    def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are one and the same: give one")
+            raise ValueError("max_tokens and max_completion_tokens mean the same: give one")
         if self.tools is None and (self.tool_choice or self.parallel_tool_calls) is not None:
             raise ValueError("tool_choice and parallel_tool_calls need tools")
         if self.must_call and self._json_schema() is not None:
-            raise ValueError("response_format has no say in an answer that must call a tool")
+            raise ValueError("response_format cannot be combined with a required tool call")
         if self.retrieval is not None and self.knowledge_base is None:
             raise ValueError("retrieval needs knowledge_base")
         if isinstance(self.tool_choice, ToolChoice) and not self.allowed_tools:
-            raise ValueError(f"tool_choice names no tool: {self.tool_choice.function.name!r}")
+            raise ValueError(
+                f"tool_choice names a tool that is not in tools: {self.tool_choice.function.name!r}"
+            )
         return self
 
     @property
@@ -283,7 +281,7 @@ class ChatRequest(Sampled):
 
     @property
     def allowed_tools(self) -> list[dict[str, Any]]:
-        """For the template; none with `tool_choice: none`."""
+        """Tools for the chat template; empty with `tool_choice: none`."""
         tools = [tool.for_template() for tool in self.tools or ()]
         match self.tool_choice:
             case "none":
@@ -297,14 +295,14 @@ class ChatRequest(Sampled):
         return self.parallel_tool_calls is False or isinstance(self.tool_choice, ToolChoice)
 
     @property
-    def most_tokens(self) -> int | None:
-        given = self.max_completion_tokens
-        return self.max_tokens if given is None else given
+    def token_limit(self) -> int | None:
+        limit = self.max_completion_tokens
+        return self.max_tokens if limit is None else limit
 
     def params(self, lark: str | None = None) -> SamplingParams:
-        """`lark`: a grammar of the calls that must be made."""
+        """`lark`: a grammar of the required tool calls."""
         return self._params(
-            self.most_tokens,
+            self.token_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=self._json_schema(),
             lark=lark,
@@ -314,13 +312,9 @@ class ChatRequest(Sampled):
         match self.response_format:
             case JsonObject():
                 return '{"type": "object"}'
-            case JsonSchema(json_schema=asked):
-                return json.dumps(asked.schema_)
+            case JsonSchema(json_schema=named):
+                return json.dumps(named.schema_)
         return None
-
-
-def _or_one(value: float | None) -> float:
-    return 1.0 if value is None else value
 
 
 def _text(content: Content) -> str:

@@ -1,8 +1,8 @@
-"""The engine's own thread, and the tickets by which requests of an event loop share it.
+"""The engine's thread, and the tickets of the event loop's requests to it.
 
-Between two steps the thread does what the loop asked of it (begin, cancel); after a step it hands
-out what became final. So a request that is cancelled takes part in one more step at most, also
-amid its prompt.
+Between two steps the thread runs the loop's orders (start, cancel a request); after a step it
+delivers the final output. So a cancelled request takes part in one more step at most, also while
+its prompt is processed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _log = logging.getLogger("khaosz.serve")
 
 
 class Busy(Exception):
-    """As many requests as may be held are under way or waiting."""
+    """The queue is full."""
 
 
 class Failed(Exception):
-    """The engine met an error that nobody asked for; the log has it."""
+    """An unexpected error of the engine; the log has it."""
 
 
 class Ticket:
-    """One request, as the event loop sees it."""
+    """One request, from the event loop's side."""
 
     def __init__(
         self,
@@ -48,17 +48,17 @@ class Ticket:
     ) -> None:
         self.prompt, self.params, self.adapter = prompt, params, adapter
         self.matcher: Matcher | None = None
-        self.close = close  # gives the request up, or its place back when it is done
+        self.close = close  # cancels the request, or frees its slot when it is done
         self.request_id: int | None = None  # the engine thread's
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.events: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
 
     def expire(self) -> None:
-        """The time that the request had is over: `outputs` raises `TimeoutError`."""
+        """The request's time is over: `outputs` raises `TimeoutError`."""
         self.events.put_nowait(TimeoutError())
 
     async def outputs(self) -> AsyncIterator[Output]:
-        """What becomes final, of all choices; ends early when the ticket was closed.
+        """The final output of all choices; ends early when the ticket is closed.
 
         Raises `Failed`, `TimeoutError`, or the `KhaoszError` that ended a choice.
         """
@@ -77,25 +77,25 @@ class Ticket:
 
 
 class EngineThread:
-    """Steps an engine while there is work. Its methods belong to one event loop."""
+    """Steps an engine while it has requests. All methods are for one event loop."""
 
     def __init__(self, engine: Engine, max_queue: int) -> None:
-        """`max_queue`: requests held at most, under way and waiting."""
+        """`max_queue`: maximum of running and waiting requests."""
         assert max_queue >= 1, max_queue
         self.engine, self.max_queue = engine, max_queue
-        self._held: set[Ticket] = set()  # the event loop's
+        self._open: set[Ticket] = set()  # the event loop's
         self._tickets: dict[int, Ticket] = {}  # the thread's, by request id
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="khaosz-engine", daemon=True)
 
     def start(self) -> None:
-        """Does nothing where it was started before."""
+        """Does nothing if it was started before."""
         if self._thread.ident is None:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
 
     async def stop(self) -> None:
-        """Requests that are still under way fail."""
+        """Running requests fail."""
         self._inbox.put(None)
         if self._thread.ident is not None:
             await asyncio.to_thread(self._thread.join)
@@ -106,46 +106,47 @@ class EngineThread:
 
     @property
     def held(self) -> int:
-        return len(self._held)
+        """Running and waiting requests."""
+        return len(self._open)
 
-    def keep_at_most(self, nbytes: int) -> None:
-        """Forget kept caches beyond this, the longest unused first."""
+    def shrink_prefix_cache(self, nbytes: int) -> None:
+        """Drop prefixes beyond this size, the least recently used first."""
         self._inbox.put(partial(self.engine.prefixes.shrink, nbytes))
 
-    def check_room(self) -> None:
-        """Raises `Busy` when no more requests are held; worth asking before a text is encoded."""
-        if len(self._held) >= self.max_queue:
+    def check_capacity(self) -> None:
+        """Raises `Busy` when the queue is full; cheap enough to call before encoding a text."""
+        if len(self._open) >= self.max_queue:
             raise Busy
 
     async def submit(
         self, prompt: list[int], params: SamplingParams, adapter: Adapter | None = None
     ) -> Ticket:
-        """A request that the engine has taken on. Close its ticket, whatever comes.
+        """Add a request to the engine. The caller must close its ticket.
 
-        Raises `Busy` when no more are held, `GenerationError` as `Engine.add` does, `Failed`.
+        Raises `Busy` when the queue is full, `GenerationError` as `Engine.add` does, `Failed`.
         """
-        self.check_room()
+        self.check_capacity()
         if not self.alive:
-            raise Failed("the engine's thread has ended")
+            raise Failed("the engine's thread ended")
         ticket = Ticket(prompt, params, adapter, lambda: self._close(ticket))
-        self._held.add(ticket)
+        self._open.add(ticket)
         with ExitStack() as undo:
             undo.callback(ticket.close)
             if params.form is not None:
-                # Beside the engine: while a large grammar is compiled, others' answers go on.
+                # In another thread: compiling a large grammar would delay other answers.
                 ticket.matcher = await asyncio.to_thread(
                     wrap_unexpected,
                     lambda: matcher_for(params, self.engine.tokenizer),
-                    "a grammar was not compiled",
+                    "compiling a grammar failed",
                 )
-            self._inbox.put(partial(self._begin, ticket))
+            self._inbox.put(partial(self._start_request, ticket))
             await ticket.accepted
             undo.pop_all()
         return ticket
 
     def _close(self, ticket: Ticket) -> None:
-        if ticket in self._held:
-            self._held.remove(ticket)
+        if ticket in self._open:
+            self._open.remove(ticket)
             ticket.events.put_nowait(None)
             self._inbox.put(partial(self._cancel, ticket))
 
@@ -163,21 +164,21 @@ class EngineThread:
                 order()
         finally:
             for ticket in self._tickets.values():
-                self._tell(ticket.events.put_nowait, Failed("the engine's thread has ended"))
+                self._call_in_loop(ticket.events.put_nowait, Failed("the engine's thread ended"))
 
-    def _begin(self, ticket: Ticket) -> None:
+    def _start_request(self, ticket: Ticket) -> None:
         try:
             ticket.request_id = wrap_unexpected(
                 lambda: self.engine.add(
                     ticket.prompt, ticket.params, adapter=ticket.adapter, matcher=ticket.matcher
                 ),
-                "a request was not taken on",
+                "adding a request failed",
             )
         except (KhaoszError, Failed) as error:
-            self._tell(_settle, ticket.accepted, error)
+            self._call_in_loop(_settle, ticket.accepted, error)
         else:
             self._tickets[ticket.request_id] = ticket
-            self._tell(_settle, ticket.accepted, None)
+            self._call_in_loop(_settle, ticket.accepted, None)
 
     def _cancel(self, ticket: Ticket) -> None:
         if ticket.request_id in self._tickets:
@@ -189,45 +190,41 @@ class EngineThread:
         try:
             wrap_unexpected(self.engine.step, "a step of the engine failed")
         except Failed as error:
-            # Which request it was isn't known, nor what the caches hold: begin anew.
+            # Which request caused it is unknown, and so is the state of the caches: reset them.
             for request_id, ticket in self._tickets.items():
                 self.engine.cancel(request_id)
-                self._tell(ticket.events.put_nowait, error)
+                self._call_in_loop(ticket.events.put_nowait, error)
             self._tickets.clear()
             self.engine.take()
             self.engine.weights_changed()
             return
         outputs = [(self._tickets.get(output.request_id), output) for output in self.engine.take()]
-        self._tell(_hand_out, outputs)  # all at once: the loop is woken once a step
+        self._call_in_loop(_deliver, outputs)  # together: the loop wakes up once per step
 
-    def _tell(self, what: Callable[..., object], *values: object) -> None:
-        self._loop.call_soon_threadsafe(what, *values)
+    def _call_in_loop(self, function: Callable[..., object], *values: object) -> None:
+        self._loop.call_soon_threadsafe(function, *values)
 
 
-def _hand_out(outputs: list[tuple[Ticket | None, Output]]) -> None:
+def _deliver(outputs: list[tuple[Ticket | None, Output]]) -> None:
     for ticket, output in outputs:
         if ticket is not None:
             ticket.events.put_nowait(output)
 
 
 def wrap_unexpected(work: Callable[[], T], what: str) -> T:
-    """Raises `Failed` for anything that isn't a `KhaoszError`: one request's surprise must not end
-    the thread that all of them share."""
+    """Log anything but a `KhaoszError` and raise `Failed(what)`: one request's error must not end
+    the thread that all requests share."""
     try:
         return work()
     except KhaoszError:
         raise
     except Exception as error:
-        raise _logged(Failed(what)) from error
-
-
-def _logged(error: Failed) -> Failed:
-    _log.exception(str(error))
-    return error
+        _log.exception(what)
+        raise Failed(what) from error
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    if future.done():  # whoever waited has left
+    if future.done():  # its request was cancelled
         return
     if error is None:
         future.set_result(None)

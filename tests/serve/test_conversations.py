@@ -126,7 +126,7 @@ def test_another_tab_is_not_overwritten(service: Service) -> None:
     for stale in (0, 1, 3):
         status, answer = put(service, id, {**mine, "revision": stale})
         assert status == 409 and answer["error"]["code"] == "revision_conflict"
-        assert f"at revision 2 by now, not {stale}" in answer["error"]["message"]
+        assert f"at revision 2, not {stale}" in answer["error"]["message"]
     assert get(service, f"/{id}")[1]["title"] == "theirs"
     # Asked once more because the answer was lost: nothing is lost by saying yes.
     assert put(service, id, {**theirs, "revision": 1}) == put(

@@ -104,7 +104,7 @@ def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
     """Cut anywhere, and cut short at the end."""
     passage = Hit(1, "a.md", "a.md", "0" * 64, 5, 9, "text", (), 1.0, {})
     prompt = Prompt("...", (passage,), 0, "en")
-    form = ResponseFormat(True, grounds=RetrievalContext([], "q", [passage], prompt, "no"))
+    form = ResponseFormat(True, context=RetrievalContext([], "q", [passage], prompt, "no"))
     text = "Yes [1], [2] and 【 1 】. [1"
 
     async def answered(sizes: list[int]) -> dict[str, Any]:

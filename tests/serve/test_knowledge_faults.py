@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_server import ForkServer
 from knowledge_helpers import BASES, EmbeddingServer, KnowledgeClient, serve_knowledge
 from make_documents import pdf_bytes
 from serving import Service, wait_until
@@ -161,7 +160,7 @@ def test_who_makes_a_base(bases: KnowledgeClient) -> None:
         return status, answer["error"]["param"] if status >= 400 else answer["id"]
 
     status, answer = bases.ask("POST", "", json.dumps({"name": "x", "embedder": "none"}))
-    assert status == 400 and "there are: letters" in answer["error"]["message"]
+    assert status == 400 and "available: letters" in answer["error"]["message"]
     for name in ("", " a", "a ", ".a", "a/b", "a\\b", "a\x00", "a\n", "x" * 65, "..", "𠀀" * 64):
         assert make(name=name) == (400, "name"), name
     assert make(name="a", more=1) == (400, "more")
@@ -379,26 +378,11 @@ def test_one_server_at_a_time(tmp_path: Path) -> None:
         Library(tmp_path / "broken", RetrievalModels())
 
 
-_LIMITED = """
-import resource, sys
-from khaosz.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-sys.argv = ["khaosz", *sys.argv[1:]]
-main()
-"""
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs RLIMIT_FSIZE")
-def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path) -> None:
+def test_full_disk(fork_server: ForkServer, tiny: Path, tmp_path: Path) -> None:
     """A limit on the size of files fails a write as a full disk does."""
-    command = [sys.executable, "-c", _LIMITED, "serve", str(tiny), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--data", str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ
-    )
-    assert process.stdout is not None
-    try:
-        port = int(process.stdout.readline().rsplit(":", 1)[1].split("/")[0])
-        client = KnowledgeClient(Service(port, None))  # type: ignore[arg-type]
+    with fork_server.khaosz(tiny, "--data", tmp_path, file_limit=1_000_000) as server:
+        client = KnowledgeClient(Service(server.port, None))  # type: ignore[arg-type]
         client.create("a")
         status, answer = client.ask("PUT", "/a/files/b.txt", b"x" * 3_000_000)
         assert status == 507 and answer["error"]["code"] == "disk_full"
@@ -407,15 +391,11 @@ def test_a_disk_that_takes_no_more(tiny: Path, tmp_path: Path) -> None:
         (file,) = client.ready("a", client.upload("a", "small.md", b"A small text."))
         assert (tmp_path / "uploads" / file["sha256"]).exists()
         assert client.search("a", "small text")[0]["doc"] == "small.md"
-    finally:
-        process.terminate()
-        process.wait(30)
-        process.stdout.close()
 
 
 def test_the_service_ends_while_a_file_is_parsed(tiny: Path, tmp_path: Path) -> None:
     """Its process is ended with it, and that is no fault of the file."""
-    pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(1500)]
+    pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(400)]
     with serve_knowledge(tiny, tmp_path) as running:
         running.create("a")
         sent = running.upload("a", "long.pdf", pdf_bytes(pages))  # type: ignore[arg-type]

@@ -229,7 +229,7 @@ def test_a_file_that_is_too_large(
     )  # fmt: skip
     answer = connection.getresponse()
     message = json.loads(answer.read())["error"]["message"]
-    assert (answer.status, message) == (413, "a file has 300,000 bytes at most")
+    assert (answer.status, message) == (413, "a file has at most 300,000 bytes")
     connection.close()
     assert uploads(data) == set()
     (kept,) = files.ready(base, files.upload(base, "a.txt", b"x" * LIMIT))
@@ -293,7 +293,7 @@ def test_a_large_file_comes_whole(tiny: Path, tmp_path: Path) -> None:
 def test_a_body_that_stops_coming(
     files: KnowledgeClient, base: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "IDLE", 0.2)
+    monkeypatch.setattr(routes, "IDLE_TIMEOUT", 0.2)
     with socket.create_connection(("127.0.0.1", files.service.port)) as connection:
         connection.settimeout(30)
         connection.sendall(head_of(base, 200_000) + b"x" * 1000)

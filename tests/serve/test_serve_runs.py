@@ -19,7 +19,13 @@ from rich.console import Console
 from serving import Service, served
 
 from khaosz.config import TrainConfig
-from khaosz.serve.records.run_metrics import MAX_ROWS, MAX_SAMPLES, _kept, read_samples, rows_after
+from khaosz.serve.records.run_metrics import (
+    MAX_ROWS,
+    MAX_SAMPLES,
+    _choose,
+    read_samples,
+    rows_after,
+)
 from khaosz.serve.records.runs import QUIET, find_runs, run_routes
 from khaosz.trainer.run import run
 
@@ -120,9 +126,9 @@ def test_long_runs_are_thinned(service: Service, folder: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=3 * MAX_ROWS), st.integers(0, 3))
-def test_what_is_kept(validated: list[bool], more: int) -> None:
+def test_what_is_choose(validated: list[bool], more: int) -> None:
     validated = validated * 4**more
-    kept = _kept(validated)
+    kept = _choose(validated)
     assert len(kept) == min(len(validated), MAX_ROWS)
     if validated:
         assert {0, len(validated) - 1} <= kept

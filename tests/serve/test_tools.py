@@ -13,7 +13,7 @@ from serving import WEATHER, Service, served
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.data.tokenizer.chat import render_chat
-from khaosz.serve.openai.tools import introduced
+from khaosz.serve.openai.tools import add_tools
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}
@@ -194,11 +194,11 @@ def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Pa
             {"id": "1", "type": "function", "function": {"name": "time", "arguments": {}}}]},
         {"role": "tool", "content": "noon", "tool_call_id": "1"},
     ]  # fmt: skip
-    assert introduced(turns, [WEATHER], tokenizer) == (turns, [WEATHER])
+    assert add_tools(turns, [WEATHER], tokenizer) == (turns, [WEATHER])
     tokenizer.config["chat_template"] = (
         "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     )
-    messages, tools = introduced(turns, [WEATHER], tokenizer)
+    messages, tools = add_tools(turns, [WEATHER], tokenizer)
     assert tools is None
     assert messages[0]["content"].startswith("Be brief.\n\nYou may call")
     assert json.dumps(WEATHER, ensure_ascii=False) in messages[0]["content"]

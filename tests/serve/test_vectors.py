@@ -76,7 +76,7 @@ def test_they_are_listed_as_what_they_are(vectors: Service) -> None:
     cards = {card.id: card for card in vectors.client().models.list()}
     kinds = {name: card.kind for name, card in cards.items()}  # type: ignore[attr-defined]
     assert kinds == {"tiny": "chat", "small": "embedding", "judge": "rerank"}
-    with pytest.raises(openai.NotFoundError, match="'small' does not exist"):
+    with pytest.raises(openai.NotFoundError, match="'small' not found"):
         vectors.client().completions.create(model="small", prompt="x")
 
 

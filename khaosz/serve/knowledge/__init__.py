@@ -1,1 +1,3 @@
-"""Knowledge bases over HTTP: what is kept, files that come in, one base at work, the routes."""
+"""Knowledge bases over HTTP: `library` is all of them, `catalogue` what exists, `uploads` the files
+as uploaded, `ingest` the threads of one base; `search`, `grounding` (chats) and the `routes`.
+"""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from khaosz.database import (
     close_on_error,
@@ -25,9 +25,9 @@ from khaosz.database import (
     transaction,
 )
 from khaosz.errors import ConfigError, DataError
-from khaosz.serve.replies import Code, IngestError
+from khaosz.serve.replies import Code
 
-# removed: gone for those who ask, its document may still be in the base.
+# removed: clients no longer see it, its document may still be in the base.
 Status = Literal["queued", "reading", "embedding", "ready", "failed", "removed"]
 VERSION = 2
 _UPGRADES = {1: "ALTER TABLE files ADD COLUMN code TEXT"}
@@ -49,18 +49,25 @@ _FILE = (
 )
 
 
+class IngestError(NamedTuple):
+    """Why a file, or a part of it, or a knowledge base cannot be used."""
+
+    code: Code
+    message: str
+
+
 @dataclass(frozen=True)
 class BaseRow:
     name: str
-    embedder: str | None  # by the name that it is offered under
+    embedder: str | None  # its name on this server
     created: int
     deleting: bool
 
 
 @dataclass(frozen=True)
 class FileRow:
-    """`id` names these bytes under this name in this base, `number` one upload of them. chunks,
-    embedded: when it is ready."""
+    """`id` identifies these bytes under this name in this base, `number` one upload of them.
+    chunks, embedded: set when it is ready."""
 
     number: int
     base: str
@@ -77,7 +84,7 @@ class FileRow:
 
 
 class Catalogue:
-    """Its methods may be called from any thread, and are whole or not at all.
+    """Thread-safe; every method is atomic.
 
     Raises `ConfigError` where another process has it open, or it cannot be used.
     """
@@ -107,7 +114,7 @@ class Catalogue:
     # --------------------------------------------------------------------------------------- bases
 
     def bases(self) -> list[BaseRow]:
-        """By name; those that are being deleted too."""
+        """Sorted by name, with those that are being deleted."""
         with self._lock:
             rows = self._db.execute(
                 "SELECT name, embedder, created, deleting FROM bases ORDER BY name"
@@ -115,8 +122,8 @@ class Catalogue:
         return [BaseRow(name, embedder, at, bool(gone)) for name, embedder, at, gone in rows]
 
     def add_base(self, name: str, embedder: str | None) -> BaseRow | None:
-        """None where there is one of that name already; case makes no other name, since the file
-        systems of some machines know none."""
+        """None if the name is taken. Names that differ in case only are the same, as they are in
+        some file systems."""
         row = BaseRow(name, embedder, int(time.time()), False)
         try:
             with self._writing():
@@ -129,7 +136,7 @@ class Catalogue:
         return row
 
     def mark_deleting(self, name: str) -> bool:
-        """From now on it has no files. Whether it was there."""
+        """Delete its files, and mark it. Returns False if it does not exist."""
         with self._writing():
             self._db.execute("DELETE FROM files WHERE base = ?", (name,))
             found = self._db.execute(
@@ -145,7 +152,7 @@ class Catalogue:
     # --------------------------------------------------------------------------------------- files
 
     def files(self, base: str, *, removed: bool = False) -> list[FileRow]:
-        """In the order in which they came."""
+        """In the order of upload."""
         with self._lock:
             rows = self._db.execute(
                 f"{_FILE} WHERE base = ? AND (? OR status != 'removed') ORDER BY number",
@@ -161,9 +168,8 @@ class Catalogue:
         return None if row is None else FileRow(*row)
 
     def put(self, base: str, name: str, sha256: str, size: int) -> FileRow | None:
-        """A file that is to be read, in the place of the one of that name. Those bytes under that
-        name that are there already stay as they are, if reading them did not fail. None where
-        there is no such base."""
+        """Queue a file; it replaces the one of that name. The same bytes under the same name stay
+        as they are, unless reading them failed. None if the base does not exist."""
         file_id = "file-" + hashlib.sha256(f"{name}\0{sha256}".encode()).hexdigest()[:32]
         with self._writing():
             found = self._db.execute(
@@ -186,7 +192,7 @@ class Catalogue:
             return FileRow(*row.fetchone())
 
     def next_job(self, base: str) -> FileRow | None:
-        """What is to be done in a base: removals first, then files as they came."""
+        """The next file to process: removals first, then uploads in their order."""
         with self._lock:
             row = self._db.execute(
                 f"{_FILE} WHERE base = ? AND status IN ('removed', 'queued')"
@@ -196,7 +202,7 @@ class Catalogue:
         return None if row is None else FileRow(*row)
 
     def is_still(self, status: Status, row: FileRow) -> bool:
-        """And not removed or replaced meanwhile."""
+        """Whether it has this status, and was not removed or replaced meanwhile."""
         with self._lock:
             found = self._db.execute(
                 "SELECT 1 FROM files WHERE number = ? AND status = ?", (row.number, status)
@@ -207,22 +213,22 @@ class Catalogue:
         self,
         row: FileRow,
         status: Status,
-        trouble: IngestError | None,
+        error: IngestError | None,
         chunks: int = 0,
         embedded: int = 0,
     ) -> bool:
-        """What became of a file that was queued; False if it was removed or replaced meanwhile."""
-        code, error = trouble or (None, None)
+        """Store the result of a queued file; False if it was removed or replaced meanwhile."""
+        code, message = error or (None, None)
         with self._writing():
             done = self._db.execute(
                 "UPDATE files SET status = ?, error = ?, code = ?, chunks = ?, embedded = ?"
                 " WHERE number = ? AND status = 'queued'",
-                (status, error, code, chunks, embedded, row.number),
+                (status, message, code, chunks, embedded, row.number),
             )
             return done.rowcount > 0
 
     def queue_again(self, row: FileRow) -> None:
-        """A file that the base turns out not to hold."""
+        """A file that the base turns out to lack."""
         with self._writing():
             self._db.execute(
                 "UPDATE files SET status = 'queued', error = NULL, code = NULL"
@@ -239,14 +245,14 @@ class Catalogue:
             return done.rowcount > 0
 
     def forget(self, row: FileRow) -> None:
-        """A file that was removed, when its document is out of the base."""
+        """Delete a removed file, once its document is out of the base."""
         with self._writing():
             self._db.execute(
                 "DELETE FROM files WHERE number = ? AND status = 'removed'", (row.number,)
             )
 
     def uploads(self) -> set[str]:
-        """The hashes that any file names."""
+        """The hashes of all files."""
         with self._lock:
             rows = self._db.execute("SELECT DISTINCT sha256 FROM files WHERE status != 'removed'")
             return {row[0] for row in rows}

@@ -1,8 +1,8 @@
 """All knowledge bases of a service, below one folder.
 
-catalogue.db    which bases and files there are
-uploads/        the files as they came, by the SHA-256 of their bytes
-bases/NAME.kb   what was read of them; `khaosz rag search --kb` can open it too
+catalogue.db    which bases and files exist
+uploads/        the files as uploaded, by the SHA-256 of their bytes
+bases/NAME.kb   their contents; `khaosz rag search --kb` can open it too
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from khaosz.serve.knowledge.uploads import Received, Uploads
 from khaosz.serve.retrieval_models import RetrievalModels
 
 MAX_UPLOAD = 256 << 20  # bytes
-LONGEST_NAME = 64  # characters of a base's
-_LONGEST_FILE = 255  # characters of a file's name
-_FILE_BYTES = 200  # of a base's name: a file system leaves 255 for it and what follows it
-_TURNS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-_PATIENCE = 10.0  # seconds that threads have to end with the server; killed, they lose nothing
+MAX_NAME = 64  # characters of a knowledge base's name
+_MAX_FILE_NAME = 255  # characters
+_MAX_NAME_BYTES = 200  # file systems allow 255 for the name and its suffixes
+_BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_STOP_TIMEOUT = 10.0  # seconds for a base's threads; killed after that, they lose nothing
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Counts:
 
 
 class Library:
-    """Its methods may be called from any thread, and wait for the disk: not on an event loop.
+    """Thread-safe. Methods wait for the disk, so they are not for an event loop.
 
-    Raises `ConfigError` where the folder cannot be used, or is by another server.
+    Raises `ConfigError` where the folder cannot be used, or another server uses it.
     """
 
     def __init__(
@@ -64,11 +64,11 @@ class Library:
             raise ConfigError(message, hint="--data names another") from None
         reading = threading.Semaphore(max(2, os.cpu_count() or 1))
         self._shared = Shared(self._catalogue, self.uploads, retrieval, reading)
-        self._lock = threading.Lock()  # of uploads and the files that name them, and of bases
-        self._bases = {row.name: self._made(row) for row in self._catalogue.bases()}
+        self._lock = threading.Lock()  # of uploads with the files that use them, and of bases
+        self._bases = {row.name: self._open_base(row) for row in self._catalogue.bases()}
 
     def start(self) -> None:
-        """Go on with what is left to be done."""
+        """Continue with unfinished jobs."""
         for row in self._catalogue.bases():
             if row.deleting:
                 self._delete(self._bases[row.name])
@@ -77,10 +77,10 @@ class Library:
 
     def stop(self) -> None:
         for base in list(self._bases.values()):
-            base.stop(_PATIENCE)
+            base.stop(_STOP_TIMEOUT)
         self._catalogue.close()
 
-    def _made(self, row: BaseRow) -> Base:
+    def _open_base(self, row: BaseRow) -> Base:
         path = self._folder / f"{row.name}.kb"
         return Base(row.name, row.embedder, path, self._shared)
 
@@ -97,7 +97,7 @@ class Library:
         for row, base in self.bases():
             if row.name == name:
                 return row, base
-        raise ApiError(404, f"there is no knowledge base {name!r}")
+        raise ApiError(404, f"knowledge base {name!r} not found")
 
     def counts(self, base: Base) -> Counts:
         files = self.files(base)
@@ -113,25 +113,25 @@ class Library:
         name = base_name(name)
         if embedder is not None and embedder not in self.retrieval.embedders:
             known = ", ".join(self.retrieval.embedders) or "none"
-            message = f"this server offers no embedder {embedder!r}; there are: {known}"
+            message = f"embedder {embedder!r} not found; available: {known}"
             raise ApiError(400, message, param="embedder")
         with self._lock:
-            in_the_way = (self._folder / f"{name}.kb").exists()
-            row = None if in_the_way else self._catalogue.add_base(name, embedder)
+            exists = (self._folder / f"{name}.kb").exists()
+            row = None if exists else self._catalogue.add_base(name, embedder)
             if row is None:
-                message = f"there is a knowledge base {name!r} already"
+                message = f"a knowledge base {name!r} exists already"
                 raise ApiError(409, message, param="name", code="name_taken")
-            self._bases[name] = self._made(row)
+            self._bases[name] = self._open_base(row)
             return row, self._bases[name]
 
     def delete(self, name: str) -> None:
-        """It is gone for those who ask at once; its files a little later, when its threads have
-        ended. Raises `ApiError`."""
+        """Clients no longer see it; its files are deleted when its threads have ended. Raises
+        `ApiError`."""
         row, base = self.base(name)
         with self._lock:
             hashes = {file.sha256 for file in self._catalogue.files(row.name)}
             if not self._catalogue.mark_deleting(row.name):
-                raise ApiError(404, f"there is no knowledge base {row.name!r}")
+                raise ApiError(404, f"knowledge base {row.name!r} not found")
             self._drop_unused(hashes)
         self._delete(base).join(1.0)
 
@@ -139,7 +139,7 @@ class Library:
         def end() -> None:
             base.stop()
             base.delete_files()
-            with self._lock, suppress(sqlite3.ProgrammingError):  # the server has ended first
+            with self._lock, suppress(sqlite3.ProgrammingError):  # the server was stopped
                 self._catalogue.drop_base(base.name)
                 del self._bases[base.name]
 
@@ -150,18 +150,18 @@ class Library:
     # --------------------------------------------------------------------------------------- files
 
     def files(self, base: Base) -> list[FileRow]:
-        return [base.shown(row) for row in self._catalogue.files(base.name)]
+        return [base.with_progress(row) for row in self._catalogue.files(base.name)]
 
     def file(self, name: str, file_id: str) -> FileRow:
         """Raises `ApiError`."""
         _, base = self.base(name)
         row = self._catalogue.file(base.name, file_id)
         if row is None:
-            raise ApiError(404, f"there is no file {file_id!r} in {base.name!r}")
-        return base.shown(row)
+            raise ApiError(404, f"file {file_id!r} not found in {base.name!r}")
+        return base.with_progress(row)
 
     def add(self, base: Base, name: str, received: Received) -> FileRow:
-        """A file that came whole; it is read by and by. Raises `ApiError`, `OSError` and
+        """Add a complete upload; it is ingested in the background. Raises `ApiError`, `OSError` and
         `sqlite3.OperationalError` as the disk does."""
         with self._lock:
             before = {row.sha256 for row in self._catalogue.files(base.name) if row.name == name}
@@ -171,9 +171,9 @@ class Library:
             finally:
                 self._drop_unused({received.sha256, *before})
         if row is None:
-            raise ApiError(404, f"there is no knowledge base {base.name!r}")
+            raise ApiError(404, f"knowledge base {base.name!r} not found")
         base.wake()
-        return base.shown(row)
+        return base.with_progress(row)
 
     def remove(self, name: str, file_id: str) -> None:
         """Raises `ApiError`."""
@@ -181,7 +181,7 @@ class Library:
         row = self.file(name, file_id)
         with self._lock:
             if not self._catalogue.mark_removed(row):
-                raise ApiError(404, f"there is no file {file_id!r} in {row.base!r}")
+                raise ApiError(404, f"file {file_id!r} not found in {row.base!r}")
             self._drop_unused({row.sha256})
         base.remove(row)
 
@@ -191,33 +191,33 @@ class Library:
                 self.uploads.remove(sha256)
 
 
-def base_name(given: str) -> str:
-    """Raises `ApiError` for what would be no file's name everywhere."""
-    name = unicodedata.normalize("NFC", given)
-    if not 1 <= len(name) <= LONGEST_NAME or len(name.encode()) > _FILE_BYTES:
-        message = f"a name has 1 to {LONGEST_NAME} characters, and {_FILE_BYTES} bytes at most"
+def base_name(text: str) -> str:
+    """The normalised name. Raises `ApiError` for one that cannot be a file name on all systems."""
+    name = unicodedata.normalize("NFC", text)
+    if not 1 <= len(name) <= MAX_NAME or len(name.encode()) > _MAX_NAME_BYTES:
+        message = f"a name has 1 to {MAX_NAME} characters and at most {_MAX_NAME_BYTES} bytes"
         raise ApiError(400, message, param="name", code="invalid_name")
     if name != name.strip() or name[0] == "." or not all(c.isalnum() or c in " -_." for c in name):
-        message = "a name has letters, digits, - _ . and spaces inside, and no dot before it"
+        message = "a name has letters, digits, - _ . and inner spaces, and no dot at its start"
         raise ApiError(400, message, param="name", code="invalid_name")
     return name
 
 
-def file_name(given: str) -> str:
-    """A file's name as it is shown; it is never a path. Raises `ApiError` for what is no name, and
-    for files of a kind that cannot be read."""
-    name = unicodedata.normalize("NFC", given)
-    if not 1 <= len(name) <= _LONGEST_FILE:
-        message = f"a file's name has 1 to {_LONGEST_FILE} characters"
+def file_name(text: str) -> str:
+    """The normalised name; it is never used as a path. Raises `ApiError` for an invalid name, and
+    for file types that cannot be read."""
+    name = unicodedata.normalize("NFC", text)
+    if not 1 <= len(name) <= _MAX_FILE_NAME:
+        message = f"a file's name has 1 to {_MAX_FILE_NAME} characters"
         raise ApiError(400, message, param="name", code="invalid_file_name")
     if name in (".", "..") or not all(map(_may_be_in_name, name)):
-        message = "a file's name has no separators, no control characters, and is valid Unicode"
+        message = "a file's name is valid Unicode without separators and control characters"
         raise ApiError(400, message, param="name", code="invalid_file_name")
     if format_of(name) is None:
         suffix = os.path.splitext(name)[1].lower()
         what = f"{suffix} files cannot be read" if suffix else "this name has no suffix"
         instead = f": {hint.partition(',')[0]}" if (hint := INSTEAD.get(suffix)) else ""
-        message = f"{what}{instead}; these can: {' '.join(SUFFIXES)}"
+        message = f"{what}{instead}; supported: {' '.join(SUFFIXES)}"
         raise ApiError(415, message, param="name", code="unsupported_file_type")
     return name
 
@@ -225,5 +225,5 @@ def file_name(given: str) -> str:
 def _may_be_in_name(character: str) -> bool:
     if character in "/\\\ufffd" or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp"):
         return False
-    # What turns the direction of writing makes a name look like another.
-    return unicodedata.bidirectional(character) not in _TURNS
+    # Bidirectional controls can make a name look like another.
+    return unicodedata.bidirectional(character) not in _BIDI_CONTROLS

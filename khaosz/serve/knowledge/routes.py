@@ -1,12 +1,10 @@
-"""The routes of knowledge bases: bases, their files, and what is found in them."""
+"""The routes of knowledge bases, their files, and searches."""
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import IO, Annotated, Any
 from urllib.parse import quote
@@ -16,10 +14,10 @@ from fastapi.responses import Response, StreamingResponse
 from pydantic import Field
 from starlette.requests import ClientDisconnect
 
-from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.knowledge.catalogue import BaseRow, FileRow
 from khaosz.serve.knowledge.ingest import Base
-from khaosz.serve.knowledge.library import LONGEST_NAME, Library, file_name
+from khaosz.serve.knowledge.library import MAX_NAME, Library, file_name
 from khaosz.serve.knowledge.search import (
     MAX_AROUND,
     SearchRequest,
@@ -39,15 +37,14 @@ from khaosz.serve.replies import (
 )
 from khaosz.serve.schema import RequestModel
 
-IDLE = 60.0  # seconds that a client may take until the next bytes of a body
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+IDLE_TIMEOUT = 60.0  # seconds between two parts of a body
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
 
 class NewBase(RequestModel):
-    """embedder: one that the server offers; without it passages are found by their words."""
+    """embedder: its name on this server; without one, search is lexical."""
 
-    name: Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+    name: Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
     embedder: str | None = None
 
 
@@ -67,9 +64,9 @@ def knowledge_routes(library: Library) -> APIRouter:
         return {"object": "list", "data": [base_body(*each) for each in library.bases()]}
 
     @router.post("", status_code=201, response_model=BaseReply, responses=errors(400, 409, 507))
-    def create_base(asked: NewBase) -> dict[str, Any]:
+    def create_base(request: NewBase) -> dict[str, Any]:
         with map_disk_full():
-            return base_body(*library.create(asked.name, asked.embedder))
+            return base_body(*library.create(request.name, request.embedder))
 
     @router.get("/{kb}", response_model=BaseReply, responses=errors(404))
     def one_base(kb: str) -> dict[str, Any]:
@@ -88,8 +85,8 @@ def knowledge_routes(library: Library) -> APIRouter:
             "created": row.created,
             "embedder": row.embedder,
             **asdict(library.counts(base)),
-            "error": base.trouble and base.trouble.message,
-            "code": base.trouble and base.trouble.code,
+            "error": base.error and base.error.message,
+            "code": base.error and base.error.code,
         }
 
     # --------------------------------------------------------------------------------------- files
@@ -107,30 +104,29 @@ def knowledge_routes(library: Library) -> APIRouter:
         openapi_extra={"requestBody": {"required": True, "content": _BYTES}},
     )
     async def upload(kb: str, file: str, request: Request) -> Any:
-        """A file's bytes, under the name in the path, in the place of the one of that name. It is
-        read by and by: its status tells."""
+        """A file's bytes, under the name in the path; it replaces the file of that name. It is
+        ingested in the background: see its status."""
         try:
-            name, base = await asyncio.to_thread(may_come, kb, file, request)
-            received = await library.uploads.receive(_parts(request), library.max_upload)
+            name, base = await asyncio.to_thread(check_upload, kb, file, request)
+            with map_disk_full():
+                received = await library.uploads.receive(_parts(request), library.max_upload)
         except ClientDisconnect:
             return Response(status_code=499)
         except TooLarge:
             raise too_large() from None
-        except OSError as error:
-            raise _disk(error) from None
         try:
             with map_disk_full():
                 return file_body(await asyncio.to_thread(library.add, base, name, received))
         finally:
             await asyncio.to_thread(received.discard)
 
-    def may_come(kb: str, file: str, request: Request) -> tuple[str, Base]:
+    def check_upload(kb: str, file: str, request: Request) -> tuple[str, Base]:
         _, base = library.base(kb)
         name = file_name(file)
         if base.embedder is not None and base.embedder not in library.retrieval.embedders:
-            message = f"this server does not offer {base.embedder!r}, the embedder of {base.name!r}"
+            message = f"{base.embedder!r}, the embedder of {base.name!r}, is not available"
             raise ApiError(409, message, code="embedder_unusable")
-        if base.trouble is not None:
+        if base.error is not None:
             base.try_again()
         if int(request.headers.get("content-length", 0)) > library.max_upload:
             raise too_large()
@@ -138,7 +134,7 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     def too_large() -> ApiError:
         return ApiError(
-            413, f"a file has {library.max_upload:,} bytes at most", code="file_too_large"
+            413, f"a file has at most {library.max_upload:,} bytes", code="file_too_large"
         )
 
     @router.get("/{kb}/files/{file}", response_model=FileReply, responses=errors(404))
@@ -157,26 +153,26 @@ def knowledge_routes(library: Library) -> APIRouter:
         responses={200: {"content": _BYTES}, **errors(404)},
     )
     def content(kb: str, file: str) -> Response:
-        """The bytes as they came, to be saved, not shown."""
+        """The uploaded bytes, as a download: never shown in the browser."""
         row = library.file(kb, file)
         try:
-            opened = open(library.uploads.path(row.sha256), "rb")  # noqa: SIM115 (when it is sent)
+            opened = open(library.uploads.path(row.sha256), "rb")  # noqa: SIM115 (closed when sent)
         except OSError:
-            raise ApiError(404, f"there is no file {file!r} in {kb!r}") from None
+            raise ApiError(404, f"file {file!r} not found in {kb!r}") from None
         return _Download(opened, row)
 
-    # ---------------------------------------------------------------------------------------- find
+    # -------------------------------------------------------------------------------------- search
 
     @router.post("/{kb}/search", response_model=SearchReply, responses=errors(400, 404, 409))
-    async def search(kb: str, asked: SearchRequest) -> dict[str, Any]:
-        """Passages about a question, best first."""
+    async def search(kb: str, request: SearchRequest) -> dict[str, Any]:
+        """Passages for a query, best first."""
         _, base = await asyncio.to_thread(library.base, kb)
-        found = await searcher(base, asked, library.retrieval)
-        hits = await found.run(asked.query, lambda _, hits: hits, asked.name)
+        checked = await searcher(base, request, library.retrieval)
+        hits = await checked.run(request.query, lambda _, hits: hits, request.name)
         return {
             "object": "search",
-            "query": asked.query,
-            "mode": found.mode,
+            "query": request.query,
+            "mode": checked.mode,
             "hits": hit_bodies(hits),
         }
 
@@ -214,33 +210,17 @@ def file_body(row: FileRow) -> dict[str, Any]:
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:
-    """A body as it comes. Raises `ClientDisconnect`, `ApiError` for one that stops coming."""
+    """A streamed body. Raises `ClientDisconnect`, and `ApiError` if it stops arriving."""
     stream = request.stream()
     while True:
         try:
-            async with asyncio.timeout(IDLE):
+            async with asyncio.timeout(IDLE_TIMEOUT):
                 part = await anext(stream, None)
         except TimeoutError:
-            raise ApiError(408, f"nothing came for {IDLE:g} seconds") from None
+            raise ApiError(408, f"no data for {IDLE_TIMEOUT:g} seconds") from None
         if part is None:
             return
         yield part
-
-
-@contextmanager
-def map_disk_full() -> Iterator[None]:
-    try:
-        yield
-    except (OSError, sqlite3.OperationalError) as error:
-        raise _disk(error) from error
-
-
-def _disk(error: OSError | sqlite3.OperationalError) -> Exception:
-    """507 where the disk is full; else the error itself, which nobody expects."""
-    full = error.errno in _FULL if isinstance(error, OSError) else "full" in str(error)
-    if not full:
-        return error
-    return ApiError(507, "the server's disk is full", "server_error", code="disk_full")
 
 
 class _Download(StreamingResponse):

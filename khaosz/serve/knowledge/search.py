@@ -1,4 +1,4 @@
-"""Searching a base as a request asks for it, and the text around a passage."""
+"""Search requests, and the text around a passage."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 from khaosz.serve.schema import Retrieval
 
-LONGEST_QUERY = 8000  # characters
-LONGEST_GLOB = 200
-MAX_AROUND = 100_000  # characters before and behind a passage, and of one
+MAX_QUERY = 8000  # characters
+_MAX_GLOB = 200
+MAX_AROUND = 100_000  # characters before and after a passage, and of the passage
 
 T = TypeVar("T")
 
@@ -30,15 +30,15 @@ _log = logging.getLogger("khaosz.serve")
 
 
 class SearchRequest(Retrieval):
-    """name: a glob that the names of the files must fit."""
+    """name: a glob that file names must match."""
 
-    query: Annotated[str, Field(min_length=1, max_length=LONGEST_QUERY)]
-    name: Annotated[str, Field(min_length=1, max_length=LONGEST_GLOB)] | None = None
+    query: Annotated[str, Field(min_length=1, max_length=MAX_QUERY)]
+    name: Annotated[str, Field(min_length=1, max_length=_MAX_GLOB)] | None = None
 
 
 @dataclass(frozen=True)
 class Searcher:
-    """A base, and all that a search in it needs, checked."""
+    """A knowledge base and the checked parameters of a search in it."""
 
     base: Base
     mode: Mode
@@ -46,21 +46,21 @@ class Searcher:
     reranker: Reranker | None
 
     async def run(
-        self, query: str, look: Callable[[KnowledgeBase, list[Hit]], T], name: str | None = None
+        self, query: str, use: Callable[[KnowledgeBase, list[Hit]], T], name: str | None = None
     ) -> T:
-        """What `look` makes of the hits while the base is at hand. Raises `ApiError`."""
+        """Search, and call `use` with the base and the hits. Raises `ApiError`."""
         if not query.strip():
             raise ApiError(400, "the query is empty", param="query")
 
         def work(base: KnowledgeBase) -> T:
             hits = base.search(query, self.k, mode=self.mode, name=name, reranker=self.reranker)
-            return look(base, hits)
+            return use(base, hits)
 
         return await self.base.read(work, embedder=self.mode != "lexical")
 
 
-class _Judge:
-    """A reranker whose failing is told as its own."""
+class _NamedReranker:
+    """A reranker whose errors name it in the response."""
 
     def __init__(self, name: str, inner: Reranker) -> None:
         self._name, self._inner = name, inner
@@ -70,28 +70,28 @@ class _Judge:
             return self._inner.scores(query, passages)
         except KhaoszError as error:
             _log.warning("reranker %r: %s", self._name, error)
-            message = f"the reranker {self._name!r} failed; a shorter question may help"
+            message = f"the reranker {self._name!r} failed; a shorter query may help"
             raise ApiError(409, message, param="reranker") from None
 
 
-async def searcher(base: Base, asked: Retrieval, retrieval: RetrievalModels) -> Searcher:
+async def searcher(base: Base, request: Retrieval, retrieval: RetrievalModels) -> Searcher:
     """Raises `ApiError`."""
-    mode: Mode = asked.mode or ("hybrid" if base.embedder else "lexical")
+    mode: Mode = request.mode or ("hybrid" if base.embedder else "lexical")
     if mode != "lexical" and base.embedder is None:
-        message = f"{base.name!r} has no embedder, so it is searched in the mode lexical only"
+        message = f"{base.name!r} has no embedder, so its only mode is lexical"
         raise ApiError(400, message, param="mode")
     reranker = None
-    if asked.reranker is not None:
-        reranker = await asyncio.to_thread(_reranker, retrieval, asked.reranker)
-    return Searcher(base, mode, asked.k, reranker)
+    if request.reranker is not None:
+        reranker = await asyncio.to_thread(_reranker, retrieval, request.reranker)
+    return Searcher(base, mode, request.k, reranker)
 
 
 def _reranker(retrieval: RetrievalModels, name: str) -> Reranker:
     try:
-        return _Judge(name, retrieval.reranker(name))
+        return _NamedReranker(name, retrieval.reranker(name))
     except UnknownName:
         known = ", ".join(retrieval.rerankers) or "none"
-        message = f"this server offers no reranker {name!r}; there are: {known}"
+        message = f"reranker {name!r} not found; available: {known}"
         raise ApiError(400, message, param="reranker") from None
     except KhaoszError:
         raise ApiError(409, f"the reranker {name!r} cannot be opened", param="reranker") from None
@@ -104,15 +104,15 @@ def hit_bodies(hits: Sequence[Hit]) -> list[dict[str, Any]]:
 def passage(
     base: KnowledgeBase, digest: str, start: int, end: int | None, around: int
 ) -> dict[str, Any]:
-    """Raises `ApiError` for a text that isn't there, and a place that isn't in it."""
+    """Raises `ApiError` for an unknown document, and for a range outside it."""
     document = base.store.document_by_hash(digest)
     if document is None:
-        raise ApiError(404, "there is no document with this hash")
+        raise ApiError(404, "no document has this hash")
     end = start if end is None else end
     if not start <= end <= document.length or end - start > MAX_AROUND:
         message = (
-            f"start and end name no part of its {document.length:,} characters,"
-            f" {MAX_AROUND:,} at most"
+            f"start and end must be a range of at most {MAX_AROUND:,} in its"
+            f" {document.length:,} characters"
         )
         raise ApiError(400, message, param="end")
     first = max(0, start - around)

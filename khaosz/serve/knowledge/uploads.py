@@ -1,7 +1,7 @@
-"""Files as they came, by the SHA-256 of their bytes: the same bytes are there once.
+"""Files as they were uploaded, by the SHA-256 of their bytes: equal files are stored once.
 
-A file gets its name when all of it is on the disk; what is not finished lies in `.partial`, which
-is emptied when a server starts.
+A file gets its name when it is complete and on the disk; until then it is in `.partial`, which a
+starting server empties.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TooLarge(Exception):
 
 @dataclass(frozen=True)
 class Received:
-    """All of a body, on the disk under a name that nobody knows."""
+    """A complete body, on the disk under a temporary name."""
 
     path: Path
     sha256: str
@@ -47,8 +47,7 @@ class Uploads:
         return self._folder / sha256
 
     def clean(self, used: set[str]) -> None:
-        """Away with what a killed server left: bodies half received, and uploads that no file
-        names."""
+        """Delete what a killed server left: partial bodies, and uploads that are not `used`."""
         shutil.rmtree(self._partial)
         self._partial.mkdir()
         for path in self._folder.iterdir():
@@ -56,36 +55,36 @@ class Uploads:
                 path.unlink()
 
     async def receive(self, body: AsyncIterator[bytes], limit: int) -> Received:
-        """Nothing is left of a body that does not come to its end.
+        """Write a body to the disk. An incomplete body leaves nothing.
 
         Raises `TooLarge`, `OSError` as the disk does, and what the body raises.
         """
         path = self._partial / secrets.token_hex(16)
         digest, size = hashlib.sha256(), 0
         with ExitStack() as undo:
-            undo.callback(path.unlink, missing_ok=True)  # also for a request that is cancelled
+            undo.callback(path.unlink, missing_ok=True)  # also when the request is cancelled
             with open(path, "xb", buffering=0) as file:
 
                 def write(block: bytes) -> None:
                     digest.update(block)
                     write_all(file, block)
 
-                held = bytearray()
+                buffer = bytearray()
                 async for part in body:
                     size += len(part)
                     if size > limit:
                         raise TooLarge
-                    held += part
-                    if len(held) >= BLOCK:
-                        await asyncio.to_thread(write, bytes(held))
-                        held.clear()
-                await asyncio.to_thread(write, bytes(held))
+                    buffer += part
+                    if len(buffer) >= BLOCK:
+                        await asyncio.to_thread(write, bytes(buffer))
+                        buffer.clear()
+                await asyncio.to_thread(write, bytes(buffer))
                 await asyncio.to_thread(os.fsync, file.fileno())  # not under the library's lock
             undo.pop_all()
         return Received(path, digest.hexdigest(), size)
 
     def keep(self, received: Received) -> None:
-        """It is there under its hash, after a power cut too."""
+        """Move it to its hash. It survives a power cut."""
         target = self.path(received.sha256)
         if target.exists():
             received.discard()
@@ -93,5 +92,5 @@ class Uploads:
             publish(received.path, target)
 
     def remove(self, sha256: str) -> None:
-        with suppress(OSError):  # in use on Windows: `clean` comes back to it
+        with suppress(OSError):  # in use on Windows: `clean` deletes it later
             self.path(sha256).unlink()

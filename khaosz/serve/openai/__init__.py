@@ -1,3 +1,3 @@
-"""OpenAI's interface: what may be asked (`schema`), what is answered (`replies`, `answers`), the
-routes (`chat`, `vectors`, `tokens`). `parts` takes a model's text apart, `tools` tells it of tools.
+"""OpenAI's API: `chat` (chats and completions), `vectors` (embeddings and reranking), `tokens`;
+`completion_output` formats the engine's output, `tools` describes tools to a model.
 """

@@ -1,4 +1,4 @@
-"""The routes of answers: chats and completions, whole or streamed."""
+"""The routes of chats and completions, whole or streamed."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITE_TOKENS
 from khaosz.serve.errors import ApiError, errors
-from khaosz.serve.knowledge.grounding import RetrievalContext, grounds_for
+from khaosz.serve.knowledge.grounding import RetrievalContext, retrieve_context
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
 from khaosz.serve.openai.completion_output import Answer, ResponseFormat
-from khaosz.serve.openai.tools import call_grammar, calls_of, introduced
+from khaosz.serve.openai.tools import add_tools, call_format, call_grammar
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
-from khaosz.serve.schema import ANSWER, ChatRequest, CompletionRequest, Retrieval
+from khaosz.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Retrieval
 from khaosz.serve.worker import Ticket
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request as the engine is asked it."""
+class EngineRequest:
+    """A request in the engine's terms. `prompt_field`: of the request body, where the prompt came
+    from."""
 
     prompt: list[int]
     params: SamplingParams
-    form: ResponseFormat
+    format: ResponseFormat
     stream: bool
     include_usage: bool
-    prompt_field: str  # the field that the prompt came in
+    prompt_field: str
 
     @property
     def refusal(self) -> str | None:
-        """What is said where a knowledge base holds no answer."""
-        grounds = self.form.grounds
-        return grounds.refusal if grounds is not None and grounds.prompt is None else None
+        """The answer where a knowledge base contains none; the model is not asked."""
+        context = self.format.context
+        return context.refusal if context is not None and context.prompt is None else None
 
 
 def chat_routes(
     models: Models, meters: Meters, timeout: float, library: Library | None
 ) -> APIRouter:
     """`timeout`: seconds that a request may take, waiting included. `library`: the knowledge bases
-    that a chat may be about."""
+    that a chat may use."""
     router = APIRouter()
 
     @router.post(
@@ -60,107 +61,101 @@ def chat_routes(
         responses={**streamed(ChatCompletion), **errors(400, 404, 409, 503, 504)},
         response_model=None,
     )
-    async def chat(asked: ChatRequest, request: Request) -> Response:
+    async def chat(request: ChatRequest, raw_request: Request) -> Response:
         """Answer a conversation, as OpenAI's API does."""
-        models.check_room(asked.model)
-        use = await models.take(asked.model)
+        models.check_capacity(request.model)
+        use = await models.take(request.model)
 
-        async def question() -> Question:
-            grounds = None
-            if asked.knowledge_base is not None:
-                grounds = await grounded(asked, use, library)
-            return await asyncio.to_thread(chat_question, asked, use.generator, grounds)
+        async def prepare() -> EngineRequest:
+            context = None
+            if request.knowledge_base is not None:
+                context = await chat_context(request, use, library)
+            return await asyncio.to_thread(chat_request, request, use.generator, context)
 
-        return await answered(use, request, question)
+        return await answer(use, raw_request, prepare)
 
     @router.post(
         "/v1/completions",
         responses={**streamed(TextCompletion), **errors(400, 404, 503, 504)},
         response_model=None,
     )
-    async def complete(asked: CompletionRequest, request: Request) -> Response:
+    async def complete(request: CompletionRequest, raw_request: Request) -> Response:
         """Continue a text, as OpenAI's older API does."""
-        models.check_room(asked.model)
-        use = await models.take(asked.model)
+        models.check_capacity(request.model)
+        use = await models.take(request.model)
 
-        async def question() -> Question:
-            return await asyncio.to_thread(text_question, asked, use.generator)
+        async def prepare() -> EngineRequest:
+            return await asyncio.to_thread(text_request, request, use.generator)
 
-        return await answered(use, request, question)
+        return await answer(use, raw_request, prepare)
 
-    async def answered(
-        use: Use, request: Request, question: Callable[[], Awaitable[Question]]
+    async def answer(
+        use: Use, raw_request: Request, prepare: Callable[[], Awaitable[EngineRequest]]
     ) -> Response:
-        """Gives the model back, however it ends."""
+        """Returns the model, however it ends."""
         loop = asyncio.get_running_loop()
-        end = loop.time() + timeout
+        deadline = loop.time() + timeout
         with ExitStack() as undo:
             undo.callback(models.give_back, use)
-            # Beside the loop and the engine: a long text takes a while.
-            async with asyncio.timeout_at(end):
-                asked = await question()
-            refusal = asked.refusal
-            if refusal is not None:
-                return await refused(use, asked, refusal)
-            _check_context(asked, use.generator)
-            async with asyncio.timeout_at(end):
-                ticket = await use.worker.submit(asked.prompt, asked.params, use.adapter)
+            # In a thread: encoding a long text would block the loop.
+            async with asyncio.timeout_at(deadline):
+                request = await prepare()
+            formatter = Answer(
+                request.format, use.name, use.generator.tokenizer, use.generator.engine.end_ids
+            )
+            if (refusal := request.refusal) is not None:
+                outputs = canned_output(refusal, request.params.n)
+                if request.stream:
+                    events = formatter.events(outputs, request.include_usage)
+                    return EventStream(events, lambda: None)
+                return JSONResponse(await formatter.whole(outputs))
+            _check_context(request, use.generator)
+            async with asyncio.timeout_at(deadline):
+                ticket = await use.worker.submit(request.prompt, request.params, use.adapter)
             undo.callback(ticket.close)
-            held = undo.pop_all()
-        answer = answer_of(use, asked)
-        began = time.perf_counter()
-        held.callback(lambda: meters.answered(use.name, answer.usage, began))
-        watch = asyncio.create_task(_close_when_left(request, ticket))
-        held.callback(watch.cancel)
+            cleanup = undo.pop_all()
+        started = time.perf_counter()
+        cleanup.callback(lambda: meters.answered(use.name, formatter.usage, started))
+        watcher = asyncio.create_task(_close_on_disconnect(raw_request, ticket))
+        cleanup.callback(watcher.cancel)
 
-        def too_late() -> None:
+        def expire() -> None:
             ticket.expire()
-            held.close()  # a client that reads no more would keep its place for ever
+            cleanup.close()  # a client that stops reading would keep its slot for ever
 
-        limit = loop.call_at(end, too_late)
-        held.callback(limit.cancel)
-        if asked.stream:
-            return EventStream(answer.events(ticket.outputs(), asked.include_usage), held.close)
+        timer = loop.call_at(deadline, expire)
+        cleanup.callback(timer.cancel)
+        if request.stream:
+            events = formatter.events(ticket.outputs(), request.include_usage)
+            return EventStream(events, cleanup.close)
         try:
-            body = await answer.whole(ticket.outputs())
+            body = await formatter.whole(ticket.outputs())
         finally:
-            held.close()
+            cleanup.close()
         return Response(status_code=499) if body is None else JSONResponse(body)
-
-    async def refused(use: Use, asked: Question, text: str) -> Response:
-        """Nothing was found to answer from, and no model is asked."""
-        answer = answer_of(use, asked)
-        outputs = canned_output(text, asked.params.n)
-        if asked.stream:
-            return EventStream(answer.events(outputs, asked.include_usage), lambda: None)
-        return JSONResponse(await answer.whole(outputs))
 
     return router
 
 
-def answer_of(use: Use, asked: Question) -> Answer:
-    return Answer(asked.form, use.name, use.generator.tokenizer, use.generator.engine.end_ids)
-
-
 async def canned_output(text: str, choices: int) -> AsyncIterator[Output]:
-    """A text that no model has written, as if one had."""
+    """A fixed text as engine output."""
     for choice in range(choices):
         yield Output(0, choice, text, (), 0, 0, 0, finish_reason="stop")
 
 
-async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> RetrievalContext:
-    """Raises `ApiError` as `grounds_for` does, and for a base that there isn't."""
+async def chat_context(request: ChatRequest, use: Use, library: Library | None) -> RetrievalContext:
+    """Raises `ApiError` as `retrieve_context` does, and for an unknown knowledge base."""
+    assert request.knowledge_base is not None
     if library is None:
-        raise ApiError(404, f"there is no knowledge base {asked.knowledge_base!r}")
-    assert asked.knowledge_base is not None
+        raise ApiError(404, f"knowledge base {request.knowledge_base!r} not found")
     generator = use.generator
-    tools = asked.allowed_tools
+    tools = request.allowed_tools
 
     def count(messages: list[dict[str, Any]]) -> int:
-        return len(generator.chat_ids(*introduced(messages, tools, generator.tokenizer)))
+        return len(generator.chat_ids(*add_tools(messages, tools, generator.tokenizer)))
 
     async def ask_model(messages: list[dict[str, Any]]) -> str:
-        ids = await asyncio.to_thread(_unthinking, messages, generator)
+        ids = await asyncio.to_thread(_prompt_without_reasoning, messages, generator)
         if len(ids) + REWRITE_TOKENS > generator.context:
             return ""
         ticket = await use.worker.submit(ids, SamplingParams(REWRITE_TOKENS, 0.0), use.adapter)
@@ -169,71 +164,71 @@ async def grounded(asked: ChatRequest, use: Use, library: Library | None) -> Ret
         finally:
             ticket.close()
 
-    _, base = await asyncio.to_thread(library.base, asked.knowledge_base)
-    search = await searcher(base, asked.retrieval or Retrieval(), library.retrieval)
-    messages = [message.for_template() for message in asked.messages]
-    # Where no length is asked for, what the model could still say is not taken from its passages.
-    answer = asked.most_tokens or min(ANSWER, generator.context // 4)
-    return await grounds_for(messages, search, count, generator.context - answer, ask_model)
+    _, base = await asyncio.to_thread(library.base, request.knowledge_base)
+    search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
+    messages = [message.for_template() for message in request.messages]
+    # Where the request sets no limit, passages may use the context that an answer might.
+    answer = request.token_limit or min(DEFAULT_MAX_TOKENS, generator.context // 4)
+    return await retrieve_context(messages, search, count, generator.context - answer, ask_model)
 
 
-def _unthinking(messages: list[dict[str, Any]], generator: Generator) -> list[int]:
-    """A prompt whose answer begins with no thoughts."""
+def _prompt_without_reasoning(messages: list[dict[str, Any]], generator: Generator) -> list[int]:
     ids = generator.chat_ids(messages)
-    return _closed(ids, generator) if _thinks(ids, generator) else ids
+    return _close_reasoning(ids, generator) if _opens_reasoning(ids, generator) else ids
 
 
-def _thinks(prompt: list[int], generator: Generator) -> bool:
-    """Templates of reasoning models open it."""
+def _opens_reasoning(prompt: list[int], generator: Generator) -> bool:
+    """Templates of reasoning models do, at the end of the prompt."""
     return opens_thought(generator.tokenizer.decode(prompt[-8:]))
 
 
-def _closed(prompt: list[int], generator: Generator) -> list[int]:
+def _close_reasoning(prompt: list[int], generator: Generator) -> list[int]:
     return [*prompt, *generator.tokenizer.encode(f"\n{THOUGHT}\n\n")]
 
 
-def chat_question(
-    asked: ChatRequest, generator: Generator, grounds: RetrievalContext | None = None
-) -> Question:
-    """Raises `GenerationError`, `DataError` and `TokenizerError` for what can't be asked."""
+def chat_request(
+    request: ChatRequest, generator: Generator, context: RetrievalContext | None = None
+) -> EngineRequest:
+    """Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
     tokenizer = generator.tokenizer
-    tools = asked.allowed_tools
+    tools = request.allowed_tools
     messages = (
-        grounds.messages if grounds else [message.for_template() for message in asked.messages]
+        context.messages if context else [message.for_template() for message in request.messages]
     )
-    prompt = generator.chat_ids(*introduced(messages, tools, tokenizer))
+    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer))
     lark = None
-    if asked.must_call:
-        lark = call_grammar(tools, tokenizer, several=not asked.one_call)
-    params = asked.params(lark)
-    thinking = _thinks(prompt, generator)
-    if thinking and params.form is not None:  # which has no room for thoughts
-        prompt, thinking = _closed(prompt, generator), False
-    calls = calls_of(tokenizer) if tools else "none"
-    form = ResponseFormat(True, bool(asked.logprobs), calls, thinking, asked.one_call, grounds)
-    return Question(prompt, params, form, bool(asked.stream), asked.include_usage, "messages")
-
-
-def text_question(asked: CompletionRequest, generator: Generator) -> Question:
-    """Raises `GenerationError` and `TokenizerError` for what can't be asked."""
-    prompt = generator.ids(asked.prompt)
-    return Question(
-        prompt,
-        asked.params(),
-        ResponseFormat(False),
-        bool(asked.stream),
-        asked.include_usage,
-        "prompt",
+    if request.must_call:
+        lark = call_grammar(tools, tokenizer, several=not request.one_call)
+    params = request.params(lark)
+    reasoning = _opens_reasoning(prompt, generator)
+    if reasoning and params.form is not None:  # the grammar allows no reasoning
+        prompt, reasoning = _close_reasoning(prompt, generator), False
+    response_format = ResponseFormat(
+        chat=True,
+        logprobs=bool(request.logprobs),
+        calls=call_format(tokenizer) if tools else "none",
+        reasoning=reasoning,
+        one_call=request.one_call,
+        context=context,
     )
+    stream, usage = bool(request.stream), request.include_usage
+    return EngineRequest(prompt, params, response_format, stream, usage, "messages")
 
 
-def _check_context(asked: Question, generator: Generator) -> None:
-    if len(asked.prompt) >= generator.context:
+def text_request(request: CompletionRequest, generator: Generator) -> EngineRequest:
+    """Raises `GenerationError` and `TokenizerError` for an invalid request."""
+    prompt, params = generator.ids(request.prompt), request.params()
+    stream, usage = bool(request.stream), request.include_usage
+    return EngineRequest(prompt, params, ResponseFormat(chat=False), stream, usage, "prompt")
+
+
+def _check_context(request: EngineRequest, generator: Generator) -> None:
+    if len(request.prompt) >= generator.context:
         raise ApiError(
             400,
-            f"the prompt has {len(asked.prompt)} tokens, the model's context is"
+            f"the prompt has {len(request.prompt)} tokens, the model's context is"
             f" {generator.context}",
-            param=asked.prompt_field,
+            param=request.prompt_field,
             code="context_length_exceeded",
         )
 
@@ -241,7 +236,7 @@ def _check_context(asked: Question, generator: Generator) -> None:
 class EventStream(StreamingResponse):
     """Server-sent events; `done` is called however they end."""
 
-    def __init__(self, events: AsyncIterator[str], done: Any) -> None:
+    def __init__(self, events: AsyncIterator[str], done: Callable[[], None]) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._done = done
@@ -253,8 +248,8 @@ class EventStream(StreamingResponse):
             self._done()
 
 
-async def _close_when_left(request: Request, ticket: Ticket) -> None:
-    """Nothing is sent amid a prompt, so only asking tells that nobody waits any more."""
+async def _close_on_disconnect(request: Request, ticket: Ticket) -> None:
+    """While a prompt is processed nothing is sent, so only receiving shows that the client left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     ticket.close()

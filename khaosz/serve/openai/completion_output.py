@@ -1,4 +1,4 @@
-"""Outputs of the engine in OpenAI's layout: whole, or as server-sent events."""
+"""The engine's output in OpenAI's layout: whole, or as server-sent events."""
 
 from __future__ import annotations
 
@@ -7,50 +7,48 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.parts import Calls, Part, PartStream, ToolCall
 from khaosz.inference.request import Logprob, Output
 from khaosz.rag.answer import CitationStream
-from khaosz.serve.errors import TOO_LATE, error_body
+from khaosz.serve.errors import TIMED_OUT, error_body
+from khaosz.serve.knowledge.grounding import RetrievalContext
 from khaosz.serve.metrics import Usage
 from khaosz.serve.worker import Failed
-
-if TYPE_CHECKING:
-    from khaosz.serve.knowledge.grounding import RetrievalContext
 
 DONE = "data: [DONE]\n\n"
 
 
 def event(body: dict[str, Any]) -> str:
-    """One server-sent event. JSON has no bare line breaks, so one data line holds it."""
+    """One server-sent event. JSON has no bare line breaks, so it is one data line."""
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """How a request's answer is taken apart and shown. `chat` chooses between the two layouts;
-    `calls` is how this model writes calls of tools, `thinking` that its prompt has opened the
-    reasoning, `one_call` that further calls are left out, `grounds` what the answer cites."""
+    """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
+    `calls`: how this model writes tool calls; `reasoning`: the prompt has opened the reasoning;
+    `one_call`: further calls are dropped; `context`: what the answer may cite."""
 
     chat: bool
     logprobs: bool = False
     calls: Calls = "none"
-    thinking: bool = False
+    reasoning: bool = False
     one_call: bool = False
-    grounds: RetrievalContext | None = None
+    context: RetrievalContext | None = None
 
 
 class Choice:
-    """One choice as it comes: outputs in, pieces of a message out."""
+    """One choice of an answer: engine outputs in, deltas of a message out."""
 
-    def __init__(self, form: ResponseFormat) -> None:
-        self._form = form
-        self._parts = PartStream(form.calls, thinking=form.thinking) if form.chat else None
-        grounds = form.grounds
-        self._cites = CitationStream(len(grounds.passages)) if grounds else None
+    def __init__(self, format: ResponseFormat) -> None:
+        self._format = format
+        self._parts = PartStream(format.calls, thinking=format.reasoning) if format.chat else None
+        context = format.context
+        self._citations = CitationStream(len(context.passages)) if context else None
         self.calls = 0
 
     def take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
@@ -58,61 +56,61 @@ class Choice:
         reason = output.finish_reason
         if self._parts is None:
             return ([{"content": output.text}] if output.text else []), reason
-        found = self._parts.feed(output.text)
+        parts = self._parts.feed(output.text)
         if reason is not None:
-            found += self._parts.finish()
-        deltas = [delta for part in found for delta in self._delta(part)]
+            parts += self._parts.finish()
+        deltas = [delta for part in parts for delta in self._delta(part)]
         if reason is not None:
             deltas += self._held_back()
         return deltas, "tool_calls" if self.calls and reason == "stop" else reason
 
     def _delta(self, part: Part | ToolCall) -> list[dict[str, Any]]:
         if isinstance(part, ToolCall):
-            if self.calls and self._form.one_call:
+            if self.calls and self._format.one_call:
                 return []
             self.calls += 1
             call = {"index": self.calls - 1, **part.body()}
             return [*self._held_back(), {"tool_calls": [call]}]
         if part.kind == "reasoning":
             return [{"reasoning_content": part.text}]
-        text = self._cites.feed(part.text) if self._cites else part.text
+        text = self._citations.feed(part.text) if self._citations else part.text
         return [{"content": text}] if text else []
 
     def _held_back(self) -> list[dict[str, Any]]:
-        """Text that might have become a marker."""
-        text = self._cites.finish() if self._cites else ""
+        """Text that was held back because it might have become a citation."""
+        text = self._citations.finish() if self._citations else ""
         return [{"content": text}] if text else []
 
-    def cited(self) -> dict[str, Any]:
-        """What is said of the passages when the choice has ended."""
-        if self._cites is None or self._form.grounds is None:
+    def citations(self) -> dict[str, Any]:
+        """The citations, when the choice has ended."""
+        if self._citations is None or self._format.context is None:
             return {}
-        return {"citations": self._form.grounds.cited(self._cites.used)}
+        return {"citations": self._format.context.citations(self._citations.used)}
 
 
 class Answer:
-    """How one request is answered: whole or as events."""
+    """The answer to one request: whole or as events."""
 
     def __init__(
-        self, form: ResponseFormat, model: str, tokenizer: Tokenizer, ends: set[int]
+        self, format: ResponseFormat, model: str, tokenizer: Tokenizer, ends: set[int]
     ) -> None:
-        self.form, self.tokenizer, self.ends = form, tokenizer, ends
+        self.format, self.tokenizer, self.ends = format, tokenizer, ends
         self.usage = Usage()
         self._choices: dict[int, Choice] = {}
         self._head = {
-            "id": f"{'chatcmpl' if form.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "id": f"{'chatcmpl' if format.chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
         }
 
     async def whole(self, outputs: AsyncIterator[Output]) -> dict[str, Any] | None:
-        """The answer when all of it is there; None if the client left before."""
-        said: dict[int, list[dict[str, Any]]] = {}
+        """The complete answer; None if the client left before."""
+        messages: dict[int, list[dict[str, Any]]] = {}
         logprobs: dict[int, list[Logprob]] = {}
         reasons: dict[int, str | None] = {}
         async for output in outputs:
             deltas, reasons[output.choice] = self._take(output)
-            said.setdefault(output.choice, []).extend(deltas)
+            messages.setdefault(output.choice, []).extend(deltas)
             logprobs.setdefault(output.choice, []).extend(output.logprobs)
         if not reasons or None in reasons.values():
             return None
@@ -121,33 +119,33 @@ class Answer:
                 "index": index,
                 "finish_reason": reasons[index],
                 "logprobs": self._logprobs(logprobs[index]),
-                **self._message(index, said[index]),
+                **self._message(index, messages[index]),
             }
             for index in sorted(reasons)
         ]
-        kind = "chat.completion" if self.form.chat else "text_completion"
+        kind = "chat.completion" if self.format.chat else "text_completion"
         body = {**self._head, "object": kind, "choices": choices, "usage": self.usage.body()}
         return {**body, **self._retrieval()}
 
     async def events(
         self, outputs: AsyncIterator[Output], include_usage: bool
     ) -> AsyncIterator[str]:
-        """Chunks as they come, and `[DONE]`; an error that comes amid them is the last event."""
-        begun: set[int] = set()
+        """Chunks and `[DONE]`; an error is the last event."""
+        started: set[int] = set()
         usage = {"usage": None} if include_usage else {}
-        first_of_all = self._retrieval()
+        retrieval = self._retrieval()  # in the first chunk only
         try:
             async for output in outputs:
-                first = output.choice not in begun
-                begun.add(output.choice)
+                first = output.choice not in started
+                started.add(output.choice)
                 for choice in self._pieces(output, first):
-                    yield event(self._chunk([choice], {**usage, **first_of_all}))
-                    first_of_all = {}
+                    yield event(self._chunk([choice], {**usage, **retrieval}))
+                    retrieval = {}
         except Failed:
             yield event(error_body("the answer failed", "server_error"))
             return
         except TimeoutError:
-            yield event(error_body(TOO_LATE, "server_error", code="request_timeout"))
+            yield event(error_body(TIMED_OUT, "server_error", code="request_timeout"))
             return
         except KhaoszError as error:
             yield event(error_body(str(error), "server_error"))
@@ -159,19 +157,19 @@ class Answer:
     def _take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
         self.usage.count(output)
         if output.choice not in self._choices:
-            self._choices[output.choice] = Choice(self.form)
+            self._choices[output.choice] = Choice(self.format)
         return self._choices[output.choice].take(output)
 
     def _retrieval(self) -> dict[str, Any]:
-        grounds = self.form.grounds
-        return {"retrieval": grounds.body()} if grounds else {}
+        context = self.format.context
+        return {"retrieval": context.body()} if context else {}
 
     def _message(self, index: int, deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
         texts = {
             key: "".join(delta[key] for delta in deltas if key in delta)
             for key in ("content", "reasoning_content")
         }
-        if not self.form.chat:
+        if not self.format.chat:
             return {"text": texts["content"]}
         calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
         content = texts["content"] or (None if calls else "")
@@ -182,27 +180,27 @@ class Answer:
             message["tool_calls"] = [
                 {key: value for key, value in call.items() if key != "index"} for call in calls
             ]
-        return {"message": {**message, **self._choices[index].cited()}}
+        return {"message": {**message, **self._choices[index].citations()}}
 
     def _chunk(self, choices: list[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.form.chat else "text_completion"
+        kind = "chat.completion.chunk" if self.format.chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, **more}
 
     def _pieces(self, output: Output, first: bool) -> list[dict[str, Any]]:
-        """The choices that stand in chunks for one output: who speaks, what is said, why it ended.
-        Text that is held back for now leaves none, unless it has log-probabilities."""
+        """The chunks' choices for one output: role, deltas, finish reason. There is none while text
+        is held back, unless it has log-probabilities."""
         deltas, reason = self._take(output)
         logprobs = self._logprobs(output.logprobs)
         if logprobs and logprobs["content"] and not deltas:
             deltas = [{"content": ""}]
         pieces = []
-        if first and self.form.chat:
+        if first and self.format.chat:
             pieces.append(self._piece(output.choice, {"role": "assistant", "content": ""}))
         for at, delta in enumerate(deltas):
             pieces.append(self._piece(output.choice, delta, None if at else logprobs))
         if reason is not None:
-            ended = self._choices[output.choice].cited()
-            pieces.append(self._piece(output.choice, ended, reason=reason))
+            last = self._choices[output.choice].citations()
+            pieces.append(self._piece(output.choice, last, reason=reason))
         return pieces
 
     def _piece(
@@ -212,12 +210,12 @@ class Answer:
         logprobs: dict[str, Any] | None = None,
         reason: str | None = None,
     ) -> dict[str, Any]:
-        said = {"delta": delta} if self.form.chat else {"text": delta.get("content", "")}
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+        content = {"delta": delta} if self.format.chat else {"text": delta.get("content", "")}
+        return {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, values: Sequence[Logprob]) -> dict[str, Any] | None:
-        """Of the tokens that make text: the one that ends the turn isn't shown."""
-        if not self.form.logprobs:
+        """Without the token that ends the turn, which is not part of the text."""
+        if not self.format.logprobs:
             return None
         content = [
             {
@@ -230,7 +228,7 @@ class Answer:
         return {"content": content, "refusal": None}
 
     def _token(self, token: int, value: float) -> dict[str, Any]:
-        # A padded vocabulary's rows stand for nothing, and JSON has no infinity.
+        # The rows that pad a vocabulary have -inf, which JSON lacks.
         raw = self.tokenizer.token_bytes(token)
         text = raw.decode("utf-8", errors="replace")
         return {"token": text, "logprob": max(value, -9999.0), "bytes": list(raw)}

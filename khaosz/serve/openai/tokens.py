@@ -1,4 +1,4 @@
-"""Texts and conversations counted in tokens, as vLLM's /tokenize does it."""
+"""Token ids of texts and conversations, as vLLM's /tokenize returns them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from khaosz.serve.schema import MAX_MESSAGES, Message, RequestModel
 
 
 class TokenizeRequest(RequestModel):
-    """A prompt to continue, or messages with the mark that lets the assistant speak."""
+    """A prompt to continue, or messages followed by the assistant's marker."""
 
     model: str
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> TokenizeRequest:
+    def _check_one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give one of prompt and messages")
         return self
@@ -41,11 +41,11 @@ def token_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
     @router.post("/tokenize", response_model=Tokenized, responses=errors(400, 404, 503))
-    async def tokenize(asked: TokenizeRequest) -> dict[str, Any]:
-        """The ids that a prompt or a conversation becomes."""
-        use = await models.take(asked.model)
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        """The token ids of a prompt or a conversation."""
+        use = await models.take(request.model)
         try:
-            tokens = await asyncio.to_thread(_ids, asked, use.generator)
+            tokens = await asyncio.to_thread(_ids, request, use.generator)
         finally:
             models.give_back(use)
         return {"count": len(tokens), "max_model_len": use.generator.context, "tokens": tokens}
@@ -53,8 +53,8 @@ def token_routes(models: Models) -> APIRouter:
     return router
 
 
-def _ids(asked: TokenizeRequest, generator: Generator) -> list[int]:
-    if asked.messages is not None:
-        return generator.chat_ids([message.for_template() for message in asked.messages])
-    assert asked.prompt is not None
-    return generator.prompt_ids(asked.prompt)
+def _ids(request: TokenizeRequest, generator: Generator) -> list[int]:
+    if request.messages is not None:
+        return generator.chat_ids([message.for_template() for message in request.messages])
+    assert request.prompt is not None
+    return generator.prompt_ids(request.prompt)

@@ -1,5 +1,5 @@
-"""The routes of embedders and rerankers: /v1/embeddings as OpenAI has it, /v1/rerank as Jina and
-Cohere have it."""
+"""The routes of embedders and rerankers: OpenAI's /v1/embeddings, Jina's and Cohere's
+/v1/rerank."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class EmbeddingRequest(RequestModel):
-    """`input_type` is ours: some models want another prefix before a question than before what is
-    searched."""
+    """`input_type` is not OpenAI's: some models need different prefixes for queries and
+    passages."""
 
     model: str
     input: Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
@@ -84,13 +84,14 @@ class Ranking(Reply):
 
 def vector_routes(retrieval: RetrievalModels) -> APIRouter:
     router = APIRouter()
-    # Each is used by one at a time. Who waits for it takes no thread that chats are prepared in.
+    # Each runs one request at a time, in a thread of its own: waiting for it takes no thread from
+    # chats.
     threads = {
         name: ThreadPoolExecutor(1, thread_name_prefix=f"khaosz-{name}")
         for name in (*retrieval.embedders, *retrieval.rerankers)
     }
 
-    async def in_turn(name: str, work: Callable[[], T]) -> T:
+    async def run_in_turn(name: str, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads.get(name), work)
 
     @router.post(
@@ -99,16 +100,16 @@ def vector_routes(retrieval: RetrievalModels) -> APIRouter:
         response_model=Embeddings,
         response_model_exclude_unset=True,
     )
-    async def embeddings(asked: EmbeddingRequest) -> dict[str, Any]:
+    async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
         """Vectors of length 1."""
-        texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        vectors, count = await in_turn(asked.model, lambda: _embedded(retrieval, asked, texts))
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        vectors, count = await run_in_turn(request.model, lambda: _embed(retrieval, request, texts))
         data = [
-            {"object": "embedding", "index": i, "embedding": _encoded(asked, vector)}
+            {"object": "embedding", "index": i, "embedding": _encode(request, vector)}
             for i, vector in enumerate(vectors)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
-        return {"object": "list", "model": asked.model, "data": data, "usage": usage}
+        return {"object": "list", "model": request.model, "data": data, "usage": usage}
 
     @router.post(
         "/v1/rerank",
@@ -116,39 +117,39 @@ def vector_routes(retrieval: RetrievalModels) -> APIRouter:
         response_model=Ranking,
         response_model_exclude_unset=True,
     )
-    async def rerank(asked: RerankRequest) -> dict[str, Any]:
-        """Passages by how well they answer a query, best first."""
-        texts = [each if isinstance(each, str) else each.text for each in asked.documents]
-        scores = await in_turn(
-            asked.model, lambda: retrieval.reranker(asked.model).scores(asked.query, texts)
+    async def rerank(request: RerankRequest) -> dict[str, Any]:
+        """Passages by relevance to a query, best first."""
+        texts = [each if isinstance(each, str) else each.text for each in request.documents]
+        scores = await run_in_turn(
+            request.model, lambda: retrieval.reranker(request.model).scores(request.query, texts)
         )
-        found = 1 / (1 + np.exp(-scores.astype(np.float64)))
+        relevance = 1 / (1 + np.exp(-scores.astype(np.float64)))
         results: list[dict[str, Any]] = []
-        for i in np.argsort(-scores, kind="stable")[: asked.top_n].tolist():
-            results.append({"index": i, "relevance_score": float(found[i])})
-            if asked.return_documents:
+        for i in np.argsort(-scores, kind="stable")[: request.top_n].tolist():
+            results.append({"index": i, "relevance_score": float(relevance[i])})
+            if request.return_documents:
                 results[-1]["document"] = {"text": texts[i]}
-        return {"model": asked.model, "results": results}
+        return {"model": request.model, "results": results}
 
     return router
 
 
-def _embedded(
-    retrieval: RetrievalModels, asked: EmbeddingRequest, texts: Sequence[str]
+def _embed(
+    retrieval: RetrievalModels, request: EmbeddingRequest, texts: Sequence[str]
 ) -> tuple[np.ndarray, int]:
-    embedder: SharedEmbedder = retrieval.embedder(asked.model)
-    if asked.dimensions not in (None, embedder.dimension):
+    embedder: SharedEmbedder = retrieval.embedder(request.model)
+    if request.dimensions not in (None, embedder.dimension):
         raise ApiError(
             400,
-            f"{asked.model} has {embedder.dimension} dimensions, no others",
+            f"{request.model} has {embedder.dimension} dimensions; no others are available",
             param="dimensions",
         )
-    embed = embedder.queries if asked.input_type == "query" else embedder.passages
+    embed = embedder.queries if request.input_type == "query" else embedder.passages
     return embed(texts), embedder.tokens(texts)
 
 
-def _encoded(asked: EmbeddingRequest, vector: np.ndarray) -> list[float] | str:
-    if asked.encoding_format == "base64":
+def _encode(request: EmbeddingRequest, vector: np.ndarray) -> list[float] | str:
+    if request.encoding_format == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    found: list[float] = vector.tolist()
-    return found
+    numbers: list[float] = vector.tolist()
+    return numbers

@@ -1,3 +1,1 @@
-"""What the page keeps and shows beside models and documents: conversations, preferences, and a look
-at training runs.
-"""
+"""Records of the page: conversations, preferences, and a view of training runs."""

@@ -1,7 +1,7 @@
 """Conversations in one SQLite file.
 
-    conversations   title, times, revision, and the rest of it as JSON, the last column
-    texts           its messages and its title, folded: what a search looks through
+    conversations   title, times, revision, and everything else as JSON in the last column
+    texts           messages and titles, case-folded, for search
 
 One writer and any number of readers at once (WAL). What was written is on the disk before the
 answer says so (synchronous = FULL), and there whole or not at all.
@@ -24,16 +24,15 @@ from khaosz.database import (
     close_on_error,
     database_errors,
     is_busy,
-    is_full,
     open_database,
     require_version,
     transaction,
 )
-from khaosz.serve.errors import ApiError
+from khaosz.serve.errors import ApiError, map_disk_full
 
 VERSION = 1
 _BUSY_S = 10.0  # a writer waits for one of another process
-_AROUND = 40  # characters of a snippet before and behind what was found
+_AROUND = 40  # characters of a snippet before and after the match
 _COLUMNS = "id, title, created, updated, messages, revision"
 _SCHEMA = """
 CREATE TABLE conversations (
@@ -49,7 +48,7 @@ CREATE TABLE texts (
 
 @dataclass(frozen=True)
 class Summary:
-    """`revision` counts how often it was written; `created` and `updated` in seconds."""
+    """`revision` counts its writes; `created` and `updated` are in seconds."""
 
     id: str
     title: str
@@ -57,16 +56,16 @@ class Summary:
     updated: int
     messages: int
     revision: int
-    snippet: str | None = None  # around what a search has found
+    snippet: str | None = None  # around the match of a search
 
-    def shown(self) -> dict[str, Any]:
+    def body(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is to be written. `body` holds `nodes`, whose texts are searched; the times are those
-    of another file that it is imported from."""
+    """A conversation to write. `body` contains `nodes`, whose texts are searched; the times are set
+    for imports."""
 
     id: str
     title: str
@@ -76,25 +75,24 @@ class Entry:
 
 
 class _Folds(dict[int, str]):
-    """Of a character, without its case and its width: Ａ, A and a are one."""
+    """Characters without case and width: Ａ, A and a are equal."""
 
     def __missing__(self, code: int) -> str:
-        found = unicodedata.normalize("NFKC", chr(code)).casefold()
-        self[code] = found
-        return found
+        self[code] = folded = unicodedata.normalize("NFKC", chr(code)).casefold()
+        return folded
 
 
 _FOLDS = _Folds()
 
 
 def folded(text: str) -> str:
-    # Character by character, so that `_snippet` can find its way back.
+    # Character by character, so that `_snippet` can map positions back.
     return text.lower() if text.isascii() else text.translate(_FOLDS)
 
 
 class ConversationStore:
-    """Its methods may be called from any thread. Raises `DataError` for a file that is something
-    else, is broken or of a later version."""
+    """Thread-safe. Raises `DataError` for a file that is not such a database, is damaged or has a
+    later version."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,19 +111,16 @@ class ConversationStore:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        """One transaction."""
-        with self._lock:
+        """One transaction. Raises `ApiError` for a full disk and a locked file."""
+        with self._lock, map_disk_full():
             try:
                 with transaction(self._writer):
                     yield self._writer
             except sqlite3.OperationalError as error:
-                if is_full(error):
-                    message, code = "the disk is full", "disk_full"
-                    raise ApiError(507, message, "server_error", code=code) from None
-                if is_busy(error):
-                    message = f"another program is writing to {self.path.name}"
-                    raise ApiError(503, message, "server_error", code="file_busy") from None
-                raise
+                if not is_busy(error):
+                    raise
+                message = f"another program is writing to {self.path.name}"
+                raise ApiError(503, message, "server_error", code="file_busy") from None
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -138,9 +133,9 @@ class ConversationStore:
     # --------------------------------------------------------------------------------------- write
 
     def put(self, entry: Entry, revision: int | None = None) -> Summary:
-        """Replace a conversation, or begin it. `revision`: what it is believed to be at, 0 for one
-        that isn't there yet; None does not care. Raises `ApiError` where it is at another, unless
-        the very same is there already: an answer may have been lost on its way."""
+        """Create or replace a conversation. `revision`: the expected one, 0 if it is new, None for
+        any. Raises `ApiError` for another revision, unless the content is equal: then the response
+        to an earlier request was lost."""
         with self._writing() as db:
             row = db.execute(
                 f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (entry.id,)
@@ -151,14 +146,14 @@ class ConversationStore:
                     return Summary(*row[:6])
                 raise ApiError(
                     409,
-                    f"the conversation is at revision {now} by now, not {revision}",
+                    f"the conversation is at revision {now}, not {revision}",
                     param="revision",
                     code="revision_conflict",
                 )
             return _write(db, entry)
 
     def put_all(self, entries: Sequence[Entry]) -> None:
-        """Each replaces what has its id: all of them, or none."""
+        """Create or replace all of them, or none."""
         with self._writing() as db:
             for entry in entries:
                 _write(db, entry)
@@ -166,7 +161,7 @@ class ConversationStore:
     def delete(self, id: str) -> None:
         with self._writing() as db:
             if not db.execute("DELETE FROM conversations WHERE id = ?", (id,)).rowcount:
-                raise _missing()
+                raise _not_found()
 
     # ---------------------------------------------------------------------------------------- read
 
@@ -176,11 +171,11 @@ class ConversationStore:
                 f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (id,)
             ).fetchone()
         if row is None:
-            raise _missing()
-        return {**Summary(*row[:6]).shown(), **json.loads(row[6])}
+            raise _not_found()
+        return {**Summary(*row[:6]).body(), **json.loads(row[6])}
 
     def ids(self) -> list[str]:
-        """Those that were changed last come last."""
+        """Sorted by time of change, the latest last."""
         with self._reading() as db:
             return [
                 row[0]
@@ -190,28 +185,27 @@ class ConversationStore:
     def page(
         self, query: str = "", limit: int = 50, after: str | None = None
     ) -> tuple[list[Summary], bool]:
-        """Newest first, those behind the conversation `after`; and whether there are more."""
+        """Newest first, starting after the conversation `after`; and whether there are more."""
         with self._reading() as db:
-            behind: tuple[int, int] = (1 << 62, 0)
+            start: tuple[int, int] = (1 << 62, 0)
             if after is not None:
-                found = db.execute(
+                start = db.execute(
                     "SELECT updated, written FROM conversations WHERE id = ?", (after,)
                 ).fetchone()
-                if found is None:
-                    raise _missing("after")
-                behind = found
+                if start is None:
+                    raise _not_found("after")
             needle = folded(query)
-            # A plain scan, since no index finds one character within a word. `instr` rather than
-            # LIKE: nothing in a query is a wildcard.
-            found_at = (
+            # A full scan: an index cannot find single characters within words. `instr`, not LIKE:
+            # queries have no wildcards.
+            match = (
                 "(SELECT at FROM texts WHERE conversation = id AND instr(folded, :needle)"
                 " ORDER BY at LIMIT 1)"
             )
             rows = db.execute(
-                f"SELECT {_COLUMNS}, {found_at if needle else 0} AS found FROM conversations"
+                f"SELECT {_COLUMNS}, {match if needle else 0} AS found FROM conversations"
                 " WHERE (updated, written) < (:updated, :written) AND found IS NOT NULL"
                 " ORDER BY updated DESC, written DESC LIMIT :limit",
-                {"needle": needle, "updated": behind[0], "written": behind[1], "limit": limit + 1},
+                {"needle": needle, "updated": start[0], "written": start[1], "limit": limit + 1},
             ).fetchall()
             summaries = []
             for *columns, at in rows[:limit]:
@@ -245,7 +239,7 @@ def _write(db: sqlite3.Connection, entry: Entry) -> Summary:
         " (SELECT coalesce(max(written), 0) + 1 FROM conversations), ?)",
         (*list(asdict(summary).values())[:6], _dumped(entry.body)),
     )
-    # The title comes last: where a message says it too, that is the better snippet.
+    # The title last: a message with the same words is the better snippet.
     db.executemany(
         "INSERT INTO texts VALUES (?,?,?)",
         [(entry.id, at, folded(text)) for at, text in enumerate([*texts, entry.title])],
@@ -254,7 +248,7 @@ def _write(db: sqlite3.Connection, entry: Entry) -> Summary:
 
 
 def _text(db: sqlite3.Connection, id: str, at: int) -> str:
-    # Not by SQLite's JSON functions: they end a text at a NUL.
+    # Not SQLite's JSON functions, which end a text at a NUL.
     row = db.execute("SELECT body FROM conversations WHERE id = ?", (id,)).fetchone()
     text: str = json.loads(row[0])["nodes"][at]["content"]
     return text
@@ -265,20 +259,20 @@ def _dumped(body: dict[str, Any]) -> str:
 
 
 def _snippet(text: str, needle: str) -> str:
-    """The text around the first place where `needle` is found, white space as single blanks."""
-    found = folded(text).index(needle)
+    """The text around the first match of `needle`, with white space collapsed."""
+    match = folded(text).index(needle)
     start = end = at = 0
     for i, character in enumerate(text):
-        if at <= found:
+        if at <= match:
             start = i
-        if at >= found + len(needle):
+        if at >= match + len(needle):
             break
         at += len(folded(character))
         end = i + 1
     first, last = max(0, start - _AROUND), end + _AROUND
-    shown = " ".join(text[first:last].split())
-    return f"{'…' if first else ''}{shown}{'…' if last < len(text) else ''}"
+    around = " ".join(text[first:last].split())
+    return f"{'…' if first else ''}{around}{'…' if last < len(text) else ''}"
 
 
-def _missing(param: str | None = None) -> ApiError:
-    return ApiError(404, "there is no such conversation", param=param)
+def _not_found(param: str | None = None) -> ApiError:
+    return ApiError(404, "conversation not found", param=param)

@@ -1,5 +1,5 @@
-"""The routes of conversations. A conversation is a tree of messages: an edited message and another
-answer stand beside the first one, and `selected` is the leaf that is shown."""
+"""The routes of conversations. A conversation is a tree of messages: an edited message or another
+answer is a sibling of the first one, and `selected` is the leaf that is displayed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Title = Annotated[str, Field(max_length=MAX_TITLE)]
 
 
 class Node(RequestModel):
-    """A message. `parent` is the one that it follows, None for a first one."""
+    """A message. `parent`: the message before it, None for the first."""
 
     id: Id
     parent: Id | None
@@ -54,14 +54,14 @@ class Body(RequestModel):
 
 
 class PutConversation(Body):
-    """`revision`: the one that this was made of, 0 for a new conversation. It is refused if another
-    was written meanwhile; without it the last to come wins."""
+    """`revision`: the one that this is based on, 0 for a new conversation. If another was written
+    meanwhile, the request fails; without it, the last write wins."""
 
     revision: Annotated[int, Field(ge=0, lt=2**53)] | None = None
 
 
 class ImportedConversation(Body):
-    """As `GET` and an export give it."""
+    """As `GET` and an export return it."""
 
     id: Id
     object: Literal["conversation"] | None = None
@@ -76,7 +76,7 @@ class Imported(RequestModel):
 
 
 class ListQuery(BaseModel):
-    model_config = ConfigDict(extra="forbid")  # not strict: what stands in an address is text
+    model_config = ConfigDict(extra="forbid")  # not strict: query parameters are text
 
     q: Annotated[str, Field(max_length=256)] = ""
     limit: Annotated[int, Field(ge=1, le=1000)] = 50
@@ -84,7 +84,7 @@ class ListQuery(BaseModel):
 
 
 class ConversationSummary(Reply):
-    """`messages` counts all branches; `snippet` is the text around what was searched for."""
+    """`messages` counts all branches; `snippet`: the text around the match of a search."""
 
     object: Literal["conversation"]
     id: str
@@ -122,7 +122,7 @@ class ImportDone(Reply):
 
 
 def conversation_routes(store: ConversationStore) -> APIRouter:
-    """The routes are plain functions, which FastAPI runs in threads: SQLite waits for the disk."""
+    """The routes are not async, so FastAPI runs them in threads: SQLite waits for the disk."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -137,11 +137,11 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         response_model_exclude_unset=True,
         responses=errors(400, 404),
     )
-    def list_conversations(asked: Annotated[ListQuery, Query()]) -> dict[str, Any]:
-        """Newest first; `q` is looked for in titles and messages, `after` is the id that the page
-        before ended with."""
-        found, more = store.page(asked.q, asked.limit, asked.after)
-        data = [{"object": "conversation", **summary.shown()} for summary in found]
+    def list_conversations(request: Annotated[ListQuery, Query()]) -> dict[str, Any]:
+        """Newest first. `q` searches titles and messages; `after`: the last id of the previous
+        page."""
+        summaries, more = store.page(request.q, request.limit, request.after)
+        data = [{"object": "conversation", **summary.body()} for summary in summaries]
         return {"object": "list", "data": data, "has_more": more}
 
     @router.get(
@@ -149,7 +149,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         response_class=StreamingResponse,
         responses={
             200: {
-                "description": "A conversation in each line, as an import takes it.",
+                "description": "One conversation per line, in the format of an import.",
                 "content": {"application/jsonl": {"schema": {"type": "string"}}},
             },
             **errors(),
@@ -163,11 +163,11 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
     @router.post(
         "/v1/conversations/import", response_model=ImportDone, responses=errors(400, 503, 507)
     )
-    def import_conversations(asked: Imported) -> dict[str, Any]:
-        """All or none; a conversation with the same id is replaced."""
+    def import_conversations(request: Imported) -> dict[str, Any]:
+        """All or none. Conversations with the same ids are replaced."""
         entries = [
             _entry(each.id, each, f"conversations.{i}.", each.created, each.updated)
-            for i, each in enumerate(asked.conversations)
+            for i, each in enumerate(request.conversations)
         ]
         store.put_all(entries)
         return {"object": "conversation.import", "imported": len(entries)}
@@ -178,8 +178,8 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         responses=errors(400, 404),
     )
     def get_conversation(conversation: UUID) -> Response:
-        found = {"object": "conversation", **store.get(str(conversation))}
-        return Response(_json(found), media_type="application/json")
+        body = {"object": "conversation", **store.get(str(conversation))}
+        return Response(_json(body), media_type="application/json")
 
     @router.put(
         "/v1/conversations/{conversation:uuid}",
@@ -187,10 +187,10 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         response_model_exclude_unset=True,
         responses=errors(400, 404, 409, 503, 507),
     )
-    def put_conversation(conversation: UUID, asked: PutConversation) -> dict[str, Any]:
-        """Begin a conversation, or replace it. It is on the disk when this answers."""
-        summary = store.put(_entry(str(conversation), asked), asked.revision)
-        return {"object": "conversation", **summary.shown()}
+    def put_conversation(conversation: UUID, request: PutConversation) -> dict[str, Any]:
+        """Create or replace a conversation. It is on the disk when this returns."""
+        summary = store.put(_entry(str(conversation), request), request.revision)
+        return {"object": "conversation", **summary.body()}
 
     @router.delete(
         "/v1/conversations/{conversation:uuid}",
@@ -206,54 +206,58 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
 
 def _entry(
     id: str,
-    asked: Body,
-    where: str = "",
+    request: Body,
+    prefix: str = "",
     created: int | None = None,
     updated: int | None = None,
 ) -> Entry:
-    """Raises `ApiError` for what is no tree or cannot be kept."""
-    _check_tree(asked.nodes, where)
-    if asked.selected is not None and asked.selected not in {node.id for node in asked.nodes}:
-        raise ApiError(400, f"there is no message {asked.selected}", param=f"{where}selected")
+    """Raises `ApiError` for messages that are not a tree, and for values that cannot be stored.
+    `prefix`: of the fields' names in errors."""
+    _check_tree(request.nodes, prefix)
+    if request.selected is not None and request.selected not in {node.id for node in request.nodes}:
+        raise ApiError(400, f"message {request.selected} not found", param=f"{prefix}selected")
     try:
-        body = asked.model_dump(include=set(Body.model_fields) - {"title"})
-        refuse_surrogates(asked.title + _json(body))
+        body = request.model_dump(include=set(Body.model_fields) - {"title"})
+        refuse_surrogates(request.title + _json(body))
     except ValueError:  # NaN and infinity are not JSON, though Python reads them
-        message = "a number that is not finite, or values nested too deep"
-        raise ApiError(400, message, param=where.rstrip(".") or None) from None
-    return Entry(id, asked.title, body, created, updated)
+        message = "a number is not finite, or values are nested too deep"
+        raise ApiError(400, message, param=prefix.rstrip(".") or None) from None
+    return Entry(id, request.title, body, created, updated)
 
 
-def _check_tree(nodes: Sequence[Node], where: str) -> None:
-    """Every parent is there, and everyone's forebears end with a first message."""
+def _check_tree(nodes: Sequence[Node], prefix: str) -> None:
+    """Raises `ApiError` for duplicate ids, unknown parents and cycles."""
     parents: dict[str, str | None] = {}
     for i, node in enumerate(nodes):
         if node.id in parents:
-            raise ApiError(400, f"two messages are {node.id}", param=f"{where}nodes.{i}.id")
+            raise ApiError(
+                400, f"two messages have the id {node.id}", param=f"{prefix}nodes.{i}.id"
+            )
         parents[node.id] = node.parent
-    sound: set[str | None] = {None}
+    checked: set[str | None] = {None}  # their parents lead to a first message
     for i, node in enumerate(nodes):
-        line: set[str | None] = set()
+        path: set[str | None] = set()
         at: str | None = node.id
-        while at not in sound and at not in line:
+        while at not in checked and at not in path:
             assert at is not None
-            line.add(at)
+            path.add(at)
             if parents[at] not in parents and parents[at] is not None:
-                message = f"the parent of {at} is not there: {parents[at]}"
-                raise ApiError(400, message, param=f"{where}nodes.{i}.parent")
+                message = f"parent {parents[at]} of {at} not found"
+                raise ApiError(400, message, param=f"{prefix}nodes.{i}.parent")
             at = parents[at]
-        if at in line:
-            raise ApiError(400, f"{at} is its own forebear", param=f"{where}nodes.{i}.parent")
-        sound |= line
+        if at in path:
+            message = f"parent links of {at} form a cycle"
+            raise ApiError(400, message, param=f"{prefix}nodes.{i}.parent")
+        checked |= path
 
 
 def _lines(store: ConversationStore) -> Iterator[str]:
     for id in store.ids():
         try:
-            found = store.get(id)
+            body = store.get(id)
         except ApiError:  # deleted meanwhile
             continue
-        yield _json({"object": "conversation", **found}) + "\n"
+        yield _json({"object": "conversation", **body}) + "\n"
 
 
 def _json(value: Any) -> str:

@@ -1,21 +1,18 @@
-"""Preferences that people give on the page, as records to train on.
+"""Preferences given on the page, as training records.
 
-Each is one JSON line of DATA/preferences.jsonl, laid out as `khaosz preference collect` writes it:
-`{"prompt", "answers", "ranking", ...}`. A ranking of K answers stays one record. The reader makes
-all of its K(K-1)/2 pairs and keeps them in one batch, as Ouyang et al. 2022 (arXiv:2203.02155,
-section 3.5) found that it must be; adjacent pairs alone would throw away what is surest, that the
-best answer beats the worst.
+Each is one JSON line of DATA/preferences.jsonl, in the format of `khaosz preference collect`:
+`{"prompt", "answers", "ranking", ...}`. A ranking of K answers is one record. The reader makes all
+of its K(K-1)/2 pairs and keeps them in one batch, which Ouyang et al. 2022 (arXiv:2203.02155,
+section 3.5) found necessary; adjacent pairs alone would drop the surest one, best over worst.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,14 +24,13 @@ from khaosz.data.records.preference import to_pairs
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import append
-from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.replies import Reply
 from khaosz.serve.schema import MAX_MESSAGES, RequestModel
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
 _CHUNK = 1 << 16
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Text = Annotated[str, Field(min_length=1)]
 Finish = Literal["stop", "length", "tool_calls"]
@@ -46,7 +42,7 @@ class PromptMessage(RequestModel):
 
 
 class SampledWith(RequestModel):
-    """How the answers were sampled, as it was asked of /v1/chat/completions."""
+    """How the answers were sampled: parameters of /v1/chat/completions."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -57,9 +53,8 @@ class SampledWith(RequestModel):
 
 
 class PreferenceRequest(RequestModel):
-    """`messages` is what was to be answered and ends with the user's turn. Either `chosen` and
-    `rejected`, or `ranked`: the best answer first, equals in a list of their own.
-    `finish_reasons` are those of the answers in the order in which they are named."""
+    """`messages` ends with the user's turn. Either `chosen` and `rejected`, or `ranked`: the best
+    answer first, equal ones in a list. `finish_reasons`: of the answers, in the same order."""
 
     messages: Annotated[list[PromptMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     chosen: Text | None = None
@@ -77,7 +72,7 @@ class PreferenceRequest(RequestModel):
     sampling: SampledWith | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> PreferenceRequest:
+    def _check_answers(self) -> PreferenceRequest:
         pair = (self.chosen is not None, self.rejected is not None)
         if self.ranked is None and pair != (True, True):
             raise ValueError("give chosen and rejected, or ranked")
@@ -89,7 +84,9 @@ class PreferenceRequest(RequestModel):
         if len({*answers}) < len(answers):
             raise ValueError("two answers are the same")
         if self.finish_reasons is not None and len(self.finish_reasons) != len(answers):
-            raise ValueError(f"finish_reasons are not those of {len(answers)} answers")
+            raise ValueError(
+                f"{len(self.finish_reasons)} finish_reasons for {len(answers)} answers"
+            )
         return self
 
     @property
@@ -100,7 +97,7 @@ class PreferenceRequest(RequestModel):
         return [[level] if isinstance(level, str) else level for level in self.ranked]
 
     def record(self) -> dict[str, Any]:
-        """Raises `DataError` and `ApiError` for what could not be trained on."""
+        """Raises `DataError` and `ApiError` for a record that training could not use."""
         ranking: list[int | list[int]] = []
         answers: list[str] = []
         for level in self.levels:
@@ -124,7 +121,7 @@ class PreferenceRequest(RequestModel):
 
 
 class Preferences(Reply):
-    """`file` lies in the folder that --data names."""
+    """`file`: in the folder of --data."""
 
     object: Literal["preferences"]
     count: int
@@ -132,7 +129,7 @@ class Preferences(Reply):
 
 
 class PreferenceAdded(Reply):
-    """`pairs`: how many the record gives to train on; `count`: records in the file."""
+    """`pairs`: training pairs of the record; `count`: records in the file."""
 
     object: Literal["preference"]
     pairs: int
@@ -140,30 +137,29 @@ class PreferenceAdded(Reply):
 
 
 class PreferenceFile:
-    """Its methods may be called from any thread. Other programs may append to the file too."""
+    """Thread-safe. Other programs may append to the file too."""
 
     def __init__(self, path: Path) -> None:
-        """Mends what a crash left at the file's end. Raises `DataError` for a file that cannot be
-        used."""
+        """Repairs an incomplete last line. Raises `DataError` for a file that cannot be used."""
         self.path = path
         self._lock = threading.Lock()
-        self._counted = self._count = 0  # bytes that were looked at, and lines in them
+        self._counted = self._count = 0  # bytes that were scanned, and lines in them
         try:
             if path.exists():
-                self._mend()
+                self._repair()
         except OSError as error:
             raise DataError(f"{path} cannot be used: {error.strerror or error}") from None
 
-    def _ends_within_a_line(self) -> bool:
+    def _is_last_line_open(self) -> bool:
         if not self.path.exists() or not self.path.stat().st_size:
             return False
         with self.path.open("rb") as file:
             file.seek(-1, os.SEEK_END)
             return file.read(1) != b"\n"
 
-    def _mend(self) -> None:
-        """A last line without its end is ended if all of it is there, else moved beside the file:
-        it was never answered for."""
+    def _repair(self) -> None:
+        """A last line without a line break gets one if it is complete JSON. Otherwise it is moved
+        to another file: its request was never answered."""
         with self.path.open("r+b") as file:
             end = sum(len(part) for part in _whole_lines(self.path))
             file.seek(end)
@@ -180,23 +176,23 @@ class PreferenceFile:
             os.fsync(file.fileno())
 
     def append(self, record: dict[str, Any]) -> int:
-        """On the disk when this returns: all of the line, or nothing. Returns how many there are.
-        Raises `ApiError` where the disk is full."""
+        """Append a line, or nothing; it is on the disk when this returns. Returns the number of
+        records. Raises `ApiError` where the disk is full."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
         with self._lock, map_disk_full():
-            if self._ends_within_a_line():  # an editor, or another program that was killed
-                self._mend()
+            if self._is_last_line_open():  # by an editor, or a program that was killed
+                self._repair()
                 self._counted = self._count = 0
             append(self.path, line)
-            return self._counted_lines()
+            return self._count_lines()
 
     def count(self) -> int:
         with self._lock:
-            return self._counted_lines()
+            return self._count_lines()
 
-    def _counted_lines(self) -> int:
+    def _count_lines(self) -> int:
         size = self.path.stat().st_size if self.path.exists() else 0
-        if size < self._counted:  # somebody has replaced it
+        if size < self._counted:  # it was replaced
             self._counted = self._count = 0
         if size > self._counted:
             with self.path.open("rb") as file:
@@ -207,22 +203,12 @@ class PreferenceFile:
         return self._count
 
     def lines(self) -> Iterator[bytes]:
-        """The whole lines, in pieces of any length."""
+        """The complete lines, in pieces of any length."""
         return _whole_lines(self.path) if self.path.exists() else iter(())
 
 
-@contextmanager
-def map_disk_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise ApiError(507, "the disk is full", "server_error", code="disk_full") from None
-
-
 def preference_routes(file: PreferenceFile) -> APIRouter:
-    """The routes are plain functions, which FastAPI runs in threads: they wait for the disk."""
+    """The routes are not async, so FastAPI runs them in threads: they wait for the disk."""
     router = APIRouter()
 
     @router.post(
@@ -231,9 +217,9 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
         response_model=PreferenceAdded,
         responses=errors(400, 507),
     )
-    def add_preference(asked: PreferenceRequest) -> dict[str, Any]:
-        """Add what somebody prefers to the records. It is on the disk when this answers."""
-        record = asked.record()
+    def add_preference(request: PreferenceRequest) -> dict[str, Any]:
+        """Add a preference. It is on the disk when this returns."""
+        record = request.record()
         return {
             "object": "preference",
             "pairs": len(to_pairs(record)),
@@ -249,7 +235,7 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
         response_class=StreamingResponse,
         responses={
             200: {
-                "description": "A record in each line, as `khaosz train` reads them.",
+                "description": "One record per line, in the format of `khaosz train`.",
                 "content": {"application/jsonl": {"schema": {"type": "string"}}},
             },
             **errors(),
@@ -264,13 +250,13 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """What stands before the last line break, in pieces."""
-    held = b""
+    """The file up to its last line break, in pieces."""
+    rest = b""
     with path.open("rb") as file:
         while part := file.read(_CHUNK):
-            whole, newline, rest = part.rpartition(b"\n")
+            lines, newline, end = part.rpartition(b"\n")
             if newline:
-                yield held + whole + newline
-                held = rest
+                yield rest + lines + newline
+                rest = end
             else:
-                held += rest
+                rest += end

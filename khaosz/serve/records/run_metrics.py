@@ -1,6 +1,8 @@
-"""Files of JSON lines that a trainer is writing, read without reading all of them where that can
-be helped. A last line without its end is left for the next time, and a line that cannot be read is
-passed over. The files may have been made by anything, so values are not trusted either."""
+"""Reads JSON lines that a trainer may be writing, and only the part of a file that is needed.
+
+An incomplete last line is left for the next read, and an invalid line is skipped. The files may
+come from any program, so values are not trusted either.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from typing import IO, Any
 
 MAX_ROWS = 2000
 MAX_SAMPLES = 1000
-MAX_SAMPLE_BYTES = 2 << 20  # of samples, read from the end
+MAX_SAMPLE_BYTES = 2 << 20  # read from the end of the samples
 CURVE = 40  # values
 _MAX_LINE = 1 << 16  # bytes
 _TAIL = 1 << 14
@@ -23,62 +25,62 @@ _FAR = 1 << 18
 
 _PLAIN = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
 
-Row = dict[str, Any]  # "step" is there, and an int; numbers are finite, texts valid Unicode
+Row = dict[str, Any]  # has an int "step"; numbers are finite, texts valid Unicode
 
 
 def rows_after(path: Path, after: int) -> tuple[list[Row], bool]:
     """At most `MAX_ROWS` rows of later steps, and whether some were left out. The first, the last
-    and those with a validation are kept, as long as they are not too many themselves."""
+    and those of validations are included, unless these are too many."""
     with _opened(path) as file:
         if file is None:
             return [], False
-        start, end = _behind(file, after), _end(file)
-        # First only which lines there are: a long run's would not fit into memory.
-        kinds = [b'"val_' in line for line in _lines(file, start, end)]
-        kept = _kept(kinds)
+        start, end = _start_after(file, after), _end(file)
+        # Two passes, since the rows of a long run would not fit into memory.
+        validated = [b'"val_' in line for line in _lines(file, start, end)]
+        chosen = _choose(validated)
         rows = []
         for i, line in enumerate(_lines(file, start, end)):
-            if i in kept and (row := _row(line)) is not None and row["step"] > after:
+            if i in chosen and (row := _row(line)) is not None and row["step"] > after:
                 rows.append(row)
-    return rows, len(kept) < len(kinds)
+    return rows, len(chosen) < len(validated)
 
 
 def last_row(path: Path) -> Row | None:
-    """The newest value of every metric: those of the last row, and of the last validation."""
+    """The newest value of every metric, from the last row and the last validation."""
     with _opened(path) as file:
         if file is None:
             return None
         end = _end(file)
-        found: Row = {}
-        # A validation may lie far behind; then only its rows are looked at.
+        values: Row = {}
+        # The last validation may be far back: there, only rows of validations are parsed.
         tail = _line_start(file, max(0, end - _TAIL))
         for line in _lines(file, _line_start(file, max(0, end - _FAR)), tail):
             if b'"val_' in line and (row := _row(line)) is not None:
-                found |= row
+                values |= row
         for line in _lines(file, tail, end):
             if (row := _row(line)) is not None:
-                found |= row
-    return found or None
+                values |= row
+    return values or None
 
 
 def curve(path: Path) -> list[float | None]:
-    """The loss at up to `CURVE` places spread evenly over the file."""
+    """The loss at up to `CURVE` positions, evenly spaced in the file."""
     with _opened(path) as file:
         if file is None:
             return []
-        end, found = _end(file), {}
+        end, losses = _end(file), {}
         for i in range(CURVE):
             start = _line_start(file, end * i // CURVE)
             line = next(_lines(file, start, end), b"")
             if (row := _row(line)) is not None and "loss" in row:
                 loss = row["loss"]
-                found[start] = float(loss) if isinstance(loss, int | float) else None
-    return [found[start] for start in sorted(found)]
+                losses[start] = float(loss) if isinstance(loss, int | float) else None
+    return [losses[start] for start in sorted(losses)]
 
 
 def read_samples(path: Path, after: int) -> list[dict[str, Any]]:
-    """The newest, oldest first."""
-    found: list[dict[str, Any]] = []
+    """The newest samples after a step, oldest first."""
+    samples: list[dict[str, Any]] = []
     with _opened(path) as file:
         if file is None:
             return []
@@ -91,13 +93,13 @@ def read_samples(path: Path, after: int) -> list[dict[str, Any]]:
                     sample: dict[str, Any] = {"step": step, "prompt": prompt, "text": text}
                     if isinstance(reward := rest.get("reward"), int | float):
                         sample["reward"] = float(reward)
-                    found.append(sample)
-    return found[-MAX_SAMPLES:]
+                    samples.append(sample)
+    return samples[-MAX_SAMPLES:]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes] | None]:
-    """A regular file, or None: no link, no pipe, and nothing that is not there."""
+    """A regular file; None if it is missing, or a link or a pipe."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | _PLAIN), "rb")
     except OSError:
@@ -108,7 +110,7 @@ def _opened(path: Path) -> Iterator[IO[bytes] | None]:
 
 
 def _lines(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:
-    """Whole lines that begin at `start` or later and end before `end`."""
+    """Complete lines that start at `start` or later and end at `end` or earlier."""
     file.seek(start)
     at = start
     while at < end:
@@ -124,16 +126,16 @@ def _end(file: IO[bytes]) -> int:
 
 
 def _line_start(file: IO[bytes], at: int) -> int:
-    """Where the first line begins that begins at `at` or later."""
+    """The start of the first line that starts at `at` or later."""
     if not at:
         return 0
     file.seek(at - 1)
     return at - 1 + len(file.readline())
 
 
-def _behind(file: IO[bytes], after: int) -> int:
-    """Where to begin reading so that no later step is missed: who asks again and again is told
-    without the whole file being read."""
+def _start_after(file: IO[bytes], after: int) -> int:
+    """Where to start reading so that no step after `after` is missed. Looks from the end, so that
+    repeated requests do not read the whole file."""
     end, size = _end(file), _TAIL
     while after and size < end:
         start = _line_start(file, end - size)
@@ -144,8 +146,8 @@ def _behind(file: IO[bytes], after: int) -> int:
     return 0
 
 
-def _kept(validated: Sequence[bool]) -> set[int]:
-    """Which of the rows are shown, `validated` of each whether it must be."""
+def _choose(validated: Sequence[bool]) -> set[int]:
+    """Indices of the rows to return; rows that are `validated` come first."""
     count = len(validated)
     if count <= MAX_ROWS:
         return set(range(count))
@@ -157,32 +159,32 @@ def _kept(validated: Sequence[bool]) -> set[int]:
 
 
 def _evenly(items: Sequence[int], count: int) -> list[int]:
-    """`count` of them with the first and the last, or the middle one."""
+    """`count` of them, evenly spaced, with the first and the last, or the middle one."""
     if count < 2:
         return [items[len(items) // 2]][:count]
     return [items[i * (len(items) - 1) // (count - 1)] for i in range(count)]
 
 
 def _row(line: bytes) -> Row | None:
-    """Numbers and texts of a line with a step."""
+    """The numbers and texts of a line; None if it has no step."""
     if len(line) > _MAX_LINE:
         return None
     try:
-        found = json.loads(line)
+        values = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or type(plain(found.get("step"))) is not int:
+    if not isinstance(values, dict) or type(plain(values.get("step"))) is not int:
         return None
     return {
         plain(key): plain(value)
-        for key, value in found.items()
+        for key, value in values.items()
         if not isinstance(value, list | dict)
     }
 
 
 def plain(value: Any) -> Any:
-    """What can stand in an answer: no NaN, though trainers write it, no lone surrogate, and no
-    whole number beyond what a float can be."""
+    """The value as valid JSON: NaN, which trainers write, and integers beyond the range of floats
+    become null, lone surrogates "?"."""
     match value:
         case int() if value.bit_length() >= 1024:
             return None

@@ -1,8 +1,8 @@
-"""A look into the folder of training runs: what the trainer writes there, and nothing else.
+"""Training runs, read from the files that the trainer writes, and from no others.
 
-A run is a folder that holds `metrics.jsonl`, or a `train_config.json` without a model beside it
-(a run before its first step; checkpoints have both). Its id is its path below the folder. Ids are
-looked up in listings of real folders, so there is none with `..` in it, and no link is followed.
+A run is a folder with `metrics.jsonl`, or with `train_config.json` but no model (a run before its
+first step; checkpoints have both). Its id is its path below the folder of runs. Ids are looked up
+in listings of real folders, so `..` is never valid, and links are not followed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.records.run_metrics import Row, curve, last_row, plain, read_samples, rows_after
 from khaosz.serve.replies import Reply
 
-MAX_FOLDERS = 20_000  # looked into for a listing
+MAX_FOLDERS = 20_000  # scanned for a listing
 MAX_DEPTH = 8
 MAX_RUNS = 1000
-QUIET = 120.0  # seconds without a sign of life, at least, before a run counts as stopped
-_INSIDE = ("last", "best", "tensorboard", "tokenizer", "data", "val")  # of a run, no runs
+QUIET = 120.0  # seconds without a write before a run counts as stopped, at least
+_INSIDE = ("last", "best", "tensorboard", "tokenizer", "data", "val")  # folders of a run, not runs
 _MAX_JSON = 1 << 20  # bytes of a configuration
 
 State = Literal["running", "finished", "stopped", "unknown"]
@@ -34,8 +34,8 @@ Value = float | int | str | bool | None
 
 
 class RunSummary(Reply):
-    """`steps`: of the whole run, where its plan is known. `last`: the newest value of each metric.
-    `curve`: the loss from beginning to end, at most 40 values."""
+    """`steps`: of the whole run, None if unknown. `last`: the newest value of each metric.
+    `curve`: the loss over the whole run, at most 40 values."""
 
     id: str
     object: Literal["run"]
@@ -54,8 +54,8 @@ class RunList(Reply):
 
 
 class RunMetrics(Reply):
-    """`rows` in the order of their steps; `thinned` if some were left out; `step` is the last one
-    of the run, which may lie before `after` when it was begun again."""
+    """`rows` sorted by step; `thinned` if some were left out; `step`: the last one of the run, less
+    than `after` if the run was started again."""
 
     object: Literal["run.metrics"]
     rows: list[dict[str, Value]]
@@ -76,8 +76,8 @@ class RunSamples(Reply):
 
 
 class RunConfig(Reply):
-    """What was asked for and what calibration made of it. Of absolute paths only the last name is
-    told."""
+    """The configuration, and the plan that calibration made of it. Absolute paths are cut to their
+    last name."""
 
     object: Literal["run.config"]
     config: dict[str, Any] | None
@@ -93,24 +93,24 @@ class AfterQuery(NoQuery):
 
 
 def run_routes(folder: Path) -> APIRouter:
-    """The routes are plain functions, which FastAPI runs in threads: they read files."""
+    """The routes are not async, so FastAPI runs them in threads: they read files."""
     router = APIRouter()
 
     @router.get("/v1/runs", response_model=RunList, responses=errors(400))
-    def list_runs(asked: Annotated[NoQuery, Query()]) -> dict[str, Any]:
-        """The runs below --runs, those that changed last first."""
-        found = [_summary(id, path) for id, path in find_runs(folder)]
-        found.sort(key=lambda run: (-run["updated"], run["id"]))
-        return {"object": "list", "data": found[:MAX_RUNS]}
+    def list_runs(query: Annotated[NoQuery, Query()]) -> dict[str, Any]:
+        """The runs below --runs, the last changed first."""
+        runs = [_summary(id, path) for id, path in find_runs(folder)]
+        runs.sort(key=lambda run: (-run["updated"], run["id"]))
+        return {"object": "list", "data": runs[:MAX_RUNS]}
 
     @router.get(
         "/v1/runs/{run:path}/metrics", response_model=RunMetrics, responses=errors(400, 404)
     )
-    def run_metrics(run: str, asked: Annotated[AfterQuery, Query()]) -> dict[str, Any]:
-        """At most 2,000 rows behind the step `after`. Of a longer run they are taken evenly, and
-        the first, the last and those with a validation are always there."""
+    def run_metrics(run: str, query: Annotated[AfterQuery, Query()]) -> dict[str, Any]:
+        """At most 2,000 rows after the step `after`. Of more they are sampled evenly, always with
+        the first, the last and those of validations."""
         path = _run(folder, run)
-        rows, thinned = rows_after(path / "metrics.jsonl", asked.after)
+        rows, thinned = rows_after(path / "metrics.jsonl", query.after)
         last = last_row(path / "metrics.jsonl") or {}
         return {
             "object": "run.metrics",
@@ -125,19 +125,18 @@ def run_routes(folder: Path) -> APIRouter:
         response_model_exclude_unset=True,
         responses=errors(400, 404),
     )
-    def run_samples(run: str, asked: Annotated[AfterQuery, Query()]) -> dict[str, Any]:
-        """What the model wrote while it was trained, behind the step `after`; the newest 1,000."""
-        samples = read_samples(_run(folder, run) / "samples.jsonl", asked.after)
+    def run_samples(run: str, query: Annotated[AfterQuery, Query()]) -> dict[str, Any]:
+        """Texts sampled during training, after the step `after`; the newest 1,000."""
+        samples = read_samples(_run(folder, run) / "samples.jsonl", query.after)
         return {"object": "run.samples", "data": samples}
 
     @router.get("/v1/runs/{run:path}/config", response_model=RunConfig, responses=errors(400, 404))
-    def run_config(run: str, asked: Annotated[NoQuery, Query()]) -> dict[str, Any]:
+    def run_config(run: str, query: Annotated[NoQuery, Query()]) -> dict[str, Any]:
         path = _run(folder, run)
-        found = {name: _object(path / f"{name}.json") for name in ("train_config", "plan")}
         return {
             "object": "run.config",
-            "config": _without_paths(found["train_config"]),
-            "plan": _without_paths(found["plan"]),
+            "config": _without_paths(_read_object(path / "train_config.json")),
+            "plan": _without_paths(_read_object(path / "plan.json")),
         }
 
     return router
@@ -162,7 +161,7 @@ def find_runs(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _listing(path: Path) -> tuple[set[str], set[str]]:
-    """Names of folders and of files in a folder, without links and hidden ones."""
+    """Names of the folders and the files in a folder, without links and hidden ones."""
     folders: set[str] = set()
     files: set[str] = set()
     try:
@@ -174,7 +173,7 @@ def _listing(path: Path) -> tuple[set[str], set[str]]:
                     folders.add(entry.name)
                 elif entry.is_file(follow_symlinks=False):
                     files.add(entry.name)
-    except OSError:  # not ours to read, or gone meanwhile
+    except OSError:  # not readable, or deleted meanwhile
         pass
     return folders, files
 
@@ -184,20 +183,24 @@ def _is_run(files: set[str]) -> bool:
 
 
 def _run(folder: Path, id: str) -> Path:
-    """The folder of a run. Each part of the id must be what the listing of its folder names."""
+    """The folder of a run; every part of the id must be in the listing of its parent. Raises
+    `ApiError`."""
     path = folder
     for part in id.split("/")[:MAX_DEPTH]:
         if part not in _listing(path)[0]:
-            raise ApiError(404, "there is no such run", param="run")
+            raise ApiError(404, "run not found", param="run")
         path = path / part
     if path.relative_to(folder).as_posix() != id or not _is_run(_listing(path)[1]):
-        raise ApiError(404, "there is no such run", param="run")
+        raise ApiError(404, "run not found", param="run")
     return path
 
 
 def _summary(id: str, path: Path) -> dict[str, Any]:
     metrics = path / "metrics.jsonl"
-    config, plan = _object(path / "train_config.json") or {}, _object(path / "plan.json") or {}
+    config, plan = (
+        _read_object(path / "train_config.json") or {},
+        _read_object(path / "plan.json") or {},
+    )
     last = last_row(metrics) or {}
     steps = plain(plan.get("total_steps") or config.get("max_steps"))
     updated = max(map(_changed, (metrics, path / "samples.jsonl", path / "train_config.json")))
@@ -215,16 +218,16 @@ def _summary(id: str, path: Path) -> dict[str, Any]:
 
 
 def _state(last: Row, steps: Any, updated: float, log_every: Any) -> State:
-    """The trainer leaves no sign when it is killed, so this is told from what it last wrote:
-    finished at the plan's last step; running while something was written in the last two minutes,
-    or in three times as long as the steps of a row take; stopped after that (by early stopping
-    too), and unknown where there is no row."""
-    step, taken = last.get("step"), last.get("elapsed_s")
+    """A killed trainer leaves no mark, so the state is derived from its last write: finished at the
+    plan's last step; running if the last write is less than two minutes ago, or less than three
+    times the duration of a row's steps; stopped after that (early stopping too), and unknown
+    without rows."""
+    step, elapsed = last.get("step"), last.get("elapsed_s")
     if step is not None and type(steps) is int and step >= steps:
         return "finished"
     quiet = QUIET
-    if step and isinstance(taken, int | float) and type(log_every) is int:
-        quiet = max(QUIET, 3.0 * log_every / step * taken)
+    if step and isinstance(elapsed, int | float) and type(log_every) is int:
+        quiet = max(QUIET, 3.0 * log_every / step * elapsed)
     if time.time() - updated < quiet:
         return "running"
     return "stopped" if last else "unknown"
@@ -237,20 +240,20 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object; None where there is none, or none that can be read."""
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None if it is missing or cannot be read."""
     try:
         status = path.lstat()
         if not S_ISREG(status.st_mode) or status.st_size > _MAX_JSON:
             return None
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
-    """Absolute paths tell where things lie on the server: of those the last name is left."""
+    """Absolute paths reveal the server's folders, so only their last name is kept."""
     match value:
         case dict():
             return {plain(name): _without_paths(each, name) for name, each in value.items()}
