@@ -101,7 +101,7 @@ class _State(Collector):
         size = gauge("model_bytes", "Weights and prefix cache.")
         for model in self._models.all:
             instance = model.loaded
-            requests.add_metric([model.name], instance.worker.held if instance else 0)
+            requests.add_metric([model.name], instance.worker.open_requests if instance else 0)
             loaded.add_metric([model.name], int(instance is not None))
             size.add_metric([model.name], instance.nbytes if instance else 0)
         return requests, loaded, size

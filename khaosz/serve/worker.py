@@ -105,7 +105,7 @@ class EngineThread:
         return self._thread.is_alive()
 
     @property
-    def held(self) -> int:
+    def open_requests(self) -> int:
         """Running and waiting requests."""
         return len(self._open)
 

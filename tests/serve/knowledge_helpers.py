@@ -23,13 +23,13 @@ BASES = "/v1/knowledge_bases"
 
 
 class KnowledgeClient:
-    """What a client of it does."""
+    """A client of the knowledge bases of a service."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
 
     def ask(self, method: str, path: str = "", body: Any = None, **headers: str) -> Any:
-        """Status and JSON; `path` below that of the bases."""
+        """Status and JSON; `path`: below /v1/knowledge_bases."""
         status, _, answer = self.service.ask(method, BASES + quote(path, "/?=&"), body, **headers)
         return status, answer
 
@@ -49,16 +49,16 @@ class KnowledgeClient:
         return answer
 
     def ready(self, base: str, *files: Any, status: str = "ready") -> list[Any]:
-        """These files when reading them has ended as `status`."""
-        found: list[Any] = []
+        """These files when ingesting has ended with `status`."""
+        rows: list[Any] = []
 
         def settled() -> bool:
-            found[:] = [self.file(base, file["id"]) for file in files]
-            return all(file["status"] in ("ready", "failed") for file in found)
+            rows[:] = [self.file(base, file["id"]) for file in files]
+            return all(row["status"] in ("ready", "failed") for row in rows)
 
         wait_until(settled, seconds=60)
-        assert [file["status"] for file in found] == [status] * len(files), found
-        return found
+        assert [row["status"] for row in rows] == [status] * len(files), rows
+        return rows
 
     def search(self, base: str, query: str, **more: Any) -> list[Any]:
         body = json.dumps({"query": query, **more})
@@ -84,26 +84,26 @@ def serve_knowledge(
 
 
 class EmbeddingServer:
-    """A real /v1/embeddings for `HttpEmbedder`: vectors of length 8 by the texts' letters. While
-    `open` isn't set, batches wait; with `failing`, they get status 500."""
+    """A real /v1/embeddings for `HttpEmbedder`: vectors of length 8 from the texts' letters.
+    Batches wait until `open` is set; with `failing`, they get status 500."""
 
     def __init__(self) -> None:
         self.open = threading.Event()
         self.open.set()
         self.failing = False
-        self.asked: list[str] = []
+        self.received: list[str] = []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                outer.asked += body["input"]
+                outer.received += body["input"]
                 outer.open.wait(60)
                 rows = [
                     {"index": i, "embedding": outer.vector(text)}
                     for i, text in enumerate(body["input"])
                 ]
-                with suppress(OSError):  # who asked may have left
+                with suppress(OSError):  # the client may have disconnected
                     self.send_response(500 if outer.failing else 200)
                     self.end_headers()
                     self.wfile.write(json.dumps({"data": rows}).encode())
@@ -118,10 +118,10 @@ class EmbeddingServer:
 
     @staticmethod
     def vector(text: str) -> list[float]:
-        found = [1.0] * 8
+        counts = [1.0] * 8
         for letter in text:
-            found[ord(letter) % 8] += 1.0
-        return found
+            counts[ord(letter) % 8] += 1.0
+        return counts
 
     def close(self) -> None:
         self.open.set()

@@ -37,7 +37,7 @@ CONTEXT = 2048
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of width 32 with random weights that never say that they are done."""
+    """Two layers of width 32 with random weights that never end an answer."""
     directory = tmp_path_factory.mktemp("serve") / "tiny"
     tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
     config = ModelConfig(
@@ -104,12 +104,12 @@ LESSONS = [
 
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that has learnt `LESSONS` by heart, so that it thinks and calls by itself."""
+    """A model that has memorised `LESSONS`, so that it reasons and calls tools by itself."""
     return learnt(LESSONS, tmp_path_factory.mktemp("serve") / "taught")
 
 
 def learnt(lessons: Sequence[tuple[list[Any], list[Any] | None]], directory: Path) -> Path:
-    """A small model that says the assistant's turns of these chats, whatever its seed."""
+    """A small model that answers with the assistant's turns of these chats, for every seed."""
     words = [turn["content"] for messages, _ in lessons for turn in messages]
     tokenizer = train_tokenizer(iter([*words, json.dumps(WEATHER)] * 20), 500)
     config = ModelConfig(
@@ -125,15 +125,15 @@ def learnt(lessons: Sequence[tuple[list[Any], list[Any] | None]], directory: Pat
         loss = torch.zeros(())
         for ids, mask in chats:
             logits = model.logits(model(torch.tensor([ids[:-1]])))[0]
-            wanted = torch.tensor(ids[1:]).where(torch.tensor(mask[1:]).bool(), -100)
-            loss = loss + torch.nn.functional.cross_entropy(logits, wanted)
+            labels = torch.tensor(ids[1:]).where(torch.tensor(mask[1:]).bool(), -100)
+            loss = loss + torch.nn.functional.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if loss < 0.01:
             break
     assert loss < 0.1, float(loss)
-    with torch.no_grad():  # so sure of itself that sampling says the same
+    with torch.no_grad():  # so confident that sampling is deterministic
         assert model.lm_head is not None
         model.lm_head.weight *= 5
     save_model(model, directory)
@@ -183,8 +183,8 @@ class Service:
                 headers.setdefault("Content-Type", "application/json")
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            given = {name.lower(): value for name, value in answer.getheaders()}
-            return answer.status, given, json.loads(answer.read())
+            received = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, received, json.loads(answer.read())
         finally:
             connection.close()
 
@@ -202,7 +202,7 @@ def served(
     library: Library | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
-    """`models` and `loras` as the command takes them."""
+    """`models` and `loras` as the command's arguments."""
     all_models = Models(named_models([str(each) for each in models], loras), limits or Limits(64))
     all_models.preload()
     if step_tokens is not None:
@@ -237,7 +237,7 @@ def service(tiny: Path) -> Iterator[Service]:
 
 
 def slowed(service: Service, name: str) -> None:
-    """So that an answer can be stopped, or looked at, before all of it is said."""
+    """Slow the model down, so that an answer can be stopped or observed before its end."""
     service.client().completions.create(model=name, prompt="x", max_tokens=1)
     loaded = service.models.find(name).loaded
     assert loaded is not None
@@ -251,8 +251,8 @@ def slowed(service: Service, name: str) -> None:
     runner.run = slow  # type: ignore[method-assign]
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come to pass"
+    while not condition():
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.01)

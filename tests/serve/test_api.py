@@ -35,7 +35,7 @@ def told(stream: Any) -> tuple[dict[int, str], dict[int, str], Any]:
     return texts, reasons, usage
 
 
-def test_a_chat_says_what_the_engine_says(service: Service, tiny: Any) -> None:
+def test_chat_matches_engine(service: Service, tiny: Any) -> None:
     alone = Generator.from_directory(tiny)
     expected = alone.chat(HELLO, SamplingParams(max_tokens=24, temperature=0.0))
     answer = service.client().chat.completions.create(
@@ -52,7 +52,7 @@ def test_a_chat_says_what_the_engine_says(service: Service, tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_a_stream_is_the_answer_in_pieces(service: Service, n: int) -> None:
+def test_stream_matches_whole_answer(service: Service, n: int) -> None:
     asked: dict[str, Any] = {
         "model": "tiny", "messages": HELLO, "max_completion_tokens": 24, "n": n, "seed": 5,
         "temperature": 0 if n == 1 else 1,
@@ -71,7 +71,7 @@ def test_a_stream_is_the_answer_in_pieces(service: Service, n: int) -> None:
     assert usage.prompt_tokens == whole.usage.prompt_tokens
 
 
-def test_events_are_as_the_standard_has_them(service: Service) -> None:
+def test_event_stream_format(service: Service) -> None:
     """Blank lines between events, and the end that OpenAI's stream has."""
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 4, "stream": True})
     connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
@@ -86,14 +86,14 @@ def test_events_are_as_the_standard_has_them(service: Service) -> None:
         assert json.loads(event.removeprefix("data: "))["object"] == "chat.completion.chunk"
 
 
-def test_no_usage_unless_it_is_asked_for(service: Service) -> None:
+def test_stream_has_no_usage_by_default(service: Service) -> None:
     stream = service.client().chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=4, stream=True
     )
     assert told(stream)[2] is None
 
 
-def test_seeds_and_stops(service: Service) -> None:
+def test_seed_and_stop(service: Service) -> None:
     def said(**more: Any) -> Any:
         answer = service.client().chat.completions.create(
             model="tiny", messages=HELLO, max_tokens=32, **more
@@ -110,7 +110,7 @@ def test_seeds_and_stops(service: Service) -> None:
     assert cut.message.content == text[: text.index(stop)]
 
 
-def test_logprobs_are_of_the_tokens_said(service: Service) -> None:
+def test_logprobs_match_tokens(service: Service) -> None:
     asked: dict[str, Any] = {
         "model": "tiny", "messages": HELLO, "max_tokens": 8, "temperature": 0,
         "logprobs": True, "top_logprobs": 3,
@@ -137,7 +137,7 @@ def test_logprobs_are_of_the_tokens_said(service: Service) -> None:
 @pytest.mark.parametrize(
     "field", [{"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"top_p": 0.3}]
 )
-def test_sampling_reaches_the_engine(service: Service, tiny: Any, field: dict[str, Any]) -> None:
+def test_sampling_parameters(service: Service, tiny: Any, field: dict[str, Any]) -> None:
     alone = Generator.from_directory(tiny)
     plain = SamplingParams(max_tokens=48, temperature=0.7, seed=3)
     expected = alone.chat(HELLO, replace(plain, **field)).text
@@ -148,7 +148,7 @@ def test_sampling_reaches_the_engine(service: Service, tiny: Any, field: dict[st
     assert answer.choices[0].message.content == expected
 
 
-def test_bias_reaches_the_engine(service: Service) -> None:
+def test_logit_bias(service: Service) -> None:
     token = service.generator.tokenizer.encode("q")[0]
     answer = service.client().chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=6, logit_bias={str(token): 100}
@@ -156,7 +156,7 @@ def test_bias_reaches_the_engine(service: Service) -> None:
     assert answer.choices[0].message.content == "qqqqqq"
 
 
-def test_the_end_of_a_turn_is_counted_and_not_shown(service: Service) -> None:
+def test_end_token_is_counted_but_not_returned(service: Service) -> None:
     answer = service.client().chat.completions.create(
         model="tiny",
         messages=HELLO,
@@ -169,7 +169,7 @@ def test_the_end_of_a_turn_is_counted_and_not_shown(service: Service) -> None:
     assert answer.usage is not None and answer.usage.completion_tokens == 1
 
 
-def test_an_answer_fits_its_schema(service: Service) -> None:
+def test_json_schema(service: Service) -> None:
     schema = {
         "type": "object",
         "properties": {"city": {"enum": ["北京", "Paris"]}, "n": {"enum": [1, 2]}},
@@ -185,7 +185,7 @@ def test_an_answer_fits_its_schema(service: Service) -> None:
     assert found["city"] in ("北京", "Paris") and found["n"] in (1, 2)
 
 
-def test_completions_continue_texts_and_ids(service: Service) -> None:
+def test_completions_of_text_and_ids(service: Service) -> None:
     client = service.client()
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
     whole = client.completions.create(**asked, prompt="the quick")
@@ -237,7 +237,7 @@ def test_models_and_health(service: Service) -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named(service: Service, more: dict[str, Any], param: str) -> None:
+def test_error_names_field(service: Service, more: dict[str, Any], param: str) -> None:
     asked = {"model": "tiny", "messages": HELLO, **more}
     with pytest.raises(openai.BadRequestError) as caught:
         service.client().chat.completions.create(**asked)
@@ -246,7 +246,7 @@ def test_what_is_wrong_is_named(service: Service, more: dict[str, Any], param: s
     assert caught.value.type == "invalid_request_error"
 
 
-def test_other_mistakes(service: Service) -> None:
+def test_other_errors(service: Service) -> None:
     client = service.client()
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-9", messages=HELLO)
@@ -270,7 +270,7 @@ def test_other_mistakes(service: Service) -> None:
     assert service.ask("GET", "/v1/chat/completions")[0] == 405
 
 
-def test_two_at_once_get_their_own_answers(service: Service) -> None:
+def test_concurrent_requests(service: Service) -> None:
     def said(content: str) -> str | None:
         messages: Any = [{"role": "user", "content": content}]
         answer = service.client().chat.completions.create(

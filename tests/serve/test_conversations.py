@@ -1,4 +1,4 @@
-"""Conversations: kept whole, searched in both languages, never lost to another tab or a kill."""
+"""Conversations: storage, revisions, search in both languages, import and export, kills."""
 
 from __future__ import annotations
 
@@ -34,11 +34,25 @@ from khaosz.serve.records.conversation_store import (
 from khaosz.serve.records.conversations import MAX_NODES, conversation_routes
 
 
-@pytest.fixture
-def service(tiny: Path, tmp_path: Path) -> Iterator[Service]:
-    store = ConversationStore(tmp_path / "conversations.db")
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("conversations") / "conversations.db"
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, database: Path) -> Iterator[tuple[Service, ConversationStore]]:
+    store = ConversationStore(database)
     with served(tiny, routers=[conversation_routes(store)]) as running:
-        yield running
+        yield running, store
+
+
+@pytest.fixture
+def service(server: tuple[Service, ConversationStore]) -> Iterator[Service]:
+    """Without conversations."""
+    running, store = server
+    yield running
+    for id in store.ids():
+        store.delete(id)
 
 
 def new_id() -> str:
@@ -47,8 +61,8 @@ def new_id() -> str:
 
 def node(content: str, parent: str | None = None, **more: Any) -> dict[str, Any]:
     role = "user" if parent is None else "assistant"
-    given = {"id": new_id(), "parent": parent, "role": role, "content": content, "created": 1}
-    return {**given, **more}
+    fields = {"id": new_id(), "parent": parent, "role": role, "content": content, "created": 1}
+    return {**fields, **more}
 
 
 def chat(title: str, *texts: str, **more: Any) -> dict[str, Any]:
@@ -68,7 +82,7 @@ def get(service: Service, path: str) -> tuple[int, Any]:
     return status, answer
 
 
-def kept(service: Service, *conversations: dict[str, Any]) -> list[str]:
+def store_all(service: Service, *conversations: dict[str, Any]) -> list[str]:
     ids = []
     for body in conversations:
         ids.append(new_id())
@@ -80,10 +94,10 @@ def titles(service: Service, query: str) -> list[str]:
     return [each["title"] for each in get(service, f"?{query}")[1]["data"]]
 
 
-# ----------------------------------------------------------------------------------------- the kept
+# ----------------------------------------------------------------------------------------- store
 
 
-def test_what_was_put_is_there(service: Service) -> None:
+def test_put_get_delete(service: Service) -> None:
     question = node("春眠不觉晓？")
     first, second = (node(text, question["id"], model="tiny") for text in ("处处", "闻啼鸟"))
     second |= {
@@ -118,7 +132,7 @@ def test_what_was_put_is_there(service: Service) -> None:
     assert service.ask("DELETE", f"/v1/conversations/{id}")[0] == 404
 
 
-def test_another_tab_is_not_overwritten(service: Service) -> None:
+def test_revision_conflict(service: Service) -> None:
     id, mine, theirs = new_id(), chat("mine", "a"), chat("theirs", "a", "b")
     assert put(service, id, {**mine, "revision": 1})[0] == 409  # it was deleted meanwhile
     assert put(service, id, {**mine, "revision": 0})[1]["revision"] == 1
@@ -128,14 +142,14 @@ def test_another_tab_is_not_overwritten(service: Service) -> None:
         assert status == 409 and answer["error"]["code"] == "revision_conflict"
         assert f"at revision 2, not {stale}" in answer["error"]["message"]
     assert get(service, f"/{id}")[1]["title"] == "theirs"
-    # Asked once more because the answer was lost: nothing is lost by saying yes.
+    # A retry whose first response was lost: the content is equal, so it succeeds.
     assert put(service, id, {**theirs, "revision": 1}) == put(
         service, id, {**theirs, "revision": 1}
     )
-    assert put(service, id, theirs)[1]["revision"] == 3  # who does not ask is not refused
+    assert put(service, id, theirs)[1]["revision"] == 3  # without a revision
 
 
-def test_only_trees_are_kept(service: Service) -> None:
+def test_refuses_messages_that_are_not_a_tree(service: Service) -> None:
     a, b, c = node("a"), node("b"), node("c")
     for nodes, field, named in (
         ([a, {**b, "parent": c["id"]}], "nodes.1.parent", b["id"]),
@@ -146,7 +160,7 @@ def test_only_trees_are_kept(service: Service) -> None:
         status, answer = put(service, new_id(), {"title": "", "nodes": nodes})
         assert status == 400 and answer["error"]["param"] == field, answer
         assert named in answer["error"]["message"]
-    # A parent may stand behind its child, and a long line is no deep recursion.
+    # Parents may follow their children, and a long path does not recurse.
     long = [node("x")]
     for _ in range(MAX_NODES - 1):
         long.append(node("x", long[-1]["id"]))
@@ -173,13 +187,13 @@ def test_only_trees_are_kept(service: Service) -> None:
         {"revision": -1},
     ],
 )
-def test_what_cannot_be_kept_is_refused(service: Service, wrong: dict[str, Any]) -> None:
+def test_refuses_invalid_conversation(service: Service, wrong: dict[str, Any]) -> None:
     status, answer = put(service, new_id(), {**chat("", "a"), **wrong})
     assert status == 400, answer
     assert get(service, "")[1]["data"] == []
 
 
-def test_odd_requests(service: Service) -> None:
+def test_unusual_requests(service: Service) -> None:
     status, headers, _ = service.ask("POST", f"/v1/conversations/{new_id()}", "{}")
     assert (status, headers["allow"]) == (405, "DELETE, GET, PUT")
     for depth in (200, 500, 990, 5000, 200_000):
@@ -203,11 +217,11 @@ def test_odd_requests(service: Service) -> None:
     assert get(service, f"/{new_id()}")[0] == 404
 
 
-# --------------------------------------------------------------------------------------- the search
+# ---------------------------------------------------------------------------------------- search
 
 
-def test_search_finds_what_is_said_and_titles(service: Service) -> None:
-    kept(
+def test_search(service: Service) -> None:
+    store_all(
         service,
         chat("天气", "明天北京会下雨吗？", "可能会，带上雨伞。"),
         chat("Straße", "The Quick brown FOX", "jumps 100% over_it"),
@@ -228,16 +242,16 @@ def test_search_finds_what_is_said_and_titles(service: Service) -> None:
         ("quick%fox", []),
         ("*", []),
         ('"', []),
-        ("伞。明", []),  # nothing is found across two messages
+        ("伞。明", []),  # not across two messages
         ("b", ["full width", "Straße"]),
         ("bc", ["full width"]),
     ):
         assert titles(service, f"q={quote(query)}") == expected, query
 
 
-def test_a_snippet_is_the_text_around(service: Service) -> None:
-    before, behind = "甲" * 100, "乙" * 100
-    kept(service, chat("雨伞", f"{before}雨  \n 伞{behind}", "雨伞"), chat("没有雨", "x"))
+def test_snippet(service: Service) -> None:
+    before, after = "甲" * 100, "乙" * 100
+    store_all(service, chat("雨伞", f"{before}雨  \n 伞{after}", "雨伞"), chat("没有雨", "x"))
     title, message = get(service, "?q=%E9%9B%A8")[1]["data"]
     assert title["snippet"] == "没有雨"
     assert message["snippet"] == f"…{'甲' * 40}雨 伞{'乙' * 35}…"
@@ -246,19 +260,19 @@ def test_a_snippet_is_the_text_around(service: Service) -> None:
 
 @settings(deadline=None)
 @given(st.text(max_size=60), st.text(min_size=1, max_size=3))
-def test_every_part_of_a_text_is_found_and_shown(text: str, part: str) -> None:
+def test_every_substring_is_in_its_snippet(text: str, part: str) -> None:
     for at in range(len(text)):
         needle = folded(text[at : at + 3])
         assert needle in folded(text)
-        found = _snippet(text, needle)
-        assert folded(" ".join(text[at : at + 3].split())) in folded(found)
+        snippet = _snippet(text, needle)
+        assert folded(" ".join(text[at : at + 3].split())) in folded(snippet)
     assert folded(text + part) == folded(text) + folded(part)
 
 
-def test_pages_follow_one_another(service: Service, tmp_path: Path) -> None:
-    ids = kept(service, *(chat(f"t{i}", "x") for i in range(7)))
-    # Among them equal times, and one from the past.
-    with sqlite3.connect(tmp_path / "conversations.db") as db:
+def test_pagination(service: Service, database: Path) -> None:
+    ids = store_all(service, *(chat(f"t{i}", "x") for i in range(7)))
+    # With equal times, and one in the past.
+    with sqlite3.connect(database) as db:
         db.execute("UPDATE conversations SET updated = 5 WHERE id = ?", (ids[6],))
     db.close()
     expected = [ids[i] for i in (5, 4, 3, 2, 1, 0, 6)]
@@ -285,13 +299,13 @@ def lines(service: Service) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
-def test_an_export_can_be_imported(service: Service, tiny: Path, tmp_path: Path) -> None:
-    kept(service, chat("一", "甲\u2028乙", "丙"), chat("two", "x", system="s"))
+def test_export_and_import(service: Service, tiny: Path, tmp_path: Path) -> None:
+    store_all(service, chat("一", "甲\u2028乙", "丙"), chat("two", "x", system="s"))
     exported = lines(service)
     assert [each["title"] for each in exported] == ["一", "two"]
     other = ConversationStore(tmp_path / "other.db")
     with served(tiny, routers=[conversation_routes(other)]) as second:
-        for _ in range(2):  # the second time it replaces
+        for _ in range(2):  # the second one replaces
             body = json.dumps({"conversations": exported})
             status, _, answer = second.ask("POST", "/v1/conversations/import", body)
             assert (status, answer["imported"]) == (200, 2)
@@ -301,8 +315,8 @@ def test_an_export_can_be_imported(service: Service, tiny: Path, tmp_path: Path)
         assert titles(second, "q=%E7%94%B2") == ["一"]
 
 
-def test_an_import_is_all_or_nothing(service: Service) -> None:
-    kept(service, chat("here", "x"))
+def test_import_is_atomic(service: Service) -> None:
+    store_all(service, chat("here", "x"))
     good = {"id": new_id(), **chat("good", "x")}
     bad = {"id": new_id(), **chat("bad", "x")}
     bad["nodes"][0]["parent"] = new_id()
@@ -312,10 +326,10 @@ def test_an_import_is_all_or_nothing(service: Service) -> None:
     assert [each["title"] for each in lines(service)] == ["here"]
 
 
-def test_an_import_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_import_is_rolled_back(tmp_path: Path) -> None:
     store = ConversationStore(tmp_path / "c.db")
     entries = [Entry(new_id(), "t", {"nodes": [{"content": "x"}]}) for _ in range(3)]
-    entries[2].body["nodes"][0]["content"] = "\ud800"  # SQLite takes no such text
+    entries[2].body["nodes"][0]["content"] = "\ud800"  # invalid as text in SQLite
     with pytest.raises(UnicodeEncodeError):
         store.put_all(entries)
     assert store.ids() == []
@@ -324,10 +338,10 @@ def test_an_import_that_fails_midway_leaves_nothing(tmp_path: Path) -> None:
     store.close()
 
 
-# ---------------------------------------------------------------------------------------- the file
+# ------------------------------------------------------------------------------------------ file
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_refuses_unusable_file(tmp_path: Path) -> None:
     path = tmp_path / "conversations.db"
     ConversationStore(path).close()
     ConversationStore(path).close()
@@ -349,10 +363,10 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ConversationStore(tmp_path / "other.db")
 
 
-def test_a_full_disk_is_said_and_survived(tiny: Path, tmp_path: Path) -> None:
+def test_full_disk(tiny: Path, tmp_path: Path) -> None:
     store = ConversationStore(tmp_path / "c.db")
     with served(tiny, routers=[conversation_routes(store)]) as service:
-        ids = kept(service, chat("before", "x"))
+        ids = store_all(service, chat("before", "x"))
         store._writer.execute("PRAGMA max_page_count = 40")
         status, answer = put(service, ids[0], chat("large", "x" * 500_000))
         assert (status, answer["error"]["message"]) == (507, "the disk is full")
@@ -361,14 +375,14 @@ def test_a_full_disk_is_said_and_survived(tiny: Path, tmp_path: Path) -> None:
         assert put(service, ids[0], chat("large", "x" * 500_000))[0] == 200
 
 
-def test_a_file_that_another_program_writes_to(
+def test_file_locked_by_another_program(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("khaosz.serve.records.conversation_store._BUSY_S", 0.1)
     path = tmp_path / "c.db"
     store = ConversationStore(path)
     with served(tiny, routers=[conversation_routes(store)]) as service:
-        (id,) = kept(service, chat("before", "x"))
+        (id,) = store_all(service, chat("before", "x"))
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             for method, body in (("PUT", json.dumps(chat("after", "x"))), ("DELETE", None)):
@@ -382,7 +396,7 @@ def test_a_file_that_another_program_writes_to(
         assert put(service, id, chat("after", "x"))[0] == 200
 
 
-def test_many_threads_at_once(service: Service) -> None:
+def test_concurrent_writes(service: Service) -> None:
     ids = [new_id() for _ in range(4)]
     wrong: list[Any] = []
 
@@ -406,16 +420,16 @@ def test_many_threads_at_once(service: Service) -> None:
     assert sum(get(service, f"/{id}")[1]["revision"] for id in ids) == 8 * 15
 
 
-# ---------------------------------------------------------------------------------------- the kill
+# ----------------------------------------------------------------------------------------- kills
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
 @pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
-def test_what_was_answered_survives_a_kill(tmp_path: Path, kills: int) -> None:
-    """PUTs from four clients, and the server killed in their midst, again and again. All that was
-    answered is there, whole; of what was not, each is there whole or not at all."""
-    chance = random.Random(0)
-    answered: dict[str, int] = {}  # id -> the highest number that was answered with 200
+def test_answered_writes_survive_kills(tmp_path: Path, kills: int) -> None:
+    """The server is killed during PUTs from four clients, repeatedly. Answered writes are there;
+    unanswered ones are complete or absent."""
+    random_ = random.Random(0)
+    answered: dict[str, int] = {}  # id -> the highest number answered with 200
     program = [sys.executable, str(Path(__file__).with_name("killed_server.py"))]
     with subprocess.Popen(
         [*program, str(tmp_path / "c.db")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -434,7 +448,7 @@ def test_what_was_answered_survives_a_kill(tmp_path: Path, kills: int) -> None:
             ]
             for thread in threads:
                 thread.start()
-            threads[0].join(chance.uniform(0.01, 0.3))
+            threads[0].join(random_.uniform(0.01, 0.3))
             os.kill(process, signal.SIGKILL)
             for thread in threads:
                 thread.join()
@@ -444,7 +458,7 @@ def test_what_was_answered_survives_a_kill(tmp_path: Path, kills: int) -> None:
 
 
 def written(id: str, number: int) -> dict[str, Any]:
-    """The conversation as its `number`-th PUT has it, some of them large."""
+    """The conversation of its `number`-th PUT; some are large."""
     text = f"{number} " * (40_000 if number % 5 == 4 else 300)
     body = chat(f"{id} {number}", text, text)
     for i, each in enumerate(body["nodes"]):
@@ -472,17 +486,17 @@ def storm(port: int, answered: dict[str, int], id: str) -> None:
 
 def check_all(port: int, answered: dict[str, int]) -> None:
     connection = HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", "/v1/conversations?limit=1")  # answered when the server is up
+    connection.request("GET", "/v1/conversations?limit=1")  # waits until the server runs
     connection.getresponse().read()
     for id, number in answered.items():
         connection.request("GET", f"/v1/conversations/{id}")
         answer = connection.getresponse()
-        found = json.loads(answer.read())
-        assert answer.status == 200, found
-        there = int(found["title"].split()[1])
-        assert there in (number, number + 1)
-        expected = written(id, there)["nodes"]
-        assert [(n["id"], n["parent"], n["content"]) for n in found["nodes"]] == [
+        body = json.loads(answer.read())
+        assert answer.status == 200, body
+        stored = int(body["title"].split()[1])
+        assert stored in (number, number + 1)
+        expected = written(id, stored)["nodes"]
+        assert [(n["id"], n["parent"], n["content"]) for n in body["nodes"]] == [
             (n["id"], n["parent"], n["content"]) for n in expected
         ]
     connection.close()

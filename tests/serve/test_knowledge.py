@@ -19,7 +19,7 @@ def bases(tiny: Path, tmp_path: Path) -> Iterator[KnowledgeClient]:
         yield running
 
 
-def test_a_base_from_its_beginning_to_its_end(bases: KnowledgeClient, tmp_path: Path) -> None:
+def test_life_of_a_knowledge_base(bases: KnowledgeClient, tmp_path: Path) -> None:
     made = bases.create("笔记 1")
     assert made == {
         "id": "笔记 1", "object": "knowledge_base", "created": made["created"], "embedder": None,

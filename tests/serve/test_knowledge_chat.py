@@ -59,7 +59,7 @@ def saying(text: str) -> dict[str, Any]:
     return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
-def test_an_answer_with_citations(zoo: KnowledgeClient) -> None:
+def test_answer_with_citations(zoo: KnowledgeClient) -> None:
     status, answer = chat(zoo, **saying(SAID))
     assert status == 200, answer
     ChatCompletion.model_validate(answer)
@@ -80,7 +80,7 @@ def test_an_answer_with_citations(zoo: KnowledgeClient) -> None:
     assert answer["usage"]["prompt_tokens"] == len(tokens)
 
 
-def test_a_stream_is_the_whole_in_pieces(zoo: KnowledgeClient) -> None:
+def test_stream_matches_whole_answer(zoo: KnowledgeClient) -> None:
     _, whole = chat(zoo, **saying(SAID), n=2)
     client = zoo.service.client()
     chunks = [
@@ -100,7 +100,7 @@ def test_a_stream_is_the_whole_in_pieces(zoo: KnowledgeClient) -> None:
         assert not any("citations" in each["delta"] for each in mine[:-1])
 
 
-def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
+def test_citation_split_over_outputs(tiny: Path) -> None:
     """Cut anywhere, and cut short at the end."""
     passage = Hit(1, "a.md", "a.md", "0" * 64, 5, 9, "text", (), 1.0, {})
     prompt = Prompt("...", (passage,), 0, "en")
@@ -128,7 +128,7 @@ def test_a_marker_is_whole_however_it_comes(tiny: Path) -> None:
         assert (citation["number"], citation["start"], citation["text"]) == (1, 5, "text")
 
 
-def test_with_embedder_and_reranker(zoo: KnowledgeClient) -> None:
+def test_embedder_and_reranker(zoo: KnowledgeClient) -> None:
     for mode, legs in ((None, {"lexical", "dense"}), ("dense", {"dense"})):
         more = {"k": 2, "mode": mode, "reranker": "judge"}
         status, answer = chat(zoo, knowledge_base="both", retrieval=more, **saying("[2][1]"))
@@ -149,9 +149,7 @@ def test_with_embedder_and_reranker(zoo: KnowledgeClient) -> None:
         ("类星体是什么？", "资料中没有找到答案。"),
     ],
 )
-def test_no_model_is_asked_where_nothing_is_found(
-    zoo: KnowledgeClient, question: str, refusal: str
-) -> None:
+def test_refusal_where_nothing_is_found(zoo: KnowledgeClient, question: str, refusal: str) -> None:
     asked = {"role": "user", "content": question}
     status, answer = chat(zoo, asked, n=2)
     assert status == 200, answer
@@ -168,7 +166,7 @@ def test_no_model_is_asked_where_nothing_is_found(
     assert not zoo.service.engine.unfinished
 
 
-def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: KnowledgeClient) -> None:
+def test_follow_up_question(zoo: KnowledgeClient) -> None:
     history = [ASKED, {"role": "assistant", "content": "In the south [1].", "citations": []}]
     status, answer = chat(
         zoo,
@@ -196,7 +194,7 @@ def test_a_follow_up_is_searched_with_what_was_asked_before(zoo: KnowledgeClient
 ROOM = {**saying("x"), "max_tokens": 1000}
 
 
-def test_passages_that_have_no_room_are_left_out(zoo: KnowledgeClient) -> None:
+def test_passages_beyond_context_are_left_out(zoo: KnowledgeClient) -> None:
     zoo.create("much")
     text = "Penguins in the south. " + "quartz " * 60
     files = [zoo.upload("much", f"{i}.md", f"{i} {text}".encode()) for i in range(6)]
@@ -212,7 +210,7 @@ def test_passages_that_have_no_room_are_left_out(zoo: KnowledgeClient) -> None:
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
 
 
-def test_what_cannot_be_asked(zoo: KnowledgeClient) -> None:
+def test_refuses_invalid_request(zoo: KnowledgeClient) -> None:
     for changed, status, param in (
         ({"knowledge_base": "none"}, 404, None),
         ({"knowledge_base": None, "retrieval": {}}, 400, None),

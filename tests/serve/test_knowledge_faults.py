@@ -45,7 +45,7 @@ def bases(tiny: Path, tmp_path: Path, letters: EmbeddingServer) -> Iterator[Know
         letters.open.set()  # what waits for it would hold the server's end up
 
 
-def test_progress_and_others_meanwhile(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
+def test_progress_while_embedding(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("slow", "letters")
     bases.create("plain")
     bases.ready("slow", bases.upload("slow", "first.md", b"The first file."))
@@ -72,7 +72,7 @@ def test_progress_and_others_meanwhile(bases: KnowledgeClient, letters: Embeddin
     assert both[0]["legs"].keys() == {"lexical", "dense"}
 
 
-def test_an_empty_base_is_searched_in_every_mode(bases: KnowledgeClient) -> None:
+def test_empty_base_in_every_mode(bases: KnowledgeClient) -> None:
     bases.create("new", "letters")
     for mode in (None, "lexical", "dense", "hybrid"):
         assert bases.search("new", "anything", mode=mode) == []
@@ -89,7 +89,7 @@ def held(bases: KnowledgeClient, letters: EmbeddingServer, name: str) -> Any:
 
 
 @pytest.mark.parametrize("what", ["file", "base"])
-def test_deleted_while_it_is_embedded(
+def test_delete_while_embedding(
     bases: KnowledgeClient, letters: EmbeddingServer, tmp_path: Path, what: str
 ) -> None:
     bases.create("a", "letters")
@@ -102,7 +102,7 @@ def test_deleted_while_it_is_embedded(
         assert bases.search("a", "long text", mode="lexical") == []
         letters.open.set()
         bases.ready("a", bases.upload("a", "other.md", b"Another text."))
-        assert not any("Paragraph 99 " in text for text in letters.asked), "for nobody"
+        assert not any("Paragraph 99 " in text for text in letters.received), "for nobody"
         assert bases.search("a", "long text", mode="lexical", k=50)[0]["doc"] == "other.md"
         assert bases.ask("GET", "/a")[1]["chunks"] == 2
         return
@@ -115,20 +115,20 @@ def test_deleted_while_it_is_embedded(
     assert bases.ask("GET", "/a/files")[1]["data"] == []
 
 
-def test_deleted_before_it_is_written(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
+def test_delete_before_first_write(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     letters.open.clear()  # the base is not written before it is known how long its vectors are
     sent = bases.upload("a", "long.md", LONG)
-    wait_until(lambda: bool(letters.asked))
+    wait_until(lambda: bool(letters.received))
     assert bases.file("a", sent["id"])["status"] == "reading"
     assert bases.ask("DELETE", f"/a/files/{sent['id']}")[0] == 200
     letters.open.set()
     bases.ready("a", bases.upload("a", "other.md", b"Another text."))
     assert {hit["doc"] for hit in bases.search("a", "long text", mode="lexical")} == {"other.md"}
-    assert not any("Paragraph 0 " in text for text in letters.asked), "for nobody"
+    assert not any("Paragraph 0 " in text for text in letters.received), "for nobody"
 
 
-def test_replaced_while_it_is_embedded(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
+def test_replace_while_embedding(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     held(bases, letters, "a.md")
     new = bases.upload("a", "a.md", b"A short text instead.")
@@ -140,7 +140,7 @@ def test_replaced_while_it_is_embedded(bases: KnowledgeClient, letters: Embeddin
     ]
 
 
-def test_an_embedder_that_fails(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
+def test_failing_embedder(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
     letters.failing = True
     sent = bases.upload("a", "a.md", b"A text.")
@@ -154,7 +154,7 @@ def test_an_embedder_that_fails(bases: KnowledgeClient, letters: EmbeddingServer
     assert bases.search("a", "text")[0]["doc"] == "a.md"
 
 
-def test_who_makes_a_base(bases: KnowledgeClient) -> None:
+def test_names_of_bases(bases: KnowledgeClient) -> None:
     def make(**asked: Any) -> tuple[int, Any]:
         status, answer = bases.ask("POST", "", json.dumps(asked))
         return status, answer["error"]["param"] if status >= 400 else answer["id"]
@@ -172,7 +172,7 @@ def test_who_makes_a_base(bases: KnowledgeClient) -> None:
     assert bases.ask("GET", "/U\u0308ni\u0308")[1]["id"] == "Ünï"
 
 
-def test_at_once(bases: KnowledgeClient, tmp_path: Path) -> None:
+def test_concurrent_requests(bases: KnowledgeClient, tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(
             lambda _: bases.ask("POST", "", json.dumps({"name": "a"}))[0], range(8)
@@ -195,7 +195,7 @@ def test_at_once(bases: KnowledgeClient, tmp_path: Path) -> None:
     assert len(list((tmp_path / "uploads").iterdir())) == 1
 
 
-def test_what_cannot_be_searched(bases: KnowledgeClient) -> None:
+def test_refuses_invalid_search(bases: KnowledgeClient) -> None:
     bases.create("a")
     (file,) = bases.ready("a", bases.upload("a", "a.md", b"A text."))
     for asked, status, param in (
@@ -231,13 +231,13 @@ def test_what_cannot_be_searched(bases: KnowledgeClient) -> None:
         assert bases.ask(method, path)[0] == 404
 
 
-def test_a_method_that_a_path_does_not_have(bases: KnowledgeClient) -> None:
+def test_method_not_allowed(bases: KnowledgeClient) -> None:
     for path, allowed in (("", "GET, POST"), ("/a", "DELETE, GET"), ("/a/search", "POST")):
         status, headers, _ = bases.service.ask("PATCH", BASES + path, b"")
         assert (status, headers["allow"]) == (405, allowed)
 
 
-def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:
+def test_damaged_base_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
     with serve_knowledge(tiny, tmp_path) as running:
         for name in ("good", "bad", "lost"):
             running.create(name)
@@ -266,7 +266,7 @@ def test_a_broken_base_hurts_no_other(tiny: Path, tmp_path: Path) -> None:
         running.ready("bad", running.upload("bad", "a.md", b"A text."))
 
 
-def test_what_the_base_lacks_is_read_again(tiny: Path, tmp_path: Path) -> None:
+def test_missing_documents_are_ingested_again(tiny: Path, tmp_path: Path) -> None:
     """As after a power cut, which may take what SQLite wrote last."""
     embedders = [f"small={tiny}"]
     with serve_knowledge(tiny, tmp_path, embedders=embedders) as running:
@@ -289,7 +289,7 @@ def test_what_the_base_lacks_is_read_again(tiny: Path, tmp_path: Path) -> None:
         assert base.store.chunk_count == base.store.vector_count == 3
 
 
-def test_an_embedder_that_is_offered_no_more(tiny: Path, tmp_path: Path) -> None:
+def test_embedder_no_longer_available(tiny: Path, tmp_path: Path) -> None:
     with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.create("a", "small")
         running.ready("a", running.upload("a", "a.md", b"A text."))
@@ -301,7 +301,7 @@ def test_an_embedder_that_is_offered_no_more(tiny: Path, tmp_path: Path) -> None
         assert running.ask("GET", "/a")[1]["embedder"] == "small"
 
 
-def test_a_reranker_that_fails(tiny: Path, tmp_path: Path) -> None:
+def test_failing_reranker(tiny: Path, tmp_path: Path) -> None:
     """Its context has no room for such a question."""
     with serve_knowledge(tiny, tmp_path, rerankers=[f"judge={tiny}"]) as running:
         running.create("a")
@@ -312,7 +312,7 @@ def test_a_reranker_that_fails(tiny: Path, tmp_path: Path) -> None:
         assert (status, answer["error"]["param"]) == (409, "reranker"), answer
 
 
-def test_another_embedder_under_the_same_name(tiny: Path, tmp_path: Path) -> None:
+def test_different_embedder_under_same_name(tiny: Path, tmp_path: Path) -> None:
     """Its vectors would be compared with those that another model made."""
     with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.create("a", "small")
@@ -333,7 +333,7 @@ def test_another_embedder_under_the_same_name(tiny: Path, tmp_path: Path) -> Non
         assert [hit["doc"] for hit in running.search("a", "text")] == ["b.md"]
 
 
-def test_a_late_removal_spares_what_came_since(tmp_path: Path) -> None:
+def test_late_removal_keeps_newer_file(tmp_path: Path) -> None:
     """As where a slow search holds up the removal of a file that is uploaded again meanwhile."""
     library = Library(tmp_path, RetrievalModels())
     library.start()
@@ -393,7 +393,7 @@ def test_full_disk(fork_server: ForkServer, tiny: Path, tmp_path: Path) -> None:
         assert client.search("a", "small text")[0]["doc"] == "small.md"
 
 
-def test_the_service_ends_while_a_file_is_parsed(tiny: Path, tmp_path: Path) -> None:
+def test_stop_while_parsing(tiny: Path, tmp_path: Path) -> None:
     """Its process is ended with it, and that is no fault of the file."""
     pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(400)]
     with serve_knowledge(tiny, tmp_path) as running:
@@ -404,7 +404,7 @@ def test_the_service_ends_while_a_file_is_parsed(tiny: Path, tmp_path: Path) -> 
         running.ready("a", sent)
 
 
-def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -> None:
+def test_stop_while_embedding(tiny: Path, tmp_path: Path) -> None:
     letters = EmbeddingServer()
     try:
         with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
@@ -418,7 +418,7 @@ def test_the_service_ends_while_a_file_is_embedded(tiny: Path, tmp_path: Path) -
         letters.close()
 
 
-def test_a_catalogue_of_before_there_were_codes_goes_on(tiny: Path, tmp_path: Path) -> None:
+def test_catalogue_of_version_1_is_upgraded(tiny: Path, tmp_path: Path) -> None:
     with serve_knowledge(tiny, tmp_path) as running:
         running.create("notes")
         kept = running.upload("notes", "a.md", b"A text.")

@@ -49,7 +49,9 @@ def uploads(data: Path) -> set[str]:
     return {path.name for path in (data / "uploads").iterdir() if path.is_file()}
 
 
-def test_every_kind_in_both_languages(files: KnowledgeClient, base: str, tmp_path: Path) -> None:
+def test_every_file_type_in_both_languages(
+    files: KnowledgeClient, base: str, tmp_path: Path
+) -> None:
     pages = [
         [(72, 700, "The harbour of the first page.")],
         [(72, 700, "The lighthouse of the second page.")],
@@ -94,7 +96,7 @@ def bomb(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_bad_file_fails_alone(
+def test_bad_file_fails_alone(
     files: KnowledgeClient, base: str, tmp_path: Path, data: Path
 ) -> None:
     bad = {
@@ -126,14 +128,14 @@ def test_a_bad_file_fails_alone(
     assert again["id"] == failed[0]["id"] and again["status"] in ("queued", "reading")
 
 
-def test_a_part_that_cannot_be_read_is_told(files: KnowledgeClient, base: str) -> None:
+def test_partly_unreadable_file(files: KnowledgeClient, base: str) -> None:
     lines = b'{"id": "a", "text": "One good line."}\nnot JSON\n'
     (file,) = files.ready(base, files.upload(base, "a.jsonl", lines))
     assert file["chunks"] == 1 and file["error"].startswith("1 line is not a document; line 2")
     assert file["code"] == "partly"
 
 
-def test_the_same_name_is_replaced(files: KnowledgeClient, base: str, data: Path) -> None:
+def test_same_name_is_replaced(files: KnowledgeClient, base: str, data: Path) -> None:
     (first,) = files.ready(base, files.upload(base, "a.md", b"The old cat."))
     assert files.upload(base, "a.md", b"The old cat.") == first, "it is there already"
     (second,) = files.ready(base, files.upload(base, "a.md", b"The new dog."))
@@ -149,7 +151,7 @@ def test_the_same_name_is_replaced(files: KnowledgeClient, base: str, data: Path
     assert files.search(base, "dog") == []
 
 
-def test_the_same_bytes_are_kept_once(files: KnowledgeClient, base: str, data: Path) -> None:
+def test_same_bytes_are_stored_once(files: KnowledgeClient, base: str, data: Path) -> None:
     content = b"The same bytes."
     sent = [files.upload(base, name, content) for name in ("a.md", "b.txt")]
     first, second = files.ready(base, *sent)
@@ -163,7 +165,7 @@ def test_the_same_bytes_are_kept_once(files: KnowledgeClient, base: str, data: P
     assert files.ask("DELETE", f"/{base}/files/{second['id']}")[0] == 404
 
 
-def test_content_is_saved_and_never_shown(files: KnowledgeClient, base: str) -> None:
+def test_content_is_a_download(files: KnowledgeClient, base: str) -> None:
     content = b"<script>alert(1)</script>"
     (file,) = files.ready(base, files.upload(base, "页 1.html", content), status="failed")
     connection = HTTPConnection("127.0.0.1", files.service.port, timeout=30)
@@ -196,7 +198,7 @@ def test_content_is_saved_and_never_shown(files: KnowledgeClient, base: str) -> 
         ("..", 400),
     ],
 )
-def test_names_that_are_none(
+def test_refuses_invalid_file_name(
     files: KnowledgeClient, base: str, data: Path, name: str, status: int
 ) -> None:
     path = f"{BASES}/{base}/files/{name}"
@@ -208,7 +210,7 @@ def test_names_that_are_none(
     assert uploads(data) == set() and not list(data.parent.rglob("evil*"))
 
 
-def test_a_name_is_normalised(files: KnowledgeClient, base: str) -> None:
+def test_file_name_is_normalised(files: KnowledgeClient, base: str) -> None:
     name = "Über résumé ガ.md"
     for form in ("NFD", "NFC"):
         file = files.upload(base, unicodedata.normalize(form, name), b"One text.")  # type: ignore[arg-type]
@@ -217,7 +219,7 @@ def test_a_name_is_normalised(files: KnowledgeClient, base: str) -> None:
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_a_file_that_is_too_large(
+def test_refuses_too_large_file(
     files: KnowledgeClient, base: str, data: Path, chunked: bool
 ) -> None:
     """Its sender reads the answer, although it has sent all of it."""
@@ -241,7 +243,7 @@ def head_of(base: str, length: int, *more: str) -> bytes:
     return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
 
 
-def test_who_leaves_midway_leaves_nothing(files: KnowledgeClient, base: str, data: Path) -> None:
+def test_interrupted_upload_leaves_nothing(files: KnowledgeClient, base: str, data: Path) -> None:
     partial = data / "uploads/.partial"
     for sent in (0, 1, 150_000):
         connection = socket.create_connection(("127.0.0.1", files.service.port))
@@ -252,7 +254,7 @@ def test_who_leaves_midway_leaves_nothing(files: KnowledgeClient, base: str, dat
     assert uploads(data) == set() and files.ask("GET", f"/{base}/files")[1]["data"] == []
 
 
-def test_a_refusal_comes_before_the_body(files: KnowledgeClient, base: str) -> None:
+def test_error_before_body_is_sent(files: KnowledgeClient, base: str) -> None:
     """Whoever waits for 100 Continue, as curl does, sends nothing in vain."""
     for head, status in (
         (head_of(base, LIMIT + 1, "Expect: 100-continue"), b"413"),
@@ -267,7 +269,7 @@ def test_a_refusal_comes_before_the_body(files: KnowledgeClient, base: str) -> N
             assert connection.recv(1000).split()[1] == status
 
 
-def test_a_key_is_asked_for_first(tiny: Path, tmp_path: Path) -> None:
+def test_key_is_checked_before_upload(tiny: Path, tmp_path: Path) -> None:
     with (
         serve_knowledge(tiny, tmp_path, key="sesame") as guarded,
         socket.create_connection(("127.0.0.1", guarded.service.port)) as connection,
@@ -278,7 +280,7 @@ def test_a_key_is_asked_for_first(tiny: Path, tmp_path: Path) -> None:
         assert not list((tmp_path / "uploads/.partial").iterdir())
 
 
-def test_a_large_file_comes_whole(tiny: Path, tmp_path: Path) -> None:
+def test_large_upload_is_complete(tiny: Path, tmp_path: Path) -> None:
     """Larger than any other body may be."""
     content = b"".join(b"%d\n" % number for number in range(1_000_000))
     with serve_knowledge(tiny, tmp_path) as running:
@@ -290,7 +292,7 @@ def test_a_large_file_comes_whole(tiny: Path, tmp_path: Path) -> None:
         assert (tmp_path / "uploads" / file["sha256"]).read_bytes() == content
 
 
-def test_a_body_that_stops_coming(
+def test_stalled_upload_times_out(
     files: KnowledgeClient, base: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routes, "IDLE_TIMEOUT", 0.2)

@@ -57,7 +57,7 @@ def loaded(service: Service) -> dict[str, bool]:
     return service.ask("GET", "/health/ready")[2]["models"]
 
 
-def test_models_are_loaded_when_they_are_asked_for(tiny: Path, taught: Path) -> None:
+def test_models_load_on_first_use(tiny: Path, taught: Path) -> None:
     with served(tiny, f"other={taught}") as service:
         names = [(card.id, card.kind, card.parent) for card in service.client().models.list()]  # type: ignore[attr-defined]
         assert names == [("tiny", "chat", None), ("other", "chat", None)]
@@ -67,7 +67,7 @@ def test_models_are_loaded_when_they_are_asked_for(tiny: Path, taught: Path) -> 
         assert loaded(service) == {"tiny": True, "other": True}
 
 
-def test_an_adapter_is_a_model_by_its_name(tiny: Path, tuned: Path, tmp_path: Path) -> None:
+def test_adapter_is_served_by_its_name(tiny: Path, tuned: Path, tmp_path: Path) -> None:
     merged = alone(merge_adapter(tuned, tmp_path / "merged", base=tiny))
     with served(tiny, loras=[f"tuned={tuned}"]) as service:
         cards = {card.id: card.parent for card in service.client().models.list()}  # type: ignore[attr-defined]
@@ -86,7 +86,7 @@ def test_an_adapter_is_a_model_by_its_name(tiny: Path, tuned: Path, tmp_path: Pa
         assert found["tiny"] != merged
 
 
-def test_idle_models_go_when_memory_is_short(tiny: Path, taught: Path) -> None:
+def test_idle_models_are_unloaded_when_memory_is_short(tiny: Path, taught: Path) -> None:
     copies = [f"{name}={tiny}" for name in "abc"]
     room = sum(model.weights for model in named_models(copies[:2])) + 4096
     with served(*copies, limits=Limits(memory=room)) as service:
@@ -118,7 +118,7 @@ def test_idle_models_go_when_memory_is_short(tiny: Path, taught: Path) -> None:
         assert said(service, "c") == expected
 
 
-def test_kept_caches_stay_below_the_limit(tiny: Path) -> None:
+def test_prefix_caches_stay_below_memory_limit(tiny: Path) -> None:
     """Also those of models that are in memory already."""
     copies = [f"{name}={tiny}" for name in "ab"]
     room = sum(model.weights for model in named_models(copies)) + 100_000
@@ -135,9 +135,7 @@ def test_kept_caches_stay_below_the_limit(tiny: Path) -> None:
         assert [said(service, name) for name in "ab"] == [expected] * 2
 
 
-def test_asked_for_twice_at_once_it_is_loaded_once(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_requests_load_a_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
     load = Models._load
 
@@ -155,7 +153,7 @@ def test_asked_for_twice_at_once_it_is_loaded_once(
     assert loads == ["a", "b"]
 
 
-def test_a_model_that_cannot_be_loaded_hurts_nobody(tiny: Path, tmp_path: Path) -> None:
+def test_broken_model_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny, broken)
     (broken / "model.safetensors").write_bytes(b"nonsense")
@@ -169,7 +167,7 @@ def test_a_model_that_cannot_be_loaded_hurts_nobody(tiny: Path, tmp_path: Path) 
             said(service, "broken")
 
 
-def test_what_cannot_be_served_together(tiny: Path, taught: Path, tuned: Path) -> None:
+def test_refuses_invalid_models(tiny: Path, taught: Path, tuned: Path) -> None:
     def models(*names: str, loras: tuple[str, ...] = (), **limits: Any) -> Models:
         return Models(named_models(names, loras), Limits(**limits))
 
@@ -192,7 +190,7 @@ def test_what_cannot_be_served_together(tiny: Path, taught: Path, tuned: Path) -
     assert [model.names for model in both.all] == [["a", "y"], ["b", "x"]]
 
 
-def test_a_request_has_its_time(tiny: Path) -> None:
+def test_request_timeout(tiny: Path) -> None:
     with served(tiny, timeout=0.4) as service:
         never = {str(token): -100 for token in service.engine.end_ids}
         long = {**ASKED, "model": "tiny", "max_tokens": 1900, "n": 8, "logit_bias": never}
@@ -206,7 +204,7 @@ def test_a_request_has_its_time(tiny: Path) -> None:
         assert said(service, "tiny") == alone(tiny)
 
 
-def test_tokens_are_counted(service: Service, tiny: Path) -> None:
+def test_tokenize(service: Service, tiny: Path) -> None:
     generator = Generator.from_directory(tiny)
 
     def tokens(**asked: Any) -> dict[str, Any]:
@@ -224,7 +222,7 @@ def test_tokens_are_counted(service: Service, tiny: Path) -> None:
     assert service.ask("POST", "/tokenize", '{"model": "x", "prompt": "y"}')[0] == 404
 
 
-def test_what_was_done_is_counted(tiny: Path) -> None:
+def test_metrics(tiny: Path) -> None:
     with served(tiny) as service:
         asked = {**ASKED, "model": "tiny", "messages": [{"role": "user", "content": "fox " * 20}]}
         service.client().chat.completions.create(**asked)
@@ -246,7 +244,7 @@ def test_what_was_done_is_counted(tiny: Path) -> None:
     assert 0 < cached < float(found['khaosz_prompt_tokens_total{model="tiny"}'])
 
 
-def test_caches_are_counted_while_they_change(tiny: Path) -> None:
+def test_cache_size_is_read_while_caches_change(tiny: Path) -> None:
     """/metrics and who makes room ask for their size beside the engine's thread."""
     runner = Generator.from_directory(tiny).engine.runner
     caches = [runner.new_cache() for _ in range(64)]

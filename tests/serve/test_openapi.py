@@ -30,7 +30,7 @@ HELLO: list[Any] = [{"role": "user", "content": "the fox"}]
         {"response_format": {"type": "json_object"}},
     ],
 )
-def test_chats_are_as_described(service: Service, more: dict[str, Any]) -> None:
+def test_chat_matches_schema(service: Service, more: dict[str, Any]) -> None:
     """They are written as plain JSON, so nothing else would notice."""
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 16, "seed": 1, **more})
     status, _, answer = service.ask("POST", "/v1/chat/completions", body)
@@ -38,14 +38,14 @@ def test_chats_are_as_described(service: Service, more: dict[str, Any]) -> None:
     ChatCompletion.model_validate(answer)
 
 
-def test_completions_are_as_described(service: Service) -> None:
+def test_completion_matches_schema(service: Service) -> None:
     body = json.dumps({"model": "tiny", "prompt": "the", "max_tokens": 4})
     status, _, answer = service.ask("POST", "/v1/completions", body)
     assert status == 200
     TextCompletion.model_validate(answer)
 
 
-def test_the_document_names_models_and_no_422(service: Service) -> None:
+def test_document_names_models_and_no_422(service: Service) -> None:
     document = service.ask("GET", "/openapi.json")[2]
     model = document["components"]["schemas"]["ChatRequest"]["properties"]["model"]
     assert model["enum"] == ["tiny"]
@@ -55,9 +55,7 @@ def test_the_document_names_models_and_no_422(service: Service) -> None:
             assert "422" not in operation["responses"], (method, path)
 
 
-def test_a_method_that_a_path_does_not_have_is_told_those_it_has(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_405_lists_allowed_methods(tiny: Path, tmp_path: Path) -> None:
     with served(tiny, routers=record_routes(tmp_path, tmp_path / "runs")) as service:
         for path, operations in service.ask("GET", "/openapi.json")[2]["paths"].items():
             filled = re.sub(r"{\w+}", "00000000-0000-4000-8000-000000000000", path)
@@ -68,7 +66,7 @@ def test_a_method_that_a_path_does_not_have_is_told_those_it_has(
 
 
 @pytest.mark.slow
-def test_nothing_is_answered_that_is_not_described(tiny: Path, tmp_path: Path) -> None:
+def test_responses_match_document(tiny: Path, tmp_path: Path) -> None:
     """Five minutes of schemathesis: no 5xx, no status, header or body that the document lacks. Not
     asked: that what fits the schemas is taken (some fields only go together, which they can't
     say), and how a body over 4 MB is refused (413, which schemathesis takes for acceptance)."""

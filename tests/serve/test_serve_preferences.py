@@ -1,4 +1,4 @@
-"""Rankings given on the page are records that training reads as they are, and survive a crash."""
+"""Preferences given on the page: training reads them, and they survive crashes."""
 
 from __future__ import annotations
 
@@ -36,15 +36,29 @@ RANKED = {
 PAIR = {"messages": ASKED[1:], "chosen": "闻啼鸟", "rejected": "quick"}
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "preferences.jsonl"
+@pytest.fixture(scope="module")
+def preferences(tmp_path_factory: pytest.TempPathFactory) -> PreferenceFile:
+    return PreferenceFile(tmp_path_factory.mktemp("preferences") / "preferences.jsonl")
 
 
-@pytest.fixture
-def service(tiny: Path, file: Path) -> Iterator[Service]:
-    with served(tiny, routers=[preference_routes(PreferenceFile(file))]) as running:
+@pytest.fixture(scope="module")
+def server(tiny: Path, preferences: PreferenceFile) -> Iterator[Service]:
+    with served(tiny, routers=[preference_routes(preferences)]) as running:
         yield running
+
+
+@pytest.fixture
+def file(preferences: PreferenceFile) -> Iterator[Path]:
+    """Does not exist yet."""
+    yield preferences.path
+    preferences.path.unlink(missing_ok=True)
+    preferences.path.with_suffix(".torn").unlink(missing_ok=True)
+    assert preferences.count() == 0
+
+
+@pytest.fixture
+def service(server: Service, file: Path) -> Service:
+    return server
 
 
 def post(service: Service, asked: dict[str, Any]) -> tuple[int, Any]:
@@ -52,7 +66,7 @@ def post(service: Service, asked: dict[str, Any]) -> tuple[int, Any]:
     return status, answer
 
 
-def test_a_ranking_is_trained_on_as_it_is(service: Service, file: Path, tiny: Path) -> None:
+def test_training_reads_rankings(service: Service, file: Path, tiny: Path, tmp_path: Path) -> None:
     assert post(service, RANKED) == (201, {"object": "preference", "pairs": 5, "count": 1})
     assert post(service, PAIR) == (201, {"object": "preference", "pairs": 1, "count": 2})
     shown = {"object": "preferences", "count": 2, "file": "preferences.jsonl"}
@@ -73,26 +87,26 @@ def test_a_ranking_is_trained_on_as_it_is(service: Service, file: Path, tiny: Pa
         "prompt": ASKED[1:], "answers": ["闻啼鸟", "quick"], "ranking": [0, 1]
     }  # fmt: skip
 
-    # The reader that DPO uses, and DPO itself: every pair is there, those of a ranking together.
+    # The reader of DPO, and DPO itself: all pairs, those of a ranking together.
     data = load_pairs([file], load_tokenizer(tiny), 256)
     assert not any(entry.skipped for entry in data.report.inputs)
     assert len(data.train) == 6
     assert len({pair.group for pair in data.train[:5]}) == 1
     config = TrainConfig.parse(
         {
-            "stage": "dpo", "init_from": tiny, "data": file, "out": file.parent / "dpo",
+            "stage": "dpo", "init_from": tiny, "data": file, "out": tmp_path / "dpo",
             "window": 256, "batch_pairs": 2, "micro_batch": 1, "max_steps": 2, "optimizer": "adamw",
             "lr": 1e-3, "embedding_lr": 1e-3, "dtype": "fp32", "compile": "off", "val_fraction": 0,
         }
     )  # fmt: skip
     context = run(config, console=QUIET)
     assert context.progress.step == 2 and context.windows == 6
-    # `khaosz preference collect` goes on with the file.
+    # `khaosz preference collect` continues the file.
     assert len(ranked_prompts(file, QUIET)) == 2
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"more": 1}, "unknown field"),
         ({"ranked": None}, "give chosen and rejected, or ranked"),
@@ -115,18 +129,18 @@ def test_a_ranking_is_trained_on_as_it_is(service: Service, file: Path, tiny: Pa
         ({"sampling": {"temperatur": 1}}, "unknown field"),
     ],
 )
-def test_what_could_not_be_trained_on_is_refused(
-    service: Service, file: Path, wrong: dict[str, Any], said: str
+def test_refuses_invalid_preference(
+    service: Service, file: Path, wrong: dict[str, Any], message: str
 ) -> None:
     asked = {**RANKED, "finish_reasons": None, **wrong}
     status, answer = post(service, asked)
-    assert status == 400 and said in answer["error"]["message"], answer
+    assert status == 400 and message in answer["error"]["message"], answer
     assert not file.exists()
     assert service.ask("GET", "/v1/preferences")[2]["count"] == 0
     assert service.text("/v1/preferences/export") == (200, "")
 
 
-def test_many_at_once(service: Service, file: Path) -> None:
+def test_concurrent_appends(service: Service, file: Path) -> None:
     def work(number: int) -> None:
         for i in range(10):
             assert post(service, {**PAIR, "chosen": f"{number} {i} " * 3000})[0] == 201
@@ -141,51 +155,51 @@ def test_many_at_once(service: Service, file: Path) -> None:
     assert service.ask("GET", "/v1/preferences")[2]["count"] == 60
 
 
-def test_a_torn_line_is_kept_aside(tmp_path: Path, file: Path) -> None:
+def test_incomplete_line_is_moved_to_another_file(file: Path) -> None:
     PreferenceFile(file).append({"a": "甲" * 50_000})
     whole = file.read_bytes()
     for cut in (1, 2, 50, 70_000, len(whole) - 1):
         file.write_bytes(whole + whole[:cut])
-        mended = PreferenceFile(file)
-        if cut == len(whole) - 1:  # only its end is missing
+        repaired = PreferenceFile(file)
+        if cut == len(whole) - 1:  # only its line break is missing
             assert file.read_bytes() == whole + whole
         else:
             assert file.read_bytes() == whole
-            assert (tmp_path / "preferences.torn").read_bytes() == whole[:cut] + b"\n"
-            (tmp_path / "preferences.torn").unlink()
-        assert mended.count() == file.read_bytes().count(b"\n")
-        assert mended.append({"b": 1}) == mended.count()
+            assert file.with_suffix(".torn").read_bytes() == whole[:cut] + b"\n"
+            file.with_suffix(".torn").unlink()
+        assert repaired.count() == file.read_bytes().count(b"\n")
+        assert repaired.append({"b": 1}) == repaired.count()
         assert all(json.loads(line) for line in file.read_bytes().splitlines())
     file.write_bytes(b"torn")
     assert PreferenceFile(file).count() == 0 and file.read_bytes() == b""
 
 
-def test_others_may_append_and_replace(file: Path) -> None:
-    kept = PreferenceFile(file)
-    assert kept.append({"a": 1}) == 1
+def test_file_changed_by_other_programs(file: Path) -> None:
+    preferences = PreferenceFile(file)
+    assert preferences.append({"a": 1}) == 1
     with file.open("ab") as other:
         other.write(b'{"b": 1}\n{"c": 1}\n{"half')
-    assert kept.count() == 3
-    assert b"".join(kept.lines()) == b'{"a": 1}\n{"b": 1}\n{"c": 1}\n'
+    assert preferences.count() == 3
+    assert b"".join(preferences.lines()) == b'{"a": 1}\n{"b": 1}\n{"c": 1}\n'
     file.write_bytes(b'{"d": 1}\n')
-    assert kept.count() == 1
+    assert preferences.count() == 1
 
 
-def test_nothing_is_appended_to_a_line_without_its_end(service: Service, file: Path) -> None:
-    """An editor has left it so, or a program that was killed while it wrote."""
+def test_append_after_incomplete_line(service: Service, file: Path) -> None:
+    """Left by an editor, or by a program that was killed while it wrote."""
     assert post(service, PAIR)[0] == 201
     record = file.read_bytes()
-    for end, aside in ((record[:-1], b""), (record + b'{"half', b'{"half\n')):
-        file.write_bytes(end)
+    for content, moved in ((record[:-1], b""), (record + b'{"half', b'{"half\n')):
+        file.write_bytes(content)
         assert post(service, RANKED)[1]["count"] == 2
         first, second = file.read_bytes().splitlines(keepends=True)
         assert first == record and json.loads(second)["ranking"] == [0, [1, 2], 3]
         torn = file.with_suffix(".torn")
-        assert (torn.read_bytes() if torn.exists() else b"") == aside
+        assert (torn.read_bytes() if torn.exists() else b"") == moved
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of that kind")
-def test_a_full_disk_leaves_whole_lines(service: Service, file: Path) -> None:
+def test_full_disk_leaves_complete_lines(service: Service, file: Path) -> None:
     import resource
 
     assert post(service, PAIR)[0] == 201
@@ -201,7 +215,7 @@ def test_a_full_disk_leaves_whole_lines(service: Service, file: Path) -> None:
     assert post(service, PAIR)[1]["count"] == 2
 
 
-def test_a_file_that_cannot_be_used(tmp_path: Path) -> None:
+def test_refuses_unusable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be used"):
         PreferenceFile(tmp_path)
     assert os.listdir(tmp_path) == []

@@ -74,7 +74,7 @@ def steps(count: int, every: int = 1) -> list[dict[str, Any]]:
     return [{"step": i, "loss": 9 / i, "elapsed_s": i / 8} for i in range(every, count + 1, every)]
 
 
-def test_a_real_run(service: Service, folder: Path, prepared_dir: Path) -> None:
+def test_real_run(service: Service, folder: Path, prepared_dir: Path) -> None:
     config = TrainConfig.parse(
         {
             "stage": "pt", "data": prepared_dir, "out": folder / "演示/pt", "size": "nano",
@@ -126,7 +126,7 @@ def test_long_runs_are_thinned(service: Service, folder: Path) -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=3 * MAX_ROWS), st.integers(0, 3))
-def test_what_is_choose(validated: list[bool], more: int) -> None:
+def test_choice_of_rows(validated: list[bool], more: int) -> None:
     validated = validated * 4**more
     kept = _choose(validated)
     assert len(kept) == min(len(validated), MAX_ROWS)
@@ -137,13 +137,13 @@ def test_what_is_choose(validated: list[bool], more: int) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 57, 998, 999, 1000, 5000])
-def test_reading_from_the_end_misses_nothing(tmp_path: Path, after: int) -> None:
+def test_rows_after_step(tmp_path: Path, after: int) -> None:
     path = written(tmp_path / "run", steps(1000)) / "metrics.jsonl"
     found, thinned = rows_after(path, after)
     assert [row["step"] for row in found] == list(range(after + 1, 1001)) and not thinned
 
 
-def test_a_line_half_written_is_left_for_the_next_time(service: Service, folder: Path) -> None:
+def test_incomplete_line_is_read_later(service: Service, folder: Path) -> None:
     path = written(folder / "torn", steps(3), torn='{"step": 4, "lo') / "metrics.jsonl"
     assert [row["step"] for row in metrics(service, "torn")["rows"]] == [1, 2, 3]
     assert one(service, "torn")["step"] == 3
@@ -152,7 +152,7 @@ def test_a_line_half_written_is_left_for_the_next_time(service: Service, folder:
     assert metrics(service, "torn", 3)["rows"] == [{"step": 4, "loss": 2.0}]
 
 
-def test_strange_lines_do_no_harm(service: Service, folder: Path) -> None:
+def test_invalid_lines_are_skipped(service: Service, folder: Path) -> None:
     path = written(folder / "strange", [])
     with (path / "metrics.jsonl").open("w") as file:
         file.write('\n\x00\n[1]\n"x"\n{}\n{"step": "1"}\n{"step": true}\n{"step": 1.5}\n')
@@ -190,7 +190,7 @@ def test_strange_lines_do_no_harm(service: Service, folder: Path) -> None:
     })  # fmt: skip
 
 
-def test_the_state_of_a_run(service: Service, folder: Path) -> None:
+def test_run_state(service: Service, folder: Path) -> None:
     path = written(folder / "state", steps(30), max_steps=60, log_every=10)
 
     def aged(seconds: float) -> str:
@@ -219,7 +219,9 @@ def test_the_state_of_a_run(service: Service, folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="symbolic links and pipes")
-def test_there_is_no_way_out(service: Service, folder: Path, tmp_path: Path) -> None:
+def test_paths_outside_the_folder_are_not_found(
+    service: Service, folder: Path, tmp_path: Path
+) -> None:
     outside = written(tmp_path / "outside", steps(3))
     inside = written(folder / "inside", steps(3))
     (folder / "link").symlink_to(outside)
@@ -247,7 +249,7 @@ def test_there_is_no_way_out(service: Service, folder: Path, tmp_path: Path) -> 
     assert get(service, "/inside/config")[1]["plan"] is None
 
 
-def test_odd_questions(service: Service, folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_refuses_invalid_query(service: Service, folder: Path, tiny: Path, tmp_path: Path) -> None:
     written(folder / "odd", steps(3))
     for query in ("after=-1", "after=x", "after=1.5", "more=1", f"after={2**60}"):
         assert get(service, f"/odd/metrics?{query}")[0] == 400, query
@@ -256,7 +258,7 @@ def test_odd_questions(service: Service, folder: Path, tiny: Path, tmp_path: Pat
         assert get(nothing, "") == (200, {"object": "list", "data": []})
 
 
-def test_the_newest_samples(tmp_path: Path) -> None:
+def test_newest_samples(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
     rows = [{"step": i, "prompt": "p", "text": "x" * 1000} for i in range(1, 5001)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,7 +1,8 @@
-"""What the service does under load, with clients that leave, and against strangers."""
+"""Load, disconnecting clients, failing engines, and access checks."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import openai
 import pytest
 from serving import Service, served, wait_until
 
+import khaosz.serve
 from khaosz.errors import ConfigError
 from khaosz.inference.request import Sequence
 from khaosz.interop.models import default_name
@@ -30,7 +33,7 @@ LONG: dict[str, Any] = {"model": "tiny", "messages": HELLO, "max_tokens": 1900, 
 
 
 def raw_request(service: Service, body: dict[str, Any]) -> socket.socket:
-    """A chat that is asked for and not read."""
+    """A chat whose response is not read."""
     content = json.dumps(body).encode()
     head = (
         f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{service.port}\r\n"
@@ -41,22 +44,22 @@ def raw_request(service: Service, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
-def held(service: Service) -> int:
+def open_requests(service: Service) -> int:
     loaded = service.models.all[0].loaded
     assert loaded is not None
-    return loaded.worker.held
+    return loaded.worker.open_requests
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_amid_the_answer_frees_the_place(service: Service, stream: bool) -> None:
+def test_disconnect_while_decoding_frees_slot(service: Service, stream: bool) -> None:
     connection = raw_request(service, {**LONG, "stream": stream})
     wait_until(lambda: any(each.generated for each in service.engine._running))
     connection.close()
-    wait_until(lambda: not service.engine.unfinished, seconds=0.5)  # the answer takes longer
-    assert held(service) == 0
+    wait_until(lambda: not service.engine.unfinished, seconds=0.5)  # the whole answer takes longer
+    assert open_requests(service) == 0
 
 
-def test_the_official_client_leaves(service: Service) -> None:
+def test_openai_client_disconnects(service: Service) -> None:
     stream = service.client().chat.completions.create(**LONG, stream=True)
     for _ in range(3):
         next(iter(stream))
@@ -64,78 +67,79 @@ def test_the_official_client_leaves(service: Service) -> None:
     wait_until(lambda: not service.engine.unfinished, seconds=0.5)
 
 
-def stopped_before_a_step(service: Service) -> tuple[list[int], threading.Event]:
-    """The chunks of each step that began, and what lets them all go on."""
+def block_steps(service: Service) -> tuple[list[int], threading.Event]:
+    """The numbers of chunks of the steps that started, and the event that lets steps run."""
     runner = service.engine.runner
-    run, passes, go_on = runner.run, [], threading.Event()
+    run, steps, resume = runner.run, [], threading.Event()
 
     def slow(chunks: Any) -> Any:
-        passes.append(len(chunks))
-        assert go_on.wait(60)
+        steps.append(len(chunks))
+        assert resume.wait(60)
         return run(chunks)
 
     runner.run = slow  # type: ignore[method-assign]
-    return passes, go_on
+    return steps, resume
 
 
-def test_who_leaves_amid_the_prompt_frees_the_place(tiny: Path) -> None:
-    """The engine is held after the first part of the prompt until the client has gone."""
+def test_disconnect_during_prefill_frees_slot(tiny: Path) -> None:
+    """The engine is blocked in the first part of the prompt until the client has disconnected."""
     with served(tiny, step_tokens=16) as service:
-        passes, go_on = stopped_before_a_step(service)
+        steps, resume = block_steps(service)
         body = {**LONG, "messages": [{"role": "user", "content": "春 fox " * 200}], "stream": True}
         connection = raw_request(service, body)
-        wait_until(lambda: len(passes) == 1)
+        wait_until(lambda: len(steps) == 1)
         connection.close()
-        wait_until(lambda: held(service) == 0)
-        go_on.set()
+        wait_until(lambda: open_requests(service) == 0)
+        resume.set()
         wait_until(lambda: not service.engine.unfinished)
-        assert len(passes) == 1, "it went on reading a prompt that nobody asks about any more"
+        assert len(steps) == 1, "the rest of the prompt was processed"
 
 
-def test_who_reads_no_more_has_its_place_for_the_time_of_a_request(tiny: Path) -> None:
-    """More is said than the buffers between the two take, so that the server can't go on."""
-    with served(tiny, timeout=3) as service:
+def test_stalled_reader_loses_slot_at_timeout(tiny: Path) -> None:
+    """The answer is larger than the socket buffers, so that the server has to wait for the
+    client."""
+    with served(tiny, timeout=2) as service:
         loud = {"n": 32, "logprobs": True, "top_logprobs": 20, "stream": True}
         connection = raw_request(service, {**LONG, **loud})
-        wait_until(lambda: held(service) == 1)
-        wait_until(lambda: held(service) == 0, seconds=20)
+        wait_until(lambda: open_requests(service) == 1)
+        wait_until(lambda: open_requests(service) == 0, seconds=20)
         loaded = service.models.all[0].loaded
         assert loaded is not None and loaded.users == 0
         connection.close()
 
 
-def test_waiting_for_the_engine_is_part_of_a_requests_time(tiny: Path) -> None:
-    """It is amid a step, and can't take anything on."""
-    with served(tiny, timeout=3) as service:
-        passes, go_on = stopped_before_a_step(service)
+def test_timeout_includes_waiting_for_engine(tiny: Path) -> None:
+    """The engine is blocked in a step, and cannot add a request."""
+    with served(tiny, timeout=1) as service:
+        steps, resume = block_steps(service)
         connection = raw_request(service, {**LONG, "stream": True})
         try:
-            wait_until(lambda: bool(passes))
+            wait_until(lambda: bool(steps))
             with pytest.raises(openai.APIStatusError) as late:
                 service.client().chat.completions.create(**LONG)
             assert late.value.status_code == 504 and late.value.code == "request_timeout"
-            wait_until(lambda: held(service) == 0)
+            wait_until(lambda: open_requests(service) == 0)
         finally:
-            go_on.set()
+            resume.set()
             connection.close()
         wait_until(lambda: not service.engine.unfinished)
         service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
 
 
-def test_a_full_queue_says_when_to_come_again(tiny: Path) -> None:
+def test_full_queue_sends_retry_after(tiny: Path) -> None:
     with served(tiny, limits=Limits(max_queue=1)) as service:
-        held = raw_request(service, {**LONG, "stream": True})
+        first = raw_request(service, {**LONG, "stream": True})
         wait_until(lambda: service.engine.unfinished)
         with pytest.raises(openai.InternalServerError) as full:
             service.client().chat.completions.create(**LONG)
         assert full.value.status_code == 503 and full.value.code == "queue_full"
         assert int(full.value.response.headers["retry-after"]) >= 1
-        held.close()
+        first.close()
         wait_until(lambda: not service.engine.unfinished)
         service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
 
 
-def test_a_step_that_fails_hurts_nobody_after_it(
+def test_engine_recovers_from_failed_step(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with served(tiny) as service:
@@ -144,7 +148,7 @@ def test_a_step_that_fails_hurts_nobody_after_it(
 
         def broken(chunks: Any) -> Any:
             run(chunks)
-            for chunk in chunks:  # nobody knows what a step that failed has written
+            for chunk in chunks:  # a failed step may have written anything
                 for store in chunk.cache._stores:
                     store.fill_(9.0)
             raise RuntimeError("secret /path")
@@ -156,7 +160,7 @@ def test_a_step_that_fails_hurts_nobody_after_it(
         assert "secret" not in str(failed.value)
         with pytest.raises(openai.APIError, match="the answer failed"):
             list(client.chat.completions.create(**short, stream=True))
-        assert "secret /path" in caplog.text  # whoever runs the server can see it
+        assert "secret /path" in caplog.text  # the log has it
         monkeypatch.setattr(service.engine.runner, "run", run)
         after = client.chat.completions.create(**short).choices[0].message.content
     with served(tiny) as fresh:
@@ -164,7 +168,7 @@ def test_a_step_that_fails_hurts_nobody_after_it(
     assert after == expected
 
 
-def test_a_request_that_is_not_taken_on_hurts_nobody(
+def test_failure_to_add_request_leaves_others(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*given: Any) -> Any:
@@ -178,13 +182,11 @@ def test_a_request_that_is_not_taken_on_hurts_nobody(
     service.client().chat.completions.create(**{**LONG, "max_tokens": 2})
 
 
-def test_requests_do_not_wait_for_a_thread_that_has_ended(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ended_engine_thread_fails_requests(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with served(tiny) as service:
         stream = service.client().chat.completions.create(**LONG, stream=True)
         next(iter(stream))
-        # Nothing that a request does gets this far; it stands for a defect of ours.
+        # No request can cause this; it stands for a defect in the engine.
         monkeypatch.setattr(threading, "excepthook", lambda _: None)
         monkeypatch.setattr(service.engine, "take", None)
         with pytest.raises(openai.APIError, match="the answer failed"):
@@ -195,9 +197,7 @@ def test_requests_do_not_wait_for_a_thread_that_has_ended(
             service.client().chat.completions.create(**LONG)
 
 
-def test_one_answer_fails_and_its_neighbour_does_not(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_answer_leaves_its_batch(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     from khaosz.errors import GenerationError
 
     choose = Sequence._choose
@@ -210,20 +210,20 @@ def test_one_answer_fails_and_its_neighbour_does_not(
     asked = {**LONG, "max_tokens": 40}
     expected = service.client().chat.completions.create(**asked).choices[0].message.content
     monkeypatch.setattr(Sequence, "_choose", choosing)
-    found: list[str | None] = []
+    answers: list[str | None] = []
 
     def neighbour() -> None:
-        found.append(service.client().chat.completions.create(**asked).choices[0].message.content)
+        answers.append(service.client().chat.completions.create(**asked).choices[0].message.content)
 
     thread = threading.Thread(target=neighbour)
     thread.start()
     with pytest.raises(openai.APIError, match="not finite"):
         list(service.client().chat.completions.create(**asked, seed=13, stream=True))
     thread.join()
-    assert found == [expected]
+    assert answers == [expected]
 
 
-def test_strangers_are_refused(service: Service) -> None:
+def test_host_and_origin_are_checked(service: Service) -> None:
     def status(**headers: str) -> int:
         return service.ask("GET", "/v1/models", **headers)[0]
 
@@ -236,8 +236,8 @@ def test_strangers_are_refused(service: Service) -> None:
         assert status(Host=here, Origin=origin) == 403, origin
 
 
-def test_named_origins_are_let_in(tiny: Path) -> None:
-    """A page elsewhere, or a proxy before this server, once somebody has named it."""
+def test_allowed_origins(tiny: Path) -> None:
+    """A page of another origin, or a proxy in front of this server, that --origin names."""
     page = "https://chat.example.org"
     with served(tiny, key="sesame", origins=[page + "/"]) as service:
         key = {"Authorization": "Bearer sesame"}
@@ -245,7 +245,7 @@ def test_named_origins_are_let_in(tiny: Path) -> None:
         assert status == 200 and headers["access-control-allow-origin"] == page
         assert "access-control-allow-credentials" not in headers
         status, headers, _ = service.ask("GET", "/v1/models", Origin=page)
-        assert status == 401 and headers["access-control-allow-origin"] == page  # it can say why
+        assert status == 401 and headers["access-control-allow-origin"] == page
         asked = {"Access-Control-Request-Method": "PUT", "Origin": page}
         connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
         connection.request("OPTIONS", "/v1/chat/completions", headers=asked)
@@ -254,7 +254,7 @@ def test_named_origins_are_let_in(tiny: Path) -> None:
             answer.getheader("access-control-allow-methods") or ""
         )
         connection.close()
-        # The proxy passes on the name that it was called by.
+        # The proxy forwards the Host header that it got.
         through = {"Host": "chat.example.org", "Origin": page, **key}
         assert service.ask("GET", "/v1/models", **through)[0] == 200
         for other in (
@@ -278,17 +278,17 @@ def test_named_origins_are_let_in(tiny: Path) -> None:
             Guard(None, key=None, hosts=None, origins=[wrong])  # type: ignore[arg-type]
 
 
-def test_bodies_are_bounded(service: Service) -> None:
+def test_body_limit(service: Service) -> None:
     body = json.dumps({"model": "tiny", "prompt": "x" * MAX_BODY})
     status, _, answer = service.ask("POST", "/v1/completions", body)
     assert status == 413 and "4,194,304 bytes" in answer["error"]["message"]
-    # Without a length that is told beforehand, too.
+    # Also without Content-Length.
     parts = (b" " * 65536 for _ in range(80))
     status, _, _ = service.ask("POST", "/v1/completions", parts)  # type: ignore[arg-type]
     assert status == 413
 
 
-def test_a_key_is_checked(tiny: Path) -> None:
+def test_key_is_checked(tiny: Path) -> None:
     with served(tiny, key="sesame") as service:
         for wrong in ("none", "sesam", "sesame2"):
             with pytest.raises(openai.AuthenticationError) as refused:
@@ -300,14 +300,16 @@ def test_a_key_is_checked(tiny: Path) -> None:
         assert service.client("sesame").models.list().data[0].id == "tiny"
 
 
-def serve_here(model: Path, address: Address, timeout: float) -> None:
+def serve_here(
+    model: Path, address: Address, timeout: float, serve: Callable[..., None] = serve
+) -> None:
     serve(
         [str(model)], data=model / "data", runs=model / "runs", max_upload=1, address=address,
         device="cpu", limits=Limits(), timeout=timeout, announce=print,
     )  # fmt: skip
 
 
-def test_what_cannot_be_served(tiny: Path) -> None:
+def test_refuses_invalid_address(tiny: Path) -> None:
     def run(**changed: Any) -> None:
         timeout = changed.pop("timeout", 1.0)
         serve_here(tiny, Address(**{"port": 0, **changed}), timeout)
@@ -333,16 +335,20 @@ def test_what_cannot_be_served(tiny: Path) -> None:
     assert default_name(Path("/m/a.Q4_0.gguf")) == "a.Q4_0"
 
 
-def test_a_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the service, imported for the first time."""
+    monkeypatch.setattr(khaosz, "serve", khaosz.serve)  # restores the attribute at the end
+    for name in [name for name in sys.modules if name.startswith("khaosz.serve")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    monkeypatch.delitem(sys.modules, "khaosz.serve.app")
+    run = importlib.import_module("khaosz.serve.run")
     with pytest.raises(ConfigError, match="needs fastapi") as missing:
-        serve_here(tiny, Address(port=0), 1.0)
+        serve_here(tiny, run.Address(port=0), 1.0, run.serve)
     assert missing.value.hint == "pip install 'khaosz[serve]'"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
-def test_the_command_serves_and_drains(tiny: Path, tmp_path: Path) -> None:
+def test_command_serves_and_drains(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "khaosz", "serve", str(tiny), "--port", "0", "--device", "cpu"]
     command += ["--data", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -351,15 +357,15 @@ def test_the_command_serves_and_drains(tiny: Path, tmp_path: Path) -> None:
         line = process.stdout.readline()
         assert line.startswith("tiny: http://127.0.0.1:")
         client = openai.OpenAI(base_url=line.split()[1], api_key="none", max_retries=0)
-        stream = client.chat.completions.create(**{**LONG, "max_tokens": 800}, stream=True)
+        stream = client.chat.completions.create(**{**LONG, "max_tokens": 400}, stream=True)
         first = next(iter(stream))
         process.send_signal(signal.SIGTERM)
-        began = time.monotonic()
+        signalled = time.monotonic()
         rest = [chunk.choices[0] for chunk in stream]
         assert first.choices[0].delta.role == "assistant"
         assert rest[-1].finish_reason == "length"
         assert process.wait(timeout=10) == -signal.SIGTERM
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - signalled < 20
         with pytest.raises(openai.APIConnectionError):
             client.models.list()
     finally:

@@ -50,7 +50,7 @@ def test_both_backends_separate_reasoning(thinker: Service, taught: Path) -> Non
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_the_oldest_are_left_out_whether_the_server_counts_or_refuses(
+def test_oldest_turns_are_left_out(
     thinker: Service, counts: bool
 ) -> None:
     backend = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
@@ -65,7 +65,7 @@ def test_the_oldest_are_left_out_whether_the_server_counts_or_refuses(
     assert backend._can_count == counts
 
 
-def test_an_answer_has_room_where_the_server_can_count(thinker: Service) -> None:
+def test_answer_fits_where_server_counts_tokens(thinker: Service) -> None:
     backend = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
     conversation = Conversation(GREEDY)
 

@@ -46,7 +46,7 @@ def streamed(service: Service, **asked: Any) -> tuple[dict[str, Any], str | None
     return message, reason
 
 
-def test_reasoning_is_apart_from_the_answer(learned: Service) -> None:
+def test_reasoning_is_separated(learned: Service) -> None:
     asked = {**GREEDY, "messages": said("think")}
     [choice] = learned.client().chat.completions.create(**asked).choices
     assert choice.message.content == "二" and choice.finish_reason == "stop"
@@ -58,7 +58,7 @@ def test_reasoning_is_apart_from_the_answer(learned: Service) -> None:
     assert not hasattr(plain.choices[0].message, "reasoning_content")
 
 
-def test_a_call_is_a_call(learned: Service) -> None:
+def test_tool_call(learned: Service) -> None:
     asked = {**GREEDY, "messages": said("weather"), "tools": [WEATHER]}
     [choice] = learned.client().chat.completions.create(**asked).choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "I look."
@@ -72,7 +72,7 @@ def test_a_call_is_a_call(learned: Service) -> None:
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_several_calls_at_once_where_they_may(learned: Service, parallel: bool) -> None:
+def test_parallel_tool_calls(learned: Service, parallel: bool) -> None:
     asked = {
         **GREEDY, "messages": said("both"), "tools": [WEATHER], "parallel_tool_calls": parallel
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_several_calls_at_once_where_they_may(learned: Service, parallel: bool) 
     assert len(streamed(learned, **asked)[0]["tool_calls"]) == len(cities)
 
 
-def test_half_a_character_in_a_call_ends_no_answer(learned: Service) -> None:
+def test_lone_surrogate_in_call(learned: Service) -> None:
     """An escape of a lone surrogate, as a weak model writes it amid an emoji."""
     asked = {**GREEDY, "messages": said("half"), "tools": [WEATHER]}
     [choice] = learned.client().chat.completions.create(**asked).choices
@@ -92,7 +92,7 @@ def test_half_a_character_in_a_call_ends_no_answer(learned: Service) -> None:
     assert (reason, message["tool_calls"][0]["arguments"]) == ("tool_calls", '{"city": "?"}')
 
 
-def test_without_tools_nothing_is_a_call(learned: Service) -> None:
+def test_no_calls_without_tools(learned: Service) -> None:
     """`none` keeps them from the model; marks that it writes all the same are its text."""
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
         asked = {**GREEDY, "messages": said("weather"), **more}
@@ -101,7 +101,7 @@ def test_without_tools_nothing_is_a_call(learned: Service) -> None:
         assert choice.finish_reason in ("stop", "length")
 
 
-def test_the_round_trip_of_a_tool(learned: Service) -> None:
+def test_tool_result_round_trip(learned: Service) -> None:
     """The client's own messages go back as they came, with the tool's answer."""
     client = learned.client()
     messages = said("weather")
@@ -120,9 +120,7 @@ def test_the_round_trip_of_a_tool(learned: Service) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("choice", ["required", "weather", "time"])
-def test_a_call_that_must_be_made_is_made(
-    tiny: Path, service: Service, choice: str, seed: int
-) -> None:
+def test_required_tool_call(tiny: Path, service: Service, choice: str, seed: int) -> None:
     """By a model of random weights, which would never have called by itself."""
     named = {"type": "function", "function": {"name": choice}}
     asked: dict[str, Any] = {
@@ -162,14 +160,14 @@ def test_a_call_that_must_be_made_is_made(
          "messages.0.tool_calls.0.function.arguments"),
     ],
 )  # fmt: skip
-def test_wrong_tools_are_named(service: Service, more: dict[str, Any], param: str | None) -> None:
+def test_error_names_tool_field(service: Service, more: dict[str, Any], param: str | None) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         service.client().chat.completions.create(**{"model": "tiny", "messages": said("x"), **more})
     assert caught.value.param == param
     assert "tool" in str(caught.value)
 
 
-def test_what_is_nested_too_deep_is_refused(service: Service) -> None:
+def test_refuses_deep_nesting(service: Service) -> None:
     """Not so deep that the body can't be read, but the template's text can't be made of it."""
     deep = '{"a": ' * 900 + "1" + "}" * 900
     tool = '{"type": "function", "function": {"name": "f", "parameters": ' + deep + "}}"
@@ -184,7 +182,7 @@ def test_what_is_nested_too_deep_is_refused(service: Service) -> None:
         assert (status, answer["error"]["message"]) == (400, "values nested too deep")
 
 
-def test_a_template_that_knows_no_tools_is_told_of_them(tiny: Path, tmp_path: Path) -> None:
+def test_template_without_tools(tiny: Path, tmp_path: Path) -> None:
     """A template that does not mention tools would leave them out without a word."""
     tokenizer = load_tokenizer(tiny)
     turns = [

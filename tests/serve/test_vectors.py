@@ -30,7 +30,7 @@ def vectors(tiny: Path) -> Iterator[Service]:
         yield running
 
 
-def test_openai_gets_the_embedders_vectors(vectors: Service, tiny: Path) -> None:
+def test_embeddings_match_embedder(vectors: Service, tiny: Path) -> None:
     """Its client asks for base64 by itself."""
     embedder = open_embedder(str(tiny))
     answer = vectors.client().embeddings.create(model="small", input=TEXTS)
@@ -58,7 +58,7 @@ def test_base64_is_little_endian_float32(vectors: Service, tiny: Path) -> None:
     )
 
 
-def test_passages_are_ranked_by_the_judge(vectors: Service, tiny: Path) -> None:
+def test_rerank_matches_reranker(vectors: Service, tiny: Path) -> None:
     scores = open_reranker(str(tiny)).scores("the fox", TEXTS)
     order = sorted(range(3), key=lambda i: -scores[i])
     asked = {"model": "judge", "query": "the fox", "documents": [TEXTS[0], {"text": TEXTS[1]}, "x"]}
@@ -72,7 +72,7 @@ def test_passages_are_ranked_by_the_judge(vectors: Service, tiny: Path) -> None:
     assert [row["document"] for row in answer["results"]] == [{"text": TEXTS[order[0]]}]
 
 
-def test_they_are_listed_as_what_they_are(vectors: Service) -> None:
+def test_models_list_has_kinds(vectors: Service) -> None:
     cards = {card.id: card for card in vectors.client().models.list()}
     kinds = {name: card.kind for name, card in cards.items()}  # type: ignore[attr-defined]
     assert kinds == {"tiny": "chat", "small": "embedding", "judge": "rerank"}
@@ -99,7 +99,7 @@ def test_they_are_listed_as_what_they_are(vectors: Service) -> None:
         ("embeddings", {"model": "small", "input": "x" * 9000}, 200, None),
     ],
 )
-def test_what_is_wrong_is_named(
+def test_error_names_field(
     vectors: Service, path: str, asked: dict[str, Any], status: int, param: str | None
 ) -> None:
     found, _, answer = vectors.ask("POST", f"/v1/{path}", json.dumps(asked))
@@ -107,7 +107,7 @@ def test_what_is_wrong_is_named(
     assert status == 200 or answer["error"]["param"] == param
 
 
-def test_asked_for_twice_at_once_it_is_opened_once(
+def test_concurrent_requests_open_an_embedder_once(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
@@ -126,7 +126,7 @@ def test_asked_for_twice_at_once_it_is_opened_once(
     assert opened == [str(tiny)]
 
 
-def test_who_waits_for_a_slow_embedder_holds_up_no_chat(tiny: Path) -> None:
+def test_slow_embedder_does_not_block_chats(tiny: Path) -> None:
     """More requests than the event loop has threads (32 at most)."""
     letters = EmbeddingServer()
     letters.open.clear()
@@ -135,7 +135,7 @@ def test_who_waits_for_a_slow_embedder_holds_up_no_chat(tiny: Path) -> None:
         waiting = [HTTPConnection("127.0.0.1", service.port, timeout=30) for _ in range(40)]
         for each in waiting:
             each.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
-        wait_until(lambda: bool(letters.asked))
+        wait_until(lambda: bool(letters.received))
         service.client().with_options(timeout=10).chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "x"}], max_tokens=2
         )

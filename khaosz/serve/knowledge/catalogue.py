@@ -139,10 +139,10 @@ class Catalogue:
         """Delete its files, and mark it. Returns False if it does not exist."""
         with self._writing():
             self._db.execute("DELETE FROM files WHERE base = ?", (name,))
-            found = self._db.execute(
+            marked = self._db.execute(
                 "UPDATE bases SET deleting = 1 WHERE name = ? AND NOT deleting", (name,)
             )
-            return found.rowcount > 0
+            return marked.rowcount > 0
 
     def drop_base(self, name: str) -> None:
         with self._writing():
@@ -172,10 +172,10 @@ class Catalogue:
         as they are, unless reading them failed. None if the base does not exist."""
         file_id = "file-" + hashlib.sha256(f"{name}\0{sha256}".encode()).hexdigest()[:32]
         with self._writing():
-            found = self._db.execute(
+            exists = self._db.execute(
                 "SELECT 1 FROM bases WHERE name = ? AND NOT deleting", (base,)
             ).fetchone()
-            if found is None:
+            if exists is None:
                 return None
             known = self._db.execute(
                 f"{_FILE} WHERE base = ? AND id = ? AND status NOT IN ('failed', 'removed')",
@@ -203,11 +203,7 @@ class Catalogue:
 
     def is_still(self, status: Status, row: FileRow) -> bool:
         """Whether it has this status, and was not removed or replaced meanwhile."""
-        with self._lock:
-            found = self._db.execute(
-                "SELECT 1 FROM files WHERE number = ? AND status = ?", (row.number, status)
-            ).fetchone()
-        return found is not None
+        return self._any_file("number = ? AND status = ?", row.number, status)
 
     def settle(
         self,
@@ -258,8 +254,9 @@ class Catalogue:
             return {row[0] for row in rows}
 
     def is_used(self, sha256: str) -> bool:
+        return self._any_file("sha256 = ? AND status != 'removed'", sha256)
+
+    def _any_file(self, condition: str, *values: str | int) -> bool:
         with self._lock:
-            found = self._db.execute(
-                "SELECT 1 FROM files WHERE sha256 = ? AND status != 'removed'", (sha256,)
-            ).fetchone()
-        return found is not None
+            rows = self._db.execute(f"SELECT 1 FROM files WHERE {condition} LIMIT 1", values)
+            return rows.fetchone() is not None

@@ -124,7 +124,7 @@ class ConversationStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        # A connection of its own costs a tenth of a millisecond and waits for nobody. The writer's
+        # A connection of its own costs a tenth of a millisecond and waits for no other. The writer's
         # stays open, so closing this one is never the last and writes nothing.
         with closing(self._connect()) as db:
             db.execute("BEGIN")
