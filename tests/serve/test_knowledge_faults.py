@@ -257,7 +257,8 @@ def test_damaged_base_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
         ):
             status, answer = running.ask(method, path, body)
             assert status == 409 and str(tmp_path) not in json.dumps(answer), answer
-        # What was lost is read again from the upload.
+        # The lost one is ingested again from the upload; until that is noticed, its file is ready.
+        wait_until(lambda: running.search("lost", "text") != [])
         wait_until(lambda: running.ask("GET", "/lost/files")[1]["data"][0]["status"] == "ready")
         for name in ("good", "lost"):
             assert running.search(name, "text")[0]["doc"] == "a.md"

@@ -124,8 +124,8 @@ class ConversationStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        # A connection of its own costs a tenth of a millisecond and waits for no other. The writer's
-        # stays open, so closing this one is never the last and writes nothing.
+        # Its own connection, which costs 0.1 ms and waits for no other. The writer's stays open, so
+        # closing this one is never the last and writes nothing.
         with closing(self._connect()) as db:
             db.execute("BEGIN")
             yield db
