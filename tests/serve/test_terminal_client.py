@@ -50,9 +50,7 @@ def test_both_backends_separate_reasoning(thinker: Service, taught: Path) -> Non
 
 
 @pytest.mark.parametrize("counts", [True, False])
-def test_oldest_turns_are_left_out(
-    thinker: Service, counts: bool
-) -> None:
+def test_oldest_turns_are_left_out(thinker: Service, counts: bool) -> None:
     backend = ServerBackend(f"http://127.0.0.1:{thinker.port}/v1")
     backend._can_count = counts  # as with a server that has no /tokenize
     old = [
