@@ -186,31 +186,30 @@ def _ours_sft(
 def _ours_dpo(
     args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
 ) -> dict[str, Any]:
-    """Sets up a run as `khaosz.trainer.stages.build.build_pairs` does, without reading text."""
+    """Sets up a run as `khaosz.trainer.stages.assembly.assemble_pairs` does, without reading text."""
     from rich.console import Console
 
     from khaosz.data.records.preference import EncodedPair
-    from khaosz.trainer.calibration import apply_plan, rows_per_step
-    from khaosz.trainer.stages.build import _calibrated
+    from khaosz.trainer.open_run import OpenRun, RunOrigin
+    from khaosz.trainer.stages.assembly import plan_packed
     from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
     from khaosz.trainer.stages.pairs import PairSet
     from khaosz.trainer.stages.reference import add_reference
+    from khaosz.trainer.strategy import BatchLayout
 
     pairs = [EncodedPair(s.prompt, s.answers[0], s.answers[1]) for s in ragged(args)]
-    micro = rows_per_step(config, parallel, model.config.hidden_size)[1]
-    strategy = DPOStrategy(
-        PairSet(pairs), PairSet([]), args.batch, config.window, micro, tokenizer.pad_id,
-        config.seed, parallel, config=config.preference,
-    )  # fmt: skip
     console = Console(stderr=True)
+    run = OpenRun(RunOrigin(config), parallel, console, config, tokenizer)
+    run.model = model
+    layout = BatchLayout(args.batch, run.window, run.rows()[1], tokenizer.pad_id, config.seed)
+    strategy = DPOStrategy(PairSet(pairs), PairSet([]), layout, parallel, config=config.preference)
     started = time.perf_counter()
-    plan = _calibrated(strategy, model, config, parallel, console)
-    strategy.one_shape = plan.compiled
-    compute = apply_plan(plan, model, config)
+    plan = plan_packed(run, strategy)
+    compute = run.apply(plan)
     reference_logprobs(model.train(), strategy.micro_batches(0)[0], compute)  # compiles
     ready = time.perf_counter() - started
     started = time.perf_counter()
-    add_reference(strategy, strategy.data, model, compute, folder / "reference", parallel, console)
+    add_reference(strategy, strategy.data, model, compute, folder / "reference", console)
     reference = (time.perf_counter() - started) / (args.warmups + args.steps)
 
     def useful(batch: Any) -> int:

@@ -21,7 +21,7 @@ from khaosz.trainer.stages.losses import preferred
 from khaosz.trainer.stages.pairs import PairSet, PairStrategy
 from khaosz.trainer.stages.reward_sources import check_same_tokenizer
 from khaosz.trainer.stages.validation import calibration_table, pair_gaps
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 _ROWS = 8  # per forward pass, each one window
 
@@ -88,17 +88,19 @@ def preference_accuracy(
     loaded = load_pairs([file], tokenizer, window)
     data = PairSet(loaded.train)
     parallel = ParallelContext(torch.device(device))
-    arguments = (PairSet([]), data, 1, window, _ROWS, tokenizer.pad_id, 0, parallel)
+    layout = BatchLayout(1, window, _ROWS, tokenizer.pad_id, seed=0)
     compute = Compute()
     strategy: PairStrategy
     if is_reward:
-        strategy = RMStrategy(*arguments)
+        strategy = RMStrategy(PairSet([]), data, layout, parallel)
     elif reference is None:
-        strategy = DPOStrategy(*arguments, config=PreferenceConfig(loss="simpo", beta=1.0))
+        config = PreferenceConfig(loss="simpo", beta=1.0)
+        strategy = DPOStrategy(PairSet([]), data, layout, parallel, config=config)
     else:
         frozen = load_model(reference, device=device)
         check_same_tokenizer(tokenizer, open_tokenizer(reference), reference)
-        strategy = DPOStrategy(*arguments, config=PreferenceConfig(beta=1.0))
+        config = PreferenceConfig(beta=1.0)
+        strategy = DPOStrategy(PairSet([]), data, layout, parallel, config=config)
         data.reference = _reference_table(strategy, frozen, compute)
     gaps = pair_gaps(strategy, model, compute)
     correct = float(preferred(gaps, torch.zeros_like(gaps)).sum())

@@ -132,7 +132,7 @@ def calibrate(
     compute = _compute(model, config, dtype, compiled)
     seconds = _step_seconds(model, config, strategy, compute, batches, parallel)
     total = _total_steps(config, strategy, rows, seconds)
-    strategy.tally.clear()
+    strategy.metric_sums.clear()
     chosen = across(
         [float(x) if parallel.is_main else 0.0
          for x in (dtype == torch.bfloat16, compiled, total, seconds)],

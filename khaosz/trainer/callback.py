@@ -49,7 +49,7 @@ class Validation(Callback):
         for lang, score in scores.items():
             if score.text_bytes and len(scores) > 1:
                 metrics[f"val_bits_per_byte_{lang}"] = score.bits_per_byte
-        context.progress.judged(total.loss)
+        context.progress.evaluated(total.loss)
 
 
 class EarlyStop(Callback):
@@ -102,11 +102,11 @@ class ProgressLine(Callback):
         every: int,
         flops: float,
         peak: float | None,
-        shown: Sequence[str] = (),
+        progress_metrics: Sequence[str] = (),
         unit: str | None = None,
     ) -> None:
         self.console, self.every, self.flops, self.peak = console, every, flops, peak
-        self.shown, self.unit = shown, unit
+        self.progress_metrics, self.unit = progress_metrics, unit
         self._last_print = 0.0
 
     def on_start(self, context: TrainContext) -> None:
@@ -141,14 +141,18 @@ class ProgressLine(Callback):
         ]
         if "mfu" in metrics:
             parts.append(f"mfu {metrics['mfu']:.0%}")
-        parts += [f"{plain(n)} {metrics[n]:.3g}" for n in self.shown if n in metrics]
+        parts += [f"{plain(n)} {metrics[n]:.3g}" for n in self.progress_metrics if n in metrics]
         if "val_bits_per_byte" in metrics:
             parts.append(
                 f"[cyan]val {metrics['val_loss']:.3f}, "
                 f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]"
             )
         elif "val_loss" in metrics:
-            also = [f"{n} {metrics[f'val_{n}']:.3g}" for n in self.shown if f"val_{n}" in metrics]
+            also = [
+                f"{n} {metrics[f'val_{n}']:.3g}"
+                for n in self.progress_metrics
+                if f"val_{n}" in metrics
+            ]
             parts.append(
                 "[cyan]" + ", ".join([f"val {metrics['val_loss']:.3f}", *also]) + "[/cyan]"
             )

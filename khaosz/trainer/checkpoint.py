@@ -89,8 +89,8 @@ def _write(context: TrainContext, directory: Path) -> None:
     }
     save_file(tensors, str(state / "optimizer.safetensors"))
     save_file(_rng_state(context), str(state / "rng.safetensors"))
-    if context.value is not None:
-        critic = {n: p.detach().cpu() for n, p in context.value.named_parameters()}
+    if context.critic is not None:
+        critic = {n: p.detach().cpu() for n, p in context.critic.named_parameters()}
         save_file(critic, str(state / "critic.safetensors"))
     for rank in range(context.parallel.world):
         waiting = _waiting_rollout(context, rank)
@@ -162,8 +162,8 @@ def restore(context: TrainContext, directory: Path) -> None:
     try:
         context.load_optimizer_tensors(load_file(str(state / "optimizer.safetensors")))
         rng = load_file(str(state / "rng.safetensors"))
-        if context.value is not None:
-            context.value.load_state_dict(load_file(str(state / "critic.safetensors")))
+        if context.critic is not None:
+            context.critic.load_state_dict(load_file(str(state / "critic.safetensors")))
         own = state / f"rollout-{context.parallel.rank}.safetensors"
         if context.rollouts is not None:
             context.rollouts.load_state_tensors(load_file(str(own)))

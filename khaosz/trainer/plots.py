@@ -1,4 +1,4 @@
-"""Pictures of a run for stages with more to show than a loss: small plots over the steps."""
+"""Pictures of a run, drawn when it ends: loss curves, panels of metrics, calibration."""
 
 from __future__ import annotations
 
@@ -14,32 +14,51 @@ from khaosz.trainer.callback import Callback
 from khaosz.trainer.loggers import read_metrics, smoothed
 from khaosz.trainer.train_context import TrainContext
 
+Row = dict[str, Any]
+Panel = tuple[str, Sequence[tuple[str, str]]]  # title, and (metric, label) of each line
+
 
 class LossCurve(Callback):
-    """OUT/loss.png: training loss, validation loss, learning rate, at the end of the run."""
+    """OUT/loss.png: losses, learning rate and speed, or the stage's panels of metrics."""
 
-    def __init__(self, out: Path, console: Console) -> None:
-        self.out, self.console = out, console
+    def __init__(self, out: Path, console: Console, panels: Sequence[Panel] | None = None) -> None:
+        self.out, self.console, self.panels = out, console, panels
+
+    def title(self, context: TrainContext) -> str:
+        return f"{self.out.name} ({context.config.stage})"
 
     def on_end(self, context: TrainContext) -> None:
         rows = read_metrics(self.out / "metrics.jsonl")
         if len(rows) < 2:
             return
-        if importlib.util.find_spec("matplotlib") is None:
-            self.console.print("  no loss curve: pip install 'khaosz\\[train]' brings matplotlib")
+        if not can_draw():
+            self.console.print("  no loss curve: pip install 'khaosz\\[train]' adds matplotlib")
             return
         path = self.out / "loss.png"
-        draw_curve(rows, path, title=f"{self.out.name} ({context.config.stage})")
+        if self.panels is None:
+            draw_curve(rows, path, self.title(context))
+        else:
+            draw_panels(rows, self.panels, path, self.title(context))
         self.console.print(f"  loss curve: {path}")
 
 
-def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A picture of metrics rows: losses over tokens above, learning rate and speed below."""
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure that is drawn to files only."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_curve(rows: list[Row], path: Path, title: str) -> None:
+    """A picture of metrics rows: losses over tokens above, learning rate and speed below."""
+    figure = new_figure(9, 6)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     tokens = [row["tokens"] / 1e6 for row in rows]
     top.plot(
@@ -71,49 +90,17 @@ def draw_curve(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     speed.plot(tokens, [row["tokens_per_s"] for row in rows], color="#bbbbbb", linewidth=0.8)
     speed.set_ylabel("tokens/s", color="#888888")
     speed.set_ylim(bottom=0)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
-
-
-Row = dict[str, Any]
-Panel = tuple[str, Sequence[tuple[str, str]]]  # title, and (metric, label) of each line
-
-
-class PanelCurve(Callback):
-    """OUT/loss.png, drawn when the run ends."""
-
-    def __init__(self, out: Path, console: Console, panels: Sequence[Panel]) -> None:
-        self.out, self.console, self.panels = out, console, panels
-
-    def on_end(self, context: TrainContext) -> None:
-        rows = read_metrics(self.out / "metrics.jsonl")
-        if len(rows) < 2 or not can_draw(self.console):
-            return
-        path = self.out / "loss.png"
-        draw_panels(rows, self.panels, path, f"{self.out.name} ({context.config.stage})")
-        self.console.print(f"  curves: {path}")
-
-
-def can_draw(console: Console) -> bool:
-    if importlib.util.find_spec("matplotlib") is None:
-        console.print("  no picture: pip install 'khaosz\\[train]' brings matplotlib")
-        return False
-    return True
+    save_figure(figure, path)
 
 
 def draw_panels(rows: list[Row], panels: Sequence[Panel], path: Path, title: str) -> None:
-    """One small plot over the steps for every panel of which the rows know a metric."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    known = [(t, [(m, n) for m, n in lines if _points(rows, m)[0]]) for t, lines in panels]
-    known = [(t, lines) for t, lines in known if lines]
-    figure = Figure(figsize=(9, 2.2 * len(known) + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(known), 1, sharex=True, squeeze=False)[:, 0]
+    """One small plot over the steps for every panel with a metric in the rows."""
+    drawn = [(t, [(m, n) for m, n in lines if _points(rows, m)[0]]) for t, lines in panels]
+    drawn = [(t, lines) for t, lines in drawn if lines]
+    figure = new_figure(9, 2.2 * len(drawn) + 0.6)
+    axes = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
     axes[0].set_title(title)
-    for axis, (name, lines) in zip(axes, known, strict=True):
+    for axis, (name, lines) in zip(axes, drawn, strict=True):
         for (metric, label), colour in zip(lines, ("#1f4e79", "#d1495b"), strict=False):
             steps, values = _points(rows, metric)
             many = len(values) > 40
@@ -128,6 +115,24 @@ def draw_panels(rows: list[Row], panels: Sequence[Panel], path: Path, title: str
     save_figure(figure, path)
 
 
+def draw_calibration(table: list[tuple[float, float, int]], path: Path, title: str) -> None:
+    """Accuracy over confidence; a calibrated reward model is on the diagonal."""
+    figure = new_figure(5, 5)
+    axis = figure.subplots()
+    axis.plot([0.5, 1], [0.5, 1], color="#bbbbbb", linestyle="--", label="calibrated")
+    axis.plot([c for c, _, _ in table], [a for _, a, _ in table], "o-", color="#1f4e79")
+    for confidence, accuracy, pairs in table:
+        axis.annotate(f"{pairs}", (confidence, accuracy), xytext=(4, -12),
+                      textcoords="offset points", fontsize=8)  # fmt: skip
+    axis.set_xlabel("confidence of the model in the answer it prefers")
+    axis.set_ylabel("how often people preferred it too")
+    axis.set_title(f"{title}: held-out pairs")
+    axis.set_ylim(0, 1.02)
+    axis.legend(frameon=False)
+    axis.grid(alpha=0.25)
+    save_figure(figure, path)
+
+
 def save_figure(figure: Any, path: Path) -> None:
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, dpi=120, format="png")
@@ -135,5 +140,5 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:
-    held = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
-    return [float(step) for step, _ in held], [float(value) for _, value in held]
+    points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None]
+    return [float(step) for step, _ in points], [float(value) for _, value in points]

@@ -1,4 +1,4 @@
-"""A recipe from start to finish."""
+"""A recipe from start to finish: resolve what it starts from, assemble its stage, train."""
 
 from __future__ import annotations
 
@@ -7,23 +7,33 @@ from collections.abc import Iterator
 import torch
 from rich.console import Console
 
-from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, TrainConfig
+from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError
 from khaosz.parallel import ParallelContext, setup_parallel
-from khaosz.trainer import build
-from khaosz.trainer.build import Start
 from khaosz.trainer.checkpoint import check_same_run, load_state, resolve
-from khaosz.trainer.stages import build as alignment
-from khaosz.trainer.stages.build import build_embedder
+from khaosz.trainer.open_run import RunOrigin, open_run
+from khaosz.trainer.stages.assembly import (
+    assemble_embedder,
+    assemble_pairs,
+    assemble_rollouts,
+    assemble_text,
+)
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
+_ASSEMBLE = {
+    "pt": assemble_text,
+    "sft": assemble_text,
+    "rm": assemble_pairs,
+    "dpo": assemble_pairs,
+    "ppo": assemble_rollouts,
+    "grpo": assemble_rollouts,
+    "embed": assemble_embedder,
+}
+
 
 def run(
-    config: TrainConfig,
-    *,
-    resume: bool = False,
-    console: Console | None = None,
+    config: TrainConfig, *, resume: bool = False, console: Console | None = None
 ) -> TrainContext:
     """Train as `config` says and return the finished context; progress goes to `console`.
 
@@ -36,36 +46,22 @@ def run(
         parallel.close()
 
 
-def _run(
-    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
-) -> TrainContext:
-    console.quiet = console.quiet or not parallel.is_main
-    start = _find_start(config, resume)
-    if start.saved is not None:
-        torch.set_num_threads(start.saved.plan.threads)
-    context, trainer = build_run(start, parallel, console)
-    if context.progress.step >= context.plan.total_steps:
-        console.print(f"nothing left to do: {config.out} is trained to its last step")
-        return context
-    return trainer.run()
-
-
 def run_stages(
     configs: list[TrainConfig], *, resume: bool = False, console: Console | None = None
 ) -> Iterator[TrainContext]:
-    """Run stages one after the other, each context handed out when its stage is done.
+    """Run stages one after the other and yield the context of each when it is done.
 
-    With `resume`, finished stages are passed over, a begun one goes on and the rest start; a stop
-    asked for during one stage ends them all.
+    With `resume`, finished stages are skipped, an interrupted stage continues and the others start.
+    A stop requested during one stage ends all of them.
     """
     console = console or Console(stderr=True)
     parallel: ParallelContext | None = None
     try:
         for config in configs:
-            # All stages are of one process group: it can be left once, not joined again.
+            # All stages share one process group: it can be left once, but not joined again.
             parallel = setup_parallel(config.parallel)
-            begun = resolve(config.out / "last") is not None
-            context = _run(config, resume and (begun or len(configs) == 1), parallel, console)
+            interrupted = resolve(config.out / "last") is not None
+            context = _run(config, resume and (interrupted or len(configs) == 1), parallel, console)
             yield context
             if context.stopping:
                 return
@@ -74,28 +70,35 @@ def run_stages(
             parallel.close()
 
 
-def _find_start(config: TrainConfig, resume: bool) -> Start:
+def _run(
+    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
+) -> TrainContext:
+    console.quiet = console.quiet or not parallel.is_main
+    origin = _origin(config, resume)
+    if origin.saved is not None:
+        torch.set_num_threads(origin.saved.plan.threads)
+    trainer = assemble(origin, parallel, console)
+    context = trainer.context
+    if context.progress.step >= context.plan.total_steps:
+        console.print(f"nothing left to do: {config.out} is trained to its last step")
+        return context
+    return trainer.run()
+
+
+def _origin(config: TrainConfig, resume: bool) -> RunOrigin:
     last = resolve(config.out / "last")
     if not resume:
         if last is not None:
             raise CheckpointError(
-                f"{config.out} already holds a run",
-                hint="go on with --resume, or choose another out=",
+                f"{config.out} already contains a run",
+                hint="continue it with --resume, or choose another out=",
             )
-        return Start(config)
+        return RunOrigin(config)
     if last is None:
         raise CheckpointError(f"{config.out}: nothing to resume", hint="start without --resume")
-    return Start(check_same_run(config, last), last, load_state(last))
+    return RunOrigin(check_same_run(config, last), last, load_state(last))
 
 
-def build_run(
-    start: Start, parallel: ParallelContext, console: Console
-) -> tuple[TrainContext, Trainer]:
-    """Everything of a run, ready to go."""
-    if start.config.stage in PAIR_STAGES:
-        return alignment.build_pairs(start, parallel, console)
-    if start.config.stage in ROLLOUT_STAGES:
-        return alignment.build_rollouts(start, parallel, console)
-    if start.config.stage == "embed":
-        return build_embedder(start, parallel, console)
-    return build.build(start, parallel, console)
+def assemble(origin: RunOrigin, parallel: ParallelContext, console: Console) -> Trainer:
+    """A run of any stage, ready to train."""
+    return _ASSEMBLE[origin.config.stage](open_run(origin, parallel, console))

@@ -1,5 +1,5 @@
-"""Strategies: what a stage means. Each gives the micro-batches of a step and the sum of its loss;
-the loop divides by the global count, steps, and knows nothing else about the stage."""
+"""Strategies: what differs between stages. Each returns the micro-batches of a step and the sum of
+its loss; the loop divides by the global count and steps, and is the same for every stage."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from khaosz.config import TrainConfig
 from khaosz.data.batches.batch import Batch
 from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.batches.sampler import draws_for
-from khaosz.model import Transformer
+from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import ChunkLoss, chunk_loss, cross_entropy_sum
 
 
 @dataclass
 class Compute:
-    """How a forward pass computes: fixed by calibration, the same for every stage."""
+    """The compute type and loss kernel of a forward pass, fixed by calibration."""
 
     dtype: torch.dtype = torch.float32
     loss_chunk: int = 1024
@@ -32,18 +32,18 @@ class Strategy(Protocol):
     """One stage of training."""
 
     stage: str
-    tally: dict[str, Tensor]
-    """Sums that `loss` has noted, detached, over what `count` counts; the loop empties it."""
-    facts: dict[str, float]
-    """Numbers about this step's data that all ranks share, for the log (a rollout's reward)."""
-    shown: tuple[str, ...]
-    """Which of them stand in the progress line."""
-    companion: nn.Module | None
-    """A second trained module (a critic), or None."""
+    metric_sums: dict[str, Tensor]
+    """Sums that `loss` adds to, detached, over the units of `count`; the loop empties it."""
+    step_metrics: dict[str, float]
+    """Metrics of this step's data, the same on all ranks (a rollout's mean reward)."""
+    progress_metrics: tuple[str, ...]
+    """The metrics that the progress line shows."""
+    critic: RewardModel | None
+    """A second trained model, or None."""
 
     @property
     def examples(self) -> int:
-        """How many of what a step's rows count make an epoch."""
+        """Examples of an epoch, in the unit of a step's rows."""
         ...
 
     def micro_batches(self, step: int) -> list[Any]:
@@ -52,7 +52,7 @@ class Strategy(Protocol):
         ...
 
     def count(self, batch: Any) -> int:
-        """Tokens (or pairs) the loss sum of a micro-batch is taken over."""
+        """Tokens (or pairs) that the loss of a micro-batch is summed over."""
         ...
 
     def loss(self, model: Any, batch: Any, compute: Compute) -> Tensor:
@@ -61,23 +61,44 @@ class Strategy(Protocol):
 
 
 @dataclass
-class Notes:
-    """What a strategy reports beside its loss; see `Strategy`."""
+class StrategyMetrics:
+    """What a strategy reports besides its loss; see `Strategy`."""
 
-    tally: dict[str, Tensor] = field(default_factory=dict, init=False)
-    facts: dict[str, float] = field(default_factory=dict, init=False)
-    shown: tuple[str, ...] = field(default=(), init=False)
-    companion: nn.Module | None = field(default=None, init=False)
+    metric_sums: dict[str, Tensor] = field(default_factory=dict, init=False)
+    step_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    progress_metrics: tuple[str, ...] = field(default=(), init=False)
+    critic: RewardModel | None = field(default=None, init=False)
 
-    def note(self, **sums: Tensor) -> None:
-        """Add to the tally; NaN where a NaN comes in, so that nothing hides."""
+    def add_metrics(self, **sums: Tensor) -> None:
+        """Add to `metric_sums`. A NaN is kept, so that it shows in the log."""
         for name, value in sums.items():
             value = value.detach().float()
-            self.tally[name] = self.tally[name] + value if name in self.tally else value
+            self.metric_sums[name] = (
+                self.metric_sums[name] + value if name in self.metric_sums else value
+            )
 
 
 @dataclass
-class PTStrategy(Notes):
+class BatchLayout:
+    """How the sequences of an optimizer step are packed into micro-batches.
+
+    per_step    examples per optimizer step, all ranks together
+    window      tokens of a row
+    micro_rows  rows of a micro-batch, at most
+    seed        of the order in which examples are drawn
+    one_shape   every micro-batch has `micro_rows` whole rows, for a compiled model
+    """
+
+    per_step: int
+    window: int
+    micro_rows: int
+    pad_id: int
+    seed: int
+    one_shape: bool = False
+
+
+@dataclass
+class PTStrategy(StrategyMetrics):
     """Pretraining: L_PT = -sum_t log P(x_t | x_<t) over every token of packed documents."""
 
     dataset: TokenDataset
@@ -119,8 +140,8 @@ class PTStrategy(Notes):
 class SFTStrategy(PTStrategy):
     """Supervised fine-tuning: L_SFT = -sum_{t in response} log P(s_t | s_<t).
 
-    The same sum as pretraining; what differs is the data: whole conversations, packed, with labels
-    on assistant tokens and the token that ends the turn only.
+    The same sum as in pretraining, over other data: whole conversations, packed, with labels only
+    on assistant tokens and the token that ends the turn.
     """
 
     stage: str = "sft"
@@ -135,17 +156,17 @@ def build_strategy(
         case "sft":
             return SFTStrategy(dataset, rows, micro, parallel)
         case stage:
-            raise AssertionError(f"{stage} does not read token files")
+            raise AssertionError(f"{stage} does not train on token files")
 
 
 class LossModule(nn.Module):
-    """Model (and critic) and loss as one module, so that everything that makes gradients runs
-    inside the wrapper that all-reduces them."""
+    """Model, critic and loss as one module, so that every forward pass with gradients runs inside
+    the wrapper that all-reduces them."""
 
     def __init__(self, model: Transformer, strategy: Strategy, compute: Compute) -> None:
         super().__init__()
         self.model, self.strategy, self.compute = model, strategy, compute
-        self.companion = strategy.companion  # registered, so that its gradients are reduced too
+        self.critic = strategy.critic  # registered, so that its gradients are reduced too
 
     def forward(self, batch: Batch) -> Tensor:
         return self.strategy.loss(self.model, batch, self.compute)

@@ -27,8 +27,8 @@ class Progress:
     best_step: int = 0
     evaluations_without_gain: int = 0
 
-    def judged(self, loss: float) -> None:
-        """An evaluation after this step gave `loss`."""
+    def evaluated(self, loss: float) -> None:
+        """Record the validation loss of this step."""
         if self.best is None or loss < self.best:
             self.best, self.best_step = loss, self.step
             self.evaluations_without_gain = 0
@@ -83,7 +83,7 @@ class TrainContext:
     stopping: str | None = None  # why the run ends early
     reference: Transformer | None = None
     reward: RewardModel | None = None
-    value: RewardModel | None = None
+    critic: RewardModel | None = None
     rollouts: Rollouts | None = None
 
     def state(self) -> dict[str, Any]:
@@ -99,8 +99,8 @@ class TrainContext:
     def trained(self) -> dict[str, nn.Parameter]:
         """Every parameter that a step may move: the model's, and a critic's as "value.<name>"."""
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if self.value is not None:
-            named |= {f"value.{n}": p for n, p in self.value.named_parameters()}
+        if self.critic is not None:
+            named |= {f"value.{n}": p for n, p in self.critic.named_parameters()}
         return named
 
     def named_optimizer_tensors(self) -> dict[str, torch.Tensor]:

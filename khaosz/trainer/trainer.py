@@ -82,10 +82,10 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self._trained, context.config.grad_clip)
         factor = lr_factor(context.config.schedule, step, context.plan.total_steps)
         # One transfer a step: the norm, which all ranks share, and this rank's sums.
-        names = list(self.strategy.tally)
-        sums = [norm.to(loss.device), loss, *self.strategy.tally.values()]
+        names = list(self.strategy.metric_sums)
+        sums = [norm.to(loss.device), loss, *self.strategy.metric_sums.values()]
         grad_norm, *mine_summed = torch.stack(sums).tolist()
-        self.strategy.tally.clear()
+        self.strategy.metric_sums.clear()
         self._update(factor, finite=math.isfinite(grad_norm), step=step)
         progress = context.progress
         progress.step += 1
@@ -100,7 +100,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds,
             **{name: value / count for name, value in zip(names, noted, strict=True)},
-            **self.strategy.facts,
+            **self.strategy.step_metrics,
         }
 
     def _accumulate(self, batches: list[Batch], count: float) -> torch.Tensor | None:

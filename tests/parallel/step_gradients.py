@@ -23,7 +23,8 @@ def main() -> None:
     config = load_recipe(Path(sys.argv[1]))
     parallel = setup_parallel(config.parallel)
     console = Console(quiet=True)
-    context, trainer = running.build_run(running.Start(config), parallel, console)
+    trainer = running.assemble(running.RunOrigin(config), parallel, console)
+    context = trainer.context
     batches = trainer.strategy.micro_batches(0)
     count = across([float(sum(batch.tokens for batch in batches))], parallel)[0]
     loss = trainer._accumulate(batches, count)

@@ -1,4 +1,4 @@
-"""A recipe small enough that a run takes a second."""
+"""Tiny models, and a recipe whose run takes a second."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TINY_MODEL, Recipe
+from tiny import TINY_MODEL, Recipe, random_model
 
 from khaosz.config import TrainConfig
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.model import Transformer
 
 
 @pytest.fixture
@@ -37,3 +39,13 @@ def recipe(tmp_path: Path, prepared_dir: Path) -> Recipe:
         return TrainConfig.parse({**values, **changes})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir: Path) -> Tokenizer:
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> Transformer:
+    return random_model(tokenizer)

@@ -28,14 +28,14 @@ from khaosz.interop import load_model
 from khaosz.model import Transformer
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
-from khaosz.trainer.strategy import Compute, Notes
+from khaosz.trainer.strategy import Compute, StrategyMetrics
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
 QUIET = Console(file=io.StringIO())
 
 
-class Ragged(Notes):
+class Ragged(StrategyMetrics):
     """Micro-batches of very different numbers of labels, as fine-tuning has them."""
 
     stage = "sft"
@@ -145,7 +145,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(recipe: Recipe) -> None:
 
 def test_one_run_writes_where_no_other_has(recipe: Recipe) -> None:
     run(recipe(max_steps=1), console=QUIET)
-    with pytest.raises(CheckpointError, match="already holds a run"):
+    with pytest.raises(CheckpointError, match="already contains a run"):
         run(recipe(max_steps=1), console=QUIET)
 
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation and its relatives."""
+"""Reward models, and direct preference optimisation and its variants."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from khaosz.trainer.strategy import Compute
 
 
 def sequence_rewards(model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
-    """The reward (S,) of each sequence, read at its last real token. That is the token that ends
-    the turn, unless the answer was cut."""
+    """The reward (S,) of each sequence at its last real token: the token that ends the turn, unless
+    the answer was cut."""
     hidden = hidden_states(model, batch, compute)
     return model.rewards(hidden.reshape(-1, hidden.shape[-1])[batch.ends])
 
@@ -39,14 +39,11 @@ class RMStrategy(PairStrategy):
     config: RewardConfig = field(default_factory=RewardConfig)
     stage: str = "rm"
 
-    def __post_init__(self) -> None:
-        self.shown = ("accuracy", "margin")
-
     def loss(self, model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
         rewards = sequence_rewards(model, batch, compute)
         chosen, rejected = rewards[batch.fields["chosen"]], rewards[batch.fields["rejected"]]
         margin = batch.fields["margin"] if self.config.use_margins else None
-        self.note(
+        self.add_metrics(
             accuracy=preferred(chosen, rejected).sum(),
             margin=(chosen - rejected).sum(),
             reward_chosen=chosen.sum(),
@@ -57,19 +54,17 @@ class RMStrategy(PairStrategy):
 
 @dataclass
 class DPOStrategy(PairStrategy):
-    """L_DPO = -E log sigma(beta (log-ratio of the chosen answer - log-ratio of the rejected)), a
-    log-ratio being log pi(y|x) - log ref(y|x); other losses as `PreferenceConfig` says.
+    """L_DPO = -E log sigma(beta (log-ratio of the chosen answer - log-ratio of the rejected)) with
+    the log-ratio log pi(y|x) - log ref(y|x) (Rafailov et al. 2023, arXiv:2305.18290); the other
+    losses are described at `PreferenceConfig`.
 
-    The reference is a table of numbers computed once, or the same model with its adapters off:
-    never a second model in memory.
+    The reference is a table of log-probabilities computed once, or the same model with its adapters
+    off: never a second model in memory.
     """
 
     config: PreferenceConfig = field(default_factory=PreferenceConfig)
     by_adapters: bool = False
     stage: str = "dpo"
-
-    def __post_init__(self) -> None:
-        self.shown = ("accuracy", "margin")
 
     def loss(self, model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
         chosen, rejected = self.answers(model, batch, compute)
@@ -79,7 +74,7 @@ class DPOStrategy(PairStrategy):
     def rewards(
         self, model: Transformer, batch: SequenceBatch, compute: Compute
     ) -> tuple[Tensor, Tensor]:
-        """What the policy says the chosen and the rejected answers are worth (P,), (P,)."""
+        """The implicit rewards of the chosen and the rejected answers (P,), (P,)."""
         chosen, rejected = self.answers(model, batch, compute)
         return implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
 
@@ -90,12 +85,12 @@ class DPOStrategy(PairStrategy):
         logprobs = batch.per_sequence(batch_logprobs(model, batch, compute)[0])
         tokens = batch.per_sequence(torch.ones_like(batch.owners, dtype=logprobs.dtype))
         reference = self._reference(model, batch, compute)
-        found = []
+        sides = []
         for side, name in enumerate(("chosen", "rejected")):
             index = batch.fields[name]
-            own = None if reference is None else reference[:, side]
-            found.append(Answers(logprobs[index], own, tokens[index]))
-        return found[0], found[1]
+            frozen = None if reference is None else reference[:, side]
+            sides.append(Answers(logprobs[index], frozen, tokens[index]))
+        return sides[0], sides[1]
 
     def _reference(
         self, model: Transformer, batch: SequenceBatch, compute: Compute
@@ -106,14 +101,14 @@ class DPOStrategy(PairStrategy):
         if self.by_adapters:
             with without_lora(model):
                 return reference_logprobs(model, batch, compute)
-        known = batch.fields["reference"]
-        if known.isnan().any():
+        table = batch.fields["reference"]
+        if table.isnan().any():
             raise TrainingError("a pair has no reference log-probabilities")
-        return known
+        return table
 
     def _report(self, chosen: Answers, rejected: Answers) -> None:
         won, lost = implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
-        self.note(
+        self.add_metrics(
             accuracy=preferred(won, lost).sum(),
             margin=(won - lost).sum(),
             reward_chosen=won.sum(),
@@ -122,14 +117,14 @@ class DPOStrategy(PairStrategy):
             logprob_rejected=rejected.mean.sum(),
         )
         if chosen.reference is not None and rejected.reference is not None:
-            # A log-ratio of given answers: no expectation under the policy, yet it says how far
-            # the policy has gone on this data.
-            gone = chosen.ratio(False) + rejected.ratio(False)
-            self.note(kl=gone.sum() / 2)
+            # The mean log-ratio of the data's answers: not an expectation under the policy, but a
+            # measure of how far the policy has moved on this data.
+            ratios = chosen.ratio(False) + rejected.ratio(False)
+            self.add_metrics(kl=ratios.sum() / 2)
 
 
 @torch.no_grad()
 def reference_logprobs(model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
-    """log-probabilities (P, 2) of the chosen and rejected answers under a model that stays."""
+    """Log-probabilities (P, 2) of the chosen and rejected answers under a frozen model."""
     sums = batch.per_sequence(batch_logprobs(model, batch, compute)[0])
     return torch.stack((sums[batch.fields["chosen"]], sums[batch.fields["rejected"]]), dim=1)

@@ -1,10 +1,9 @@
-"""The embedder's stage: a query near the passages that answer it, far from all others.
+"""The embedder's stage: the vector of a query is near its passages and far from all others.
 
-The loss couples all texts of a step, which need not fit one forward pass. So a step embeds them
-twice (GradCache, Gao et al. 2021, arXiv:2101.06983): first pass by pass without a graph; from all
-vectors together follow the loss and its gradient by each vector; then pass by pass again with a
-graph, through which these gradients go on to the weights. The sum is the gradient of the plain
-computation, and memory is that of one pass.
+The loss couples all texts of a step, which may not fit one forward pass. So a step embeds them
+twice (GradCache, Gao et al. 2021, arXiv:2101.06983): first pass by pass without a graph, for the
+loss and its gradient by each vector; then pass by pass with a graph, through which these gradients
+reach the weights. The sum is the gradient of the plain computation, in the memory of one pass.
 
 Shapes: S sequences of a pass, N texts of a step, Q of them queries, P passages, D width.
 """
@@ -27,9 +26,9 @@ from khaosz.data.records.pairs import TextPairs
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.losses import info_nce, ranks
-from khaosz.trainer.strategy import Compute, Notes
+from khaosz.trainer.strategy import BatchLayout, Compute, StrategyMetrics
 
-_FITTED = 1024  # texts that are fitted into rows together: the time for it is a square
+_FITTED = 1024  # texts that are fitted into rows together: fitting takes quadratic time
 
 
 def embed(
@@ -44,17 +43,16 @@ def embed(
     if pooling == "last":
         return F.normalize(flat[batch.ends], dim=-1)
     owners = batch.doc_ids.flatten()
-    held = owners >= 0
-    sums = flat.new_zeros(batch.sequences, flat.shape[1]).index_add(0, owners[held], flat[held])
-    return F.normalize(sums, dim=-1)  # the direction of a sum is that of the mean
+    real = owners >= 0
+    sums = flat.new_zeros(batch.sequences, flat.shape[1]).index_add(0, owners[real], flat[real])
+    return F.normalize(sums, dim=-1)  # a sum has the direction of the mean
 
 
 @dataclass(eq=False)
 class Step:
-    """All texts of one optimizer step on all ranks, its queries first, and what follows from their
-    vectors.
+    """All texts of one optimizer step on all ranks, queries first, and the loss over their vectors.
 
-    passes     this rank's texts, packed; `fields["text"]` (S,) are their numbers in the step
+    passes     this rank's texts, packed; `fields["text"]` (S,) are their indices in the step
     positive   (Q,) int64, answers (Q, P) bool: see `info_nce`
     gradient   (N, D): of the loss sum, by each vector
     losses     (Q,), right (Q,): the loss, and whether the query's own passage is the nearest
@@ -86,24 +84,19 @@ class Pass:
 
 
 @dataclass
-class EmbedStrategy(Notes):
-    """InfoNCE over all queries and all distinct passages, hard negatives among them, of a step on
-    all ranks. The loss is summed over queries and counted in queries."""
+class EmbedStrategy(StrategyMetrics):
+    """InfoNCE over all queries and all distinct passages of a step on all ranks, hard negatives
+    included. The loss is summed over queries and counted in queries."""
 
     data: TextPairs
     held_out: TextPairs
-    per_step: int  # pairs per optimizer step, all ranks together
-    window: int
-    micro_rows: int
-    pad_id: int
-    seed: int
+    layout: BatchLayout  # of pairs, and of the rows of a pass
     parallel: ParallelContext
     config: EmbedConfig
-    one_shape: bool = False  # every pass of `micro_rows` whole rows, for a compiled model
     stage: str = "embed"
 
     def __post_init__(self) -> None:
-        self.shown = ("accuracy", "mrr")
+        self.progress_metrics = ("accuracy", "mrr")
 
     @property
     def examples(self) -> int:
@@ -111,26 +104,26 @@ class EmbedStrategy(Notes):
 
     def micro_batches(self, step: int) -> list[Pass]:
         """The same texts in the same order on all ranks; each rank packs its own."""
-        parallel, total = self.parallel, len(self.data)
+        parallel, layout, total = self.parallel, self.layout, len(self.data)
         drawn = {
             draw: rank
             for rank in range(parallel.world)
-            for draw in draws_for(step, self.per_step, rank, parallel.world)
+            for draw in draws_for(step, layout.per_step, rank, parallel.world)
         }
         chosen, owner = [], []
         for draw in sorted(drawn):
             epoch, within = divmod(draw, total)
-            chosen.append(permute(within, total, self.seed, epoch))
+            chosen.append(permute(within, total, layout.seed, epoch))
             owner.append(drawn[draw])
-        passages: dict[int, int] = {}  # a passage of the data -> who embeds it, in order
+        passages: dict[int, int] = {}  # a passage of the data -> the rank that embeds it, in order
         for pair, rank in zip(chosen, owner, strict=True):
             for number in (self.data.positive[pair], *self.data.negatives[pair]):
                 passages.setdefault(number, rank)
         place = {number: i for i, number in enumerate(passages)}
         answers = torch.zeros(len(chosen), len(place), dtype=torch.bool)
         for row, pair in enumerate(chosen):
-            known = self.data.answers[pair]
-            answers[row, [place[number] for number in known if number in place]] = True
+            relevant = self.data.answers[pair]
+            answers[row, [place[number] for number in relevant if number in place]] = True
         texts = [self.data.queries[pair] for pair in chosen]
         texts += [self.data.passages[number] for number in passages]
         owned = [*owner, *passages.values()]
@@ -141,24 +134,25 @@ class EmbedStrategy(Notes):
         return [Pass(whole, number, batch) for number, batch in enumerate(packed)]
 
     def packed(self, texts: Sequence[Any], numbers: Sequence[int]) -> Iterator[SequenceBatch]:
-        """Passes over texts, each in `window` tokens at most; `numbers` become their fields."""
-        rows = self.micro_rows if self.one_shape else None
+        """Passes over texts, each in rows of `window` tokens; `numbers` become their fields."""
+        layout = self.layout
+        rows = layout.micro_rows if layout.one_shape else None
         for start in range(0, len(texts), _FITTED):
             lengths = [len(text) for text in texts[start : start + _FITTED]]
-            placed = fit_rows(lengths, self.window)
-            for first in range(0, len(placed), self.micro_rows):
-                taken = placed[first : first + self.micro_rows]
-                members = sorted(start + i for row in taken for i in row)
+            placed = fit_rows(lengths, layout.window)
+            for first in range(0, len(placed), layout.micro_rows):
+                chosen = placed[first : first + layout.micro_rows]
+                members = sorted(start + i for row in chosen for i in row)
                 sequences = [TokenSequence(texts[i].tolist(), 0) for i in members]
-                batch = pack_sequences(sequences, self.window, self.pad_id, rows=rows)
+                batch = pack_sequences(sequences, layout.window, layout.pad_id, rows=rows)
                 yield batch.with_fields(text=torch.tensor([numbers[i] for i in members]))
 
     def count(self, batch: Pass) -> int:
         return int((batch.packed.fields["text"] < len(batch.step.positive)).sum())
 
     def loss(self, model: Transformer, batch: Pass, compute: Compute) -> Tensor:
-        """The losses of the pass's queries, with this pass's part of the whole step's gradient.
-        The first pass of a step brings the embedding of all of them without a graph."""
+        """The losses of the pass's queries, with this pass's part of the step's gradient. The first
+        pass of a step embeds all texts without a graph."""
         step = batch.step
         if batch.number == 0:
             self._compare(model, step, compute)
@@ -166,14 +160,14 @@ class EmbedStrategy(Notes):
         vectors = embed(model, batch.packed, compute, self.config.pooling)
         through = (vectors * step.gradient[texts]).sum()
         queries = texts[texts < len(step.positive)]
-        self.note(accuracy=step.right[queries].sum())
+        self.add_metrics(accuracy=step.right[queries].sum())
         return step.losses[queries].sum() + (through - through.detach())
 
     def _compare(self, model: Transformer, step: Step, compute: Compute) -> None:
         device = self.parallel.device
         vectors = self.vectors(model, step.passes, step.texts, compute)
         if self.parallel.world > 1:
-            dist.all_reduce(vectors)  # every rank filled rows that the others left at zero
+            dist.all_reduce(vectors)  # each rank has filled rows that are zero on the others
         positive, answers = step.positive.to(device), step.answers.to(device)
         leaf = vectors.requires_grad_()
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
@@ -188,21 +182,21 @@ class EmbedStrategy(Notes):
             )
             (step.gradient,) = torch.autograd.grad(losses.sum(), leaf)
         step.losses = losses.detach()
-        found = ranks(queries.detach(), passages.detach(), positive, answers)
-        step.right = (found == 1).to(losses.dtype)
+        places = ranks(queries.detach(), passages.detach(), positive, answers)
+        step.right = (places == 1).to(losses.dtype)
 
     @torch.no_grad()
     def vectors(
         self, model: Transformer, passes: Iterable[SequenceBatch], texts: int, compute: Compute
     ) -> Tensor:
-        """Vectors (texts, D) of what the passes hold, zeros for other texts."""
+        """Vectors (texts, D) of the texts in the passes, zeros for other texts."""
         device = self.parallel.device
-        found: Tensor | None = None
+        vectors: Tensor | None = None
         for packed in passes:
             batch = packed.to(device)
-            own = embed(model, batch, compute, self.config.pooling)
-            if found is None:
-                found = own.new_zeros(texts, own.shape[1])
-            found[batch.fields["text"]] = own
-        assert found is not None, "a rank without texts"
-        return found
+            embedded = embed(model, batch, compute, self.config.pooling)
+            if vectors is None:
+                vectors = embedded.new_zeros(texts, embedded.shape[1])
+            vectors[batch.fields["text"]] = embedded
+        assert vectors is not None, "a rank without texts"
+        return vectors

@@ -16,8 +16,8 @@ from khaosz.trainer.stages.losses import info_nce, ranks
 from khaosz.trainer.strategy import Compute
 from khaosz.trainer.train_context import TrainContext
 
-_COMPARED = 1 << 24  # cosines that exist at one time
-PANELS = (
+_COMPARED = 1 << 24  # cosines in memory at a time
+RETRIEVAL_PANELS = (
     ("loss", [("loss", "training"), ("val_loss", "held out, more candidates")]),
     ("right passage first", [("accuracy", "training"), ("val_accuracy", "held out")]),
     ("mean reciprocal rank", [("val_mrr", "held out")]),
@@ -28,8 +28,8 @@ def evaluate_retrieval(
     strategy: EmbedStrategy, model: Transformer, compute: Compute
 ) -> dict[str, float]:
     """loss, accuracy (the right passage comes first) and mrr (mean of 1 / its rank), each over all
-    held-out queries. The loss has all held-out passages for candidates, so it depends on how many
-    there are and is not that of training."""
+    held-out queries. All held-out passages are candidates of the loss, so it depends on their
+    number and differs from the training loss."""
     data, config = strategy.held_out, strategy.config
     was_training = model.training
     model.eval()
@@ -46,8 +46,8 @@ def evaluate_retrieval(
         some, targets = queries[part.start : part.stop], positive.to(passages.device)
         masked = answers.to(passages.device)
         loss = info_nce(some, passages, targets, masked, config.temperature)
-        found = ranks(some, passages, targets, masked).cpu().double()
-        sums += torch.stack([loss.cpu().double().sum(), (found == 1).sum(), (1 / found).sum()])
+        places = ranks(some, passages, targets, masked).cpu().double()
+        sums += torch.stack([loss.cpu().double().sum(), (places == 1).sum(), (1 / places).sum()])
     return dict(zip(("loss", "accuracy", "mrr"), (sums / len(queries)).tolist(), strict=True))
 
 
@@ -64,7 +64,7 @@ def _embedded(
 ) -> Tensor:
     """(texts, D), each rank embedding its share."""
     parallel = strategy.parallel
-    # With fewer texts than ranks some embed the first one, and count it as nothing.
+    # With fewer texts than ranks some embed the first one, and then zero it.
     mine = list(range(parallel.rank, len(texts), parallel.world))
     numbers = mine or [0]
     passes = strategy.packed([texts[i] for i in numbers], numbers)
@@ -85,6 +85,6 @@ class RetrievalValidation(Callback):
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         if metrics["step"] % self.every and not is_last(context):
             return
-        found = evaluate_retrieval(self.strategy, context.model, self.compute)
-        metrics |= {f"val_{name}": value for name, value in found.items()}
-        context.progress.judged(found["loss"])
+        scores = evaluate_retrieval(self.strategy, context.model, self.compute)
+        metrics |= {f"val_{name}": value for name, value in scores.items()}
+        context.progress.evaluated(scores["loss"])

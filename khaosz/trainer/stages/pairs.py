@@ -1,4 +1,4 @@
-"""Preference pairs as micro-batches, and what reward models and DPO have in common."""
+"""Preference pairs as micro-batches: what reward models and DPO share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from khaosz.data.batches.sequences import (
 )
 from khaosz.data.records.preference import EncodedPair
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.strategy import Compute, Notes
+from khaosz.trainer.strategy import BatchLayout, Compute, StrategyMetrics
 
 _STEPS_TO_FIT = 16
 
@@ -29,8 +29,8 @@ _STEPS_TO_FIT = 16
 class PairSet:
     """Encoded pairs, and with a frozen reference the log-probabilities it gives their answers.
 
-    A draw is one pair, or all pairs of one ranking, which share their answers' forward passes.
-    reference: (pairs, 2) fp32, chosen and rejected; NaN where it was not computed.
+    A draw is one pair, or all pairs of one ranking, which share the forward passes of its answers.
+    reference: (pairs, 2) fp32, chosen and rejected; NaN where it is not computed.
     """
 
     pairs: Sequence[EncodedPair]
@@ -50,38 +50,37 @@ class PairSet:
 
 
 @dataclass
-class PairStrategy(Notes, ABC):
+class PairStrategy(StrategyMetrics, ABC):
     """Micro-batches of pairs: a step's pairs are packed into rows of `window` tokens, both answers
     of a pair in one forward pass. The loss is summed over pairs and counted in pairs."""
 
     data: PairSet
     held_out: PairSet
-    per_step: int  # draws per optimizer step, all ranks together
-    window: int
-    micro_rows: int
-    pad_id: int
-    seed: int
+    layout: BatchLayout  # of draws
     parallel: ParallelContext
-    one_shape: bool = False  # every micro-batch of `micro_rows` whole rows, for a compiled model
     stage: str = ""
+
+    def __post_init__(self) -> None:
+        self.progress_metrics = ("accuracy", "margin")
 
     @abstractmethod
     def loss(self, model: Any, batch: SequenceBatch, compute: Compute) -> Tensor:
-        """The loss sum over the batch's pairs: what a stage is."""
+        """The loss sum over the batch's pairs."""
 
     def micro_batches(self, step: int) -> list[SequenceBatch]:
         return list(self.batches(self.data, self._picked(step, self.parallel.rank)))
 
     def _picked(self, step: int, rank: int) -> list[list[int]]:
         total, picked = len(self.data.draws), []
-        for draw in draws_for(step, self.per_step, rank, self.parallel.world):
+        for draw in draws_for(step, self.layout.per_step, rank, self.parallel.world):
             epoch, within = divmod(draw, total)
-            picked.append(self.data.draws[permute(within, total, self.seed, epoch)])
+            picked.append(self.data.draws[permute(within, total, self.layout.seed, epoch)])
         return picked
 
     def fit_micro_rows(self) -> None:
-        """Make `micro_rows`, which is the most that is wanted, what leaves the fewest rows empty
-        over the first steps. The same on all ranks."""
+        """Lower `micro_rows` to the number that leaves the fewest rows empty over the first steps.
+        The same on all ranks."""
+        window, largest = self.layout.window, self.layout.micro_rows
         steps = []
         for step in range(_STEPS_TO_FIT):
             sequences, groups, _ = _sequences(self.data, self._picked(step, rank=0))
@@ -90,26 +89,27 @@ class PairStrategy(Notes, ABC):
         def computed(rows: int) -> int:
             total = 0
             for groups, lengths in steps:
-                for batch in group_into_batches(groups, lengths, self.window, rows):
-                    placed = fit_rows([lengths[i] for i in batch], self.window)
+                for batch in group_into_batches(groups, lengths, window, rows):
+                    placed = fit_rows([lengths[i] for i in batch], window)
                     total += max(rows, len(placed))
             return total
 
-        # Of equals the largest: fewer passes.
-        self.micro_rows = min(range(self.micro_rows, 0, -1), key=computed)
+        # On a tie the largest: fewer passes.
+        self.layout.micro_rows = min(range(largest, 0, -1), key=computed)
 
     def batches(self, data: PairSet, draws: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
         """Micro-batches of the given draws."""
         sequences, groups, members = _sequences(data, draws)
         lengths = [len(sequence.ids) for sequence in sequences]
         of_sequence = {i: d for d, group in enumerate(groups) for i in group}
-        rows = self.micro_rows if self.one_shape else None
-        for chosen_rows in group_into_batches(groups, lengths, self.window, self.micro_rows):
-            local = {old: new for new, old in enumerate(chosen_rows)}
+        layout = self.layout
+        rows = layout.micro_rows if layout.one_shape else None
+        for packed in group_into_batches(groups, lengths, layout.window, layout.micro_rows):
+            local = {old: new for new, old in enumerate(packed)}
             batch = pack_sequences(
-                [sequences[i] for i in chosen_rows], self.window, self.pad_id, rows=rows
+                [sequences[i] for i in packed], layout.window, layout.pad_id, rows=rows
             )
-            drawn = sorted({of_sequence[i] for i in chosen_rows})
+            drawn = sorted({of_sequence[i] for i in packed})
             triples = [triple for d in drawn for triple in members[d]]
             pairs = [data.pairs[i] for i, _, _ in triples]
             fields = {
@@ -130,31 +130,31 @@ class PairStrategy(Notes, ABC):
         return len(batch.fields["pair"])
 
 
-Triple = tuple[int, int, int]  # pair, and which sequences are its chosen and rejected answer
+Triple = tuple[int, int, int]  # a pair, and the sequences of its chosen and rejected answer
 
 
 def _sequences(
     data: PairSet, draws: Sequence[Sequence[int]]
 ) -> tuple[list[TokenSequence], list[list[int]], list[list[Triple]]]:
-    """The sequences of some draws; which belong to each draw; and each draw's pairs. An answer
-    that stands in several pairs of a draw is one sequence."""
+    """The sequences of some draws, the indices of each draw's sequences, and each draw's pairs. An
+    answer in several pairs of a draw is one sequence."""
     sequences: list[TokenSequence] = []
     groups: list[list[int]] = []
     members: list[list[Triple]] = []
     for draw in draws:
-        known: dict[bytes, int] = {}
+        index: dict[bytes, int] = {}
         triples: list[Triple] = []
         for i in draw:
             pair = data.pairs[i]
-            found = []
+            sides = []
             for answer in (pair.chosen_ids, pair.rejected_ids):
                 key = answer.tobytes()
-                if key not in known:
-                    known[key] = len(sequences)
+                if key not in index:
+                    index[key] = len(sequences)
                     ids = [*pair.prompt_ids.tolist(), *answer.tolist()]
                     sequences.append(TokenSequence(ids, len(pair.prompt_ids)))
-                found.append(known[key])
-            triples.append((i, found[0], found[1]))
-        groups.append(sorted(known.values()))
+                sides.append(index[key])
+            triples.append((i, sides[0], sides[1]))
+        groups.append(sorted(index.values()))
         members.append(triples)
     return sequences, groups, members

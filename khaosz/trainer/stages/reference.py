@@ -1,11 +1,12 @@
-"""The reference's log-probabilities of a data set: computed once, kept on disk.
+"""The frozen reference of a run, and its log-probabilities of the data: computed once and stored.
 
-They come from the model the run *started* from, never from what it has become: a resumed run
-reads the file, or loads that model again.
+They come from the model the run *started* from, never from the trained one: a resumed run reads the
+file, or loads that model again.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 
@@ -18,16 +19,54 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.data.batches.sampler import permute
+from khaosz.data.tokenizer import load_tokenizer
+from khaosz.errors import ConfigError
 from khaosz.files import atomic_path
+from khaosz.interop import load_model
 from khaosz.model import Transformer
-from khaosz.parallel import ParallelContext
+from khaosz.trainer.open_run import OpenRun, initial_model
 from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
 from khaosz.trainer.stages.pairs import PairSet
+from khaosz.trainer.stages.reward_sources import check_same_tokenizer
 from khaosz.trainer.strategy import Compute
 
 
+def frozen_reference(run: OpenRun) -> Transformer:
+    """A frozen copy of the model that the run started from, or of `reference`: never of a policy
+    from a checkpoint. Raises `ConfigError` for another vocabulary or tokenizer."""
+    config, parallel = run.config, run.parallel
+    if config.reference is not None:
+        frozen = load_model(config.reference, device=parallel.device)
+        if frozen.config.vocab_size != run.model.config.vocab_size:
+            raise ConfigError(
+                f"the reference {config.reference} has a vocabulary of"
+                f" {frozen.config.vocab_size}, the policy {run.model.config.vocab_size}"
+            )
+        check_same_tokenizer(run.tokenizer, load_tokenizer(config.reference), config.reference)
+    elif run.origin.checkpoint is None and config.lora is None:
+        frozen = copy.deepcopy(run.model)
+        frozen.compiled_blocks = None
+    else:
+        frozen = initial_model(config, config.init_from, run.tokenizer, parallel)
+    return frozen.requires_grad_(False).eval()
+
+
+def add_references(run: OpenRun, strategy: DPOStrategy, compute: Compute) -> None:
+    """Add the reference's log-probabilities to both pair sets, unless the policy with its adapters
+    off computes them."""
+    if strategy.by_adapters:
+        return
+    config, frozen = run.config, run.model
+    if config.reference is not None or run.origin.checkpoint is not None:
+        frozen = frozen_reference(run)
+    for name, data in (("reference", strategy.data), ("reference-val", strategy.held_out)):
+        if data.pairs:
+            path = config.out / f"{name}.safetensors"
+            add_reference(strategy, data, frozen, compute, path, run.console)
+
+
 def fingerprint(model: Transformer, data: PairSet) -> str:
-    """A hash of the reference's weights and of the pairs: what the numbers depend on."""
+    """A hash of the reference's weights and of the pairs, on which the log-probabilities depend."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
@@ -45,20 +84,19 @@ def add_reference(
     model: Transformer,
     compute: Compute,
     path: Path,
-    parallel: ParallelContext,
     console: Console,
 ) -> None:
-    """Give `data` its reference log-probabilities, from `path` if it holds those of this model and
-    data. They are computed in the layout of the first epoch, so that policy and reference agree to
-    the bit before the first update."""
+    """Set `data.reference`, from `path` if it has the log-probabilities of this model and data.
+    They are computed in the layout of the first epoch, so that policy and reference agree to the
+    bit before the first update."""
     key = fingerprint(model, data)
-    known = _read(path, key)
-    if known is None:
-        known = _compute(strategy, data, model, compute, parallel, console)
-        if parallel.is_main:
-            _write(path, known, key)
-        parallel.barrier()
-    data.reference = known
+    table = _read(path, key)
+    if table is None:
+        table = _compute(strategy, data, model, compute, console)
+        if strategy.parallel.is_main:
+            _write(path, table, key)
+        strategy.parallel.barrier()
+    data.reference = table
 
 
 def _compute(
@@ -66,26 +104,27 @@ def _compute(
     data: PairSet,
     model: Transformer,
     compute: Compute,
-    parallel: ParallelContext,
     console: Console,
 ) -> Tensor:
+    """log ref (pairs, 2) of the chosen and the rejected answers."""
+    parallel, layout = strategy.parallel, strategy.layout
     total = len(data.draws)
-    drawn = [permute(i, total, strategy.seed, 0) for i in range(total)]
-    found = torch.zeros(len(data.pairs), 2)
-    steps = range(0, total, strategy.per_step)
+    drawn = [permute(i, total, layout.seed, 0) for i in range(total)]
+    table = torch.zeros(len(data.pairs), 2)
+    steps = range(0, total, layout.per_step)
     was_training = model.training
-    model.train()  # the pass that training makes; there is no dropout in it
+    model.train()  # the same pass as in training, which has no dropout
     for start in track(steps, "reference", console=console, transient=True, disable=console.quiet):
-        mine = drawn[start : start + strategy.per_step][parallel.rank :: parallel.world]
+        mine = drawn[start : start + layout.per_step][parallel.rank :: parallel.world]
         for batch in strategy.batches(data, [data.draws[i] for i in mine]):
             logprobs = reference_logprobs(model, batch.to(parallel.device), compute)
-            found[batch.fields["pair"]] = logprobs.cpu().float()
+            table[batch.fields["pair"]] = logprobs.cpu().float()
     model.train(was_training)
     if parallel.world > 1:
-        shared = found.to(parallel.device)
-        dist.all_reduce(shared)  # every rank filled rows that the others left at zero
-        found = shared.cpu()
-    return found
+        shared = table.to(parallel.device)
+        dist.all_reduce(shared)  # each rank has filled rows that are zero on the others
+        table = shared.cpu()
+    return table
 
 
 def _read(path: Path, key: str) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""What an answer is worth: a reward model's opinion, or a Python function's."""
+"""Rewards of answers: from a reward model or a Python function."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import torch
 from khaosz.data.batches.sequences import TokenSequence, group_into_batches, pack_sequences
 from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
-from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ConfigError, TrainingError
+from khaosz.interop import load_reward_model
 from khaosz.model import RewardModel
+from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.stages.dpo import sequence_rewards
 from khaosz.trainer.strategy import Compute
 
@@ -27,50 +29,50 @@ RewardFunction = Callable[[list[Message], str, dict[str, Any]], float]
 
 @dataclass(frozen=True)
 class Answer:
-    """One sampled answer: what a judge sees of it."""
+    """One sampled answer."""
 
     prompt: Prompt
-    ids: tuple[int, ...]  # the token that ends the turn included, if it came
+    ids: tuple[int, ...]  # with the token that ends the turn, if it was sampled
     text: str
-    finished: bool  # False: the length limit cut it
+    finished: bool  # False: cut by the length limit
 
     @property
     def sequence(self) -> TokenSequence:
         """Prompt and answer, the answer scored."""
         assert self.prompt.prompt_ids is not None
-        asked = self.prompt.prompt_ids.tolist()
-        return TokenSequence([*asked, *self.ids], len(asked))
+        prompt = self.prompt.prompt_ids.tolist()
+        return TokenSequence([*prompt, *self.ids], len(prompt))
 
 
-class FunctionJudge:
-    """Asks a Python function about every answer."""
+class FunctionReward:
+    """A Python function of every answer."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function, self.name = function, name
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        """One reward per answer; NaN where the function gave no finite number.
+        """One reward per answer; NaN where the function returns no finite number.
 
-        Raises `TrainingError` when the function raises: it is the user's code, and a reward made
-        up in its place would be learned.
+        Raises `TrainingError` when the function raises: it is the user's code, and any substitute
+        reward would be learned.
         """
         scores = []
         for answer in answers:
-            asked = answer.prompt
+            prompt = answer.prompt
             try:
-                score = float(self.function(asked.prompt, answer.text, asked.extra))
+                score = float(self.function(prompt.prompt, answer.text, prompt.extra))
             except Exception as error:
                 raise TrainingError(
                     f"reward_function {self.name} failed on {answer.text[:60]!r}:"
                     f" {type(error).__name__}: {error}",
-                    hint="the last checkpoint is intact; mend the function and --resume",
+                    hint="the last checkpoint is intact; correct the function and --resume",
                 ) from error
             scores.append(score if math.isfinite(score) else math.nan)
         return scores
 
 
-class ModelJudge:
-    """Asks a reward model, which reads prompt and answer to the last token of it."""
+class ModelReward:
+    """A reward model, applied to the last token of prompt and answer."""
 
     def __init__(
         self, model: RewardModel, compute: Compute, window: int, rows: int, pad_id: int
@@ -84,8 +86,8 @@ class ModelJudge:
         texts = [answer.sequence for answer in answers]
         lengths = [len(text.ids) for text in texts]
         scores = [math.nan] * len(texts)
-        alone = [[i] for i in range(len(texts))]
-        for members in group_into_batches(alone, lengths, self.window, self.rows):
+        singles = [[i] for i in range(len(texts))]
+        for members in group_into_batches(singles, lengths, self.window, self.rows):
             batch = pack_sequences([texts[i] for i in members], self.window, self.pad_id)
             rewards = sequence_rewards(self.model, batch.to(device), self.compute).tolist()
             for i, reward in zip(members, rewards, strict=True):
@@ -93,7 +95,25 @@ class ModelJudge:
         return scores
 
 
-Judge = FunctionJudge | ModelJudge
+RewardSource = FunctionReward | ModelReward
+
+
+def open_reward_source(run: OpenRun, compute: Compute, rows: int) -> RewardSource:
+    """The recipe's reward function or reward model; `rows` are the rows of its forward pass.
+    Raises `ConfigError`, `ModelError`."""
+    config, tokenizer = run.config, run.tokenizer
+    if config.reward_function is not None:
+        return FunctionReward(load_function(config.reward_function), config.reward_function)
+    path = config.reward_model
+    assert path is not None
+    check_same_tokenizer(tokenizer, load_tokenizer(path), path)
+    model = load_reward_model(path, device=run.parallel.device)
+    if model.config.max_position_embeddings < run.window:
+        raise ConfigError(
+            f"the reward model {path} reads {model.config.max_position_embeddings} positions,"
+            f" the window is {run.window}"
+        )
+    return ModelReward(model, compute, run.window, rows, tokenizer.pad_id)
 
 
 def load_function(name: str) -> RewardFunction:
@@ -101,7 +121,8 @@ def load_function(name: str) -> RewardFunction:
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ConfigError(
-            f"reward_function='{name}' names no function", hint="module:name or file.py:name"
+            f"reward_function='{name}' does not name a function",
+            hint="module:name or file.py:name",
         )
     try:
         if place.endswith(".py"):
@@ -123,10 +144,10 @@ def load_function(name: str) -> RewardFunction:
     return function
 
 
-def check_same_tokenizer(own: Tokenizer, other: Tokenizer, path: Path) -> None:
-    """A reward model reads the policy's ids: raises `ConfigError` if they mean something else."""
-    if own.fingerprint != other.fingerprint:
+def check_same_tokenizer(policy: Tokenizer, other: Tokenizer, path: Path) -> None:
+    """Raises `ConfigError` if the model at `path` does not read the policy's token ids."""
+    if policy.fingerprint != other.fingerprint:
         raise ConfigError(
-            f"the reward model {path} has another tokenizer than the policy",
-            hint="train one from the same model: stage=rm, init_from= the policy's start",
+            f"{path} has another tokenizer than the policy",
+            hint="use a model that was trained from the policy's start (init_from=)",
         )

@@ -32,13 +32,13 @@ from khaosz.trainer.stages.losses import (
     token_rewards,
     whitened,
 )
-from khaosz.trainer.stages.reward_sources import Answer, Judge
+from khaosz.trainer.stages.reward_sources import Answer, RewardSource
 from khaosz.trainer.stages.rollout import Rollout, sample_answers
-from khaosz.trainer.strategy import Compute, Notes
+from khaosz.trainer.strategy import Compute, StrategyMetrics
 
 
-@dataclass
-class RLHFStrategy(Notes):
+@dataclass(kw_only=True)
+class RLHFStrategy(StrategyMetrics):
     """Policy optimisation on answers of the policy itself.
 
     `ppo` (Schulman et al. 2017, arXiv:1707.06347, as used by Ouyang et al. 2022, arXiv:2203.02155):
@@ -56,7 +56,7 @@ class RLHFStrategy(Notes):
     policy: Transformer
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
-    judge: Judge
+    reward_source: RewardSource
     config: RolloutConfig
     window: int
     micro_rows: int
@@ -69,11 +69,10 @@ class RLHFStrategy(Notes):
     samples: list[tuple[Answer, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
-        self.companion = self.critic
         self.kl = KLController(self.config.kl, self.config.kl_target, self.config.kl_horizon)
-        self.shown = ("reward", "kl", "clip_fraction")
+        self.progress_metrics = ("reward", "kl", "clip_fraction")
         if self.critic is not None:
-            self.shown += ("explained_variance",)
+            self.progress_metrics += ("explained_variance",)
 
     @property
     def steps_per_rollout(self) -> int:
@@ -131,28 +130,26 @@ class RLHFStrategy(Notes):
             logprobs, fields["old"], fields["advantages"], config.clip
         )
         loss = policy.sum()
-        self.note(
+        self.add_metrics(
             policy_loss=policy.sum(),
             clip_fraction=held.sum(),
             step_kl=kl_k3(fields["old"], logprobs.detach()).sum(),
         )
         if config.entropy:
             loss = loss - config.entropy * entropy.sum()
-            self.note(entropy=entropy.sum())
+            self.add_metrics(entropy=entropy.sum())
         if self.critic is not None:
-            critic = self.companion
-            assert isinstance(critic, RewardModel)
-            values = token_values(critic, batch, compute)
+            values = token_values(self.critic, batch, compute)
             value_loss = clipped_value_loss(
                 values, fields["values"], fields["returns"], config.value_clip
             ).sum()
             loss = loss + config.value_weight * value_loss
-            self.note(value_loss=value_loss)
+            self.add_metrics(value_loss=value_loss)
         elif self.kl.weight:
             estimate = kl_k2 if config.kl_loss == "k2" else kl_k3
             penalty = estimate(logprobs, fields["reference"]).sum()
             loss = loss + self.kl.weight * penalty
-            self.note(kl_loss=penalty)
+            self.add_metrics(kl_loss=penalty)
         return loss
 
     # -- the rollout -------------------------------------------------------------------------
@@ -168,12 +165,12 @@ class RLHFStrategy(Notes):
             picked.append(self.prompts[permute(within, total, self.seed, epoch)])
             seeds += [(self.seed << 40) + draw * group + i for i in range(group)]
         answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
-        judged = torch.tensor(self.judge(answers), dtype=torch.float32)
+        judged = torch.tensor(self.reward_source(answers), dtype=torch.float32)
         penalty = self.config.missing_end_penalty
         finished = torch.tensor([answer.finished for answer in answers])
         judged = judged - penalty * (~finished).float()
         good = ~judged.isnan()
-        self._facts(answers, judged, finished, good)
+        self._record_metrics(answers, judged, finished, good)
         # Whatever has no reward is left out whole: there is nothing to learn from it.
         kept = good.nonzero()[:, 0].tolist()
         sequences = [answers[i].sequence for i in kept]
@@ -186,7 +183,9 @@ class RLHFStrategy(Notes):
         self.samples = [(answers[i], float(judged[i])) for i in kept[:2]]
         return rollout
 
-    def _facts(self, answers: list[Answer], judged: Tensor, finished: Tensor, good: Tensor) -> None:
+    def _record_metrics(
+        self, answers: list[Answer], judged: Tensor, finished: Tensor, good: Tensor
+    ) -> None:
         lengths = sum(len(answer.ids) for answer in answers)
         total, kept, reward, ended, tokens = across(
             [
@@ -204,7 +203,7 @@ class RLHFStrategy(Notes):
                 "the judge gave no finite reward for a whole rollout",
                 hint="see that the reward function returns numbers",
             )
-        self.facts = {
+        self.step_metrics = {
             "reward": reward / kept,
             "answer_tokens": tokens / total,
             "finished": ended / total,
@@ -253,7 +252,7 @@ class RLHFStrategy(Notes):
             for old, ref in zip(rollout.old, rollout.reference, strict=True)
         )
         kl, answers = across([mine, float(len(rollout.old))], self.parallel)
-        self.facts |= {"kl": kl / answers, "kl_weight": self.kl.weight}
+        self.step_metrics |= {"kl": kl / answers, "kl_weight": self.kl.weight}
         self.kl.update(kl / answers, int(answers))
         return kl / answers
 
@@ -289,7 +288,7 @@ class RLHFStrategy(Notes):
         everything = torch.cat(rollout.advantages)
         explained = self._explained(returns, values)
         if math.isfinite(explained):
-            self.facts["explained_variance"] = explained
+            self.step_metrics["explained_variance"] = explained
         if config.whiten:
             mean, variance = self._moments(everything)
             rollout.advantages = [
@@ -321,7 +320,7 @@ class RLHFStrategy(Notes):
             held |= {f"rollout.{name}": t for name, t in self.rollout.tensors().items()}
             held |= {
                 f"facts.{name}": torch.tensor(value, dtype=torch.float64)
-                for name, value in self.facts.items()
+                for name, value in self.step_metrics.items()
             }
         return held
 
@@ -330,7 +329,7 @@ class RLHFStrategy(Notes):
         parts = {n.removeprefix("rollout."): t for n, t in held.items() if n.startswith("rollout.")}
         if parts:
             self.rollout = Rollout.from_tensors(parts)
-        self.facts = {
+        self.step_metrics = {
             n.removeprefix("facts."): float(t) for n, t in held.items() if n.startswith("facts.")
         }
 

@@ -1,7 +1,8 @@
-"""What is looked at while an alignment run goes on: held-out pairs, sampled answers."""
+"""Validation and pictures of an alignment run: held-out pairs, sampled answers, calibration."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from khaosz.model import RewardModel
 from khaosz.parallel import across
 from khaosz.trainer.callback import Callback, is_last
 from khaosz.trainer.loggers import append_row, drop_later_rows
+from khaosz.trainer.plots import LossCurve, Panel, can_draw, draw_calibration
 from khaosz.trainer.stages.dpo import DPOStrategy, sequence_rewards
 from khaosz.trainer.stages.losses import preferred
 from khaosz.trainer.stages.pairs import PairStrategy
@@ -21,19 +23,35 @@ from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.strategy import Compute
 from khaosz.trainer.train_context import TrainContext
 
+_PAIR_PANELS: Sequence[Panel] = (
+    ("loss", [("loss", "training"), ("val_loss", "held out")]),
+    ("accuracy", [("accuracy", "training"), ("val_accuracy", "held out")]),
+    ("margin of rewards", [("margin", "training"), ("val_margin", "held out")]),
+    (
+        "log-probability per token",
+        [("val_logprob_chosen", "chosen, held out"), ("val_logprob_rejected", "rejected")],
+    ),
+)
+ROLLOUT_PANELS: Sequence[Panel] = (
+    ("reward", [("reward", "mean of a rollout")]),
+    ("KL against the reference", [("kl", "nats per answer")]),
+    ("answers", [("finished", "ended by themselves"), ("clip_fraction", "ratios clipped")]),
+    ("critic", [("explained_variance", "explained variance")]),
+)
+
 
 def held_out_batches(strategy: PairStrategy) -> list[SequenceBatch]:
     """This rank's micro-batches of the held-out pairs."""
     parallel = strategy.parallel
-    # A rank without any looks at the first, and counts it as nothing: all must know what to sum.
+    # A rank without any computes the first with a weight of zero: all must sum the same metrics.
     mine = strategy.held_out.draws[parallel.rank :: parallel.world] or strategy.held_out.draws[:1]
     return list(strategy.batches(strategy.held_out, mine))
 
 
 @torch.no_grad()
 def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict[str, float]:
-    """Loss and every number the strategy notes, as means over all held-out pairs."""
-    before, strategy.tally = strategy.tally, {}
+    """Loss and every metric of the strategy, as means over all held-out pairs."""
+    before, strategy.metric_sums = strategy.metric_sums, {}
     total = torch.zeros(())
     count = 0
     was_training = model.training
@@ -42,15 +60,18 @@ def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict
         for batch in held_out_batches(strategy):
             total += strategy.loss(model, batch.to(strategy.parallel.device), compute).cpu()
             count += strategy.count(batch)
-        names, sums = list(strategy.tally), [float(value) for value in strategy.tally.values()]
+        names, sums = (
+            list(strategy.metric_sums),
+            [float(value) for value in strategy.metric_sums.values()],
+        )
     finally:
-        strategy.tally = before
+        strategy.metric_sums = before
         model.train(was_training)
     counted = strategy.parallel.rank < len(strategy.held_out.draws)
     mine = [float(count), float(total), *sums]
-    every, loss, *noted = across([x if counted else 0.0 for x in mine], strategy.parallel)
-    means = {name: value / every for name, value in zip(names, noted, strict=True)}
-    return {"loss": loss / every, **means}
+    pairs, loss, *totals = across([x if counted else 0.0 for x in mine], strategy.parallel)
+    means = {name: value / pairs for name, value in zip(names, totals, strict=True)}
+    return {"loss": loss / pairs, **means}
 
 
 class PairValidation(Callback):
@@ -62,18 +83,18 @@ class PairValidation(Callback):
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         if metrics["step"] % self.every and not is_last(context):
             return
-        found = evaluate_pairs(self.strategy, context.model, self.compute)
-        metrics |= {f"val_{name}": value for name, value in found.items()}
-        context.progress.judged(found["loss"])
+        means = evaluate_pairs(self.strategy, context.model, self.compute)
+        metrics |= {f"val_{name}": value for name, value in means.items()}
+        context.progress.evaluated(means["loss"])
 
 
 class RolloutSamples(Callback):
-    """Shows an answer of each rollout beside its reward: what the policy has learned to say. It is
-    kept in OUT/samples.jsonl."""
+    """Prints an answer of each logged rollout with its reward, and appends it to
+    OUT/samples.jsonl."""
 
     def __init__(self, path: Path, strategy: RLHFStrategy, console: Console) -> None:
         self.path, self.strategy, self.console = path, strategy, console
-        self._shown = -1
+        self._printed = -1
 
     def on_start(self, context: TrainContext) -> None:
         drop_later_rows(self.path, context.progress.step)
@@ -81,17 +102,17 @@ class RolloutSamples(Callback):
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         rollout = self.strategy.rollout
         due = metrics["step"] % context.config.log_every == 0 or metrics["step"] == 1
-        if rollout is None or rollout.number == self._shown or not (due or is_last(context)):
+        if rollout is None or rollout.number == self._printed or not (due or is_last(context)):
             return
-        self._shown = rollout.number
+        self._printed = rollout.number
         for answer, reward in self.strategy.samples[:1]:
             prompt = str(answer.prompt.prompt[-1]["content"])
             row = {"step": metrics["step"], "prompt": prompt, "text": answer.text, "reward": reward}
             append_row(self.path, row)
-            said = answer.text.replace("\n", " ")[:120]
-            asked = prompt.replace("\n", " ")[:60]
+            question = prompt.replace("\n", " ")[:60]
+            text = answer.text.replace("\n", " ")[:120]
             end = "" if answer.finished else " ..."
-            self.console.print(f"  {reward:+.2f}  {asked} -> {said}{end}", markup=False)
+            self.console.print(f"  {reward:+.2f}  {question} -> {text}{end}", markup=False)
 
 
 @torch.no_grad()
@@ -112,13 +133,31 @@ def pair_gaps(strategy: PairStrategy, model: Any, compute: Compute) -> Tensor:
 
 
 def calibration_table(gaps: Tensor, bins: int = 5) -> list[tuple[float, float, int]]:
-    """How often the model is right when it is how sure: (mean confidence, accuracy, pairs) of
-    equally filled bins. Confidence is sigma(|gap|), the probability the model itself gives to the
-    answer it prefers."""
+    """Accuracy by confidence: (mean confidence, accuracy, pairs) of equally filled bins. Confidence
+    is sigma(|gap|), the model's own probability of the answer it prefers."""
     order = gaps.abs().argsort()
     table = []
     for part in torch.tensor_split(order, min(bins, len(order))):
-        own = gaps[part]
-        right = preferred(own, torch.zeros_like(own)).mean()
-        table.append((float(own.abs().sigmoid().mean()), float(right), len(own)))
+        bin_gaps = gaps[part]
+        right = preferred(bin_gaps, torch.zeros_like(bin_gaps)).mean()
+        table.append((float(bin_gaps.abs().sigmoid().mean()), float(right), len(bin_gaps)))
     return table
+
+
+class PreferenceCurve(LossCurve):
+    """OUT/loss.png, and for a reward model with held-out pairs OUT/calibration.png."""
+
+    def __init__(
+        self, out: Path, console: Console, strategy: PairStrategy, compute: Compute
+    ) -> None:
+        super().__init__(out, console, _PAIR_PANELS)
+        self.strategy, self.compute = strategy, compute
+
+    def on_end(self, context: TrainContext) -> None:
+        super().on_end(context)
+        enough = len(self.strategy.held_out.pairs) >= 5 and context.parallel.world == 1
+        if context.config.stage == "rm" and enough and can_draw():
+            gaps = pair_gaps(self.strategy, context.model, self.compute)
+            path = self.out / "calibration.png"
+            draw_calibration(calibration_table(gaps), path, self.title(context))
+            self.console.print(f"  calibration: {path}")

@@ -1,4 +1,4 @@
-"""Pairs and prompts from real text, and tiny models in which every weight matters."""
+"""Pairs and prompts from real text, and recipes of tiny runs for every stage but pretraining."""
 
 from __future__ import annotations
 
@@ -8,25 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import TINY_MODEL, random_model
+from tiny import TINY_MODEL
 from translation import translation_pairs, written
 
 from khaosz.config import TrainConfig
-from khaosz.data.tokenizer import Tokenizer, load_tokenizer
-from khaosz.model import Transformer
 
 Align = Callable[..., TrainConfig]
 Embed = Callable[..., TrainConfig]
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tokenizer_dir: Path) -> Tokenizer:
-    return load_tokenizer(tokenizer_dir)
-
-
-@pytest.fixture
-def model(tokenizer: Tokenizer) -> Transformer:
-    return random_model(tokenizer)
 
 
 @pytest.fixture(scope="session")

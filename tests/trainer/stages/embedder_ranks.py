@@ -24,8 +24,8 @@ def record(recipe: Path, out: Path) -> None:
     """Losses and metrics are in the run's metrics.jsonl."""
     config = load_recipe(recipe)
     parallel = setup_parallel(config.parallel)
-    start = running.Start(config)
-    context, trainer = running.build_run(start, parallel, Console(quiet=True))
+    trainer = running.assemble(running.RunOrigin(config), parallel, Console(quiet=True))
+    context = trainer.context
     kinds = RetrievalValidation | JsonLines
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, kinds)]
     kept: dict[str, Tensor] = {}

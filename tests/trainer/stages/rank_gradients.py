@@ -24,7 +24,7 @@ from khaosz.parallel import setup_parallel
 from khaosz.trainer import run as running
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.loggers import JsonLines
-from khaosz.trainer.plots import PanelCurve
+from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.stages.validation import PairValidation
 from khaosz.trainer.train_context import TrainContext
@@ -38,7 +38,8 @@ def record(recipe: Path, out: Path) -> None:
     "rollout.NUMBER.FIELD". Losses and metrics are in the run's metrics.jsonl."""
     config = load_recipe(recipe)
     parallel = setup_parallel(config.parallel)
-    context, trainer = running.build_run(running.Start(config), parallel, QUIET)
+    trainer = running.assemble(running.RunOrigin(config), parallel, QUIET)
+    context = trainer.context
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, PairValidation | JsonLines)]
     kept: dict[str, Tensor] = {}
     update, strategy = trainer._update, trainer.strategy
@@ -77,7 +78,7 @@ def run(recipe: Path, stop_after: int | None) -> None:
 
     def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:
         built(self, *args, **kwargs)
-        self.callbacks = [c for c in self.callbacks if not isinstance(c, PanelCurve)]
+        self.callbacks = [c for c in self.callbacks if not isinstance(c, LossCurve)]
         if stop_after is not None:
             self.callbacks.append(StopLastRank(stop_after))
 

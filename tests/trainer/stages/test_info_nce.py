@@ -18,7 +18,7 @@ from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.embed import EmbedStrategy
 from khaosz.trainer.stages.embed_validation import evaluate_retrieval
 from khaosz.trainer.stages.losses import info_nce, ranks
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 
 def written_out(
@@ -85,11 +85,7 @@ def strategy_of(data: TextPairs, tokenizer: Tokenizer, **changes: Any) -> EmbedS
     return EmbedStrategy(
         data=data,
         held_out=TextPairs(),
-        per_step=10,
-        window=64,
-        micro_rows=rows,
-        pad_id=tokenizer.pad_id,
-        seed=3,
+        layout=BatchLayout(10, 64, rows, tokenizer.pad_id, seed=3),
         parallel=ParallelContext(torch.device("cpu")),
         config=EmbedConfig.parse({**given, **changes}),
     )
@@ -114,7 +110,7 @@ def plain_loss(model: Transformer, strategy: EmbedStrategy, step: int) -> Tensor
         pooled = hidden.mean(0) if config.pooling == "mean" else hidden[-1]
         return pooled / pooled.norm()
 
-    assert len(drawn) == strategy.per_step
+    assert len(drawn) == strategy.layout.per_step
     columns = sorted({n for i in drawn for n in (data.positive[i], *data.negatives[i])})
     queries = [vector(data.queries[i]) for i in drawn]
     passages = {n: vector(data.passages[n]) for n in columns}

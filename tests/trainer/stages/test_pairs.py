@@ -22,7 +22,7 @@ from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy, reference_logprobs, sequence_rewards
 from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.pairs import PairSet
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 WINDOW = 128
 CPU = ParallelContext(torch.device("cpu"))
@@ -42,7 +42,7 @@ def dpo(
     **config: object,
 ) -> DPOStrategy:
     return DPOStrategy(
-        PairSet(pairs), PairSet([]), per_step, window, micro_rows, pad_id, 0, CPU,
+        PairSet(pairs), PairSet([]), BatchLayout(per_step, window, micro_rows, pad_id, 0), CPU,
         config=PreferenceConfig.parse(config),
     )  # fmt: skip
 
@@ -178,7 +178,7 @@ def test_gradients_do_not_know_the_layout(
 def test_rows_of_one_shape_change_nothing(model: Transformer, pairs: list[EncodedPair]) -> None:
     plain = with_reference(dpo(pairs), model)
     padded = dpo(pairs)
-    padded.data.reference, padded.one_shape = plain.data.reference, True
+    padded.data.reference, padded.layout.one_shape = plain.data.reference, True
     moved(model)
     assert {tuple(b.ids.shape) for b in padded.micro_batches(0)} == {(2, WINDOW)}
     loss, _ = gradients(plain, model)
@@ -236,7 +236,7 @@ def rm(
     pairs: list[EncodedPair], per_step: int = 8, micro_rows: int = 2, **config: object
 ) -> RMStrategy:
     return RMStrategy(
-        PairSet(pairs), PairSet([]), per_step, WINDOW, micro_rows, 0, 0, CPU,
+        PairSet(pairs), PairSet([]), BatchLayout(per_step, WINDOW, micro_rows, 0, 0), CPU,
         config=RewardConfig.parse(config),
     )  # fmt: skip
 
@@ -264,7 +264,7 @@ def test_a_new_reward_model_finds_everything_equal(
     strategy = rm(pairs)
     loss, _ = gradients(strategy, judge)
     assert loss == math.log(2) or loss == pytest.approx(math.log(2), abs=1e-7)
-    assert float(strategy.tally["accuracy"]) == len(pairs) / 2
+    assert float(strategy.metric_sums["accuracy"]) == len(pairs) / 2
 
 
 def test_margins_and_centring_reach_the_loss(model: Transformer, pairs: list[EncodedPair]) -> None:
@@ -316,6 +316,6 @@ def test_compiled_rows_are_fitted_to_the_pairs() -> None:
     same = [EncodedPair(answer[:4], answer + i, answer + i + 1) for i in range(6)]
     strategy = dpo(same, per_step=2, window=32, micro_rows=5)
     strategy.fit_micro_rows()
-    assert strategy.micro_rows == 4
-    strategy.one_shape = True
+    assert strategy.layout.micro_rows == 4
+    strategy.layout.one_shape = True
     assert [batch.ids.shape for batch in strategy.micro_batches(0)] == [(4, 32)]

@@ -18,7 +18,7 @@ from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.losses import gae, kl_k1, token_rewards
-from khaosz.trainer.stages.reward_sources import FunctionJudge, ModelJudge, load_function
+from khaosz.trainer.stages.reward_sources import FunctionReward, ModelReward, load_function
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.strategy import Compute
 
@@ -33,7 +33,7 @@ def length_reward(messages: list[Any], answer: str, extra: dict[str, Any]) -> fl
 def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path):  # type: ignore[no-untyped-def]
     """`make("ppo", key=value)`: a strategy on the tiny random policy."""
 
-    def build(stage: str, judge: Any = None, **config: Any) -> RLHFStrategy:
+    def build(stage: str, reward_source: Any = None, **config: Any) -> RLHFStrategy:
         values = {
             "prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 2, "minibatches": 2, **config
         }  # fmt: skip
@@ -48,7 +48,7 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path):  # type:
             policy=model,
             tokenizer=tokenizer,
             prompts=load_prompts([prompts_file], tokenizer, 64).train,
-            judge=judge or FunctionJudge(length_reward, "length"),
+            reward_source=reward_source or FunctionReward(length_reward, "length"),
             config=RolloutConfig.parse(values),
             window=64,
             micro_rows=2,
@@ -77,7 +77,7 @@ def test_the_first_ratio_is_one(make, stage: str) -> None:  # type: ignore[no-un
             assert torch.equal(new.detach(), batch.fields["old"])
             # The reference is the policy itself, so far.
             assert torch.equal(batch.fields["reference"], batch.fields["old"])
-    assert strategy.facts["kl"] == 0.0
+    assert strategy.step_metrics["kl"] == 0.0
     for batch in strategy.micro_batches(2):  # another partition of the same answers
         new = batch_logprobs(strategy.policy, batch, Compute())[0]
         torch.testing.assert_close(new.detach(), batch.fields["old"], rtol=0, atol=2e-5)
@@ -131,7 +131,7 @@ def test_ppo_rewards_and_advantages(make) -> None:  # type: ignore[no-untyped-de
     mean = sum(
         float(kl_k1(o, r).sum()) for o, r in zip(rollout.old, rollout.reference, strict=True)
     )
-    assert strategy.facts["kl"] == pytest.approx(mean / len(rollout.old), rel=1e-5)
+    assert strategy.step_metrics["kl"] == pytest.approx(mean / len(rollout.old), rel=1e-5)
 
 
 def test_whitened_over_all_tokens(make) -> None:  # type: ignore[no-untyped-def]
@@ -233,11 +233,11 @@ def test_a_rollout_is_stored_and_read_back(make) -> None:  # type: ignore[no-unt
     one, two = make("ppo", kl_target=1.0), make("ppo", kl_target=1.0)
     one.micro_batches(1)
     two.load_state_tensors(one.state_tensors())
-    two.judge = None  # it must not need to sample again
+    two.reward_source = None  # it must not need to sample again
     for a, b in zip(one.micro_batches(2), two.micro_batches(2), strict=True):
         assert torch.equal(a.ids, b.ids)
         assert all(torch.equal(a.fields[n], b.fields[n]) for n in a.fields)
-    assert two.kl.weight == one.kl.weight and two.facts == one.facts
+    assert two.kl.weight == one.kl.weight and two.step_metrics == one.step_metrics
 
 
 class TestJudges:
@@ -245,7 +245,7 @@ class TestJudges:
         def broken(messages: Any, answer: str, extra: Any) -> float:
             raise KeyError("answer")
 
-        strategy = make("grpo", FunctionJudge(broken, "mine:broken"))
+        strategy = make("grpo", FunctionReward(broken, "mine:broken"))
         with pytest.raises(TrainingError, match=r"mine:broken failed.*KeyError"):
             strategy.micro_batches(0)
 
@@ -258,14 +258,14 @@ class TestJudges:
 
         for stage in ("ppo", "grpo"):
             calls.clear()
-            strategy = make(stage, FunctionJudge(sometimes, "sometimes"))
+            strategy = make(stage, FunctionReward(sometimes, "sometimes"))
             loss = step_loss(strategy, 0)
             assert torch.isfinite(loss)
             assert len(strategy.rollout.sequences) == 7
-            assert strategy.facts["without_reward"] == 5
+            assert strategy.step_metrics["without_reward"] == 5
 
     def test_no_reward_at_all(self, make) -> None:  # type: ignore[no-untyped-def]
-        strategy = make("ppo", FunctionJudge(lambda *_: math.nan, "nothing"))
+        strategy = make("ppo", FunctionReward(lambda *_: math.nan, "nothing"))
         with pytest.raises(TrainingError, match="no finite reward"):
             strategy.micro_batches(0)
 
@@ -274,7 +274,7 @@ class TestJudges:
     ) -> None:  # type: ignore[no-untyped-def]
         reward = RewardModel.from_transformer(model)
         torch.nn.init.normal_(reward.score.weight)
-        judge = ModelJudge(reward, Compute(), 64, 2, tokenizer.pad_id)
+        judge = ModelReward(reward, Compute(), 64, 2, tokenizer.pad_id)
         strategy = make("ppo", judge)
         strategy.micro_batches(0)
         for sequence, score in zip(
@@ -287,7 +287,7 @@ class TestJudges:
     @pytest.mark.parametrize(
         ("name", "message"),
         [
-            ("khaosz.rewards", "names no function"),
+            ("khaosz.rewards", "does not name a function"),
             ("khaosz.rewards:nothing", "has no 'nothing'"),
             ("no.such.module:f", "can't be loaded"),
             ("khaosz.rewards:__all__", "is not a function"),

@@ -171,7 +171,7 @@ def test_ppo_with_a_reward_model(align: Any, tmp_path: Path) -> None:
     )
     context = go(config)
     assert context.reference is not None and context.reward is not None
-    assert context.value is not None
+    assert context.critic is not None
     frozen = load_reward_model(judge.out / "last")
     for name, parameter in context.reward.named_parameters():
         assert torch.equal(parameter, frozen.state_dict()[name])

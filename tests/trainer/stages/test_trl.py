@@ -32,8 +32,8 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.interop import save_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.build import Start
-from khaosz.trainer.run import build_run
+from khaosz.trainer.open_run import RunOrigin
+from khaosz.trainer.run import assemble
 from khaosz.trainer.stages.dpo import sequence_rewards
 from khaosz.trainer.stages.pairs import PairStrategy
 from khaosz.trainer.strategy import Compute
@@ -151,7 +151,7 @@ def ours(stage: str, data: Path, model: Path, out: Path, **changes: Any) -> Trai
     }  # fmt: skip
     config = TrainConfig.parse({**values, **changes})
     quiet = Console(file=io.StringIO())
-    return build_run(Start(config), ParallelContext(torch.device("cpu")), quiet)[1]
+    return assemble(RunOrigin(config), ParallelContext(torch.device("cpu")), quiet)
 
 
 def theirs(config: Any, out: Path, **changes: Any) -> Any:
@@ -393,7 +393,7 @@ def test_the_last_micro_batch_of_an_epoch_weighs_more_in_trl(
     for i in order:
         (batch,) = strategy.batches(strategy.data, [[i]])
         alone.append(float(strategy.loss(trainer.context.model, batch, Compute())))
-    strategy.tally.clear()
+    strategy.metric_sums.clear()
     mine = trainer.step(0)
     assert mine is not None and mine["loss"] == pytest.approx(sum(alone) / 7, abs=1e-6)
     peer = RecordedRM(

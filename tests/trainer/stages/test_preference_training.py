@@ -22,14 +22,14 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.build import Start, starting_model
-from khaosz.trainer.stages import build, reference, validation
+from khaosz.trainer.open_run import OpenRun, RunOrigin, open_run
+from khaosz.trainer.stages import reference, validation
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy, reference_logprobs
 from khaosz.trainer.stages.logprobs import token_logprobs
 from khaosz.trainer.stages.pairs import PairSet
-from khaosz.trainer.stages.reference import add_reference
+from khaosz.trainer.stages.reference import add_reference, add_references, frozen_reference
 from khaosz.trainer.stages.validation import evaluate_pairs
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 WINDOW = 128
 CPU = ParallelContext(torch.device("cpu"))
@@ -51,8 +51,8 @@ def dpo(
 ) -> DPOStrategy:
     per_step = min(8, len(train))
     return DPOStrategy(
-        PairSet(train), PairSet(held_out or []), per_step, WINDOW, micro_rows, 0, 0, parallel,
-        config=PreferenceConfig.parse(config), by_adapters=by_adapters,
+        PairSet(train), PairSet(held_out or []), BatchLayout(per_step, WINDOW, micro_rows, 0, 0),
+        parallel, config=PreferenceConfig.parse(config), by_adapters=by_adapters,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_a_stored_table_is_used_for_its_model_and_pairs_only(
 
     def table(of: list[EncodedPair]) -> Tensor:
         strategy = dpo(of)
-        add_reference(strategy, strategy.data, model, Compute(), path, CPU, QUIET)
+        add_reference(strategy, strategy.data, model, Compute(), path, QUIET)
         assert strategy.data.reference is not None
         return strategy.data.reference
 
@@ -149,25 +149,25 @@ def test_the_reference_of_a_resumed_policy_is_where_it_started(
 ) -> None:
     """Not what the checkpoint has brought: a table for pairs, a model for rollouts."""
     for stage in ("dpo", "grpo"):
-        config = build.resolve_config(align(stage, out=tmp_path / stage), CPU)[0]
-        config, begun, _ = starting_model(config, None, tokenizer, CPU)
-        config.out.mkdir()
-        policy = shifted(copy.deepcopy(begun))
-        start = Start(config, checkpoint=tmp_path / "somewhere")
+        new = open_run(RunOrigin(align(stage, out=tmp_path / stage)), CPU, QUIET)
+        new.load_model()
+        origin = RunOrigin(new.config, checkpoint=tmp_path / "somewhere")
+        resumed = OpenRun(origin, CPU, QUIET, new.config, tokenizer)
+        resumed.model = shifted(copy.deepcopy(new.model))
         if stage == "dpo":
             strategy = dpo(loaded[:4])
-            build._add_references(strategy, policy, config, start, Compute(), tokenizer, QUIET)
+            add_references(resumed, strategy, Compute())
             assert strategy.data.reference is not None
-            close(strategy.data.reference, table_of(begun, loaded[:4]))
+            close(strategy.data.reference, table_of(new.model, loaded[:4]))
             continue
-        frozen = build._reference(policy, config, start, tokenizer, CPU)
+        frozen = frozen_reference(resumed)
         for name, parameter in frozen.named_parameters():
-            assert torch.equal(parameter, begun.state_dict()[name]), name
+            assert torch.equal(parameter, new.model.state_dict()[name]), name
             assert not parameter.requires_grad
         assert not frozen.training
-        fresh = build._reference(policy, config, Start(config), tokenizer, CPU)
-        shifted(policy)  # a new run's reference is a copy, and stays when the policy goes
-        assert not torch.equal(fresh.norm.weight, policy.norm.weight)
+        fresh = frozen_reference(new)
+        shifted(new.model)  # a new run's reference is a copy, and stays when the policy moves
+        assert not torch.equal(fresh.norm.weight, new.model.norm.weight)
 
 
 def test_log_probabilities_of_bf16_states_are_fp32() -> None:
@@ -211,12 +211,12 @@ def test_what_is_shown_is_what_each_answer_is_worth(
         "logprob_rejected": float((after / tokens)[:, 1].sum()),
         "kl": float((after - before).sum() / 2),
     }
-    assert strategy.tally.keys() == wanted.keys()
+    assert strategy.metric_sums.keys() == wanted.keys()
     assert 0 < wanted["accuracy"] < 8, "a case in which some are right and some are wrong"
     for name, value in wanted.items():
         # Differences of sums of up to 60 nats, each exact to a millionth.
-        assert float(strategy.tally[name]) == pytest.approx(value, rel=1e-3, abs=1e-3), name
-    assert set(strategy.shown) <= wanted.keys()
+        assert float(strategy.metric_sums[name]) == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    assert set(strategy.progress_metrics) <= wanted.keys()
 
 
 def test_held_out_numbers_are_means_over_pairs(
@@ -230,9 +230,9 @@ def test_held_out_numbers_are_means_over_pairs(
     for micro_rows in (1, 3):
         strategy = dpo(loaded[7:], held_out, micro_rows)
         strategy.held_out.reference = table
-        strategy.note(accuracy=torch.tensor(100.0))
+        strategy.add_metrics(accuracy=torch.tensor(100.0))
         found.append(evaluate_pairs(strategy, model, Compute()))
-        assert {name: float(v) for name, v in strategy.tally.items()} == {"accuracy": 100.0}
+        assert {name: float(v) for name, v in strategy.metric_sums.items()} == {"accuracy": 100.0}
     gap = (table_of(model, held_out) - table) @ torch.tensor([1.0, -1.0]).double()
     loss = -F.logsigmoid(0.1 * gap).mean()
     for one in found:
@@ -254,7 +254,11 @@ def reward_model_with_dropout(model: Transformer) -> RewardModel:
 
 def rm(held_out: list[EncodedPair], parallel: ParallelContext = CPU) -> RMStrategy:
     return RMStrategy(
-        PairSet(held_out), PairSet(held_out), 8, WINDOW, 2, 0, 0, parallel, config=RewardConfig()
+        PairSet(held_out),
+        PairSet(held_out),
+        BatchLayout(8, WINDOW, 2, 0, 0),
+        parallel,
+        config=RewardConfig(),
     )
 
 

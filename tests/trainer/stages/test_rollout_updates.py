@@ -20,7 +20,7 @@ from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.stages import rlhf
-from khaosz.trainer.stages.reward_sources import FunctionJudge
+from khaosz.trainer.stages.reward_sources import FunctionReward
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.stages.rollout import Rollout
 from khaosz.trainer.strategy import Compute
@@ -63,7 +63,7 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path) -> Make:
             policy=model,
             tokenizer=tokenizer,
             prompts=load_prompts([prompts_file], tokenizer, 64).train,
-            judge=FunctionJudge(length_reward, "length"),
+            reward_source=FunctionReward(length_reward, "length"),
             config=RolloutConfig.parse(values),
             window=64,
             micro_rows=2,
@@ -134,12 +134,12 @@ def test_the_loss_of_an_update_is_its_formula(make: Make, stage: str) -> None:
     for step in (0, 1):  # the second epoch takes the same answers in another layout
         batches = strategy.micro_batches(step)
         assert strategy.rollout is rollout
-        strategy.tally.clear()
+        strategy.metric_sums.clear()
         loss = sum(strategy.loss(strategy.policy, batch, Compute()).item() for batch in batches)
         assert sum(map(strategy.count, batches)) == len(ratios)
         # fp32 against float64 through ratios of up to a few, summed over some seventy tokens.
         assert loss == pytest.approx(wanted, rel=1e-3)
-        found = {name: float(value) for name, value in strategy.tally.items()}
+        found = {name: float(value) for name, value in strategy.metric_sums.items()}
         assert found["policy_loss"] == pytest.approx(sums["policy"], rel=1e-3, abs=1e-3)
         assert found["entropy"] == pytest.approx(sums["entropy"], rel=1e-3)
         assert found["step_kl"] == pytest.approx(sums["moved"], rel=1e-3)
@@ -169,7 +169,7 @@ def test_the_penalty_of_ppo_is_what_the_policy_says_over_the_reference(make: Mak
         # With lambda = gamma = 1 the return of a token is the sum of all rewards from it on.
         wanted = float(rollout.scores[i]) - 0.3 * k1.flip(0).cumsum(0).flip(0)
         torch.testing.assert_close(rollout.returns[i].double(), wanted, rtol=1e-4, atol=1e-4)
-    assert strategy.facts["kl"] == pytest.approx(gone / len(rollout.sequences), rel=1e-3)
+    assert strategy.step_metrics["kl"] == pytest.approx(gone / len(rollout.sequences), rel=1e-3)
 
 
 def test_whitening_is_one_map_for_all_tokens(make: Make) -> None:
@@ -212,7 +212,7 @@ def test_adapters_off_are_the_reference_of_a_rollout(make: Make, model: Transfor
         wanted = every_logprob(base, ids, first, 1.0).gather(-1, own)[:, 0]
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-5)
     assert all(layer.enabled for layer in named_adapters(model).values())
-    assert abs(strategy.facts["kl"]) > 1e-3
+    assert abs(strategy.step_metrics["kl"]) > 1e-3
 
 
 class Watched(nn.Module):
@@ -244,7 +244,7 @@ def test_what_makes_gradients_runs_inside_the_wrapper(
         trained.append(strategy.critic)
     optimizers = [o for model in trained for o in build_optimizers(model, config)]
     context = TrainContext(config, strategy.policy, tokenizer, CPU, plan, optimizers)
-    context.value, context.rollouts = strategy.critic, strategy
+    context.critic, context.rollouts = strategy.critic, strategy
     trainer = Trainer(context, strategy, Compute())
     watched = Watched(trainer.module)
     trainer.module = watched

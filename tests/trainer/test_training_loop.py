@@ -30,7 +30,7 @@ from khaosz.trainer.checkpoint import restore, save_checkpoint, write_rollout
 from khaosz.trainer.loss import cross_entropy_sum
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.schedule import lr_factor
-from khaosz.trainer.strategy import Compute, Notes
+from khaosz.trainer.strategy import Compute, StrategyMetrics
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -57,7 +57,7 @@ def context(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> MakeCon
     return build
 
 
-class Ragged(Notes):
+class Ragged(StrategyMetrics):
     """Micro-batches of 30, 2, 0 and 11 labels, other ones in every step."""
 
     stage = "sft"
@@ -80,7 +80,7 @@ class Ragged(Notes):
 
     def loss(self, model: Transformer, batch: Batch, compute: Compute) -> Tensor:
         hidden = model(batch.ids, batch.positions, batch.doc_ids)
-        self.note(noted=(batch.labels != IGNORE).sum() * 3.0)
+        self.add_metrics(noted=(batch.labels != IGNORE).sum() * 3.0)
         return cross_entropy_sum(hidden, model.output_weight, batch.labels)
 
 
@@ -301,12 +301,12 @@ class Held:
 def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext) -> None:
     """Optimizer, random state, critic and rollout: without one of them a resumed run is another."""
     made = context()
-    made.value = RewardModel.from_transformer(made.model)
-    made.optimizers += build_optimizers(made.value, made.config)
+    made.critic = RewardModel.from_transformer(made.model)
+    made.optimizers += build_optimizers(made.critic, made.config)
     made.rollouts = Held(7.0)
     trainer = Trainer(made, Ragged(), Compute())
     trainer.step(0)
-    for parameter in made.value.parameters():
+    for parameter in made.critic.parameters():
         parameter.grad = torch.ones_like(parameter)
     made.optimizers[1].step()
     torch.manual_seed(11)
@@ -315,12 +315,12 @@ def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext)
     directory = save_checkpoint(made)
     drawn = torch.rand(4)
     held = {n: t.clone() for n, t in made.named_optimizer_tensors().items()}
-    critic = {n: p.detach().clone() for n, p in made.value.named_parameters()}
+    critic = {n: p.detach().clone() for n, p in made.critic.named_parameters()}
     assert any(name.startswith("value.") for name in held)
 
     trainer.step(1)
     with torch.no_grad():
-        for parameter in made.value.parameters():
+        for parameter in made.critic.parameters():
             parameter.add_(1.0)
     made.rollouts.value = 0.0
     torch.manual_seed(99)
@@ -329,5 +329,5 @@ def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext)
     found = made.named_optimizer_tensors()
     assert found.keys() == held.keys()
     assert all(torch.equal(found[n], t) for n, t in held.items())
-    assert all(torch.equal(p, critic[n]) for n, p in made.value.named_parameters())
+    assert all(torch.equal(p, critic[n]) for n, p in made.critic.named_parameters())
     assert made.rollouts.value == 7.0

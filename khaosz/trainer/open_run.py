@@ -1,0 +1,332 @@
+"""What the stages of training share when a run is opened; a stage adds its data and its strategy
+(`stages/assembly.py`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from khaosz.config import ModelConfig, TrainConfig, preset, save_config, size_for_minutes
+from khaosz.config.presets import Derived, nearest_size, training_numbers
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import CheckpointError, ConfigError
+from khaosz.interop import is_reward_model, load_config, load_model, load_reward_model, write_json
+from khaosz.interop.adapter import load_adapter
+from khaosz.model import RewardModel, Transformer
+from khaosz.model.lora import add_lora, named_adapters
+from khaosz.parallel import ParallelContext
+from khaosz.trainer.calibration import apply_plan, calibrate, rows_per_step
+from khaosz.trainer.callback import (
+    Callback,
+    Checkpointing,
+    EarlyStop,
+    ProgressLine,
+    matmul_peak,
+)
+from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
+from khaosz.trainer.corpus import tokenizer_for
+from khaosz.trainer.loggers import ExternalLogger, JsonLines, Sample, Samples
+from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.strategy import Compute, Strategy
+from khaosz.trainer.train_context import Plan, Progress, Rollouts, TrainContext
+
+_LOG_RATIO = "a log-ratio compares two models, not two draws of a dropout mask: set it to 0"
+# Stages in which adapters must not drop anything, and why.
+_NO_DROPOUT = {
+    "embed": "texts are embedded twice and must be the same both times: set it to 0",
+    **dict.fromkeys(("dpo", "ppo", "grpo"), _LOG_RATIO),
+}
+
+
+@dataclass(frozen=True)
+class RunOrigin:
+    """What a run starts from: nothing, another model, or its own checkpoint."""
+
+    config: TrainConfig
+    checkpoint: Path | None = None
+    saved: SavedState | None = None
+
+    @property
+    def model(self) -> Path | None:
+        """The initial weights; adapters are loaded onto the model that they were trained on."""
+        if self.config.lora is not None or self.checkpoint is None:
+            return self.config.init_from
+        return self.checkpoint
+
+
+def open_run(origin: RunOrigin, parallel: ParallelContext, console: Console) -> OpenRun:
+    """A run with its output directory, size and tokenizer. Raises `ConfigError`."""
+    config = origin.config
+    config.out.mkdir(parents=True, exist_ok=True)
+    if config.lora is not None and config.lora.dropout and config.stage in _NO_DROPOUT:
+        raise ConfigError(
+            f"lora.dropout={config.lora.dropout:g} with stage={config.stage}",
+            hint=_NO_DROPOUT[config.stage],
+        )
+    config, derived = with_size(config, parallel)
+    tokenizer = tokenizer_for(config, origin.checkpoint or config.init_from, parallel, console)
+    return OpenRun(origin, parallel, console, config, tokenizer, derived)
+
+
+@dataclass
+class OpenRun:
+    """A run that is being assembled. `load_model` completes `config` and sets `model`."""
+
+    origin: RunOrigin
+    parallel: ParallelContext
+    console: Console
+    config: TrainConfig
+    tokenizer: Tokenizer
+    derived: list[Derived] = field(default_factory=list)
+    model: Transformer = field(init=False)
+
+    @property
+    def window(self) -> int:
+        assert self.config.window is not None, "load_model sets it"
+        return self.config.window
+
+    def load_model(self) -> None:
+        """Load or create the model (of `rm` a reward model), add its adapters, and derive every
+        number that the recipe leaves open. Raises `ConfigError`, `ModelError`."""
+        origin = self.origin
+        model = initial_model(self.config, origin.model, self.tokenizer, self.parallel)
+        self.config, derived = with_training_numbers(
+            self.config, model.config, self.tokenizer.vocab_size, loaded=origin.model is not None
+        )
+        if self.config.stage == "rm":
+            model = _as_reward_model(model, self.config.seed)
+        _add_adapters(model, origin, self.config)
+        model.gradient_checkpointing = self.config.gradient_checkpointing
+        self.model = model
+        unused = set() if self.config.stage in ("pt", "sft") else {"batch_tokens", "vocab_size"}
+        for number in [*self.derived, *derived]:
+            if number.name not in unused:
+                line = f"  {number.name} = {number.value}  [dim]{number.reason}[/dim]"
+                self.console.print(line, highlight=False)
+
+    def check_data(self, examples: int, unit: str, *, same_world: bool = False) -> None:
+        """Raises `CheckpointError` when a resumed run reads other data than before, or with
+        `same_world` runs on another number of processes."""
+        saved, world = self.origin.saved, self.parallel.world
+        if saved is None:
+            return
+        if saved.windows != examples:
+            raise CheckpointError(
+                f"the data holds {examples:,} {unit}, the run began with {saved.windows:,}",
+                hint="resume with the data it was started with",
+            )
+        if saved.world != world and same_world:
+            raise CheckpointError(
+                f"{world} processes, the run began with {saved.world}",
+                hint="resume with the number of processes it was started with",
+            )
+        if saved.world != world:
+            self.console.print(
+                f"  {world} processes now, {saved.world} before: the same batches, summed in"
+                " another order, so not bit-identical"
+            )
+
+    def rows(self) -> tuple[int, int]:
+        """Rows per optimizer step and per forward pass: the checkpoint's, or as configured."""
+        if self.origin.saved is not None:
+            return self.origin.saved.plan.rows, self.origin.saved.plan.micro_rows
+        return rows_per_step(self.config, self.parallel, self.model.config.hidden_size)
+
+    def plan(self, strategy: Strategy, rows: int, micro: int) -> Plan:
+        """The checkpoint's plan, or a calibrated one."""
+        if self.origin.saved is not None:
+            return self.origin.saved.plan
+        return calibrate(
+            self.model, self.config, self.parallel, strategy, rows, micro, self.console
+        )
+
+    def apply(self, plan: Plan) -> Compute:
+        """Set the model up to compute as planned."""
+        return apply_plan(plan, self.model, self.config)
+
+    def context(
+        self,
+        plan: Plan,
+        examples: int,
+        *,
+        reference: Transformer | None = None,
+        reward: RewardModel | None = None,
+        critic: RewardModel | None = None,
+        rollouts: Rollouts | None = None,
+    ) -> TrainContext:
+        """The run at its start, or as its checkpoint left it. `examples`: what an epoch visits."""
+        saved, trained = self.origin.saved, [m for m in (self.model, critic) if m is not None]
+        context = TrainContext(
+            config=self.config,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            parallel=self.parallel,
+            plan=plan,
+            optimizers=[
+                optimizer
+                for model in trained
+                for optimizer in build_optimizers(model, self.config, dtype=plan.torch_dtype)
+            ],
+            windows=examples,
+            progress=saved.progress if saved else Progress(),
+            reference=reference,
+            reward=reward,
+            critic=critic,
+            rollouts=rollouts,
+        )
+        restore_or_seed(context, self.origin.checkpoint)
+        return context
+
+    def callbacks(
+        self,
+        context: TrainContext,
+        curve: Callback,
+        validation: Callback | None = None,
+        *,
+        progress_metrics: Sequence[str] = (),
+        unit: str | None = None,
+        samples: Sample | None = None,
+    ) -> list[Callback]:
+        """The callbacks of every stage in their order. `progress_metrics`: further metrics of the
+        progress line; `unit`: what a step consists of, if not of tokens."""
+        config, plan, console = self.config, context.plan, self.console
+        callbacks: list[Callback] = []
+        if validation is not None:
+            callbacks.append(validation)
+            if config.early_stop is not None:
+                callbacks.append(EarlyStop(config.early_stop))
+        if self.parallel.is_main:
+            flops = self.model.config.flops_per_token(self.window)
+            peak = matmul_peak(self.parallel.device, plan.torch_dtype)
+            every, out = config.log_every, config.out
+            callbacks.append(ProgressLine(console, every, flops, peak, progress_metrics, unit))
+            callbacks.append(JsonLines(out / "metrics.jsonl", every))
+            callbacks += [ExternalLogger(name, out, every) for name in config.loggers]
+            if config.prompts and samples is not None:
+                every = config.sample_every or eval_every(context)
+                path = out / "samples.jsonl"
+                callbacks.append(Samples(path, samples, config.prompts, every, console))
+        callbacks.append(Checkpointing(config.save_every or max(5, plan.total_steps // 10)))
+        if self.parallel.is_main:
+            callbacks.append(curve)
+        return callbacks
+
+
+def eval_every(context: TrainContext) -> int:
+    """A tenth of the run, at least 5 steps: a short run is for training, not for evaluation."""
+    return context.config.eval_every or max(5, context.plan.total_steps // 10)
+
+
+def restore_or_seed(context: TrainContext, checkpoint: Path | None) -> None:
+    """Restore a checkpoint's state or seed a new run, and store configuration and plan."""
+    if checkpoint is not None:
+        restore(context, checkpoint)
+    else:
+        torch.manual_seed(context.config.seed)
+    if context.parallel.is_main:
+        save_config(context.config, context.config.out / "train_config.json")
+        write_json(context.config.out / "plan.json", asdict(context.plan))
+
+
+def with_size(config: TrainConfig, parallel: ParallelContext) -> tuple[TrainConfig, list[Derived]]:
+    """The configuration with its size: the recipe's, the nearest to the initial model's, or the one
+    for `max_minutes`."""
+    derived: list[Derived] = []
+    size = config.size
+    if size == "auto" or (size is None and config.init_from is None):
+        accelerated = parallel.device.type != "cpu"
+        derived = [size_for_minutes(config.max_minutes or 10.0, accelerator=accelerated)]
+        size = str(derived[0].value)
+    if config.init_from is not None:
+        size = nearest_size(load_config(config.init_from).hidden_size)
+    assert size is not None
+    return config.updated(size=size), derived
+
+
+def initial_model(
+    config: TrainConfig, directory: Path | None, tokenizer: Tokenizer, parallel: ParallelContext
+) -> Transformer:
+    """The model in `directory`, or without one a new model of the recipe's size, the same for the
+    same seed. Raises `ConfigError`."""
+    assert config.size is not None
+    if directory is not None:
+        reward = config.stage == "rm" and is_reward_model(directory)
+        load = load_reward_model if reward else load_model
+        model: Transformer = load(directory, device=parallel.device)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"{directory} has a vocabulary of {model.config.vocab_size}, the tokenizer"
+                f" {tokenizer.vocab_size}",
+                hint="leave tokenizer= out: the model brings its own",
+            )
+        return model
+    shape = preset(config.size, vocab_size=tokenizer.vocab_size, stage=config.stage).model
+    if config.window is not None and config.window > shape.max_position_embeddings:
+        shape = shape.updated(max_position_embeddings=config.window)
+    if config.model:
+        shape = ModelConfig.parse({**shape.model_dump(), **config.model}, source="[model]")
+    model = Transformer(shape)
+    model.initialise(torch.Generator().manual_seed(config.seed))
+    return model.to(parallel.device)
+
+
+def with_training_numbers(
+    config: TrainConfig, shape: ModelConfig, vocab_size: int, *, loaded: bool
+) -> tuple[TrainConfig, list[Derived]]:
+    """The configuration with every number filled in, and those that the recipe leaves open, each
+    with its reason. A loaded model has its shape already. Raises `ConfigError`."""
+    assert config.size is not None
+    derived = preset(config.size, vocab_size=vocab_size, stage=config.stage).derived
+    if loaded:
+        derived = [d for d in derived if d.name in ("window", "batch_tokens")]
+        derived += training_numbers(shape.hidden_size, config.stage)
+    values = {d.name: d.value for d in derived}
+    changes = {
+        name: values[name]
+        for name in ("window", "batch_tokens", "lr", "embedding_lr", "weight_decay")
+        if getattr(config, name) is None
+    }
+    if (config.optimizer == "adamw" or config.lora is not None) and config.lr is None:
+        changes["lr"] = changes.get("embedding_lr", config.embedding_lr)
+        why = "AdamW: as embedding_lr"
+        derived = [Derived("lr", changes["lr"], why) if d.name == "lr" else d for d in derived]
+    derived = [d for d in derived if getattr(config, d.name, None) is None]
+    if config.model:
+        millions = f"{shape.parameters() / 1e6:,.1f}M"
+        derived.append(Derived("parameters", millions, "with the recipe's model table"))
+    config = config.updated(**changes)
+    assert config.window is not None
+    if config.window > shape.max_position_embeddings:
+        raise ConfigError(
+            f"window={config.window} is longer than the model's context"
+            f" of {shape.max_position_embeddings}"
+        )
+    return config, derived
+
+
+def _as_reward_model(model: Transformer, seed: int) -> RewardModel:
+    if isinstance(model, RewardModel):
+        return model
+    return RewardModel.from_transformer(model, torch.Generator().manual_seed(seed))
+
+
+def _add_adapters(model: Transformer, origin: RunOrigin, config: TrainConfig) -> None:
+    """Freeze the model and add the recipe's adapters, with the checkpoint's weights if there is
+    one. The head of a reward model is new: it is trained as a whole."""
+    if config.lora is None:
+        return
+    if origin.checkpoint is None:
+        add_lora(model, config.lora, torch.Generator().manual_seed(config.seed))
+    else:
+        load_adapter(model, origin.checkpoint / ADAPTER, base=config.lora.base)
+        for layer in named_adapters(model).values():
+            layer.config = config.lora
+    if isinstance(model, RewardModel):
+        model.score.requires_grad_(True)
+        if origin.checkpoint is not None:
+            stored = load_reward_model(origin.checkpoint, device=model.score.weight.device)
+            model.score.load_state_dict(stored.score.state_dict())

@@ -1,0 +1,318 @@
+"""What each stage adds to an opened run: data, strategy, validation and pictures."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from khaosz.config import TrainConfig
+from khaosz.data.batches.dataset import TokenDataset
+from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
+from khaosz.data.records.preference import load_pairs, load_prompts
+from khaosz.errors import ConfigError, DataError
+from khaosz.model import RewardModel
+from khaosz.trainer.calibration import compiler_problem
+from khaosz.trainer.callback import Validation
+from khaosz.trainer.corpus import prepared_data, validation_data
+from khaosz.trainer.open_run import OpenRun, eval_every
+from khaosz.trainer.plots import LossCurve
+from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy
+from khaosz.trainer.stages.embed import EmbedStrategy
+from khaosz.trainer.stages.embed_validation import RETRIEVAL_PANELS, RetrievalValidation
+from khaosz.trainer.stages.pairs import PairSet, PairStrategy
+from khaosz.trainer.stages.reference import add_references, frozen_reference
+from khaosz.trainer.stages.reward_sources import ModelReward, open_reward_source
+from khaosz.trainer.stages.rlhf import RLHFStrategy
+from khaosz.trainer.stages.validation import (
+    ROLLOUT_PANELS,
+    PairValidation,
+    PreferenceCurve,
+    RolloutSamples,
+)
+from khaosz.trainer.strategy import BatchLayout, build_strategy
+from khaosz.trainer.train_context import Plan
+from khaosz.trainer.trainer import Trainer
+from khaosz.trainer.validation import evaluate_on, sample_text
+
+_PREFERENCE_PAIRS = 16  # per step, where the recipe has no batch_pairs
+_TEXT_PAIRS = 64
+
+
+def assemble_text(run: OpenRun) -> Trainer:
+    """Pretraining and supervised fine-tuning: packed windows of token files."""
+    prepared = prepared_data(run.config, run.tokenizer, run.parallel, run.console)
+    run.load_model()
+    config, tokenizer = run.config, run.tokenizer
+    dataset = TokenDataset.open(
+        prepared,
+        run.window,
+        mix=config.mix,
+        seed=config.seed,
+        pad_id=tokenizer.pad_id,
+        plan_dir=config.out / ".plans",
+    )
+    _print_lines(run, _packing_lines(dataset))
+    run.check_data(dataset.windows, "windows")
+    rows, micro = run.rows()
+    strategy = build_strategy(config, dataset, rows, micro, run.parallel)
+    plan = run.plan(strategy, rows, micro)
+    compute = run.apply(plan)
+    context = run.context(plan, dataset.windows)
+    held_out = validation_data(config, prepared, tokenizer, run.parallel, run.console)
+    evaluate = evaluate_on(*held_out, config)
+    validation = None if evaluate is None else Validation(evaluate, eval_every(context))
+    curve = LossCurve(config.out, run.console)
+    callbacks = run.callbacks(context, curve, validation, samples=sample_text)
+    return Trainer(context, strategy, compute, callbacks)
+
+
+def assemble_pairs(run: OpenRun) -> Trainer:
+    """A reward model or DPO. Raises `DataError` when no pair is left to train on."""
+    run.load_model()
+    config, parallel = run.config, run.parallel
+    data, held_out = _preference_pairs(run)
+    per_step = config.batch_pairs or _PREFERENCE_PAIRS
+    if per_step < parallel.world:
+        raise ConfigError(
+            f"batch_pairs={per_step} is fewer than the {parallel.world} processes",
+            hint=f"batch_pairs={parallel.world} or more",
+        )
+    run.check_data(len(data.pairs), "pairs")
+    layout = _layout(run, per_step)
+    strategy: PairStrategy
+    if config.stage == "rm":
+        strategy = RMStrategy(data, held_out, layout, parallel, config=config.reward)
+    else:
+        by_adapters = config.lora is not None and config.reference is None
+        strategy = DPOStrategy(
+            data, held_out, layout, parallel, config=config.preference, by_adapters=by_adapters
+        )
+    plan = plan_packed(run, strategy)
+    compute = run.apply(plan)
+    if isinstance(strategy, DPOStrategy) and config.preference.needs_reference:
+        add_references(run, strategy, compute)
+    context = run.context(plan, len(data.pairs))
+    validation = None
+    if held_out.pairs:
+        validation = PairValidation(strategy, compute, eval_every(context))
+    callbacks = run.callbacks(
+        context,
+        PreferenceCurve(config.out, run.console, strategy, compute),
+        validation,
+        progress_metrics=strategy.progress_metrics,
+        unit=f"{per_step} pairs",
+        samples=sample_text if config.stage == "dpo" else None,
+    )
+    return Trainer(context, strategy, compute, callbacks)
+
+
+def assemble_rollouts(run: OpenRun) -> Trainer:
+    """PPO or GRPO: policy, reference, reward source and critic."""
+    run.load_model()
+    config, parallel, rollout = run.config, run.parallel, run.config.rollout
+    if rollout.max_new_tokens >= run.window:
+        raise ConfigError(
+            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt"
+            f" in a window of {run.window}"
+        )
+    if rollout.prompts < parallel.world:
+        raise ConfigError(f"rollout.prompts={rollout.prompts}, but {parallel.world} processes")
+    # A prompt must leave room for the longest answer: one token more than it has itself.
+    loaded = load_prompts([config.data], run.tokenizer, run.window - rollout.max_new_tokens + 1)
+    _print_lines(run, loaded.report.lines())
+    prompts = loaded.train
+    run.check_data(len(prompts), "prompts", same_world=True)
+    saved = run.origin.saved
+    plan = saved.plan if saved else _rollout_plan(run, len(prompts))
+    compute = run.apply(plan)
+    reference = None
+    if config.lora is None or config.reference is not None:
+        reference = frozen_reference(run)
+    source = open_reward_source(run, compute, plan.micro_rows)
+    reward = source.model if isinstance(source, ModelReward) else None
+    critic = _critic(run, reward) if config.stage == "ppo" else None
+    strategy = RLHFStrategy(
+        stage=config.stage,
+        policy=run.model,
+        tokenizer=run.tokenizer,
+        prompts=prompts,
+        reward_source=source,
+        config=rollout,
+        window=run.window,
+        micro_rows=plan.micro_rows,
+        seed=config.seed,
+        parallel=parallel,
+        compute=compute,
+        reference=reference,
+        critic=critic,
+    )
+    context = run.context(
+        plan, len(prompts), reference=reference, reward=reward, critic=critic, rollouts=strategy
+    )
+    callbacks = run.callbacks(
+        context,
+        LossCurve(config.out, run.console, ROLLOUT_PANELS),
+        progress_metrics=strategy.progress_metrics,
+        unit=f"{rollout.prompts * rollout.group} answers, {strategy.steps_per_rollout} a rollout",
+        samples=sample_text,
+    )
+    if parallel.is_main:
+        callbacks.insert(0, RolloutSamples(config.out / "samples.jsonl", strategy, run.console))
+    return Trainer(context, strategy, compute, callbacks)
+
+
+def assemble_embedder(run: OpenRun) -> Trainer:
+    """An embedder. Raises `DataError` when no pair is left to train on, or none has a negative."""
+    run.load_model()
+    longest = run.config.embed.max_length or run.window
+    if longest > run.window:
+        raise ConfigError(
+            f"embed.max_length={longest} is longer than the window of {run.window}",
+            hint=f"window={longest}, if the model's context is as long",
+        )
+    run.config = run.config.updated(embed={**run.config.embed.model_dump(), "max_length": longest})
+    config, parallel = run.config, run.parallel
+    if run.model.lm_head is not None:
+        run.model.lm_head.requires_grad_(False)  # vectors do not depend on it
+    data, held_out = _text_pairs(run)
+    if len(data.passages) < 2:
+        raise DataError(
+            f"{config.data}: {len(data):,} pairs, and all have one passage",
+            hint="a query needs the passage of another one as a negative",
+        )
+    per_step = config.batch_pairs or _TEXT_PAIRS
+    if per_step < max(2, parallel.world):
+        raise ConfigError(
+            f"batch_pairs={per_step}: a query needs the passage of another one as a negative, and"
+            f" each of {parallel.world} processes needs a query",
+            hint=f"batch_pairs={_TEXT_PAIRS}, or more",
+        )
+    run.check_data(len(data), "pairs")
+    strategy = EmbedStrategy(data, held_out, _layout(run, per_step), parallel, config.embed)
+    plan = plan_packed(run, strategy)
+    compute = run.apply(plan)
+    context = run.context(plan, len(data))
+    validation = None
+    if held_out.queries:
+        validation = RetrievalValidation(strategy, compute, eval_every(context))
+    callbacks = run.callbacks(
+        context,
+        LossCurve(config.out, run.console, RETRIEVAL_PANELS),
+        validation,
+        progress_metrics=strategy.progress_metrics,
+        unit=f"{per_step} pairs",
+    )
+    return Trainer(context, strategy, compute, callbacks)
+
+
+def _layout(run: OpenRun, per_step: int) -> BatchLayout:
+    return BatchLayout(per_step, run.window, run.rows()[1], run.tokenizer.pad_id, run.config.seed)
+
+
+def plan_packed(run: OpenRun, strategy: PairStrategy | EmbedStrategy) -> Plan:
+    """The plan of a strategy of packed sequences. Micro-batches have one shape while a compiled
+    model is timed, and afterwards if the plan has one."""
+    config, layout = run.config, strategy.layout
+    if run.origin.saved is None:
+        problem = compiler_problem(run.parallel.device)
+        layout.one_shape = config.compile != "off" and problem is None
+        if isinstance(strategy, PairStrategy):
+            if layout.one_shape and config.micro_batch is None:
+                strategy.fit_micro_rows()
+            strategy.data.reference = torch.zeros(len(strategy.data.pairs), 2)  # as fast as real
+    plan = run.plan(strategy, layout.per_step, layout.micro_rows)
+    if isinstance(strategy, PairStrategy):
+        strategy.data.reference = None
+    layout.one_shape = plan.compiled
+    return plan
+
+
+def _rollout_plan(run: OpenRun, prompts: int) -> Plan:
+    """A plan without calibration: most of the time of such a run goes to sampling."""
+    config, rollout = run.config, run.config.rollout
+    limits = []
+    if config.max_steps is not None:
+        limits.append(config.max_steps)
+    if config.epochs is not None:
+        rollouts = -(-round(prompts * config.epochs) // rollout.prompts)
+        limits.append(max(1, rollouts) * rollout.epochs * rollout.minibatches)
+    # bf16 log-probabilities differ by 1e-2, which is as much as a step moves them.
+    dtype = "fp32" if config.dtype == "auto" else config.dtype
+    return Plan(
+        total_steps=min(limits),
+        dtype=dtype,
+        compiled=config.compile == "on",
+        threads=torch.get_num_threads(),
+        rows=rollout.prompts,
+        micro_rows=run.rows()[1],
+        seconds_per_step=0.0,
+        reasons=[f"dtype {dtype}: ratios of probabilities need full precision"],
+    )
+
+
+def _critic(run: OpenRun, reward: RewardModel | None) -> RewardModel:
+    """A trained copy of the reward model, or of the reference with a new head."""
+    critic = (
+        RewardModel.from_transformer(frozen_reference(run))
+        if reward is None
+        else copy.deepcopy(reward)
+    )
+    critic.requires_grad_(True).train()
+    critic.gradient_checkpointing = run.config.gradient_checkpointing
+    return critic
+
+
+def _preference_pairs(run: OpenRun) -> tuple[PairSet, PairSet]:
+    """Pairs to train on and held-out pairs: those of `val`, or a part of the data by prompt."""
+    config, tokenizer = run.config, run.tokenizer
+    loaded = load_pairs(
+        [config.data], tokenizer, run.window, val_fraction=_val_fraction(config), seed=config.seed
+    )
+    _print_lines(run, loaded.report.lines())
+    held_out = loaded.validation
+    if config.val is not None:
+        held_out = load_pairs([config.val], tokenizer, run.window).train
+    return PairSet(loaded.train), PairSet(held_out)
+
+
+def _text_pairs(run: OpenRun) -> tuple[TextPairs, TextPairs]:
+    """Pairs to train on and held-out pairs: those of `val`, or a part of the data by passage."""
+    config, embed = run.config, run.config.embed
+    assert embed.max_length is not None
+    encoder = TextEncoder(run.tokenizer, embed.max_length, embed.query_prefix, embed.passage_prefix)
+    data, held_out, report = load_text_pairs(
+        [config.data],
+        encoder,
+        negatives=embed.negatives,
+        val_fraction=_val_fraction(config),
+        seed=config.seed,
+    )
+    _print_lines(run, report.lines())
+    if config.val is not None:
+        held_out, _, report = load_text_pairs([config.val], encoder, negatives=embed.negatives)
+        _print_lines(run, report.lines())
+    return data, held_out
+
+
+def _packing_lines(dataset: TokenDataset) -> list[str]:
+    stats = dataset.stats
+    lines = [
+        f"{stats.documents:,} documents in {stats.windows:,} windows of {dataset.window},"
+        f" {stats.fill:.1%} full"
+    ]
+    if stats.cut or stats.skipped_short + stats.skipped_long + stats.skipped_untrained:
+        lines.append(
+            f"longer than the window: {stats.cut:,} cut, {stats.skipped_long:,} skipped;"
+            f" {stats.skipped_short:,} too short, {stats.skipped_untrained:,} with no label"
+        )
+    return lines
+
+
+def _val_fraction(config: TrainConfig) -> float:
+    return 0.0 if config.val is not None else config.val_fraction
+
+
+def _print_lines(run: OpenRun, lines: list[str]) -> None:
+    for line in lines:
+        run.console.print(f"  {line}", highlight=False, markup=False)
