@@ -186,7 +186,7 @@ def _ours_sft(
 def _ours_dpo(
     args: argparse.Namespace, folder: Path, config: Any, model: Any, tokenizer: Any, parallel: Any
 ) -> dict[str, Any]:
-    """Sets up a run as `khaosz.trainer.stages.assembly.assemble_pairs` does, without reading text."""
+    """Opens a run as `trainer.stages.assembly.assemble_pairs` does, without reading text."""
     from rich.console import Console
 
     from khaosz.data.records.preference import EncodedPair

@@ -31,7 +31,7 @@ def test_a_trained_reward_model_agrees_with_its_pairs(align: Any, pairs_file: Pa
     assert found.judged_by == "reward" and found.pairs == 16 and found.skipped == 0
     assert found.accuracy >= 0.9 and found.margin > 0
     assert sum(pairs for _, _, pairs in found.calibration) == 16
-    with pytest.raises(ModelError, match="needs no reference"):
+    with pytest.raises(ModelError, match="takes no reference"):
         preference_accuracy(config.out / "last", pairs_file, reference=config.out / "last")
 
 

@@ -1,4 +1,4 @@
-"""Reward functions: what they return, and the names under which recipes and guides refer to them."""
+"""Reward functions: what they return, and the names that recipes and guides use."""
 
 from __future__ import annotations
 
