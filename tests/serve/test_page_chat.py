@@ -148,6 +148,34 @@ def test_language_and_theme_are_remembered(browser: Any, place: Service) -> None
         assert page.get_by_text("新对话").first.is_visible()
 
 
+def test_reads_what_earlier_versions_stored(browser: Any, place: Service) -> None:
+    """Names in localStorage and IndexedDB, and the fields of a conversation there."""
+    [conversation] = json.loads(export_file("a **bold** word"))["conversations"]
+    with open_page(browser, place.port) as page:
+        page.evaluate(
+            """conversation => new Promise((resolve, reject) => {
+                 localStorage.setItem("khaosz.language", "zh");
+                 localStorage.setItem("khaosz.theme", "dark");
+                 localStorage.setItem("khaosz.model", "tiny");
+                 localStorage.setItem("khaosz.key", "sesame");
+                 const opening = indexedDB.open("khaosz", 1);
+                 opening.onsuccess = () => {
+                   const written = opening.result.transaction("conversations", "readwrite");
+                   written.objectStore("conversations").put(conversation);
+                   written.oncomplete = resolve;
+                   written.onerror = reject } })""",
+            {**conversation, "revision": 1, "updated": 5},
+        )
+        with page.expect_request("**/v1/models") as models:
+            page.reload()
+        assert models.value.headers["authorization"] == "Bearer sesame"
+        page.locator(".history li a", has_text="imported").click()
+        assert last_answer(page).locator(".markdown").inner_text() == "a bold word"
+        assert page.locator("html").get_attribute("lang") == "zh-CN"
+        assert page.locator("html").get_attribute("data-theme") == "dark"
+        assert page.locator(".picker select").input_value() == "tiny"
+
+
 HOSTILE = r"""
 <script>window.harmed = 1</script><img src=x onerror="window.harmed = 2">
 <svg onload="window.harmed = 3"></svg><iframe src="https://evil.example/"></iframe>
