@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from serving import wait_until
+from serving import Service, wait_until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PHONE = {"width": 390, "height": 844}
@@ -101,6 +101,12 @@ def hold_first_put(page: Any) -> list[Any]:
 
     page.route("**/v1/conversations/*", hold)
     return routes
+
+
+def stored_conversations(service: Service) -> list[dict[str, Any]]:
+    """The conversations that the server stores, with their messages."""
+    listed = service.ask("GET", "/v1/conversations")[2]["data"]
+    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in listed]
 
 
 def last_answer(page: Any, number: int = -1) -> Any:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_helpers import ask, hold_first_put, last_answer, open_page, wait_for, wait_for_model
+from browser_helpers import (
+    ask,
+    hold_first_put,
+    last_answer,
+    open_page,
+    stored_conversations,
+    wait_for,
+    wait_for_model,
+)
 from serving import Service, served, slowed, wait_until
 
 from khaosz.serve.app import record_routes
@@ -36,11 +44,6 @@ def start_long_answer(page: Any) -> None:
     page.locator(".message.assistant .markdown").wait_for()
 
 
-def stored(service: Service) -> list[dict[str, Any]]:
-    listed = service.ask("GET", "/v1/conversations")[2]["data"]
-    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in listed]
-
-
 def import_conversations(service: Service, *titles: str) -> None:
     """Import a conversation per title, with the title as its question."""
     conversations = []
@@ -60,7 +63,7 @@ def open_conversation(page: Any, title: str) -> None:
 
 
 def stored_texts(service: Service) -> list[str]:
-    [conversation] = stored(service)
+    [conversation] = stored_conversations(service)
     return [node["content"] for node in conversation["nodes"]]
 
 
@@ -97,7 +100,7 @@ def test_running_answer_does_not_restore_a_deleted_conversation(
         assert loaded is not None
         wait_until(lambda: loaded.worker.held == 0)  # generation has stopped
         page.wait_for_timeout(300)
-        assert stored(place) == []
+        assert stored_conversations(place) == []
 
 
 def test_scrolling_up_stops_following_the_answer(browser: Any, place: Service) -> None:
@@ -207,7 +210,10 @@ def test_typing_a_system_prompt_saves_at_most_twice(browser: Any, place: Service
                  area.value += letter;
                  area.dispatchEvent(new InputEvent("input", {bubbles: true})) } }"""
         )
-        wait_for(page, lambda: stored(place)[0]["system"] == "Answer like a pirate, always.")
+        wait_for(
+            page,
+            lambda: stored_conversations(place)[0]["system"] == "Answer like a pirate, always.",
+        )
         assert 1 <= len(puts) <= 2
 
 
@@ -317,7 +323,7 @@ def test_running_save_does_not_restore_a_deleted_conversation(browser: Any, plac
         routes[0].continue_()
         page.locator(".empty").wait_for()
         page.wait_for_load_state("networkidle")
-        assert stored(place) == []
+        assert stored_conversations(place) == []
 
 
 def test_context_meter_belongs_to_the_open_conversation(browser: Any, place: Service) -> None:
@@ -347,7 +353,7 @@ def test_context_meter_belongs_to_the_open_conversation(browser: Any, place: Ser
 def test_malformed_conversations_do_not_crash_the_page(browser: Any, place: Service) -> None:
     """The server stores retrieval results without validating them."""
     import_conversations(place, "malformed")
-    [conversation] = stored(place)
+    [conversation] = stored_conversations(place)
     conversation["nodes"][1] |= {"retrieval": {"hits": [{}]}, "citations": [{}]}
     conversation["settings"] = {"stop": "x", "temperature": "hot"}
     body = json.dumps({"conversations": [conversation]})
@@ -364,7 +370,7 @@ def test_malformed_conversations_do_not_crash_the_page(browser: Any, place: Serv
             file = {"name": "c.json", "mimeType": "application/json", "buffer": content}
             page.set_input_files("input[type=file]", file)
             page.get_by_text("No conversations found").wait_for()
-    assert len(stored(place)) == 1
+    assert len(stored_conversations(place)) == 1
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_helpers import ask, hold_first_put, last_answer, open_page, wait_for
+from browser_helpers import (
+    ask,
+    hold_first_put,
+    last_answer,
+    open_page,
+    stored_conversations,
+    wait_for,
+)
 from serving import Service, served
 
 from khaosz.serve.app import record_routes
@@ -20,11 +27,6 @@ pytestmark = pytest.mark.browser
 def place(taught: Path, tmp_path: Path) -> Iterator[Service]:
     with served(taught, routers=record_routes(tmp_path, tmp_path / "runs")) as running:
         yield running
-
-
-def stored(service: Service) -> list[dict[str, Any]]:
-    listed = service.ask("GET", "/v1/conversations")[2]["data"]
-    return [service.ask("GET", f"/v1/conversations/{each['id']}")[2] for each in listed]
 
 
 def open_in_both(one: Any, two: Any) -> None:
@@ -50,8 +52,13 @@ def test_two_windows_merge_their_messages(browser: Any, place: Service) -> None:
         text = last_answer(one).locator("> .markdown").inner_text()
         assert text and last_answer(two).locator("> .markdown").inner_text() == text
         both = sorted(["plain", "the fox", "think", "think", text, text])
-        wait_for(two, lambda: sorted(node["content"] for node in stored(place)[0]["nodes"]) == both)
-    assert len(stored(place)) == 1
+        wait_for(
+            two,
+            lambda: (
+                sorted(node["content"] for node in stored_conversations(place)[0]["nodes"]) == both
+            ),
+        )
+    assert len(stored_conversations(place)) == 1
 
 
 def set_system_prompt(page: Any, text: str) -> None:
@@ -76,18 +83,18 @@ def test_two_windows_merge_titles_and_settings(browser: Any, place: Service) -> 
         ask(two, "think")
         two.locator(".message.assistant").nth(1).wait_for()
         last_answer(two)
-        wait_for(two, lambda: len(stored(place)[0]["nodes"]) == 4)
+        wait_for(two, lambda: len(stored_conversations(place)[0]["nodes"]) == 4)
         set_system_prompt(one, "Be brief.")
         one.get_by_text("changed in another window").wait_for()
-        wait_for(one, lambda: stored(place)[0]["system"] == "Be brief.")
+        wait_for(one, lambda: stored_conversations(place)[0]["system"] == "Be brief.")
         rename(two, "a name")
         set_system_prompt(one, "Be very brief.")
-        wait_for(one, lambda: stored(place)[0]["system"] == "Be very brief.")
+        wait_for(one, lambda: stored_conversations(place)[0]["system"] == "Be very brief.")
         ask(one, "plain")
         one.locator(".message.assistant").nth(1).wait_for()
         last_answer(one)
-        wait_for(one, lambda: len(stored(place)[0]["nodes"]) == 6)
-    [conversation] = stored(place)
+        wait_for(one, lambda: len(stored_conversations(place)[0]["nodes"]) == 6)
+    [conversation] = stored_conversations(place)
     assert (conversation["title"], conversation["system"]) == ("a name", "Be very brief.")
 
 
@@ -100,13 +107,13 @@ def test_window_with_partial_answer_does_not_overwrite_it(browser: Any, place: S
         two.goto(one.url)
         two.locator(".bubble").wait_for()
         set_system_prompt(two, "Be brief.")
-        wait_for(two, lambda: stored(place)[0]["system"] == "Be brief.")
+        wait_for(two, lambda: stored_conversations(place)[0]["system"] == "Be brief.")
         routes[0].continue_()
         last_answer(one)
-        wait_for(one, lambda: stored(place)[0]["nodes"][1]["content"] == "the fox")
+        wait_for(one, lambda: stored_conversations(place)[0]["nodes"][1]["content"] == "the fox")
         set_system_prompt(two, "Be very brief.")
-        wait_for(two, lambda: stored(place)[0]["system"] == "Be very brief.")
-    assert stored(place)[0]["nodes"][1]["content"] == "the fox"
+        wait_for(two, lambda: stored_conversations(place)[0]["system"] == "Be very brief.")
+    assert stored_conversations(place)[0]["nodes"][1]["content"] == "the fox"
 
 
 def test_change_during_a_save_is_saved(browser: Any, place: Service) -> None:
@@ -114,7 +121,7 @@ def test_change_during_a_save_is_saved(browser: Any, place: Service) -> None:
         ask(page, "plain")
         last_answer(page)
         page.locator(".history li a").wait_for()
-        wait_for(page, lambda: bool(stored(place)[0]["nodes"][-1]["content"]))
+        wait_for(page, lambda: bool(stored_conversations(place)[0]["nodes"][-1]["content"]))
         page.wait_for_load_state("networkidle")
         routes = hold_first_put(page)
         set_system_prompt(page, "Be")
@@ -123,7 +130,7 @@ def test_change_during_a_save_is_saved(browser: Any, place: Service) -> None:
         page.keyboard.press("Control+k")
         page.locator(".empty").wait_for()
         routes[0].continue_()
-        wait_for(page, lambda: stored(place)[0]["system"] == "Be brief.")
+        wait_for(page, lambda: stored_conversations(place)[0]["system"] == "Be brief.")
 
 
 def test_conversation_deleted_elsewhere_is_saved_again(browser: Any, place: Service) -> None:
@@ -131,12 +138,12 @@ def test_conversation_deleted_elsewhere_is_saved_again(browser: Any, place: Serv
         ask(page, "plain")
         last_answer(page)
         page.locator(".history li a").wait_for()
-        [conversation] = stored(place)
+        [conversation] = stored_conversations(place)
         place.ask("DELETE", f"/v1/conversations/{conversation['id']}")
         ask(page, "think")
         page.locator(".message.assistant").nth(1).wait_for()
         last_answer(page)
-        wait_for(page, lambda: [len(each["nodes"]) for each in stored(place)] == [4])
+        wait_for(page, lambda: [len(each["nodes"]) for each in stored_conversations(place)] == [4])
 
 
 def test_exports_and_imports_all_conversations(

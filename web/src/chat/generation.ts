@@ -108,7 +108,7 @@ export async function answer(question: string): Promise<void> {
   }
   batch(() => {
     running.value = null;
-    announcement.value = t("answerComplete");
+    announcement.value = t("generationComplete");
   });
   await save(latest(id)!);
 }

@@ -119,7 +119,7 @@ export async function sample(): Promise<void> {
   }
   batch(() => {
     round.value = { ...started, answers: different, sampled: true };
-    status.value = t("answerComplete");
+    status.value = t("generationComplete");
   });
 }
 
