@@ -28,7 +28,7 @@ def read_source(path: Path, name: str, limit: int) -> tuple[Source, bytes]:
     """A file and its bytes. Raises DocumentError if there are more than `limit` of them, and if
     the file cannot be read."""
     try:
-        # Not blocking: the file may have become a pipe in the meantime, which nobody writes to.
+        # Not blocking: the file may have become a pipe in the meantime, without a writer.
         with open(os.open(path, _FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):

@@ -1,1 +1,1 @@
-"""Texts into chunks: by structure (`structure.py`) or by subject (`semantic.py`)."""
+"""Splitters: by structure (`structure.py`) or where the subject changes (`semantic.py`)."""

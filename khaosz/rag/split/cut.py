@@ -1,6 +1,6 @@
 """The best place to end a chunk: paragraphs before sentences before lines, clauses and words.
 
-Only the window between `low` and `high` is looked at. Which order serves retrieval was measured:
+Only the window between `low` and `high` is searched. The order is the one that retrieves best:
 `python -m bench rag_split --only evidence`.
 """
 
@@ -9,19 +9,19 @@ from __future__ import annotations
 from khaosz.rag.split import sentence
 
 # Fractions of the window.
-_PARAGRAPH_FROM = 0.05  # a paragraph is kept apart however short the chunk, but for a scrap of one
-_REST_FROM = 0.2  # a longer remainder of a cut paragraph is a chunk, and nothing is added to it
-_SENTENCE_FROM = 0.3  # a line's end before this is taken first
-# Characters: a long sentence that would leave more than this of the chunk empty is cut at a clause.
-_NO_LOSS = 120
-_TITLE = 80  # characters of a line that may be a title, if no mark ends it
+_PARAGRAPH_FROM = 0.05  # a paragraph ends a chunk that is longer than this
+_REST_FROM = 0.2  # a longer rest of a cut paragraph is a chunk of its own
+_SENTENCE_FROM = 0.3  # a line end is preferred to a sentence end before this
+# A long sentence is cut at a clause if it would leave more characters of the window empty.
+_MAX_UNUSED = 120
+_MAX_TITLE = 80  # characters of a line that may be a title, if no mark ends it
 
 
 def last_prose_cut(text: str, start: int, low: int, high: int) -> int:
     """The best place in (low, high] to end the chunk of prose that opens at `start`."""
     span = high - start
     if low and text[low - 1] != "\n":
-        # What is left of a long paragraph reads better alone than with half of the next one.
+        # The rest of a long paragraph reads better alone than with half of the next one.
         end = _first_paragraph_end(text, max(low, start + int(span * _REST_FROM)), high)
         if end:
             return end
@@ -29,7 +29,7 @@ def last_prose_cut(text: str, start: int, low: int, high: int) -> int:
     end = _last_paragraph_end(text, floor, high) or _last_record_end(text, floor, high)
     if end:
         return end
-    late = max(low, high - _NO_LOSS)
+    late = max(low, high - _MAX_UNUSED)
     middle = max(low, start + int(span * _SENTENCE_FROM))
     return (
         sentence.last_sentence_end(text, late, high)
@@ -55,7 +55,7 @@ def _first_paragraph_end(text: str, low: int, high: int) -> int:
 
 
 def _last_paragraph_end(text: str, low: int, high: int) -> int:
-    titles, kept = 0, 0
+    titles, last_end = 0, 0
     line = text.rfind("\n", low, high)
     while line >= 0:
         end = sentence.paragraph_end(text, line, low, high)
@@ -65,15 +65,15 @@ def _last_paragraph_end(text: str, low: int, high: int) -> int:
         while content > low and text[content - 1].isspace():
             content -= 1
         if end > low:
-            # A title and "as follows:" go with what follows; three such lines are a list.
+            # A title and "as follows:" go with the next paragraph; three such lines are a list.
             if not _is_title(text, low, content):
                 return end
             if titles == 2:
-                return kept
+                return last_end
             titles += 1
-            kept = kept or end
+            last_end = last_end or end
         line = text.rfind("\n", low, content)
-    return kept
+    return last_end
 
 
 def _is_title(text: str, low: int, content: int) -> bool:
@@ -81,12 +81,12 @@ def _is_title(text: str, low: int, content: int) -> bool:
         return True
     if text[content - 1] in sentence.LINE_ENDS:
         return False
-    above = text.rfind("\n", max(low, content - _TITLE), content)
+    above = text.rfind("\n", max(low, content - _MAX_TITLE), content)
     return above >= 0 and not sentence.is_item(text, above + 1)
 
 
 def _last_record_end(text: str, low: int, high: int) -> int:
-    # One character is looked for first: most texts have none of them, and that is soon known.
+    # A single character first: most texts have none, and that search is fast.
     if text.find("}", low, high) >= 0:
         end = text.rfind("}, {", low, high) + 3
         if end > low:

@@ -1,8 +1,8 @@
-"""The structure of a text that a splitter looks at: headings, code blocks, tables.
+"""The structure of a text that a splitter needs: headings, code blocks, tables.
 
-Markdown as CommonMark 0.31 has it (ATX and setext headings, fences) with GitHub's tables, and the
-heading lines of Chinese books, laws and manuals (`第三章 总则`). One regular expression finds every
-line that begins like one of them; prose costs no more than its line breaks.
+Markdown by CommonMark 0.31 (ATX and setext headings, fences) with GitHub's tables, and headings of
+Chinese books, laws and manuals (`第三章 总则`). One regular expression finds all lines that may be
+one of them; in prose it only stops at line breaks.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _MARKED_LINE = re.compile(
     )""",
     re.VERBOSE,
 )
-# Below the six levels of Markdown: a law's chapters stand under the title of its document.
+# Below the six levels of Markdown: the chapters of a law are under the title of its document.
 _UNITS = {"编": 7, "篇": 7, "部": 7, "卷": 7, "章": 8, "回": 8, "节": 9}
-# What opens a line that is no underlined title: other marks, and reStructuredText's fields.
-_NO_TITLE = CLOSING | set("#|>`~-*+")
+# These open lines that are not underlined titles: other marks, and reStructuredText's fields.
+_NOT_TITLE = CLOSING | set("#|>`~-*+")
 
 
 @dataclass(slots=True)
 class Layout:
-    """What was found, in order of position; all positions are in characters.
+    """Sections and blocks in order; positions are in characters.
 
-    `starts[i]` is where the section opens that stands under the headings `paths[i]`; the first is
-    0. `bare[i]`: nothing stands between its heading and the next. `blocks` are
-    the code blocks and tables as (start, end), apart from each other.
+    `starts[i]` is where the section under the headings `paths[i]` starts; the first is 0.
+    `bare[i]`: the section is empty, its heading is followed by the next. `blocks` are the code
+    blocks and tables as (start, end); they do not overlap.
     """
 
     starts: list[int] = field(default_factory=lambda: [0])
@@ -46,23 +46,23 @@ class Layout:
     blocks: list[tuple[int, int]] = field(default_factory=list)
 
     def path(self, start: int, end: int) -> tuple[str, ...]:
-        """The headings under which all of text[start:end] stands, outermost first."""
+        """The headings above all of text[start:end], outermost first."""
         first = bisect_right(self.starts, start) - 1
         last = bisect_left(self.starts, end, first + 1) - 1
         while first < last and self.bare[first]:
-            first += 1  # a title with nothing under it but the next one
+            first += 1  # a heading with only the next one under it
         shared = self.paths[first]
         for path in self.paths[first + 1 : last + 1]:
             size = 0
-            for ours, theirs in zip(shared, path, strict=False):
-                if ours != theirs:
+            for first_title, title in zip(shared, path, strict=False):
+                if first_title != title:
                     break
                 size += 1
             shared = shared[:size]
         return shared
 
     def block_at(self, position: int) -> tuple[int, int] | None:
-        """The block that a cut at `position` would tear."""
+        """The block that a cut at `position` would divide."""
         index = bisect_left(self.blocks, (position, 0)) - 1
         if index >= 0 and position < self.blocks[index][1]:
             return self.blocks[index]
@@ -70,8 +70,8 @@ class Layout:
 
 
 def find_layout(text: str) -> Layout | None:
-    """None when the text is nothing but prose."""
-    lines = "\n" + text  # so that the first line has a break before it, too
+    """None for a text that is only prose."""
+    lines = "\n" + text  # so that a break is before the first line, too
     match = _MARKED_LINE.search(lines)
     if match is None:
         return None
@@ -80,14 +80,14 @@ def find_layout(text: str) -> Layout | None:
 
 class _Reader:
     """One pass over the marked lines. Positions in `lines` are one more than in the text, so the
-    place of a line's leading break in `lines` is the place of the line in the text."""
+    position of a line's leading break in `lines` is the position of the line in the text."""
 
     def __init__(self, lines: str) -> None:
         self.lines = lines
         self.layout = Layout()
         self.stack: list[tuple[int, str]] = []
         self.bodies = [0]  # where the heading line of each section ends
-        self.rows = (0, 0, 0)  # start, end and number of the table rows seen last
+        self.rows = (0, 0, 0)  # start, end and number of the last table rows
 
     def read(self, match: Match[str] | None) -> Layout:
         position = 0
@@ -110,7 +110,7 @@ class _Reader:
             match = _MARKED_LINE.search(self.lines, position)
         self._end_table()
         layout = self.layout
-        # In `lines` a section ends one further, at the break before the next heading.
+        # In `lines` a section ends one later, at the break before the next heading.
         layout.bare = [
             not self.lines[body:end].strip()
             for body, end in zip(self.bodies, layout.starts[1:], strict=False)
@@ -142,18 +142,18 @@ class _Reader:
         title = lines[above + 1 : start].strip()
         blank_before = above == 0 or lines[lines.rfind("\n", 0, above) + 1 : above].isspace()
         blank_before = blank_before or lines[above - 1 : above] == "\n"
-        if title and blank_before and title[0] not in _NO_TITLE:
+        if title and blank_before and title[0] not in _NOT_TITLE:
             self._heading(above, end, 1 if mark == "=" else 2, title)
 
     def _fence(self, start: int, end: int, fence: str, info: str) -> int:
-        """Adds the block; returns where reading goes on."""
+        """Adds the block; returns where reading continues."""
         if fence[0] == "`" and "`" in info:
             return end  # a code span, not a fence
         self._end_table()
         close = re.compile(rf"\n {{0,3}}{fence[0]}{{{len(fence)},}}+[ \t]*+(?=\n|\Z)")
-        found = close.search(self.lines, end)
-        stop = found.end() if found else len(self.lines)
-        # In the text the break that ends the closing line is at stop - 1, and stays with the block.
+        match = close.search(self.lines, end)
+        stop = match.end() if match else len(self.lines)
+        # In the text the break that ends the closing line is at stop - 1, and belongs to the block.
         self.layout.blocks.append((start, min(stop, len(self.lines) - 1)))
         return stop
 

@@ -1,8 +1,8 @@
-"""Cuts a text where its subject changes: where neighbouring windows of sentences are least alike.
+"""Splits a text where its subject changes: where neighbouring windows of sentences differ most.
 
 TextTiling (Hearst, 1997, Computational Linguistics 23:1) with sentence vectors in place of word
 counts. Every sentence is embedded once; the windows on both sides of a gap are means of those
-vectors, so a wider window costs nothing more to embed.
+vectors, so a wider window needs no more embedding.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import numpy as np
 from khaosz.errors import ConfigError
 from khaosz.rag.split.layout import find_layout
 from khaosz.rag.split.sentence import sentence_spans
-from khaosz.rag.split.structure import Characters, Chunk, fill
+from khaosz.rag.split.structure import CharacterBudget, Chunk, fill
 
 Embed = Callable[[Sequence[str]], np.ndarray]
 
 
 class SemanticSplitter:
-    """Chunks that each keep to one subject, of `min_chars` to `max_chars` characters.
+    """Chunks of one subject each, of `min_chars` to `max_chars` characters.
 
     `embed` turns n sentences into (n, d) float32 vectors of length one. A gap between sentences is
-    a boundary where the `window` sentences before it and those after it are less alike than around
-    it, and the drop is among the deepest: `percentile` of the gaps are shallower than the drops
-    taken (0 takes every dip), or, with `threshold`, the cosine is below it. Sizes are enforced
-    afterwards: what is too long is cut by the structure splitter's rules, what is too short joins
-    the more similar neighbour that has room. Raises ConfigError for arguments that cannot be right
-    and for an `embed` that returns something else.
+    a boundary if the similarity of the `window` sentences before and after it is a local minimum,
+    and its drop is deeper than `percentile` percent of all gaps (0 takes every minimum) or, with
+    `threshold`, the cosine is below it. Sizes are enforced afterwards: a chunk that is too long is
+    cut by the rules of the structure splitter, one that is too short joins the more similar
+    neighbour if both fit. Raises ConfigError for invalid arguments and for an `embed` that returns
+    something else.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class SemanticSplitter:
             raise ConfigError(f"a window of {window} sentences", hint="use 1 or more")
         if percentile is not None and threshold is not None:
             raise ConfigError(
-                "boundaries are chosen by percentile or by threshold, not by both",
-                hint="leave one of them out",
+                "boundaries are chosen by percentile or by threshold, not both",
+                hint="omit one of them",
             )
         if percentile is not None and not 0 <= percentile <= 100:
             raise ConfigError(f"percentile {percentile}", hint="use 0 to 100")
@@ -70,16 +70,16 @@ class SemanticSplitter:
             return []
         vectors = self._vectors([text[start:end].strip() for start, end in spans])
         layout = find_layout(text)
-        chosen = self._boundaries(vectors)  # (n - 1,), one for each gap
+        boundaries = self._boundaries(vectors)  # (n - 1,), one per gap
         if layout is not None:
-            # A heading opens a subject, and stands with what is under it.
+            # A heading starts a subject, and stays with the text under it.
             headings = [s for s, path in zip(layout.starts, layout.paths, strict=True) if path]
             opens = np.isin([start for start, _ in spans], headings)  # (n,)
-            chosen = (chosen & ~opens[:-1]) | (opens[1:] & ~opens[:-1])
-        ends = [*(np.flatnonzero(chosen) + 1).tolist(), len(spans)]
+            boundaries = (boundaries & ~opens[:-1]) | (opens[1:] & ~opens[:-1])
+        ends = [*(np.flatnonzero(boundaries) + 1).tolist(), len(spans)]
         groups = list(zip([0, *ends[:-1]], ends, strict=True))
         groups = self._join_short(groups, spans, vectors)
-        budget = Characters(self.max_chars, 0)
+        budget = CharacterBudget(self.max_chars, 0)
         chunks: list[Chunk] = []
         for first, last in groups:
             fill(text, spans[first][0], spans[last - 1][1], budget, layout, chunks)
@@ -95,7 +95,7 @@ class SemanticSplitter:
         return vectors
 
     def _boundaries(self, vectors: np.ndarray) -> np.ndarray:
-        """Which of the n - 1 gaps are boundaries, by similarity alone."""
+        """bool (n - 1,): which gaps are boundaries, by similarity alone."""
         gaps = similarities(vectors, self.window)
         dips = (gaps <= np.append(np.inf, gaps)[:-1]) & (gaps <= np.append(gaps, np.inf)[1:])
         if self.threshold is not None:
@@ -103,13 +103,13 @@ class SemanticSplitter:
         drops = depths(gaps)
         if len(drops) == 0:
             return dips
-        # Of equal vectors rounding makes drops of about 1e-8.
+        # Rounding gives equal vectors drops of about 1e-8.
         return dips & (drops > 1e-6) & (drops >= np.percentile(drops, self.percentile or 0.0))
 
     def _join_short(
         self, groups: list[tuple[int, int]], spans: list[tuple[int, int]], vectors: np.ndarray
     ) -> list[tuple[int, int]]:
-        """Joins every group shorter than `min_chars` to a neighbour, if the two fit together."""
+        """Joins each group shorter than `min_chars` to a neighbour, if both fit in `max_chars`."""
         sums = np.vstack([np.zeros_like(vectors[:1]), np.cumsum(vectors, axis=0)])
 
         def mean(group: tuple[int, int]) -> np.ndarray:
@@ -120,30 +120,30 @@ class SemanticSplitter:
             return spans[last - 1][1] - spans[first][0]
 
         done: list[tuple[int, int]] = []
-        waiting = groups[::-1]
-        while waiting:
-            group = waiting.pop()
+        rest = groups[::-1]
+        while rest:
+            group = rest.pop()
             if size(*group) >= self.min_chars:
                 done.append(group)
                 continue
             choices = []
             if done and size(done[-1][0], group[1]) <= self.max_chars:
                 choices.append((float(mean(done[-1]) @ mean(group)), "before"))
-            if waiting and size(group[0], waiting[-1][1]) <= self.max_chars:
-                choices.append((float(mean(waiting[-1]) @ mean(group)), "after"))
+            if rest and size(group[0], rest[-1][1]) <= self.max_chars:
+                choices.append((float(mean(rest[-1]) @ mean(group)), "after"))
             if not choices:
                 done.append(group)
             elif max(choices)[1] == "before":
                 done[-1] = (done[-1][0], group[1])
             else:
-                waiting[-1] = (group[0], waiting[-1][1])
+                rest[-1] = (group[0], rest[-1][1])
         return done
 
 
 def similarities(vectors: np.ndarray, window: int) -> np.ndarray:
     """Cosine of the means of the `window` vectors before and after every gap: (n, d) -> (n - 1,).
 
-    At both ends a window is as wide as there are sentences.
+    At both ends of the text a window has fewer vectors.
     """
     count = len(vectors)
     sums = np.vstack([np.zeros_like(vectors[:1]), np.cumsum(vectors, axis=0, dtype=np.float64)])
@@ -155,13 +155,13 @@ def similarities(vectors: np.ndarray, window: int) -> np.ndarray:
 
 
 def depths(gaps: np.ndarray) -> np.ndarray:
-    """How far each similarity lies below the peaks left and right of it (Hearst's depth score)."""
-    rising = np.zeros(len(gaps))
-    for values, into in ((gaps, rising), (gaps[::-1], rising[::-1])):
+    """How far each similarity is below the peaks left and right of it (Hearst's depth score)."""
+    depth = np.zeros(len(gaps))
+    for values, into in ((gaps, depth), (gaps[::-1], depth[::-1])):
         peak = -np.inf
         previous = -np.inf
         for index, value in enumerate(values.tolist()):
             peak = max(peak, value) if value <= previous else value
             into[index] += peak - value
             previous = value
-    return rising
+    return depth

@@ -1,8 +1,8 @@
 """Where a sentence ends, in Chinese, English and text that mixes both.
 
-A candidate is a run of end marks with the closing quotes and brackets behind it, found by one
-regular expression; whether it ends a sentence is decided by what stands around it. Every search
-here looks at a window, never at the whole text, so that a splitter built on it stays linear.
+A candidate is a run of end marks with the closing quotes and brackets after it, found by one
+regular expression; the text around it decides whether it ends a sentence. Every search is limited
+to a window, so that splitting a text takes linear time.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import unicodedata
 from collections.abc import Callable
 from re import Match, Pattern
 
-# Marks that end a sentence whatever follows; `.!?` need whitespace or Chinese behind them.
+# Marks that end a sentence whatever follows; `.!?` need whitespace or Chinese after them.
 _FULL = "。！？；…｡"
 _CLOSERS = "”’』」）】》〉〕］｝»›)]}\"'"
-# Logs and dumps write a line break as backslash and n; behind an end mark it ends a sentence.
+# Logs and dumps write a line break as backslash and n; after an end mark it ends a sentence.
 _SENTENCE = re.compile(rf"[{_FULL}.!?]+[{re.escape(_CLOSERS)}]*(?:\\n)*")
 _CLAUSE = re.compile(rf"[，、：,;:—]+[{re.escape(_CLOSERS)}]*")
 _SPACE = re.compile(r"\s+")
@@ -26,21 +26,22 @@ _ITEM = re.compile(
     r"|第[零〇一二三四五六七八九十百千]{1,7}条)"
 )
 _LATIN_WORD = re.compile(r"[0-9A-Za-z.]+\Z")
-# Blank space a cut leaves with the text before it; the indentation of the next line is not in it.
+# Blank space that stays with the text before a cut; without the indentation of the next line.
 _BLANK = re.compile(r"\s*\n|\s+")
 
-# No chunk opens with one of these while another cut is possible. Straight quotes open as well as
-# close, and "..." may open a quotation, but a chunk cut inside a run of dots would open with one.
+# No chunk opens with one of these if another cut is possible. Straight quotes are not among them:
+# they open as well as close. "..." may open a quotation, but a chunk cut inside a run of dots would
+# open with a dot.
 CLOSING = frozenset("。！？；：，、．｡､”’』」）】》〉〕］｝»›,.;:!?)]}")
 _FULL_MARKS = frozenset(_FULL)
 _CLOSER_MARKS = frozenset(_CLOSERS)
-# After these a line break ends a paragraph, not only a line of hard-wrapped text.
+# After these a line break ends a paragraph; after others it may only wrap a line.
 PARAGRAPH_ENDS = frozenset(_FULL + _CLOSERS + ".!?:：\n")
 SENTENCE_MARKS = PARAGRAPH_ENDS - frozenset(":：\n")
 LINE_ENDS = PARAGRAPH_ENDS | frozenset(",，;、")  # a title ends with none of these
 _FIRST_CJK = "\u2e80"
-_WRAPPED, _WRAPPED_CJK = 40, 25  # characters of a line that may have been wrapped
-_WORD_BEFORE = 14  # characters looked at for an abbreviation, longer than any of them
+_WRAPPED, _WRAPPED_CJK = 40, 25  # least characters of a line that is taken as hard-wrapped
+_WORD_BEFORE = 14  # characters searched for an abbreviation, longer than any of them
 
 _ABBREVIATIONS = frozenset((
     "adm", "al", "approx", "assn", "ave", "bros", "ca", "capt", "cf", "cmdr", "co", "corp", "dept",
@@ -58,8 +59,8 @@ _BEFORE_NUMBERS = frozenset((
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """The sentences of `text` as (start, end) in characters; they tile it.
 
-    The end of a paragraph, of a list item and of a short line end a sentence, too; the line breaks
-    of hard-wrapped text do not.
+    The ends of paragraphs, list items and short lines end a sentence, too; the line breaks of
+    hard-wrapped text do not.
     """
     spans: list[tuple[int, int]] = []
     start = line = after_space(text, 0, len(text))
@@ -90,7 +91,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def ends_paragraph(text: str, line: int) -> bool:
-    """Whether the line break at `line` ends a paragraph or list item, not only a wrapped line."""
+    """Whether the line break at `line` ends a paragraph or list item, not a wrapped line."""
     last = line - 1
     if last >= 0 and text[last] in PARAGRAPH_ENDS:
         return True
@@ -103,13 +104,13 @@ def ends_paragraph(text: str, line: int) -> bool:
 
 
 def is_item(text: str, start: int) -> bool:
-    """Whether the line that opens at `start` is an item of a list or an article of a law."""
+    """Whether the line at `start` is an item of a list or an article of a law."""
     return _ITEM.match(text, start) is not None
 
 
 def paragraph_end(text: str, line: int, low: int, high: int) -> int:
-    """Where a chunk ends that is cut at the line break at `line`, blank lines included, in
-    (low, high]; 0 when no paragraph ends there or the next one opens with closing punctuation."""
+    """The end, in (low, high], of a chunk cut at the line break `line`, with blank lines; 0 if no
+    paragraph ends there or the next one opens with closing punctuation."""
     if text[line - 1] not in SENTENCE_MARKS and not ends_paragraph(text, line):
         return 0
     end = line + 1
@@ -119,17 +120,17 @@ def paragraph_end(text: str, line: int, low: int, high: int) -> int:
 
 
 def last_sentence_end(text: str, low: int, high: int) -> int:
-    """The last sentence end in (low, high], with the blank space behind it that fits; or 0."""
+    """The last sentence end in (low, high], with the blank space after it that fits; or 0."""
     return _last(_SENTENCE, _sentence_end, text, low, high)
 
 
 def last_clause_end(text: str, low: int, high: int) -> int:
-    """The last place in (low, high] behind a comma, colon, semicolon or dash, or 0."""
+    """The last position in (low, high] after a comma, colon, semicolon or dash, or 0."""
     return _last(_CLAUSE, _clause_end, text, low, high)
 
 
 def last_space_end(text: str, low: int, high: int) -> int:
-    """The last place in (low, high] behind whitespace at which a chunk may open, or 0."""
+    """The last position in (low, high] after whitespace at which a chunk may open, or 0."""
     return _last(_SPACE, _opening, text, low, high)
 
 
@@ -139,9 +140,9 @@ def last_line_end(text: str, low: int, high: int) -> int:
 
 
 def first_sentence_start(text: str, low: int, high: int) -> int:
-    """The first sentence start in [low, high), else the first word, else 0: where overlap opens."""
+    """Where overlap starts: the first sentence in [low, high), else the first word, else 0."""
     for pattern, accept in ((_SENTENCE, _sentence_end), (_SPACE, _opening)):
-        # From a little before: a sentence that opens at `low` has its mark there.
+        # From a little earlier: a sentence that opens at `low` has its mark there.
         for match in pattern.finditer(text, max(0, low - 8), high):
             end = accept(text, match)
             end = after_blank(text, end, high) if end else 0
@@ -151,7 +152,7 @@ def first_sentence_start(text: str, low: int, high: int) -> int:
 
 
 def last_character_end(text: str, low: int, high: int) -> int:
-    """The last place in (low, high] that cuts no character as a reader sees it, else `high`."""
+    """The last position in (low, high] that divides no visible character, else `high`."""
     for end in range(high, low, -1):
         if may_open(text, end) and not _joined(text, end):
             return end
@@ -162,7 +163,7 @@ def last_character_end(text: str, low: int, high: int) -> int:
 
 
 def after_blank(text: str, end: int, high: int) -> int:
-    """`end` moved past the blank space behind it, as far as `high`."""
+    """`end` moved past the blank space after it, at most to `high`."""
     if end < high and text[end].isspace():
         blank = _BLANK.match(text, end, high)
         after = blank.end() if blank else end
@@ -171,13 +172,13 @@ def after_blank(text: str, end: int, high: int) -> int:
 
 
 def after_space(text: str, start: int, high: int) -> int:
-    """The first place in [start, high] that is not whitespace, else `high`."""
+    """The first position in [start, high] that is not whitespace, else `high`."""
     match = _SPACE.match(text, start, high)
     return match.end() if match else start
 
 
 def may_open(text: str, at: int) -> bool:
-    """Whether a chunk may open at `at`: not with closing punctuation nor with a combining mark."""
+    """Whether a chunk may open at `at`: not with closing punctuation or a combining mark."""
     if at >= len(text):
         return True
     first = text[at]
@@ -195,8 +196,8 @@ def _last(
     low: int,
     high: int,
 ) -> int:
-    # Backwards in windows that double: the end is mostly near, and a text without one costs two
-    # passes. A match cut off by the window behind it is refused, since it has a mark after it.
+    # Backwards in windows that double: the end is usually near, and a text without one costs two
+    # passes. A match that the end of its window cuts off is refused, since a mark follows it.
     width = 64
     limit = high
     while high > low:
@@ -214,7 +215,7 @@ def _last(
 
 
 def _sentence_end(text: str, match: Match[str]) -> int:
-    """Where the sentence closed by this run of marks ends, or 0 when it goes on."""
+    """Where the sentence closed by this run of marks ends, or 0 if it continues."""
     end = match.end()
     if end == len(text):
         return end
@@ -233,7 +234,7 @@ def _sentence_end(text: str, match: Match[str]) -> int:
     before = text[mark - 1]
     spaced = following.isspace()
     if last in "\"'" and not spaced and before in _FULL_MARKS:
-        # Between two Chinese sentences a straight quote is read by counting those before it.
+        # Between two Chinese sentences a straight quote opens or closes by the number before it.
         line = text.rfind("\n", max(0, begin - 400), begin) + 1 or max(0, begin - 400)
         if text.count(last, line, end - 1) % 2 == 0:
             return end - 1
@@ -250,16 +251,16 @@ def _sentence_end(text: str, match: Match[str]) -> int:
 
 
 def _abbreviated(text: str, dot: int, spaced: bool) -> bool:
-    """Whether the full stop at `dot` belongs to the word, number or list mark before it."""
+    """Whether the full stop at `dot` belongs to the word, number or list marker before it."""
     previous = text[dot - 1 : dot]
     if previous >= _FIRST_CJK:
         return False
-    found = _LATIN_WORD.search(text, max(0, dot - _WORD_BEFORE), dot)
-    if found is None:
+    match = _LATIN_WORD.search(text, max(0, dot - _WORD_BEFORE), dot)
+    if match is None:
         return False
-    if not spaced and not (found[0].isalpha() and found[0].islower() and len(found[0]) > 3):
-        return True  # Chinese behind it: "3.节" is a number, "Inc.的" a name
-    word = found[0].lower()
+    if not spaced and not (match[0].isalpha() and match[0].islower() and len(match[0]) > 3):
+        return True  # Chinese follows: "3.节" is a number, "Inc.的" a name
+    word = match[0].lower()
     if _list_number(text, dot):
         return True
     if word in _ABBREVIATIONS or (len(word) == 1 and word.isalpha()):
@@ -270,7 +271,7 @@ def _abbreviated(text: str, dot: int, spaced: bool) -> bool:
 
 
 def _list_number(text: str, dot: int) -> bool:
-    """Whether the full stop at `dot` stands behind the number of a list item."""
+    """Whether the full stop at `dot` follows the number of a list item."""
     first = dot
     while first > dot - 4 and text[first - 1 : first].isdigit():
         first -= 1
@@ -292,7 +293,7 @@ def _opening(text: str, match: Match[str]) -> int:
 
 
 def _joined(text: str, at: int) -> bool:
-    """Whether a cut at `at` would tear a character apart: surrogates, emoji sequences."""
+    """Whether a cut at `at` would divide a character: surrogates, emoji sequences."""
     if not 0 < at < len(text):
         return False
     before, after = text[at - 1], text[at]

@@ -1,8 +1,8 @@
-"""Cuts a text into chunks that read as pieces of it: by headings, paragraphs, then sentences.
+"""Splits a text into readable chunks: by headings, then paragraphs, then sentences.
 
 A chunk is filled greedily and cut at the best place in its window: before a code block or table
-that would be torn, at a paragraph, at a sentence, a line, a clause, a word, a character. Only the
-window is looked at, so a text takes time in proportion to its length whatever is in it.
+that does not fit, at a paragraph, a sentence, a line, a clause, a word, a character. Only the
+window is searched, so the time is linear in the length of the text, whatever it contains.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from khaosz.rag.split import sentence
 from khaosz.rag.split.cut import last_prose_cut
 from khaosz.rag.split.layout import Layout, find_layout
 
-# A section shorter than this part of the budget is joined to the next one.
+# A section shorter than this share of the budget is joined to the next one.
 _SECTION_FROM = 0.3
-_TRIES = 20  # earlier ends of a chunk that are looked at before one is taken as it is
-_BLANK = 1000  # characters of blank space behind which the next chunk's first mark is looked for
+_TRIES = 20  # earlier ends of a chunk that are tried
+_MAX_BLANK = 1000  # characters of blank space that are skipped to find where the next chunk opens
 
 
 class Chunk(NamedTuple):
-    """`text` is text[start:end] of what was split, in characters; `headings` are those under which
-    all of it stands, outermost first. A NamedTuple: making a frozen dataclass takes three times
-    as long, as long as finding the chunk."""
+    """`text` is characters [start:end] of the text that was split; `headings` are those above all
+    of it, outermost first. A NamedTuple: creating a frozen dataclass takes three times as long,
+    which is as long as finding the chunk."""
 
     start: int
     end: int
@@ -33,11 +33,11 @@ class Chunk(NamedTuple):
 
 
 class StructureSplitter:
-    """Chunks of at most `max_chars` characters, or `max_tokens` tokens as `count_tokens` counts.
+    """Chunks of at most `max_chars` characters, or `max_tokens` tokens by `count_tokens`.
 
-    `overlap`, in the same unit, is how much of a chunk the next one may repeat; it opens at a
+    `overlap`, in the same unit, is how much of a chunk the next one may repeat; it starts at a
     sentence. Without overlap the chunks tile the text. Raises ConfigError for a budget that cannot
-    be kept.
+    be met.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ class StructureSplitter:
     ) -> None:
         if max_chars is not None and max_tokens is not None:
             raise ConfigError(
-                "a splitter has one budget, not max_chars and max_tokens both",
-                hint="leave one of them out",
+                "a splitter has one budget, max_chars or max_tokens",
+                hint="omit one of them",
             )
         if max_tokens is None:
             if count_tokens is not None:
@@ -61,33 +61,31 @@ class StructureSplitter:
         elif count_tokens is None:
             raise ConfigError(
                 "max_tokens without count_tokens",
-                hint="pass a function that counts the tokens of a text, e.g. of your tokenizer",
+                hint="pass a function that counts the tokens of a text",
             )
         else:
             budget = max_tokens
         if budget < 1:
-            raise ConfigError(
-                f"a chunk of {budget} is no chunk", hint="use 1 or more; 800 is usual"
-            )
+            raise ConfigError(f"a chunk size of {budget}", hint="use 1 or more; 800 is usual")
         if not 0 <= overlap <= budget // 2:
             raise ConfigError(
-                f"overlap {overlap} with chunks of {budget}", hint="use 0 to half of the chunk"
+                f"overlap {overlap} with chunks of {budget}", hint="use 0 to half of the chunk size"
             )
         self._size = budget
         self._overlap = overlap
         self._count = count_tokens
 
     def split(self, text: str) -> list[Chunk]:
-        """The chunks in order; none of an empty text. Positions are in characters."""
+        """The chunks in order; none for an empty text. Positions are in characters."""
         if not text:
             return []
         layout = find_layout(text)
         if self._count is not None:
-            budget: Characters = Tokens(self._size, self._overlap, self._count)
+            budget: CharacterBudget = TokenBudget(self._size, self._overlap, self._count)
         elif layout is None and len(text) <= self._size:
-            return [Chunk(0, len(text), text, ())]  # most documents of some collections
+            return [Chunk(0, len(text), text, ())]  # most documents, in some collections
         else:
-            budget = Characters(self._size, self._overlap)
+            budget = CharacterBudget(self._size, self._overlap)
         if layout is None:
             return fill(text, 0, len(text), budget, None, [])
         chunks: list[Chunk] = []
@@ -96,28 +94,28 @@ class StructureSplitter:
         return chunks
 
 
-class Characters:
-    """The budget in characters: how far a chunk that opens at `start` may reach."""
+class CharacterBudget:
+    """A chunk size and overlap in characters."""
 
     def __init__(self, size: int, overlap: int) -> None:
         self.size = size
         self.overlap = overlap
 
     def reach(self, text: str, start: int, end: int) -> int:
-        """The furthest end, at most `end`, that keeps the budget."""
+        """The furthest end, at most `end`, of a chunk that starts at `start`."""
         return min(start + self.size, end)
 
-    def kept(self, text: str, start: int, end: int) -> bool:
+    def fits(self, text: str, start: int, end: int) -> bool:
         return end - start <= self.size
 
-    def back(self, text: str, start: int, end: int) -> int:
-        """Where the overlap of the chunk text[start:end] may open at the earliest."""
+    def overlap_start(self, text: str, start: int, end: int) -> int:
+        """The earliest start of an overlap with the chunk text[start:end]."""
         return end - self.overlap
 
 
-class Tokens(Characters):
-    """The budget in tokens. How many characters a token takes is remembered from one chunk to the
-    next, so that two or three counts find the place."""
+class TokenBudget(CharacterBudget):
+    """A chunk size and overlap in tokens. The ratio of characters to tokens is kept from chunk to
+    chunk, so that two or three counts per chunk are enough."""
 
     def __init__(self, size: int, overlap: int, count: Callable[[str], int]) -> None:
         super().__init__(size, overlap)
@@ -132,7 +130,7 @@ class Tokens(Characters):
             tokens = self.count(text[start:guess])
             if tokens <= self.size:
                 fits = guess
-                # Closer than this is not worth another count.
+                # Close enough to save another count.
                 if tokens >= 0.95 * self.size:
                     break
                 guess = start + int((guess - start) * min(2.0, self.size / max(tokens, 1)) * 0.99)
@@ -140,7 +138,7 @@ class Tokens(Characters):
                 fails = guess
                 if fails == start + 1:
                     raise ConfigError(
-                        f"{text[start:fails]!r} alone takes {tokens} tokens, the budget is"
+                        f"{text[start:fails]!r} alone takes {tokens} tokens; the budget is"
                         f" {self.size}",
                         hint="raise max_tokens",
                     )
@@ -148,35 +146,35 @@ class Tokens(Characters):
         self.ratio = 0.5 * self.ratio + 0.5 * (fits - start) / self.size
         return fits
 
-    def kept(self, text: str, start: int, end: int) -> bool:
-        # A token is at least a byte nearly always; what is far too long is not counted at all.
+    def fits(self, text: str, start: int, end: int) -> bool:
+        # A token has few characters, so a text that is far too long need not be counted.
         if end - start > 40 * self.size:
             return False
         return self.count(text[start:end]) <= self.size
 
-    def back(self, text: str, start: int, end: int) -> int:
+    def overlap_start(self, text: str, start: int, end: int) -> int:
         step = int(self.overlap * self.ratio)
         while step > 0 and self.count(text[end - step : end]) > self.overlap:
             step = int(step * 0.9)
         return end - step
 
 
-def _sections(text: str, layout: Layout, budget: Characters) -> list[tuple[int, int]]:
-    """The ranges that no chunk reaches across: sections, short ones joined to the next."""
+def _sections(text: str, layout: Layout, budget: CharacterBudget) -> list[tuple[int, int]]:
+    """Ranges that no chunk crosses: sections, with short ones joined to the next."""
     starts = layout.starts
     ends = [*starts[1:], len(text)]
     short = budget.size * _SECTION_FROM
     ranges = []
-    open_at = 0
+    start = 0
     for index, end in enumerate(ends):
         last = index + 1 == len(ends)
         if not last:
             if layout.bare[index]:
-                continue  # a heading goes with what stands under it
-            if end - open_at < short and budget.kept(text, open_at, ends[index + 1]):
+                continue  # a heading goes with the text under it
+            if end - start < short and budget.fits(text, start, ends[index + 1]):
                 continue
-        ranges.append((open_at, end))
-        open_at = end
+        ranges.append((start, end))
+        start = end
     return ranges
 
 
@@ -184,7 +182,7 @@ def fill(
     text: str,
     start: int,
     end: int,
-    budget: Characters,
+    budget: CharacterBudget,
     layout: Layout | None,
     chunks: list[Chunk],
 ) -> list[Chunk]:
@@ -193,22 +191,22 @@ def fill(
     if text[end - 1].isspace():
         content = start + len(text[start:end].rstrip())
     path: tuple[str, ...] = ()
-    done = start  # up to here the text is covered; start is before it by the overlap
+    done = start  # the text is covered up to here; start is earlier by the overlap
     while done < end:
         high = budget.reach(text, start, end)
         if high <= done:
-            start = done  # no room behind the overlap
+            start = done  # the overlap fills the budget
             continue
         cut = high
         if high < end:
             cut = _cut(text, start, done, high, layout)
             if cut >= content > done + 1:
-                # What is left is blank: leave it some text to stand with.
+                # The rest is blank: leave some text for the next chunk.
                 cut = _cut(text, start, done, content - 1, layout)
             if text[cut] in sentence.CLOSING or text[cut].isspace():
-                cut = _openable(text, start, done, cut, layout)
-            # Tokens merge across the end, so that a shorter text may take more of them.
-            while cut < high and not budget.kept(text, start, cut):
+                cut = _cut_before_opening(text, start, done, cut, layout)
+            # Tokens merge across the cut, so a shorter text may have more of them.
+            while cut < high and not budget.fits(text, start, cut):
                 high = max(done + 1, cut - 1 - (cut - start) // 10)
                 cut = _cut(text, start, done, high, layout)
         if layout is not None:
@@ -216,23 +214,23 @@ def fill(
         chunks.append(Chunk(start, cut, text[start:cut], path))
         done = cut
         if budget.overlap and cut < end:
-            low = max(budget.back(text, start, cut), start + 1)
+            low = max(budget.overlap_start(text, start, cut), start + 1)
             start = sentence.first_sentence_start(text, low, cut) or cut
         else:
             start = cut
     return chunks
 
 
-def _openable(text: str, start: int, done: int, cut: int, layout: Layout | None) -> int:
-    """`cut`, or an earlier one if the next chunk would open with closing punctuation there."""
-    sought = cut
+def _cut_before_opening(text: str, start: int, done: int, cut: int, layout: Layout | None) -> int:
+    """`cut`, or an earlier one if the next chunk would open with closing punctuation."""
+    position = cut
     for _ in range(_TRIES):
-        after = sentence.after_space(text, sought, min(len(text), sought + _BLANK))
+        after = sentence.after_space(text, position, min(len(text), position + _MAX_BLANK))
         if sentence.may_open(text, after):
-            return sought
-        if sought <= done + 1:
+            return position
+        if position <= done + 1:
             break
-        sought = _cut(text, start, done, sought - 1, layout)
+        position = _cut(text, start, done, position - 1, layout)
     return cut
 
 
@@ -240,7 +238,7 @@ def _cut(text: str, start: int, done: int, high: int, layout: Layout | None) -> 
     """The best place in (done, high] to end the chunk that opens at `start`."""
     low = done
     if text[low].isspace():
-        # Not a chunk of nothing but the space that did not fit into the one before.
+        # Avoids a chunk of only the space that did not fit into the one before.
         low = sentence.after_space(text, low, high)
         if low >= high:
             return sentence.last_character_end(text, done, high)
@@ -248,10 +246,11 @@ def _cut(text: str, start: int, done: int, high: int, layout: Layout | None) -> 
     if layout is not None and layout.blocks:
         block = layout.block_at(high)
         if block is not None:
-            opening, closing = block
-            if opening > low and (closing - opening <= span or opening - start > span // 2):
-                return opening
-            inside = sentence.last_line_end(text, max(low, opening), high)
+            block_start, block_end = block
+            fits_later = block_end - block_start <= span
+            if block_start > low and (fits_later or block_start - start > span // 2):
+                return block_start
+            inside = sentence.last_line_end(text, max(low, block_start), high)
             if inside:
                 return inside
         cut = last_prose_cut(text, start, low, high)
