@@ -15,36 +15,6 @@ from khaosz.data.records.pairs import inverse_cloze
 from khaosz.demo.texts import Unit, sentences, unit_rng
 
 MOST_PAIRS = 640
-
-
-def swapped_answers(
-    chats: list[dict[str, Any]], seed: int, limit: int = MOST_PAIRS
-) -> list[dict[str, Any]]:
-    """`{"prompt", "chosen", "rejected", "lang"}` of the first turns of distinct questions: the
-    rejected answer is another question's, of the same language and another wording."""
-    rng = random.Random(f"{seed}/preference")
-    by_lang: dict[str, dict[str, str]] = {}
-    for chat in chats:
-        question, answer = (message["content"] for message in chat["messages"][:2])
-        by_lang.setdefault(chat["lang"], {}).setdefault(question, answer)
-    pairs = []
-    for lang, answers in sorted(by_lang.items()):
-        questions = sorted(answers)
-        rng.shuffle(questions)
-        for question, other in zip(questions, questions[1:] + questions[:1], strict=True):
-            if answers[question] != answers[other]:
-                pairs.append(
-                    {
-                        "prompt": question,
-                        "chosen": answers[question],
-                        "rejected": answers[other],
-                        "lang": lang,
-                    }
-                )
-    rng.shuffle(pairs)
-    return pairs[:limit]
-
-
 _IDIOM = re.compile(
     r"成语：(?P<word>[^。]+)。释义：(?P<meaning>.+?)(?P<rest>(?:出处|例句)：.*)?", re.DOTALL
 )
@@ -79,3 +49,31 @@ def _of_paragraphs(document: str, lang: str, rng: random.Random) -> Iterator[tup
         if pair is not None:
             query, passage = pair
             yield query, f"{title}\n{passage}" if statute else passage
+
+
+def swapped_answers(
+    chats: list[dict[str, Any]], seed: int, limit: int = MOST_PAIRS
+) -> list[dict[str, Any]]:
+    """`{"prompt", "chosen", "rejected", "lang"}` of the first turns of distinct questions: the
+    rejected answer is another question's, of the same language and another wording."""
+    rng = random.Random(f"{seed}/preference")
+    by_lang: dict[str, dict[str, str]] = {}
+    for chat in chats:
+        question, answer = (message["content"] for message in chat["messages"][:2])
+        by_lang.setdefault(chat["lang"], {}).setdefault(question, answer)
+    pairs = []
+    for lang, answers in sorted(by_lang.items()):
+        questions = sorted(answers)
+        rng.shuffle(questions)
+        for question, other in zip(questions, questions[1:] + questions[:1], strict=True):
+            if answers[question] != answers[other]:
+                pairs.append(
+                    {
+                        "prompt": question,
+                        "chosen": answers[question],
+                        "rejected": answers[other],
+                        "lang": lang,
+                    }
+                )
+    rng.shuffle(pairs)
+    return pairs[:limit]

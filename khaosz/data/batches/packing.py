@@ -1,18 +1,22 @@
-"""Which pieces of which documents share a window: best-fit packing, planned once, kept on disk.
+"""Which pieces of which documents share a window: best-fit packing, planned once, stored on disk.
 
 A window has T inputs. A document of L tokens (with `<|bos|>` and `<|eos|>`) has L - 1 pairs of an
 input and the token that follows it; a *piece* is a run of such pairs of one document.
 
 PT   A document longer than the window is cut into consecutive segments: inputs [kT, (k+1)T).
-     The full ones are windows by themselves; remainders and short documents are packed together.
-SFT  A conversation is never spread over several pieces: the second would be trained without its
+     Full segments are windows by themselves; remainders and short documents are packed together.
+SFT  A conversation is never split into several pieces: the second would be trained without its
      beginning. One that is longer than the window is cut after the last assistant turn that fits,
-     and skipped when none does. A piece in which no label is trained is skipped.
+     and skipped when none does. A piece without trained labels is skipped.
 
 Packing is best fit over at most `OPEN_BINS` open windows: a piece goes where it leaves the least
-room; when a window too many is open, the fullest is closed. The set of free sizes is one integer
-used as a bitmask, so a piece costs a shift and a lowest-bit search, whatever is open. (Best fit
-for pretraining documents: Ding et al., "Fewer Truncations Improve Language Modeling", 2024.)
+free space; when there are too many open windows, the fullest is closed. The set of free sizes is
+one integer used as a bitmask, so a piece costs a shift and a lowest-bit search, however many
+windows are open. (Best fit for pretraining documents: Ding et al., "Fewer Truncations Improve
+Language Modeling", 2024.)
+
+A plan on disk is a folder of four headerless little-endian arrays and `stats.json`, which says how
+long they are. The arrays are read through memory maps, so a plan costs no memory at any size.
 """
 
 from __future__ import annotations
@@ -35,9 +39,9 @@ from khaosz.data.records.chat import cut_at_turn
 from khaosz.errors import DataError, TokenFileError
 from khaosz.files import publish, write_json
 
-Piece = tuple[int, int, int]
-"""(shard number, first token, number of inputs)"""
-
+OPEN_BINS = 512
+_FORMAT = 2  # part of the digest: a plan made by another algorithm is never reused
+_DOCUMENTS_PER_BLOCK = 1 << 14
 _PIECES_PER_FLUSH = 100_000
 _ARRAYS: dict[str, np.dtype[Any]] = {
     "window_ptr": np.dtype("<i8"),
@@ -45,18 +49,33 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
     "piece_start": np.dtype("<i8"),
     "piece_length": np.dtype("<i4"),
 }
+Piece = tuple[int, int, int]
+"""(shard number, first token, number of inputs)"""
+
+
+class TokenShard(Protocol):
+    """What packing reads of a `khaosz.data.shards.mmap.MmapFileHandler`."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tokens(self) -> np.ndarray: ...
+    @property
+    def doc_offsets(self) -> np.ndarray: ...
+    @property
+    def loss_mask(self) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
 class PackingStats:
-    """What became of the documents.
+    """Counts of documents, windows and pieces.
 
-    documents          all that were seen
-    windows, pieces    what the plan holds
+    documents          all documents read
+    windows, pieces    in the plan
     skipped_short      fewer than two tokens: nothing to predict
     skipped_long       SFT: no assistant turn ends within the window
     skipped_untrained  SFT: no label is trained
-    cut                longer than the window: PT into segments (nothing is lost), SFT shortened
+    cut                longer than the window: PT into segments (lossless), SFT shortened
     inputs, cells      real positions, and windows * T
     """
 
@@ -99,9 +118,36 @@ class PackingPlan:
         return self.window_ptr.shape[0] - 1
 
 
+def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Path) -> PackingPlan:
+    """The plan of a group of shards: read from `folder` if an earlier run wrote it, else computed.
+
+    The plan's folder is `.plan-{stage}-{window}-{digest of the shards' headers}`; it gets that name
+    when it is complete. Several processes may compute the same plan at the same time.
+
+    Raises DataError when SFT shards have no loss mask and when the plan cannot be written.
+    """
+    assert stage in ("pt", "sft") and window >= 1, f"stage {stage!r}, window {window}"
+    path = folder / f".plan-{stage}-{window}-{_digest(shards)}"
+    if not path.is_dir():
+        _remove_stale(folder)
+        partial = folder / f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
+        try:
+            partial.mkdir(parents=True)
+            _write_plan(partial, shards, stage, window)
+            _publish(partial, path)
+        except OSError as error:
+            raise DataError(
+                f"could not write the packing plan {path}: {error.strerror or error}",
+                hint="free some disk space, or name a writable folder for the plan",
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return read_plan(path)
+
+
 def read_plan(path: Path) -> PackingPlan:
     """Raises DataError for a plan that is cut short or otherwise damaged."""
-    hint = f"remove {path}: it is made again from the token files"
+    hint = f"remove {path}: it is computed again from the token files"
     try:
         stats = PackingStats(**json.loads((path / "stats.json").read_text(encoding="utf-8")))
         arrays = {
@@ -120,10 +166,49 @@ def _mapped(path: Path, dtype: np.dtype[Any], stats: PackingStats) -> np.ndarray
     return np.memmap(path, dtype, mode="r") if length else np.empty(0, dtype)
 
 
-class PlanWriter:
-    """Streams windows to the files of a plan; holds at most a flush of them in memory.
+def _remove_stale(folder: Path) -> None:
+    """Remove partial plans of killed processes: no planning takes a day."""
+    for partial in folder.glob(".plan-*.partial-*"):
+        with suppress(OSError):
+            if time.time() - partial.stat().st_mtime > 86_400:
+                shutil.rmtree(partial, ignore_errors=True)
 
-    `finish` completes the plan, `close` gives the files back in any case.
+
+def _digest(shards: Sequence[TokenShard]) -> str:
+    """Identifies the shards' contents: a header holds counts and checksums of its sections."""
+    digest = hashlib.sha256(f"khaosz packing plan {_FORMAT}".encode())
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            digest.update(hashlib.sha256(file.read(4096)).digest())
+    return digest.hexdigest()[:16]
+
+
+def _publish(partial: Path, path: Path) -> None:
+    try:
+        publish(partial, path)
+    except OSError:
+        if not path.is_dir():  # otherwise another process published the same plan first
+            raise
+
+
+def _write_plan(folder: Path, shards: Sequence[TokenShard], stage: str, window: int) -> None:
+    stats = PackingStats()
+    with closing(PlanWriter(folder, window)) as writer:
+        bins = _BestFit(window, writer)
+        for number, shard in enumerate(shards):
+            for offsets in _offset_blocks(shard):
+                if stage == "pt":
+                    stats += _plan_texts(offsets, window, number, writer, bins)
+                else:
+                    stats += _plan_conversations(offsets, window, number, shard, bins)
+        bins.finish()
+        writer.finish(stats)
+
+
+class PlanWriter:
+    """Streams windows to the files of a plan, buffering at most `_PIECES_PER_FLUSH` pieces.
+
+    `finish` completes the plan; `close` closes the files in any case.
     """
 
     def __init__(self, folder: Path, window: int) -> None:
@@ -145,7 +230,7 @@ class PlanWriter:
             self.flush()
 
     def full_windows(self, shard: int, starts: np.ndarray) -> None:
-        """Windows of one piece each that fills them."""
+        """Add windows that one piece each fills."""
         self.flush()
         n = starts.size
         self._write(np.full(n, shard), starts, np.full(n, self._window), np.ones(n, np.int64))
@@ -170,7 +255,7 @@ class PlanWriter:
         )
 
     def finish(self, documents: PackingStats) -> None:
-        """Complete the files; `documents` counts what was seen and skipped."""
+        """Write the buffer and `stats.json`; `documents` counts documents read and skipped."""
         self.flush()
         write_json(self._folder / "stats.json", asdict(documents + self._stats))
 
@@ -179,94 +264,10 @@ class PlanWriter:
             file.close()
 
 
-OPEN_BINS = 512
-_FORMAT = 2  # part of the digest: a plan made by another algorithm is never reused
-_DOCUMENTS_PER_BLOCK = 1 << 14
-
-
-class TokenShard(Protocol):
-    """What packing reads of a `khaosz.data.shards.mmap.MmapFileHandler`."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def doc_offsets(self) -> np.ndarray: ...
-    @property
-    def loss_mask(self) -> np.ndarray | None: ...
-
-
-def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Path) -> PackingPlan:
-    """The plan of a group of shards, from `folder` if an earlier run left it there, else made.
-
-    The plan's folder is `.plan-{stage}-{window}-{digest of the shards' headers}`; it appears under
-    that name only when it is complete, and several processes may ask for it at once.
-
-    Raises DataError when SFT shards have no loss mask and when the plan cannot be written.
-    """
-    assert stage in ("pt", "sft") and window >= 1, f"stage {stage!r}, window {window}"
-    path = folder / f".plan-{stage}-{window}-{_digest(shards)}"
-    if not path.is_dir():
-        _remove_stale(folder)
-        partial = folder / f"{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}"
-        try:
-            partial.mkdir(parents=True)
-            _write_plan(partial, shards, stage, window)
-            _publish(partial, path)
-        except OSError as error:
-            raise DataError(
-                f"could not write the packing plan {path}: {error.strerror or error}",
-                hint="free some disk space, or name a writable folder for the plan",
-            ) from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return read_plan(path)
-
-
-def _remove_stale(folder: Path) -> None:
-    """Halves of plans that a killed process left: no planning takes a day."""
-    for partial in folder.glob(".plan-*.partial-*"):
-        with suppress(OSError):
-            if time.time() - partial.stat().st_mtime > 86_400:
-                shutil.rmtree(partial, ignore_errors=True)
-
-
-def _digest(shards: Sequence[TokenShard]) -> str:
-    """Names the shards' contents: a header holds the counts and checksums of its sections."""
-    digest = hashlib.sha256(f"khaosz packing plan {_FORMAT}".encode())
-    for shard in shards:
-        with open(shard.path, "rb") as file:
-            digest.update(hashlib.sha256(file.read(4096)).digest())
-    return digest.hexdigest()[:16]
-
-
-def _publish(partial: Path, path: Path) -> None:
-    try:
-        publish(partial, path)
-    except OSError:
-        if not path.is_dir():  # otherwise another process made the same plan first
-            raise
-
-
-def _write_plan(folder: Path, shards: Sequence[TokenShard], stage: str, window: int) -> None:
-    stats = PackingStats()
-    with closing(PlanWriter(folder, window)) as writer:
-        bins = _BestFit(window, writer)
-        for number, shard in enumerate(shards):
-            for offsets in _offset_blocks(shard):
-                if stage == "pt":
-                    stats += _plan_texts(offsets, window, number, writer, bins)
-                else:
-                    stats += _plan_conversations(offsets, window, number, shard, bins)
-        bins.finish()
-        writer.finish(stats)
-
-
 def _offset_blocks(shard: TokenShard) -> Iterator[np.ndarray]:
     """The document bounds of a shard, some documents at a time: (documents + 1,) int64 each.
 
-    Raises TokenFileError when they go backwards, which opening a shard does not look for.
+    Raises TokenFileError when offsets decrease, which opening a shard does not check.
     """
     n_documents = len(shard.doc_offsets) - 1
     for first in range(0, n_documents, _DOCUMENTS_PER_BLOCK):
@@ -280,8 +281,68 @@ def _offset_blocks(shard: TokenShard) -> Iterator[np.ndarray]:
         yield offsets
 
 
+def _plan_texts(
+    offsets: np.ndarray, window: int, shard: int, writer: PlanWriter, bins: _BestFit
+) -> PackingStats:
+    lengths = np.maximum(np.diff(offsets) - 1, 0)  # inputs per document
+    starts = offsets[:-1]
+    full = lengths // window
+    # Segment k of a document starts at k * window: k is the rank within the repeated document.
+    rank = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
+    if rank.size:
+        writer.full_windows(shard, np.repeat(starts, full) + rank * window)
+    rest = lengths - full * window
+    packed = rest > 0
+    bins.add(shard, (starts + full * window)[packed].tolist(), rest[packed].tolist())
+    return PackingStats(
+        documents=lengths.size,
+        skipped_short=int((lengths == 0).sum()),
+        cut=int((lengths > window).sum()),
+    )
+
+
+def _plan_conversations(
+    offsets: np.ndarray, window: int, number: int, shard: TokenShard, bins: _BestFit
+) -> PackingStats:
+    if shard.loss_mask is None:
+        raise DataError(
+            f"{shard.path} has no loss mask, which SFT needs",
+            hint="prepare the data again with stage sft",
+        )
+    base = int(offsets[0])
+    mask = np.asarray(shard.loss_mask[base : int(offsets[-1])])
+    starts, lengths = offsets[:-1], np.diff(offsets) - 1  # -1 for an empty document
+    # Trained labels per document; its first token is never a label. Empty documents have no
+    # entry in the mask, and reduceat would count their neighbour's token.
+    trained = np.zeros(lengths.size, np.int64)
+    filled = lengths >= 0
+    if filled.any():
+        first = starts[filled] - base
+        trained[filled] = np.add.reduceat(mask, first, dtype=np.int64) - mask[first]
+    short, long = lengths <= 0, lengths > window
+    untrained = ~short & (trained == 0)
+    keep = ~short & ~untrained
+    skipped_long = 0
+    for i in np.flatnonzero(long & keep).tolist():
+        begin = int(starts[i]) - base
+        prefix = cut_at_turn(mask[begin : begin + int(lengths[i]) + 1], window + 1)
+        if mask[begin + 1 : begin + prefix].any():
+            lengths[i] = prefix - 1
+        else:
+            keep[i] = False
+            skipped_long += 1
+    bins.add(number, starts[keep].tolist(), lengths[keep].tolist())
+    return PackingStats(
+        documents=lengths.size,
+        skipped_short=int(short.sum()),
+        skipped_long=skipped_long,
+        skipped_untrained=int(untrained.sum()),
+        cut=int((long & keep).sum()),
+    )
+
+
 class _BestFit:
-    """At most `OPEN_BINS` open windows, found by their free size."""
+    """At most `OPEN_BINS` open windows, indexed by their free size."""
 
     def __init__(self, window: int, writer: PlanWriter) -> None:
         self._window = window
@@ -326,63 +387,3 @@ class _BestFit:
     def _close(self, pieces: list[Piece]) -> None:
         self._writer.window(pieces)
         self._open -= 1
-
-
-def _plan_texts(
-    offsets: np.ndarray, window: int, shard: int, writer: PlanWriter, bins: _BestFit
-) -> PackingStats:
-    lengths = np.maximum(np.diff(offsets) - 1, 0)  # inputs per document
-    starts = offsets[:-1]
-    full = lengths // window
-    # Segment k of a document starts at k * window: k is the rank within the repeated document.
-    rank = np.arange(full.sum()) - np.repeat(np.cumsum(full) - full, full)
-    if rank.size:
-        writer.full_windows(shard, np.repeat(starts, full) + rank * window)
-    rest = lengths - full * window
-    packed = rest > 0
-    bins.add(shard, (starts + full * window)[packed].tolist(), rest[packed].tolist())
-    return PackingStats(
-        documents=lengths.size,
-        skipped_short=int((lengths == 0).sum()),
-        cut=int((lengths > window).sum()),
-    )
-
-
-def _plan_conversations(
-    offsets: np.ndarray, window: int, number: int, shard: TokenShard, bins: _BestFit
-) -> PackingStats:
-    if shard.loss_mask is None:
-        raise DataError(
-            f"{shard.path} has no loss mask, which SFT needs",
-            hint="prepare the data again with stage sft",
-        )
-    base = int(offsets[0])
-    mask = np.asarray(shard.loss_mask[base : int(offsets[-1])])
-    starts, lengths = offsets[:-1], np.diff(offsets) - 1  # -1 for an empty document
-    # Trained labels per document; its first token is nobody's label. Empty documents have no
-    # place in the mask, and reduceat would take their neighbour's token.
-    trained = np.zeros(lengths.size, np.int64)
-    filled = lengths >= 0
-    if filled.any():
-        first = starts[filled] - base
-        trained[filled] = np.add.reduceat(mask, first, dtype=np.int64) - mask[first]
-    short, long = lengths <= 0, lengths > window
-    untrained = ~short & (trained == 0)
-    keep = ~short & ~untrained
-    skipped_long = 0
-    for i in np.flatnonzero(long & keep).tolist():
-        begin = int(starts[i]) - base
-        prefix = cut_at_turn(mask[begin : begin + int(lengths[i]) + 1], window + 1)
-        if mask[begin + 1 : begin + prefix].any():
-            lengths[i] = prefix - 1
-        else:
-            keep[i] = False
-            skipped_long += 1
-    bins.add(number, starts[keep].tolist(), lengths[keep].tolist())
-    return PackingStats(
-        documents=lengths.size,
-        skipped_short=int(short.sum()),
-        skipped_long=skipped_long,
-        skipped_untrained=int(untrained.sum()),
-        cut=int((long & keep).sum()),
-    )

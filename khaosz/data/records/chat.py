@@ -1,8 +1,8 @@
-"""Chat records of the common SFT layouts, brought to one shape: messages and tools.
+"""Chat records of the common SFT layouts, converted to one: messages and tools.
 
 Understood are OpenAI's `{"messages": [...]}`, Alpaca's `{"instruction", "input", "output"}` (with
 `system` and `history`) and ShareGPT's `{"conversations": [{"from", "value"}]}`. A record that
-cannot be trained on is refused with a short reason; the caller counts and reports the reasons.
+cannot be trained on raises DataError with a short reason; the caller counts the reasons.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHAREGPT_ROLES = {
 
 @dataclass
 class Conversation:
-    """A chat that ends with an assistant turn, ready for `Tokenizer.encode_chat`."""
+    """A chat that ends with an assistant turn, ready for `encode_chat`."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ def to_messages(record: dict[str, Any]) -> Conversation:
 
     Turns after the last assistant turn are dropped: nothing in them is trained. Raises DataError
     with a short reason for an unknown layout or role, content that is not text, no assistant turn,
-    or an assistant turn that says and calls nothing.
+    or an assistant turn without text and tool calls.
     """
     if not isinstance(record, dict):
         raise DataError(f"record is a {type(record).__name__}, not an object")
@@ -109,7 +109,7 @@ def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _openai_message(turn: dict[str, Any]) -> Message:
     role = turn.get("role")
-    if role == "developer":  # OpenAI's later name for the same thing
+    if role == "developer":  # OpenAI's newer name of the system role
         role = "system"
     if role not in ROLES:
         raise DataError(f"unknown role {role!r}")
@@ -145,8 +145,8 @@ def _alpaca(record: dict[str, Any]) -> list[Message]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError("history is not a list of [question, answer] pairs")
         messages += _exchange(pair[0], pair[1])
-    asked = (text_of(record.get(key) or "") for key in ("instruction", "input"))
-    question = "\n".join(part for part in asked if part)
+    parts = (text_of(record.get(key) or "") for key in ("instruction", "input"))
+    question = "\n".join(part for part in parts if part)
     if not question.strip():
         raise DataError("empty instruction")
     return messages + _exchange(question, record["output"])
@@ -182,10 +182,10 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def _tools(tools: Any) -> list[dict[str, Any]]:
-    found = _parsed_list(tools, "tools")
-    if not all(isinstance(tool, dict) for tool in found):
+    schemas = _parsed_list(tools, "tools")
+    if not all(isinstance(schema, dict) for schema in schemas):
         raise DataError("tools is not a list of JSON schemas")
-    return found
+    return schemas
 
 
 def _parsed_list(value: Any, name: str) -> list[Any]:

@@ -1,8 +1,9 @@
-"""Query-passage records of the common layouts, brought to token ids for contrastive training.
+"""Query-passage records of the common layouts, converted to token ids for contrastive training.
 
 Understood are our own `{"query", "positive", "negatives"}`, sentence-transformers' columns
 `anchor`, `positive`, `negative` (or `negative_1`, `negative_2`, ...) and the lists `pos` and `neg`
-of BGE's records. A record with several positives is as many pairs.
+of BGE's records. A record with several positives gives as many pairs. `inverse_cloze` makes pairs
+of unlabelled text.
 """
 
 from __future__ import annotations
@@ -17,38 +18,23 @@ from typing import Any
 
 import numpy as np
 
-from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import InputReport, text_hash, worst_reason
+from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.report import (
+    InputReport,
+    LoadReport,
+    in_validation,
+    nothing_to_train_on,
+    usable_records,
+)
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
-
-LEAST_QUERY, LEAST_PASSAGE = 8, 16  # characters; what is shorter stands for too many others
-
-
-MOST_QUERY = 300  # what is longer is a table or code, and no question
-
-
-KEPT = 0.1  # share of the sentences that stay in their passage
-
-
-def inverse_cloze(parts: Sequence[str], glue: str, rng: random.Random) -> tuple[str, str] | None:
-    """A sentence and the passage it was taken from (the inverse cloze task, Lee et al. 2019,
-    arXiv:1906.00300), None where one would be too short. In one of ten the sentence stays, so that
-    equal words still count."""
-    if len(parts) < 2:
-        return None
-    chosen = rng.randrange(len(parts))
-    rest = parts if rng.random() < KEPT else [p for i, p in enumerate(parts) if i != chosen]
-    query, passage = parts[chosen].strip(), glue.join(rest).strip()
-    fits = LEAST_QUERY <= len(query) <= MOST_QUERY
-    if not fits or len(passage) < LEAST_PASSAGE or query == passage:
-        return None
-    return query, passage
-
 
 _QUERY = ("query", "anchor")
 _POSITIVE = ("positive", "positives", "pos")
 _NEGATIVE = re.compile(r"negatives?|neg|negative_\d+")
+LEAST_QUERY, LEAST_PASSAGE = 8, 16  # characters; shorter texts are ambiguous
+MOST_QUERY = 300  # characters; longer ones are tables or code
+KEPT = 0.1  # share of the sentences that stay in their passage
 
 
 @dataclass(frozen=True)
@@ -64,9 +50,9 @@ class Texts:
 class TextPairs:
     """Pairs as token ids: pair i is `queries[i]` with `passages[positive[i]]`.
 
-    Every distinct passage, as the model sees it, stands once in `passages`. `negatives[i]` are the
-    hard ones of pair i. `answers[i]` are all passages that answer its query in any record: none
-    of them may serve as a negative of it.
+    `passages` are distinct, as the model sees them. `negatives[i]` are the hard negatives of pair
+    i. `answers[i]` are all passages that answer its query in any record: none of them may be used
+    as a negative of it.
     """
 
     queries: list[np.ndarray] = field(default_factory=list)
@@ -107,7 +93,7 @@ class TextEncoder:
     passage_prefix: str = ""
 
     def query(self, text: str) -> np.ndarray:
-        """(T,) int32, whole: `cut` shortens it."""
+        """(T,) int32, untruncated; see `cut`."""
         return self._ids(self.query_prefix + text)
 
     def passage(self, text: str) -> np.ndarray:
@@ -122,21 +108,17 @@ class TextEncoder:
 
 
 @dataclass
-class TextPairsReport:
-    """`kept` and `validation` count pairs, `cut_queries` and `cut_passages` the texts of kept pairs
-    that are longer than `max_length` tokens and lost their ends."""
+class TextPairsReport(LoadReport):
+    """`cut_queries` and `cut_passages` count texts of kept pairs that were cut to `max_length`
+    tokens."""
 
-    max_length: int
-    inputs: list[InputReport]
-    kept: int = 0
-    validation: int = 0
+    max_length: int = 0
     negatives: int = 0
     cut_queries: int = 0
     cut_passages: int = 0
 
     def lines(self) -> list[str]:
-        """The report for people."""
-        out = [line for entry in self.inputs for line in entry.lines()]
+        out = super().lines()
         negatives = f" with {self.negatives:,} hard negatives" if self.negatives else ""
         out.append(f"{self.kept:,} pairs{negatives}, {self.validation:,} of them for validation")
         if self.cut_queries or self.cut_passages:
@@ -148,21 +130,21 @@ class TextPairsReport:
 
 
 def to_texts(record: dict[str, Any]) -> Texts:
-    """Raises DataError with a short reason for an unknown layout, for what is not text, and for a
-    negative that is a positive."""
-    given = {key: value for key, value in record.items() if value is not None}
-    query = next((given[key] for key in _QUERY if key in given), None)
-    found = next(((key, given[key]) for key in _POSITIVE if key in given), None)
-    if query is None or found is None:
+    """Raises DataError with a short reason for an unknown layout, for values that are not text, and
+    for a negative that is also a positive."""
+    fields = {key: value for key, value in record.items() if value is not None}
+    query = next((fields[key] for key in _QUERY if key in fields), None)
+    positive_key = next((key for key in _POSITIVE if key in fields), None)
+    if query is None or positive_key is None:
         missing = "query" if query is None else "positive"
-        raise DataError(f"no {missing} among the keys ({', '.join(map(str, given))})")
+        raise DataError(f"no {missing} among the keys ({', '.join(map(str, fields))})")
     if not isinstance(query, str) or not query.strip():
         raise DataError("query is empty" if isinstance(query, str) else "query is not text")
-    positives = _listed(found[0], found[1])
+    positives = _listed(positive_key, fields[positive_key])
     if not positives:
-        raise DataError(f"{found[0]} is empty")
-    named = [key for key in given if _NEGATIVE.fullmatch(str(key))]
-    negatives = tuple(dict.fromkeys(chain(*(_listed(key, given[key]) for key in named))))
+        raise DataError(f"{positive_key} is empty")
+    negative_keys = [key for key in fields if _NEGATIVE.fullmatch(str(key))]
+    negatives = tuple(dict.fromkeys(chain(*(_listed(key, fields[key]) for key in negative_keys))))
     if set(positives) & set(negatives):
         raise DataError("a negative is the positive")
     return Texts(query, positives, negatives)
@@ -176,48 +158,39 @@ def load_text_pairs(
     val_fraction: float = 0.0,
     seed: int = 0,
 ) -> tuple[TextPairs, TextPairs, TextPairsReport]:
-    """All usable pairs, those held out beside them, and what became of the records. The hash of a
-    positive and `seed` say whether its pairs are held out: such a passage answers nothing that is
-    trained on. At most the first `negatives` of a record are taken.
+    """Training pairs, validation pairs and a report. The hash of a positive and `seed` decide
+    whether its pairs are held out, so no held-out passage answers a training query. At most the
+    first `negatives` of a record are used.
 
     Raises DataError when no pair is left to train on.
     """
     assert 0.0 <= val_fraction < 1.0, val_fraction
-    report = TextPairsReport(
-        encoder.max_length, [InputReport(str(p)) for p in expand_inputs(paths)]
-    )
+    inputs = [InputReport(str(path)) for path in expand_inputs(paths)]
+    report = TextPairsReport(inputs, max_length=encoder.max_length)
     train, held_out = TextPairs(), TextPairs()
     for entry in report.inputs:
-        for batch in open_source(entry.path):
-            unread = [(line, Skip(reason)) for line, reason in batch.skipped]
-            for line, record in chain(unread, parsed(batch)):
-                entry.records += 1
-                with entry.skipping(line):
-                    if isinstance(record, Skip):
-                        raise DataError(record.reason)
-                    texts = to_texts(record)
-                    query = encoder.query(texts.query)
-                    against = [encoder.passage(text) for text in texts.negatives[:negatives]]
-                    for text in texts.positives:
-                        positive = encoder.passage(text)
-                        key = text_hash(f"{seed} {text.strip()}")
-                        out = int.from_bytes(key) < val_fraction * 2.0 ** (8 * len(key))
-                        (held_out if out else train).add(
-                            encoder.cut(query),
-                            encoder.cut(positive),
-                            [encoder.cut(ids) for ids in against],
-                        )
-                        report.negatives += len(against)
-                        report.cut_queries += len(query) > encoder.max_length
-                        report.cut_passages += sum(
-                            len(ids) > encoder.max_length for ids in (positive, *against)
-                        )
-                    entry.kept += 1
+        for line, record in usable_records(entry):
+            with entry.skipping(line):
+                texts = to_texts(record)
+                query = encoder.query(texts.query)
+                against = [encoder.passage(text) for text in texts.negatives[:negatives]]
+                for text in texts.positives:
+                    positive = encoder.passage(text)
+                    pairs = held_out if in_validation(text.strip(), seed, val_fraction) else train
+                    pairs.add(
+                        encoder.cut(query),
+                        encoder.cut(positive),
+                        [encoder.cut(ids) for ids in against],
+                    )
+                    report.negatives += len(against)
+                    report.cut_queries += len(query) > encoder.max_length
+                    report.cut_passages += sum(
+                        len(ids) > encoder.max_length for ids in (positive, *against)
+                    )
+                entry.kept += 1
     if not train.queries:
-        total = sum(entry.records for entry in report.inputs)
-        raise DataError(
-            f"nothing to train on in {total} records{worst_reason(report.inputs)}",
-            hint='a record is {"query": ..., "positive": ..., "negatives": [...]}',
+        raise nothing_to_train_on(
+            report, 'a record is {"query": ..., "positive": ..., "negatives": [...]}'
         )
     report.kept, report.validation = len(train) + len(held_out), len(held_out)
     return train, held_out, report
@@ -232,3 +205,18 @@ def _listed(key: str, value: Any) -> tuple[str, ...]:
         if not text.strip():
             raise DataError(f"{key} has an empty text")
     return tuple(dict.fromkeys(texts))
+
+
+def inverse_cloze(parts: Sequence[str], glue: str, rng: random.Random) -> tuple[str, str] | None:
+    """A sentence and the passage it was taken from (the inverse cloze task, Lee et al. 2019,
+    arXiv:1906.00300), or None where one is too short. In one of ten the sentence stays in its
+    passage, so that equal words still count."""
+    if len(parts) < 2:
+        return None
+    chosen = rng.randrange(len(parts))
+    rest = parts if rng.random() < KEPT else [p for i, p in enumerate(parts) if i != chosen]
+    query, passage = parts[chosen].strip(), glue.join(rest).strip()
+    fits = LEAST_QUERY <= len(query) <= MOST_QUERY
+    if not fits or len(passage) < LEAST_PASSAGE or query == passage:
+        return None
+    return query, passage

@@ -1,9 +1,9 @@
-"""Preference records of the common layouts, brought to pairs of answers and to their token ids.
+"""Preference records of the common layouts, converted to pairs of answers and to token ids.
 
 Understood are our own `{"prompt", "chosen", "rejected"}` and `{"prompt", "answers", "ranking"}`,
 LLaMA-Factory's ShareGPT and Alpaca layouts, and TRL's: standard, conversational, and without a
 prompt, where `chosen` and `rejected` are whole conversations. A prompt that is text is one user
-turn; a null counts as left out. What can't be used is skipped with a reason and line numbers.
+turn; a null counts as absent. Unusable records are skipped with a reason and line numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from khaosz.data.records.chat import Message, text_of, to_messages
-from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import InputReport, text_hash, worst_reason
+from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.report import (
+    InputReport,
+    LoadReport,
+    in_validation,
+    nothing_to_train_on,
+    text_hash,
+    usable_records,
+)
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
@@ -46,9 +53,9 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
-    """int32 ids: prompt (P,) up to the mark that lets the assistant speak, chosen (C,) and rejected
-    (R,) with the token that ends the turn. P + max(C, R) is at most the window: `truncated` answers
-    were cut to it and have no end."""
+    """int32 ids: prompt (P,) with the generation prompt, chosen (C,) and rejected (R,) with the
+    token that ends the turn. P + max(C, R) is at most the window: `truncated` answers were cut to
+    it and lack that token."""
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
@@ -60,7 +67,7 @@ class EncodedPair:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What is to be answered; `extra` are the record's other keys, for reward functions.
+    """A prompt; `extra` are the record's other keys, for reward functions.
     `prompt_ids`, (P,) int32 with P below the window, are empty until `load_prompts` adds them."""
 
     prompt: list[Message]
@@ -69,26 +76,20 @@ class Prompt:
 
 
 @dataclass
-class PreferenceReport:
-    """`read` counts records, the others pairs or prompts. `lengths`: prompt, chosen, rejected ->
-    mean, p50, p95 and max, in tokens."""
+class PreferenceReport(LoadReport):
+    """`lengths`: prompt, chosen, rejected -> mean, p50, p95 and max, in tokens."""
 
-    window: int
-    inputs: list[InputReport]
-    read: int = 0
-    kept: int = 0
-    validation: int = 0
+    window: int = 0
     truncated: int = 0
     identical: int = 0
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """The report for people."""
-        out = [line for entry in self.inputs for line in entry.lines()]
+        out = super().lines()
         cut = f", {self.truncated:,} cut to the window of {self.window}" if self.truncated else ""
         out.append(f"{self.kept:,} kept, {self.validation:,} of them for validation{cut}")
-        for name, of in self.lengths.items():
-            out.append(f"{name} tokens: " + ", ".join(f"{k} {v:.0f}" for k, v in of.items()))
+        for name, values in self.lengths.items():
+            out.append(f"{name} tokens: " + ", ".join(f"{k} {v:.0f}" for k, v in values.items()))
         return out
 
 
@@ -107,7 +108,7 @@ class PreferenceData(Generic[Item]):
 def to_pair(record: dict[str, Any]) -> Pair:
     """The pair of one record. Raises DataError with a short reason for an unknown layout, and for
     an answer that is not one assistant turn of text."""
-    record = _given(record)
+    record = _fields(record)
     if "chosen" not in record or "rejected" not in record:
         raise DataError(f"no chosen and rejected among the keys ({', '.join(record)})")
     chosen, rejected = (_turns(record[key], key, "assistant") for key in ("chosen", "rejected"))
@@ -116,9 +117,9 @@ def to_pair(record: dict[str, Any]) -> Pair:
         n = 0
         while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
             n += 1
-        # Some datasets give the prompt once more.
-        said = next((_turns(record[key], key) for key in _PROMPT_KEYS if key in record), [])
-        if said and said != chosen[:n][-len(said) :]:
+        # Some datasets repeat the prompt in a field of its own.
+        prompt = next((_turns(record[key], key) for key in _PROMPT_KEYS if key in record), [])
+        if prompt and prompt != chosen[:n][-len(prompt) :]:
             raise DataError("chosen and rejected do not begin with the prompt")
         record["prompt"], chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
     margin = record.get("margin")
@@ -129,9 +130,9 @@ def to_pair(record: dict[str, Any]) -> Pair:
 
 
 def to_pairs(record: dict[str, Any]) -> list[Pair]:
-    """K(K-1)/2 pairs of a ranking of K answers, fewer where some are equal; of any other record its
-    one pair. Raises DataError."""
-    record = _given(record)
+    """K(K-1)/2 pairs of a ranking of K answers, fewer where some are equal; one pair of any other
+    record. Raises DataError."""
+    record = _fields(record)
     if "ranking" not in record:
         return [to_pair(record)]
     prompt, answers, ranking = _prompt(record), record.get("answers"), record["ranking"]
@@ -139,8 +140,8 @@ def to_pairs(record: dict[str, Any]) -> list[Pair]:
         raise DataError("answers or ranking is not a list")
     texts = [_answer(_turns(answer, "an answer", "assistant"), "an answer") for answer in answers]
     levels = [level if isinstance(level, list) else [level] for level in ranking]
-    named = list(chain(*levels))
-    if not all(type(i) is int for i in named) or sorted(named) != list(range(len(texts))):
+    indices = list(chain(*levels))
+    if not all(type(i) is int for i in indices) or sorted(indices) != list(range(len(texts))):
         raise DataError("ranking does not name every answer once", hint="such as [2, [0, 3], 1]")
     group = text_hash(json.dumps([prompt, texts])).hex()
     return [
@@ -151,24 +152,23 @@ def to_pairs(record: dict[str, Any]) -> list[Pair]:
 
 
 def to_prompt(record: dict[str, Any]) -> Prompt:
-    """The prompt of a record of any layout; assistant turns at its end are dropped. Raises
-    DataError."""
-    record = _given(record)
+    """The prompt of a record of any layout, without trailing assistant turns. Raises DataError."""
+    record = _fields(record)
     used = next(([key] for key in _PROMPT_KEYS if key in record), _ALPACA_KEYS)
     extra = {key: value for key, value in record.items() if key not in (*used, "system", "tools")}
     return Prompt(_prompt(record, answered=True), extra)
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
-    """A hash; equal for prompts that differ at most in white space around their messages."""
+    """A hash; equal for prompts that differ only in white space around their messages."""
     turns = [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in prompt]
     return text_hash(json.dumps(turns)).hex()
 
 
 def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
-    """Raises DataError for a pair that can't be trained on: an empty answer, answers that are the
-    same, at least up to where the window cuts them, a prompt that leaves no room for any, and a
-    template that does not render prompt and answer as the prompt, then the answer, then an end."""
+    """Raises DataError for a pair that can't be trained on: an empty answer, equal answers,
+    at least up to where the window cuts them, a prompt that leaves no room for an answer, and a
+    template that does not render a chat as the prompt, then the answer, then an end token."""
     if not pair.chosen.strip() or not pair.rejected.strip():
         raise DataError("empty answer")
     if pair.chosen == pair.rejected:
@@ -178,7 +178,7 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
     rejected = _answer_ids(tokenizer, pair.prompt, ids, pair.rejected)
     room = window - len(ids)
     if np.array_equal(chosen[:room], rejected[:room]):
-        raise DataError(f"{IDENTICAL} as far as the window goes")
+        raise DataError(f"{IDENTICAL} within the window")
     cut = (len(chosen) > room) + (len(rejected) > room)
     return EncodedPair(ids, chosen[:room], rejected[:room], cut, pair.margin, pair.group)
 
@@ -186,8 +186,8 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
 def load_pairs(
     paths: Paths, tokenizer: Tokenizer, window: int, *, val_fraction: float = 0.0, seed: int = 0
 ) -> PreferenceData[EncodedPair]:
-    """Every usable pair, in at most `window` tokens. The hash of a prompt and `seed` say whether it
-    is for validation. Raises DataError when no pair is left to train on."""
+    """Every usable pair, in at most `window` tokens. The hash of a prompt and `seed` decide whether
+    it is for validation. Raises DataError when no pair is left to train on."""
     encode = partial(encode_pair, tokenizer, window=window)
     return _load(paths, window, val_fraction, seed, to_pairs, encode)
 
@@ -197,8 +197,8 @@ def load_prompts(
 ) -> PreferenceData[Prompt]:
     """Every prompt that leaves room for an answer in `window` tokens; otherwise as `load_pairs`."""
 
-    def encode(one: Prompt) -> Prompt:
-        return replace(one, prompt_ids=_prompt_ids(tokenizer, one.prompt, window))
+    def encode(item: Prompt) -> Prompt:
+        return replace(item, prompt_ids=_prompt_ids(tokenizer, item.prompt, window))
 
     return _load(paths, window, val_fraction, seed, lambda record: [to_prompt(record)], encode)
 
@@ -214,33 +214,25 @@ def _load(
     if not 0.0 <= val_fraction < 1.0:
         raise DataError(f"val_fraction is {val_fraction}, not in [0, 1)")
     files = expand_inputs([paths] if isinstance(paths, str | Path) else paths)
-    report = PreferenceReport(window, [InputReport(str(path)) for path in files])
+    report = PreferenceReport([InputReport(str(path)) for path in files], window=window)
     data: PreferenceData[Item] = PreferenceData([], [], report)
     for entry in report.inputs:
-        for batch in open_source(entry.path):
-            unread = [(line, Skip(reason)) for line, reason in batch.skipped]
-            for line, record in chain(unread, parsed(batch)):
-                entry.records += 1
-                found: list[Any] = []
+        for line, record in usable_records(entry):
+            items: list[Any] = []
+            with entry.skipping(line):
+                items = read(record)
+                if not items:
+                    raise DataError("all answers are ranked equal")
+            for item in items:
                 with entry.skipping(line):
-                    if isinstance(record, Skip):
-                        raise DataError(record.reason)
-                    found = read(record)
-                    if not found:
-                        raise DataError("all answers are ranked equal")
-                for each in found:
-                    with entry.skipping(line):
-                        item = encode(each)
-                        key = text_hash(f"{seed} {prompt_key(each.prompt)}")
-                        held_out = int.from_bytes(key) < val_fraction * 2.0 ** (8 * len(key))
-                        (data.validation if held_out else data.train).append(item)
-                        entry.kept += 1
-    report.read = sum(entry.records for entry in report.inputs)
+                    encoded = encode(item)
+                    held_out = in_validation(prompt_key(item.prompt), seed, val_fraction)
+                    (data.validation if held_out else data.train).append(encoded)
+                    entry.kept += 1
     if not data.train:
-        why = worst_reason(report.inputs)
-        raise DataError(
-            f"nothing to train on in {report.read} records{why}",
-            hint="a record is a prompt, with chosen and rejected or answers and ranking for pairs",
+        raise nothing_to_train_on(
+            report,
+            "a record is a prompt, with chosen and rejected or answers and ranking for pairs",
         )
     items = data.train + data.validation
     report.kept, report.validation = len(items), len(data.validation)
@@ -264,10 +256,10 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: list[Message], window: int) -> np.
 def _answer_ids(
     tokenizer: Tokenizer, prompt: list[Message], prompt_ids: np.ndarray, text: str
 ) -> np.ndarray:
-    """The assistant's turn as far as generation goes: template text behind its end is left out."""
+    """The assistant's turn up to its end token; template text after it is left out."""
     chat = encode_chat(tokenizer, [*prompt, {"role": "assistant", "content": text}])[0]
     start, answer = np.split(np.array(chat, np.int32), [len(prompt_ids)])
-    # Where tokens merge across the border, the model is never asked what would be trained.
+    # Where tokens merge across the border, training would differ from generation.
     if not np.array_equal(start, prompt_ids):
         raise DataError("with an answer the chat does not begin with the tokens of its prompt")
     ends = np.flatnonzero((answer == tokenizer.end_id) | (answer == tokenizer.eos_id))
@@ -276,7 +268,8 @@ def _answer_ids(
     return answer[: ends[0] + 1]
 
 
-def _given(record: Any) -> dict[str, Any]:
+def _fields(record: Any) -> dict[str, Any]:
+    """The keys of a record that are not null."""
     if not isinstance(record, dict):
         raise DataError(f"record is a {type(record).__name__}, not an object")
     if to_messages({"messages": [_STAND_IN], "tools": record.get("tools")}).tools:
@@ -285,7 +278,7 @@ def _given(record: Any) -> dict[str, Any]:
 
 
 def _turns(value: Any, key: str, role: str = "user") -> list[Message]:
-    """A text as one turn of `role`; one turn or several, of OpenAI's or ShareGPT's layout."""
+    """One turn or several in OpenAI's or ShareGPT's layout; a text is one turn of `role`."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     turns = value if isinstance(value, list) else [value]
@@ -297,7 +290,7 @@ def _turns(value: Any, key: str, role: str = "user") -> list[Message]:
 
 
 def _prompt(record: dict[str, Any], answered: bool = False) -> list[Message]:
-    """Messages that end with a user or tool turn, those of an assistant after it left out if it was
+    """Messages that end with a user or tool turn; trailing assistant turns are dropped if it is
     `answered`."""
     if key := next((key for key in _PROMPT_KEYS if key in record), None):
         prompt = _turns(record[key], key)

@@ -1,8 +1,9 @@
 """Text sources as a stream of raw record batches: JSON Lines (plain or zstd), JSON, Parquet, text.
 
-The reading process only finds where records end; workers decode and parse them. A batch holds
-about a megabyte whatever the size of the file, so memory does not depend on the input. Records are
-handed on as UTF-8 whatever the encoding of the file (`charset`).
+The reading process only splits a file into records; workers decode and parse them. A batch holds
+about a megabyte at any file size, so memory does not depend on the input. Records are UTF-8,
+whatever the encoding of the file (`charset`). A JSON array is read element by element through a
+sliding window.
 """
 
 from __future__ import annotations
@@ -20,7 +21,253 @@ import zstandard
 from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, detect_encoding
 from khaosz.errors import DataError
 
+SUFFIXES = (".jsonl", ".jsonl.zst", ".json", ".parquet", ".txt")
+BATCH_BYTES = 1 << 20
+BATCH_LINES = 8192
+MAX_LINE_BYTES = 64 << 20
+_CHUNK = 1 << 16
 _WINDOW = 1 << 16  # characters
+_PARQUET_COLUMNS = (
+    *("text", "lang", "source", "messages", "conversations", "instruction", "input", "output"),
+    *("system", "history", "tools"),
+    *("prompt", "chosen", "rejected", "margin", "answers", "ranking", "answer"),
+    *("query", "anchor", "positive", "positives", "pos", "negative", "negatives", "neg"),
+    *(f"negative_{i}" for i in range(1, 17)),
+)
+_HAN = bytes(range(0xE4, 0xEA))  # first bytes of U+4000..U+9FFF, most of them Han characters
+_LETTERS = (
+    bytes(range(0x41, 0x5B))
+    + bytes(range(0x61, 0x7B))
+    + bytes(range(0xC3, 0xE2))  # Latin with accents, Greek, Cyrillic, ..., Indic scripts
+    + bytes(range(0xE4, 0xEE))  # Han and Hangul
+)
+
+
+@dataclass
+class RawBatch:
+    """Some consecutive records of one file.
+
+    `first_line` numbers `lines[0]`, from 1; for json, parquet and txt the number counts records.
+    Lines are JSON (`kind` "json") or plain text, UTF-8, without line end; empty lines are not
+    records. `skipped` are records that could not become lines, as (line number, reason).
+    `file_position` is the number of bytes of the file read so far.
+    """
+
+    path: Path
+    first_line: int
+    lines: list[bytes]
+    kind: Literal["json", "text"] = "json"
+    encoding: str = "utf-8"
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    file_position: int = 0
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(map(len, self.lines))
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a line is not a record."""
+
+    reason: str
+
+
+def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
+    """Files as they are, directories and globs as their supported files, sorted, each once.
+
+    Raises DataError for a path that does not exist, holds no supported file, or has an unsupported
+    extension.
+    """
+    files: dict[Path, None] = {}  # an ordered set
+    for pattern in inputs:
+        path = Path(pattern)
+        if path.is_file():
+            _require_suffix(path)
+            files[path] = None
+            continue
+        inside: Iterable[Path]
+        if path.is_dir():
+            inside, verb = path.rglob("*"), "holds"
+        elif glob.has_magic(str(pattern)):
+            inside, verb = map(Path, glob.glob(str(pattern), recursive=True)), "matches"
+        else:
+            raise DataError(f"input {path} does not exist")
+        matches = sorted(p for p in inside if p.is_file() and _suffix_of(p))
+        if not matches:
+            raise DataError(f"{pattern} {verb} no {' '.join(SUFFIXES)} file")
+        files.update(dict.fromkeys(matches))
+    return list(files)
+
+
+def _suffix_of(path: Path) -> str | None:
+    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+
+
+def _require_suffix(path: Path) -> str:
+    suffix = _suffix_of(path)
+    if suffix is None:
+        raise DataError(
+            f"{path}: unsupported file type",
+            hint="supported are " + " ".join(SUFFIXES),
+        )
+    return suffix
+
+
+def open_source(path: str | Path) -> Iterator[RawBatch]:
+    """Stream a file. Raises DataError for a missing, damaged or unsupported file."""
+    path = Path(path)
+    suffix = _require_suffix(path)
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(path)
+            return
+        with open(path, "rb") as file:
+            raw = _zstd_chunks(file, path) if suffix == ".jsonl.zst" else _plain_chunks(file)
+            head, raw = _peek(raw)
+            encoding = detect_encoding(head)
+            if suffix == ".txt":
+                yield from _read_text(path, file, _lines(raw, encoding, check=True), encoding)
+                return
+            records: Iterable[bytes | Skip]
+            if suffix == ".json" and starts_array(head, encoding):
+                records = array_elements(path, decode_chunks(raw, encoding), MAX_LINE_BYTES)
+            else:  # parsing in a worker checks UTF-8
+                records = _lines(raw, encoding, check=encoding != "utf-8")
+            yield from _batches(path, records, file.tell, encoding)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def parse_line(line: bytes) -> dict[str, Any] | Skip:
+    """One JSON object, or why the line is not one. Numbers as Python's json reads them."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        return Skip("not valid UTF-8")
+    except json.JSONDecodeError as error:
+        return Skip(f"not valid JSON: {error.msg}")
+    except ValueError:  # an integer of thousands of digits
+        return Skip("not valid JSON: number too long")
+    except RecursionError:
+        return Skip("not valid JSON: nested too deeply")
+    if not isinstance(value, dict):
+        return Skip(f"not a JSON object but {type(value).__name__}")
+    return value
+
+
+def parsed(batch: RawBatch) -> Iterator[tuple[int, dict[str, Any] | Skip]]:
+    """The records of a batch with their numbers; blank lines are not records."""
+    for number, line in enumerate(batch.lines, start=batch.first_line):
+        if line and not line.isspace():
+            text = batch.kind == "text"
+            yield number, {"text": line.decode("utf-8")} if text else parse_line(line)
+
+
+def detect_language(text: str) -> Literal["zh", "en"]:
+    """ "zh" when at least a fifth of the letters are Han characters, else "en".
+
+    A Chinese word has about one and a half characters and an English one five letters, so at one in
+    five about half of the words are Chinese. Reads the first 64k characters.
+    """
+    raw = text[: 1 << 16].encode("utf-8", errors="ignore")
+    han = len(raw) - len(raw.translate(None, _HAN))
+    letters = len(raw) - len(raw.translate(None, _LETTERS))
+    return "zh" if han and han * 5 >= letters else "en"
+
+
+def _plain_chunks(file: IO[bytes]) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK):
+        yield chunk
+
+
+def _zstd_chunks(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    # Not stream_reader: it does not detect a file that is cut short.
+    decompressor = zstandard.ZstdDecompressor()
+    frame = None
+    done = 0
+    try:
+        while chunk := file.read(_CHUNK):
+            while chunk:
+                if frame is None:
+                    frame = decompressor.decompressobj()
+                text = frame.decompress(chunk)
+                done += len(text)
+                if text:
+                    yield text
+                chunk = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    except zstandard.ZstdError as error:
+        raise DataError(
+            f"{path}: damaged zstd data after {done} bytes of text: {error}",
+            hint="download or compress the file again",
+        ) from error
+    if frame is not None:
+        raise DataError(
+            f"{path}: zstd data is cut short after {done} bytes of text",
+            hint="download or compress the file again",
+        )
+
+
+def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
+    """The first megabyte, and the whole stream."""
+    head: list[bytes] = []
+    size = 0
+    for chunk in chunks:
+        head.append(chunk)
+        size += len(chunk)
+        if size >= HEAD_BYTES:
+            break
+
+    def whole() -> Iterator[bytes]:
+        yield from head
+        head.clear()
+        yield from chunks
+
+    return b"".join(head)[:HEAD_BYTES], whole()
+
+
+def _lines(raw: Iterator[bytes], encoding: str, check: bool) -> Iterator[bytes | Skip]:
+    """Lines without their ends, as UTF-8; only `check` makes sure that they are valid."""
+    if encoding != "utf-8":
+        raw = (
+            text.encode("utf-8", errors="surrogatepass") for text in decode_chunks(raw, encoding)
+        )
+    for line in _split_lines(raw):
+        if line is None:
+            yield Skip(f"longer than {MAX_LINE_BYTES >> 20} MB")
+        elif check and not line.isascii() and not decodes(line):
+            yield Skip(f"not valid {encoding.upper()}")
+        else:
+            yield line
+
+
+def _split_lines(raw: Iterator[bytes]) -> Iterator[bytes | None]:
+    """Lines without their ends; None for one that is longer than MAX_LINE_BYTES."""
+    pending: list[bytes] = []  # the line so far, joined once: linear in its length
+    size = 0
+    first = True
+    for chunk in raw:
+        if first:
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            first = False
+        head, newline, rest = chunk.partition(b"\n")
+        size += len(head)
+        if size <= MAX_LINE_BYTES:
+            pending.append(head)
+        else:
+            pending.clear()
+        if not newline:
+            continue
+        yield b"".join(pending).removesuffix(b"\r") if size <= MAX_LINE_BYTES else None
+        *complete, last = rest.split(b"\n")
+        for line in complete:
+            yield line.removesuffix(b"\r")
+        pending = [last]
+        size = len(last)
+    if size:
+        yield b"".join(pending).removesuffix(b"\r") if size <= MAX_LINE_BYTES else None
 
 
 def starts_array(head: bytes, encoding: str) -> bool:
@@ -31,8 +278,8 @@ def starts_array(head: bytes, encoding: str) -> bool:
 def array_elements(path: Path, texts: Iterator[str], limit: int) -> Iterator[bytes]:
     """The JSON of each element as UTF-8. `texts` are the consecutive parts of the file `path`.
 
-    Raises DataError, with the number of elements before, for damage and for an element of more
-    than `limit` characters.
+    Raises DataError, with the number of elements read, for damage and for an element of more than
+    `limit` characters.
     """
     decode = json.JSONDecoder().raw_decode
     window = ""
@@ -40,12 +287,12 @@ def array_elements(path: Path, texts: Iterator[str], limit: int) -> Iterator[byt
     ended = False
     elements = 0
 
-    def extend(wanted: int) -> None:
-        """Drop what was consumed and read until `wanted` characters are ahead."""
+    def extend(size: int) -> None:
+        """Drop the consumed part and read until `size` characters are ahead."""
         nonlocal window, at, ended
         parts = [window[at:]]
         length = len(parts[0])
-        while length < wanted and not ended:
+        while length < size and not ended:
             text = next(texts, None)
             if text is None:
                 ended = True
@@ -69,7 +316,7 @@ def array_elements(path: Path, texts: Iterator[str], limit: int) -> Iterator[byt
             hint="repair the file, or store one JSON object a line as .jsonl",
         )
 
-    next_character()  # the opening bracket, seen before
+    next_character()  # the opening bracket
     at += 1
     while (character := next_character()) != "]":
         if elements:
@@ -77,277 +324,28 @@ def array_elements(path: Path, texts: Iterator[str], limit: int) -> Iterator[byt
                 raise broken("expected a comma" if character else "cut short")
             at += 1
             next_character()
-        wanted = _WINDOW
+        size = _WINDOW
         while True:
             try:
                 _, end = decode(window, at)
             except (ValueError, RecursionError) as error:
                 fault = error
             else:
-                # "1" may be the beginning of "1.5"; anything else has its own end.
+                # "1" may be the start of "1.5"; other values end by themselves.
                 if ended or (end < len(window) and window[end] not in ".eE+-0123456789"):
                     break
                 fault = ValueError("cut short")
             if ended or len(window) - at > limit:
                 raise broken(getattr(fault, "msg", str(fault))) from fault
-            wanted = 2 * max(wanted, len(window) - at)
-            extend(wanted)
+            size = 2 * max(size, len(window) - at)
+            extend(size)
         element = window[at:end]
         at = end
         elements += 1
         yield element.encode("utf-8", errors="surrogatepass")
     at += 1
     if next_character():
-        raise broken("something follows the end")
-
-
-SUFFIXES = (".jsonl", ".jsonl.zst", ".json", ".parquet", ".txt")
-BATCH_BYTES = 1 << 20
-BATCH_LINES = 8192
-MAX_LINE_BYTES = 64 << 20
-_CHUNK = 1 << 16
-_PARQUET_COLUMNS = (
-    *("text", "lang", "source", "messages", "conversations", "instruction", "input", "output"),
-    *("system", "history", "tools"),
-    *("prompt", "chosen", "rejected", "margin", "answers", "ranking", "answer"),
-    *("query", "anchor", "positive", "positives", "pos", "negative", "negatives", "neg"),
-    *(f"negative_{i}" for i in range(1, 17)),
-)
-
-
-@dataclass
-class RawBatch:
-    """Some consecutive records of one file.
-
-    `first_line` numbers `lines[0]`, from 1; for json, parquet and txt the number counts records.
-    Lines are JSON (`kind` "json") or plain text, UTF-8, without line end; an empty line is no
-    record. `skipped` are records that never became lines, as (line number, reason).
-    `file_position` says how many bytes of the file have been read so far.
-    """
-
-    path: Path
-    first_line: int
-    lines: list[bytes]
-    kind: Literal["json", "text"] = "json"
-    encoding: str = "utf-8"
-    skipped: list[tuple[int, str]] = field(default_factory=list)
-    file_position: int = 0
-
-    @property
-    def n_bytes(self) -> int:
-        return sum(map(len, self.lines))
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Why a line is no record."""
-
-    reason: str
-
-
-def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, directories and globs as their supported files, sorted, each once.
-
-    Raises DataError for what does not exist, holds nothing we read, or has another extension.
-    """
-    found: dict[Path, None] = {}  # a set that keeps its order
-    for given in inputs:
-        path = Path(given)
-        if path.is_file():
-            _require_suffix(path)
-            found[path] = None
-            continue
-        inside: Iterable[Path]
-        if path.is_dir():
-            inside, verb = path.rglob("*"), "holds"
-        elif glob.has_magic(str(given)):
-            inside, verb = map(Path, glob.glob(str(given), recursive=True)), "matches"
-        else:
-            raise DataError(f"input {path} does not exist")
-        matches = sorted(p for p in inside if p.is_file() and _suffix_of(p))
-        if not matches:
-            raise DataError(f"{given} {verb} no {' '.join(SUFFIXES)} file")
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _suffix_of(path: Path) -> str | None:
-    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
-
-
-def _require_suffix(path: Path) -> str:
-    suffix = _suffix_of(path)
-    if suffix is None:
-        raise DataError(
-            f"{path}: cannot read this kind of file",
-            hint="supported are " + " ".join(SUFFIXES),
-        )
-    return suffix
-
-
-def open_source(path: str | Path) -> Iterator[RawBatch]:
-    """Stream a file. Raises DataError for a file that is missing, damaged or of unknown kind."""
-    path = Path(path)
-    suffix = _require_suffix(path)
-    try:
-        if suffix == ".parquet":
-            yield from _read_parquet(path)
-            return
-        with open(path, "rb") as file:
-            raw = _zstd_chunks(file, path) if suffix == ".jsonl.zst" else _plain_chunks(file)
-            head, raw = _peek(raw)
-            encoding = detect_encoding(head)
-            if suffix == ".txt":
-                yield from _read_text(path, file, _lines(raw, encoding, check=True), encoding)
-                return
-            records: Iterable[bytes | Skip]
-            if suffix == ".json" and starts_array(head, encoding):
-                records = array_elements(path, decode_chunks(raw, encoding), MAX_LINE_BYTES)
-            else:  # parsing will find out whether UTF-8 is valid, and in a worker
-                records = _lines(raw, encoding, check=encoding != "utf-8")
-            yield from _batches(path, records, file.tell, encoding)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def parse_line(line: bytes) -> dict[str, Any] | Skip:
-    """One JSON object, or why it is none. Numbers and constants as Python's json reads them."""
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        return Skip("not valid UTF-8")
-    except json.JSONDecodeError as error:
-        return Skip(f"not valid JSON: {error.msg}")
-    except ValueError:  # an integer of thousands of digits
-        return Skip("not valid JSON: number too long")
-    except RecursionError:
-        return Skip("not valid JSON: nested too deeply")
-    if not isinstance(value, dict):
-        return Skip(f"not a JSON object but {type(value).__name__}")
-    return value
-
-
-def parsed(batch: RawBatch) -> Iterator[tuple[int, dict[str, Any] | Skip]]:
-    """The records of a batch with their numbers; a blank line is no record."""
-    for number, line in enumerate(batch.lines, start=batch.first_line):
-        if line and not line.isspace():
-            text = batch.kind == "text"
-            yield number, {"text": line.decode("utf-8")} if text else parse_line(line)
-
-
-_HAN = bytes(range(0xE4, 0xEA))  # first bytes of U+4000..U+9FFF, most of them Han characters
-_LETTERS = (
-    bytes(range(0x41, 0x5B))
-    + bytes(range(0x61, 0x7B))
-    + bytes(range(0xC3, 0xE2))  # Latin with accents, Greek, Cyrillic, ..., Indic scripts
-    + bytes(range(0xE4, 0xEE))  # Han and Hangul
-)
-
-
-def detect_language(text: str) -> Literal["zh", "en"]:
-    """ "zh" when at least a fifth of the letters are Han characters, else "en".
-
-    A Chinese word has about one and a half characters and an English one five letters, so at one in
-    five about half of the words are Chinese. Judged by the first 64k characters.
-    """
-    raw = text[: 1 << 16].encode("utf-8", errors="ignore")
-    han = len(raw) - len(raw.translate(None, _HAN))
-    letters = len(raw) - len(raw.translate(None, _LETTERS))
-    return "zh" if han and han * 5 >= letters else "en"
-
-
-def _plain_chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK):
-        yield chunk
-
-
-def _zstd_chunks(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    # Not stream_reader: it takes the end of a file that was cut short for the end of the text.
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    done = 0
-    try:
-        while chunk := file.read(_CHUNK):
-            while chunk:
-                if frame is None:
-                    frame = decompressor.decompressobj()
-                text = frame.decompress(chunk)
-                done += len(text)
-                if text:
-                    yield text
-                chunk = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = None
-    except zstandard.ZstdError as error:
-        raise DataError(
-            f"{path}: damaged zstd data after {done} bytes of text: {error}",
-            hint="fetch or compress the file again",
-        ) from error
-    if frame is not None:
-        raise DataError(
-            f"{path}: zstd data is cut short after {done} bytes of text",
-            hint="fetch or compress the file again",
-        )
-
-
-def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first megabyte, and the stream with it."""
-    head: list[bytes] = []
-    size = 0
-    for chunk in chunks:
-        head.append(chunk)
-        size += len(chunk)
-        if size >= HEAD_BYTES:
-            break
-
-    def again() -> Iterator[bytes]:
-        yield from head
-        head.clear()
-        yield from chunks
-
-    return b"".join(head)[:HEAD_BYTES], again()
-
-
-def _lines(raw: Iterator[bytes], encoding: str, check: bool) -> Iterator[bytes | Skip]:
-    """Lines without their ends, as UTF-8, which is true for certain only with `check`."""
-    if encoding != "utf-8":
-        raw = (
-            text.encode("utf-8", errors="surrogatepass") for text in decode_chunks(raw, encoding)
-        )
-    for line in _split_lines(raw):
-        if line is None:
-            yield Skip(f"longer than {MAX_LINE_BYTES >> 20} MB")
-        elif check and not line.isascii() and not decodes(line):
-            yield Skip(f"not valid {encoding.upper()}")
-        else:
-            yield line
-
-
-def _split_lines(raw: Iterator[bytes]) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one that is longer than MAX_LINE_BYTES."""
-    pending: list[bytes] = []  # the line so far; joined once, so that long lines stay linear
-    size = 0
-    first = True
-    for chunk in raw:
-        if first:
-            chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            first = False
-        head, newline, rest = chunk.partition(b"\n")
-        size += len(head)
-        if size <= MAX_LINE_BYTES:
-            pending.append(head)
-        else:
-            pending.clear()
-        if not newline:
-            continue
-        yield b"".join(pending).removesuffix(b"\r") if size <= MAX_LINE_BYTES else None
-        *whole, last = rest.split(b"\n")
-        for line in whole:
-            yield line.removesuffix(b"\r")
-        pending = [last]
-        size = len(last)
-    if size:
-        yield b"".join(pending).removesuffix(b"\r") if size <= MAX_LINE_BYTES else None
+        raise broken("unexpected text")
 
 
 def _batches(
@@ -356,7 +354,7 @@ def _batches(
     position: Callable[[], int],
     encoding: str = "utf-8",
 ) -> Iterator[RawBatch]:
-    """Records in batches, at least one; a skipped record leaves an empty line in its place."""
+    """Records in batches, at least one; a skipped record leaves an empty line."""
     batch = RawBatch(path, 1, [], encoding=encoding)
     size = number = 0
     for number, record in enumerate(records, start=1):
@@ -378,9 +376,9 @@ def _batches(
 def _read_text(
     path: Path, file: IO[bytes], lines: Iterable[bytes | Skip], encoding: str
 ) -> Iterator[RawBatch]:
-    """Pieces of about a megabyte that end at a blank line; a file below that is one piece.
+    """Pieces of about a megabyte that end at a blank line; a smaller file is one piece.
 
-    Without any blank line a piece ends at a line end once it is twice as long.
+    Without blank lines a piece ends at a line end once it is twice as long.
     """
     piece: list[bytes] = []
     skipped: list[tuple[int, str]] = []
@@ -407,13 +405,6 @@ def _read_text(
         yield finish()
 
 
-def _plain(value: Any) -> str:
-    # dates and decimals in fields that we do not read closely; bytes would become "b'...'"
-    if isinstance(value, bytes):
-        raise DataError("a column that we need holds binary values", hint="store text as strings")
-    return str(value)
-
-
 def _read_parquet(path: Path) -> Iterator[RawBatch]:
     try:
         import pyarrow
@@ -438,12 +429,19 @@ def _read_parquet(path: Path) -> Iterator[RawBatch]:
             columns = [name for name in names if name in _PARQUET_COLUMNS]
             if not columns:
                 raise DataError(
-                    f"{path}: none of its columns is known: {', '.join(names[:20])}",
+                    f"{path}: no known column among {', '.join(names[:20])}",
                     hint="expected text, or messages, conversations, instruction and output",
                 )
             n_rows = file.metadata.num_rows
             yield from _batches(path, lines(), lambda: total * done // n_rows if n_rows else total)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
-            f"{path}: damaged Parquet after {done} records: {error}", hint="fetch the file again"
+            f"{path}: damaged Parquet after {done} records: {error}", hint="download the file again"
         ) from error
+
+
+def _plain(value: Any) -> str:
+    # Dates and decimals become text; bytes would become "b'...'".
+    if isinstance(value, bytes):
+        raise DataError("a text column has binary values", hint="store text as strings")
+    return str(value)

@@ -1,4 +1,4 @@
-"""Plain texts of any readable input, one at a time: what a tokenizer learns and what is scored."""
+"""Plain texts of any readable input, one at a time, for tokenizer training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from khaosz.errors import DataError
 def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     """(language, text) of every usable record: a document's text, or a conversation's turns.
 
-    Records that can't be used are passed over: preparation is what reports them. Raises `DataError`
-    for a file that can't be read at all.
+    Unusable records are passed over; `data prepare` reports them. Raises `DataError` for a file
+    that can't be read.
     """
     for batch in open_source(path):
         for _, record in parsed(batch):
@@ -29,7 +29,7 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
-    """Texts of all inputs in turn, so that a budget spent from the front hears every file."""
+    """Texts of all inputs, round-robin over the files."""
     sources = [read_texts(path) for path in expand_inputs(paths)]
     while sources:
         for source in list(sources):
@@ -49,13 +49,13 @@ def _text_of(record: dict[str, Any]) -> str | None:
         text = "\n".join(message["content"] for message in messages if message.get("content"))
     if not isinstance(text, str):
         return None
-    # A lone surrogate can't be written as UTF-8, so no tokenizer and no byte count knows it.
+    # A lone surrogate can't be encoded as UTF-8, tokenised or counted in bytes.
     return text.encode("utf-8", errors="ignore").decode("utf-8")
 
 
 def _messages_of(record: dict[str, Any]) -> list[Message] | None:
-    """All that is said in a record of a chat, of a pair of answers, of a prompt alone, or of a
-    query with its passages."""
+    """All texts of a record: a chat, a pair of answers, a prompt alone, or a query with its
+    passages."""
     try:
         return to_messages(record).messages
     except DataError:
@@ -71,7 +71,7 @@ def _messages_of(record: dict[str, Any]) -> list[Message] | None:
     except DataError:
         pass
     try:
-        found = to_texts(record)
+        texts = to_texts(record)
     except DataError:
         return None
-    return [{"content": text} for text in (found.query, *found.positives, *found.negatives)]
+    return [{"content": text} for text in (texts.query, *texts.positives, *texts.negatives)]

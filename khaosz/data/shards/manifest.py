@@ -22,7 +22,7 @@ MANIFEST_FORMAT = 1
 class PrepareReport:
     """Counts of a `data prepare`. `languages`: language -> documents, tokens, bytes, characters.
 
-    bytes and characters are those of the texts that were kept; seconds add up over restarts.
+    bytes and characters count the kept texts; seconds add up over restarts.
     """
 
     inputs: list[InputReport]
@@ -43,14 +43,14 @@ class PrepareReport:
         return sum(entry.bytes for entry in self.inputs)
 
     def characters_per_token(self, language: str) -> float:
-        """How many characters a token of this language stands for, bos and eos included."""
+        """Mean characters per token of this language, bos and eos included."""
         counts = self.languages[language]
         return counts["characters"] / max(1, counts["tokens"])
 
     def count(
         self, index: int, batch: RawBatch, encoded: EncodedBatch, keep: np.ndarray, n_seen: int
     ) -> None:
-        """Add a batch of input `index`; `keep` (documents,) bool, of which `n_seen` were judged."""
+        """Add a batch of input `index`; `keep` (documents,) bool, of which `n_seen` were read."""
         entry = self.inputs[index]
         kept = int(keep.sum())
         entry.encoding = batch.encoding
@@ -82,20 +82,12 @@ class PrepareReport:
 
 
 def format_report(report: PrepareReport) -> str:
-    """The report for people, several lines."""
+    """The report for people, as several lines."""
     lines = []
     if report.already_prepared:
         lines.append("already prepared")
     for entry in report.inputs:
-        encoding = "" if entry.encoding == "utf-8" else f", encoding={entry.encoding}"
-        lines.append(
-            f"{entry.path}: {entry.records:,} records, {entry.kept:,} kept, "
-            f"{entry.duplicates:,} duplicates{encoding}"
-        )
-        for reason, skipped in sorted(entry.skipped.items(), key=lambda item: -item[1]["count"]):
-            where = ", ".join(map(str, skipped["lines"]))
-            more = ", ..." if skipped["count"] > len(skipped["lines"]) else ""
-            lines.append(f"  skipped {skipped['count']:,}: {reason} (line {where}{more})")
+        lines += entry.lines()
     for language, counts in sorted(report.languages.items()):
         lines.append(
             f"{language}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, "
@@ -166,7 +158,7 @@ class PreparedData:
 
     @classmethod
     def open(cls, directory: str | Path) -> PreparedData:
-        """Raises DataError for a bad manifest, TokenFileError for a shard that does not fit it."""
+        """Raises DataError for a bad manifest, TokenFileError for a shard that contradicts it."""
         directory = Path(directory)
         manifest = read_manifest(directory)
         expected = (manifest["stage"], manifest["vocab_size"], manifest["tokenizer"])
@@ -176,7 +168,7 @@ class PreparedData:
             for name in entry["shards"]:
                 if Path(name).name != name:
                     raise DataError(
-                        f"{directory / 'manifest.json'}: shard {name!r} is no file name"
+                        f"{directory / 'manifest.json'}: shard {name!r} is not a file name"
                     )
                 shard = MmapFileHandler(directory / name)
                 if (shard.stage, shard.vocab_size, shard.fingerprint) != expected:

@@ -1,4 +1,17 @@
-"""Token files (`*.tok`): written once, then read through a memory map. Format: `token_header`."""
+"""Token files (`*.tok`): written once, then read through a memory map.
+
+    offset 0     magic  b"KHAOSZTK"
+           8     u32    format version (1)
+          12     u32    length of the JSON
+          16     JSON   stage, vocab_size, fingerprint, n_tokens, n_documents, n_bytes,
+                        sections: name -> {dtype, offset, count, crc32}
+           .     zeros
+        4092     u32    CRC-32 of the 4092 bytes before it
+        4096     the sections, each at a multiple of 64, up to the end of the file
+
+Sections: `tokens` (uint16 when the vocabulary fits, else uint32), `doc_offsets` (uint64,
+n_documents + 1, counted in tokens) and for SFT `loss_mask` (uint8 per token). Little-endian.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +35,8 @@ VERSION = 1
 HEADER_BYTES = 4096
 ALIGNMENT = 64
 PREPARE_AGAIN = "the file is damaged: prepare the data again"
-
+_COPY_BYTES = 1 << 20
+_PARTS = {"tokens": ".partial", "doc_offsets": ".offsets.partial", "loss_mask": ".mask.partial"}
 Stage = Literal["pt", "sft"]
 
 
@@ -37,81 +51,8 @@ def section_dtypes(stage: Stage, vocab_size: int) -> dict[str, np.dtype[Any]]:
     return dtypes if stage == "pt" else {**dtypes, "loss_mask": np.dtype("u1")}
 
 
-def encode_header(header: dict[str, Any]) -> bytes:
-    """The 4096 bytes that open a token file, checksum included."""
-    body = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    assert len(body) <= HEADER_BYTES - 20, len(body)
-    head = (MAGIC + struct.pack("<II", VERSION, len(body)) + body).ljust(HEADER_BYTES - 4, b"\0")
-    return head + struct.pack("<I", zlib.crc32(head))
-
-
-def decode_header(path: Path, head: bytes) -> dict[str, Any]:
-    """The content of a header whose checksum is right. Raises TokenFileError."""
-    if head[:8] != MAGIC[: len(head[:8])] or not head:
-        raise TokenFileError(f"{path} is not a token file", hint="`khaosz data prepare` makes them")
-    if len(head) < HEADER_BYTES:
-        raise TokenFileError(f"{path} is cut short inside its header", hint=PREPARE_AGAIN)
-    version, length = struct.unpack("<II", head[8:16])
-    if version != VERSION:
-        raise TokenFileError(
-            f"{path} has format version {version}, this program reads {VERSION}",
-            hint="prepare the data again with this version",
-        )
-    if struct.unpack("<I", head[-4:])[0] != zlib.crc32(head[:-4]):
-        raise TokenFileError(f"{path}: the header is damaged", hint=PREPARE_AGAIN)
-    try:
-        header = json.loads(head[16 : 16 + length])
-    except ValueError as error:
-        raise TokenFileError(f"{path}: the header is not JSON", hint=PREPARE_AGAIN) from error
-    return cast(dict[str, Any], header)
-
-
-def check_sections(path: Path, header: dict[str, Any], size: int) -> None:
-    """Everything that the views of a file of `size` bytes rely on; raises TokenFileError.
-
-    A checksum is no proof of good faith, so every type is looked at too.
-    """
-
-    def bad(what: str) -> TokenFileError:
-        return TokenFileError(f"{path}: {what}", hint=PREPARE_AGAIN)
-
-    if not isinstance(header, dict) or not isinstance(header.get("sections"), dict):
-        raise bad("the header has no sections")
-    for key in ("n_tokens", "n_documents", "n_bytes", "vocab_size"):
-        if type(header.get(key)) is not int or header[key] < 0:
-            raise bad(f"{key} is {header.get(key)!r}")
-    if header.get("stage") not in ("pt", "sft"):
-        raise bad(f"stage is {header.get('stage')!r}")
-    if not isinstance(header.get("fingerprint"), str):
-        raise bad("the header has no tokenizer fingerprint")
-    sections = header["sections"]
-    dtypes = section_dtypes(header["stage"], header["vocab_size"])
-    if set(sections) != set(dtypes):
-        raise bad(f"sections are {sorted(sections)}, not {sorted(dtypes)}")
-    end = HEADER_BYTES
-    for name, section in sections.items():
-        if not isinstance(section, dict) or section.get("dtype") != dtypes[name].name:
-            raise bad(f"section {name} has the wrong type")
-        if any(type(section.get(key)) is not int for key in ("offset", "count", "crc32")):
-            raise bad(f"section {name} is incomplete")
-        count = header["n_documents"] + 1 if name == "doc_offsets" else header["n_tokens"]
-        offset = section["offset"]
-        if section["count"] != count or offset < HEADER_BYTES or offset % ALIGNMENT:
-            raise bad(f"section {name} has {section['count']} values at byte {offset}")
-        end = max(end, offset + count * dtypes[name].itemsize)
-    if size < end:
-        raise bad(f"cut short: {size} bytes of {end}")
-    if size > end:
-        raise bad(f"{size - end} bytes too long")
-
-
-__all__ = ["MmapFileHandler", "Stage", "TokenFileWriter", "remove_parts", "token_dtype"]
-
-_COPY_BYTES = 1 << 20
-
-
 class TokenFileWriter:
-    """Streams documents into `path.partial`; `close` turns it into `path`, at once or not at all.
+    """Streams documents into `path.partial`; `close` renames it to `path`, atomically.
 
     Nothing is buffered here: a full disk surfaces as OSError from the call that wrote, and what an
     earlier `flush` described is still intact. Offsets and loss mask grow in side files because the
@@ -124,7 +65,7 @@ class TokenFileWriter:
         self._setup(path, vocab_size, stage, fingerprint)
         with self._abandoned_on_error():
             for name, part in self._parts.items():
-                # closed by close or abandon
+                # closed by `close` or `abandon`
                 self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
             write_all(self._files["tokens"], bytes(HEADER_BYTES))
             self._write("doc_offsets", bytes(8))
@@ -158,7 +99,7 @@ class TokenFileWriter:
         stage: Stage,
         fingerprint: str,
     ) -> TokenFileWriter:
-        """Go back to what `flush` described. Raises TokenFileError when the parts hold less."""
+        """Return to what `flush` described. Raises TokenFileError when the parts hold less."""
         writer = cls.__new__(cls)
         writer._setup(path, vocab_size, stage, fingerprint)
         writer.n_tokens = state["n_tokens"]
@@ -217,7 +158,7 @@ class TokenFileWriter:
         self.n_bytes += n_bytes
 
     def flush(self) -> dict[str, Any]:
-        """Force everything to the disk; the JSON-able state that `resume` goes back to."""
+        """Sync everything; returns the state, which JSON can hold, for `resume`."""
         for file in self._files.values():
             os.fsync(file.fileno())
         return {
@@ -269,12 +210,9 @@ class TokenFileWriter:
         write_all(main, encode_header(header))
 
     def abandon(self) -> None:
-        """Close the parts and leave them as they are, for `resume`."""
+        """Close the parts and keep them for `resume`."""
         for file in self._files.values():
             file.close()
-
-
-_PARTS = {"tokens": ".partial", "doc_offsets": ".offsets.partial", "loss_mask": ".mask.partial"}
 
 
 def _part(path: Path, section: str) -> Path:
@@ -282,7 +220,7 @@ def _part(path: Path, section: str) -> Path:
 
 
 def remove_parts(path: str | Path) -> None:
-    """Remove what a writer of `path` may have left: the partial file and its side files."""
+    """Remove the partial file and the side files of a writer of `path`."""
     for section in _PARTS:
         _part(Path(path), section).unlink(missing_ok=True)
 
@@ -290,14 +228,14 @@ def remove_parts(path: str | Path) -> None:
 class MmapFileHandler:
     """A token file, read-only and zero-copy.
 
-    Opening costs the same at any size: only the header and two offsets are looked at. Views stay
-    valid as long as they are referenced. Threads may share a handler; sent to another process, it
-    opens the file again there.
+    Opening costs the same at any size: only the header and two offsets are read. Views stay valid
+    as long as they are referenced. Threads may share a handler; in another process, an unpickled
+    handler opens the file again.
 
     tokens: (n_tokens,) uint16 or uint32; doc_offsets: (n_documents + 1,) uint64;
     loss_mask: (n_tokens,) uint8, None unless stage is "sft".
 
-    Raises TokenFileError for a file that is missing, cut short, of another version or not ours.
+    Raises TokenFileError for a file that is missing, cut short, or of another version or format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -360,7 +298,7 @@ class MmapFileHandler:
     def iter_tokens(
         self, chunk: int = 1 << 22, start: int = 0, stop: int | None = None
     ) -> Iterator[np.ndarray]:
-        """Views of `chunk` tokens, in order; the memory of each is given back behind it."""
+        """Views of `chunk` tokens, in order; the memory of each is released after it."""
         stop = self.n_tokens if stop is None else min(stop, self.n_tokens)
         for begin in range(start, stop, chunk):
             view = self.tokens[begin : min(begin + chunk, stop)]
@@ -369,9 +307,9 @@ class MmapFileHandler:
             self._release(first, first + view.nbytes)
 
     def _release(self, first: int, last: int) -> None:
-        """Drop the pages that lie wholly before byte `last`, from the one that holds `first`."""
+        """Release the pages that end before byte `last`, from the one that holds byte `first`."""
         if not hasattr(self._map, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
-            return  # Windows: the system trims the working set by itself
+            return  # Windows trims the working set by itself
         page = mmap.PAGESIZE
         first, last = first // page * page, last // page * page
         if last > first:
@@ -412,7 +350,7 @@ class MmapFileHandler:
         del self.tokens, self.doc_offsets, self.loss_mask
         try:
             self._map.close()
-        except BufferError:  # a view is out there; the map goes when the view does
+        except BufferError:  # a view is still referenced; the map is closed with it
             del self._map
 
     def __enter__(self) -> MmapFileHandler:
@@ -420,3 +358,71 @@ class MmapFileHandler:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def encode_header(header: dict[str, Any]) -> bytes:
+    """The first 4096 bytes of a token file, checksum included."""
+    body = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(body) <= HEADER_BYTES - 20, len(body)
+    head = (MAGIC + struct.pack("<II", VERSION, len(body)) + body).ljust(HEADER_BYTES - 4, b"\0")
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+def decode_header(path: Path, head: bytes) -> dict[str, Any]:
+    """The content of a header with a valid checksum. Raises TokenFileError."""
+    if head[:8] != MAGIC[: len(head[:8])] or not head:
+        raise TokenFileError(f"{path} is not a token file", hint="`khaosz data prepare` makes them")
+    if len(head) < HEADER_BYTES:
+        raise TokenFileError(f"{path} is cut short inside its header", hint=PREPARE_AGAIN)
+    version, length = struct.unpack("<II", head[8:16])
+    if version != VERSION:
+        raise TokenFileError(
+            f"{path} has format version {version}, this program reads {VERSION}",
+            hint="prepare the data again with this version",
+        )
+    if struct.unpack("<I", head[-4:])[0] != zlib.crc32(head[:-4]):
+        raise TokenFileError(f"{path}: the header is damaged", hint=PREPARE_AGAIN)
+    try:
+        header = json.loads(head[16 : 16 + length])
+    except ValueError as error:
+        raise TokenFileError(f"{path}: the header is not JSON", hint=PREPARE_AGAIN) from error
+    return cast(dict[str, Any], header)
+
+
+def check_sections(path: Path, header: dict[str, Any], size: int) -> None:
+    """Check all that the views of a file of `size` bytes rely on. Raises TokenFileError.
+
+    A checksum does not prove good faith, so every type is checked too.
+    """
+
+    def bad(what: str) -> TokenFileError:
+        return TokenFileError(f"{path}: {what}", hint=PREPARE_AGAIN)
+
+    if not isinstance(header, dict) or not isinstance(header.get("sections"), dict):
+        raise bad("the header has no sections")
+    for key in ("n_tokens", "n_documents", "n_bytes", "vocab_size"):
+        if type(header.get(key)) is not int or header[key] < 0:
+            raise bad(f"{key} is {header.get(key)!r}")
+    if header.get("stage") not in ("pt", "sft"):
+        raise bad(f"stage is {header.get('stage')!r}")
+    if not isinstance(header.get("fingerprint"), str):
+        raise bad("the header has no tokenizer fingerprint")
+    sections = header["sections"]
+    dtypes = section_dtypes(header["stage"], header["vocab_size"])
+    if set(sections) != set(dtypes):
+        raise bad(f"sections are {sorted(sections)}, not {sorted(dtypes)}")
+    end = HEADER_BYTES
+    for name, section in sections.items():
+        if not isinstance(section, dict) or section.get("dtype") != dtypes[name].name:
+            raise bad(f"section {name} has the wrong type")
+        if any(type(section.get(key)) is not int for key in ("offset", "count", "crc32")):
+            raise bad(f"section {name} is incomplete")
+        count = header["n_documents"] + 1 if name == "doc_offsets" else header["n_tokens"]
+        offset = section["offset"]
+        if section["count"] != count or offset < HEADER_BYTES or offset % ALIGNMENT:
+            raise bad(f"section {name} has {section['count']} values at byte {offset}")
+        end = max(end, offset + count * dtypes[name].itemsize)
+    if size < end:
+        raise bad(f"cut short: {size} bytes of {end}")
+    if size > end:
+        raise bad(f"{size - end} bytes too long")

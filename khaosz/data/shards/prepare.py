@@ -1,13 +1,13 @@
-"""Text files -> token shards, once, resumable: `khaosz data prepare`.
+"""Text files -> token shards, resumable: `khaosz data prepare`.
 
-The main process reads raw batches and hands them to workers; results come back in input order, so
-the shards do not depend on the number of workers. Only the main process writes. Everything that a
-restart needs (position, writers, hashes, report) is in one SQLite file and committed together,
-after the shards have reached the disk; a run that was killed goes back to that moment.
+The main process reads raw batches and sends them to workers; results come back in input order, so
+the shards do not depend on the number of workers. Only the main process writes. What a restart
+needs (position, writers, hashes, report) is in one SQLite file and committed together, after the
+shards are synced; a killed run resumes from the last commit.
 
     out/manifest.json                          written last: a directory without it is unfinished
     out/{split}-{source}-{lang}-{00000}.tok    shards
-    out/tokenizer/                             the tokenizer that made them
+    out/tokenizer/                             the tokenizer that encoded them
     out/.prepare/                              state, removed at the end
 """
 
@@ -39,33 +39,6 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 
-
-@contextmanager
-def shown_progress(console: Console) -> Iterator[Callable[[PrepareProgress], None]]:
-    """A callback for `prepare` that moves a bar on `console` while the block runs."""
-    columns = (
-        TextColumn("preparing {task.fields[file]}"),
-        BarColumn(),
-        TextColumn("{task.fields[counts]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, file="", counts="")
-
-        def show(now: PrepareProgress) -> None:
-            rate = now.tokens / now.seconds if now.seconds else 0.0
-            bar.update(
-                task,
-                completed=now.file_bytes,
-                total=now.total_bytes,
-                file=now.path.name,
-                counts=f"{now.documents:,} documents, {now.tokens:,} tokens, {rate:,.0f}/s",
-            )
-
-        yield show
-
-
 __all__ = [
     "Group",
     "InputReport",
@@ -90,14 +63,14 @@ def prepare(
     progress: Callable[[PrepareProgress], None] | None = None,
     max_documents: int | None = None,
 ) -> PrepareReport:
-    """Tokenise `inputs` (files, directories, globs) into `out`; go on where an earlier call ended.
+    """Tokenise `inputs` (files, directories, globs) into `out`, resuming an interrupted call.
 
     `workers` 0 works in this process; otherwise processes are spawned, so a script that calls this
     needs the usual `if __name__ == "__main__"`. A document belongs to "val" when its hash, read as
     a number in [0, 1), is below `val_fraction`: the same text always falls on the same side.
 
-    Raises DataError for inputs that cannot be read or hold nothing usable, for an `out` that holds
-    something else, and when the disk is full (what was done by then is kept).
+    Raises DataError for inputs that cannot be read or have no usable record, for an `out` that
+    holds something else, and when the disk is full (finished work is kept).
     """
     if stage not in ("pt", "sft", "auto"):
         raise DataError(f"stage {stage!r} is unknown", hint="use pt, sft or auto")
@@ -107,7 +80,7 @@ def prepare(
         raise DataError("shard_tokens and max_documents must be at least 1")
     paths = expand_inputs(inputs)
     if not paths:
-        raise DataError("there is no input", hint="give files, directories or globs")
+        raise DataError("no inputs", hint="give files, directories or globs")
     out = Path(out)
     configuration = {
         "inputs": [_identity(path) for path in paths],
@@ -130,8 +103,7 @@ def prepare(
             _require_generation_marks(tokenizer)
         try:
             run.consume(workers)
-            kept = run.report.documents
-            if kept:
+            if run.report.documents:
                 run.finish()
         except OSError as error:
             raise _cannot_write(error, out) from error
@@ -140,11 +112,11 @@ def prepare(
     finally:
         state.close()
     shutil.rmtree(out / ".prepare")
-    if not kept:
+    if not run.report.documents:
         if not any(out.iterdir()):
             out.rmdir()
         raise DataError(
-            "nothing usable was found in the input" + worst_reason(run.report.inputs),
+            "no usable record in the input" + worst_reason(run.report.inputs),
             hint='each line must be {"text": ...}, or a chat for SFT; or give .txt files',
         )
     return run.report
@@ -153,7 +125,7 @@ def prepare(
 def _cannot_write(error: OSError, out: Path) -> DataError:
     return DataError(
         f"cannot write {error.filename or out}: {error.strerror or error}",
-        hint="free some space and run the same command again: it goes on from there",
+        hint="free some space and run the same command again: it resumes",
     )
 
 
@@ -174,8 +146,8 @@ def _finished_report(out: Path, configuration: dict[str, Any]) -> PrepareReport 
     return report
 
 
-def _different(out: Path, before: dict[str, Any], now: dict[str, Any]) -> DataError:
-    keys = [key for key in now if before.get(key) != now[key]]
+def _different(out: Path, earlier: dict[str, Any], current: dict[str, Any]) -> DataError:
+    keys = [key for key in current if earlier.get(key) != current[key]]
     return DataError(
         f"{out} was prepared with other settings: {', '.join(keys)} differ",
         hint="choose another output directory, or remove this one",
@@ -186,39 +158,64 @@ def _open_state(out: Path, configuration: dict[str, Any]) -> PrepareState:
     work = out / ".prepare"
     try:
         if out.exists() and not (work / "state.sqlite").exists():
-            left = next(out.glob("*.tok*"), None)
-            if left is not None:
+            shard = next(out.glob("*.tok*"), None)
+            if shard is not None:
                 raise DataError(
-                    f"{out} holds {left.name} but no manifest.json",
+                    f"{out} holds {shard.name} but no manifest.json",
                     hint="choose another output directory, or remove this one",
                 )
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _cannot_write(error, out) from error
     state = PrepareState(work / "state.sqlite")
-    before = state.get("configuration")
-    if before is None:
+    earlier = state.get("configuration")
+    if earlier is None:
         state.put("configuration", configuration)
         state.commit()
-    elif before != configuration:
+    elif earlier != configuration:
         state.close()
-        raise _different(out, before, configuration)
+        raise _different(out, earlier, configuration)
     return state
 
 
 def _choose_stage(stage: str, paths: list[Path]) -> Stage:
-    """The stage asked for, or that of the first record of any known layout."""
+    """The requested stage, or with "auto" that of the first record of a known layout."""
     if stage != "auto":
         return cast(Stage, stage)
     for path in paths:
         for batch in open_source(path):
             for _, record in parsed(batch):
-                found = None if isinstance(record, Skip) else record_stage(record)
-                if found is not None:
-                    return found
-    return "pt"  # nothing is usable; reading it as PT will say why
+                if not isinstance(record, Skip) and (known := record_stage(record)) is not None:
+                    return known
+    return "pt"  # no record is usable; reading the files as PT reports why
 
 
 def _require_generation_marks(tokenizer: Tokenizer) -> None:
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     encode_chat(tokenizer, chat, need_mask=True)
+
+
+@contextmanager
+def shown_progress(console: Console) -> Iterator[Callable[[PrepareProgress], None]]:
+    """Yield a `progress` callback for `prepare` that draws a bar on `console`."""
+    columns = (
+        TextColumn("preparing {task.fields[file]}"),
+        BarColumn(),
+        TextColumn("{task.fields[counts]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None, file="", counts="")
+
+        def show(state: PrepareProgress) -> None:
+            rate = state.tokens / state.seconds if state.seconds else 0.0
+            bar.update(
+                task,
+                completed=state.file_bytes,
+                total=state.total_bytes,
+                file=state.path.name,
+                counts=f"{state.documents:,} documents, {state.tokens:,} tokens, {rate:,.0f}/s",
+            )
+
+        yield show

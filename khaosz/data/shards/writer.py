@@ -1,4 +1,4 @@
-"""One preparation under way: what was consumed, the open shards, the report, their commits."""
+"""One preparation in progress: the position in the input, the open shards, the report."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ MAX_GROUPS = 64
 OTHER_SOURCE = "other"
 COMMIT_BYTES = 64 << 20
 COMMIT_SECONDS = 5.0
-# Four workers and the main process stay within 500 MB; more are faster and are yours to ask for.
+# Four workers and the main process stay within 500 MB; more are faster and need more memory.
 DEFAULT_WORKERS = 4
 _SMALL_BYTES = 4 << 20  # starting worker processes takes longer than reading this
-_IN_FLIGHT_BYTES = 4 << 20  # per worker, and never less than one batch
+_IN_FLIGHT_BYTES = 4 << 20  # per worker, at least one batch
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class PrepareProgress:
 class OpenGroup:
     """Shards of one (split, source, language); the last one is open while `writer` is set.
 
-    `full` are shards that only wait for the next commit to be closed, as (name, writer state):
-    closing one earlier would leave a restart nothing to go back to.
+    `full` are shards to close at the next commit, as (name, writer state): if one were closed
+    earlier, a restart could not return to the last commit.
     """
 
     split: str
@@ -85,7 +85,7 @@ class OpenGroup:
 
 
 class Preparation:
-    """One run: what was consumed so far, the open shards, the report."""
+    """One run: position, open shards, report. `commit` makes them durable together."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class Preparation:
         self.sizes = [entry[1] for entry in configuration["inputs"]]
         self.started = time.monotonic()
         self.stage: Stage | None = None
-        self.position = (0, 0)  # input, lines of it that are done
+        self.position = (0, 0)  # index of the input, lines of it that are done
         self.groups: dict[tuple[str, str, str], OpenGroup] = {}
         self.report = PrepareReport(inputs=[InputReport(str(path)) for path in paths])
         self.seconds_before = 0.0
         saved = state.get("progress")
         if saved is None:
-            # Killed before the first commit: shards it began are not known to the state.
-            for left in out.glob("*.tok*"):
-                left.unlink()
+            # Killed before the first commit: the state does not list the shards.
+            for path in out.glob("*.tok*"):
+                path.unlink()
         else:
             self._restore(saved)
 
@@ -131,9 +131,9 @@ class Preparation:
             self._close_full(group)
             if open_state is not None:
                 group.writer = self._resumed(group.shards[-1], open_state)
-        for left in self.out.glob("*.tok*"):  # shards begun after the commit
-            if left.name.split(".tok")[0] + ".tok" not in known:
-                left.unlink()
+        for path in self.out.glob("*.tok*"):  # shards of after the commit
+            if path.name.split(".tok")[0] + ".tok" not in known:
+                path.unlink()
 
     def _resumed(self, name: str, state: dict[str, Any]) -> TokenFileWriter:
         assert self.stage is not None
@@ -154,7 +154,7 @@ class Preparation:
         group.full.clear()
 
     def commit(self) -> None:
-        """Make all work so far durable, then close the shards that are full."""
+        """Make all work so far durable, then close the full shards."""
         entries = []
         for group in self.groups.values():
             open_state = None if group.writer is None else group.writer.flush()
@@ -174,7 +174,7 @@ class Preparation:
             self._close_full(group)
 
     def finish(self) -> None:
-        """Close every shard; tokenizer and manifest make the directory complete."""
+        """Close every shard, then write tokenizer and manifest: the directory is complete."""
         for group in self.groups.values():
             self._set_full(group)
         self.commit()
@@ -191,13 +191,13 @@ class Preparation:
         write_json(self.out / "manifest.json", manifest)
 
     def abandon(self) -> None:
-        """Close what is open, for a later run to go on with."""
+        """Close the open files, for a later run to resume."""
         for group in self.groups.values():
             if group.writer is not None:
                 group.writer.abandon()
 
     def consume(self, workers: int | None) -> None:
-        """Read all that is left of the inputs."""
+        """Read the inputs from `position` to the end."""
         uncommitted = 0
         committed_at = time.monotonic()
         limit = self.configuration["max_documents"]
@@ -211,12 +211,12 @@ class Preparation:
                 if due or any(group.full for group in self.groups.values()):
                     self.commit()
                     uncommitted, committed_at = 0, time.monotonic()
-                self._tell(index, batch)
+                self._report_progress(index, batch)
                 if limit is not None and self.report.documents >= limit:
                     break
         self.position = (len(self.paths), 0)
 
-    def _tell(self, index: int, batch: RawBatch) -> None:
+    def _report_progress(self, index: int, batch: RawBatch) -> None:
         if self.progress is not None:
             self.progress(
                 PrepareProgress(
@@ -233,12 +233,12 @@ class Preparation:
         first, done = self.position
         for index in range(first, len(self.paths)):
             for batch in open_source(self.paths[index]):
-                behind = done + 1 - batch.first_line if index == first else 0
-                if behind > 0:
-                    if behind >= len(batch.lines):
+                consumed = done + 1 - batch.first_line if index == first else 0
+                if consumed > 0:
+                    if consumed >= len(batch.lines):
                         continue
-                    # Batches of this version begin where they did before; those of another may not.
-                    batch.lines = batch.lines[behind:]
+                    # Another version may have put batch boundaries elsewhere.
+                    batch.lines = batch.lines[consumed:]
                     batch.first_line = done + 1
                     batch.skipped = [skip for skip in batch.skipped if skip[0] > done]
                 yield index, batch
@@ -246,7 +246,7 @@ class Preparation:
     def _encoded(
         self, workers: int | None, stack: ExitStack
     ) -> Iterator[tuple[int, RawBatch, EncodedBatch]]:
-        """Batches with their documents, in input order, a bounded number of them under way."""
+        """Batches with their documents, in input order, a bounded number of them in flight."""
         assert self.stage is not None
         if workers is None:
             small = sum(self.sizes) < _SMALL_BYTES
@@ -270,23 +270,23 @@ class Preparation:
                 while waiting and (
                     len(waiting) > 2 * workers or in_flight + size > workers * _IN_FLIGHT_BYTES
                 ):
-                    at, earlier, held, future = waiting.popleft()
-                    in_flight -= held
-                    yield at, earlier, future.result()
+                    oldest, earlier, n_bytes, future = waiting.popleft()
+                    in_flight -= n_bytes
+                    yield oldest, earlier, future.result()
                 future = pool.submit(encode_in_worker, directory, batch, self.stage)
                 waiting.append((index, batch, size, future))
                 in_flight += size
             while waiting:
-                at, earlier, _, future = waiting.popleft()
-                yield at, earlier, future.result()
+                oldest, earlier, _, future = waiting.popleft()
+                yield oldest, earlier, future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died, perhaps for want of memory",
-                hint="run the same command again with fewer workers: it goes on from there",
+                "a worker process died, possibly out of memory",
+                hint="run the same command again with fewer workers: it resumes",
             ) from error
 
     def _append(self, index: int, batch: RawBatch, encoded: EncodedBatch) -> None:
-        """Drop duplicates, count, write the rest to its shards."""
+        """Drop duplicates, count, write the remaining documents to their shards."""
         limit = self.configuration["max_documents"]
         left = None if limit is None else limit - self.report.documents
         n = len(encoded.lengths)
@@ -339,19 +339,19 @@ class Preparation:
         loss_mask: np.ndarray | None,
         n_bytes: np.ndarray,
     ) -> None:
-        """Append documents, beginning a new shard before one that would pass `shard_tokens`."""
+        """Append documents; a new shard starts before `shard_tokens` would be exceeded."""
         limit = self.configuration["shard_tokens"]
         ends = np.cumsum(lengths)
         first = 0
         while first < len(lengths):
             before = int(ends[first - 1]) if first else 0
-            held = group.writer.n_tokens if group.writer is not None else 0
-            last = int(np.searchsorted(ends, limit - held + before, side="right"))
+            in_shard = group.writer.n_tokens if group.writer is not None else 0
+            last = int(np.searchsorted(ends, limit - in_shard + before, side="right"))
             if last <= first:
-                if held:
+                if in_shard:
                     self._set_full(group)
                     continue
-                last = first + 1  # a document longer than a shard has one to itself
+                last = first + 1  # a document longer than a shard gets its own
             if group.writer is None:
                 self._begin_shard(group)
             assert group.writer is not None
@@ -369,7 +369,7 @@ class Preparation:
             first = last
 
     def _set_full(self, group: OpenGroup) -> None:
-        """The open shard gets no more documents; the next commit closes it."""
+        """End the open shard; the next commit closes it."""
         if group.writer is not None:
             group.full.append((group.shards[-1], group.writer.flush()))
             group.writer.abandon()

@@ -421,7 +421,7 @@ def test_answers_are_cut_to_the_window(tokenizer: Tokenizer) -> None:
 def test_answers_that_differ_behind_the_window_only(tokenizer: Tokenizer) -> None:
     pair = Pair([USER], "hello world hello", "hello world 世界")
     full = encode_pair(tokenizer, pair, ROOMY)
-    with pytest.raises(DataError, match="the same as far as the window goes"):
+    with pytest.raises(DataError, match="the same within the window"):
         encode_pair(tokenizer, pair, len(full.prompt_ids) + 1)
 
 
