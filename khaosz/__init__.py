@@ -2,7 +2,7 @@
 
     from khaosz import ModelConfig, TrainConfig, Trainer, load_model, load_tokenizer, generate
 
-Names are imported when they are first used: `import khaosz` does not import torch.
+Names are imported on first use: `import khaosz` does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "ModelConfig": "khaosz.config",
     "TrainConfig": "khaosz.config",
     "Trainer": "khaosz.trainer.trainer",
@@ -42,6 +42,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'khaosz' has no attribute '{name}'")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,7 +1,7 @@
-"""LoRA adapters in PEFT's layout, in and out: adapter_config.json, adapter_model.safetensors.
+"""Read and write LoRA adapters in PEFT's layout: adapter_config.json, adapter_model.safetensors.
 
-What we write, PEFT loads. Of what it writes (https://huggingface.co/docs/peft, `LoraConfig`) we
-load plain LoRA on the linear layers; an option that we do not compute is refused by name.
+PEFT loads what we write. Of its own options (https://huggingface.co/docs/peft, `LoraConfig`) we
+load plain LoRA on the linear layers; an unsupported option is rejected by name.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model."  # PEFT's two wrappers, then transformers' own "model."
 _OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
-# Options that are read, or that mean nothing once the matrices are drawn; every other must be off.
+# Options that are read, or have no effect after initialisation; every other option must be off.
 _READ = {*_OURS, "peft_type", "target_modules", "base_model_name_or_path", "revision"}
 _READ |= {"auto_mapping", "inference_mode", "megatron_core", "peft_version", "qalora_group_size"}
 _ALLOWED = {
     "task_type": ("CAUSAL_LM", "SEQ_CLS", None),
     "bias": ("none",),
-    # Other ways to draw them, such as PiSSA, take what they drew out of the base's weights.
+    # Other initialisations, such as PiSSA, change the weights of the base model.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
 def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
-    """Write the model's adapters, to be loaded onto the model at `base`.
+    """Write the model's adapters; `base` is the model that they belong to.
 
     Both files are on the disk before they take their names, the old configuration gone first: a
     crash in between leaves what is refused, never old weights with a new scale. Raises
@@ -60,7 +60,7 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (
-            atomic_path(directory / CONFIG) as settings,  # the outer one takes its name last
+            atomic_path(directory / CONFIG) as settings,  # published last
             atomic_path(directory / WEIGHTS) as weights,
         ):
             save_file(tensors, str(weights), metadata={"format": "pt"})
@@ -68,28 +68,28 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
             sync(weights)
             (directory / CONFIG).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
-        what = f"{directory}: the adapter cannot be written ({one_line(str(error))})"
-        raise ModelError(what, hint="free some space, or name another directory") from None
+        what = f"{directory}: cannot write the adapter ({one_line(str(error))})"
+        raise ModelError(what, hint="free some space, or choose another directory") from None
 
 
 def load_adapter(
     model: Transformer, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
 ) -> LoRAConfig:
-    """Add the adapters in `directory` to a plain model, in place, and return what they are.
+    """Add the adapters in `directory` to a plain model, in place, and return their configuration.
 
-    `base` is how the model's own matrices are kept; the files do not say. Raises `ModelError`
-    (missing or broken file, option we do not compute, tensor that is missing, unexpected or
-    misshapen, each by name) with the model as it was.
+    `base` is the type of the frozen matrices, which the files do not contain. Raises `ModelError`
+    (missing or broken file, unsupported option, tensor that is missing, unexpected or misshapen,
+    each by name) and leaves the model unchanged.
     """
     values = _read_values(directory / CONFIG)
-    judge = isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
-    if judge and not isinstance(model, RewardModel):
+    is_reward = isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
+    if is_reward and not isinstance(model, RewardModel):
         raise ModelError(
             f"{directory / CONFIG}: task_type='SEQ_CLS' is not supported by a language model",
-            hint="it is a reward model's",
+            hint="the adapter belongs to a reward model",
         )
     config, tensors = read_adapter(model.config, directory, base=base)
-    add_lora(model, config, torch.Generator())  # a draw that torch's own need not make
+    add_lora(model, config, torch.Generator())  # leaves torch's global generator alone
     for name, matrix in adapter_state(model).items():
         matrix.copy_(tensors[name])
     return config
@@ -98,21 +98,22 @@ def load_adapter(
 def read_adapter(
     model: ModelConfig, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
-    """What an adapter is, and its matrices by names such as `layers.0.mlp.up_proj.lora_A`: A
-    (r, inputs) and B (outputs, r). Raises `ModelError` as `load_adapter` does."""
+    """The configuration and the matrices of an adapter, by names such as
+    `layers.0.mlp.up_proj.lora_A`: A (r, inputs) and B (outputs, r). Raises `ModelError` as
+    `load_adapter` does."""
     config = _read_config(directory, base)
-    wanted: dict[str, tuple[int, int]] = {}
-    for name, shape in parameter_shapes(model).items():
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, weight in parameter_shapes(model).items():
         layer = name.rpartition(".")[0]
-        if len(shape) == 2 and layer.rpartition(".")[2] in config.target_modules:
-            wanted[f"{layer}.lora_A"] = (config.rank, shape[1])
-            wanted[f"{layer}.lora_B"] = (shape[0], config.rank)
+        if len(weight) == 2 and layer.rpartition(".")[2] in config.target_modules:
+            shapes[f"{layer}.lora_A"] = (config.rank, weight[1])
+            shapes[f"{layer}.lora_B"] = (weight[0], config.rank)
     path = directory / WEIGHTS
     if not path.exists():
         pickled = (directory / "adapter_model.bin").exists()
-        hint = "adapter_model.bin is a pickle, never read: load it with PEFT and save it again"
-        raise ModelError(f"{directory}: no {WEIGHTS}", hint=hint if pickled else None)
-    stored = {f"{_PREFIX}{name}.weight": name for name in wanted}
+        hint = "adapter_model.bin is a pickle and is not read: load it with PEFT and save it again"
+        raise ModelError(f"{directory}: {WEIGHTS} not found", hint=hint if pickled else None)
+    stored = {f"{_PREFIX}{name}.weight": name for name in shapes}
     loaded: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -120,9 +121,9 @@ def read_adapter(
             for name in sorted(names - stored.keys()):
                 raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
             for name, ours in stored.items():
-                found = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
-                if found != wanted[ours]:
-                    raise ModelError(f"{path}: tensor '{name}' is {found}, expected {wanted[ours]}")
+                shape = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
+                if shape != shapes[ours]:
+                    raise ModelError(f"{path}: tensor '{name}' is {shape}, expected {shapes[ours]}")
                 loaded[ours] = file.get_tensor(name)
                 if not loaded[ours].dtype.is_floating_point:
                     raise ModelError(f"{path}: tensor '{name}' is {loaded[ours].dtype}")
@@ -132,26 +133,26 @@ def read_adapter(
 
 
 def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Path:
-    """The base model with the adapter folded in, written to `out` with the base's tokenizer.
+    """Merge the adapter into its base model and write it to `out`, with the base's tokenizer.
 
-    `base` is what adapter_config.json names unless given. Raises `ModelError`, also when `out`
+    `base` is by default the one that adapter_config.json names. Raises `ModelError`, also if `out`
     exists.
     """
     if out.exists():
-        raise ModelError(f"{out} exists", hint="name another output, or remove it")
+        raise ModelError(f"{out} exists", hint="choose another output, or remove it")
     values = _read_values(directory / CONFIG)
     if isinstance(values, dict) and values.get("task_type") == "SEQ_CLS":
         raise ModelError(
-            f"{directory} is a reward model's, whose head is not in it",
-            hint="the checkpoint around it is the merged reward model",
+            f"{directory} is the adapter of a reward model and lacks its head",
+            hint="the checkpoint that contains it is the merged reward model",
         )
     if base is None:
-        named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-        base = Path(str(named or ""))
-        if not named or not base.exists():
+        name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        base = Path(str(name or ""))
+        if not name or not base.exists():
             raise ModelError(
-                f"{directory}: its base {quoted(named)} is not on this machine",
-                hint="name it with --base DIR",
+                f"{directory}: base model {quoted(name)} not found on this machine",
+                hint="give it with --base DIR",
             )
     model, tokenizer = load_model(base), open_tokenizer(base)
     load_adapter(model, directory)
@@ -165,29 +166,29 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
 def _read_values(path: Path) -> Any:
     if not path.exists():
         hint = f"an adapter is a directory with {CONFIG} and {WEIGHTS}"
-        raise ModelError(f"{path.parent}: no {CONFIG}", hint=hint)
+        raise ModelError(f"{path.parent}: {CONFIG} not found", hint=hint)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"{path}: not readable JSON: {one_line(str(error))}") from None
+        raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
 
 
 def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
     path = directory / CONFIG
     values = _read_values(path)
     if (kind := values.get("peft_type") if isinstance(values, dict) else None) != "LORA":
-        raise ModelError(f"{path}: peft_type {quoted(kind)} is not supported", hint="LORA is")
+        raise ModelError(f"{path}: peft_type {quoted(kind)} is not supported", hint="only LORA is")
     for key in sorted(values.keys() - _READ):
         value = values[key]
         if value not in _ALLOWED[key] if key in _ALLOWED else value:
             raise ModelError(f"{path}: {one_line(key)}={quoted(value)} is not supported")
     if not isinstance(targets := values.get("target_modules"), list):
         raise ModelError(f"{path}: target_modules={quoted(targets)} is not a list of names")
-    # PEFT takes the end of a name: "self_attn.q_proj" is every q_proj.
-    found = {"target_modules": [str(name).rpartition(".")[2] for name in targets], "base": base}
-    # What is left out is 0: off for dropout and rsLoRA, and refused for the rank and alpha.
-    found |= {ours: values.get(theirs, 0) for theirs, ours in _OURS.items()}
+    # PEFT matches the end of a name: "self_attn.q_proj" means every q_proj.
+    keys = {"target_modules": [str(name).rpartition(".")[2] for name in targets], "base": base}
+    # A missing value is 0: off for dropout and rsLoRA, rejected for the rank and alpha.
+    keys |= {ours: values.get(theirs, 0) for theirs, ours in _OURS.items()}
     try:
-        return LoRAConfig.parse(found, source=str(path))
+        return LoRAConfig.parse(keys, source=str(path))
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None

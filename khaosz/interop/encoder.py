@@ -1,5 +1,5 @@
-"""Encoders of the BERT family from local folders, as transformers and sentence-transformers lay
-them out: `config.json`, `model.safetensors`. A feature we do not compute is refused by name."""
+"""Load encoders of the BERT family from local directories in the layout of transformers and
+sentence-transformers: `config.json`, `model.safetensors`. Other features raise `ModelError`."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _LAYER = {
     "down": "output.dense",
     "mlp_norm": "output.LayerNorm",
 }
-# Beside the body: what is in many files and serves nothing here.
+# Tensors that many files contain and that are not used here.
 _UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "classifier.")
 
 
 def is_encoder(directory: str | Path) -> bool:
-    """Whether a folder's config.json names a family of this module."""
+    """Whether the config.json of a directory names a supported family."""
     try:
         values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
         return values["model_type"] in _FAMILIES
@@ -44,10 +44,10 @@ def is_encoder(directory: str | Path) -> bool:
 def load_encoder(
     directory: str | Path, *, device: str | torch.device = "cpu", head: bool = False
 ) -> Encoder:
-    """An fp32 `Encoder` in evaluation mode, with its classification head if asked for.
+    """An fp32 `Encoder` in evaluation mode, with `head` including its classification head.
 
-    Raises `ModelError` for a missing or broken file, a feature that is not computed here, a
-    missing or misshapen tensor, and for a head that the folder does not have.
+    Raises `ModelError` for a missing or broken file, an unsupported feature, a missing or
+    misshapen tensor, and a missing head.
     """
     directory = Path(directory)
     values = read_json(directory / "config.json")
@@ -71,18 +71,18 @@ def load_encoder(
     for theirs, name in names.items():
         if name not in loaded:
             raise ModelError(f"{directory}: tensor '{theirs}' is missing")
-        if (found := tuple(loaded[name].shape)) != shapes[name]:
-            raise ModelError(f"{directory}: tensor '{theirs}' is {found}, expected {shapes[name]}")
+        if (shape := tuple(loaded[name].shape)) != shapes[name]:
+            raise ModelError(f"{directory}: tensor '{theirs}' is {shape}, expected {shapes[name]}")
     model.load_state_dict(loaded, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises `ModelError` for what is missing or no JSON object."""
+    """Raises `ModelError` for a file that is missing or not a JSON object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", hint="is this a model folder?") from None
+        raise ModelError(f"{path}: {error.strerror}", hint="is this a model directory?") from None
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
     if not isinstance(values, dict):
@@ -94,15 +94,15 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
     family = values.get("model_type")
     if family not in _FAMILIES:
         raise ModelError(
-            f"{source}: model_type {quoted(family)} is no encoder we compute",
-            hint=f"one of {', '.join(_FAMILIES)}; or serve it, and name the server's address",
+            f"{source}: model_type {quoted(family)} is not a supported encoder",
+            hint=f"supported: {', '.join(_FAMILIES)}; or the address of a server that runs it",
         )
     if values.get("position_embedding_type", "absolute") != "absolute":
-        raise ModelError(f"{source}: positions other than absolute ones are not supported")
+        raise ModelError(f"{source}: only absolute positions are supported")
     if (activation := values.get("hidden_act", "gelu")) not in _ACTIVATIONS:
         raise ModelError(f"{source}: hidden_act {quoted(activation)} is not supported")
     if values.get("is_decoder") or values.get("add_cross_attention"):
-        raise ModelError(f"{source}: a decoder of the BERT family is not supported")
+        raise ModelError(f"{source}: decoders of the BERT family are not supported")
     architecture = (values.get("architectures") or [""])[0]
     classifies = str(architecture).endswith("ForSequenceClassification")
     if head and not classifies:
@@ -118,8 +118,10 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
             raise ModelError(f"{source}: {name} is {quoted(size)}")
         sizes[name] = size
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise ModelError(f"{source}: {sizes['num_attention_heads']} heads do not part the width")
-    # transformers counts RoBERTa's positions from the one behind the padding id.
+        raise ModelError(
+            f"{source}: {sizes['num_attention_heads']} heads do not divide hidden_size"
+        )
+    # transformers starts RoBERTa's positions at the padding id + 1.
     padding = values.get("pad_token_id")
     first = 0 if family == "bert" else (1 if padding is None else int(padding)) + 1
     labels = len(values.get("id2label") or {"0": "", "1": ""}) if head else 0
@@ -134,7 +136,7 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
 
 
 def _theirs(name: str, pooler: bool) -> str:
-    """A parameter of ours by the name that transformers gives it."""
+    """The name of one of our parameters in transformers."""
     part, _, kind = name.rpartition(".")
     match part.split("."):
         case ["layers", index, own]:
@@ -150,7 +152,7 @@ def _theirs(name: str, pooler: bool) -> str:
 
 
 def _plain(name: str) -> str:
-    """Without the name of the family before it, and as newer files spell it."""
+    """A tensor name without the family prefix, in the spelling of newer files."""
     for family in ("bert.", "roberta."):
         name = name.removeprefix(family)
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(

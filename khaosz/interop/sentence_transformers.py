@@ -1,12 +1,12 @@
-"""How a model embeds, stored beside it in the layout of sentence-transformers.
+"""The settings of an embedder, stored with the model in the layout of sentence-transformers.
 
-    modules.json                      transformer, then pooling, then normalisation
-    1_Pooling/config.json             which states are pooled
-    config_sentence_transformers.json the prefixes ("prompts") of queries and documents
-    sentence_bert_config.json         tokens of a text at most
-    tokenizer.json                    ours says that a text begins with the begin token
+    modules.json                      transformer, pooling, normalisation
+    1_Pooling/config.json             which hidden states are pooled
+    config_sentence_transformers.json prefixes ("prompts") of queries and documents
+    sentence_bert_config.json         maximum tokens of a text
+    tokenizer.json                    in ours, a post-processor adds the begin token
 
-So other programs open a directory of ours, and we embed with one of theirs as it was trained.
+Other programs can load our directories, and we can load theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from khaosz.files import write_json
 
 _MODULES = "modules.json"
 _POOLING = "1_Pooling"
-_NO_LENGTH = 10**9  # transformers writes 10^30 where nobody has set one
+_NO_LENGTH = 10**9  # transformers writes 10^30 for "not set"
 _QUERY, _PASSAGE = ("query", "s2p_query"), ("document", "passage", "corpus")
 _KINDS = ("Transformer", "Pooling", "Normalize")
 
@@ -33,14 +33,14 @@ _POOLINGS: dict[str, Pooling] = {
     "lasttoken": "last",
     "cls_token": "cls",
     "mean": "mean",
-    "cls": "cls",  # as sentence-transformers 6 names them
+    "cls": "cls",  # names of sentence-transformers 6
 }
 
 
 @dataclass(frozen=True)
 class EmbedderSettings:
-    """Prefixes are part of the text that is pooled; a text is cut to `max_length` tokens, prefix
-    and begin token included."""
+    """Prefixes are pooled with the text; prefix, begin token and text are truncated to `max_length`
+    tokens together."""
 
     pooling: Pooling = "mean"
     query_prefix: str = ""
@@ -49,14 +49,14 @@ class EmbedderSettings:
 
 
 def is_embedder(directory: str | Path) -> bool:
-    """Whether a model directory says how it embeds: it was trained for that, not to write."""
+    """Whether a model directory contains an embedder, not a language model."""
     return (Path(directory) / _MODULES).is_file()
 
 
 def save_embedder(
     directory: Path, settings: EmbedderSettings, width: int, tokenizer: Tokenizer
 ) -> None:
-    """Write the files above; `width` is that of the hidden states."""
+    """Write the files listed above; `width` is the dimension of the hidden states."""
     tokenizer.save(directory)
     if tokenizer.begins_with_bos:
         _begin_with_bos(directory / "tokenizer.json", tokenizer)
@@ -87,18 +87,18 @@ def save_embedder(
         directory / "sentence_bert_config.json",
         {"max_seq_length": settings.max_length, "do_lower_case": False},
     )
-    # Last, since it is what makes the directory an embedder.
+    # Last: `is_embedder` looks for it.
     write_json(directory / _MODULES, modules)
 
 
 def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
-    """Settings of a model directory; those of a plain language model where it says nothing.
+    """Settings of a model directory; the defaults for a plain language model.
 
-    Raises `ModelError` for broken files and for what we do not compute.
+    Raises `ModelError` for broken files and unsupported modules.
     """
     directory = Path(directory)
-    said = is_embedder(directory)  # an encoder's folder may have less
-    modules = _read(directory / _MODULES) if said else []
+    has_modules = is_embedder(directory)  # the directory of an encoder may lack them
+    modules = _read(directory / _MODULES) if has_modules else []
     if not isinstance(modules, list) or not all(isinstance(part, dict) for part in modules):
         raise ModelError(f"{directory / _MODULES}: not a list of modules")
     folder = _POOLING
@@ -106,65 +106,70 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
         kind = str(part.get("type")).rpartition(".")[2]
         if kind not in _KINDS:
             raise ModelError(
-                f"{directory / _MODULES}: a module {quoted(kind)} is not supported",
+                f"{directory / _MODULES}: module {quoted(kind)} is not supported",
                 hint=f"supported: {', '.join(_KINDS)}",
             )
         if kind == "Pooling":
             folder = str(part.get("path"))
     if Path(folder).name != folder:
-        raise ModelError(f"{directory / _MODULES}: {quoted(folder)} is no folder beside it")
-    pooling = _table(directory / folder / "config.json", needed=said)
+        raise ModelError(f"{directory / _MODULES}: {quoted(folder)} is not a subdirectory")
+    pooling = _table(directory / folder / "config.json", required=has_modules)
     pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
-    if "pooling_mode" in pooling:  # sentence-transformers 6 names it
+    if "pooling_mode" in pooling:  # sentence-transformers 6
         modes = {str(pooling["pooling_mode"])}
     if (
         len(modes) != 1
         or not modes <= _POOLINGS.keys()
         or pooling.get("include_prompt", True) is False
     ):
-        named = ", ".join(sorted(modes)) or "none"
+        names = ", ".join(sorted(modes)) or "none"
         raise ModelError(
-            f"{directory / folder / 'config.json'}: pooling {quoted(named)} is not supported",
-            hint="mean over all tokens, prompts included, the last token, or the first",
+            f"{directory / folder / 'config.json'}: pooling {quoted(names)} is not supported",
+            hint="supported: mean over all tokens with the prompt, first token, last token",
         )
     prompts = _table(directory / "config_sentence_transformers.json").get("prompts") or {}
-    longest = _table(directory / "sentence_bert_config.json").get("max_seq_length")
-    if longest is None and said:
-        longest = _table(directory / "tokenizer_config.json").get("model_max_length")
-        if isinstance(longest, float) or (isinstance(longest, int) and longest > _NO_LENGTH):
-            longest = None
-    known = prompts if isinstance(prompts, dict) else {"query": None}
-    query = next((known[name] for name in _QUERY if name in known), "")
-    passage = next((known[name] for name in _PASSAGE if name in known), "")
+    max_length = _table(directory / "sentence_bert_config.json").get("max_seq_length")
+    if max_length is None and has_modules:
+        max_length = _table(directory / "tokenizer_config.json").get("model_max_length")
+        if isinstance(max_length, float) or (
+            isinstance(max_length, int) and max_length > _NO_LENGTH
+        ):
+            max_length = None
+    if not isinstance(prompts, dict):
+        prompts = {"query": None}  # rejected below
+    query = next((prompts[name] for name in _QUERY if name in prompts), "")
+    passage = next((prompts[name] for name in _PASSAGE if name in prompts), "")
     if not isinstance(query, str) or not isinstance(passage, str):
-        raise ModelError(f"{directory / 'config_sentence_transformers.json'}: prompts are no texts")
-    if longest is not None and (type(longest) is not int or longest < 1):
         raise ModelError(
-            f"{directory / 'sentence_bert_config.json'}: max_seq_length={quoted(longest)}"
+            f"{directory / 'config_sentence_transformers.json'}: prompts are not strings"
         )
-    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, longest)
+    if max_length is not None and (type(max_length) is not int or max_length < 1):
+        raise ModelError(
+            f"{directory / 'sentence_bert_config.json'}: max_seq_length={quoted(max_length)}"
+        )
+    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, max_length)
 
 
 def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:
-    """We put the begin token before a text ourselves; others do what tokenizer.json says."""
+    """Let other programs, which follow tokenizer.json, prepend the begin token as we do."""
     values = json.loads(path.read_text(encoding="utf-8"))
     if values.get("post_processor") is not None:
         return
-    name, first = tokenizer.token_bytes(tokenizer.bos_id).decode(), tokenizer.bos_id
+    name, token_id = tokenizer.token_bytes(tokenizer.bos_id).decode(), tokenizer.bos_id
     token = {"SpecialToken": {"id": name, "type_id": 0}}
     texts = [{"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB")]
     values["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [token, texts[0]],
         "pair": [token, *texts],
-        "special_tokens": {name: {"id": name, "ids": [first], "tokens": [name]}},
+        "special_tokens": {name: {"id": name, "ids": [token_id], "tokens": [name]}},
     }
     write_json(path, values)
 
 
-def _table(path: Path, *, needed: bool = False) -> dict[str, Any]:
-    values = _read(path) if needed or path.is_file() else {}
+def _table(path: Path, *, required: bool = False) -> dict[str, Any]:
+    values = _read(path) if required or path.is_file() else {}
     if not isinstance(values, dict):
         raise ModelError(f"{path}: not a JSON object")
     return values

@@ -1,4 +1,4 @@
-"""Where a run computes, and how it is spread over processes. Applied to a model from outside."""
+"""The device of a run and its distribution over processes, applied to a model from outside."""
 
 from khaosz.parallel.module import ParallelContext, across, data_parallel
 from khaosz.parallel.setup import available_devices, setup_parallel

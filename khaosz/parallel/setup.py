@@ -14,28 +14,28 @@ from khaosz.config import ParallelConfig
 from khaosz.errors import DeviceError
 from khaosz.parallel.module import ParallelContext
 
-# Preferred first. `npu` is registered by torch_npu when that package is installed.
+# In order of preference. torch_npu, where installed, registers `npu`.
 _DEVICES = ("cuda", "npu", "xpu", "mps", "cpu")
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "xpu": "xccl", "mps": "gloo", "cpu": "gloo"}
 
 
 def available_devices() -> list[str]:
-    """Device types of this machine, the preferred one first; `cpu` is always the last."""
+    """Device types of this machine, the preferred one first and `cpu` last."""
     if importlib.util.find_spec("torch_npu") is not None:
-        importlib.import_module("torch_npu")  # importing registers the `npu` device
-    return [name for name in _DEVICES if name == "cpu" or _has(name)]
+        importlib.import_module("torch_npu")  # registers `npu`
+    return [name for name in _DEVICES if name == "cpu" or _is_available(name)]
 
 
 def setup_parallel(config: ParallelConfig) -> ParallelContext:
-    """Place this process: alone, or one of many under `torchrun` (RANK and WORLD_SIZE are set).
+    """Set up this process: alone, or one of many under `torchrun` (RANK and WORLD_SIZE are set).
 
-    Raises `DeviceError` when the recipe asks for a device or backend this machine does not have.
+    Raises `DeviceError` if this machine lacks the configured device or backend.
     """
-    present = available_devices()
-    kind = present[0] if config.device == "auto" else config.device
-    if kind not in present:
+    devices = available_devices()
+    kind = devices[0] if config.device == "auto" else config.device
+    if kind not in devices:
         raise DeviceError(
-            f"device '{kind}' is not available here", hint=f"this machine has: {', '.join(present)}"
+            f"device '{kind}' is not available here", hint=f"this machine has: {', '.join(devices)}"
         )
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -54,20 +54,20 @@ def setup_parallel(config: ParallelConfig) -> ParallelContext:
         raise DeviceError(
             f"backend '{backend}' is not in this build of PyTorch", hint="try parallel.backend=gloo"
         )
-    if not dist.is_initialized():  # a stage before this one may have joined already
-        # Rank 0 may prepare data for hours before the others hear from it.
+    if not dist.is_initialized():  # an earlier stage may have joined already
+        # Rank 0 may prepare data for hours while the others wait.
         dist.init_process_group(backend, timeout=timedelta(hours=12))
     return ParallelContext(device, rank, world, local, backend, threads)
 
 
 def cpu_threads(local_world: int) -> int:
-    """Threads of one process when `local_world` of them share the cores we may run on."""
+    """Threads per process when `local_world` processes share the available cores."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, cores // local_world)
 
 
-def _has(kind: str) -> bool:
+def _is_available(kind: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_available()
     module = getattr(torch, kind, None)

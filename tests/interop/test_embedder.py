@@ -107,7 +107,7 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, tokenizer_dir: Path) ->
     with pytest.raises(ModelError, match="max_seq_length"):
         load_embedder_settings(tmp_path)
     change(fresh() / "config_sentence_transformers.json", prompts={"query": 3})
-    with pytest.raises(ModelError, match="prompts are no texts"):
+    with pytest.raises(ModelError, match="prompts are not strings"):
         load_embedder_settings(tmp_path)
     (fresh() / "1_Pooling/config.json").unlink()
     with pytest.raises(ModelError, match="missing or broken"):
@@ -119,7 +119,7 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, tokenizer_dir: Path) ->
         load_embedder_settings(tmp_path)
     modules[1]["path"] = "../elsewhere"
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ModelError, match="no folder beside it"):
+    with pytest.raises(ModelError, match="is not a subdirectory"):
         load_embedder_settings(tmp_path)
     (tmp_path / "modules.json").write_text("{")
     with pytest.raises(ModelError, match="missing or broken"):
