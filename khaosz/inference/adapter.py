@@ -8,9 +8,7 @@ arXiv:2311.03285). Shapes: N rows, I inputs, O outputs, r rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,21 +16,11 @@ from torch import Tensor
 from khaosz.config import ModelConfig
 from khaosz.interop.adapter import read_adapter
 from khaosz.model.lora import scale_of
-
-Product = Literal["qkv", "o", "gate_up", "down"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """Scaled B after A, for outputs from `start` on of a product of several matrices."""
-
-    a: Tensor  # (r, I)
-    b: Tensor  # (O, r)
-    start: int
+from khaosz.model.module import MLP, Attention, Linear
 
 
 class Adapter:
-    """The updates of one adapter, by layer and product."""
+    """One adapter's A (r, I) and scaled B (O, r), by layer and linear layer."""
 
     def __init__(
         self,
@@ -45,45 +33,36 @@ class Adapter:
         """Raises `ModelError` as `read_adapter` does."""
         lora, tensors = read_adapter(config, directory)
         scale = scale_of(lora)
-        heads = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        # Where a matrix's outputs begin among those of the product that it is a part of.
-        places: dict[str, tuple[Product, int]] = {
-            "q_proj": ("qkv", 0),
-            "k_proj": ("qkv", heads),
-            "v_proj": ("qkv", heads + keys),
-            "o_proj": ("o", 0),
-            "gate_proj": ("gate_up", 0),
-            "up_proj": ("gate_up", config.intermediate_size),
-            "down_proj": ("down", 0),
-        }
-        self._updates: dict[tuple[int, Product], list[Update]] = {}
-        for name in (name for name in tensors if name.endswith(".lora_A")):
-            layer = name.removesuffix(".lora_A")
-            product, start = places[layer.rpartition(".")[2]]
-            index = int(layer.split(".")[1])  # layers.INDEX.part.matrix
-            a, b = (tensors[f"{layer}.{which}"].float() for which in ("lora_A", "lora_B"))
-            update = Update(a.to(device, dtype), (scale * b).to(device, dtype), start)
-            self._updates.setdefault((index, product), []).append(update)
+        self._updates: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        for path in (name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")):
+            _, index, _, name = path.split(".")  # layers.INDEX.part.name
+            a, b = (tensors[f"{path}.{which}"].float() for which in ("lora_A", "lora_B"))
+            self._updates[int(index), name] = a.to(device, dtype), (scale * b).to(device, dtype)
 
     @property
     def nbytes(self) -> int:
-        updates = (update for some in self._updates.values() for update in some)
-        return sum(update.a.nbytes + update.b.nbytes for update in updates)
+        return sum(a.nbytes + b.nbytes for a, b in self._updates.values())
 
-    def add(self, index: int, product: Product, x: Tensor, y: Tensor) -> None:
-        """To the outputs y (N, O) of the base for x (N, I), in place."""
-        for update in self._updates.get((index, product), ()):
-            outputs = slice(update.start, update.start + len(update.b))
-            delta = (x.to(update.a.dtype) @ update.a.T) @ update.b.T
-            y[:, outputs] += delta.to(y.dtype)
+    def add(self, layer: int, name: str, x: Tensor, y: Tensor) -> None:
+        """Add to the outputs y (N, O) of a linear layer for x (N, I), in place."""
+        if (layer, name) in self._updates:
+            a, b = self._updates[layer, name]
+            y += ((x.to(a.dtype) @ a.T) @ b.T).to(y.dtype)
 
 
 Spans = Sequence[tuple[Adapter, slice]]
 
 
-def adapted(spans: Spans, index: int, product: Product, x: Tensor, y: Tensor) -> Tensor:
-    """The base's outputs y for all rows x, with what each adapter adds to its rows, in place."""
-    for adapter, rows in spans:
-        adapter.add(index, product, x[rows], y[rows])
-    return y
+def adapted(linear: Linear, spans: Spans) -> Linear:
+    """`linear` of all rows, with what each adapter adds to its own rows."""
+    if not spans:
+        return linear
+
+    def both(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+        outputs = linear(part, names, x)
+        for adapter, rows in spans:
+            for name, y in zip(names, outputs, strict=True):
+                adapter.add(part.layer, name, x[rows], y[rows])
+        return outputs
+
+    return both

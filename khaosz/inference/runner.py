@@ -1,13 +1,14 @@
 """Forward passes for inference: chunks of many sequences, one pass over the weights.
 
-Shapes: N new positions of all chunks, D hidden width, Q query heads, K key/value heads, G = Q / K,
-H head width, S cached positions of one sequence, V vocabulary.
+Shapes: N new positions of all chunks, D hidden width, Q query heads, K key/value heads, H head
+width, S cached positions of one sequence, T new ones, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,19 +17,13 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.inference.adapter import Adapter, Spans, adapted
-from khaosz.inference.linear.load import (
-    LayerWeights,
-    Weights,
-    fused_weights,
-    gguf_weights,
-    live_weights,
-)
+from khaosz.inference.linear.load import Weights, fused_weights, gguf_weights, live_weights
 from khaosz.inference.linear.native import library
 from khaosz.interop import GgufModel, is_gguf, load_model
 from khaosz.interop.gguf.blocks import is_affine
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
-from khaosz.model.module import rotary_frequencies
+from khaosz.model.module import Rotary
 
 TILE = 16  # positions of a tile of the deterministic path
 assert BLOCK % TILE == 0, (BLOCK, TILE)
@@ -70,9 +65,7 @@ class Runner:
         self.cache_dtype = cache_dtype or dtype
         self.deterministic = deterministic
         self.weights = weights
-        self._scale = config.head_dim**-0.5
-        frequencies, self._amplitude = rotary_frequencies(config)
-        self._frequencies = frequencies.to(self.device)
+        self._rotary = Rotary(config).to(self.device)
         self._cos = self._sin = torch.empty(0, 1, config.head_dim, device=self.device)
 
     @classmethod
@@ -178,7 +171,7 @@ class Runner:
             return [torch.empty(0, self.config.vocab_size) for _ in chunks]
         if len(rows) < len(hidden):
             hidden = hidden[rows]
-        logits = self._logits(weights, hidden)
+        logits = _logits(weights, hidden)
         return list(logits.split([chunk.want for chunk in chunks]))
 
     @torch.inference_mode()
@@ -187,7 +180,7 @@ class Runner:
         if self.deterministic:
             return [self._tile_states(chunk) for chunk in chunks]
         weights = self.weights()
-        states = self._norm(self._forward(weights, chunks), weights.norm).float()
+        states = weights.norm(self._forward(weights, chunks)).float()
         return list(states.split([len(chunk.ids) for chunk in chunks]))
 
     def _run_tiles(self, chunk: Chunk) -> Tensor:
@@ -197,18 +190,12 @@ class Runner:
             return torch.empty(0, self.config.vocab_size)
         # Row by row: a product of one shape, whatever was asked for beside it.
         rows = torch.cat(states)[len(chunk.ids) - chunk.want :]
-        return torch.cat([self._logits(weights, row[None]) for row in rows])
+        return torch.cat([_logits(weights, row[None]) for row in rows])
 
     def _tile_states(self, chunk: Chunk) -> Tensor:
         weights = self.weights()
         states = [self._forward(weights, [piece], pad) for piece, pad in _tiles(chunk)]
-        return torch.cat([self._norm(row, weights.norm) for row in torch.cat(states)]).float()
-
-    def _logits(self, weights: Weights, hidden: Tensor) -> Tensor:
-        return weights.head(self._norm(hidden, weights.norm)).float()
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        return torch.cat([weights.norm(row[None]) for row in torch.cat(states)]).float()
 
     def _forward(
         self, weights: Weights, chunks: Sequence[Chunk], pad: tuple[int, int] = (0, 0)
@@ -225,16 +212,11 @@ class Runner:
             positions.extend(range(past - before, past + len(chunk.ids) + behind))
         ids.extend([0] * behind)
         cos, sin = self._rotation(positions)
-        spans = _spans(chunks, pad)
+        attend = partial(self._attend, chunks, pad)
+        linear = adapted(weights.linear, _spans(chunks, pad))
         x = weights.embed(ids)  # (N, D)
-        for index, layer in enumerate(weights.layers()):
-            normed = self._norm(x, layer.input_norm).to(self.dtype)
-            x = x + self._attention(index, layer, normed, cos, sin, chunks, pad, spans)
-            normed = self._norm(x, layer.post_norm).to(self.dtype)
-            both = adapted(spans, index, "gate_up", normed, layer.gate_up(normed))
-            gate, up = both.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-            x = x + adapted(spans, index, "down", inner, layer.down(inner))
+        for block in weights.blocks:
+            x = block(x, cos, sin, attend, linear)
         for chunk in chunks:
             chunk.cache.advance(len(chunk.ids))
         return x[before : len(x) - behind]
@@ -244,10 +226,7 @@ class Runner:
         longest = max(positions) + 1
         if longest > len(self._cos):
             count = max(longest, 2 * len(self._cos), 512)
-            angles = torch.arange(count, device=self.device)[:, None].float() * self._frequencies
-            cos, sin = angles.cos() * self._amplitude, angles.sin() * self._amplitude
-            self._cos = torch.cat((cos, cos), dim=-1)[:, None]
-            self._sin = torch.cat((-sin, sin), dim=-1)[:, None]
+            self._cos, self._sin = self._rotary(torch.arange(count, device=self.device))
         first = positions[0]
         if positions[-1] - first == len(positions) - 1 == max(positions) - first:
             return (
@@ -257,75 +236,65 @@ class Runner:
         index = torch.tensor(positions, device=self.device)
         return self._cos[index], self._sin[index]
 
-    def _attention(
+    def _attend(
         self,
-        index: int,
-        layer: LayerWeights,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
         chunks: Sequence[Chunk],
         pad: tuple[int, int],
-        spans: Spans,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
     ) -> Tensor:
-        config = self.config
-        heads, kv_heads, width = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        projected = adapted(spans, index, "qkv", x, layer.qkv(x))
-        if layer.qkv_bias is not None:
-            projected = projected + layer.qkv_bias
-        projected = projected.view(len(x), heads + 2 * kv_heads, width)
-        turning = projected[:, : heads + kv_heads]  # (N, Q + K, H)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            wide = turning.float()
-            queries = self._norm(wide[:, :heads], layer.q_norm)
-            turning = torch.cat((queries, self._norm(wide[:, heads:], layer.k_norm)), dim=1)
-        # `sin` has its sign in it: x * cos + (second half, first half) * (-sin, sin).
-        turned = torch.addcmul(turning * cos, turning.roll(width // 2, -1), sin).to(self.dtype)
-        values = projected[:, heads + kv_heads :]
-        mixed = torch.empty(len(x), heads, width, dtype=self.dtype, device=x.device)
-        start = 0
-        before, behind = pad
-        for chunk in chunks:
-            length = before + len(chunk.ids) + behind
-            end = start + length
-            real = slice(start + before, end - behind)
-            keys, vals = chunk.cache.write(
-                index, turned[real, heads:], values[real], extra=behind
-            )  # (K, S, H)
-            keys, vals = keys.to(self.dtype), vals.to(self.dtype)  # a cache may be in a smaller one
-            mixed[start:end] = self._attend(turned[start:end, :heads], keys, vals, bool(sum(pad)))
-            start = end
-        mixed = mixed.view(len(x), heads * width)
-        return adapted(spans, index, "o", mixed, layer.o(mixed))
+        """Every chunk's queries (N, Q, H) over its own cache, to which keys and values (N, K, H)
+        of its new positions are added."""
+        if queries.dtype != self.dtype:
+            queries, keys = queries.to(self.dtype), keys.to(self.dtype)
+        if len(chunks) == 1:
+            return self._attend_one(chunks[0].cache, pad, layer, queries, keys, values)
+        lengths = [len(chunk.ids) for chunk in chunks]
+        parts = zip(*(x.split_with_sizes(lengths) for x in (queries, keys, values)), strict=True)
+        each = zip(chunks, parts, strict=True)
+        return torch.cat([self._attend_one(c.cache, pad, layer, *part) for c, part in each])
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, tile: bool) -> Tensor:
-        """(T, Q, H) queries at the last T of S positions over keys and values (K, S, H)."""
+    def _attend_one(
+        self,
+        cache: SequenceCache,
+        pad: tuple[int, int],
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> Tensor:
+        """(T, Q, H) queries at the last T of S positions over the keys and values of a sequence."""
+        before, behind = pad
         length, heads, width = queries.shape
-        kv_heads, seen = keys.shape[0], keys.shape[1]
-        group = heads // kv_heads
+        if before + behind:
+            keys, values = keys[before : length - behind], values[before : length - behind]
+        seen = cache.write(layer, keys, values, extra=behind)  # (2K, S, H)
+        if seen.dtype != self.dtype:  # a cache may be in a smaller one
+            seen = seen.to(self.dtype)
+        keys, values = seen[None].chunk(2, dim=1)  # (1, K, S, H)
+        kv_heads, positions = keys.shape[1], keys.shape[2]
         if length == 1:  # the heads of a group are rows over the same keys
-            q = queries.view(1, kv_heads, group, width)
-            mixed = F.scaled_dot_product_attention(q, keys[None], values[None], scale=self._scale)
-            return mixed.reshape(1, heads, width)
-        q = queries.transpose(0, 1)[None]  # (1, Q, T, H)
+            grouped = queries.view(1, kv_heads, -1, width)
+            return F.scaled_dot_product_attention(grouped, keys, values).view(1, heads, width)
         mask = None
-        if seen != length or tile:
-            mask = torch.ones(length, seen, dtype=torch.bool, device=keys.device)
-            mask = mask.tril(seen - length)
+        if positions != length or before + behind:
+            mask = torch.ones(length, positions, dtype=torch.bool, device=keys.device)
+            mask = mask.tril(positions - length)
         mixed = F.scaled_dot_product_attention(
-            q,
-            keys[None],
-            values[None],
+            queries.transpose(0, 1)[None],  # (1, Q, T, H)
+            keys,
+            values,
             mask,
             is_causal=mask is None,
-            scale=self._scale,
-            enable_gqa=group > 1,
+            enable_gqa=heads != kv_heads,
         )
         return mixed[0].transpose(0, 1)
+
+
+def _logits(weights: Weights, hidden: Tensor) -> Tensor:
+    return weights.head(weights.norm(hidden)).float()
 
 
 def _spans(chunks: Sequence[Chunk], pad: tuple[int, int]) -> Spans:

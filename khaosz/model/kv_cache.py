@@ -72,21 +72,21 @@ class SequenceCache:
         blocks = -(-positions // BLOCK)
         return (blocks + min(-(-blocks // 2), 16)) * BLOCK
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> tuple[Tensor, Tensor]:
-        """Put T new positions (T, K, H) behind the last; returns keys and values (K, S, H) up to
-        them and `extra` positions more. `advance` moves the length, once per pass."""
+    def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> Tensor:
+        """Put T new positions (T, K, H) behind the last; returns all keys and values (2K, S, H) up
+        to them and `extra` positions more: fp32 of int8, else as stored. `advance` moves the
+        length, once per pass."""
         end = self.length + len(keys)
-        new = slice(self.length, end)
-        store, heads = self._stores[layer], self.kv_heads  # (2K, capacity, H)
+        new, seen = slice(self.length, end), slice(0, end + extra)
+        both = torch.cat((keys, values), dim=1).transpose(0, 1)  # (2K, T, H)
+        store = self._stores[layer]  # (2K, capacity, H)
         if not self._scales:
-            store[:heads, new], store[heads:, new] = keys.transpose(0, 1), values.transpose(0, 1)
-            return store[:heads, : end + extra], store[heads:, : end + extra]
-        both = torch.cat((keys, values), dim=1).transpose(0, 1).float()  # (2K, T, H)
-        scales = self._scales[layer]
+            store[:, new] = both
+            return store[:, seen]
+        both, scales = both.float(), self._scales[layer]
         scales[:, new] = both.abs().amax(-1, keepdim=True) / 127
         store[:, new] = (both / scales[:, new].clamp_min(1e-30)).round().to(torch.int8)
-        wide = (store[:, : end + extra] * scales[:, : end + extra]).to(keys.dtype)
-        return wide[:heads], wide[heads:]
+        return store[:, seen] * scales[:, seen]
 
     def advance(self, count: int) -> None:
         self.length += count

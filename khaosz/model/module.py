@@ -1,19 +1,33 @@
-"""The parts of the Transformer.
+"""The parts of the network, for training and inference alike.
 
-Shapes: B rows, T positions, D hidden width, N query heads, K key/value heads, H head width,
-F feed-forward width, S cached plus new positions.
+A block is given what differs between the two: `attend`, attention over packed rows or over
+sequences' caches, and `linear`, how its linear layers multiply.
+
+Shapes: ... leading dimensions ((B, T) in training, (N,) new positions in the engine), D hidden
+width, Q query heads, K key/value heads, H head width, F feed-forward width.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from khaosz.config.model_config import ModelConfig, RopeScaling
-from khaosz.model.cache import KVCache
+
+# (layer, queries (..., Q, H), keys (..., K, H), values (..., K, H)) -> (..., Q, H)
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# (part, names of its linear layers, their input) -> their outputs
+Linear = Callable[["Attention | MLP", tuple[str, ...], Tensor], Sequence[Tensor]]
+
+
+def linear(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of a part's own linear layers: what training uses."""
+    return [getattr(part, name)(x) for name in names]
 
 
 class RMSNorm(nn.Module):
@@ -25,9 +39,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        weight = self.weight
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
 
 
 class Rotary(nn.Module):
@@ -42,10 +57,10 @@ class Rotary(nn.Module):
         self.register_buffer("inverse_frequency", frequencies, persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (B, T) -> cosines and sines (B, 1, T, H), fp32."""
-        angles = positions[:, None, :, None].float() * self.inverse_frequency
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        """Positions (...) -> cosines and signed sines (..., 1, H) for `rotate`, fp32."""
+        angles = positions[..., None, None].float() * self.inverse_frequency
+        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -95,61 +110,62 @@ def _yarn(inverse: Tensor, scaling: RopeScaling, config: ModelConfig) -> tuple[T
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + H/2) of x (B, N, T, H), the half-split layout of Hugging Face."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+    """Rotate pairs (i, i + H/2) of x (..., H), the half-split layout of Hugging Face; the first
+    half of `sin` is negative."""
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and optional QK-norm or QKV bias."""
 
+    QKV, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+    PRODUCTS: ClassVar = (QKV, OUT)  # linear layers with one input, which an engine may fuse
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = config.head_dim
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads = [config.num_attention_heads, config.num_key_value_heads]
         width, bias = config.hidden_size, config.qkv_bias
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        # Qwen3's QK-norm: per head, weighted, before the rotation.
-        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=bias)
+        self.k_proj = nn.Linear(width, keys, bias=bias)
+        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        # QK-norm: per head, weighted, before the rotation.
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, linear: Linear
     ) -> Tensor:
-        rows, length, _ = x.shape
-        queries = self.q_proj(x).view(rows, length, self.heads, self.head_dim)
-        keys = self.k_proj(x).view(rows, length, self.kv_heads, self.head_dim)
-        values = self.v_proj(x).view(rows, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        queries, keys, values = linear(self, self.QKV, x)
+        queries, keys = queries.view(shape), keys.view(shape)
         if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = rotate(queries.transpose(1, 2), cos, sin)  # (B, N, T, H)
-        keys = rotate(keys.transpose(1, 2), cos, sin)  # (B, K, T, H)
-        if cache is not None:
-            keys, values = cache.append(self.layer, keys, values)  # (B, K, S, H)
-        if self.heads != self.kv_heads:
-            keys = keys.repeat_interleave(self.heads // self.kv_heads, dim=1)
-            values = values.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        # Without a mask a row is one document from its first position on, or one new position.
-        causal = mask is None and length > 1
-        mixed = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=causal)
-        return self.o_proj(mixed.transpose(1, 2).reshape(rows, length, self.heads * self.head_dim))
+            queries, keys = self.q_norm.forward(queries), self.k_norm.forward(keys)
+        rotated = rotate(torch.cat((queries, keys), dim=-2), cos, sin)
+        queries, keys = rotated.split_with_sizes(self.heads, dim=-2)
+        mixed = attend(self.layer, queries, keys, values.view(shape))  # (..., Q, H)
+        return linear(self, self.OUT, mixed.flatten(-2))[0]
 
 
 class MLP(nn.Module):
     """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
+    PRODUCTS: ClassVar = (GATE_UP, DOWN)
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+    def forward(self, x: Tensor, linear: Linear) -> Tensor:
+        gate, up = linear(self, self.GATE_UP, x)
+        return linear(self, self.DOWN, F.silu(gate) * up)[0]
 
 
 class Block(nn.Module):
@@ -160,10 +176,30 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, linear: Linear = linear
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        # `forward` skips the checks for hooks: 2 % of the decoding of a small model.
+        normed = self.input_layernorm.forward(x)
+        x = x + self.self_attn.forward(normed, cos, sin, attend, linear)
+        return x + self.mlp.forward(self.post_attention_layernorm.forward(x), linear)
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a block's parameters, in their order."""
+    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
+    for part, rows in (("q", queries), ("k", keys), ("v", keys)):
+        shapes[f"self_attn.{part}_proj.weight"] = (rows, width)
+        if config.qkv_bias:
+            shapes[f"self_attn.{part}_proj.bias"] = (rows,)
+    shapes["self_attn.o_proj.weight"] = (width, queries)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head,)
+    shapes["post_attention_layernorm.weight"] = (width,)
+    shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, width)
+    shapes["mlp.down_proj.weight"] = (width, inner)
+    return shapes

@@ -1,12 +1,14 @@
 """The whole network, top to bottom.
 
-Shapes: B rows, T positions, D hidden width, V vocabulary, S cached plus new positions.
+Shapes: B rows, T positions, D hidden width, V vocabulary, Q query heads, K key/value heads, H head
+width.
 Parameter names are Hugging Face's, less the leading "model.", so a checkpoint is a plain copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
-from khaosz.model.cache import KVCache
-from khaosz.model.module import Attention, Block, RMSNorm, Rotary
+from khaosz.model.module import Attention, Block, RMSNorm, Rotary, block_shapes
 
 
 class Transformer(nn.Module):
@@ -38,47 +39,29 @@ class Transformer(nn.Module):
         self.rotary = Rotary(config)
 
     def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        doc_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        self, ids: Tensor, positions: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor:
         """Hidden states (B, T, D) of token ids (B, T), after the final norm.
 
-        `positions` (B, T) default to counting on from the cache. `doc_ids` (B, T) keep packed
-        documents apart: a position attends to earlier positions of the same id only. With a
-        `cache`, ids are the new positions; documents can't be packed there.
+        `positions` (B, T) default to 0, 1, 2 and so on. `doc_ids` (B, T) keep packed documents
+        apart: a position attends to earlier positions of the same id only.
         """
-        rows, length = ids.shape
-        past = cache.length if cache is not None else 0
         if positions is None:
-            positions = torch.arange(past, past + length, device=ids.device).expand(rows, length)
-        mask = attention_mask(doc_ids, length, past, ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        mask = None if doc_ids is None else document_mask(doc_ids)
         cos, sin = self.rotary(positions)
-        embedded = self.embed_tokens(ids)
-        if self.training and self.compiled_blocks is not None:
-            return self.compiled_blocks(embedded, cos, sin, mask)
-        hidden = self.blocks(embedded, cos, sin, mask, cache)
-        if cache is not None:
-            cache.advance(length)
-        return hidden
+        compiled = self.compiled_blocks if self.training else None
+        return (compiled or self.blocks)(self.embed_tokens(ids), cos, sin, mask)
 
-    def blocks(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
+    def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """The stack of layers on embedded input (B, T, D): what a trainer compiles. The embedding
         stays outside, because its compiled backward adds in no fixed order on a CPU."""
+        attend = partial(attend_rows, mask)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, attend)
         return self.norm(x)
 
     @property
@@ -115,39 +98,32 @@ class Transformer(nn.Module):
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's parameters, in their order, without making it: readers of
     files check against them first, and a module on the meta device takes a second to import."""
-    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
+    block = block_shapes(config)
     for i in range(config.num_hidden_layers):
-        block = f"layers.{i}"
-        shapes[f"{block}.input_layernorm.weight"] = (width,)
-        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{block}.self_attn.{part}_proj.weight"] = (rows, width)
-            if config.qkv_bias:
-                shapes[f"{block}.self_attn.{part}_proj.bias"] = (rows,)
-        shapes[f"{block}.self_attn.o_proj.weight"] = (width, queries)
-        if config.qk_norm:
-            shapes[f"{block}.self_attn.q_norm.weight"] = (head,)
-            shapes[f"{block}.self_attn.k_norm.weight"] = (head,)
-        shapes[f"{block}.post_attention_layernorm.weight"] = (width,)
-        shapes[f"{block}.mlp.gate_proj.weight"] = (inner, width)
-        shapes[f"{block}.mlp.up_proj.weight"] = (inner, width)
-        shapes[f"{block}.mlp.down_proj.weight"] = (width, inner)
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
     shapes["norm.weight"] = (width,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)
     return shapes
 
 
-def attention_mask(
-    doc_ids: Tensor | None, length: int, past: int, device: torch.device
-) -> Tensor | None:
-    """True where a query may see a key: (B, 1, T, T) for packed documents, (T, S) for new
-    positions after a cache, None where plain causal attention (or one new position) says it."""
-    if doc_ids is not None:
-        assert past == 0, "packed documents and a cache exclude each other"
-        causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & causal)[:, None]
-    if past and length > 1:
-        return torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
-    return None
+def document_mask(doc_ids: Tensor) -> Tensor:
+    """True where a query of packed documents (B, T) may see a key: (B, 1, T, T)."""
+    length = doc_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=doc_ids.device).tril()
+    return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & causal)[:, None]
+
+
+def attend_rows(
+    mask: Tensor | None, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
+    """Attention within rows (B, T, Q or K, H) by `document_mask`, or causal where a row is one
+    document."""
+    queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
+    if queries.shape[1] != keys.shape[1]:
+        group = queries.shape[1] // keys.shape[1]
+        keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    mixed = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None)
+    return mixed.transpose(1, 2)

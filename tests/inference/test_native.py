@@ -14,7 +14,7 @@ import torch
 from random_models import random_model, tokenizer
 
 from khaosz.inference.linear import native
-from khaosz.inference.linear.load import DenseMatrix
+from khaosz.inference.linear.load import DenseMatrix, Matrix, Products
 from khaosz.inference.linear.native import MappedMatrix
 from khaosz.inference.linear.packed import PackedMatrix
 from khaosz.inference.runner import Chunk, Runner
@@ -212,10 +212,16 @@ def model_file(tmp_path: Path) -> Path:
     return tmp_path / "a.gguf"
 
 
+def matrices(runner: Runner) -> list[Matrix]:
+    """Of all blocks, queries, keys and values first."""
+    products = runner.weights().linear
+    assert isinstance(products, Products)
+    return [product.matrix for layer in products.layers for product in layer.values()]
+
+
 def test_a_model_is_near_its_dequantised_self(library: ctypes.CDLL, model_file: Path) -> None:
     runner = Runner.open(model_file)
-    layer = next(iter(runner.weights().layers()))
-    for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down, runner.weights().head):
+    for matrix in (*matrices(runner), runner.weights().head):
         assert isinstance(matrix, MappedMatrix)
     exact_runner = Runner.from_module(load_gguf(model_file))
     ids = list(range(20, 60))
@@ -242,10 +248,9 @@ def test_weights_are_not_copied(library: ctypes.CDLL, model_file: Path) -> None:
     source = GgufModel.open(model_file)
     runner = Runner.from_gguf(source)
     whole = np.frombuffer(source.file._data, np.uint8)
-    for layer in runner.weights().layers():
-        for matrix in (layer.o, layer.gate_up, layer.down):
-            assert isinstance(matrix, MappedMatrix)
-            assert all(np.shares_memory(whole, raw) for raw in matrix._raws)
+    for matrix in matrices(runner):
+        assert isinstance(matrix, MappedMatrix)
+        assert all(np.shares_memory(whole, raw) for raw in matrix._raws)
 
 
 def test_it_can_be_switched_off(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,14 +258,14 @@ def test_it_can_be_switched_off(model_file: Path, monkeypatch: pytest.MonkeyPatc
     assert native.library() is None
     runner = Runner.open(model_file)
     assert runner.dtype == torch.bfloat16
-    assert isinstance(next(iter(runner.weights().layers())).qkv, PackedMatrix)
+    assert isinstance(matrices(runner)[0], PackedMatrix)
 
 
 def test_deterministic_and_dequantised_runners_do_not_use_it(model_file: Path) -> None:
     runner = Runner.open(model_file, deterministic=True)
-    assert isinstance(next(iter(runner.weights().layers())).qkv, PackedMatrix)
+    assert isinstance(matrices(runner)[0], PackedMatrix)
     runner = Runner.open(model_file, dtype=torch.float32)
-    assert isinstance(next(iter(runner.weights().layers())).qkv, DenseMatrix)
+    assert isinstance(matrices(runner)[0], DenseMatrix)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="scripts that stand for a compiler")

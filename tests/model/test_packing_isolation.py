@@ -10,7 +10,7 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.model import Transformer
-from khaosz.model.transformer import attention_mask
+from khaosz.model.transformer import document_mask
 
 torch.set_num_threads(1)
 
@@ -127,8 +127,7 @@ def test_padding_is_never_nan_and_sends_no_gradient(family: str) -> None:
 def test_every_position_sees_itself_at_least() -> None:
     """Attention kernels differ on rows with nothing to see, NaN among the answers: have none."""
     _, _, doc_ids = pack([*documents(), []])
-    mask = attention_mask(doc_ids, WINDOW, 0, doc_ids.device)
-    assert mask is not None and mask.diagonal(dim1=-2, dim2=-1).all()
+    assert document_mask(doc_ids).diagonal(dim1=-2, dim2=-1).all()
 
 
 @pytest.mark.parametrize("changed", [0, 1, 2])

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from khaosz.config import ModelConfig
-from khaosz.model import KVCache, Transformer
+from khaosz.inference.runner import Chunk, Runner
+from khaosz.model import Transformer
+from khaosz.model.kv_cache import SequenceCache
 from khaosz.model.module import RMSNorm, rotary_frequencies
 
 torch.set_num_threads(1)
@@ -241,33 +243,45 @@ def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
     assert torch.equal(narrow, norm(x).bfloat16().to(narrow.dtype))
 
 
-# ------------------------------------------------------------------------------------------ cache
+# ---------------------------------------------- the engine's caches: the same blocks, in chunks
 
 
-def run_chunks(model: Transformer, ids: Tensor, cuts: list[int]) -> tuple[Tensor, KVCache]:
-    cache = KVCache(model.config.num_hidden_layers)
-    bounds = [0, *cuts, ids.shape[1]]
-    with torch.no_grad():
-        parts = [model(ids[:, a:b], cache=cache) for a, b in pairwise(bounds)]
-    return torch.cat(parts, dim=1), cache
+def run_chunks(
+    model: Transformer, ids: Tensor, cuts: list[int], **settings: Any
+) -> tuple[Tensor, list[SequenceCache]]:
+    """Hidden states (B, T, D) by a runner, all rows in every pass, and the rows' caches."""
+    runner = Runner.from_module(model, **settings)
+    caches = [runner.new_cache() for _ in ids]
+    parts = [
+        torch.stack(
+            runner.hidden([Chunk(row[a:b].tolist(), c) for row, c in zip(ids, caches, strict=True)])
+        )
+        for a, b in pairwise([0, *cuts, ids.shape[1]])
+    ]
+    return torch.cat(parts, dim=1), caches
 
 
-@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "yarn"])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8, 9, 30], list(range(1, 40))])
-def test_a_cache_changes_nothing(variant: str, cuts: list[int]) -> None:
+def test_cached_chunks_are_the_training_forward(
+    variant: str, cuts: list[int], deterministic: bool
+) -> None:
     model = build(**VARIANTS[variant])
     ids = random_ids(2, 40)
     with torch.no_grad():
         whole = model(ids)
-    cached, cache = run_chunks(model, ids, cuts)
-    assert cache.length == 40
+    cached, caches = run_chunks(model, ids, cuts, deterministic=deterministic)
+    assert [cache.length for cache in caches] == [40, 40]
     # Matrix products of other shapes sum in another order: fp32 rounding, no more.
     torch.testing.assert_close(cached, whole, rtol=FP32, atol=FP32)
 
 
-def test_a_prefill_with_a_cache_is_bitwise_the_plain_forward() -> None:
-    model = build(qk_norm=True)
-    ids = random_ids(2, 40)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_prefill_is_bitwise_the_training_forward(variant: str) -> None:
+    """One network: the same operations on the same shapes."""
+    model = build(**VARIANTS[variant])
+    ids = random_ids(1, 40)
     with torch.no_grad():
         assert torch.equal(run_chunks(model, ids, [])[0], model(ids))
 
@@ -284,22 +298,15 @@ def test_a_cache_grows_past_its_first_allocation() -> None:
 def test_a_truncated_cache_has_forgotten() -> None:
     model = build()
     ids, other = random_ids(1, 30), random_ids(1, 10, seed=9)
-    _, cache = run_chunks(model, ids, [])
+    _, [cache] = run_chunks(model, ids, [])
     cache.truncate(20)
+    again = Runner.from_module(model).hidden([Chunk(other[0].tolist(), cache)])[0]
     with torch.no_grad():
-        again = model(other, cache=cache)
-        whole = model(torch.cat((ids[:, :20], other), dim=1))[:, 20:]
+        whole = model(torch.cat((ids[:, :20], other), dim=1))[0, 20:]
     assert cache.length == 30
     torch.testing.assert_close(again, whole, rtol=FP32, atol=FP32)
     with pytest.raises(AssertionError):
         cache.truncate(31)
-
-
-def test_documents_cannot_be_packed_behind_a_cache() -> None:
-    model = build()
-    _, cache = run_chunks(model, random_ids(1, 4), [])
-    with pytest.raises(AssertionError, match="exclude each other"):
-        model(random_ids(1, 4), doc_ids=torch.zeros(1, 4, dtype=torch.long), cache=cache)
 
 
 def test_the_future_does_not_reach_the_past() -> None:

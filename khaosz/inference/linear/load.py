@@ -1,15 +1,15 @@
-"""The weights a `Runner` multiplies with, whatever they are stored as.
+"""The weights a `Runner` computes with, whatever they are stored as.
 
-Shapes: M rows, D hidden width, Q query heads, K key/value heads, H head width, F feed-forward
-width, V vocabulary.
+Shapes: M rows, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -17,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from khaosz.config import ModelConfig
 from khaosz.inference.linear.native import LEAST_ROWS, MappedMatrix
 from khaosz.inference.linear.packed import PackedMatrix, pack, packable
 from khaosz.interop import GgufModel
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine
 from khaosz.model import Transformer
-from khaosz.model.module import Block
+from khaosz.model.module import MLP, Attention, Block, Linear, RMSNorm
 
 _TOUCHED = 512  # rows read from a map before its pages are given back, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
@@ -38,70 +39,40 @@ class Matrix(Protocol):
 
 
 @dataclass
-class LayerWeights:
-    """One block. `qkv` gives queries, keys and values side by side: (M, (Q + 2K) * H);
-    `gate_up` gate and up: (M, 2F)."""
-
-    input_norm: Tensor  # (D,)
-    qkv: Matrix
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None  # (H,)
-    k_norm: Tensor | None
-    o: Matrix
-    post_norm: Tensor
-    gate_up: Matrix
-    down: Matrix
-
-
-@dataclass
 class Weights:
-    """`embed` gives fp32 rows (M, D) of token ids; the residual stream stays in fp32, and `head`
-    takes it so."""
+    """The network's blocks and final norm, and what an engine puts in the place of its other
+    parts: `linear` multiplies for the blocks, `embed` gives fp32 rows (M, D) of token ids. The
+    residual stream stays in fp32, and `head` takes it so."""
 
+    blocks: Sequence[Block] | nn.ModuleList
+    norm: RMSNorm
+    linear: Linear
     embed: Callable[[Sequence[int]], Tensor]
-    layers: Callable[[], Iterable[LayerWeights]]
-    norm: Tensor
     head: Matrix
 
 
 def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
-    """Views of a module's parameters as they are now; cast to `dtype` where they are used."""
-    table = model.embed_tokens.weight
+    """A module's own blocks and parameters as they are now; cast to `dtype` where they are used."""
 
-    def embed(ids: Sequence[int]) -> Tensor:
-        return table[torch.tensor(ids, device=table.device)].float()
+    def linear(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+        layers, x = [getattr(part, name) for name in names], x.to(dtype)
+        biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
+        return [F.linear(x, y.weight.to(dtype), b) for y, b in zip(layers, biases, strict=True)]
 
-    def matrix(*parts: nn.Linear) -> Matrix:
-        matrices: list[Matrix] = [DenseMatrix(part.weight.to(dtype)) for part in parts]
-        return matrices[0] if len(matrices) == 1 else SideBySide(matrices)
-
-    def layers() -> Iterable[LayerWeights]:
-        return (_layer(block, matrix, dtype) for block in model.layers)
-
-    return Weights(
-        embed=embed,
-        layers=layers,
-        norm=model.norm.weight,
-        head=DenseMatrix(model.output_weight.to(dtype)),
-    )
+    table, head = model.embed_tokens.weight, DenseMatrix(model.output_weight.to(dtype))
+    return Weights(model.layers, model.norm, linear, partial(_rows, table), head)
 
 
-def _layer(block: nn.Module, matrix: Callable[..., Matrix], dtype: torch.dtype) -> LayerWeights:
-    assert isinstance(block, Block), type(block)
-    attention, mlp = block.self_attn, block.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases: list[Tensor] = [part.bias for part in projections if part.bias is not None]
-    return LayerWeights(
-        input_norm=block.input_layernorm.weight,
-        qkv=matrix(*projections),
-        qkv_bias=torch.cat(biases).to(dtype) if biases else None,
-        q_norm=None if attention.q_norm is None else attention.q_norm.weight,
-        k_norm=None if attention.k_norm is None else attention.k_norm.weight,
-        o=matrix(attention.o_proj),
-        post_norm=block.post_attention_layernorm.weight,
-        gate_up=matrix(mlp.gate_proj, mlp.up_proj),
-        down=matrix(mlp.down_proj),
-    )
+def fused_weights(model: Transformer, dtype: torch.dtype) -> Weights:
+    """Dense matrices of a module that will not change, side by side and in `dtype`."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def matrix(*names: str) -> Matrix:
+        return dense([parameters[name] for name in names], dtype)
+
+    blocks, products = _frozen(model.config, matrix, parameters.__getitem__, dtype)
+    table, head = model.embed_tokens.weight.detach(), dense([model.output_weight.detach()], dtype)
+    return Weights(blocks, model.norm, products, partial(_rows, table), head)
 
 
 def gguf_weights(
@@ -121,6 +92,7 @@ def gguf_weights(
         kind, raws = kinds.pop(), [model.raw(name) for name in names]
         if library is not None and is_affine(kind) and min(map(len, raws)) >= LEAST_ROWS:
             return MappedMatrix(library, raws, kind)
+        model.file.release()  # what is packed is not needed from the map again
         if dtype == torch.bfloat16 and is_affine(kind):
             sample = affine(raws[0][:1], kind)
             columns = sample.codes.shape[1]
@@ -133,58 +105,86 @@ def gguf_weights(
     def vector(name: str) -> Tensor:
         return torch.from_numpy(np.array(model.float32(name)))
 
-    def optional(name: str) -> Tensor | None:
-        return vector(name) if name in model.names else None
-
-    def layer(index: int) -> LayerWeights:
-        model.file.release()  # what is packed is not needed from the map again
-        block = f"layers.{index}"
-        attention = f"{block}.self_attn"
-        projections = [f"{attention}.{part}_proj" for part in "qkv"]
-        biases = [vector(f"{p}.bias") for p in projections if f"{p}.bias" in model.names]
-        return LayerWeights(
-            input_norm=vector(f"{block}.input_layernorm.weight"),
-            qkv=matrix(*(f"{p}.weight" for p in projections)),
-            qkv_bias=torch.cat(biases).to(dtype) if biases else None,
-            q_norm=optional(f"{attention}.q_norm.weight"),
-            k_norm=optional(f"{attention}.k_norm.weight"),
-            o=matrix(f"{attention}.o_proj.weight"),
-            post_norm=vector(f"{block}.post_attention_layernorm.weight"),
-            gate_up=matrix(f"{block}.mlp.gate_proj.weight", f"{block}.mlp.up_proj.weight"),
-            down=matrix(f"{block}.mlp.down_proj.weight"),
-        )
-
-    # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
-    with ThreadPoolExecutor(2) as pool:
-        layers = list(pool.map(layer, range(model.config.num_hidden_layers)))
+    blocks, products = _frozen(model.config, matrix, vector, dtype)
+    norm = RMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
+    norm.weight = nn.Parameter(vector("norm.weight"), requires_grad=False)
     tied = model.config.tie_word_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
     if isinstance(head, PackedMatrix):
         head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
-    return Weights(
-        embed=MappedRows(model, "embed_tokens.weight"),
-        layers=lambda: layers,
-        norm=vector("norm.weight"),
-        head=head,
-    )
+    return Weights(blocks, norm, products, MappedRows(model, "embed_tokens.weight"), head)
 
 
-def fused_weights(model: Transformer, dtype: torch.dtype) -> Weights:
-    """Dense matrices of a module that will not change, side by side and in `dtype`."""
+def _frozen(
+    config: ModelConfig,
+    matrix: Callable[..., Matrix],
+    vector: Callable[[str], Tensor],
+    dtype: torch.dtype,
+) -> tuple[list[Block], Products]:
+    """The blocks of a network that will not change, their vectors by name, and the products that
+    take the place of their linear layers, which stay on the meta device."""
+    with torch.device("meta"):
+        blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
 
-    def matrix(*parts: nn.Linear) -> Matrix:
-        return dense([part.weight.detach() for part in parts], dtype)
+    def products(index: int) -> dict[tuple[str, ...], Product]:
+        made: dict[tuple[str, ...], Product] = {}
+        for path, part in blocks[index].named_modules(prefix=f"layers.{index}"):
+            if isinstance(part, RMSNorm):
+                part.weight = nn.Parameter(vector(f"{path}.weight"), requires_grad=False)
+            if isinstance(part, Attention | MLP):
+                for names in part.PRODUCTS:
+                    layers = {f"{path}.{name}": getattr(part, name) for name in names}
+                    biases = [vector(f"{n}.bias") for n, y in layers.items() if y.bias is not None]
+                    made[names] = Product(
+                        matrix(*(f"{name}.weight" for name in layers)),
+                        [layer.out_features for layer in layers.values()],
+                        torch.cat(biases).to(dtype) if biases else None,
+                    )
+        return made
 
-    layers = [_layer(block, matrix, dtype) for block in model.layers]
-    table = model.embed_tokens.weight.detach()
-    return Weights(
-        embed=lambda ids: table[torch.tensor(ids, device=table.device)].float(),
-        layers=lambda: layers,
-        norm=model.norm.weight.detach(),
-        head=dense([model.output_weight.detach()], dtype),
-    )
+    # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
+    with ThreadPoolExecutor(2) as pool:
+        return blocks, Products(list(pool.map(products, range(len(blocks)))), dtype)
+
+
+def _rows(table: Tensor, ids: Sequence[int]) -> Tensor:
+    return table[torch.tensor(ids, device=table.device)].float()
+
+
+@dataclass
+class Product:
+    """Linear layers with one input as one matrix; `sizes` are the outputs of each."""
+
+    matrix: Matrix
+    sizes: list[int]
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        y = self.matrix(x)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.split_with_sizes(self.sizes, -1) if len(self.sizes) > 1 else (y,)
+
+
+class Products:
+    """`Linear` of frozen blocks: by layer, the product of each group of linear layers."""
+
+    def __init__(
+        self, layers: Sequence[dict[tuple[str, ...], Product]], dtype: torch.dtype
+    ) -> None:
+        self.layers, self.dtype = layers, dtype
+
+    def __call__(
+        self, part: Attention | MLP, names: tuple[str, ...], x: Tensor
+    ) -> Sequence[Tensor]:
+        x = x if x.dtype == self.dtype else x.to(self.dtype)
+        return self.layers[part.layer][names](x)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(product.matrix.nbytes for layer in self.layers for product in layer.values())
 
 
 class SideBySide:
@@ -247,6 +247,8 @@ class DenseMatrix:
         self.weight = weight
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight)
         return F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
 
     @property

@@ -63,7 +63,7 @@ class MappedMatrix:
         if status == 2:
             raise MemoryError("no memory for the inputs of a matrix")
         assert status == 0, status
-        return out.to(x.dtype)
+        return out if x.dtype == out.dtype else out.to(x.dtype)
 
 
 def library() -> ctypes.CDLL | None:
