@@ -1,1 +1,1 @@
-"""Training: one loop (`trainer.py`), what a stage means (`strategy.py`), what surrounds them."""
+"""Training: one loop (`trainer.py`), a strategy per stage (`strategy.py`, `stages/`), callbacks."""

@@ -1,7 +1,6 @@
 """The short calibration at the start of a run: compute type, compilation, threads, step count.
 
-What it finds is a `Plan`, stored in every checkpoint: a resumed run must compute what the first
-half computed.
+Its result is a `Plan`, stored in every checkpoint: a resumed run computes the same numbers.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from khaosz.trainer.strategy import Compute, LossModule, Strategy
 from khaosz.trainer.train_context import Plan
 
 _TOKENS_PER_FORWARD = 16_384  # on an accelerator
-# On a CPU, in multiplications with one square matrix of the model's width: enough to make an
-# operation's fixed cost small. Beyond it a larger forward pass only takes memory (mini, 17M: as
-# fast with one window as with two, and a quarter of the memory less).
+# On a CPU, in multiplications with one square matrix of the model's width: enough to make the fixed
+# cost of an operation small. A larger forward pass only takes more memory (mini, 17M: one window is
+# as fast as two, with a quarter less memory).
 _WORK_PER_FORWARD = 2**28
-_WORTH_COMPILING_S = 120.0  # a run shorter than this is over before compilation has paid
+_WORTH_COMPILING_S = 120.0  # a shorter run ends before compilation pays off
 
 
 def rows_per_step(
@@ -57,7 +56,9 @@ def rows_per_step(
     if config.micro_batch is not None:
         return rows, min(config.micro_batch, mine)
     passes = -(-mine // max(1, limit // config.window))
-    return rows, -(-mine // passes)  # of one size as far as possible: another is compiled anew
+    return rows, -(
+        -mine // passes
+    )  # of equal size as far as possible: every other size is compiled again
 
 
 def compiler_problem(device: torch.device) -> str | None:
@@ -88,9 +89,9 @@ def calibrate(
 ) -> Plan:
     """Time real micro-batches under the candidates, then whole steps with a learning rate of 0.
 
-    Weights are as before when it returns; gradients and optimizer state are gone. On several
-    ranks all follow rank 0's clock. Raises `DeviceError` when the recipe insists on a compiler or
-    compute type this machine lacks.
+    Weights are unchanged when it returns; gradients and optimizer state are discarded. All ranks
+    use the times of rank 0. Raises `DeviceError` when the recipe requires a compiler that this
+    machine lacks.
     """
     batches = [batch.to(parallel.device) for batch in strategy.micro_batches(0)]
     problem = compiler_problem(parallel.device)
@@ -101,20 +102,20 @@ def calibrate(
     dtype = torch.float32 if config.dtype != "bf16" else torch.bfloat16
     eager: dict[torch.dtype, float] = {}
     if config.dtype == "auto":
-        able: list[tuple[torch.dtype, Compute]] = []
+        supported: list[tuple[torch.dtype, Compute]] = []
         for candidate in (torch.float32, torch.bfloat16):
-            with contextlib.suppress(RuntimeError):  # a device without bf16 kernels says so
+            with contextlib.suppress(RuntimeError):  # raised by a device without bf16 kernels
                 compute = _compute(model, config, candidate, False)
                 _least_seconds(model, strategy, [(None, compute)], batches[0], parallel, rounds=1)
-                able.append((candidate, compute))
-        plain = [(None, compute) for _, compute in able]
+                supported.append((candidate, compute))
+        plain = [(None, compute) for _, compute in supported]
         seconds_of = _least_seconds(model, strategy, plain, batches[0], parallel)
-        eager = {name: s for (name, _), s in zip(able, seconds_of, strict=True)}
+        eager = {name: s for (name, _), s in zip(supported, seconds_of, strict=True)}
         dtype = min(eager, key=lambda name: eager[name])
-        shown = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
-        reasons.append(f"dtype {_name(dtype)}: a forward and backward takes {shown}")
+        times = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
+        reasons.append(f"dtype {_name(dtype)}: forward and backward take {times}")
     else:
-        reasons.append(f"dtype {config.dtype}: the recipe says so")
+        reasons.append(f"dtype {config.dtype}: set by the recipe")
 
     compiled = config.compile == "on"
     if config.compile == "auto":
@@ -123,7 +124,7 @@ def calibrate(
         if problem:
             reasons.append(f"not compiled: {problem}")
         elif expected is not None and expected < _WORTH_COMPILING_S:
-            reasons.append("not compiled: the run is too short for it to pay")
+            reasons.append("not compiled: the run is too short for compilation to pay off")
         else:
             console.print("  [dim]compiling (once; cached for the next run)[/dim]")
             compiled, reason = _try_compiled(model, config, strategy, dtype, batches[0], parallel)
@@ -172,7 +173,7 @@ def _try_compiled(
         return False, f"not compiled: the compiler failed ({first})"
     gain = plain / fast
     if gain < 1.03:
-        return False, f"not compiled: it gains {gain - 1:+.0%} here"
+        return False, f"not compiled: the gain is {gain - 1:+.0%}"
     return True, f"compiled: {gain:.2f}x as fast as eager, ready after {took:.0f} s"
 
 
@@ -195,17 +196,17 @@ def _least_seconds(
     parallel: ParallelContext,
     rounds: int = 4,
 ) -> list[float]:
-    """The least that a forward and backward takes with each, compiled blocks and compute, in turn:
-    work beside us slows rounds, and never one candidate alone."""
+    """The least seconds of a forward and backward with each candidate (compiled blocks, compute).
+    Rounds are interleaved, so that other work on the machine does not slow one candidate alone."""
     modules = [LossModule(model.train(), strategy, compute) for _, compute in candidates]
     seconds: list[list[float]] = [[] for _ in candidates]
     for _ in range(rounds):
-        for (blocks, _), module, own in zip(candidates, modules, seconds, strict=True):
+        for (blocks, _), module, times in zip(candidates, modules, seconds, strict=True):
             model.compiled_blocks = blocks
-            with _timed(parallel, own):
+            with _timed(parallel, times):
                 module(batch).backward()
             model.zero_grad(set_to_none=True)
-    return [min(own) for own in seconds]
+    return [min(times) for times in seconds]
 
 
 def _step_seconds(
@@ -268,7 +269,7 @@ def _total_steps(
 
 
 def _expected_seconds(config: TrainConfig, micro: float | None, batches: int) -> float | None:
-    """How long the run will take at most, as far as it can be told before it starts."""
+    """The longest that the run can take, as far as it is known before the start, or None."""
     limits = []
     if config.max_minutes is not None:
         limits.append(config.max_minutes * 60)

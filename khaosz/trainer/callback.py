@@ -1,5 +1,4 @@
-"""Callbacks: what happens around the loop. Each is one small object; the order they are given in
-is the order they run in."""
+"""Callbacks: what happens around the loop. Each is one small object; they run in list order."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ Evaluate = Callable[[TrainContext], dict[str, Score]]
 
 
 class Callback:
-    """Does nothing; a callback overrides what it cares about."""
+    """Does nothing; a callback overrides the methods that it needs."""
 
     def on_start(self, context: TrainContext) -> None: ...
 
@@ -64,7 +63,7 @@ class EarlyStop(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves every `every` steps, on a new best, at the end and when the run is stopped."""
+    """Saves every `every` steps, at a new best, at the end and when the run is stopped."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -127,10 +126,10 @@ class ProgressLine(Callback):
         metrics["elapsed_s"] = round(progress.seconds, 3)
         if self.peak:
             metrics["mfu"] = metrics["tokens_per_s"] * self.flops / self.peak
-        noteworthy = "val_loss" in metrics or is_last(context) or progress.step == 1
-        # A line a second at most, so that a fast run doesn't drown its own output.
+        always = "val_loss" in metrics or is_last(context) or progress.step == 1
+        # At most one line per second, so that a fast run does not flood the terminal.
         due = progress.step % self.every == 0 and time.monotonic() - self._last_print >= 1
-        if not noteworthy and not due:
+        if not always and not due:
             return
         self._last_print = time.monotonic()
         parts = [
@@ -165,14 +164,14 @@ class ProgressLine(Callback):
         if context.stopping and not is_last(context):
             self.console.print(
                 f"[yellow]{context.stopping} at step {context.progress.step:,}[/yellow];"
-                " go on with --resume"
+                " continue with --resume"
             )
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Sustained FLOP/s of this device's matrix products, measured on 1024 x 1024 for 0.2 s.
 
-    Model FLOP utilisation is given against this, since no data sheet knows the machine's threads.
+    Model FLOP utilisation is relative to this: a data sheet does not know the number of threads.
     """
     a = torch.randn(1024, 1024, device=device, dtype=dtype)
     a @ a

@@ -1,11 +1,11 @@
-"""Checkpoints: a model directory that can be served as it is, with the training state beside it.
+"""Checkpoints: a model directory that can be served as it is, and the training state.
 
     OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
-                        and of an embedder how it is to be used (interop/embedder.py)
+                        and the settings of an embedder (interop/embedder.py)
     OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
     OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
                               learning critic.safetensors and each rank's rollout-R.safetensors
-    OUT/last, OUT/best        links to such a directory, swapped atomically
+    OUT/last, OUT/best        links to such a directory, replaced atomically
 
 A checkpoint is written under a temporary name and renamed when it is complete: a kill or a full
 disk leaves the earlier ones as they were.
@@ -37,7 +37,7 @@ from khaosz.trainer.train_context import Plan, Progress, TrainContext
 
 ADAPTER = "adapter"
 
-# Keys that may differ between a run and its resumption: they change no number of the training.
+# Keys that may differ between a run and its resumption: they do not change the training.
 _FREE = {
     "out", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_every",
     "prompts", "early_stop", "loggers", "val", "init_from", "tokenizer", "data", "parallel",
@@ -58,7 +58,7 @@ def save_checkpoint(context: TrainContext) -> Path:
         except (OSError, SafetensorError) as error:
             raise TrainingError(
                 f"could not write checkpoint {final}: {error}",
-                hint="free some space; earlier checkpoints are intact and --resume goes on",
+                hint="free some space; earlier checkpoints are intact; continue with --resume",
             ) from None
     point(out / "last", final)
     return final
@@ -93,40 +93,40 @@ def _write(context: TrainContext, directory: Path) -> None:
         critic = {n: p.detach().cpu() for n, p in context.critic.named_parameters()}
         save_file(critic, str(state / "critic.safetensors"))
     for rank in range(context.parallel.world):
-        waiting = _waiting_rollout(context, rank)
-        if waiting.exists():
-            shutil.move(waiting, state / f"rollout-{rank}.safetensors")
+        pending = _pending_rollout(context, rank)
+        if pending.exists():
+            shutil.move(pending, state / f"rollout-{rank}.safetensors")
     write_json(state / "state.json", context.state())
 
 
 def embedder_settings(config: TrainConfig) -> EmbedderSettings:
-    """How what the stage `embed` has trained is to be used."""
+    """The settings under which an embedder was trained."""
     embed = config.embed
     prefixes = embed.query_prefix, embed.passage_prefix
     return EmbedderSettings(embed.pooling, *prefixes, embed.max_length)
 
 
 def merged(model: Transformer) -> Transformer:
-    """A copy of an adapted model with the adapters folded in."""
+    """A copy of a model with its adapters merged."""
     copied = copy.deepcopy(model)
     merge_lora(copied)
     return copied
 
 
 def write_rollout(context: TrainContext) -> None:
-    """Every rank's part of a checkpoint: its rollout, laid aside for rank 0 to take along."""
+    """Store this rank's rollout, which rank 0 moves into the checkpoint."""
     if context.rollouts is not None:
         tensors = context.rollouts.state_tensors()
-        save_file(tensors, str(_waiting_rollout(context, context.parallel.rank)))
+        save_file(tensors, str(_pending_rollout(context, context.parallel.rank)))
 
 
-def _waiting_rollout(context: TrainContext, rank: int) -> Path:
+def _pending_rollout(context: TrainContext, rank: int) -> Path:
     return context.config.out / f".rollout-{rank}.partial"
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """The json-able part of a checkpoint."""
+    """The part of a checkpoint that is stored as JSON."""
 
     progress: Progress
     plan: Plan
@@ -135,7 +135,7 @@ class SavedState:
 
 
 def load_state(directory: Path) -> SavedState:
-    """What `TrainContext.state` wrote; raises `CheckpointError`."""
+    """Read what `TrainContext.state` returned. Raises `CheckpointError`."""
     path = directory / "state" / "state.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -157,16 +157,17 @@ def load_state(directory: Path) -> SavedState:
 
 
 def restore(context: TrainContext, directory: Path) -> None:
-    """Optimizer tensors and random state of a checkpoint into a context whose model is loaded."""
+    """Load optimizer, random state, critic and rollout of a checkpoint; the model is already
+    loaded. Raises `CheckpointError`."""
     state = directory / "state"
     try:
         context.load_optimizer_tensors(load_file(str(state / "optimizer.safetensors")))
         rng = load_file(str(state / "rng.safetensors"))
         if context.critic is not None:
             context.critic.load_state_dict(load_file(str(state / "critic.safetensors")))
-        own = state / f"rollout-{context.parallel.rank}.safetensors"
+        rollout = state / f"rollout-{context.parallel.rank}.safetensors"
         if context.rollouts is not None:
-            context.rollouts.load_state_tensors(load_file(str(own)))
+            context.rollouts.load_state_tensors(load_file(str(rollout)))
     except (OSError, SafetensorError, KeyError) as error:
         raise CheckpointError(f"{state}: broken or cut short: {error}") from None
     torch.set_rng_state(rng["cpu"])
@@ -176,24 +177,24 @@ def restore(context: TrainContext, directory: Path) -> None:
 
 
 def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
-    """The stored configuration, if `config` describes the same run; else `CheckpointError` naming
-    the first key that differs. Keys left open in `config` take the stored value."""
+    """The stored configuration, if `config` describes the same run. Raises `CheckpointError` with
+    the first key that differs. Keys that `config` leaves open take the stored value."""
     path = directory / "train_config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         stored = TrainConfig.parse(values, source=str(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: missing or broken: {error}") from None
-    asked: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
-    for key, value in asked.items():
-        kept = values.get(key)
-        if isinstance(value, dict) and isinstance(kept, dict):
-            same = all(kept.get(name) == inner for name, inner in value.items())
+    requested: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
+    for key, value in requested.items():
+        before = values.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            same = all(before.get(name) == inner for name, inner in value.items())
         else:
-            same = value is None or value == kept or (key == "size" and value == "auto")
+            same = value is None or value == before or (key == "size" and value == "auto")
         if key not in _FREE and not same:
             raise CheckpointError(
-                f"{directory} was trained with {key}={kept}, the recipe says {value}",
+                f"{directory} was trained with {key}={before}, the recipe has {value}",
                 hint="resume with the recipe it was started with, or choose another out=",
             )
     free = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k in _FREE}
@@ -201,7 +202,7 @@ def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def rotate(out: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; what last and best point at always stays."""
+    """Remove all but the newest `keep` checkpoints and the targets of last and best."""
     steps = sorted(path for path in out.glob("step-*") if path.is_dir())
     kept = {resolve(out / name) for name in ("last", "best")} | set(steps[-keep:])
     kept |= {path.resolve() for path in steps[-keep:]}
@@ -213,9 +214,9 @@ def rotate(out: Path, keep: int) -> None:
 def point(link: Path, target: Path) -> None:
     """Make `link` point at the sibling directory `target`, atomically.
 
-    A symbolic link is replaced by renaming another over it. Windows has no such rename and needs
-    no privilege for a junction: there the old one is renamed away first, and `resolve` finishes
-    the swap if a crash fell between the two renames.
+    A symbolic link is replaced by renaming another over it. Windows has no such rename, but needs
+    no privilege for a junction: there the old one is renamed first, and `resolve` completes the
+    swap after a crash between the two renames.
     """
     new = link.with_name(f".{link.name}.new")
     _remove_link(new)
@@ -240,12 +241,12 @@ def swap_by_two_renames(new: Path, link: Path) -> None:
 
 
 def resolve(link: Path) -> Path | None:
-    """Where OUT/last or OUT/best points, or None; finishes a swap that a crash interrupted."""
+    """The target of OUT/last or OUT/best, or None; completes a swap that a crash interrupted."""
     if not os.path.lexists(link):
         for name in (f".{link.name}.new", f".{link.name}.old"):
-            left = link.with_name(name)
-            if os.path.lexists(left) and left.exists():
-                os.rename(left, link)
+            leftover = link.with_name(name)
+            if os.path.lexists(leftover) and leftover.exists():
+                os.rename(leftover, link)
                 break
         _remove_link(link.with_name(f".{link.name}.old"))
     return link.resolve() if link.exists() else None

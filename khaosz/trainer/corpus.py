@@ -1,4 +1,4 @@
-"""What a run trains on: its tokenizer and its prepared data, made on the fly where they are raw."""
+"""The tokenizer and the prepared data of a run; raw data is prepared on the fly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.parallel import ParallelContext
 
-# Text a merge needs to be chosen from; more only takes longer.
+# Bytes of text per merge; more text only takes longer.
 _BYTES_PER_MERGE = 1_500
 
 
@@ -25,15 +25,15 @@ def tokenizer_for(
     config: TrainConfig, initial: Path | None, parallel: ParallelContext, console: Console
 ) -> Tokenizer:
     """The tokenizer of a run: the recipe's, the initial model's, the prepared data's, or one
-    trained on the data (kept in OUT/tokenizer)."""
+    trained on the data (stored in OUT/tokenizer)."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     if initial is not None:
         return load_tokenizer(initial)
     if is_prepared(config.data):
         return load_tokenizer(PreparedData.open(config.data).tokenizer_dir)
-    own = config.out / "tokenizer"
-    if parallel.is_main and not (own / "tokenizer.json").exists():
+    directory = config.out / "tokenizer"
+    if parallel.is_main and not (directory / "tokenizer.json").exists():
         assert config.size is not None
         vocab_size = config.vocab_size or preset(config.size).model.vocab_size
         with console.status(f"training a tokenizer of {vocab_size:,} tokens on {config.data}"):
@@ -42,10 +42,10 @@ def tokenizer_for(
                 vocab_size,
                 max_bytes=min(48_000_000, _BYTES_PER_MERGE * vocab_size),
             )
-        trained.save(own)
-        console.print(f"  tokenizer of {trained.vocab_size:,} tokens: {own}", highlight=False)
+        trained.save(directory)
+        console.print(f"  tokenizer of {trained.vocab_size:,} tokens: {directory}", highlight=False)
     parallel.barrier()
-    return load_tokenizer(own)
+    return load_tokenizer(directory)
 
 
 def prepared_data(
@@ -53,7 +53,7 @@ def prepared_data(
 ) -> PreparedData:
     """The data of a run as token shards; raw inputs are prepared into OUT/data.
 
-    Raises `DataError` when prepared data was made with another tokenizer or for another stage.
+    Raises `DataError` when the data was prepared with another tokenizer or for another stage.
     """
     data = _opened(
         config, config.data, config.out / "data", config.val_fraction, tokenizer, parallel, console
@@ -73,8 +73,8 @@ def validation_data(
     parallel: ParallelContext,
     console: Console,
 ) -> tuple[PreparedData, str]:
-    """Held-out data and the split to read of it: `val` if the recipe names one, else the part of
-    the training data that preparation set aside."""
+    """Held-out data and its split: `val` if the recipe names one, else the part of the training
+    data that preparation held out."""
     if config.val is None:
         return prepared, "val"
     data = _opened(config, config.val, config.out / "val", 0.0, tokenizer, parallel, console)

@@ -1,5 +1,4 @@
-"""Where metrics and samples go: JSON lines always, TensorBoard and friends on request, a picture at
-the end."""
+"""Logs of metrics and samples: JSON lines always, TensorBoard and others on request."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ Sample = Callable[[TrainContext, str], str]
 
 
 class JsonLines(Callback):
-    """OUT/metrics.jsonl: one object per logged step. A resumed run drops the lines that lie
-    after its checkpoint, so every step stands there once."""
+    """OUT/metrics.jsonl: one object per logged step. A resumed run drops the lines after its
+    checkpoint, so that every step is there once."""
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
@@ -36,7 +35,7 @@ class JsonLines(Callback):
 
 
 class Samples(Callback):
-    """Lets the model write after each prompt every `every` steps, shows it, and keeps it in
+    """Samples a text for each prompt every `every` steps, prints it, and appends it to
     OUT/samples.jsonl: step, prompt, text."""
 
     def __init__(
@@ -54,14 +53,14 @@ class Samples(Callback):
         for prompt in self.prompts:
             text = self.sample(context, prompt)
             append_row(self.path, {"step": metrics["step"], "prompt": prompt, "text": text})
-            shown = plain(text.replace("\n", " "))
-            line = f"  [dim]sample[/dim] {plain(prompt)}[green]{shown}[/green]"
+            one_line = plain(text.replace("\n", " "))
+            line = f"  [dim]sample[/dim] {plain(prompt)}[green]{one_line}[/green]"
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
 class ExternalLogger(Callback):
-    """The same numbers to TensorBoard, trackio, SwanLab or Weights & Biases (all offline-capable;
-    none is imported unless the recipe names it)."""
+    """The same metrics to TensorBoard, trackio, SwanLab or Weights & Biases (all of them can work
+    offline; none is imported unless the recipe names it)."""
 
     def __init__(self, name: str, out: Path, every: int) -> None:
         self.name, self.out, self.every = name, out, every
@@ -99,7 +98,7 @@ class ExternalLogger(Callback):
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with the bias of its start removed."""
+    """Exponential moving average with the bias of its first values removed."""
     average, result = 0.0, []
     for i, value in enumerate(values, start=1):
         average = weight * average + (1 - weight) * value
@@ -108,7 +107,7 @@ def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a line cut by a kill is left out."""
+    """The complete rows of a metrics file; a line cut short by a kill is skipped."""
     if not path.exists():
         return []
     rows = []
@@ -126,6 +125,6 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def drop_later_rows(path: Path, step: int) -> None:
-    """What a run wrote after the checkpoint that it goes on from, it will write again."""
+    """Remove the rows after the checkpoint that a run continues from: it writes them again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     write_atomic(path, [(json.dumps(row) + "\n").encode() for row in rows])

@@ -1,10 +1,10 @@
-"""Cross-entropy without ever holding all logits.
+"""Cross-entropy without all logits in memory.
 
 Shapes: N tokens, D hidden width, V vocabulary, C tokens in a chunk.
 
-A 64k vocabulary at 4,096 tokens is 1 GiB of fp32 logits, and autograd keeps two more of them. Here
-a chunk's logits live only while its loss and its gradients are formed, the gradients in the forward
-pass (Liger kernel, Hsu et al. 2024, arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009).
+A 64k vocabulary at 4,096 tokens is 1 GiB of fp32 logits, and autograd keeps two more copies. Here
+a chunk's logits live only while its loss and its gradients are computed, both in the forward pass
+(Liger kernel, Hsu et al. 2024, arXiv:2410.10989; Wijmans et al. 2024, arXiv:2411.09009).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from khaosz.data.batches.batch import IGNORE
 
-# Logits of a chunk at most, whatever the vocabulary: 32 MB in fp32, of which a few copies live.
+# Logits of a chunk at most, for any vocabulary: 32 MB in fp32, of which a few copies live.
 CHUNK_LOGITS = 1 << 23
 
 ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -27,7 +27,7 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     """Loss sum (fp32 scalar) and its gradient by the logits (C, V) of one chunk.
 
     -log softmax(h W^T)[y], whose gradient is softmax(h W^T) - onehot(y).
-    A row labelled `IGNORE` (padding, so that a compiled chunk has one shape) counts as nothing.
+    A row labelled `IGNORE` (padding, so that a compiled chunk has one shape) has no effect.
     """
     logits = (hidden @ weight.t()).float()  # (C, V)
     scored = labels != IGNORE
@@ -88,17 +88,17 @@ def cross_entropy_sum(
     """Sum over scored positions of -log P(label): fp32 scalar.
 
     At most `chunk` tokens' logits exist together, fewer with a large vocabulary. hidden (..., D),
-    weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those
-    positions are left out before the matrix product: masked by selection, not by multiplication,
-    so neither a NaN there nor their cost comes in. With no scored position the sum is 0 and so are
-    the gradients. A compiled `inner` sees whole chunks only: the last one is filled up with ignored
-    rows, because every new shape would be compiled anew.
+    weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those positions are left out
+    before the matrix product: selected, not multiplied, so that neither a NaN there nor their cost
+    has an effect. Without scored positions the sum and its gradients are 0. A compiled `inner` gets
+    whole chunks only: the last one is padded with ignored rows, because every new shape would be
+    compiled again.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     scored = targets != IGNORE
     if not bool(scored.all()):
-        kept = scored.nonzero().squeeze(1)
-        flat, targets = flat.index_select(0, kept), targets.index_select(0, kept)
+        rows = scored.nonzero().squeeze(1)
+        flat, targets = flat.index_select(0, rows), targets.index_select(0, rows)
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     missing = -len(targets) % chunk if inner is not chunk_loss else 0
     if missing:

@@ -96,7 +96,7 @@ def build_optimizers(
 ) -> list[Optimizer]:
     """The optimizers of a resolved `config` (lr, embedding_lr, weight_decay given).
 
-    Each group keeps its `base_lr`, which the schedule multiplies. Weight decay applies to the
+    Each group has its `base_lr`, which the schedule multiplies. Weight decay applies to the
     matrices of the blocks only, not to embeddings, norms or biases.
     """
     assert config.lr is not None and config.embedding_lr is not None
@@ -109,13 +109,13 @@ def build_optimizers(
         {"params": others, "lr": config.embedding_lr, "weight_decay": 0.0}
     ]
     optimizers: list[Optimizer] = []
-    # Adapters are factors of a matrix, not matrices of the network: Muon has no business there.
+    # Adapters are factors of a matrix, not matrices of the network: they are trained with AdamW.
     if config.optimizer == "muon" and config.lora is None:
         optimizers.append(Muon(matrices, config.lr, 0.95, config.weight_decay, dtype))
     else:
         groups.append({"params": matrices, "lr": config.lr, "weight_decay": config.weight_decay})
     on_device = next(model.parameters()).device.type
-    # The fused kernel updates in one pass; not every backend has it.
+    # The fused kernel updates in one pass, on these backends.
     fused = on_device in ("cpu", "cuda", "mps", "xpu")
     optimizers.append(AdamW(groups, betas=config.betas, eps=1e-10, fused=fused))
     for optimizer in optimizers:

@@ -16,8 +16,8 @@ def warmup_steps(config: ScheduleConfig, total: int) -> int:
 def lr_factor(config: ScheduleConfig, step: int, total: int) -> float:
     """The factor on the base learning rate for optimizer step `step` (0-based) of `total`.
 
-    Warm-up is linear and its first step is not zero; the formulas are those named at
-    `ScheduleConfig`. The last step of a decaying schedule is the last one above `min_ratio`.
+    Warm-up is linear and its first step is not zero; the formulas are listed at `ScheduleConfig`.
+    The last step of a decaying schedule is the last one above `min_ratio`.
     """
     warmup = warmup_steps(config, total)
     if step < warmup:
@@ -42,7 +42,7 @@ def _half_cosine(progress: float) -> float:
 
 
 def _cycle_position(config: ScheduleConfig, progress: float) -> float:
-    """How far (0 to 1) the current warm restart is, when cycle i is `cycle_growth`^i long."""
+    """The position (0 to 1) in the current warm restart, where cycle i is `cycle_growth`^i long."""
     lengths = [config.cycle_growth**i for i in range(config.cycles)]
     left = progress * sum(lengths)
     for length in lengths:

@@ -1,4 +1,4 @@
-"""`TrainContext`: all that a run is, in one place, and all of it that a checkpoint keeps."""
+"""`TrainContext`: the state of a run, and the part of it that a checkpoint stores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from khaosz.parallel import ParallelContext
 
 @dataclass
 class Progress:
-    """Where a run is. Data position follows from `step`, because the sampler keeps no state."""
+    """The position of a run. The data position follows from `step`: the sampler has no state."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0  # tokens trained on (labels), all ranks
@@ -38,7 +38,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Plan:
-    """What calibration fixed. Stored, and reused by `--resume`, so that both halves of a run
+    """The result of calibration. It is stored and reused by `--resume`, so that both parts of a run
     compute the same numbers."""
 
     total_steps: int
@@ -56,20 +56,19 @@ class Plan:
 
 
 class Rollouts(Protocol):
-    """What a reinforcement-learning run has under way beside its weights, as tensors."""
+    """The state of a reinforcement-learning run beside its weights, as tensors."""
 
     def state_tensors(self) -> dict[str, torch.Tensor]: ...
 
-    def load_state_tensors(self, held: dict[str, torch.Tensor]) -> None: ...
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass
 class TrainContext:
     """The models, their optimizers, the plan and the position of one run.
 
-    `model` is what is trained and saved: the policy. A preference or reinforcement-learning run
-    has a frozen `reference`, a frozen `reward` model and a trained critic `value` beside it, each
-    where it is needed.
+    `model` is trained and saved: in alignment the policy. A reinforcement-learning run also has a
+    frozen `reference`, a frozen `reward` model and a trained `critic`, each where it is needed.
     """
 
     config: TrainConfig
@@ -78,7 +77,7 @@ class TrainContext:
     parallel: ParallelContext
     plan: Plan
     optimizers: list[Optimizer]
-    windows: int = 0  # windows of the training data: a resumed run must find as many
+    windows: int = 0  # examples of the training data, which a resumed run checks
     progress: Progress = field(default_factory=Progress)
     stopping: str | None = None  # why the run ends early
     reference: Transformer | None = None
@@ -87,7 +86,7 @@ class TrainContext:
     rollouts: Rollouts | None = None
 
     def state(self) -> dict[str, Any]:
-        """The json-able part of a checkpoint."""
+        """The part of a checkpoint that is stored as JSON."""
         return {
             "format": 1,
             "progress": asdict(self.progress),
@@ -97,7 +96,7 @@ class TrainContext:
         }
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Every parameter that a step may move: the model's, and a critic's as "value.<name>"."""
+        """Every parameter that a step may change: the model's, and a critic's as "value.<name>"."""
         named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         if self.critic is not None:
             named |= {f"value.{n}": p for n, p in self.critic.named_parameters()}
@@ -114,7 +113,7 @@ class TrainContext:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The reverse of `named_optimizer_tensors`, on the parameters' own devices."""
+        """The inverse of `named_optimizer_tensors`, on the parameters' devices."""
         parameters = self.trained()
         owner = {
             id(p): optimizer

@@ -26,7 +26,7 @@ _MOST_SKIPPED = 10  # non-finite gradients in a row before the run gives up
 
 
 class Trainer:
-    """Runs a strategy on a context, telling callbacks what happens."""
+    """Runs a strategy on a context and calls the callbacks."""
 
     def __init__(
         self,
@@ -43,8 +43,8 @@ class Trainer:
     def run(self) -> TrainContext:
         """Train to the planned number of steps, or until something asks to stop.
 
-        A signal or an early stop ends the run after the step in hand was either finished or
-        dropped whole, so a checkpoint always lies between two steps. Raises `TrainingError`.
+        A signal or an early stop ends the run when the current step is either finished or dropped
+        as a whole, so a checkpoint is always between two steps. Raises `TrainingError`.
         """
         context, progress = self.context, self.context.progress
         context.model.train()
@@ -64,7 +64,7 @@ class Trainer:
         return context
 
     def step(self, step: int) -> dict[str, Any] | None:
-        """One optimizer step; None if any rank was asked to stop (nothing is then changed)."""
+        """One optimizer step; None, with nothing changed, if a stop is requested on any rank."""
         context, parallel = self.context, self.context.parallel
         started = time.perf_counter()
         batches = self.strategy.micro_batches(step)
@@ -81,7 +81,7 @@ class Trainer:
             return None
         norm = torch.nn.utils.clip_grad_norm_(self._trained, context.config.grad_clip)
         factor = lr_factor(context.config.schedule, step, context.plan.total_steps)
-        # One transfer a step: the norm, which all ranks share, and this rank's sums.
+        # One transfer per step: the norm, which is the same on all ranks, and this rank's sums.
         names = list(self.strategy.metric_sums)
         sums = [norm.to(loss.device), loss, *self.strategy.metric_sums.values()]
         grad_norm, *mine_summed = torch.stack(sums).tolist()
@@ -90,7 +90,7 @@ class Trainer:
         progress = context.progress
         progress.step += 1
         progress.tokens += int(tokens)
-        loss_sum, *noted = across(mine_summed, parallel)
+        loss_sum, *totals = across(mine_summed, parallel)
         seconds = time.perf_counter() - started
         return {
             "step": progress.step,
@@ -99,7 +99,7 @@ class Trainer:
             "lr": (context.config.lr or 0.0) * factor,
             "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds,
-            **{name: value / count for name, value in zip(names, noted, strict=True)},
+            **{name: value / count for name, value in zip(names, totals, strict=True)},
             **self.strategy.step_metrics,
         }
 
@@ -114,12 +114,12 @@ class Trainer:
                 (loss / share).backward()
             total += loss.detach()
             if not last and self.context.stopping and self.context.parallel.world == 1:
-                self._forget_gradients()
+                self._clear_gradients()
                 return None
         return total
 
     def _update(self, factor: float, *, finite: bool, step: int) -> None:
-        """Step the optimizers, unless the gradient is not finite: then nothing is touched."""
+        """Step the optimizers, unless the gradient is not finite: then nothing changes."""
         context = self.context
         if finite:
             self._skipped_in_a_row = 0
@@ -135,27 +135,27 @@ class Trainer:
                     f"step {step}: the gradient was not finite {_MOST_SKIPPED} times in a row",
                     hint="lower lr, or try dtype=fp32; the last checkpoint is intact",
                 )
-        self._forget_gradients()
+        self._clear_gradients()
 
-    def _forget_gradients(self) -> None:
+    def _clear_gradients(self) -> None:
         for parameter in self._trained:
             parameter.grad = None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask for a clean stop; a second SIGINT interrupts at once."""
+        """SIGINT and SIGTERM request a clean stop; a second SIGINT interrupts at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before: dict[int, Any] = {}
 
-        def ask(number: int, frame: FrameType | None) -> None:
+        def request_stop(number: int, frame: FrameType | None) -> None:
             self.context.stopping = f"stopped by {signal.Signals(number).name}"
             signal.signal(number, before[number])
 
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.getsignal(number)
-            signal.signal(number, ask)
+            signal.signal(number, request_stop)
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""What callbacks look at while a run goes on: held-out text scored, prompts continued."""
+"""Scores of held-out text and samples of prompts, for the callbacks of a run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SAMPLE = SamplingParams(max_tokens=60, temperature=0.7, top_p=0.9, seed=0)
 
 
 def evaluate_on(prepared: PreparedData, split: str, config: TrainConfig) -> Evaluate | None:
-    """A function scoring the first `eval_tokens` of a split by language, spread over the ranks;
-    None when the split holds nothing."""
+    """A function that scores the first `eval_tokens` of a split by language, spread over the ranks;
+    None if the split is empty."""
     languages = sorted({group.lang for group in prepared.groups if group.split == split})
     if not languages:
         return None
@@ -49,7 +49,7 @@ def evaluate_on(prepared: PreparedData, split: str, config: TrainConfig) -> Eval
 
 
 def first_documents(groups: list[Group], tokens: int) -> Iterator[Document]:
-    """Documents of the groups in turn, one of each, until they sum up to about `tokens`."""
+    """Documents of the groups in turn, one of each, until they have about `tokens` tokens."""
     sources = [_documents(group) for group in groups]
     taken = 0
     while sources:
@@ -60,7 +60,7 @@ def first_documents(groups: list[Group], tokens: int) -> Iterator[Document]:
                 continue
             if taken >= tokens:
                 return
-            # One endless document must not stand for its whole language.
+            # One very long document must not represent its whole language.
             ids = document.ids[: max(2, tokens - taken)]
             mask = document.loss_mask
             taken += len(ids)
@@ -76,7 +76,7 @@ def _documents(group: Group) -> Iterator[Document]:
 
 
 def sample_text(context: TrainContext, prompt: str) -> str:
-    """What the model says after a prompt: a continuation in pretraining, an answer afterwards."""
+    """The model's text after a prompt: a continuation in pretraining, an answer in other stages."""
     model = context.model
     generator = Generator(model, context.tokenizer)
     if context.config.stage == "pt":

@@ -294,8 +294,8 @@ class Held:
     def state_tensors(self) -> dict[str, Tensor]:
         return {"value": torch.tensor(self.value)}
 
-    def load_state_tensors(self, held: dict[str, Tensor]) -> None:
-        self.value = float(held["value"])
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.value = float(tensors["value"])
 
 
 def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext) -> None:

@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens, without ever holding all logits.
+"""Log-probabilities of given tokens, without all logits in memory.
 
 Shapes: N tokens, D hidden width, V vocabulary.
 
-The loss of a pair or of a rollout is a function of log-probabilities that are known only when all
-of them are, so the trick of `trainer.loss` (gradients in the forward pass) is not to be had: the
-backward pass forms each chunk's logits a second time.
+The loss of a pair or of a rollout depends on all of its log-probabilities, so gradients can't be
+computed in the forward pass as in `trainer.loss`: the backward pass computes each chunk's logits
+again.
 """
 
 from __future__ import annotations
@@ -59,15 +59,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(labels), ctx.chunk):
             part = slice(start, start + ctx.chunk)
             logits = (hidden[part] @ table.t()).to(totals.dtype) / ctx.temperature
-            own = logits - totals[part, None]  # log-probabilities (C, V)
-            shares = own.exp()
+            logprobs = logits - totals[part, None]  # (C, V)
+            shares = logprobs.exp()
             gradient = torch.zeros_like(shares)
             if by_logprob is not None:
                 gradient -= shares * by_logprob[part, None]
-                rows = torch.arange(len(own), device=own.device)
+                rows = torch.arange(len(shares), device=shares.device)
                 gradient[rows, labels[part]] += by_logprob[part]
             if by_entropy is not None:
-                gradient -= shares * (own + entropies[part, None]) * by_entropy[part, None]
+                gradient -= shares * (logprobs + entropies[part, None]) * by_entropy[part, None]
             gradient = (gradient / ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = gradient @ table
             grad_weight += (gradient.t() @ hidden[part]).to(weight.dtype)
@@ -86,8 +86,8 @@ def token_logprobs(
     """log P(label) and entropy of each position: two (N,) tensors, fp32 or wider.
 
     hidden (N, D), weight (V, D), labels (N,), none of them ignored. `temperature` divides the
-    logits, for policies that are sampled at another one than 1. Without `entropy`, which costs a
-    softmax, the second is zeros.
+    logits, for policies that are sampled at a temperature other than 1. Without `entropy`, which
+    costs a softmax, the second is zeros.
     """
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):

@@ -42,14 +42,14 @@ class RLHFStrategy(StrategyMetrics):
     """Policy optimisation on answers of the policy itself.
 
     `ppo` (Schulman et al. 2017, arXiv:1707.06347, as used by Ouyang et al. 2022, arXiv:2203.02155):
-    the reward stands at an answer's last token, a KL penalty against the reference at every token;
-    a critic of its own, generalised advantages, clipped ratios.
-    `grpo` (Shao et al. 2024, arXiv:2402.03300): no critic; an answer is judged against the others
-    to the same prompt, KL is a term of the loss.
+    the reward is given at an answer's last token, a KL penalty against the reference at every
+    token; a separate critic, generalised advantages, clipped ratios.
+    `grpo` (Shao et al. 2024, arXiv:2402.03300): no critic; an answer is compared with the others to
+    the same prompt, KL is a term of the loss.
 
-    Losses are summed over answer tokens and divided by their global number, so a long answer counts
-    for as much as it is long. The token that ends the turn is an action like any other; an answer
-    cut by the length limit is judged as it stands, less `missing_end_penalty`.
+    Losses are summed over answer tokens and divided by their global number, so the weight of an
+    answer is its length. The token that ends the turn is an action like any other; an answer cut by
+    the length limit has its reward, less `missing_end_penalty`.
     """
 
     stage: str
@@ -64,7 +64,7 @@ class RLHFStrategy(StrategyMetrics):
     parallel: ParallelContext
     compute: Compute
     reference: Transformer | None = None  # None: the policy with its adapters off
-    critic: RewardModel | None = None  # of ppo
+    critic: RewardModel | None = None  # ppo
     rollout: Rollout | None = field(default=None, init=False)
     samples: list[tuple[Answer, float]] = field(default_factory=list, init=False)
 
@@ -86,19 +86,19 @@ class RLHFStrategy(StrategyMetrics):
         return list(self._batches(self.rollout, self._members(self.rollout, epoch, minibatch)))
 
     def _members(self, rollout: Rollout, epoch: int, minibatch: int) -> list[int]:
-        """The answers of one update: a fresh partition of the rollout in every epoch. The first
-        epoch takes them as they come, in the layout their old log-probabilities were taken in."""
+        """The answers of one update: a new partition of the rollout in every epoch. The first epoch
+        keeps their order, the layout in which their old log-probabilities are computed."""
         total = len(rollout.sequences)
         key = self.seed + 7919 * (rollout.number + 1)
         order = [permute(i, total, key, epoch) if epoch else i for i in range(total)]
         first, end = (n * total // self.config.minibatches for n in (minibatch, minibatch + 1))
-        # A rank left with few answers still takes part in every update.
+        # A rank with few answers still takes part in every update.
         return order[first:end] or order[:1]
 
     def _batches(self, rollout: Rollout, members: Sequence[int]) -> Iterator[SequenceBatch]:
         lengths = [len(rollout.sequences[i].ids) for i in members]
-        alone = [[i] for i in range(len(members))]
-        for local in group_into_batches(alone, lengths, self.window, self.micro_rows):
+        singles = [[i] for i in range(len(members))]
+        for local in group_into_batches(singles, lengths, self.window, self.micro_rows):
             picked = [members[i] for i in local]
             batch = pack_sequences(
                 [rollout.sequences[i] for i in picked], self.window, self.tokenizer.pad_id
@@ -126,13 +126,13 @@ class RLHFStrategy(StrategyMetrics):
             temperature=config.temperature,
             entropy=config.entropy > 0,
         )
-        policy, held = clipped_policy_loss(
+        policy, clipped = clipped_policy_loss(
             logprobs, fields["old"], fields["advantages"], config.clip
         )
         loss = policy.sum()
         self.add_metrics(
             policy_loss=policy.sum(),
-            clip_fraction=held.sum(),
+            clip_fraction=clipped.sum(),
             step_kl=kl_k3(fields["old"], logprobs.detach()).sum(),
         )
         if config.entropy:
@@ -155,7 +155,8 @@ class RLHFStrategy(StrategyMetrics):
     # -- the rollout -------------------------------------------------------------------------
 
     def _collect(self, number: int) -> Rollout:
-        """Sample, judge, and take every number that the updates need. Raises `TrainingError`."""
+        """Sample answers, and compute their rewards and every number of the updates. Raises
+        `TrainingError`."""
         draws = draws_for(number, self.config.prompts, self.parallel.rank, self.parallel.world)
         total, group = len(self.prompts), self.config.group
         picked = []
@@ -165,55 +166,55 @@ class RLHFStrategy(StrategyMetrics):
             picked.append(self.prompts[permute(within, total, self.seed, epoch)])
             seeds += [(self.seed << 40) + draw * group + i for i in range(group)]
         answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
-        judged = torch.tensor(self.reward_source(answers), dtype=torch.float32)
+        rewards = torch.tensor(self.reward_source(answers), dtype=torch.float32)
         penalty = self.config.missing_end_penalty
         finished = torch.tensor([answer.finished for answer in answers])
-        judged = judged - penalty * (~finished).float()
-        good = ~judged.isnan()
-        self._record_metrics(answers, judged, finished, good)
-        # Whatever has no reward is left out whole: there is nothing to learn from it.
-        kept = good.nonzero()[:, 0].tolist()
-        sequences = [answers[i].sequence for i in kept]
-        rollout = Rollout(number, sequences, judged[good], finished[good])
+        rewards = rewards - penalty * (~finished).float()
+        valid = ~rewards.isnan()
+        self._record_metrics(answers, rewards, finished, valid)
+        # Answers without a reward are left out.
+        indices = valid.nonzero()[:, 0].tolist()
+        sequences = [answers[i].sequence for i in indices]
+        rollout = Rollout(number, sequences, rewards[valid], finished[valid])
         self._forward(rollout)
         if self.critic is None:
-            self._against_the_group(rollout, judged, good, group)
+            self._group_advantages(rollout, rewards, valid, group)
         else:
-            self._estimate(rollout)
-        self.samples = [(answers[i], float(judged[i])) for i in kept[:2]]
+            self._estimate_advantages(rollout)
+        self.samples = [(answers[i], float(rewards[i])) for i in indices[:2]]
         return rollout
 
     def _record_metrics(
-        self, answers: list[Answer], judged: Tensor, finished: Tensor, good: Tensor
+        self, answers: list[Answer], rewards: Tensor, finished: Tensor, valid: Tensor
     ) -> None:
         lengths = sum(len(answer.ids) for answer in answers)
-        total, kept, reward, ended, tokens = across(
+        total, rewarded, reward, ended, tokens = across(
             [
                 float(len(answers)),
-                float(good.sum()),
-                float(judged[good].double().sum()),
+                float(valid.sum()),
+                float(rewards[valid].double().sum()),
                 float(finished.sum()),
                 float(lengths),
             ],
             self.parallel,
         )
-        mine = int(good.sum())
+        mine = int(valid.sum())
         if across([float(mine == 0)], self.parallel)[0]:
             raise TrainingError(
-                "the judge gave no finite reward for a whole rollout",
-                hint="see that the reward function returns numbers",
+                "no finite reward for a whole rollout",
+                hint="check that the reward function returns numbers",
             )
         self.step_metrics = {
-            "reward": reward / kept,
+            "reward": reward / rewarded,
             "answer_tokens": tokens / total,
             "finished": ended / total,
-            "without_reward": total - kept,
+            "without_reward": total - rewarded,
         }
 
     @torch.no_grad()
     def _forward(self, rollout: Rollout) -> None:
-        """Old and reference log-probabilities and values, batch by batch as the first epoch will
-        train on them: its first ratio is exactly one."""
+        """Old and reference log-probabilities and values, in the batches of the first epoch: its
+        first ratio is exactly one."""
         count = len(rollout.sequences)
         empty = torch.zeros(0)
         rollout.old = [empty] * count
@@ -230,22 +231,22 @@ class RLHFStrategy(StrategyMetrics):
                     continue
                 done.update(members)
                 moved = batch.to(device)
-                found = {"old": self._logprobs(self.policy, moved)}
+                computed = {"old": self._logprobs(self.policy, moved)}
                 if self.reference is not None:
-                    found["reference"] = self._logprobs(self.reference, moved)
+                    computed["reference"] = self._logprobs(self.reference, moved)
                 else:
                     with without_lora(self.policy):
-                        found["reference"] = self._logprobs(self.policy, moved)
+                        computed["reference"] = self._logprobs(self.policy, moved)
                 if self.critic is not None:
-                    found["values"] = token_values(self.critic, moved, self.compute)
-                for name, values in found.items():
-                    for i, own in zip(members, batch.split(values.cpu().float()), strict=True):
-                        getattr(rollout, name)[i] = own
+                    computed["values"] = token_values(self.critic, moved, self.compute)
+                for name, values in computed.items():
+                    for i, answer in zip(members, batch.split(values.cpu().float()), strict=True):
+                        getattr(rollout, name)[i] = answer
 
     def _logprobs(self, model: Transformer, batch: SequenceBatch) -> Tensor:
         return batch_logprobs(model, batch, self.compute, temperature=self.config.temperature)[0]
 
-    def _note_kl(self, rollout: Rollout) -> float:
+    def _record_kl(self, rollout: Rollout) -> float:
         """Mean KL per answer over all ranks, by its unbiased estimate k1."""
         mine = sum(
             float(kl_k1(old, ref).double().sum())
@@ -256,25 +257,25 @@ class RLHFStrategy(StrategyMetrics):
         self.kl.update(kl / answers, int(answers))
         return kl / answers
 
-    def _against_the_group(
-        self, rollout: Rollout, judged: Tensor, good: Tensor, group: int
+    def _group_advantages(
+        self, rollout: Rollout, rewards: Tensor, valid: Tensor, group: int
     ) -> None:
-        """GRPO's advantages. A group's statistics are those of its judged answers."""
-        advantages = torch.zeros_like(judged)
-        for first in range(0, len(judged), group):
-            own = slice(first, first + group)
-            known = judged[own][good[own]]
-            if len(known) > 1:
-                advantages[own][good[own]] = group_advantages(
-                    known, len(known), self.config.scale_by_std
+        """GRPO's advantages. The statistics of a group are those of its answers with a reward."""
+        advantages = torch.zeros_like(rewards)
+        for first in range(0, len(rewards), group):
+            part = slice(first, first + group)
+            scores = rewards[part][valid[part]]
+            if len(scores) > 1:
+                advantages[part][valid[part]] = group_advantages(
+                    scores, len(scores), self.config.scale_by_std
                 )
         rollout.advantages = [
             torch.full_like(old, float(advantage))
-            for old, advantage in zip(rollout.old, advantages[good].tolist(), strict=True)
+            for old, advantage in zip(rollout.old, advantages[valid].tolist(), strict=True)
         ]
-        self._note_kl(rollout)
+        self._record_kl(rollout)
 
-    def _estimate(self, rollout: Rollout) -> None:
+    def _estimate_advantages(self, rollout: Rollout) -> None:
         """PPO's advantages and returns, whitened over all ranks' tokens."""
         config, weight = self.config, self.kl.weight
         for score, old, reference, values in zip(
@@ -285,17 +286,16 @@ class RLHFStrategy(StrategyMetrics):
             rollout.advantages.append(advantages)
             rollout.returns.append(returns)
         returns, values = torch.cat(rollout.returns), torch.cat(rollout.values)
-        everything = torch.cat(rollout.advantages)
-        explained = self._explained(returns, values)
+        explained = self._explained_variance(returns, values)
         if math.isfinite(explained):
             self.step_metrics["explained_variance"] = explained
         if config.whiten:
-            mean, variance = self._moments(everything)
+            mean, variance = self._moments(torch.cat(rollout.advantages))
             rollout.advantages = [
-                whitened(own, torch.tensor(mean), torch.tensor(variance))
-                for own in rollout.advantages
+                whitened(one, torch.tensor(mean), torch.tensor(variance))
+                for one in rollout.advantages
             ]
-        self._note_kl(rollout)
+        self._record_kl(rollout)
 
     def _moments(self, values: Tensor) -> tuple[float, float]:
         wide = values.double()
@@ -305,37 +305,41 @@ class RLHFStrategy(StrategyMetrics):
         mean = total / count
         return mean, max(0.0, square / count - mean * mean)
 
-    def _explained(self, returns: Tensor, values: Tensor) -> float:
+    def _explained_variance(self, returns: Tensor, values: Tensor) -> float:
         """1 - Var(return - value) / Var(return): 1 for a perfect critic, 0 for a constant."""
         spread = self._moments(returns)[1]
-        left = self._moments(returns - values)[1]
-        return 1 - left / spread if spread > 1e-12 else math.nan
+        residual = self._moments(returns - values)[1]
+        return 1 - residual / spread if spread > 1e-12 else math.nan
 
-    # -- what a checkpoint keeps -------------------------------------------------------------
+    # -- the state in a checkpoint -----------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The rollout under way and the KL weight: what resuming needs beside the weights."""
-        held = {"kl_weight": torch.tensor(self.kl.weight, dtype=torch.float64)}
+        """The current rollout and the KL weight, for resuming."""
+        tensors = {"kl_weight": torch.tensor(self.kl.weight, dtype=torch.float64)}
         if self.rollout is not None:
-            held |= {f"rollout.{name}": t for name, t in self.rollout.tensors().items()}
-            held |= {
+            tensors |= {f"rollout.{name}": t for name, t in self.rollout.tensors().items()}
+            tensors |= {
                 f"facts.{name}": torch.tensor(value, dtype=torch.float64)
                 for name, value in self.step_metrics.items()
             }
-        return held
+        return tensors
 
-    def load_state_tensors(self, held: dict[str, Tensor]) -> None:
-        self.kl.weight = float(held["kl_weight"])
-        parts = {n.removeprefix("rollout."): t for n, t in held.items() if n.startswith("rollout.")}
-        if parts:
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+
+        self.kl.weight = float(tensors["kl_weight"])
+        if parts := under("rollout."):
             self.rollout = Rollout.from_tensors(parts)
-        self.step_metrics = {
-            n.removeprefix("facts."): float(t) for n, t in held.items() if n.startswith("facts.")
-        }
+        self.step_metrics = {name: float(tensor) for name, tensor in under("facts.").items()}
 
 
 def token_values(critic: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
-    """The critic's values (N,) of the states before each scored token: what the answer so far, and
-    the prompt, are worth."""
+    """The critic's values (N,) of the states before each scored token: of the prompt and the answer
+    so far."""
     hidden = hidden_states(critic, batch, compute)
     return critic.rewards(hidden[batch.labels != IGNORE])

@@ -1,4 +1,4 @@
-"""A rollout: answers sampled from the policy, judged, with all that the updates need to know.
+"""A rollout: answers sampled from the policy, their rewards, and what the updates need of them.
 
 Shapes: S answers, of L tokens each.
 """
@@ -27,16 +27,16 @@ _PER_TOKEN = ("old", "reference", "values", "advantages", "returns")
 class Rollout:
     """Answers of this rank, and their numbers, each a list of one (L,) fp32 tensor per answer.
 
-    old, reference  log-probabilities when sampled, by the training forward, and by the reference
-    values          the critic's, before the update (PPO)
-    advantages      what each token was worth beyond expectation
-    returns         what the critic is to learn (PPO)
+    old, reference  log-probabilities before the first update, of the policy and of the reference
+    values          the critic's, before the first update (PPO)
+    advantages      the value of each token beyond expectation
+    returns         the critic's targets (PPO)
     """
 
     number: int
     sequences: list[TokenSequence]
-    scores: Tensor  # (S,) what the judge said
-    finished: Tensor  # (S,) bool: ended by itself
+    scores: Tensor  # (S,) rewards
+    finished: Tensor  # (S,) bool: ended by itself, not by the length limit
     old: list[Tensor] = field(default_factory=list)
     reference: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -44,8 +44,8 @@ class Rollout:
     returns: list[Tensor] = field(default_factory=list)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, to be stored: ragged lists end to end with their lengths."""
-        held = {
+        """All fields, to be stored: ragged lists end to end with their lengths."""
+        tensors = {
             "number": torch.tensor(self.number),
             "lengths": torch.tensor([len(s.ids) for s in self.sequences]),
             "scored_from": torch.tensor([s.scored_from for s in self.sequences]),
@@ -55,22 +55,22 @@ class Rollout:
         }
         for name in _PER_TOKEN:
             if parts := getattr(self, name):
-                held[name] = torch.cat(parts)
-        return held
+                tensors[name] = torch.cat(parts)
+        return tensors
 
     @classmethod
-    def from_tensors(cls, held: dict[str, Tensor]) -> Rollout:
-        """The reverse of `tensors`."""
-        ids = torch.split(held["ids"], held["lengths"].tolist())
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Rollout:
+        """The inverse of `tensors`."""
+        ids = torch.split(tensors["ids"], tensors["lengths"].tolist())
         sequences = [
-            TokenSequence(own.tolist(), first)
-            for own, first in zip(ids, held["scored_from"].tolist(), strict=True)
+            TokenSequence(sequence.tolist(), first)
+            for sequence, first in zip(ids, tensors["scored_from"].tolist(), strict=True)
         ]
-        rollout = cls(int(held["number"]), sequences, held["scores"], held["finished"])
+        rollout = cls(int(tensors["number"]), sequences, tensors["scores"], tensors["finished"])
         scored = [s.scored for s in sequences]
         for name in _PER_TOKEN:
-            if name in held:
-                setattr(rollout, name, list(torch.split(held[name], scored)))
+            if name in tensors:
+                setattr(rollout, name, list(torch.split(tensors[name], scored)))
         return rollout
 
 
@@ -81,13 +81,13 @@ def sample_answers(
     config: RolloutConfig,
     seeds: Sequence[int],
 ) -> list[Answer]:
-    """`group` answers to each prompt, those of one prompt side by side; each seed is of one answer.
+    """`group` answers to each prompt, those of one prompt side by side, with one seed per answer.
 
-    Nothing but the temperature shapes the distribution: a filter (top_p, a penalty) would sample
-    from another policy than the one whose log-probabilities are taken.
+    Only the temperature shapes the distribution: a filter (top_p, a penalty) would sample from
+    another policy than the one whose log-probabilities are computed.
     """
     repeated = [prompt for prompt in prompts for _ in range(config.group)]
-    asked = [prompt.prompt_ids for prompt in repeated]
+    contexts = [prompt.prompt_ids for prompt in repeated]
     params = [
         SamplingParams(max_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
         for seed in seeds
@@ -95,12 +95,12 @@ def sample_answers(
     was_training = model.training
     model.eval()
     try:
-        done = Generator(model, tokenizer).generate_batch(
-            [ids.tolist() for ids in asked if ids is not None], params
+        completions = Generator(model, tokenizer).generate_batch(
+            [ids.tolist() for ids in contexts if ids is not None], params
         )
     finally:
         model.train(was_training)
     return [
         Answer(prompt, one.ids, one.text, one.finish_reason == "stop")
-        for prompt, one in zip(repeated, done, strict=True)
+        for prompt, one in zip(repeated, completions, strict=True)
     ]
