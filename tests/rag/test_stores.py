@@ -205,19 +205,19 @@ def test_two_writers_at_once_lose_nothing(opener: Open) -> None:
 
 
 def test_killed_postgres_writer_leaves_nothing(openers: Openers) -> None:
-    home = openers("postgres")
-    first, second = home(), home()
+    opener = openers("postgres")
+    first, second = opener(), opener()
     file = SourceFile("p", 1, 2, "s")
     with pytest.raises(DataError, match=r"clos|terminat"), first.writing():
         first.set("dimension", "3")
         first.replace("c", file, [document("字 word")])
         pid = first._db.info.backend_pid  # type: ignore[attr-defined]
-        second._run("SELECT pg_terminate_backend(%s, 5000)", (pid,))  # type: ignore[attr-defined]
+        second._run("SELECT pg_terminate_backend(?, 5000)", (pid,))  # type: ignore[attr-defined]
         first.replace("c", file, [document("more")])
     assert second.counts() == dict.fromkeys(
         ("sources", "documents", "chunks", "vectors", "terms"), 0
     )
-    with second.writing():  # the lock went with it
+    with second.writing():  # the lock was released
         second.set("dimension", "3")
         second.replace("c", file, [document("字 word")])
     assert second.document_frequencies(["word"]) == {"word": 1}
@@ -225,8 +225,8 @@ def test_killed_postgres_writer_leaves_nothing(openers: Openers) -> None:
 
 def test_waiting_postgres_writer_fails(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("khaosz.rag.store.postgres._BUSY", "100ms")
-    home = openers("postgres")
-    first, second = home(), home()
+    opener = openers("postgres")
+    first, second = opener(), opener()
     with first.writing(), pytest.raises(DataError, match="written by another"), second.writing():
         pass
     with second.writing():
@@ -247,11 +247,11 @@ def test_postgres_role_without_create_schema(openers: Openers, postgres_url: str
 
 
 def test_refuses_old_pgvector(openers: Openers, monkeypatch: pytest.MonkeyPatch) -> None:
-    home = openers("postgres")
-    home()
+    opener = openers("postgres")
+    opener()
     monkeypatch.setattr("khaosz.rag.store.postgres_server.PGVECTOR", (99, 0))
     with pytest.raises(DataError, match=r"has pgvector 0\."):
-        home()
+        opener()
 
 
 @pytest.mark.parametrize("dimension", [8, 24])
@@ -284,8 +284,8 @@ def test_postgres_searches_a_graph(
     for only in ({"collection": "c1"}, {"name": "1*"}):
         allowed = store.chunk_numbers(**only)
         assert len(allowed) > 100
-        found = store.nearest(queries[0], 100, allowed, **only)  # a third of what the graph gives
-        assert len(found) == 100 and {n for n, _ in found} <= set(allowed.tolist())
+        nearest = store.nearest(queries[0], 100, allowed, **only)  # a third of the graph matches
+        assert len(nearest) == 100 and {n for n, _ in nearest} <= set(allowed.tolist())
 
 
 # ------------------------------------------------------------------------------------------- names
@@ -325,8 +325,8 @@ def test_postgres_matches_names_as_sqlite_does(openers: Openers) -> None:
             made = NewDocument("i", name, "h", 1, [chunk])
             store.replace("c", SourceFile(f"/{name}", 1, 2, "s"), [made])
     for pattern in GLOBS:
-        found = store.chunk_numbers(name=pattern)
-        owners = store.owners([chunk.document for chunk in store.chunks(found.tolist())])
+        numbers = store.chunk_numbers(name=pattern).tolist()
+        owners = store.owners([chunk.document for chunk in store.chunks(numbers)])
         names = {owner.name for owner in owners.values()}
         assert names == {name for name in NAMES if sqlite_matches(pattern, name)}, pattern
 

@@ -1,8 +1,7 @@
 """The state of a running `data prepare`: one SQLite file with progress and the texts seen so far.
 
-Duplicates are found by a 16-byte BLAKE2b hash of the text. A million documents cost about 30 MB on
-disk and nothing in memory. Hashes and progress are committed together, so that after a kill both
-speak of the same moment.
+Duplicates are detected by a 16-byte BLAKE2b hash of the text. A million documents take about 30 MB
+on disk and no memory. Hashes and progress are committed together, so they agree after a kill.
 """
 
 from __future__ import annotations
@@ -20,7 +19,8 @@ from khaosz.database import close_on_error, database_errors, open_database
 class PrepareState:
     """`meta` (JSON values by key) and `seen` (hashes), changed together by `commit`.
 
-    Only one process may have it open. Raises DataError when another has, or when the disk refuses.
+    Only one process may open it. Raises `DataError` for a second one, and when the file cannot be
+    read or written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class PrepareState:
                 )
 
     def get(self, key: str) -> Any:
-        """The value last put under `key`, or None."""
+        """The value stored under `key`, or None."""
         with self._errors():
             row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
@@ -57,33 +57,33 @@ class PrepareState:
             )
 
     def add_new(self, hashes: np.ndarray, limit: int | None = None) -> np.ndarray:
-        """Remember hashes (n, 16) uint8; bool (n,) True where one was not there before.
+        """Store hashes (n, 16) uint8; returns bool (n,), True for each that was not stored before.
 
-        The first of equal hashes counts as new. With `limit`, stops after so many new ones; the
-        rest is neither remembered nor new.
+        The first of equal hashes is new. Stops after `limit` new ones; the rest is neither stored
+        nor new.
         """
         new = np.zeros(len(hashes), dtype=bool)
-        found = 0
+        count = 0
         with self._errors():
             for i, row in enumerate(hashes):
-                if limit is not None and found >= limit:
+                if limit is not None and count >= limit:
                     break
                 inserted = self._db.execute(
                     "INSERT OR IGNORE INTO seen VALUES (?)", (row.tobytes(),)
                 )
                 if inserted.rowcount == 1:
                     new[i] = True
-                    found += 1
+                    count += 1
         return new
 
     def commit(self) -> None:
-        """Make everything since the last commit durable, at once."""
+        """Commit all changes since the last commit."""
         with self._errors():
             self._db.execute("COMMIT")
             self._db.execute("BEGIN IMMEDIATE")
 
     def close(self) -> None:
-        """Give the file back; what was not committed is forgotten."""
+        """Close the file; uncommitted changes are lost."""
         with self._errors():
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")

@@ -20,7 +20,7 @@ import numpy as np
 from psycopg.pq import TransactionStatus
 
 from khaosz.errors import ConfigError, DataError
-from khaosz.rag.store.postgres_server import Database, escaped, plain
+from khaosz.rag.store.postgres_server import Database, escape_nul, unescape_nul
 from khaosz.rag.store.protocol import SourceFile, glob_pattern
 from khaosz.rag.store.sql import VERSION, SqlStore
 
@@ -115,24 +115,24 @@ class PostgresStore(Database, SqlStore):
     # --------------------------------------------------------------------------------------- write
 
     def _encode(self, text: str) -> str:
-        return escaped(text)
+        return escape_nul(text)
 
     def _decode(self, text: str) -> str:
-        return plain(text)
+        return unescape_nul(text)
 
     def _source_key(self, collection: str, path: str) -> tuple[str, ...]:
         # Of one length, since an index takes no path of several thousand characters.
         return (str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}")),)
 
     def _name_pattern(self, glob: str) -> str:
-        return f"^(?:{glob_pattern(escaped(glob))})$"
+        return f"^(?:{glob_pattern(escape_nul(glob))})$"
 
     def _insert_source(self, number: int, collection: str, source: SourceFile) -> None:
         self._run(
             "INSERT INTO sources VALUES (?,?,?,?,?,?,?)",
             (
-                *(number, *self._source_key(collection, source.path), escaped(collection)),
-                *(escaped(source.path), source.size, source.mtime_ns, source.sha256),
+                *(number, *self._source_key(collection, source.path), escape_nul(collection)),
+                *(escape_nul(source.path), source.size, source.mtime_ns, source.sha256),
             ),
         )
 
