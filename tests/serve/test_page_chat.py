@@ -53,7 +53,7 @@ def test_stops_an_answer(browser: Any, place: Service) -> None:
         assert text
         loaded = place.models.find("tiny").loaded
         assert loaded is not None
-        wait_until(lambda: loaded.worker.held == 0)
+        wait_until(lambda: loaded.worker.open_requests == 0)
         page.reload()
         assert last_answer(page).locator(".markdown").inner_text() == text
         ask(page, LONG)

@@ -248,7 +248,7 @@ def test_stopping_or_leaving_cancels_sampling(browser: Any, place: Service) -> N
                 page.get_by_role("button", name="Stop").click()
             else:
                 page.get_by_role("link", name="Chat").click()
-            wait_until(lambda: loaded.worker.held == 0)
+            wait_until(lambda: loaded.worker.open_requests == 0)
             page.locator(".card").first.wait_for(state="detached")
 
 

@@ -98,7 +98,7 @@ def test_running_answer_does_not_restore_a_deleted_conversation(
         page.get_by_text("No conversations yet.").wait_for()
         loaded = place.models.find("tiny").loaded
         assert loaded is not None
-        wait_until(lambda: loaded.worker.held == 0)  # generation has stopped
+        wait_until(lambda: loaded.worker.open_requests == 0)  # generation has stopped
         page.wait_for_timeout(300)
         assert stored_conversations(place) == []
 
