@@ -114,9 +114,8 @@ def collect(
     except KeyboardInterrupt:
         console.print()
     result.remaining = len(data.train) - sum(asdict(result).values())
-    console.print(
-        Text(f"{out}: {result.ranked} ranked, {result.remaining} remaining"), soft_wrap=True
-    )
+    summary = f"{out}: {result.ranked} ranked, {result.remaining} remaining"
+    console.print(Text(summary), soft_wrap=True)
     return result
 
 

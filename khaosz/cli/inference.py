@@ -13,7 +13,9 @@ from khaosz.cli.local_models import default_model, find_model
 from khaosz.cli.output import (
     Device,
     Json,
+    MaxTokens,
     ModelPath,
+    Temperature,
     TopP,
     print_json,
     print_result,
@@ -23,7 +25,6 @@ from khaosz.cli.output import (
 
 model_app = typer.Typer()
 bench_app = typer.Typer(help="Benchmark a model on this machine.", no_args_is_help=True)
-Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 
 
@@ -33,35 +34,22 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
     chat: Annotated[str | None, typer.Option(help="Message to answer.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum new tokens.")] = 128,
+    max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.8,
-    top_k: Annotated[int, typer.Option(help="Sample from the k likeliest tokens; 0: off.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: off.")] = 0,
     top_p: TopP = 0.95,
-    min_p: Annotated[
-        float, typer.Option(help="Minimum share of the top token's probability; 0: off.")
-    ] = 0.0,
+    min_p: Annotated[float, typer.Option(help="Share of the top probability; 0: off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Seed = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
-    ] = None,
-    json_schema: Annotated[
-        Path | None, typer.Option(help="File with a JSON schema for the output.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    json_schema: Annotated[Path | None, typer.Option(help="JSON schema of the output.")] = None,
     regex: Annotated[str | None, typer.Option(help="Pattern that the output must match.")] = None,
     prompt_lookup: Annotated[
         bool,
-        typer.Option(
-            "--prompt-lookup",
-            "--lookup",
-            help="Draft tokens from the prompt: faster where the output quotes it.",
-        ),
+        typer.Option("--prompt-lookup", "--lookup", help="Draft tokens from the prompt: faster."),
     ] = False,
     deterministic: Annotated[
-        bool,
-        typer.Option(
-            "--deterministic", help="Output independent of the batch, bit by bit; slower."
-        ),
+        bool, typer.Option("--deterministic", help="Bits independent of the batch; slower.")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -127,7 +115,7 @@ def chat(
     repetition_penalty: Annotated[
         float | None, typer.Option(help="1: off. Default: 1.1, or the server's with --url.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     seed: Seed = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     device: Device = "auto",

@@ -14,6 +14,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, npu, mps, xpu or auto.")]
 ModelPath = Annotated[Path, typer.Argument(help="Model directory or .gguf file.")]
 OutFolder = Annotated[Path, typer.Option(help="Output directory.")]
 Window = Annotated[int | None, typer.Option(help="Tokens; default: the training length.")]
+Temperature = Annotated[float, typer.Option(help="0: greedy.")]
+MaxTokens = Annotated[int, typer.Option(help="Maximum new tokens.")]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")]
 
 

@@ -11,6 +11,8 @@ from khaosz.cli.local_models import default_model
 from khaosz.cli.output import (
     Device,
     Json,
+    MaxTokens,
+    Temperature,
     check_choice,
     print_json,
     print_result,
@@ -294,8 +296,8 @@ def ask(
     mode: Mode = None,
     collection: Collection = None,
     reranker: RerankerName = None,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of the answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: greedy.")] = 0.0,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
     show_prompt: Annotated[
         bool, typer.Option("--show-prompt", help="Print the prompt first.")
     ] = False,
@@ -305,11 +307,12 @@ def ask(
     """Answer a question from the documents and list the sources."""
     from dataclasses import asdict
 
-    from khaosz.rag.answer import ask as ask_base
+    from khaosz.cli.terminal.conversation import NO_CITATION, sources_of
+    from khaosz.rag.answer import ask as answer_question
     from khaosz.rag.models.chat_models import open_chat_model
 
     with _open_base(kb) as base:
-        reply = ask_base(
+        reply = answer_question(
             base,
             question,
             lambda: open_chat_model(model or str(default_model()), device=resolve_device(device)),
@@ -344,15 +347,11 @@ def ask(
         )
     if reply.prompt and reply.prompt.narrowed:
         typer.echo("(the best passage was too long: only part of it was sent)", err=True)
-    for citation in reply.citations:
-        place = f", p. {citation.page}" if citation.page else ""
-        typer.echo(
-            f"[{citation.number}] {citation.doc}{place}  {citation.start:,}-{citation.end:,}"
-        )
-    if reply.prompt and not reply.citations:
-        typer.echo("The answer cites no source. Passages in the prompt:")
-        for i, hit in enumerate(reply.prompt.passages, 1):
-            typer.echo(f"[{i}] {hit.doc}  {hit.start:,}-{hit.end:,}")
+    sources, cited = sources_of(reply)
+    if not cited:
+        typer.echo(NO_CITATION)
+    for source in sources:
+        typer.echo(source)
 
 
 def _open_base(where: str) -> KnowledgeBase:

@@ -10,6 +10,7 @@ import typer
 from khaosz.cli.output import (
     Device,
     Json,
+    MaxTokens,
     ModelPath,
     OutFolder,
     TopP,
@@ -98,7 +99,7 @@ def preference_collect(
     n: Annotated[int, typer.Option("-n", help="Answers per prompt.")] = 4,
     temperature: Annotated[float, typer.Option(help="Above 0, so that answers differ.")] = 0.9,
     top_p: TopP = 0.95,
-    max_tokens: Annotated[int, typer.Option(help="Maximum tokens per answer.")] = 256,
+    max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     device: Device = "auto",
 ) -> None:

@@ -6,11 +6,16 @@ import json
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from khaosz.errors import DataError
 from khaosz.files import write_json
 from khaosz.inference import parts as inference_parts
+
+if TYPE_CHECKING:
+    from khaosz.rag.answer import Answer
+
+NO_CITATION = "The answer cites no source. Passages in the prompt:"
 
 Turns = list[dict[str, str]]
 
@@ -56,6 +61,18 @@ class Source:
     page: int | None
     start: int
     end: int
+
+    def __str__(self) -> str:
+        page = f", p. {self.page}" if self.page else ""
+        return f"[{self.number}] {self.doc}{page}  {self.start:,}-{self.end:,}"
+
+
+def sources_of(reply: Answer) -> tuple[tuple[Source, ...], bool]:
+    """Sources that an answer cites, else the passages of its prompt; and whether it cites any."""
+    passages = enumerate(reply.prompt.passages if reply.prompt else (), start=1)
+    given = tuple(Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in passages)
+    cited = tuple(Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
+    return cited or given, bool(cited) or not given
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ from khaosz.cli.terminal.conversation import (
     Finished,
     Part,
     Settings,
-    Source,
     Truncated,
     Turns,
+    sources_of,
     text_parts,
 )
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.parts import PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.answer import Answer, ask
+from khaosz.rag.answer import ask
 from khaosz.rag.models.protocols import Messages
 from khaosz.rag.store import open_store
 
@@ -83,27 +83,20 @@ class LocalBackend:
     def _from_documents(self, conversation: Conversation, message: str) -> Events:
         """Greedy and without a penalty, so that the answer quotes."""
         settings = conversation.settings
-        knowledge_base = self._knowledge_base(str(conversation.documents))
+        base = self._knowledge_base(str(conversation.documents))
         context = self.generator.context
         # At least half of the context is for the passages.
         turns, _ = self._truncate(conversation, conversation.turns, context // 2, fewest=0)
         model = _ChatModel(self.generator, _params(settings))
-        answer_tokens = min(settings.max_tokens, context // 4)
+        limit = min(settings.max_tokens, context // 4)
         history = conversation.with_system(turns)
-        reply = ask(
-            knowledge_base,
-            message,
-            model,
-            history=history,
-            max_tokens=answer_tokens,
-            temperature=0.0,
-        )
+        reply = ask(base, message, model, history=history, max_tokens=limit, temperature=0.0)
         if len(turns) < len(conversation.turns):
             yield Truncated((len(conversation.turns) - len(turns)) // 2)
         for text in reply:
             yield from model.take_reasoning()
             yield Part(text)
-        yield Finished(model.reason if reply.found else "stop", *_sources(reply))
+        yield Finished(model.reason if reply.found else "stop", *sources_of(reply))
 
     def _truncate(
         self, conversation: Conversation, turns: Turns, max_tokens: int, fewest: int = 1
@@ -162,24 +155,4 @@ class _ChatModel:
 
 
 def _params(settings: Settings) -> SamplingParams:
-    return SamplingParams(
-        settings.max_tokens,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        seed=settings.seed,
-    )
-
-
-def _sources(reply: Answer) -> tuple[tuple[Source, ...], bool]:
-    """Sources that the answer cites, else the passages of its prompt; and whether it cites any."""
-    if reply.citations:
-        cited = (Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
-        return tuple(cited), True
-    passages = reply.prompt.passages if reply.prompt else ()
-    sources = (
-        Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in enumerate(passages, start=1)
-    )
-    return tuple(sources), not passages
+    return SamplingParams(**vars(settings))  # the names are the same

@@ -9,11 +9,11 @@ from rich.markup import escape
 
 from khaosz.cli.terminal.commands import COMMANDS, is_command, run_command
 from khaosz.cli.terminal.conversation import (
+    NO_CITATION,
     ChatBackend,
     Conversation,
     Finished,
     Part,
-    Source,
     Truncated,
 )
 from khaosz.cli.terminal.input import open_reader
@@ -107,14 +107,9 @@ def _print_part(console: Console, part: Part) -> None:
 
 def _print_sources(console: Console, finished: Finished) -> None:
     if finished.sources and not finished.cited:
-        console.print("[dim]The answer cites no source. Passages in the prompt:[/dim]")
+        console.print(NO_CITATION, style="dim")
     for source in finished.sources:
-        console.print(_format_source(source), style="dim", markup=False, soft_wrap=True)
-
-
-def _format_source(source: Source) -> str:
-    page = f", p. {source.page}" if source.page else ""
-    return _printable(f"[{source.number}] {source.doc}{page}  {source.start:,}-{source.end:,}")
+        console.print(_printable(str(source)), style="dim", markup=False, soft_wrap=True)
 
 
 def _printable(text: str) -> str:
