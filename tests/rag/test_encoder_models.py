@@ -1,4 +1,4 @@
-"""Encoders beside transformers, which is the reference, and folders as they are published."""
+"""Encoders against transformers, the reference, from folders in the published layout."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def folder_of(
     kind = "AutoModelForSequenceClassification" if labels else "AutoModel"
     model = getattr(transformers, kind).from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # as drawn, biases are zero and norms are one
+        for parameter in model.parameters():  # initially, biases are zero and norms are one
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     model.save_pretrained(path)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -66,7 +66,7 @@ def folder_of(
 
 
 def reference(model: Any, path: Path, texts: list[str], pooling: str) -> np.ndarray:
-    """One text at a time, so that no padding is in it."""
+    """One text at a time, without padding."""
     tokenizer = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
     rows = []
     for text in texts:
@@ -86,7 +86,7 @@ def pooled_by(path: Path, pooling: str) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
-def test_vectors_are_those_of_transformers(family: str, pooling: str, tmp_path: Path) -> None:
+def test_vectors_match_transformers(family: str, pooling: str, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path)
     pooled_by(tmp_path, pooling)
     ours = EncoderEmbedder(tmp_path).passages(TEXTS)
@@ -103,7 +103,7 @@ def test_activations(act: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
 @pytest.mark.parametrize("labels", [1, 2])
-def test_judgements_are_those_of_transformers(family: str, labels: int, tmp_path: Path) -> None:
+def test_scores_match_transformers(family: str, labels: int, tmp_path: Path) -> None:
     model = folder_of(family, tmp_path, labels)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     expected = []
@@ -117,17 +117,17 @@ def test_judgements_are_those_of_transformers(family: str, labels: int, tmp_path
     np.testing.assert_allclose(scores, expected, **_CLOSE)
 
 
-def test_what_stands_before_a_text_is_read_from_the_folder(tmp_path: Path) -> None:
+def test_prefixes_are_read_from_the_folder(tmp_path: Path) -> None:
     folder_of("bert", tmp_path)
     prompts = {"prompts": {"query": "the ", "document": "dogs "}}
     plain = EncoderEmbedder(tmp_path)
     (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
-    told = EncoderEmbedder(tmp_path)
-    assert (told.queries(["cat"]) == plain.queries(["the cat"])).all()
-    assert (told.passages(["cat"]) == plain.passages(["dogs cat"])).all()
+    prefixed = EncoderEmbedder(tmp_path)
+    assert (prefixed.queries(["cat"]) == plain.queries(["the cat"])).all()
+    assert (prefixed.passages(["cat"]) == plain.passages(["dogs cat"])).all()
 
 
-def test_nothing_of_a_long_text_is_left_out(tmp_path: Path) -> None:
+def test_every_part_of_a_long_text_counts(tmp_path: Path) -> None:
     folder_of("xlm-roberta", tmp_path, longest=12)
     embedder = EncoderEmbedder(tmp_path)
     text = "the cat sat and dogs run all day long " * 3
@@ -136,12 +136,12 @@ def test_nothing_of_a_long_text_is_left_out(tmp_path: Path) -> None:
         assert np.abs(embedder.passages([changed])[0] - whole).max() > 1e-4
 
 
-def test_windows_weigh_as_much_as_they_hold(tmp_path: Path) -> None:
+def test_windows_are_weighted_by_length(tmp_path: Path) -> None:
     model = folder_of("bert", tmp_path, longest=12)
     text = "the cat sat and dogs run all day long " * 2 + "北京"
     tokenizer = tokenizer_of("bert")
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    room = 12 - 2 - 2  # two marks; and two tokens of slack
+    room = 12 - 2 - 2  # two special tokens, and two tokens of slack
     windows = [[1, *ids[at : at + room], 2] for at in range(0, len(ids), room)]
     assert len({len(window) for window in windows}) > 1
     with torch.no_grad():
@@ -150,7 +150,7 @@ def test_windows_weigh_as_much_as_they_hold(tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, (total / total.norm()).numpy(), **_CLOSE)
 
 
-def test_the_best_window_of_a_long_passage_counts(tmp_path: Path) -> None:
+def test_long_passage_has_the_score_of_its_best_window(tmp_path: Path) -> None:
     folder_of("bert", tmp_path, labels=1, longest=16)
     judge = CrossEncoder(tmp_path)
     parts = [
@@ -165,7 +165,7 @@ def test_the_best_window_of_a_long_passage_counts(tmp_path: Path) -> None:
     assert np.isfinite(judge.scores(endless, [text, "cat"])).all()
 
 
-def test_a_base_is_embedded_and_reranked_by_folders(tmp_path: Path) -> None:
+def test_knowledge_base_uses_folders_as_embedder_and_reranker(tmp_path: Path) -> None:
     folder_of("bert", tmp_path / "embedder")
     folder_of("bert", tmp_path / "judge", labels=1)
     judge = CrossEncoder(tmp_path / "judge")
@@ -177,12 +177,12 @@ def test_a_base_is_embedded_and_reranked_by_folders(tmp_path: Path) -> None:
         hits = base.search("the cat", 3, reranker=judge)
         assert [hit.score for hit in hits] == sorted((h.score for h in hits), reverse=True)
         assert all("rerank" in hit.legs for hit in hits)
-        judged = judge.scores("the cat", [hit.text for hit in hits])
-        np.testing.assert_allclose([hit.score for hit in hits], judged, **_CLOSE)
+        expected = judge.scores("the cat", [hit.text for hit in hits])
+        np.testing.assert_allclose([hit.score for hit in hits], expected, **_CLOSE)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "deberta"}, "deberta"),
         ({"hidden_act": "snake"}, "snake"),
@@ -194,28 +194,28 @@ def test_a_base_is_embedded_and_reranked_by_folders(tmp_path: Path) -> None:
         ({"num_hidden_layers": 2}, "unexpected"),
     ],
 )
-def test_what_is_not_computed_is_refused_by_name(
-    change: dict[str, Any], said: str, tmp_path: Path
+def test_refuses_unsupported_models_by_name(
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     folder_of("bert", tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         EncoderEmbedder(tmp_path)
 
 
-def test_folders_that_cannot_serve(tmp_path: Path) -> None:
+def test_refuses_folders_that_are_incomplete(tmp_path: Path) -> None:
     folder_of("bert", tmp_path / "body")
     with pytest.raises(ModelError, match="no classification head"):
         CrossEncoder(tmp_path / "body")
     folder_of("bert", tmp_path / "many", labels=3)
     with pytest.raises(ModelError, match="3 classes"):
         CrossEncoder(tmp_path / "many")
-    for name, said in (("tokenizer.json", "missing"), ("model.safetensors", "no model")):
+    for name, message in (("tokenizer.json", "missing"), ("model.safetensors", "no model")):
         broken = tmp_path / f"no-{name}"
         shutil.copytree(tmp_path / "body", broken)
         (broken / name).unlink()
-        with pytest.raises(ModelError, match=said):
+        with pytest.raises(ModelError, match=message):
             EncoderEmbedder(broken)
     (tmp_path / "body/modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
     with pytest.raises(ModelError, match="Dense"):

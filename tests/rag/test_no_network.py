@@ -1,4 +1,4 @@
-"""The whole way from files to an answer, in a process that may reach no other host."""
+"""All steps from files to an answer, in a process that cannot reach another host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STEPS = """
 import sys
 
 def refuse(event, arguments):
-    # Local sockets are pipes between processes; an address of two parts is on a network.
+    # Local sockets connect processes; an address of two parts is on a network.
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         print("CONNECTED", arguments[1])
         sys.exit(3)
@@ -41,7 +41,7 @@ print("DONE")
 """
 
 
-def test_nothing_asks_the_network(tmp_path: Path, tiny_model: Path) -> None:
+def test_no_step_uses_the_network(tmp_path: Path, tiny_model: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     (docs / "a.md").write_text("# 鸟\n\n企鹅住在南极。它们不会飞。\n", encoding="utf-8")
@@ -52,17 +52,17 @@ def test_nothing_asks_the_network(tmp_path: Path, tiny_model: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
     assert done.returncode == 0 and "DONE" in done.stdout, done.stdout + done.stderr
     assert "CONNECTED" not in done.stdout and "ASKED" not in done.stdout
-    # That the watcher watches:
-    asking = [*command[:-3], str(tmp_path / "b.kb"), str(docs), "http://127.0.0.1:9/v1"]
-    caught = subprocess.run(asking, capture_output=True, text=True, timeout=240)
+    # The audit hook works:
+    with_server = [*command[:-3], str(tmp_path / "b.kb"), str(docs), "http://127.0.0.1:9/v1"]
+    caught = subprocess.run(with_server, capture_output=True, text=True, timeout=240)
     assert caught.returncode == 3 and "DONE" not in caught.stdout
     base.unlink()
     if sys.platform == "linux" and shutil.which("unshare"):
-        # And once where there is no network at all, sockets of compiled code included.
-        apart = subprocess.run(
+        # Once more without any network, also for sockets of compiled code.
+        isolated = subprocess.run(
             ["unshare", "-rn", *command], capture_output=True, text=True, encoding="utf-8",
             timeout=240,
         )  # fmt: skip
-        if "unshare failed" in apart.stderr or "Operation not permitted" in apart.stderr:
-            pytest.skip("this user may make no namespace")
-        assert "DONE" in apart.stdout, apart.stdout + apart.stderr
+        if "unshare failed" in isolated.stderr or "Operation not permitted" in isolated.stderr:
+            pytest.skip("this user may not create namespaces")
+        assert "DONE" in isolated.stdout, isolated.stdout + isolated.stderr

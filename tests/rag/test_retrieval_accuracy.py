@@ -1,4 +1,4 @@
-"""`khaosz eval retrieval`: ranks counted by hand, and the pairs that documents give."""
+"""`khaosz eval retrieval`: ranks counted by hand, and pairs from documents."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def lines(path: Path, records: Sequence[Any]) -> Path:
 
 
 class Fixed:
-    """Vectors told beforehand."""
+    """An embedder with given vectors."""
 
     name, good_cosine, dimension = "fixed", None, 2
 
@@ -51,15 +51,15 @@ class Fixed:
     queries = passages
 
 
-def test_by_words(tmp_path: Path) -> None:
-    found = retrieval_accuracy(lines(tmp_path / "pairs.jsonl", [*PAIRS, {"query": "x"}]))
-    # Penguins and both of the contract's come first; rain shares no word and is last of five.
-    assert (found.found_by, found.queries, found.passages, found.skipped) == ("bm25", 4, 5, 1)
-    assert found.accuracy == 0.75 and found.mrr == pytest.approx((3 + 1 / 5) / 4)
+def test_accuracy_of_bm25(tmp_path: Path) -> None:
+    result = retrieval_accuracy(lines(tmp_path / "pairs.jsonl", [*PAIRS, {"query": "x"}]))
+    # The passages about penguins and contracts are first; rain shares no word and is last of five.
+    assert (result.found_by, result.queries, result.passages, result.skipped) == ("bm25", 4, 5, 1)
+    assert result.accuracy == 0.75 and result.mrr == pytest.approx((3 + 1 / 5) / 4)
 
 
-def test_by_cosine(tmp_path: Path) -> None:
-    """Other answers are left out, and a tie counts against the right one."""
+def test_accuracy_of_an_embedder(tmp_path: Path) -> None:
+    """Other right passages are excluded, and a tie counts against the right one."""
     path = lines(tmp_path / "pairs.jsonl", PAIRS)
     vectors = {
         "penguins": (1.0, 0.0),
@@ -69,25 +69,25 @@ def test_by_cosine(tmp_path: Path) -> None:
         "Rain.": (0.6, 0.8),
         "nothing of it": (0.6, 0.8),
     }
-    found = retrieval_accuracy(path, Fixed(vectors))
-    # The contract's two passages have the query's own vector; rain too.
-    assert found.accuracy == 0.75 and found.mrr == pytest.approx((1 / 2 + 1 + 1 + 1) / 4)
+    result = retrieval_accuracy(path, Fixed(vectors))
+    # The two passages about contracts have the vector of the query, and so does rain.
+    assert result.accuracy == 0.75 and result.mrr == pytest.approx((1 / 2 + 1 + 1 + 1) / 4)
     alike = retrieval_accuracy(path, Fixed({}))
     assert alike.accuracy == 0.0
 
 
-def test_a_file_without_pairs(tmp_path: Path) -> None:
+def test_refuses_file_without_pairs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no pairs in 1 records .*no positive.*line 1"):
         retrieval_accuracy(lines(tmp_path / "bad.jsonl", [{"query": "x"}]))
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_eval_retrieval_command(tmp_path: Path) -> None:
     path = lines(tmp_path / "pairs.jsonl", PAIRS)
     done = CliRunner().invoke(app, ["eval", "retrieval", str(path), "--json"])
     assert done.exit_code == 0 and json.loads(done.stdout)["accuracy"] == 0.75
 
 
-def test_a_sentence_and_what_stood_around_it() -> None:
+def test_inverse_cloze_pairs_a_sentence_with_its_context() -> None:
     parts = ["企鹅住在南极的冰上。", "它们不会飞，但是很会游泳。", "北极没有企鹅，只有北极熊。"]
     kept = 0
     for seed in range(200):
@@ -101,7 +101,7 @@ def test_a_sentence_and_what_stood_around_it() -> None:
     assert inverse_cloze(["短。", "也短。"], "", random.Random(0)) is None
 
 
-def test_an_idiom_is_asked_for_by_its_meaning() -> None:
+def test_query_for_an_idiom_is_its_meaning() -> None:
     text = "成语：画蛇添足。释义：比喻做了多余的事。出处：《战国策》。"
     (pair,) = unit_pairs(Unit("idioms", "画蛇添足", "zh", (text,)), 0)
     assert (
@@ -109,7 +109,7 @@ def test_an_idiom_is_asked_for_by_its_meaning() -> None:
     )
 
 
-def test_an_article_of_a_statute_keeps_its_title() -> None:
+def test_article_of_a_statute_keeps_its_title() -> None:
     text = (
         "《某法》\n第一章\n第一条　为了保护某物，根据宪法，制定本法。国家对某物实行特别保护的制度。"
     )
@@ -118,17 +118,17 @@ def test_an_article_of_a_statute_keeps_its_title() -> None:
     assert title == "《某法》" and rest and "第一条" not in pair["query"] + rest
 
 
-def test_pairs_of_documents(tmp_path: Path) -> None:
+def test_pair_records_of_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_text(
         "# Birds\n\n## Penguins\n\nPenguins live in the south. They swim very well. None can fly.\n"
     )
     problems: list[Any] = []
-    found = list(pair_records([path], StructureSplitter(max_chars=200), 0, problems.append))
-    queries = [pair["query"] for pair in found]
+    result = list(pair_records([path], StructureSplitter(max_chars=200), 0, problems.append))
+    queries = [pair["query"] for pair in result]
     assert "Birds Penguins" in queries and not problems
-    of_heading = next(p for p in found if p["query"] == "Birds Penguins")
+    of_heading = next(p for p in result if p["query"] == "Birds Penguins")
     assert of_heading["positive"].startswith("Penguins live") and "#" not in of_heading["positive"]
     out = tmp_path / "pairs.jsonl"
     done = CliRunner().invoke(app, ["data", "pairs", str(path), "--out", str(out)])
-    assert done.exit_code == 0 and len(out.read_text().splitlines()) == len(found)
+    assert done.exit_code == 0 and len(out.read_text().splitlines()) == len(result)

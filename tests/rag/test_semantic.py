@@ -45,12 +45,12 @@ def split(text: str, **settings: object) -> list[Chunk]:
     return SemanticSplitter(Embedder(), **settings).split(text)  # type: ignore[arg-type]
 
 
-def test_english_is_cut_where_the_subject_changes() -> None:
+def test_english_is_split_where_the_subject_changes() -> None:
     chunks = split(document("sea", "war", "tea"), min_chars=0)
     assert [chunk.text for chunk in chunks] == [SUBJECTS[word] for word in ("sea", "war", "tea")]
 
 
-def test_chinese_is_cut_where_the_subject_changes() -> None:
+def test_chinese_is_split_where_the_subject_changes() -> None:
     chunks = split(document("茶", "海", "茶"), min_chars=0)
     assert [chunk.text for chunk in chunks] == [SUBJECTS[word] for word in ("茶", "海", "茶")]
 
@@ -67,13 +67,13 @@ def test_every_sentence_is_embedded_once() -> None:
     assert "".join(embedder.asked) == text.replace(". ", ".")
 
 
-def test_a_threshold_takes_only_gaps_below_it() -> None:
+def test_threshold_takes_only_gaps_below_it() -> None:
     text = document("sea", "war")
     assert len(split(text, threshold=0.5, min_chars=0)) == 2
     assert len(split(text, threshold=-0.5, min_chars=0)) == 1
 
 
-def test_a_high_percentile_takes_only_the_deepest_drop() -> None:
+def test_high_percentile_takes_only_the_deepest_drop() -> None:
     # The second change is softer: its sentences name the subject before them, too.
     text = document("sea", "war") + "The war and the tea. A war for tea. The tea of war. "
     assert [chunk.start for chunk in split(text, percentile=100, min_chars=0)] == [
@@ -93,14 +93,14 @@ def test_short_groups_join_the_more_similar_neighbour() -> None:
     ]
 
 
-def test_short_groups_stay_when_no_neighbour_has_room() -> None:
+def test_short_groups_stay_if_no_neighbour_fits() -> None:
     text = document("sea") + "The war. A war at sea. " + document("tea")
     sizes = [len(chunk.text) for chunk in split(text, min_chars=30, window=1, threshold=0.9,
                                                 max_chars=len(SUBJECTS["sea"]))]  # fmt: skip
     assert sizes == [len(SUBJECTS["sea"]), 23, len(SUBJECTS["tea"])]
 
 
-def test_a_short_group_joins_no_neighbour_that_has_no_room() -> None:
+def test_short_group_joins_the_neighbour_that_fits() -> None:
     short = "The war. A war. "
     text = document("sea") + short + document("sea")
     chunks = split(text, min_chars=len(short) + 1, window=1, threshold=0.9,
@@ -108,7 +108,7 @@ def test_a_short_group_joins_no_neighbour_that_has_no_room() -> None:
     assert [chunk.text for chunk in chunks] == [SUBJECTS["sea"], short, SUBJECTS["sea"]]
 
 
-def test_a_gap_that_is_less_alike_than_the_next_but_not_than_the_last_is_none() -> None:
+def test_boundary_is_a_minimum_on_both_sides() -> None:
     cosines = [0.9, 0.1, 0.2, 0.9]
     angles = np.cumsum([0.0, *np.arccos(cosines)])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
@@ -116,7 +116,7 @@ def test_a_gap_that_is_less_alike_than_the_next_but_not_than_the_last_is_none() 
     assert [chunk.start for chunk in splitter.split("一句话。" * 5)] == [0, 8]
 
 
-def test_a_heading_stands_with_the_heading_under_it() -> None:
+def test_heading_stays_with_the_heading_under_it() -> None:
     text = "The sea is deep.\n\n# Waves\n\n## Tides\n\nThe tea is hot.\n"
     chunks = split(text, min_chars=0, window=1)
     assert [chunk.text.split("\n")[0] for chunk in chunks] == ["The sea is deep.", "# Waves"]
@@ -127,7 +127,7 @@ def test_long_groups_are_cut_at_sentences() -> None:
     assert all(chunk.text.endswith(". ") and len(chunk.text) <= 60 for chunk in chunks)
 
 
-def test_headings_are_kept() -> None:
+def test_chunks_have_their_headings() -> None:
     text = "# Nature\n" + document("sea") + "\n# People\n" + document("war")
     assert [chunk.headings for chunk in split(text, min_chars=20)] == [("Nature",), ("People",)]
 
@@ -171,8 +171,8 @@ def test_similarities_are_cosines_of_window_means() -> None:
 
 
 def test_depths_reach_to_the_nearest_peaks() -> None:
-    found = depths(np.array([0.9, 0.5, 0.7, 0.2, 0.4, 0.3]))
-    np.testing.assert_allclose(found, [0.0, 0.4 + 0.2, 0.0, 0.5 + 0.2, 0.0, 0.1], atol=1e-12)
+    result = depths(np.array([0.9, 0.5, 0.7, 0.2, 0.4, 0.3]))
+    np.testing.assert_allclose(result, [0.0, 0.4 + 0.2, 0.0, 0.5 + 0.2, 0.0, 0.1], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -187,14 +187,14 @@ def test_depths_reach_to_the_nearest_peaks() -> None:
         {"percentile": 90, "threshold": 0.5},
     ],
 )
-def test_arguments_that_cannot_be_right_are_refused(arguments: dict[str, float]) -> None:
+def test_refuses_invalid_arguments(arguments: dict[str, float]) -> None:
     with pytest.raises(ConfigError) as refused:
         SemanticSplitter(Embedder(), **arguments)  # type: ignore[arg-type]
     assert "\n" not in str(refused.value) and refused.value.hint
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (1,), (0, 3)])
-def test_an_embedder_that_returns_something_else_is_refused(shape: tuple[int, ...]) -> None:
+def test_refuses_embed_with_another_shape(shape: tuple[int, ...]) -> None:
     splitter = SemanticSplitter(lambda sentences: np.zeros(shape, dtype=np.float32))
     with pytest.raises(ConfigError, match="embed returned"):
         splitter.split("One. Two. Three.")

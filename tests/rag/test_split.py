@@ -1,4 +1,4 @@
-"""Chunks tile the text, keep the budget, and are cut where a reader would cut."""
+"""Chunks tile the text, fit in the budget, and are cut where a reader would cut."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from khaosz.rag.split.layout import find_layout
 from khaosz.rag.split.sentence import CLOSING, sentence_spans
 from khaosz.rag.split.structure import Chunk, StructureSplitter
 
-# Everything the splitter treats specially, so that random texts are full of it.
+# Everything that the splitter treats specially, so that random texts contain much of it.
 _PIECES = st.sampled_from(
     [
         *"ab7 \n\t\r#|`~=-.,!?;:\"'()”“。！？；…，、」「）（\u3000第章",
@@ -35,7 +35,7 @@ def texts(text: str, size: int) -> list[str]:
 
 
 def tokens(text: str) -> int:
-    """Words of up to three letters, and bytes: does not add up over a cut, as real ones do not."""
+    """Words of up to three letters, and bytes: like real tokens, they do not add up over a cut."""
     runs = "".join(c if c.isascii() and c.isalpha() else f" {c} " for c in text).split(" ")
     return sum((len(run) + 2) // 3 if run.isalpha() else len(run) * 2 for run in runs)
 
@@ -49,7 +49,7 @@ def assert_tiles(text: str, chunks: list[Chunk]) -> None:
     assert at == len(text)
 
 
-# -- what holds of every text --------------------------------------------------------------------
+# -- every text -----------------------------------------------------------------------------------
 
 
 @settings(max_examples=400, deadline=None)
@@ -62,7 +62,7 @@ def test_chunks_tile_the_text_within_the_budget(text: str, size: int) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(_TEXTS, st.integers(6, 40))
-def test_chunks_tile_the_text_within_a_budget_of_tokens(text: str, size: int) -> None:
+def test_chunks_tile_the_text_within_a_token_budget(text: str, size: int) -> None:
     chunks = StructureSplitter(max_tokens=size, count_tokens=tokens).split(text)
     assert_tiles(text, chunks)
     assert all(tokens(chunk.text) <= size for chunk in chunks)
@@ -70,9 +70,7 @@ def test_chunks_tile_the_text_within_a_budget_of_tokens(text: str, size: int) ->
 
 @settings(max_examples=300, deadline=None)
 @given(_TEXTS, st.integers(2, 40), st.data())
-def test_overlap_repeats_no_more_than_asked_and_leaves_no_gap(
-    text: str, size: int, data: st.DataObject
-) -> None:
+def test_overlap_is_limited_and_leaves_no_gap(text: str, size: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, size // 2))
     at = 0
     for chunk in chars(text, size, overlap):
@@ -84,7 +82,7 @@ def test_overlap_repeats_no_more_than_asked_and_leaves_no_gap(
 
 @settings(max_examples=300, deadline=None)
 @given(_TEXTS, st.integers(1, 40))
-def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_other_place(
+def test_chunk_opens_with_closing_punctuation_only_without_another_cut(
     text: str, size: int
 ) -> None:
     layout = find_layout(text)
@@ -92,12 +90,12 @@ def test_a_chunk_opens_with_closing_punctuation_only_when_its_window_has_no_othe
     for before, chunk in itertools.pairwise(chars(text, size)):
         opening = chunk.text.lstrip()
         if opening and opening[0] in CLOSING and not opening.startswith("!["):
-            assert not _other_place(text, before.start, size, starts), (before, chunk)
+            assert not _has_other_cut(text, before.start, size, starts), (before, chunk)
 
 
-def _other_place(text: str, start: int, size: int, starts: set[int]) -> bool:
-    """Whether some cut within the budget leaves text on both sides, on the right before the next
-    section, and no closing mark behind it."""
+def _has_other_cut(text: str, start: int, size: int, starts: set[int]) -> bool:
+    """Whether a cut within the budget leaves text on both sides, on the right before the next
+    section, and no closing mark after it."""
     places = range(start + 1, min(start + size, len(text) - 1) + 1)
     return any(
         text[start:at].strip()
@@ -129,9 +127,7 @@ def test_sentences_tile_the_text(text: str) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(_TEXTS, st.integers(8, 40))
-def test_no_chunk_is_blank_unless_a_blank_run_is_as_long_as_the_budget(
-    text: str, size: int
-) -> None:
+def test_chunk_is_blank_only_for_a_blank_run_as_long_as_the_budget(text: str, size: int) -> None:
     runs = [run for run in _blank_runs(text) if run >= size - 1]
     if not runs and text.strip():
         assert all(chunk.text.strip() for chunk in chars(text, size))
@@ -166,7 +162,7 @@ def _blank_runs(text: str) -> list[int]:
         "  \n ",
     ],
 )
-def test_sentences(marked: str) -> None:
+def test_sentence_ends(marked: str) -> None:
     text = marked.replace("¦", "")
     expected = marked.split("¦") if text else []
     assert [text[start:end] for start, end in sentence_spans(text)] == expected
@@ -182,7 +178,7 @@ def test_chinese_is_cut_at_the_last_sentence_that_fits() -> None:
     ]
 
 
-def test_english_is_cut_behind_sentences_not_abbreviations() -> None:
+def test_english_is_cut_after_sentences_not_abbreviations() -> None:
     assert texts("We met Dr. Who. He left at 5 p.m. on Monday. It rained.", 30) == [
         "We met Dr. Who. ",
         "He left at 5 p.m. on Monday. ",
@@ -190,7 +186,7 @@ def test_english_is_cut_behind_sentences_not_abbreviations() -> None:
     ]
 
 
-def test_a_late_paragraph_is_preferred_to_a_later_sentence() -> None:
+def test_late_paragraph_is_preferred_to_a_later_sentence() -> None:
     text = "One is short. Two is short.\n\nThree. Four goes on for quite a while."
     assert texts(text, 40) == [
         "One is short. Two is short.\n\n",
@@ -198,7 +194,7 @@ def test_a_late_paragraph_is_preferred_to_a_later_sentence() -> None:
     ]
 
 
-def test_without_sentences_clauses_then_words_then_characters() -> None:
+def test_falls_back_to_clauses_words_and_characters() -> None:
     assert texts("一二三四，五六七八九十", 8) == ["一二三四，", "五六七八九十"]
     assert texts("alpha beta gamma delta", 12) == ["alpha beta ", "gamma delta"]
     assert texts("abcdefghij", 4) == ["abcd", "efgh", "ij"]
@@ -209,7 +205,7 @@ def test_lists_are_cut_between_items() -> None:
     assert texts(text, 36) == ["Bring\n- a rope of ten metres\n", "- a lamp, with oil\n- bread"]
 
 
-def test_a_title_and_a_line_with_a_colon_go_with_what_follows() -> None:
+def test_title_and_line_with_a_colon_go_with_the_next_text() -> None:
     assert texts("One is short. Two.\n\nA Title\n\nThree. Four goes on.", 34) == [
         "One is short. Two.\n\n",
         "A Title\n\nThree. Four goes on.",
@@ -220,7 +216,7 @@ def test_a_title_and_a_line_with_a_colon_go_with_what_follows() -> None:
     ]
 
 
-def test_the_rest_of_a_long_paragraph_is_not_filled_up() -> None:
+def test_rest_of_a_long_paragraph_is_a_chunk() -> None:
     long = "Aaa bbb ccc ddd. Eee fff ggg hhh. Iii jjj kkk.\n"
     assert texts(long + "Lll.\nMmm.\n" * 3, 40) == [
         "Aaa bbb ccc ddd. Eee fff ggg hhh. ",
@@ -229,7 +225,7 @@ def test_the_rest_of_a_long_paragraph_is_not_filled_up() -> None:
     ]
 
 
-def test_a_long_sentence_is_cut_at_a_clause_where_too_much_would_stay_empty() -> None:
+def test_long_sentence_is_cut_at_a_clause_if_much_would_be_unused() -> None:
     text = "It is so. " * 5 + "word " * 40 + "end, " + "word " * 40
     assert texts(text, 300)[0].endswith("end, ")
     assert texts("It is so. " * 15 + "word, " * 40, 250)[0].endswith("so. ")
@@ -243,7 +239,7 @@ def test_dumped_records_are_cut_between_objects_and_at_escaped_blank_lines() -> 
     )
 
 
-def test_code_that_fits_is_kept_whole_and_else_cut_between_lines() -> None:
+def test_code_is_kept_whole_or_cut_between_lines() -> None:
     code = "```python\nx = 1. \ny = 2\n```\n"
     assert texts("Some words come first.\n" + code + "After.", 30)[1] == code
     long = "```\n" + "".join(f"line{i} = f(a). B\n" for i in range(6)) + "```\n"
@@ -260,11 +256,11 @@ def test_tables_are_cut_between_rows() -> None:
     assert any(table in piece for piece in pieces)
 
 
-def test_what_looks_like_a_heading_in_code_is_none() -> None:
+def test_headings_in_code_are_ignored() -> None:
     assert find_layout("```\n# a comment\n```\n# Real\n").paths == [(), ("Real",)]  # type: ignore
 
 
-def test_headings_of_every_kind_make_paths() -> None:
+def test_markdown_headings() -> None:
     text = "Intro.\n\nTitle\n=====\n\nText.\n\n## Part ##\n\nText.\n\n### Deep\n\nText.\n\n"
     text += "## Other\nEnd."
     layout = find_layout(text)
@@ -286,18 +282,18 @@ def test_chinese_headings() -> None:
     assert layout.paths == [(), ("第一章 总则",), ("第一章 总则", "第一节 范围"), ("第二章 附则",)]
 
 
-def test_chunks_carry_the_headings_that_hold_for_all_of_them() -> None:
+def test_chunks_have_the_headings_above_all_of_them() -> None:
     body = "Words go on here. " * 5
     text = f"# A\n\n## B\n\n{body}\n\n## C\n\n{body}\n\n# D\n\nshort.\n\n## E\n\nshort.\n"
     assert [chunk.headings for chunk in chars(text, 120)] == [("A", "B"), ("A", "C"), ("D",)]
 
 
-def test_no_chunk_reaches_across_a_heading_unless_a_section_is_short() -> None:
+def test_chunk_crosses_a_heading_only_of_a_short_section() -> None:
     text = "# A\n" + "Words go on. " * 4 + "\n# B\n" + "Words go on. " * 4
     assert [chunk.headings for chunk in chars(text, 100)] == [("A",), ("B",)]
 
 
-def test_characters_are_not_torn() -> None:
+def test_characters_are_not_divided() -> None:
     family = "👩\u200d👩\u200d👧"
     assert texts(family * 3, 6) == [family] * 3
     assert texts("e\u0301" * 4, 3) == ["e\u0301"] * 4
@@ -306,13 +302,13 @@ def test_characters_are_not_torn() -> None:
     assert texts("\ud83d\ude00" * 2, 3) == ["\ud83d\ude00"] * 2
 
 
-def test_trailing_blank_lines_go_with_the_text_before() -> None:
+def test_trailing_blank_lines_stay_with_the_text_before() -> None:
     assert texts("Aaaa. Bbbb.\n\n\n", 11) == ["Aaaa. ", "Bbbb.\n\n\n"]
     assert texts("   \n", 10) == ["   \n"]
     assert texts("", 10) == []
 
 
-# -- time in proportion to the length ------------------------------------------------------------
+# -- linear time ----------------------------------------------------------------------------------
 
 
 _HOSTILE = [*'a .\n"#。”-`|~=第\u0301…', "\r\n", "“”", "Dr. ", "a,", "\n#", "a\n", "\n|a", "}, {"]
@@ -328,7 +324,7 @@ def test_hostile_texts_of_a_million_characters(unit: str) -> None:
     assert len(chunks) <= 4 * len(text) // 800 + 2
 
 
-def test_tokens_are_counted_a_few_times_a_chunk() -> None:
+def test_tokens_are_counted_a_few_times_per_chunk() -> None:
     counted = 0
 
     def count(text: str) -> int:
@@ -357,20 +353,20 @@ def test_tokens_are_counted_a_few_times_a_chunk() -> None:
         {"max_tokens": -1, "count_tokens": len},
     ],
 )
-def test_a_budget_that_cannot_be_kept_is_refused(arguments: dict[str, object]) -> None:
+def test_refuses_invalid_budgets(arguments: dict[str, object]) -> None:
     with pytest.raises(ConfigError) as refused:
         StructureSplitter(**arguments)  # type: ignore[arg-type]
     assert "\n" not in str(refused.value) and refused.value.hint
 
 
-def test_a_character_over_the_budget_is_refused() -> None:
+def test_refuses_a_character_over_the_budget() -> None:
     splitter = StructureSplitter(max_tokens=2, count_tokens=lambda text: len(text.encode()))
     with pytest.raises(ConfigError, match="alone takes 3 tokens"):
         splitter.split("ab好")
 
 
-def test_a_shorter_text_may_take_more_tokens() -> None:
-    """As when a merge reaches across the cut: text that ends in "b" takes four tokens more."""
+def test_shorter_text_may_have_more_tokens() -> None:
+    """As if a token crossed the cut: text that ends in "b" has four more tokens."""
 
     def count(text: str) -> int:
         return len(text) + 4 * text.rstrip().endswith("b")
@@ -392,7 +388,7 @@ def test_overlap_is_counted_in_tokens() -> None:
         before = chunk.end
 
 
-def test_a_heading_with_nothing_under_it_goes_with_the_next() -> None:
+def test_empty_section_goes_with_the_next() -> None:
     text = "# Whole\n\n## Part\n\n" + "Words stand here. " * 4
     first = chars(text, 90)[0]
     assert first.text.startswith("# Whole\n\n## Part\n\nWords") and first.headings == (
@@ -401,20 +397,20 @@ def test_a_heading_with_nothing_under_it_goes_with_the_next() -> None:
     )
 
 
-def test_an_underline_without_a_blank_line_above_its_text_is_no_heading() -> None:
+def test_underline_needs_a_blank_line_above_its_text() -> None:
     assert find_layout("first line\nsecond line\n---\nmore\n") is not None
     assert find_layout("first line\nsecond line\n---\nmore\n").paths == [()]  # type: ignore[union-attr]
     assert find_layout("\nTitle\n---\nmore\n").paths[-1] == ("Title",)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("pair", ["e\u0301", "\r\n"])
-def test_what_is_one_character_is_not_cut(pair: str) -> None:
+def test_visible_character_is_not_divided(pair: str) -> None:
     for size in (2, 3, 4, 5, 7):
         for chunk in chars("ab" + pair * 40, size)[1:]:
             assert chunk.text[0] not in ("\u0301", "\n")
 
 
-def test_a_sentence_one_character_longer_than_the_overlap_is_not_repeated() -> None:
+def test_sentence_longer_than_the_overlap_is_not_repeated() -> None:
     text = "Aa bb. Cc dd. " * 9  # a sentence with its space takes seven
     starts = {overlap: chars(text, 28, overlap)[1].start for overlap in (6, 7)}
     assert starts == {6: 24, 7: 21}  # 24: at least at a word
@@ -429,17 +425,17 @@ def test_a_sentence_one_character_longer_than_the_overlap_is_not_repeated() -> N
         "of the object.\n.**\nRecursive wildcard.\n",
     ],
 )
-def test_lines_that_begin_with_closing_marks_stay_behind_others(unit: str) -> None:
+def test_lines_with_closing_marks_stay_with_the_line_before(unit: str) -> None:
     for size in range(30, 60):
         for chunk in chars(unit * 20, size)[1:]:
             assert chunk.text.lstrip()[0] not in CLOSING, chunk.text
 
 
-def test_a_clause_is_taken_before_a_word() -> None:
+def test_clause_is_preferred_to_a_word() -> None:
     text = "字" * 120 + "，" + "字" * 60 + " " + "字" * 400
     assert chars(text, 300)[0].end == 121
 
 
-def test_a_mark_over_the_next_character_stays_with_its_sentence() -> None:
+def test_combining_mark_stays_with_its_sentence() -> None:
     text = "字" * 20 + "。" + "字" * 20 + "。\u0301" + "字" * 40
     assert [chunk.start for chunk in chars(text, 50)][1] == 21

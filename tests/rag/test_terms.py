@@ -1,4 +1,4 @@
-"""Terms against what a reader would expect to match."""
+"""Terms of Chinese and English, and how SQLite reads them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def test_chinese_is_characters_and_pairs() -> None:
     assert sorted(terms("北京大学")) == sorted(["北", "京", "大", "学", "北京", "京大", "大学"])
 
 
-def test_pairs_do_not_reach_over_punctuation() -> None:
+def test_pairs_do_not_cross_punctuation() -> None:
     assert "京上" not in terms("北京，上海") and "北京" in terms("北京，上海")
 
 
-def test_mixed_runs_are_cut_where_the_script_changes() -> None:
+def test_mixed_runs_are_split_where_the_script_changes() -> None:
     assert sorted(terms("GPT模型v2")) == sorted(["gpt", "模", "型", "模型", "v2"])
 
 
@@ -29,7 +29,7 @@ def test_mixed_runs_are_cut_where_the_script_changes() -> None:
     ("a", "b"),
     [("ＡＢＣ１２", "abc12"), ("ﬁle", "FILE"), ("Straße", "STRASSE"), ("㍿", "株式会社")],
 )
-def test_width_case_and_ligatures_are_one(a: str, b: str) -> None:
+def test_width_case_and_ligatures_are_folded(a: str, b: str) -> None:
     assert terms(a) == terms(b)
 
 
@@ -58,19 +58,19 @@ def tokens_in(db: sqlite3.Connection) -> int:
 
 
 @cache
-def agreed(letter: str) -> bool:
-    """Whether this SQLite's table, of an older Unicode, calls it a letter as Python does: of New
-    Tai Lue, Cham and other rare scripts it calls 317 letters something else."""
+def is_letter_in_sqlite(letter: str) -> bool:
+    """Whether SQLite, with an older Unicode, classes it as a letter as Python does: it does not for
+    317 letters of New Tai Lue, Cham and other rare scripts."""
     return tokens_in(fts5_of(" ".join(set(terms(letter))))) == len(set(terms(letter)))
 
 
-@given(st.text(st.characters(codec="utf-8").filter(agreed)))
-def test_terms_are_what_fts5_takes_for_one_token(text: str) -> None:
-    found = sorted(set(terms(text)))
-    db = fts5_of(" ".join(found))
-    for term in found:
+@given(st.text(st.characters(codec="utf-8").filter(is_letter_in_sqlite)))
+def test_fts5_reads_each_term_as_one_token(text: str) -> None:
+    distinct = sorted(set(terms(text)))
+    db = fts5_of(" ".join(distinct))
+    for term in distinct:
         assert db.execute("SELECT count(*) FROM t WHERE t MATCH ?", (f'"{term}"',)).fetchone()[0]
-    assert tokens_in(db) == len(found)
+    assert tokens_in(db) == len(distinct)
 
 
 @given(
@@ -79,7 +79,7 @@ def test_terms_are_what_fts5_takes_for_one_token(text: str) -> None:
     ),
     st.lists(st.sampled_from(["哈", "哈哈", "京北", "dog", "as", "fi", "s", "バ", "none"])),
 )
-def test_counting_some_terms_is_counting_all(pieces: list[str], wanted: list[str]) -> None:
+def test_term_counter_counts_as_terms_does(pieces: list[str], query_terms: list[str]) -> None:
     text = "".join(pieces)
-    expected = {term: n for term, n in Counter(terms(text)).items() if term in wanted}
-    assert term_counter(wanted)(text) == expected
+    expected = {term: n for term, n in Counter(terms(text)).items() if term in query_terms}
+    assert term_counter(query_terms)(text) == expected

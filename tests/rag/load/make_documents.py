@@ -1,4 +1,4 @@
-"""Files to load, made of their bytes: PDF and DOCX without the programs that write them."""
+"""PDF and DOCX files for tests, written byte by byte."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from khaosz.rag.load import Document, Limits, Problem, Source, load_paths
 
-# x and y of a line in points, the line, and the size of its letters if not that of the page.
+# x and y of a line in points, the line, and its letter size if not that of the page.
 Placed = tuple[float, float, str] | tuple[float, float, str, float]
 
 _W = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
@@ -42,7 +42,7 @@ _NUMBERING = (
 def load(
     *paths: Path, limits: Limits | None = None
 ) -> tuple[dict[str, tuple[Source, list[Document]]], list[Problem]]:
-    """What loads by the file's name, and the problems."""
+    """(source, documents) by file name, and the problems."""
     problems: list[Problem] = []
     loaded = {}
     for source, documents in load_paths(paths, on_problem=problems.append, limits=limits):
@@ -52,7 +52,7 @@ def load(
 
 
 def load_one(path: Path, limits: Limits | None = None) -> Document:
-    """The only document of a file that loads without a problem."""
+    """The only document of a file that is read without a problem."""
     loaded, problems = load(path, limits=limits)
     assert not problems
     ((_, (document,)),) = loaded.values()
@@ -60,7 +60,7 @@ def load_one(path: Path, limits: Limits | None = None) -> Document:
 
 
 def problem_of(path: Path, limits: Limits | None = None) -> Problem:
-    """Why a file that does not load does not."""
+    """The problem of a file that is not read."""
     loaded, (problem,) = load(path, limits=limits)
     assert not loaded
     assert problem.path == path and "\n" not in problem.message + problem.hint
@@ -74,7 +74,7 @@ def write_docx(
     compression: int = zipfile.ZIP_DEFLATED,
     prolog: str = '<?xml version="1.0" encoding="UTF-8"?>',
 ) -> Path:
-    """`body` is WordprocessingML; `more` are parts that are added or take the place of ours."""
+    """`body` is WordprocessingML; `more` are parts to add or replace."""
     document = (
         f'{prolog}<w:document xmlns:w="{_W}" xmlns:r="http://schemas.openxmlformats.org/'
         'officeDocument/2006/relationships" xmlns:a="http://schemas.openxmlformats.org/drawingml/'
@@ -104,8 +104,8 @@ def word(text: str, style: str = "", number: bool = False) -> str:
 
 
 def pdf_bytes(pages: Sequence[Sequence[Placed]], title: str = "", size: float = 12) -> bytes:
-    """A PDF with lines of text, Latin in Helvetica and Chinese in a font that has no glyphs but
-    says by its ToUnicode map which characters they would be, as any PDF of Chinese text does."""
+    """A PDF with lines of text, Latin in Helvetica and Chinese in a font without glyphs whose
+    ToUnicode map names the characters, as in any PDF of Chinese text."""
     objects: dict[int, bytes] = {
         1: b"<< /Type /Catalog /Pages 2 0 R >>",
         3: b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>",
@@ -157,8 +157,8 @@ def _stream(content: bytes) -> bytes:
 
 def _drawn(x: float, y: float, line: str, size: float) -> bytes:
     if line.isascii():
-        shown = "".join("\\" + c if c in "()\\" else c for c in line)
-        return f"BT /F1 {size} Tf {x} {y} Td ({shown}) Tj ET".encode()
+        escaped = "".join("\\" + c if c in "()\\" else c for c in line)
+        return f"BT /F1 {size} Tf {x} {y} Td ({escaped}) Tj ET".encode()
     return f"BT /F2 {size} Tf {x} {y} Td <{line.encode('utf-16-be').hex()}> Tj ET".encode()
 
 

@@ -41,7 +41,7 @@ def test_walk_accepts_the_suffixes_that_have_a_reader(tmp_path: Path, docling: b
         assert set(formats) == set(SUFFIXES)
 
 
-def test_every_reader_is_in_the_table_and_every_row_has_its_reader() -> None:
+def test_readers_are_those_of_the_table() -> None:
     """A reader is a module with `parse(raw, limits)`; its package need not be installed."""
     readers = set()
     for path in FOLDER.glob("*.py"):
@@ -58,7 +58,7 @@ def test_names_without_a_suffix() -> None:
 
 
 @pytest.mark.parametrize("page", ["docs/en/rag.md", "docs/zh/rag.md"])
-def test_the_guide_lists_the_formats_of_the_table(page: str) -> None:
+def test_guide_lists_the_formats_of_the_table(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|`]+ \| ((?:`\.\w+` ?)+)\|", text, re.MULTILINE)
     listed = sorted(sorted(re.findall(r"\.\w+", row)) for row in rows)

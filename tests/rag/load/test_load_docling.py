@@ -1,4 +1,4 @@
-"""The extra `docling`, where it is installed: slides, sheets and documents without models."""
+"""The extra `docling`, if it is installed: slides, sheets and documents without models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ installed = pytest.mark.skipif(
 
 def load(path: Path) -> tuple[dict[str, Document], list[Problem]]:
     problems: list[Problem] = []
-    found = load_paths([path], on_problem=problems.append, docling=True)
-    return {source.name: document for source, (document,) in found}, problems
+    loaded = load_paths([path], on_problem=problems.append, docling=True)
+    return {source.name: document for source, (document,) in loaded}, problems
 
 
 @pytest.mark.slow  # it imports PyTorch, transformers and more
@@ -50,13 +50,13 @@ def test_slides_sheets_and_documents(tmp_path: Path) -> None:
     assert "第一段。" in documents["c.docx"].text
     by_name = {problem.path.name: problem for problem in problems}
     assert "d.pptx" in by_name
-    if "e.pdf" in by_name:  # no models here, and none are fetched
+    if "e.pdf" in by_name:  # without models, which are not fetched
         assert "docling-tools" in by_name["e.pdf"].hint
     else:
         assert "A page." in documents["e.pdf"].text
 
 
-def test_without_docling_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_docling_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.pptx").write_bytes(b"PK")
     problems: list[Problem] = []
     assert not list(load_paths([tmp_path], on_problem=problems.append))

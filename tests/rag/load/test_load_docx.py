@@ -1,4 +1,4 @@
-"""DOCX: documents as Word and WPS write them, and containers that mean harm."""
+"""DOCX: documents as Word and WPS write them, and malicious containers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def row(*cells: str) -> str:
     return "<w:tr>" + "".join(f"<w:tc>{word(cell)}</w:tc>" for cell in cells) + "</w:tr>"
 
 
-def test_a_document_becomes_markdown(tmp_path: Path) -> None:
+def test_docx_becomes_markdown(tmp_path: Path) -> None:
     body = (
         word("劳动合同", "T")
         + word("Duties", "1")
@@ -45,7 +45,7 @@ def test_a_document_becomes_markdown(tmp_path: Path) -> None:
     assert document.name == "合同.docx" and document.pages == ()
 
 
-def test_deleted_text_is_gone_and_footnotes_stay(tmp_path: Path) -> None:
+def test_deleted_text_is_dropped_and_footnotes_stay(tmp_path: Path) -> None:
     w = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
     body = (
         "<w:p><w:r><w:t>kept</w:t></w:r><w:del><w:r><w:delText>gone</w:delText></w:r></w:del>"
@@ -82,14 +82,14 @@ def test_pictures_are_neither_fetched_nor_opened(tmp_path: Path, mode: str) -> N
     )
     more = {"word/_rels/document.xml.rels": rels, "word/media/a.png": bytes(50_000_000)}
     path = write_docx(tmp_path / "a.docx", word("before") + picture + word("after"), more)
-    # Fifty megabytes of zeros in a picture don't count: they are never unpacked.
+    # Fifty megabytes of zeros in a picture do not count: they are not unpacked.
     assert load_one(path, Limits(unpacked_bytes=100_000)).text == "before\n\nafter"
 
 
 # Attacks
 
 
-def test_a_zip_bomb_is_stopped_by_its_ratio(tmp_path: Path) -> None:
+def test_zip_bomb_is_stopped_by_its_ratio(tmp_path: Path) -> None:
     path = write_docx(tmp_path / "a.docx", " " * 30_000_000)
     assert path.stat().st_size < 100_000
     problem = problem_of(path)
@@ -106,20 +106,20 @@ def test_unpacked_bytes_are_counted_over_all_parts(tmp_path: Path) -> None:
     assert load_one(path).text == "x"
 
 
-def test_a_header_that_lies_about_its_size_does_not_help(tmp_path: Path) -> None:
-    """The headers say that 30 MB are 30,000 bytes."""
+def test_false_size_in_a_header_does_not_help(tmp_path: Path) -> None:
+    """The headers declare 30 MB as 30,000 bytes."""
     path = write_docx(tmp_path / "a.docx", " " * 30_000_000)
     raw = path.read_bytes()
     with zipfile.ZipFile(io.BytesIO(raw)) as container:
         size = container.getinfo("word/document.xml").file_size
-    lied = raw.replace(struct.pack("<I", size), struct.pack("<I", 30_000))
-    assert lied != raw
-    path.write_bytes(lied)
+    false_size = raw.replace(struct.pack("<I", size), struct.pack("<I", 30_000))
+    assert false_size != raw
+    path.write_bytes(false_size)
     assert "damaged DOCX" in problem_of(path).message
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_methods_that_unpack_without_bounds_are_refused(tmp_path: Path, compression: int) -> None:
+def test_refuses_compression_without_bounds(tmp_path: Path, compression: int) -> None:
     path = write_docx(tmp_path / "a.docx", word("x"), compression=compression)
     assert problem_of(path).message == "is compressed by a method that DOCX does not allow"
 
@@ -146,26 +146,26 @@ HEAD = '<?xml version="1.0"?>'
         '<!DOCTYPE d [<!ENTITY % p SYSTEM "file:///etc/passwd"> %p; <!ENTITY l9 "x">]>',
     ],
 )
-def test_entities_are_refused(tmp_path: Path, declaration: str) -> None:
+def test_refuses_entities(tmp_path: Path, declaration: str) -> None:
     body = "<w:p><w:r><w:t>&l9;</w:t></w:r></w:p>"
     path = write_docx(tmp_path / "a.docx", body, prolog=HEAD + declaration)
     assert "declares a document type in word/document.xml" in problem_of(path).message
 
 
-def test_entities_in_utf16_and_in_other_parts_are_refused(tmp_path: Path) -> None:
+def test_refuses_entities_in_utf16_and_other_parts(tmp_path: Path) -> None:
     for part in ("word/styles.xml", "word/_rels/document.xml.rels", "docProps/core.xml"):
         bomb = f'<?xml version="1.0" encoding="utf-16"?><!DOCTYPE d [{LAUGHS}]><d>&l9;</d>'
         path = write_docx(tmp_path / "a.docx", word("x"), {part: bomb.encode("utf-16")})
         assert f"declares a document type in {part}" in problem_of(path).message
 
 
-def test_nesting_too_deep_is_a_problem(tmp_path: Path) -> None:
+def test_deep_nesting_is_a_problem(tmp_path: Path) -> None:
     deep = "<w:sdt><w:sdtContent>" * 5000 + word("x") + "</w:sdtContent></w:sdt>" * 5000
     path = write_docx(tmp_path / "a.docx", deep)
     assert "nests more than 256 elements" in problem_of(path).message
 
 
-def test_what_is_no_docx_is_a_problem(tmp_path: Path) -> None:
+def test_other_files_named_docx_are_problems(tmp_path: Path) -> None:
     path = tmp_path / "a.docx"
     for data, message in (
         (b"", "damaged DOCX"),
@@ -185,7 +185,7 @@ def test_what_is_no_docx_is_a_problem(tmp_path: Path) -> None:
     assert problem_of(path).message == "has no text in it"
 
 
-def test_a_docx_that_is_cut_short_or_flipped_never_escapes(tmp_path: Path) -> None:
+def test_truncated_docx_is_a_problem(tmp_path: Path) -> None:
     raw = write_docx(tmp_path / "a.docx", word("x" * 500)).read_bytes()
     path = tmp_path / "b.docx"
     for cut in range(0, len(raw), 97):

@@ -1,4 +1,4 @@
-"""HTML: what a reader sees, as Markdown."""
+"""HTML as Markdown."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ def test_elements_become_markdown(html: str, expected: str) -> None:
         "<math><semantics><annotation>x</annotation></semantics></math>",
     ],
 )
-def test_what_a_reader_does_not_see_is_dropped(hidden: str) -> None:
+def test_hidden_elements_are_dropped(hidden: str) -> None:
     assert markdown(f"<p>before</p>{hidden}<p>after</p>") == "before\n\nafter"
 
 
-def test_a_page_that_hides_until_its_script_ran_is_read() -> None:
+def test_body_hidden_until_its_script_runs_is_read() -> None:
     assert markdown("<body style='visibility:hidden'><p>a") == "a"
 
 
@@ -101,7 +101,7 @@ PAGE = (
     ("encoding", "declared"),
     [
         ("utf-8", ""),
-        ("utf-8", "<meta charset=gbk>"),  # a declaration that is no longer true
+        ("utf-8", "<meta charset=gbk>"),  # an outdated declaration
         ("gb18030", "<meta charset='gb2312'>"),
         ("gbk", '<meta http-equiv="Content-Type" content="text/html; charset=gbk">'),
         ("gb18030", ""),
@@ -119,14 +119,14 @@ def test_pages_in_other_encodings(tmp_path: Path, encoding: str, declared: str) 
     assert document.name == document.doc_id == "页.html"
 
 
-def test_declared_encodings_beyond_what_we_detect() -> None:
+def test_declared_encodings_that_are_not_detected() -> None:
     japanese = "<meta charset=shift_jis><p>吾輩は猫である".encode("shift_jis")
     assert parse(japanese, Limits()).text == "吾輩は猫である"
     latin = b"<meta charset=iso-8859-1><p>\x93caf\xe9\x94"
     assert parse(latin, Limits()).text == "“café”"
 
 
-def test_elements_nest_deeper_than_pythons_calls() -> None:
+def test_elements_nest_deeper_than_the_recursion_limit() -> None:
     deep = 10_000
     assert markdown("<div>" * deep + "x" + "</div>" * deep) == "x"
     lists = markdown("<ul><li>" * 5000 + "x")
@@ -157,7 +157,7 @@ TAGS += ["blockquote", "a", "caption", "nav", "dl", "dt"]
         max_size=40,
     )
 )
-def test_any_tag_soup_is_converted(parts: list[str]) -> None:
+def test_tag_soup_is_converted(parts: list[str]) -> None:
     text = markdown("".join(parts).encode("utf-8", "replace").decode())
     text.encode("utf-8")
     assert "\0" not in text and text == text.strip("\n")
@@ -165,14 +165,14 @@ def test_any_tag_soup_is_converted(parts: list[str]) -> None:
 
 @given(st.lists(st.text("abc 字句", min_size=1, max_size=8), min_size=1, max_size=30))
 def test_no_words_are_lost(words: list[str]) -> None:
-    """Whatever they stand in: a list, a table, a quote."""
+    """In lists, tables, quotes and headings."""
     wrappers = ["<p>{}</p>", "<li>{}", "<td>{}", "<h2>{}</h2>", "<blockquote>{}</blockquote>"]
     html = "".join(wrappers[i % len(wrappers)].format(word) for i, word in enumerate(words))
-    wanted = sorted(c for word in words for c in word if c != " ")
-    assert sorted(c for c in markdown(html) if c in "abc字句") == wanted
+    expected = sorted(c for word in words for c in word if c != " ")
+    assert sorted(c for c in markdown(html) if c in "abc字句") == expected
 
 
-def test_a_page_without_text_is_a_problem(tmp_path: Path) -> None:
+def test_page_without_text_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.htm"
     path.write_text("<script>render()</script><div id=root></div>")
     assert problem_of(path).message == "has no text in it"

@@ -1,4 +1,4 @@
-"""Workers that hang, swell, die or cannot start: a problem each, and the others load."""
+"""Workers that hang, run out of memory, die or cannot start: each is a problem of its file only."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from khaosz.rag.load.document import InputFile
 from khaosz.rag.load.pool import WorkerPool, _Worker, read_frame, write_frame
 
 pytest.importorskip("selectolax")
-linux = pytest.mark.skipif(sys.platform != "linux", reason="see `Limits` for what holds where")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems lack this limit")
 
-# A parser of HTML opens the elements of the first paragraph again in each that follows: 220 KB
-# become sixty million elements.
-SWELLING = "<p>" + "".join(f"<b id={n}>" for n in range(3000)) + "<p>x" * 20_000
+# An HTML parser opens the elements of the first paragraph again in each later one: 220 KB become
+# sixty million elements.
+HUGE_TREE = "<p>" + "".join(f"<b id={n}>" for n in range(3000)) + "<p>x" * 20_000
 
 
 def page(path: Path, text: str) -> Path:
@@ -35,10 +35,10 @@ def html(path: Path) -> InputFile:
     return InputFile(path, path.name, "html")
 
 
-def test_formats_side_by_side_come_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_files_of_several_formats_keep_their_order(tmp_path: Path) -> None:
     pytest.importorskip("pypdfium2")
     pytest.importorskip("mammoth")
-    for n in range(0, 100, 4):  # more than may wait
+    for n in range(0, 100, 4):  # more than _LOOK_AHEAD
         (tmp_path / f"{n:02}.txt").write_text(f"text {n}")
         page(tmp_path / f"{n + 1:02}.html", f"text {n + 1}")
         write_docx(tmp_path / f"{n + 2:02}.docx", word(f"text {n + 2}"))
@@ -49,14 +49,14 @@ def test_formats_side_by_side_come_in_the_order_of_their_names(tmp_path: Path) -
     assert texts == [f"text {n}" for n in range(100)]
 
 
-def test_the_source_of_a_formatted_file_is_the_parents(tmp_path: Path) -> None:
+def test_source_of_a_formatted_file(tmp_path: Path) -> None:
     path = page(tmp_path / "页.html", "你好")
     ((source, _),) = load_paths([path], on_problem=pytest.fail)
     assert source.path == path.resolve() and source.size == path.stat().st_size
     assert source.mtime_ns == path.stat().st_mtime_ns and len(source.sha256) == 64
 
 
-def test_a_worker_is_reused(tmp_path: Path) -> None:
+def test_worker_is_reused(tmp_path: Path) -> None:
     path = page(tmp_path / "a.html", "x")
     with WorkerPool(Limits(workers=1)) as pool:
         pool.submit(html(path)).result()
@@ -66,9 +66,9 @@ def test_a_worker_is_reused(tmp_path: Path) -> None:
         assert pool.processes == first and len(first) == 1
 
 
-def test_a_file_that_hangs_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
+def test_file_that_hangs_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
     page(tmp_path / "a.html", "before")
-    (tmp_path / "b.html").write_text(SWELLING)
+    (tmp_path / "b.html").write_text(HUGE_TREE)
     page(tmp_path / "c.html", "after")
     limits = Limits(seconds=1.5, memory_bytes=1 << 40, workers=1)
     loaded, (problem,) = load(tmp_path, limits=limits)
@@ -77,8 +77,8 @@ def test_a_file_that_hangs_is_a_problem_and_the_others_load(tmp_path: Path) -> N
     assert problem.code == "too_slow"
 
 
-def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "a.html").write_text(SWELLING)
+def test_worker_is_killed_after_the_time_limit(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(HUGE_TREE)
     limits = Limits(memory_bytes=1 << 40)
     worker = _Worker(limits)
     try:
@@ -92,9 +92,9 @@ def test_a_worker_that_is_late_is_killed(tmp_path: Path) -> None:
 
 
 @linux
-def test_a_file_that_swells_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
+def test_file_over_the_memory_limit_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
     page(tmp_path / "a.html", "before")
-    (tmp_path / "b.html").write_text(SWELLING)
+    (tmp_path / "b.html").write_text(HUGE_TREE)
     page(tmp_path / "c.html", "after")
     loaded, (problem,) = load(tmp_path, limits=Limits(memory_bytes=200 << 20, workers=1))
     assert [d.text for _, (d,) in loaded.values()] == ["before", "after"]
@@ -102,18 +102,18 @@ def test_a_file_that_swells_is_a_problem_and_the_others_load(tmp_path: Path) -> 
 
 
 @linux
-def test_python_code_that_swells_is_told_as_memory(tmp_path: Path) -> None:
+def test_python_memory_error_is_reported_as_memory(tmp_path: Path) -> None:
     pytest.importorskip("mammoth")
     path = write_docx(tmp_path / "a.docx", "".join(word(f"{n * n:x}") for n in range(20_000)))
     with WorkerPool(Limits(memory_bytes=80 << 20)) as pool:
         with pytest.raises(DocumentError, match="needs more than 80 MB of memory") as caught:
             pool.submit(InputFile(path, path.name, "docx")).result()
         assert caught.value.code == "too_large"
-        assert not pool.processes  # its heap is full, and its limit was lifted for the answer
+        assert not pool.processes  # its heap is full, and its limit was lifted for the reply
     assert load_one(path).text.startswith("0\n\n1\n\n4\n\n9")
 
 
-def test_a_worker_that_dies_takes_its_file_only(tmp_path: Path) -> None:
+def test_worker_that_dies_loses_only_its_file(tmp_path: Path) -> None:
     path = page(tmp_path / "a.html", "x")
     with WorkerPool(Limits(workers=1)) as pool:
         pool.submit(html(path)).result()
@@ -128,7 +128,7 @@ def test_a_worker_that_dies_takes_its_file_only(tmp_path: Path) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Of a child that nobody has waited for: whether it is not yet a zombie."""
+    """Whether a child that was not waited for is not yet a zombie."""
     if sys.platform != "linux":
         time.sleep(1)
         return False
@@ -136,12 +136,12 @@ def _is_running(process: int) -> bool:
 
 
 @linux
-def test_a_worker_that_cannot_start_is_a_problem(tmp_path: Path) -> None:
+def test_worker_that_cannot_start_is_a_problem(tmp_path: Path) -> None:
     problem = problem_of(page(tmp_path / "a.html", "x"), Limits(memory_bytes=1 << 20))
     assert problem.hint
 
 
-def test_no_process_outlives_the_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_end_with_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mammoth.py").write_text("import time; time.sleep(1000)")
     monkeypatch.syspath_prepend(str(tmp_path))
     page(tmp_path / "1.html", "x")
@@ -149,7 +149,7 @@ def test_no_process_outlives_the_loading(tmp_path: Path, monkeypatch: pytest.Mon
     page(tmp_path / "3.html", "x")
     problems: list[Problem] = []
     paths = [tmp_path / name for name in ("1.html", "2.docx", "3.html")]
-    others = _children()  # of tests before this one
+    others = _children()  # of earlier tests
     loading = load_paths(paths, on_problem=problems.append)
     next(loading)
     started = _children() - others
@@ -163,7 +163,7 @@ def _children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
-def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
+def test_worker_ends_after_its_parent(tmp_path: Path) -> None:
     psutil = pytest.importorskip("psutil")
     page(tmp_path / "a.html", "x")
     page(tmp_path / "b.html", "x")
@@ -189,10 +189,10 @@ def test_a_worker_ends_when_its_parent_is_gone(tmp_path: Path) -> None:
     ("package", "name"),
     [("selectolax", "a.html"), ("mammoth", "a.docx"), ("pypdfium2", "a.pdf")],
 )
-def test_a_package_that_is_missing_is_a_problem(
+def test_missing_package_is_a_problem(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
-    """The worker finds a package that fails as one does that is not there."""
+    """A package in its place fails like one that is not installed."""
     shadow = tmp_path / "site"
     shadow.mkdir()
     (shadow / f"{package}.py").write_text(
@@ -206,10 +206,10 @@ def test_a_package_that_is_missing_is_a_problem(
     assert problem.hint == 'pip install "khaosz[rag]"'
 
 
-def test_a_worker_has_no_network_and_starts_no_program(
+def test_worker_has_no_network_and_starts_no_program(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A parser that a file has taken over tries (a package in its place plays it)."""
+    """A package in the place of a parser does what a malicious file could make it do."""
     attempts = {
         "a": "import socket; socket.create_connection(('127.0.0.1', 9))",
         "b": "import subprocess; subprocess.run(['true'])",
@@ -225,7 +225,7 @@ def test_a_worker_has_no_network_and_starts_no_program(
             assert "in a document loader" in problem_of(path).message
 
 
-def test_what_a_parser_prints_does_not_disturb_the_frames(
+def test_output_of_a_parser_does_not_mix_with_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mammoth.py").write_text("import os; os.write(1, b'x' * 99)\nraise ValueError('y')")
@@ -234,14 +234,14 @@ def test_what_a_parser_prints_does_not_disturb_the_frames(
     assert problem_of(path).message == "cannot be parsed: ValueError: y"
 
 
-def test_files_over_the_limits_of_size(tmp_path: Path) -> None:
+def test_files_over_the_size_limits(tmp_path: Path) -> None:
     path = page(tmp_path / "a.html", "x" * 1000)
     problem = problem_of(path, Limits(file_bytes=999))
     assert (problem.message, problem.code) == ("is larger than 999 bytes", "too_large")
     assert problem_of(path, Limits(text_characters=999)).message == "has more than 999 characters"
 
 
-def test_frames_are_whole_or_nothing(tmp_path: Path) -> None:
+def test_frames_are_complete_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "frames"
     messages = [{}, {"a": "中\udcff" * 100_000}, {"b": [1, None, True]}]
     with open(path, "wb", buffering=0) as pipe:

@@ -1,4 +1,4 @@
-"""PDF: text in reading order, wrapped lines joined, and the offsets of its pages."""
+"""PDF: reading order, wrapped lines, headings, and page offsets."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHINESE = (
 )
 
 
-def test_wrapped_lines_are_joined_and_paragraphs_stay_apart() -> None:
+def test_wrapped_lines_are_joined_and_paragraphs_stay_separate() -> None:
     text, _, pages = parse_pdf(pdf_bytes([lines(ENGLISH)]))
     assert text == (
         "The committee met on Tuesday to consider the proposal and found that its cost had been "
@@ -54,7 +54,7 @@ def test_chinese_lines_are_joined_without_spaces() -> None:
     assert text == CHINESE.replace("　", "").replace("严\n重", "严重").replace("行\n表", "行表")
 
 
-def test_offsets_say_where_pages_begin(tmp_path: Path) -> None:
+def test_offsets_are_where_pages_start(tmp_path: Path) -> None:
     path = tmp_path / "年报.pdf"
     first, last = lines("First page."), lines("最后一页。")
     path.write_bytes(pdf_bytes([first, [], lines("Third."), last], title="年度报告 2025"))
@@ -65,27 +65,27 @@ def test_offsets_say_where_pages_begin(tmp_path: Path) -> None:
     assert pages == ["First page.", "", "Third.", "最后一页。"]
 
 
-def test_columns_are_read_one_after_the_other() -> None:
+def test_columns_are_read_in_order() -> None:
     left = lines("\n".join(f"left {n}" for n in range(12)))
     right = lines("\n".join(f"right {n}" for n in range(12)), x=320)
     in_columns = [line for _, _, line in left + right]
-    chance = random.Random(3)
+    rng = random.Random(3)
     drawn = {
         "by column": left + right,
         "upwards": left[::-1] + right[::-1],
-        "shuffled": chance.sample(right, 12) + chance.sample(left, 12),
+        "shuffled": rng.sample(right, 12) + rng.sample(left, 12),
     }
-    for how, page in drawn.items():
-        assert parse_pdf(pdf_bytes([page]))[0].split("\n") == in_columns, how
+    for order, page in drawn.items():
+        assert parse_pdf(pdf_bytes([page]))[0].split("\n") == in_columns, order
 
 
-def test_a_header_drawn_last_does_not_disturb_the_order() -> None:
+def test_header_drawn_last_does_not_change_the_order() -> None:
     page = [*lines(ENGLISH), (72.0, 800.0, "Header"), (72.0, 40.0, "17")]
     text, _, _ = parse_pdf(pdf_bytes([page]))
     assert text.startswith("The committee") and text.endswith("Header\n\n17")
 
 
-def test_rows_of_a_table_stay_apart() -> None:
+def test_rows_of_a_table_stay_separate() -> None:
     page = [
         (x, 700 - 15 * r, f"{word} {r}")
         for r in range(4)
@@ -107,19 +107,19 @@ def test_rows_of_a_table_stay_apart() -> None:
         ("用户的", "file", "用户的 file"),
     ],
 )
-def test_how_two_lines_become_one(first: str, second: str, joined: str) -> None:
+def test_two_lines_are_joined(first: str, second: str, joined: str) -> None:
     wide = dict(left=72.0, right=272.0)
     page = [Line(first, bottom=700, top=712, **wide), Line(second, bottom=685, top=697, **wide)]
     assert join_lines(page, {"well-known"}) == joined
 
 
-def test_lines_whose_place_is_unknown_are_left_alone() -> None:
+def test_lines_of_unknown_position_are_unchanged() -> None:
     page = [Line("一", placed=False), Line("b exam\u2010", placed=False), Line("ple", placed=False)]
     assert in_reading_order(page) == page
     assert join_lines(page, set()) == "一\nb example"
 
 
-def test_an_indent_begins_a_paragraph() -> None:
+def test_indent_starts_a_paragraph() -> None:
     page = [
         Line("一个写满了的行", 72.0, 700, 272.0, 712),
         Line("另起一段的行", 96.0, 685, 272.0, 697),
@@ -131,14 +131,14 @@ def test_an_indent_begins_a_paragraph() -> None:
 @pytest.mark.parametrize(
     "item", ["• second", "2. second", "(二) second", "第二条 第二", "- second"]
 )
-def test_items_begin_lines_of_their_own(item: str) -> None:
+def test_list_items_start_lines(item: str) -> None:
     wide = dict(left=72.0, right=272.0)
     page = [Line("first", bottom=700, top=712, **wide), Line(item, bottom=685, top=697, **wide)]
     assert join_lines(page, set()) == f"first\n{item}"
 
 
 def test_real_pages_of_matplotlib(tmp_path: Path) -> None:
-    """Fonts that are embedded as a subset, as writers of PDF do it."""
+    """With fonts embedded as subsets, as PDF writers do."""
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     from matplotlib import pyplot
@@ -155,10 +155,10 @@ def test_real_pages_of_matplotlib(tmp_path: Path) -> None:
     ]
 
 
-# What is no PDF, or no text
+# Other files and files without text
 
 
-def test_a_scan_has_no_text(tmp_path: Path) -> None:
+def test_scan_has_no_text(tmp_path: Path) -> None:
     path = tmp_path / "scan.pdf"
     path.write_bytes(pdf_bytes([[]]))
     problem = problem_of(path)
@@ -166,7 +166,7 @@ def test_a_scan_has_no_text(tmp_path: Path) -> None:
     assert problem.code == "no_text"
 
 
-def test_a_password_is_said(tmp_path: Path) -> None:
+def test_encrypted_pdf_is_a_problem(tmp_path: Path) -> None:
     path = tmp_path / "a.pdf"
     encrypt = (
         b"<< /Filter /Standard /V 1 /R 2 /P -44 /Length 40 /O <" + b"11" * 32 + b">"
@@ -195,13 +195,13 @@ def test_pages_that_refer_to_themselves(tmp_path: Path) -> None:
     assert problem_of(path).hint
 
 
-def test_flipped_bytes_do_not_escape(tmp_path: Path) -> None:
+def test_flipped_bytes_do_not_raise(tmp_path: Path) -> None:
     raw = pdf_bytes([lines(ENGLISH), lines(CHINESE)])
-    chance = random.Random(7)
+    rng = random.Random(7)
     for n in range(60):
         damaged = bytearray(raw)
         for _ in range(20):
-            damaged[chance.randrange(len(raw))] = chance.randrange(256)
+            damaged[rng.randrange(len(raw))] = rng.randrange(256)
         (tmp_path / f"{n}.pdf").write_bytes(damaged)
     loaded, problems = load(tmp_path)
     assert len(loaded) + len(problems) == len(list(tmp_path.iterdir()))
@@ -212,7 +212,7 @@ def test_flipped_bytes_do_not_escape(tmp_path: Path) -> None:
 
 
 def sized(*parts: tuple[float, str]) -> bytes:
-    """One page; size of the letters, and a line or more."""
+    """One page of (letter size, lines)."""
     y, drawn = 780.0, []
     for size, text in parts:
         for line in text.split("\n"):
@@ -222,14 +222,14 @@ def sized(*parts: tuple[float, str]) -> bytes:
     return pdf_bytes([drawn])
 
 
-def test_what_is_set_larger_is_a_heading() -> None:
+def test_larger_lines_are_headings() -> None:
     text, _, _ = parse_pdf(
         sized(
             (24, "第三章 合同的履行"),
             (12, CHINESE.replace("　", "")),
             (16, "Costs and a title\nof two lines"),
             (12, ENGLISH + "\n" + ENGLISH),
-            (16, "Large, but it goes on,"),
+            (16, "Large, but it continues,"),
             (16, "3 Utilities . . . . . . . . 5"),
             (12, "in the next line."),
             (12, "# a line of a program"),
@@ -239,11 +239,11 @@ def test_what_is_set_larger_is_a_heading() -> None:
     assert lines[0] == "# 第三章 合同的履行"
     assert "## Costs and a title of two lines" in lines
     assert [line for line in lines if line.startswith("#")] == [lines[0], lines[2]]
-    assert "Large, but it goes on," in text
+    assert "Large, but it continues," in text
     assert "\n\\# a line of a program" in text
 
 
-def test_a_poster_has_no_headings() -> None:
+def test_poster_has_no_headings() -> None:
     text, _, _ = parse_pdf(sized((30, "Come to the fair"), (12, "on Friday"), (20, "Free beer")))
     assert "#" not in text
     text, _, _ = parse_pdf(pdf_bytes([lines(ENGLISH)]))

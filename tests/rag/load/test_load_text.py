@@ -1,4 +1,4 @@
-"""Text, Markdown, code and JSON Lines: the file's own text, whatever it is encoded in."""
+"""Text, Markdown, code and JSON Lines in every encoding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TRADITIONAL = (
 ENGLISH = "It’s a “café” – naïve résumé, £20."
 
 
-def written(path: Path, data: str | bytes) -> Path:
+def write(path: Path, data: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     return path
@@ -51,19 +51,19 @@ def written(path: Path, data: str | bytes) -> Path:
         (TRADITIONAL, "utf-16-be"),
         (ENGLISH, "cp1252"),
         (ENGLISH, "utf-16-le"),
-        ("天地玄黄", "gb2312"),  # none of the commonest characters
+        ("天地玄黄", "gb2312"),  # none of the most common characters
         ("plain", "ascii"),
     ],
 )
-def test_text_comes_out_whatever_the_encoding(tmp_path: Path, text: str, encoding: str) -> None:
-    path = written(tmp_path / "笔记.txt", text.encode(encoding))
+def test_encodings_are_detected(tmp_path: Path, text: str, encoding: str) -> None:
+    path = write(tmp_path / "笔记.txt", text.encode(encoding))
     document = load_one(path)
     assert document.text == text
     assert document.name == document.doc_id == "笔记.txt"
     assert document.metadata["format"] == "text"
 
 
-def test_encodings_are_told_apart_in_short_pieces_of_real_text() -> None:
+def test_encodings_are_detected_in_short_pieces_of_real_text() -> None:
     """Every 60 characters of real text, in each encoding that can write them."""
     sample = Path(__file__).parents[3] / "khaosz" / "data" / "sample" / "statutes_zh.jsonl"
     texts = [json.loads(line)["text"] for line in sample.read_text("utf-8").splitlines()]
@@ -74,14 +74,14 @@ def test_encodings_are_told_apart_in_short_pieces_of_real_text() -> None:
         assert not wrong
 
 
-def test_only_line_ends_and_the_mark_are_changed(tmp_path: Path) -> None:
-    given_text = "\ufeffa\r\nb\rc \t\n\n  d\u3000\u00a0\ufefff\x0c\r\n"
-    text = load_one(written(tmp_path / "a.md", given_text)).text
+def test_only_line_ends_and_the_bom_are_changed(tmp_path: Path) -> None:
+    original = "\ufeffa\r\nb\rc \t\n\n  d\u3000\u00a0\ufefff\x0c\r\n"
+    text = load_one(write(tmp_path / "a.md", original)).text
     assert text == "a\nb\rc \t\n\n  d\u3000\u00a0\ufefff\x0c\n"
 
 
-def test_the_source_says_which_bytes_were_read(tmp_path: Path) -> None:
-    path = written(tmp_path / "sub" / "a.py", "print('你好')\r\n")
+def test_source_describes_the_bytes_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "sub" / "a.py", "print('你好')\r\n")
     loaded, problems = load(tmp_path)
     source, (document,) = loaded["sub/a.py"]
     assert not problems
@@ -95,7 +95,7 @@ def test_the_source_says_which_bytes_were_read(tmp_path: Path) -> None:
 
 def test_empty_files_are_sources_without_documents(tmp_path: Path) -> None:
     for name, data in (("a.txt", b""), ("b.py", b" \n\t\n"), ("c.md", b"\xef\xbb\xbf")):
-        written(tmp_path / name, data)
+        write(tmp_path / name, data)
     loaded, problems = load(tmp_path)
     assert not problems
     assert {name: documents for name, (_, documents) in loaded.items()} == {
@@ -119,22 +119,22 @@ def test_empty_files_are_sources_without_documents(tmp_path: Path) -> None:
     ],
 )
 def test_binary_data_in_a_text_file_is_a_problem(tmp_path: Path, data: bytes) -> None:
-    problem = problem_of(written(tmp_path / "a.txt", data))
+    problem = problem_of(write(tmp_path / "a.txt", data))
     assert re.search("is not text", problem.message) and problem.hint
     assert problem.code == "not_text"
 
 
-def test_a_little_damage_stays_where_it_is(tmp_path: Path) -> None:
+def test_damage_stays_local(tmp_path: Path) -> None:
     raw = bytearray((SIMPLIFIED * 20).encode())
     raw[300] = 0xFF
-    text = load_one(written(tmp_path / "a.txt", bytes(raw))).text
+    text = load_one(write(tmp_path / "a.txt", bytes(raw))).text
     assert text.count("\ufffd") <= 3 and text.startswith(SIMPLIFIED) and text.endswith(SIMPLIFIED)
     log = "a line of a log\n" * 1000 + "\0\0\0" + "after the crash\n" * 10
-    assert load_one(written(tmp_path / "b.log", log)).text == log.replace("\0", "")
+    assert load_one(write(tmp_path / "b.log", log)).text == log.replace("\0", "")
 
 
 @given(st.binary(max_size=300))
-def test_any_bytes_are_text_or_a_data_error(raw: bytes) -> None:
+def test_bytes_are_text_or_raise_data_error(raw: bytes) -> None:
     try:
         text, _ = decode(raw)
     except DataError:
@@ -161,15 +161,15 @@ def test_surrogates_are_paired_or_replaced() -> None:
 # JSON Lines
 
 
-def test_lines_of_jsonl_are_documents_with_their_ids(tmp_path: Path) -> None:
+def test_jsonl_lines_are_documents_with_their_ids(tmp_path: Path) -> None:
     lines = [
         {"id": "doc-7", "text": "第一条", "title": "民法典", "year": 2020, "url": "a://b"},
         {"id": 12, "text": "二"},
         {"text": "no id"},
-        {"id": "", "text": "an empty id is none", "format": "x"},
+        {"id": "", "text": "an empty id is ignored", "format": "x"},
     ]
     path = tmp_path / "data" / "语料.jsonl"
-    written(path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
+    write(path, "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines))
     loaded, problems = load(tmp_path)
     assert not problems
     assert loaded["data/语料.jsonl"][1] == [
@@ -183,7 +183,7 @@ def test_lines_of_jsonl_are_documents_with_their_ids(tmp_path: Path) -> None:
         Document("data/语料.jsonl#5", "no id", "data/语料.jsonl#5", metadata={"format": "jsonl"}),
         Document(
             "data/语料.jsonl#7",
-            "an empty id is none",
+            "an empty id is ignored",
             "data/语料.jsonl#7",
             metadata={"format": "jsonl"},
         ),
@@ -191,7 +191,7 @@ def test_lines_of_jsonl_are_documents_with_their_ids(tmp_path: Path) -> None:
 
 
 def test_bad_lines_are_one_problem_and_the_others_load(tmp_path: Path) -> None:
-    path = written(
+    path = write(
         tmp_path / "a.jsonl",
         "\n".join(
             [
@@ -212,11 +212,11 @@ def test_bad_lines_are_one_problem_and_the_others_load(tmp_path: Path) -> None:
     assert problem.message.startswith("7 lines are not documents; line 2: not valid JSON")
 
 
-def test_escapes_in_jsonl_bring_no_nul_and_no_surrogate(tmp_path: Path) -> None:
+def test_jsonl_escapes_give_no_nul_and_no_surrogate(tmp_path: Path) -> None:
     line = (
         r'{"id": "a\u0000\ud800", "text": "x\u0000y\ud83d\ude00\udc00\r\nz", "t\udfff": "\ud801"}'
     )
-    document = load_one(written(tmp_path / "a.jsonl", line))
+    document = load_one(write(tmp_path / "a.jsonl", line))
     assert document.text == "xy😀\ufffd\nz" and document.doc_id == "a\ufffd"
     assert document.metadata == {"t\ufffd": "\ufffd", "format": "jsonl"}
 
@@ -224,45 +224,45 @@ def test_escapes_in_jsonl_bring_no_nul_and_no_surrogate(tmp_path: Path) -> None:
 def test_jsonl_in_other_encodings(tmp_path: Path) -> None:
     line = json.dumps({"id": "一", "text": SIMPLIFIED}, ensure_ascii=False)
     for encoding in ("gb18030", "utf-16", "utf-8-sig"):
-        assert load_one(written(tmp_path / "a.jsonl", line.encode(encoding))).text == SIMPLIFIED
+        assert load_one(write(tmp_path / "a.jsonl", line.encode(encoding))).text == SIMPLIFIED
 
 
 # Limits and failures
 
 
-def test_a_file_over_the_limit_is_a_problem(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.txt", "x" * 101)
+def test_file_over_the_limit_is_a_problem(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "x" * 101)
     assert problem_of(path, Limits(file_bytes=100)).message == "is larger than 100 bytes"
     assert len(load_one(path, Limits(file_bytes=101)).text) == 101
     assert problem_of(path, Limits(text_characters=100)).message == "has more than 100 characters"
 
 
-def test_a_sparse_terabyte_is_not_read(tmp_path: Path) -> None:
+def test_sparse_terabyte_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     with open(path, "wb") as file:
         try:
             file.truncate(1 << 40)
         except OSError:
-            pytest.skip("no sparse files here")
+            pytest.skip("sparse files are not supported")
     assert problem_of(path).message == "is larger than 256 MB"
 
 
 def test_ten_megabytes_in_one_line(tmp_path: Path) -> None:
     text = "春眠不觉晓 spring " * 500_000
-    assert load_one(written(tmp_path / "a.txt", text)).text == text
+    assert load_one(write(tmp_path / "a.txt", text)).text == text
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_a_problem(tmp_path: Path) -> None:
-    path = written(tmp_path / "a.txt", "x")
+def test_file_without_permission_is_a_problem(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "x")
     path.chmod(0)
     problem = problem_of(path)
     assert (problem.message, problem.code) == ("cannot be read: permission denied", "not_read")
 
 
-def test_a_file_that_vanishes_is_a_problem_and_stops_no_other(tmp_path: Path) -> None:
+def test_file_that_vanishes_is_a_problem_and_the_others_load(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt", "c.txt"):
-        written(tmp_path / name, name)
+        write(tmp_path / name, name)
     problems: list[Problem] = []
     names = []
     for source, _ in load_paths([tmp_path], on_problem=problems.append):
@@ -272,8 +272,8 @@ def test_a_file_that_vanishes_is_a_problem_and_stops_no_other(tmp_path: Path) ->
     assert [p.message for p in problems] == ["cannot be read: no such file or directory"]
 
 
-def test_a_path_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
-    written(tmp_path / "a.txt", "x")
+def test_missing_path_raises_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", "x")
     with pytest.raises(DataError, match="nowhere cannot be read: no such file") as caught:
         load_paths([tmp_path, tmp_path / "nowhere"], on_problem=pytest.fail)
     assert caught.value.hint
@@ -282,7 +282,7 @@ def test_a_path_that_does_not_exist_is_an_error_at_once(tmp_path: Path) -> None:
 
 
 def test_text_is_loaded_without_torch_and_without_a_worker(tmp_path: Path) -> None:
-    written(tmp_path / "a.txt", "x")
+    write(tmp_path / "a.txt", "x")
     code = (
         "import sys, subprocess, pathlib\n"
         "sys.addaudithook(lambda event, _: event == 'subprocess.Popen' and sys.exit('a process'))\n"

@@ -1,4 +1,4 @@
-"""Folders: which files are found, in which order, and what is left out."""
+"""Folders: which files are read, in which order, and which are skipped."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_folders_are_read_recursively_and_in_order(tmp_path: Path) -> None:
     assert names_in(tmp_path) == expected
 
 
-def test_a_named_file_is_read_whatever_its_name(tmp_path: Path) -> None:
+def test_path_to_a_file_is_read_whatever_its_name(tmp_path: Path) -> None:
     files(tmp_path, "nosuffix", ".hidden", "odd.xyz")
     for name in ("nosuffix", ".hidden", "odd.xyz"):
         assert load_one(tmp_path / name).text == name
@@ -66,14 +66,14 @@ def test_each_file_is_read_once(tmp_path: Path) -> None:
     ]
 
 
-def test_hidden_files_are_passed_over_unless_asked_for(tmp_path: Path) -> None:
+def test_hidden_files_are_skipped_unless_included(tmp_path: Path) -> None:
     files(tmp_path, ".env.txt", ".git/config.txt", ".notes/a.txt", ".cache/b.txt", "c.txt")
     assert names_in(tmp_path) == ["c.txt"]
     (tmp_path / ".khaoszignore").write_text("!.notes/\n!.git/\n")
     assert names_in(tmp_path) == [".notes/a.txt", "c.txt"]
 
 
-def test_the_ignore_file_of_a_subfolder_holds_below_it(tmp_path: Path) -> None:
+def test_ignore_file_of_a_subfolder_applies_below_it(tmp_path: Path) -> None:
     files(tmp_path, "a.txt", "s/a.txt", "s/b.txt", "s/t/a.txt", "s/t/b.txt", "t/b.txt")
     (tmp_path / ".khaoszignore").write_text("a.txt\n", encoding="utf-8-sig")
     (tmp_path / "s" / ".khaoszignore").write_text("/b.txt\n!/a.txt\n")
@@ -110,7 +110,7 @@ NAMES = ["a", "build", "docs", "x.md", "keep.log", "u.log", "top.txt", "ab.txt",
 NAMES += ["!x", "file name", "trailing", "cache", "logs", "z", "q"]
 
 
-@pytest.mark.skipif(shutil.which("git") is None, reason="git is the judge")
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is the reference")
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.sampled_from(PATTERNS), min_size=1, max_size=5),
@@ -122,18 +122,18 @@ NAMES += ["!x", "file name", "trailing", "cache", "logs", "z", "q"]
     ),
 )
 @example(["logs/**", "/a/**"], [("logs",), ("logs", "a"), ("a",), ("a", "a")])
-def test_patterns_mean_what_git_says(
+def test_patterns_match_as_in_git(
     tmp_path_factory: pytest.TempPathFactory, patterns: list[str], paths: list[tuple[str, ...]]
 ) -> None:
     folder = tmp_path_factory.mktemp("git")
     subprocess.run(["git", "init", "-q", folder], check=True, capture_output=True)
     (folder / ".git" / "info" / "exclude").write_text("")
     (folder / ".gitignore").write_text("\n".join(patterns) + "\n")
-    asked = ["/".join(path) for path in paths]
+    names = ["/".join(path) for path in paths]
     done = subprocess.run(
         ["git", "-c", "core.excludesFile=/dev/null", "check-ignore", "--no-index", "--stdin"],
         cwd=folder,
-        input="\n".join(asked),
+        input="\n".join(names),
         capture_output=True,
         text=True,
         check=False,
@@ -141,34 +141,34 @@ def test_patterns_mean_what_git_says(
     ignored = {line.strip('"') for line in done.stdout.splitlines()}
     rules = parse_rules(patterns)
 
-    def left_out(names: Sequence[str]) -> bool:
-        """As a walk would find out: a folder that is left out hides what is in it."""
+    def skipped(names: Sequence[str]) -> bool:
+        """As in a walk: a folder that is skipped hides its contents."""
         return any(
             is_ignored(rules, tuple(names[:depth]), depth < len(names))
             for depth in range(1, len(names) + 1)
         )
 
-    assert {name for path, name in zip(paths, asked, strict=True) if left_out(path)} == ignored
+    assert {name for path, name in zip(paths, names, strict=True) if skipped(path)} == ignored
 
 
-def test_hostile_patterns_do_not_search_forever() -> None:
+def test_hostile_patterns_take_linear_time() -> None:
     rules = parse_rules(["*a" * 30 + "b", "**/a/" * 30 + "b"])
     assert not is_ignored(rules, ("a" * 250,), False)
     assert not is_ignored(rules, ("a",) * 1000, False)
 
 
-# Links and things that are no files
+# Links and special files
 
 
 @posix
-def test_links_that_lead_out_are_problems(tmp_path: Path) -> None:
+def test_links_to_outside_are_problems(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "folder"
     files(outside, "secret.txt", "more/x.txt")
     files(tmp_path, "folder-2/y.txt")
     files(folder, "a.txt")
     (folder / "link.txt").symlink_to(outside / "secret.txt")
     (folder / "sub").symlink_to(outside)
-    (folder / "near").symlink_to(tmp_path / "folder-2")  # begins with the folder's name
+    (folder / "near").symlink_to(tmp_path / "folder-2")  # starts with the folder's name
     (folder / "broken.txt").symlink_to(outside / "nowhere.txt")
     (folder / "loop.txt").symlink_to(folder / "loop.txt")
     loaded, problems = load(folder)
@@ -183,7 +183,7 @@ def test_links_that_lead_out_are_problems(tmp_path: Path) -> None:
 
 
 @posix
-def test_links_that_stay_inside_are_followed_once(tmp_path: Path) -> None:
+def test_links_inside_are_followed_once(tmp_path: Path) -> None:
     files(tmp_path, "b/x.txt", ".hidden/y.txt")
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "c.txt").symlink_to(tmp_path / "b" / "x.txt")
@@ -195,7 +195,7 @@ def test_links_that_stay_inside_are_followed_once(tmp_path: Path) -> None:
 
 
 @posix
-def test_a_folder_that_is_itself_a_link_may_be_named(tmp_path: Path) -> None:
+def test_path_may_be_a_link_to_a_folder(tmp_path: Path) -> None:
     files(tmp_path, "real/a.txt")
     (tmp_path / "link").symlink_to(tmp_path / "real")
     assert names_in(tmp_path / "link") == ["a.txt"]
@@ -211,7 +211,7 @@ def test_pipes_and_devices_are_problems(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_a_name_that_is_not_unicode_is_a_problem(tmp_path: Path) -> None:
+def test_name_that_is_not_unicode_is_a_problem(tmp_path: Path) -> None:
     (Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xd6\xd0.txt"))).write_text("x")
     files(tmp_path, "a.txt")
     loaded, (problem,) = load(tmp_path)
@@ -219,7 +219,7 @@ def test_a_name_that_is_not_unicode_is_a_problem(tmp_path: Path) -> None:
 
 
 @posix
-def test_folders_nest_deeper_than_pythons_calls(tmp_path: Path) -> None:
+def test_folders_nest_deeper_than_the_recursion_limit(tmp_path: Path) -> None:
     depth = 1200
     here = os.getcwd()
     try:
@@ -238,7 +238,7 @@ def test_folders_nest_deeper_than_pythons_calls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.doc", "b.PPTX", "c.xlsx", "d.epub"])
-def test_formats_that_people_expect_get_a_hint(tmp_path: Path, name: str) -> None:
+def test_unsupported_formats_have_a_hint(tmp_path: Path, name: str) -> None:
     files(tmp_path, name)
     assert "cannot be read" in problem_of(tmp_path / name).message
     _, (problem,) = load(tmp_path)
@@ -247,22 +247,22 @@ def test_formats_that_people_expect_get_a_hint(tmp_path: Path, name: str) -> Non
 
 def test_unchanged_files_are_not_opened(tmp_path: Path) -> None:
     files(tmp_path, "a.txt", "b.txt", "c.pdf")
-    asked = {}
+    calls = {}
 
     def unchanged(path: Path, status: os.stat_result) -> bool:
-        asked[path.name] = (status.st_size, status.st_mtime_ns)
-        path.unlink()  # what is opened now is a problem
+        calls[path.name] = (status.st_size, status.st_mtime_ns)
+        path.unlink()  # opening it now is a problem
         return path.name != "b.txt"
 
     problems: list[Problem] = []
     stats = {p.name: (p.stat().st_size, p.stat().st_mtime_ns) for p in tmp_path.iterdir()}
     assert not list(load_paths([tmp_path], on_problem=problems.append, unchanged=unchanged))
-    assert asked == stats
+    assert calls == stats
     assert [problem.path.name for problem in problems] == ["b.txt"]
 
 
-def test_a_file_under_another_name(tmp_path: Path) -> None:
-    """The name says what it is and how it is cited; where it lies is nobody's business."""
+def test_file_under_another_name(tmp_path: Path) -> None:
+    """The name decides format and citation, not the path."""
     upload = tmp_path / "0123abcd"
     upload.write_text("<h1>鸟</h1><p>企鹅</p>", encoding="utf-8")
     problems: list[Problem] = []
