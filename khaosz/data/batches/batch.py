@@ -1,4 +1,4 @@
-"""What a training step receives: four integer tensors of the same shape.
+"""The batch of a training step: four integer tensors of the same shape.
 
 Legend: B rows, T positions (the window).
 """
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""The label that is not scored; torch's own default for `ignore_index`."""
+"""The label of positions that are not scored; torch's default for `ignore_index`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Packed rows with their targets. All tensors are int64 of shape (B, T).
 
-    ids        input tokens; cells behind the last piece of a row hold the pad token
+    ids        input tokens; cells after the last piece of a row hold the pad token
     labels     already shifted: `labels[b, t]` is the target of position t, -100 = not scored
     positions  restart at 0 with every piece of a document (and in the padding)
     doc_ids    number the pieces of a row 0, 1, 2, ...; -1 in the padding. A position attends to
@@ -42,7 +42,7 @@ class Batch:
         return int((self.labels != IGNORE).sum().item())
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on `device`; the count is taken here, so that it never waits for it."""
+        """The same batch on `device`; counts `tokens` here, without waiting for `device`."""
         moved = Batch(
             self.ids.to(device),
             self.labels.to(device),

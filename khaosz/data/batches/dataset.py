@@ -1,7 +1,7 @@
 """Prepared tokens -> batches: training windows by the number of the draw.
 
-A `TokenDataset` holds no position. The batch of a step is `batch(draws_for(step, ...))`, so the
-order does not depend on the world size and resuming needs nothing but the step number.
+A `TokenDataset` has no position. The batch of a step is `batch(draws_for(step, ...))`, so the order
+does not depend on the world size and a resumed run needs only the step number.
 
 Legend: B rows, T positions (the window).
 """
@@ -27,7 +27,7 @@ from khaosz.errors import ConfigError, DataError, nearest
 
 @dataclass(frozen=True)
 class _Planned:
-    """A group of shards with its plan; shard numbers of the plan count from `first_shard`."""
+    """A group of shards with its plan; its shard numbers count from `first_shard`."""
 
     plan: PackingPlan
     first_shard: int
@@ -35,7 +35,7 @@ class _Planned:
 
 @dataclass(frozen=True)
 class _Stream:
-    """What one weight draws from: the windows of its groups, one after the other."""
+    """The windows that one weight draws from: those of its groups, concatenated."""
 
     groups: list[_Planned]
     ends: list[int]
@@ -57,8 +57,8 @@ class _Stream:
 class TokenDataset:
     """The packed training windows of prepared data, addressed by the number of the draw.
 
-    Made by `TokenDataset.open`. `stats` say what became of the documents of all groups in use;
-    `masked` data (SFT) scores only what its loss mask marks.
+    Created by `TokenDataset.open`. `stats` count the documents of all groups in use; `masked` data
+    (SFT) scores only the tokens of its loss mask.
     """
 
     shards: list[TokenShard]
@@ -80,16 +80,16 @@ class TokenDataset:
         pad_id: int = 0,
         plan_dir: Path | None = None,
     ) -> TokenDataset:
-        """Plans the windows of a split, or finds the plan of an earlier run in `plan_dir`
+        """Plan the windows of a split, or read the plan of an earlier run from `plan_dir`
         (default: beside the token files).
 
         `mix` gives relative shares of *tokens* to languages ("zh"), sources ("wiki") or both
-        ("wiki/zh"); a group named by several keys belongs to each of them, one named by none is
-        left out. Within a key every window is drawn equally often. Without `mix` an epoch visits
-        each window of the split once.
+        ("wiki/zh"); a group named by several keys belongs to each of them, one without a key is not
+        used. Within a key every window is drawn equally often. Without `mix` an epoch draws each
+        window of the split once.
 
-        Raises DataError when the split does not exist or leaves no window, ConfigError for an
-        unknown key or an impossible weight.
+        Raises DataError when the split does not exist or has no window, ConfigError for an unknown
+        key or an invalid weight.
         """
         groups, shards = _groups_of(prepared, split)
         selected = set(range(len(groups)))
@@ -101,7 +101,7 @@ class TokenDataset:
                         hint="weights are relative shares of at least 0, for example 2 and 1",
                     )
             members = {key: _members(groups, key) for key in mix}
-            selected = {i for key, found in members.items() if mix[key] != 0 for i in found}
+            selected = {i for key, numbers in members.items() if mix[key] != 0 for i in numbers}
         planned: dict[int, _Planned] = {}
         first_shard = 0
         for i, group in enumerate(groups):
@@ -121,7 +121,7 @@ class TokenDataset:
             for (key, weight), stream in zip(mix.items(), streams, strict=True):
                 if weight and stream.windows == 0:
                     raise _nothing_left(window, f"of {key!r} in the {split} split", stream)
-                # A share of tokens, not of windows: rows that are half padding count half.
+                # Shares are of tokens, not of windows: a half-empty row counts half.
                 per_window = stream.stats.inputs / stream.windows if stream.windows else 1.0
                 weights.append(weight / per_window)
             if not any(weights):
@@ -140,11 +140,11 @@ class TokenDataset:
 
     @property
     def windows(self) -> int:
-        """Different windows that can be drawn; without a mix, the draws of an epoch."""
+        """Number of distinct windows; without a mix, the draws of an epoch."""
         return self.stats.windows
 
     def epoch(self, draw: int) -> int:
-        """Complete passes that the source of this draw has behind it."""
+        """Complete passes over the source of this draw before it."""
         return self.sampler.epoch(draw)
 
     def batch(self, draws: Iterable[int]) -> Batch:
@@ -180,8 +180,8 @@ def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[To
     if not groups:
         known = sorted({group.split for group in prepared.groups})
         raise DataError(
-            f"the prepared data has no {split!r} split, only {', '.join(known) or 'nothing'}",
-            hint="a validation split is made with `khaosz data prepare --val-fraction 0.01`"
+            f"the prepared data has no {split!r} split, only {', '.join(known) or 'none'}",
+            hint="`khaosz data prepare --val-fraction 0.01` creates a validation split"
             if split == "val"
             else None,
         )
@@ -189,7 +189,7 @@ def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[To
 
 
 def _members(groups: list[Group], key: str) -> list[int]:
-    """The groups a key of the mix names, by language first, then source, then source/lang."""
+    """The groups that a key of the mix names: a language, else a source, else source/lang."""
     langs = [group.lang for group in groups]
     sources = [group.source for group in groups]
     pairs = [f"{group.source}/{group.lang}" for group in groups]
@@ -199,7 +199,7 @@ def _members(groups: list[Group], key: str) -> list[int]:
     known = sorted({*langs, *sources, *pairs})
     close = nearest(key, known)
     raise ConfigError(
-        f"the mix names {key!r}, which the prepared data does not have",
+        f"the mix names {key!r}, which is not in the prepared data",
         hint=f"did you mean {close!r}?" if close else f"known: {', '.join(known)}",
     )
 
@@ -214,7 +214,7 @@ def _nothing_left(window: int, what: str, stream: _Stream) -> DataError:
     return DataError(
         f"a window of {window} leaves nothing {what}: of {stats.documents} documents "
         f"{stats.skipped_short} are too short, {stats.skipped_long} too long and "
-        f"{stats.skipped_untrained} have nothing to train",
+        f"{stats.skipped_untrained} have no trained token",
         hint="use a longer window" if stats.skipped_long else "prepare more text",
     )
 
@@ -230,7 +230,7 @@ def _assemble(
     masked: bool,
     pad_id: int,
 ) -> Batch:
-    """Copies pieces, given in the order of their rows, into a batch of `shape` (B, T)."""
+    """Copy pieces, in the order of their rows, into a batch of `shape` (B, T)."""
     n_rows, window = shape
     start, length = start.astype(np.int64), length.astype(np.int64)
     before = np.cumsum(length) - length  # cells of all earlier pieces
@@ -242,7 +242,7 @@ def _assemble(
     cell = row[piece] * window + (before - row_before[row])[piece] + within
     first_piece = np.searchsorted(row, np.arange(n_rows))
 
-    # What a cell holds if nothing is copied to it: padding that counts its own positions.
+    # Cells that no piece fills are padding, with positions of their own.
     ids = np.full(n_rows * window, pad_id, np.int64)
     labels = np.full(n_rows * window, IGNORE, np.int64)
     positions = np.maximum(np.arange(window)[None, :] - filled[:, None], 0).reshape(-1)

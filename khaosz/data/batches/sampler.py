@@ -1,8 +1,7 @@
-"""Which window comes next, as a pure function of the draw number.
+"""The order of training windows, as a pure function of the draw number.
 
-Nothing is shuffled in memory and nothing has to be saved: the order of an epoch is a keyed
-permutation that is computed one index at a time, so a run resumes by recomputing from its step
-number, at any world size.
+Nothing is shuffled in memory or saved: the order of an epoch is a keyed permutation, computed one
+index at a time, so a run resumes from its step number alone, at any world size.
 
 The permutation is a balanced Feistel network (Luby and Rackoff 1988) over the next power of four,
 restricted to [0, n) by cycle walking (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
@@ -40,7 +39,7 @@ def _round_keys(seed: int, epoch: int) -> list[int]:
 
 
 def permute(index: int, n: int, seed: int, epoch: int) -> int:
-    """Where `index` goes in the permutation of [0, n) that belongs to (seed, epoch)."""
+    """The image of `index` under the permutation of [0, n) of (seed, epoch)."""
     assert 0 <= index < n, f"index {index} outside [0, {n})"
     bits = ((n - 1).bit_length() + 1) // 2  # 4^bits is the smallest power of four >= n
     low = (1 << bits) - 1
@@ -90,9 +89,9 @@ def allocate_slots(weights: list[float]) -> list[int]:
 class MixtureSampler:
     """Maps a global draw number to (source, index within the source).
 
-    A fixed cycle of slots, spread evenly in proportion to `weights`, says which source a draw
-    takes; every source goes through its own epochs, each a complete permutation, however often it
-    is repeated. The state is O(sources + cycle): no list of indices exists anywhere.
+    A fixed cycle of slots, spread evenly in proportion to `weights`, assigns a source to each draw;
+    every source has its own epochs, each a complete permutation. The state is O(sources + cycle):
+    no list of indices is stored.
     """
 
     def __init__(self, sizes: list[int], weights: list[float], seed: int) -> None:
@@ -127,5 +126,5 @@ class MixtureSampler:
         return source, permute(within, self.sizes[source], self._seeds[source], epoch)
 
     def epoch(self, i: int) -> int:
-        """How many complete passes over its source lie behind draw `i`."""
+        """The number of complete passes over its source before draw `i`."""
         return self._locate(i)[1]

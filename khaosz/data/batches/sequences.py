@@ -1,7 +1,7 @@
-"""Whole sequences of one step, packed into rows: what alignment trains on.
+"""Whole sequences of one step, packed into rows, for alignment.
 
-Pretraining packs a corpus once and for ever; a preference pair or a rollout is packed when its
-step comes. Nothing is padded to the longest: a row holds as many sequences as fit.
+Pretraining packs a corpus once; preference pairs and rollouts are packed in their step. Sequences
+are not padded to the longest: a row holds as many as fit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class TokenSequence:
 
     @property
     def scored(self) -> int:
-        return len(self.ids) - max(1, self.scored_from)  # the first token is nobody's target
+        return len(self.ids) - max(1, self.scored_from)  # the first token is never a target
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +32,8 @@ class SequenceBatch(Batch):
     """A `Batch` whose `doc_ids` number the S sequences of the whole batch, -1 in the padding.
 
     sequences   S
-    ends        (S,) int64: where each sequence's last token stands in the flattened (B * T)
-    order       the sequences as they stand, row by row: per-token values are concatenated so
+    ends        (S,) int64: index of each sequence's last token in the flattened (B * T)
+    order       the sequences in row-major order: the order of per-token values
     fields      more values, per sequence (S, ...) or per scored token (N,) in row-major order
     """
 
@@ -53,12 +53,12 @@ class SequenceBatch(Batch):
         return moved
 
     def with_fields(self, **fields: Tensor) -> SequenceBatch:
-        made = SequenceBatch(
+        copy = SequenceBatch(
             self.ids, self.labels, self.positions, self.doc_ids,
             self.sequences, self.ends, self.order, {**self.fields, **fields},
         )  # fmt: skip
-        made.__dict__["tokens"] = self.tokens
-        return made
+        copy.__dict__["tokens"] = self.tokens
+        return copy
 
     @property
     def owners(self) -> Tensor:
@@ -70,46 +70,46 @@ class SequenceBatch(Batch):
         return values.new_zeros(self.sequences).index_add(0, self.owners, values)
 
     def per_token(self, lists: Sequence[Tensor]) -> Tensor:
-        """(N,) of one tensor per sequence, laid out as the scored tokens are."""
+        """One tensor per sequence, concatenated (N,) in the order of the scored tokens."""
         return torch.cat([lists[i] for i in self.order])
 
     def split(self, values: Tensor) -> list[Tensor]:
         """The reverse of `per_token`: per-token values (N,) as one tensor per sequence."""
         lengths = torch.bincount(self.owners, minlength=self.sequences).tolist()
         parts = torch.split(values, [lengths[i] for i in self.order])
-        found: list[Tensor] = [values[:0]] * self.sequences
+        lists: list[Tensor] = [values[:0]] * self.sequences
         for i, part in zip(self.order, parts, strict=True):
-            found[i] = part
-        return found
+            lists[i] = part
+        return lists
 
 
-_OPEN_BATCHES = 16  # that are looked at for room: time stays linear in the number of groups
+_OPEN_BATCHES = 16  # latest batches tried per group: time is linear in the number of groups
 
 
 def fit_rows(lengths: Sequence[int], window: int) -> list[list[int]]:
     """First-fit decreasing: the sequences of each row. None may be longer than `window`."""
     rows: list[list[int]] = []
-    room: list[int] = []
+    free: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        for row, left in enumerate(room):
-            if lengths[i] <= left:
+        for row, space in enumerate(free):
+            if lengths[i] <= space:
                 rows[row].append(i)
-                room[row] -= lengths[i]
+                free[row] -= lengths[i]
                 break
         else:
             rows.append([i])
-            room.append(window - lengths[i])
+            free.append(window - lengths[i])
     return rows
 
 
 def group_into_batches(
     groups: Sequence[Sequence[int]], lengths: Sequence[int], window: int, rows: int
 ) -> list[list[int]]:
-    """Micro-batches of at most `rows` rows each, keeping every group of sequences together: the
-    longest groups first, each into the first of the latest few that has room for it.
+    """Micro-batches of at most `rows` rows that keep every group of sequences together: longest
+    groups first, each into the first of the latest micro-batches that it fits.
 
     groups: sequence numbers that must share a forward pass (a pair). A group that needs more rows
-    by itself gets a micro-batch of its own.
+    gets its own micro-batch.
     """
     batches: list[list[int]] = []
     for group in sorted(groups, key=lambda group: -sum(lengths[i] for i in group)):
@@ -125,8 +125,8 @@ def group_into_batches(
 def pack_sequences(
     sequences: Sequence[TokenSequence], window: int, pad_id: int, *, rows: int | None = None
 ) -> SequenceBatch:
-    """Pack into rows of `window` tokens; with `rows`, into that many, whatever is empty (a
-    compiled model sees one shape). Without, rows are cut to what the fullest one holds."""
+    """Pack into rows of `window` tokens; with `rows`, into at least that many, so that a compiled
+    model sees one shape. Without `rows`, all rows are as long as the fullest one."""
     placed = fit_rows([len(s.ids) for s in sequences], window)
     fullest = max(sum(len(sequences[i].ids) for i in row) for row in placed)
     assert fullest <= window, f"a sequence of {fullest} tokens in a window of {window}"
@@ -139,15 +139,15 @@ def pack_sequences(
     for row, members in enumerate(placed):
         start = 0
         for i in members:
-            own = torch.as_tensor(sequences[i].ids, dtype=torch.int64)
-            first, end = max(1, sequences[i].scored_from), start + len(own)
-            ids[row, start:end] = own
-            labels[row, start + first - 1 : end - 1] = own[first:]
-            positions[row, start:end] = torch.arange(len(own))
+            tokens = torch.as_tensor(sequences[i].ids, dtype=torch.int64)
+            first, end = max(1, sequences[i].scored_from), start + len(tokens)
+            ids[row, start:end] = tokens
+            labels[row, start + first - 1 : end - 1] = tokens[first:]
+            positions[row, start:end] = torch.arange(len(tokens))
             doc_ids[row, start:end] = i
             ends[i] = row * shape[1] + end - 1
             start = end
-        # Padding counts its positions too, so that they stay within the model's context.
+        # Padding has positions too, which stay within the model's context.
         positions[row, start:] = torch.arange(shape[1] - start)
     positions[len(placed) :] = torch.arange(shape[1])
     order = tuple(i for row in placed for i in row)

@@ -1,9 +1,9 @@
-"""`data show`: records as the model will see them, token by token, with what is trained on.
+"""`data show`: records as the model sees them, token by token, with the loss mask.
 
-In colour, trained tokens are green and context is dim, and every other token is underlined. Without
-colour (a file, a pipe, NO_COLOR) `▏` stands between tokens and ⟦ ⟧ around what is trained on. Bytes
-of a character that is split over tokens show as ⟨e4⟩, and so do control characters, because text
-of strangers must not steer the terminal.
+In colour, trained tokens are green, context is dim, and every other token is underlined. Without
+colour (a file, a pipe, NO_COLOR) `▏` separates tokens and ⟦ ⟧ enclose trained ones. Bytes of a
+character that is split over tokens are printed as ⟨e4⟩, and so are control characters, because
+untrusted text must not control the terminal.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 
 BOUNDARY, OPEN, CLOSE = "▏", "⟦", "⟧"
-MAX_TOKENS = 400  # per record: a screenful, however long the document
-_RAW_WINDOW = 20_000  # records of a raw file that are considered
+MAX_TOKENS = 400  # per record: about a screenful
+_RAW_WINDOW = 20_000  # records of a raw file to choose from
 
 
 @dataclass
-class _Shown:
+class _Record:
     title: str
     ids: Sequence[int] | np.ndarray
-    loss_mask: Sequence[int] | np.ndarray | None  # None for pretraining: everything is trained on
+    loss_mask: Sequence[int] | np.ndarray | None  # None for pretraining: all tokens are trained on
 
 
 def show(
@@ -45,17 +45,17 @@ def show(
     seed: int = 0,
     console: Console | None = None,
 ) -> None:
-    """Print `n` records of a prepared directory, or of a raw file, picked at random by `seed`.
+    """Print `n` records of a prepared directory or a raw file, sampled with `seed`.
 
     Records of a raw file come from its first 20,000. Raises DataError for a path that is missing,
-    holds no record or was prepared with another tokenizer.
+    has no record or was prepared with another tokenizer.
     """
     source = Path(source)
     console = Console() if console is None else console
     if not source.exists():
         raise DataError(f"{source} does not exist", hint="give a prepared directory or a raw file")
     if n < 1:
-        raise DataError(f"cannot show {n} records, the least is 1")
+        raise DataError(f"cannot show {n} records, the minimum is 1")
     rng = np.random.default_rng(seed)
     records = (
         _from_prepared(source, tokenizer, n, rng)
@@ -80,7 +80,7 @@ def render_tokens(
     colour: bool = True,
     max_tokens: int = MAX_TOKENS,
 ) -> Text:
-    """Tokens with their boundaries; `loss_mask` (one entry a token) marks what is trained on."""
+    """Tokens with their boundaries; `loss_mask` (one entry per token) marks trained ones."""
     if loss_mask is not None and len(loss_mask) != len(ids):
         raise DataError(f"loss mask has {len(loss_mask)} entries for {len(ids)} tokens")
     out = Text()
@@ -109,7 +109,7 @@ def render_tokens(
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """One token in print: text, a special token's name, ⟨e4⟩ for bytes of an open character."""
+    """One token as text, a special token's name, ⟨e4⟩ for bytes of an incomplete character."""
     raw = tokenizer.token_bytes(token_id)
     # surrogateescape turns each byte that is not UTF-8 into U+DC80 + (byte - 0x80).
     return "".join(map(_visible, raw.decode("utf-8", errors="surrogateescape")))
@@ -121,9 +121,9 @@ def _visible(char: str) -> str:
         return f"⟨{code - 0xDC00:02x}⟩"
     if char == "\n":
         return "↵\n"
-    if unicodedata.category(char) == "Cc" and char != "\t":  # escape sequences among them
+    if unicodedata.category(char) == "Cc" and char != "\t":  # e.g. of escape sequences
         return f"⟨{code:02x}⟩"
-    # Embeddings, overrides and isolates would reorder the line that we print.
+    # Embeddings, overrides and isolates would reorder the printed line.
     if "\u202a" <= char <= "\u202e" or "\u2066" <= char <= "\u2069":
         return f"⟨U+{code:04X}⟩"
     return char
@@ -131,7 +131,7 @@ def _visible(char: str) -> str:
 
 def _from_prepared(
     directory: Path, tokenizer: Tokenizer, n: int, rng: np.random.Generator
-) -> Iterator[_Shown]:
+) -> Iterator[_Record]:
     prepared = PreparedData.open(directory)
     if prepared.fingerprint != tokenizer.fingerprint:
         raise DataError(
@@ -152,12 +152,12 @@ def _from_prepared(
         start, end = int(shard.doc_offsets[i]), int(shard.doc_offsets[i + 1])
         mask = None if shard.loss_mask is None else shard.loss_mask[start:end]
         title = f"{group.split} {group.source} {group.lang}, document {i}"
-        yield _Shown(title, shard.tokens[start:end], mask)
+        yield _Record(title, shard.tokens[start:end], mask)
 
 
 def _from_raw(
     path: Path, tokenizer: Tokenizer, n: int, rng: np.random.Generator
-) -> Iterator[_Shown]:
+) -> Iterator[_Record]:
     chosen: list[tuple[int, dict[str, Any]]] = []
     # Reservoir sampling (Vitter 1985, algorithm R): one pass, n records kept.
     for seen, numbered in enumerate(islice(_raw_records(path), _RAW_WINDOW)):
@@ -172,14 +172,14 @@ def _from_raw(
         text = record.get("text")
         if isinstance(text, str):
             ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-            yield _Shown(title, ids, None)
+            yield _Record(title, ids, None)
         else:
             try:
                 chat = to_messages(record)
                 ids, mask = encode_chat(tokenizer, chat.messages, chat.tools, need_mask=True)
             except DataError as error:
                 raise DataError(f"{path}, record {line}: {error}", hint=error.hint) from error
-            yield _Shown(title, ids, mask)
+            yield _Record(title, ids, mask)
 
 
 def _raw_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

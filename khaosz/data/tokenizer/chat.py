@@ -1,14 +1,14 @@
-"""The chat template and how a chat becomes ids and a loss mask.
+"""Renders a chat by its template and encodes it as ids and a loss mask.
 
-The template is one Jinja string, stored in tokenizer_config.json and understood by transformers,
-vLLM and llama.cpp; `{% generation %}` marks what the assistant says (transformers' convention for
-`return_assistant_tokens_mask`). Templates of foreign models are code by strangers: they run in a
-sandbox with limits of time and size (sandbox.py).
+The template is one Jinja string, stored in tokenizer_config.json and read by transformers, vLLM and
+llama.cpp; `{% generation %}` marks the assistant's text (transformers' convention for
+`return_assistant_tokens_mask`). Templates of other models are untrusted code: they run in a sandbox
+with limits on time and size (sandbox.py).
 
-Control tokens come from the template alone. One written inside a message is text: it is swapped for
-a random marker before rendering and put back after the rendered chat has been cut at its special
-tokens. Every text run is encoded by itself, which gives what encoding the whole would have given,
-because special tokens are never merged across.
+Control tokens come from the template alone. One written inside a message is text: it is replaced by
+a random marker before rendering and restored after the rendered chat has been split at its special
+tokens. Every run of text is encoded by itself, which equals encoding the whole, because merges
+never cross special tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _START, _END = "khaosz_generation_start", "khaosz_generation_end"
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}`: the body between two marks, in its own scope."""
+    """`{% generation %}...{% endgeneration %}`: the body between two marks, in its scope."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)
 
@@ -107,7 +107,7 @@ def render_chat(
     start_mark: str = "",
     end_mark: str = "",
 ) -> str:
-    """The chat as the model reads it. Raises DataError for a chat that the template refuses."""
+    """The chat as the model reads it. Raises DataError for a chat that the template rejects."""
     if tokenizer.chat_template is None:
         raise DataError(
             "this tokenizer has no chat template",
@@ -116,10 +116,10 @@ def render_chat(
     _check(messages)
     template = _compile(tokenizer.chat_template)
     variables = {**tokenizer.template_variables, _START: start_mark, _END: end_mark}
-    # Our own template needs no watch, and a preparation renders it a million times.
-    watched = nullcontext() if tokenizer.chat_template == CHAT_TEMPLATE else time_limit()
+    # Our own template is trusted, and `data prepare` renders it a million times.
+    limit = nullcontext() if tokenizer.chat_template == CHAT_TEMPLATE else time_limit()
     try:
-        with watched:
+        with limit:
             parts, size = [], 0
             for part in template.generate(
                 messages=list(messages),
@@ -131,10 +131,10 @@ def render_chat(
                 parts.append(part)
                 size += len(part)
                 if size > MAX_TEXT:
-                    raise DataError(f"the chat template makes more than {MAX_TEXT:,} characters")
+                    raise DataError(f"the chat template renders more than {MAX_TEXT:,} characters")
             return "".join(parts)
-    # What a template can raise: refusals, undefined names and sandbox limits (TemplateError,
-    # OverflowError), and Python's complaints about values of a shape that it did not expect.
+    # A template raises TemplateError or OverflowError for rejected chats, undefined names and
+    # sandbox limits, and Python's errors for values of a shape that it does not expect.
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise DataError(f"the chat template refuses this chat: {error}") from error
 
@@ -151,7 +151,7 @@ def encode_chat(
     its tool calls and the end of its turn.
 
     Special tokens written inside messages are text. Raises DataError for a bad chat, and with
-    `need_mask` for a template that marks nothing as the assistant's.
+    `need_mask` for a template without `{% generation %}`.
     """
     _check(messages)
     nonce = secrets.token_hex(16)
@@ -174,7 +174,7 @@ def encode_chat(
     loss_mask: list[int] = []
     text = ""  # the run since the last special token
     spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
-    generated_from: int | None = None  # where in `text` the open generation block begins
+    generated_from: int | None = None  # start of the open generation block in `text`
 
     def flush() -> None:
         nonlocal text, generated_from
@@ -183,7 +183,7 @@ def encode_chat(
             generated_from = 0
         run_ids, offsets = tokenizer.encode_with_offsets(text)
         ids.extend(run_ids)
-        # A token that reaches into a span counts as generated, as in transformers.
+        # A token that overlaps a span counts as generated, as in transformers.
         loss_mask.extend(
             int(any(start < b and a < end for a, b in spans)) for start, end in offsets
         )
@@ -194,7 +194,7 @@ def encode_chat(
     for match in _marks(pattern.pattern).finditer(rendered):
         control = match[0] in tokenizer.special_ids
         if not control and not match[0].startswith(nonce):
-            continue  # somebody's text that looks like a mark
+            continue  # text that looks like a mark
         text += rendered[position : match.start()]
         position = match.end()
         kind = match[0] if control else match[0].removeprefix(nonce)
@@ -214,7 +214,7 @@ def encode_chat(
     flush()
     if need_mask and not any(loss_mask):
         raise DataError(
-            "the chat template has no {% generation %} markers, so nothing would be trained on",
+            "the chat template has no {% generation %} markers, so no token would be trained on",
             hint="put {% generation %} and {% endgeneration %} around the assistant's text",
         )
     return ids, loss_mask
@@ -222,9 +222,9 @@ def encode_chat(
 
 @lru_cache(maxsize=4)
 def _marks(special: str) -> re.Pattern[str]:
-    """Control tokens and the marks of any nonce: compiled once, not for every chat. A mark can't be
-    missed behind other hexadecimal digits, as it takes exactly 32 of them before a letter that is
-    none."""
+    """Control tokens and the marks of any nonce: compiled once, not for every chat. A mark after
+    other hexadecimal digits is found too: it is exactly 32 of them before a letter that is not
+    one."""
     return re.compile(rf"[0-9a-f]{{32}}(?:S|E|L\d+\.)|{special}")
 
 
@@ -243,7 +243,7 @@ def _check(messages: Sequence[dict[str, Any]]) -> None:
 
 
 def _replace_strings(value: Any, pattern: re.Pattern[str], mark: Any) -> Any:
-    """`value` with every special-token name in its strings, keys included, swapped for a mark."""
+    """`value` with every special-token name in its strings, keys included, replaced by a mark."""
     if isinstance(value, str):
         return pattern.sub(mark, value)
     if isinstance(value, dict):

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
-
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- set turns = messages %}

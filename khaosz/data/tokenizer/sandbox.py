@@ -1,8 +1,7 @@
-"""Where chat templates of strangers run: no attributes of Python, little memory, a few seconds.
+"""A sandbox for untrusted chat templates: no Python attributes, limited memory and time.
 
-Jinja's immutable sandbox keeps templates from reaching into Python (CVE-2024-34359). It does not
-keep them from filling memory (`'a' * 10**10`, doubling a string thirty times) or from looping;
-that is what is added here.
+Jinja's immutable sandbox keeps templates from accessing Python's internals (CVE-2024-34359). It
+does not limit memory (`'a' * 10**10`, doubling a string thirty times) or loops; this module does.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE = 1 << 17  # characters
-MAX_TEXT = 1 << 24  # characters or elements of anything a template makes
+MAX_TEXT = 1 << 24  # characters or elements of any value of a template
 MAX_SECONDS = 5.0
 
-# What no chat template needs and what makes long texts of short ones.
+# Filters that no chat template needs and that make long texts of short ones.
 _WITHOUT = (
     "center",
     "format",
@@ -38,7 +37,7 @@ _WITHOUT = (
 
 
 class _Generator(CodeGenerator):
-    """`a ~ b` goes through `join_limited`."""
+    """Compiles `a ~ b` to `join_limited`."""
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         self.write("environment.join_limited((")
@@ -98,16 +97,16 @@ def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool =
     text = str(value)
     _allow(len(text) + (text.count("\n") + 1) * len(prefix))
     lines = text.split("\n")
-    kept = [prefix + line if line or blank else line for line in lines[1:]]
-    return "\n".join([(prefix if first else "") + lines[0], *kept])
+    rest = [prefix + line if line or blank else line for line in lines[1:]]
+    return "\n".join([(prefix if first else "") + lines[0], *rest])
 
 
 @contextmanager
 def time_limit(seconds: float = MAX_SECONDS) -> Iterator[None]:
-    """Raises `SecurityError` in this thread's Python code once the time is up.
+    """Raises `SecurityError` in this thread's Python code when the time is up.
 
-    By line tracing: signals exist on POSIX and in main threads only. A tracer that was set before
-    (a debugger, coverage) is put aside meanwhile.
+    Uses line tracing: signals exist on POSIX and in main threads only. Another tracer (a debugger,
+    coverage) is suspended until the block ends.
     """
     deadline = time.monotonic() + seconds
     lines = 0
@@ -119,9 +118,9 @@ def time_limit(seconds: float = MAX_SECONDS) -> Iterator[None]:
             raise SecurityError(f"more than {seconds:g} seconds")
         return watch
 
-    before = sys.gettrace()
+    previous = sys.gettrace()
     sys.settrace(watch)
     try:
         yield
     finally:
-        sys.settrace(before)
+        sys.settrace(previous)

@@ -1,13 +1,13 @@
-"""Byte-level BPE: every string in, the same string out.
+"""Byte-level BPE, lossless for every string.
 
-There is no normaliser and every one of the 256 bytes is a token, so `decode(encode(text)) == text`
-for all text that UTF-8 can hold. Text is cut by the Qwen2 pattern (llama.cpp names it "qwen2": one
-digit a token, letters with one leading mark, punctuation with the line ends behind it) before the
-merges of Sennrich et al. 2016 (arXiv:1508.07909) are applied. Files are the Hugging Face layout:
+Text is not normalised and each of the 256 bytes is a token, so `decode(encode(text)) == text` for
+all text that UTF-8 can encode. Text is split by the Qwen2 pattern (llama.cpp names it "qwen2": one
+digit a token, letters with one leading mark, punctuation with the line ends after it) before the
+merges of Sennrich et al. 2016 (arXiv:1508.07909) are applied. Files have the Hugging Face layout:
 `tokenizer.json` and `tokenizer_config.json` with the chat template.
 
-`encode` never yields a special token, not even for the text "<|end|>": control tokens are placed by
-id, by us, or not at all.
+`encode` never yields a special token, not even for the text "<|end|>": callers place control tokens
+by id.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
 from khaosz.data.tokenizer.training_text import refuse_surrogates, training_sample
 from khaosz.errors import TokenizerError
-from khaosz.files import write_atomic
+from khaosz.files import write_atomic, write_json
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|pad|>",
@@ -43,12 +43,12 @@ SPECIAL_TOKENS: tuple[str, ...] = (
     *(f"<|reserved_{i}|>" for i in range(8)),
 )
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + 1
-# Qwen2's pattern as published in its tokenizer.json; llama.cpp hashes it as "qwen2".
+# As published in Qwen2's tokenizer.json; llama.cpp detects it by a hash as "qwen2".
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The end of a turn under the names that model families give it; the first one present counts.
+# Names of the end of a turn in different model families; the first one present is used.
 _END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -73,7 +73,7 @@ class Tokenizer:
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
         added = backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
-        # Named in tokenizer_config.json as control tokens, whatever `special` says beside them.
+        # tokenizer_config.json names these as control tokens, whatever their `special` flag.
         for key in ("bos_token", "eos_token", "pad_token"):
             name = self._configured(key)
             token_id = None if name is None else backend.token_to_id(name)
@@ -90,12 +90,12 @@ class Tokenizer:
 
     def _configured(self, key: str) -> str | None:
         value = self.config.get(key)
-        if isinstance(value, dict):  # older files write the whole AddedToken
+        if isinstance(value, dict):  # older files store the whole AddedToken
             value = value.get("content")
         return value if isinstance(value, str) else None
 
     def _find(self, ours: str, key: str, fallback: int | None = None) -> int:
-        """Our name, or else the token that tokenizer_config.json names, or else `fallback`."""
+        """The id of our name, else of the token named in tokenizer_config.json, else `fallback`."""
         for name in (ours, self._configured(key)):
             if name is not None and name in self.special_ids:
                 return self.special_ids[name]
@@ -108,26 +108,26 @@ class Tokenizer:
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether a text to continue begins with bos: always for ours, as its settings say else."""
+        """Whether a text to continue begins with bos: always for ours, else by `add_bos_token`."""
         return "<|bos|>" in self.special_ids or bool(self.config.get("add_bos_token"))
 
     @property
     def chat_template(self) -> str | None:
         template = self.config.get("chat_template")
-        if isinstance(template, list):  # several named templates: the default one is the chat
+        if isinstance(template, list):  # several named templates
             named = {entry["name"]: entry["template"] for entry in template}
             template = named.get("default")
         return template if isinstance(template, str) else None
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """What a chat template may use by name: bos_token, eos_token, pad_token, unk_token."""
+        """Variables of a chat template: bos_token, eos_token, pad_token, unk_token."""
         keys = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {key: name for key in keys if (name := self._configured(key)) is not None}
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches the name of any special token, the longest first."""
+        """Matches the name of any special token, longest first."""
         names = sorted(self.special_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
@@ -142,16 +142,16 @@ class Tokenizer:
         return self.special_ids[name]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` alone: no bos, no eos, no special token whatever the text says.
+        """Ids of `text` without bos, eos or other special tokens.
 
-        Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot hold.
+        Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot encode.
         """
         refuse_surrogates(text)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def marks(self) -> tuple[list[int], list[int]]:
-        """Ids that tokenizer.json puts before and behind a text; `encode` leaves them away."""
+        """Ids that tokenizer.json adds before and after a text; `encode` does not add them."""
         plain = self.encode("a")
         marked: list[int] = self._backend.encode("a").ids
         if len(marked) == len(plain):
@@ -160,7 +160,7 @@ class Tokenizer:
         return marked[:first], marked[first + len(plain) :]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids as `encode` gives them, each with its character range [start, end) in `text`."""
+        """Ids as of `encode`, and the character range [start, end) of each in `text`."""
         refuse_surrogates(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
@@ -184,7 +184,7 @@ class Tokenizer:
         return token_id in self._special_id_set
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that an id stands for; a special token stands for its name.
+        """The bytes of an id; of a special token, those of its name.
 
         Raises TokenizerError for an id outside the vocabulary.
         """
@@ -207,26 +207,25 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """The text of `ids`. Lossless for `encode(text)`; bytes that are not UTF-8 become U+FFFD.
 
-        Special tokens are shown by name unless `skip_special`.
+        Special tokens appear by name unless `skip_special`.
         """
         stream = StreamDecoder(self, skip_special=skip_special)
         raw = b"".join(stream._bytes_of(int(i)) for i in ids)
         return raw.decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, each at once or not at all."""
+        """Write tokenizer.json and tokenizer_config.json, each atomically."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomic(directory / "tokenizer.json", [self.serialized])
-        config = json.dumps(self.config, ensure_ascii=False, indent=2) + "\n"
-        write_atomic(directory / "tokenizer_config.json", [config.encode()])
+        write_json(directory / "tokenizer_config.json", self.config)
 
 
 class StreamDecoder:
     """Text of a growing id sequence, token by token, in O(1) each.
 
-    Characters split over tokens (most rare hanzi and emoji) are held back until complete, so the
-    joined output equals `decode` of the whole and no U+FFFD appears for a character still open.
+    Characters split over tokens (most rare hanzi and emoji) are buffered until complete: the joined
+    output equals `decode` of all ids, and incomplete characters give no U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
@@ -245,18 +244,19 @@ class StreamDecoder:
         return raw
 
     def push(self, token_id: int) -> str:
-        """The text that this token completed, often "" in the middle of a character."""
+        """The text completed by this token, "" in the middle of a character."""
         return self._utf8.decode(self._bytes_of(token_id))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if the stream stopped inside a character."""
+        """The rest: U+FFFD if the stream stopped inside a character, else ""."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read a tokenizer directory: ours, or any Hugging Face one with a tokenizer.json.
 
-    Raises TokenizerError for a missing directory or file, broken JSON, or no end-of-text token.
+    Raises TokenizerError for a missing directory or file, broken JSON, or a missing end-of-text
+    token.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -270,11 +270,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"{path} does not exist", hint="is this a tokenizer or model directory?"
         )
     serialized = path.read_bytes()
-    _read_json(path, serialized)  # says where broken JSON breaks; the backend does not
+    _read_json(path, serialized)  # reports where JSON is broken; the backend does not
     config_path = directory / "tokenizer_config.json"
     config = _read_json(config_path, config_path.read_bytes()) if config_path.is_file() else {}
     template_path = directory / "chat_template.jinja"
-    if template_path.is_file():  # transformers lets this file win over the config
+    if template_path.is_file():  # takes precedence, as in transformers
         config["chat_template"] = template_path.read_text(encoding="utf-8")
     try:
         return Tokenizer(serialized, config)
@@ -285,12 +285,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_bytes: int = 48_000_000
 ) -> Tokenizer:
-    """Learn the merges from `texts`, read in order until `max_bytes` of UTF-8 have been seen.
+    """Learn the merges from the first `max_bytes` of UTF-8 in `texts`.
 
-    Interleave languages before you call: what comes after the budget is never read. The result is a
-    function of the input alone, to the byte. Too little text gives fewer tokens than `vocab_size`:
-    read the real number from the result. Raises TokenizerError for a `vocab_size` below the 16
-    special tokens, 256 bytes and one merge, for no text at all, and for lone surrogates.
+    Interleave languages: text beyond `max_bytes` is not read. The result is deterministic, to the
+    byte. Too little text gives fewer tokens than `vocab_size`: the result has the real number.
+    Raises TokenizerError for a `vocab_size` below the 16 special tokens, 256 bytes and one merge,
+    without any text, and for lone surrogates.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise TokenizerError(
@@ -316,23 +316,21 @@ def train_tokenizer(
     sample = training_sample(texts, max_bytes)
     first = next(sample, None)
     if first is None:
-        raise TokenizerError(
-            "there is no text to train a tokenizer on", hint="the input is empty or only blank"
-        )
+        raise TokenizerError("no text to train a tokenizer on", hint="the input is empty or blank")
     backend.train_from_iterator(chain([first], sample), trainer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
         "eos_token": "<|eos|>",
         "pad_token": "<|pad|>",
-        "unk_token": None,  # no text is unknown; left out, Qwen2Tokenizer would add a token
+        "unk_token": None,  # without this field Qwen2Tokenizer would add a token
         "additional_special_tokens": list(SPECIAL_TOKENS[3:]),
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         # transformers 5 rebuilds the tokenizer of a qwen2 model with an NFC normaliser (lossy)
-        # unless this field says that tokenizer.json is to be loaded as it is. No code is loaded:
-        # there is no auto_map, and the user's own `trust_remote_code` argument stays what it was.
+        # unless this field makes it load tokenizer.json as it is. No code is loaded: there is no
+        # auto_map, and the user's own `trust_remote_code` argument is not changed.
         "trust_remote_code": True,
         "chat_template": CHAT_TEMPLATE,
     }
@@ -352,10 +350,10 @@ def _read_json(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[bytes], bool]:
-    """Bytes of every id, and whether the first token of a text carries a space of its own.
+    """Bytes of every id, and whether the first token of a text has an additional space.
 
-    Byte-level vocabularies spell bytes in GPT-2's alphabet. SentencePiece ones (Llama 2) spell
-    spaces as U+2581 and spare bytes as <0xE4>. An added token stands for its name.
+    Byte-level vocabularies write bytes in GPT-2's alphabet. SentencePiece ones (Llama 2) write
+    spaces as U+2581 and single bytes as <0xE4>. The bytes of an added token are its name.
     """
     spec = json.loads(backend.to_str())
     steps = _components(spec.get("pre_tokenizer")) + _components(spec.get("decoder"))
@@ -366,10 +364,10 @@ def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[by
         for step in steps
     )
     alphabet = _byte_alphabet()
-    table = [b""] * vocab_size  # ids that no token has stand for nothing
+    table = [b""] * vocab_size  # unused ids are empty
     for token, i in backend.get_vocab(with_added_tokens=False).items():
         if byte_level:
-            # A character outside the alphabet can only come from a token added by hand.
+            # Only tokens added by hand have characters outside the alphabet.
             table[i] = b"".join(
                 bytes([alphabet[c]]) if c in alphabet else c.encode() for c in token
             )
@@ -383,7 +381,7 @@ def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[by
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, as character -> byte."""
+    """GPT-2's printable character of each byte, as character -> byte."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     others = (byte for byte in range(256) if byte not in set(printable))
@@ -392,7 +390,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _components(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A pre-tokenizer or decoder of tokenizer.json as the flat list of its steps."""
+    """The flat list of the steps of a pre-tokenizer or decoder of tokenizer.json."""
     if part is None:
         return []
     if part["type"] == "Sequence":

@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on: a budget of bytes, in pieces that its trainer can bear."""
+"""Text to train a tokenizer on: a budget of bytes, in pieces that the trainer can process."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 
 from khaosz.errors import TokenizerError
 
-# 256 letters, marks or blanks in a row; Python's classes are near enough to Qwen2's for a cut.
+# 256 letters, marks or blanks in a row; Python's classes are close enough to Qwen2's.
 _LONG_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|_){256}|\s{256}")
-_TRAINING_CUT = 1 << 20  # characters: longer documents are fed to the trainer in pieces
+_TRAINING_CUT = 1 << 20  # characters: longer documents are trained on in pieces
 
 
 def training_sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """At most `max_bytes` of text, long documents cut (for training only)."""
+    """At most `max_bytes` of text; long documents are split, for training only."""
     left = max_bytes
     for text in texts:
         refuse_surrogates(text)
@@ -29,10 +29,10 @@ def training_sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 
 
 def _training_pieces(text: str) -> Iterator[str]:
-    """The text in pieces of at most 1 MB cut at line ends, and never 256 characters unbroken.
+    """The text in pieces of at most 1 MB, split at line ends and within runs of 256 characters.
 
     The trainer's time grows with the square of the longest unbroken run: a page of base64 or of
-    unpunctuated hanzi would take minutes, a megabyte of it days.
+    unpunctuated hanzi takes minutes, a megabyte of it days.
     """
     start = 0
     while start < len(text):
@@ -48,6 +48,7 @@ def _training_pieces(text: str) -> Iterator[str]:
 
 
 def refuse_surrogates(text: str) -> None:
+    """Raise TokenizerError for text that UTF-8 cannot encode."""
     if text.isascii():
         return
     try:
@@ -55,5 +56,5 @@ def refuse_surrogates(text: str) -> None:
     except UnicodeEncodeError as error:
         raise TokenizerError(
             f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}: not text",
-            hint="a broken JSON escape or errors='surrogateescape' made it; repair or drop it",
+            hint="it comes from a broken JSON escape or errors='surrogateescape'; remove it",
         ) from error

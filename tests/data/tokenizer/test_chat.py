@@ -232,7 +232,7 @@ def test_templates_have_limits_of_size_and_time(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flood = "{% for i in range(10**5) %}{{ 'a' * 10**6 }}{% endfor %}"
-    with pytest.raises(DataError, match="makes more than 16,777,216 characters"):
+    with pytest.raises(DataError, match="renders more than 16,777,216 characters"):
         render_chat(with_template(tokenizer, flood), [user("x")])
     with pytest.raises(DataError, match="template has 200,000 characters"):
         render_chat(with_template(tokenizer, "x" * 200_000), [user("x")])
