@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from khaosz.config.closed import Closed
 
-Family = Literal["llama", "qwen2", "qwen3"]
+SWITCHES = ("qk_norm", "qkv_bias")  # what model families differ in
 
 
 class RopeScaling(Closed):
@@ -41,8 +41,8 @@ class RopeScaling(Closed):
 class ModelConfig(Closed):
     """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    It is a Llama by default, a Qwen2 with `qkv_bias`, a Qwen3 with `qk_norm`. Both together are
-    rejected: none of the families has both.
+    `SWITCHES` make it a network of one family or another; the families' own names stand with the
+    formats that use them, in `khaosz.interop`.
     """
 
     vocab_size: int = Field(ge=1)
@@ -71,14 +71,13 @@ class ModelConfig(Closed):
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions (got {self.head_dim})")
         if self.qk_norm and self.qkv_bias:
-            raise ValueError(
-                "qk_norm (Qwen3) and qkv_bias (Qwen2) exclude each other: no model family has both"
-            )
+            raise ValueError("qk_norm and qkv_bias exclude each other: no model family has both")
         return self
 
     @property
-    def family(self) -> Family:
-        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+    def switches(self) -> frozenset[str]:
+        """The `SWITCHES` that are on."""
+        return frozenset(name for name in SWITCHES if getattr(self, name))
 
     def block_parameters(self) -> int:
         """Parameters of one layer, exactly."""

@@ -99,7 +99,7 @@ def preset(size: str, *, vocab_size: int | None = None, stage: str = "pt") -> Pr
         Derived("vocab_size", vocab, why_vocab),
         Derived("tie_word_embeddings", tied, why_tied),
         Derived("initializer_range", model.initializer_range, why_init),
-        Derived("qk_norm", True, "stable attention logits; exported as Qwen3"),
+        Derived("qk_norm", True, "stable attention logits"),
         Derived("max_position_embeddings", context, "the window of fine-tuning"),
         Derived("rope_theta", theta, "10,000 up to 4096 positions, Llama 3's 500,000 beyond"),
         Derived("parameters", f"{model.parameters() / 1e6:,.1f}M", "exact count"),

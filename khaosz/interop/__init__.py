@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         is_reward_model,
         load_config,
         load_reward_model,
+        model_type,
         save_model,
     )
     from khaosz.interop.models import convert, is_gguf, load_model, open_tokenizer
@@ -38,6 +39,7 @@ _HOMES = {
     "load_gguf": "gguf.model",
     "load_model": "models",
     "load_reward_model": "huggingface",
+    "model_type": "huggingface",
     "open_tokenizer": "models",
     "save_embedder": "sentence_transformers",
     "save_gguf": "gguf.model",
@@ -57,6 +59,7 @@ __all__ = [
     "load_gguf",
     "load_model",
     "load_reward_model",
+    "model_type",
     "open_tokenizer",
     "save_embedder",
     "save_gguf",

@@ -7,6 +7,7 @@ those families, we load. A feature we do not compute is refused by name, never i
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,27 +17,46 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
+from khaosz.config.model_config import SWITCHES
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, write_json
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-_REWARD = {
-    family: name.replace("CausalLM", "SequenceClassification")
-    for family, name in _ARCHITECTURES.items()
-}
-_SAME_AS = {"mistral": "llama"}  # once its sliding window is out of the way
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ALIGNMENT = 64  # bytes
 _MAX_LAYERS = 10_000  # far above any model, far below what would cost memory to name
 M = TypeVar("M", bound=Transformer)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family in config.json: its class in transformers, the switches of `ModelConfig` that
+    it has on, what transformers takes for keys that are missing, and keys that only it writes."""
+
+    name: str
+    switches: frozenset[str] = frozenset()
+    context: int = 32_768
+    head_dim: int | None = None  # by default the width over the heads
+    extra: tuple[tuple[str, Any], ...] = (("use_sliding_window", False),)
+
+    @property
+    def architecture(self) -> str:
+        return f"{self.name}ForCausalLM"
+
+    @property
+    def reward_architecture(self) -> str:
+        return f"{self.name}ForSequenceClassification"
+
+
+FAMILIES = {
+    "llama": Family("Llama", context=2048, extra=(("mlp_bias", False),)),
+    "qwen2": Family("Qwen2", frozenset({"qkv_bias"})),
+    "qwen3": Family("Qwen3", frozenset({"qk_norm"}), head_dim=128),
+}
+_SAME_AS = {"mistral": "llama"}  # without its sliding window
 
 
 def save_model(
@@ -56,7 +76,7 @@ def save_model(
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     values = {**config_to_hf(model.config), **given, "dtype": dtype}
     if isinstance(model, RewardModel):
-        values["architectures"] = [_REWARD[model.config.family]]
+        values["architectures"] = [FAMILIES[model_type(model.config)].reward_architecture]
         values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     else:
         write_json(directory / "generation_config.json", {**given, "do_sample": True})
@@ -117,7 +137,8 @@ def is_reward_model(directory: str | Path) -> bool:
     """Whether a model directory holds a sequence classifier rather than a language model."""
     try:
         values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        return any(name in _REWARD.values() for name in values.get("architectures") or [])
+        rewards = {family.reward_architecture for family in FAMILIES.values()}
+        return any(name in rewards for name in values.get("architectures") or [])
     except (OSError, ValueError, AttributeError, TypeError):
         return False
 
@@ -237,40 +258,42 @@ def weight_files(directory: Path) -> list[Path]:
     return paths
 
 
+def model_type(config: ModelConfig) -> str:
+    """The family of a model, by its name in config.json: "llama", "qwen2" or "qwen3"."""
+    return next(name for name, family in FAMILIES.items() if family.switches == config.switches)
+
+
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """config.json of a `ModelConfig`."""
+    name = model_type(config)
+    family = FAMILIES[name]
     values: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.family]],
-        "model_type": config.family,
+        "architectures": [family.architecture],
+        "model_type": name,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": 0.0,
         "use_cache": True,
     }
-    own = config.model_dump(exclude={"qk_norm", "qkv_bias", "rope_scaling"})
+    values |= family.extra
     if config.rope_scaling is not None:
-        # Qwen and Llama write the parameters in one table; readers before transformers 5 look
-        # for `rope_scaling`, later ones take it too.
+        # Readers before transformers 5 look for `rope_scaling`; later ones take it too.
         values["rope_scaling"] = _scaling_to_hf(config.rope_scaling)
-    if config.family == "llama":
-        values["mlp_bias"] = False
-    else:
-        values["use_sliding_window"] = False
-    return {**values, **own}
+    return {**values, **config.model_dump(exclude={*SWITCHES, "rope_scaling"})}
 
 
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a config.json; raises `ModelError` for what we do not compute."""
-    family = values.get("model_type")
-    if family == "mistral" and (window := values.get("sliding_window")):
+    name = values.get("model_type")
+    if name == "mistral" and (window := values.get("sliding_window")):
         context = values.get("max_position_embeddings", 131_072)
         if not isinstance(window, int) or not isinstance(context, int) or window < context:
             raise ModelError(f"{source}: sliding_window={quoted(window)} is not supported")
-    family = _SAME_AS.get(str(family), family)
-    if not isinstance(family, str) or family not in _ARCHITECTURES:
+    family = FAMILIES.get(_SAME_AS.get(name, name)) if isinstance(name, str) else None
+    if family is None:
         raise ModelError(
-            f"{source}: model_type {quoted(family)} is not supported",
-            hint=f"supported: {', '.join([*_ARCHITECTURES, *_SAME_AS])}",
+            f"{source}: model_type {quoted(name)} is not supported",
+            hint=f"supported: {', '.join([*FAMILIES, *_SAME_AS])}",
         )
     for key, harmless in {
         "hidden_act": ("silu",),
@@ -295,8 +318,8 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     heads, head_dim = values.get("num_attention_heads"), values.get("head_dim")
-    if head_dim is None and family == "qwen3":
-        head_dim = 128  # Qwen3Config's default, whatever the width
+    if head_dim is None:
+        head_dim = family.head_dim
     if head_dim is None and isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
         head_dim = values["hidden_size"] // max(1, heads)
     try:
@@ -316,15 +339,12 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
                 "num_attention_heads": heads,
                 "num_key_value_heads": values.get("num_key_value_heads") or heads,
                 "head_dim": head_dim,
-                "max_position_embeddings": values.get(
-                    "max_position_embeddings", 2048 if family == "llama" else 32_768
-                ),
+                "max_position_embeddings": values.get("max_position_embeddings", family.context),
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
                 "rope_theta": theta,
                 "rope_scaling": scaling,
                 "tie_word_embeddings": values.get("tie_word_embeddings", False),
-                "qk_norm": family == "qwen3",
-                "qkv_bias": family == "qwen2",
+                **dict.fromkeys(family.switches, True),
                 "initializer_range": values.get("initializer_range", 0.02),
             },
             source=source,

@@ -182,12 +182,6 @@ def test_updated_validates_and_copies() -> None:
         config.updated(sed=3)
 
 
-def test_family() -> None:
-    shapes = [SHAPE, {**SHAPE, "qkv_bias": True}, {**SHAPE, "qk_norm": True}]
-    families = [ModelConfig.parse(shape).family for shape in shapes]
-    assert families == ["llama", "qwen2", "qwen3"]
-
-
 def test_overrides_are_toml_or_strings() -> None:
     parsed = parse_overrides(
         [

@@ -26,8 +26,9 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.errors import KhaoszError, ModelError
 from khaosz.interop.gguf.blocks import dequantize
+from khaosz.interop.gguf.config import gguf_name
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
-from khaosz.interop.gguf.model import GgufModel, gguf_name
+from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import WEIGHTS, load_model, save_model
 from khaosz.model import Transformer, parameter_shapes
 

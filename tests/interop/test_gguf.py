@@ -18,7 +18,7 @@ from khaosz.errors import ModelError
 from khaosz.interop import GgufModel, convert, load_gguf, load_model, open_tokenizer, save_gguf
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
-from khaosz.interop.huggingface import config_from_hf
+from khaosz.interop.huggingface import config_from_hf, model_type
 from khaosz.model import Transformer, parameter_shapes
 
 torch.set_num_threads(1)
@@ -270,7 +270,7 @@ def test_mistral_is_llama_without_a_window() -> None:
         "max_position_embeddings": 4096,
         "sliding_window": None,
     }
-    assert config_from_hf(values).family == "llama"
+    assert model_type(config_from_hf(values)) == "llama"
     assert config_from_hf({**values, "sliding_window": 4096}).head_dim == 16
     with pytest.raises(ModelError, match="sliding_window=1024"):
         config_from_hf({**values, "sliding_window": 1024})

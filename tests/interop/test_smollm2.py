@@ -10,7 +10,14 @@ import torch
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import render_chat
-from khaosz.interop import GgufModel, convert, load_gguf, load_model, open_tokenizer
+from khaosz.interop import (
+    GgufModel,
+    convert,
+    load_gguf,
+    load_model,
+    model_type,
+    open_tokenizer,
+)
 from khaosz.model import Transformer
 
 FILE = os.environ.get("KHAOSZ_SMOLLM2", "")
@@ -35,7 +42,7 @@ def greedy(model: Transformer, ids: list[int], count: int) -> list[int]:
 
 def test_its_shape_is_what_its_authors_say() -> None:
     config = GgufModel.open(FILE).config
-    assert config.family == "llama" and config.tie_word_embeddings
+    assert model_type(config) == "llama" and config.tie_word_embeddings
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49_152, 576, 1536)
     assert (config.num_hidden_layers, config.num_attention_heads) == (30, 9)
     assert (config.num_key_value_heads, config.head_dim) == (3, 64)

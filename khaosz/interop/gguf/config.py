@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,52 @@ from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.huggingface import check_rotary
 from khaosz.model.module import rotary_frequencies
 
+
+@dataclass(frozen=True)
+class Architecture:
+    """A `general.architecture` of llama.cpp: the switches of `ModelConfig` that it has on, and
+    whether rows of queries and keys are stored in pairs (i, i + 1) for its rotation, where we have
+    halves (i, i + H/2)."""
+
+    switches: frozenset[str] = frozenset()
+    paired: bool = False
+
+
+ARCHITECTURES = {
+    "llama": Architecture(paired=True),
+    "qwen2": Architecture(frozenset({"qkv_bias"})),
+    "qwen3": Architecture(frozenset({"qk_norm"})),
+}
 ROPE_FACTORS = "rope_freqs.weight"
 _OUR_SCALING = "khaosz.rope_scaling"
+_BLOCK_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """llama.cpp's name of a model's architecture."""
+    return next(name for name, kind in ARCHITECTURES.items() if kind.switches == config.switches)
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of one of our parameters."""
+    stem, _, kind = name.rpartition(".")
+    if stem.startswith("layers."):
+        _, index, part = stem.split(".", 2)
+        return f"blk.{index}.{_BLOCK_NAMES[part]}.{kind}"
+    return f"{_TOP_NAMES[stem]}.{kind}"
 
 
 def config_from_metadata(file: GgufFile) -> ModelConfig:
@@ -24,10 +69,10 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     checks sizes against tensors, and then asks `with_llama3`."""
     metadata, source = file.metadata, file.source
     family = metadata.get("general.architecture")
-    if family not in ("llama", "qwen2", "qwen3"):
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ModelError(
             f"{source}: architecture {quoted(family)} is not supported",
-            hint="llama, qwen2, qwen3 are",
+            hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
 
     def value(name: str, kind: type, default: Any = None) -> Any:
@@ -73,7 +118,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
             raise ModelError(f"{source}: {family}.{key} = {found:g} is not supported")
     if 0 < count("attention.sliding_window", 0) < context:
         raise ModelError(f"{source}: sliding windows of attention are not supported")
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": table.shape[0],
         "hidden_size": width,
         "intermediate_size": count("feed_forward_length"),
@@ -85,8 +130,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "qk_norm": family == "qwen3",
-        "qkv_bias": family == "qwen2",
+        **dict.fromkeys(ARCHITECTURES[family].switches, True),
     }
     try:
         match value("rope.scaling.type", str, "none"):
@@ -148,7 +192,7 @@ def with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
 
 def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
     """Raises `ModelError` for a rope scaling that llama.cpp has no keys for."""
-    family = config.family
+    family = architecture_of(config)
     values: dict[str, Any] = {
         "general.architecture": family,
         "general.name": "KHAOSZ",

@@ -1,7 +1,4 @@
-"""Models in GGUF files <-> our names and configuration: Llama (Mistral, SmolLM), Qwen2, Qwen3.
-
-Keys and tensor names are llama.cpp's (gguf-py/gguf/constants.py, tensor_mapping.py).
-"""
+"""Models in GGUF files <-> our names, row order and configuration."""
 
 from __future__ import annotations
 
@@ -17,9 +14,12 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.config import (
+    ARCHITECTURES,
     ROPE_FACTORS,
+    architecture_of,
     config_from_metadata,
     config_to_metadata,
+    gguf_name,
     llama3_factors,
     with_llama3,
 )
@@ -29,31 +29,8 @@ from khaosz.interop.huggingface import check_rotary
 from khaosz.model import Transformer, parameter_shapes
 from khaosz.model.module import Rotary
 
-_BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-_TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _SLICE = 1 << 24  # weights converted at a time
 _LARGEST_HALF, _LARGEST_SINGLE = 65_504.0, 3.3e38  # what rounds to a finite number
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of our parameters."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("layers."):
-        _, index, part = stem.split(".", 2)
-        return f"blk.{index}.{_BLOCK_NAMES[part]}.{kind}"
-    return f"{_TOP_NAMES[stem]}.{kind}"
 
 
 class GgufModel:
@@ -100,8 +77,8 @@ class GgufModel:
         return self.file.tensors[self.names[name]].type
 
     def raw(self, name: str) -> np.ndarray:
-        """uint8 (rows, bytes of a row): a view of the file, but for Llama's queries and keys,
-        whose rows are copied into our order (no row is requantised)."""
+        """uint8 (rows, bytes of a row): a view of the file, except for queries and keys that are
+        stored in pairs, whose rows are copied into our order (no row is requantised)."""
         raw = self.file.raw(self.names[name])
         heads = _permuted_heads(name, self.config)
         return raw if heads is None else _to_halves(raw, heads)
@@ -198,9 +175,9 @@ def _rows(
 
 
 def _permuted_heads(name: str, config: ModelConfig) -> int | None:
-    """Heads of a parameter whose rows llama.cpp orders in pairs (i, i + 1) for its rotation, where
-    we have halves (i, i + H/2); None for all others. Only the Llama family has this order."""
-    if config.family != "llama" or not name.startswith("layers."):
+    """Heads of a parameter whose rows an `Architecture` stores in pairs; None for all others."""
+    paired = ARCHITECTURES[architecture_of(config)].paired
+    if not paired or not name.startswith("layers."):
         return None
     match name.split(".")[3]:
         case "q_proj":
