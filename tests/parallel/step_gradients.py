@@ -1,4 +1,4 @@
-"""Run by torchrun or alone: gradients and loss of one accumulated step, rank 0 writes them.
+"""Run by torchrun, or imported: gradients and loss of one accumulated step, which rank 0 writes.
 
 python step_gradients.py RECIPE OUT.safetensors
 """
@@ -17,10 +17,9 @@ from khaosz.parallel import across, setup_parallel
 from khaosz.trainer import run as running
 
 
-def main() -> None:
+def step_gradients(recipe: Path, out: Path) -> None:
     """A function, so that the model and its process group are gone before the interpreter ends."""
-    torch.set_num_threads(1)
-    config = load_recipe(Path(sys.argv[1]))
+    config = load_recipe(recipe)
     parallel = setup_parallel(config.parallel)
     console = Console(quiet=True)
     trainer = running.assemble(running.RunOrigin(config), parallel, console)
@@ -32,10 +31,11 @@ def main() -> None:
     total = across([float(loss)], parallel)[0] / count
     if parallel.is_main:
         gradients = {n: p.grad for n, p in context.model.named_parameters() if p.grad is not None}
-        save_file({**gradients, "loss": torch.tensor(total)}, sys.argv[2])
+        save_file({**gradients, "loss": torch.tensor(total)}, out)
     parallel.barrier()
     parallel.close()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    step_gradients(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,10 +1,11 @@
-"""Stop at any step, mid-accumulation included: the rest must be as if nothing had happened."""
+"""A run that stops at any step, also within its accumulation, resumes to the same result."""
 
 from __future__ import annotations
 
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import Recipe, write_recipe
+from tiny import Recipe, tiny_recipe, write_recipe
 
-from khaosz.errors import CheckpointError
+from khaosz.config import TrainConfig
+from khaosz.errors import CheckpointError, ModelError
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
@@ -47,7 +49,7 @@ def assert_identical(a: Path, b: Path) -> None:
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro_batch: int | None) -> None:
-    """Ask the run to stop as a signal does: after a step, or amid its accumulation."""
+    """Request a stop as a signal does: after a step, or within its accumulation."""
     accumulate = Trainer._accumulate
 
     def stopping(self: Trainer, batches: list[Any], count: float) -> torch.Tensor | None:
@@ -63,23 +65,31 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, micro_batch: int | No
     monkeypatch.setattr("khaosz.trainer.plots.LossCurve.on_step", on_step, raising=False)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+@pytest.fixture(scope="module", params=["muon", "adamw"])
+def whole(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path
+) -> TrainContext:
+    """An uninterrupted run of eight steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return run(tiny_recipe(prepared_dir, out, optimizer=request.param), console=QUIET)
+
+
 @pytest.mark.parametrize(("step", "micro"), [(1, None), (4, None), (5, 0)])
 def test_resumed_equals_uninterrupted(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    optimizer: str, step: int, micro: int | None,
+    recipe: Recipe, whole: TrainContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    step: int, micro: int | None,
 ) -> None:  # fmt: skip
-    whole = run(recipe(optimizer=optimizer, out=tmp_path / "whole"), console=QUIET)
     assert whole.progress.step == 8
+    optimizer = whole.config.optimizer
     config = recipe(optimizer=optimizer, out=tmp_path / "parts")
     with monkeypatch.context() as patched:
         stop_after(patched, step, micro)
         stopped = run(config, console=QUIET)
     assert stopped.progress.step == step
-    torch.manual_seed(12345)  # the resumed process has another random state to begin with
+    torch.manual_seed(12345)  # a resumed process starts with another random state
     resumed = run(config, resume=True, console=QUIET)
     assert resumed.progress.step == 8
-    assert_identical(tmp_path / "whole", tmp_path / "parts")
+    assert_identical(whole.config.out, tmp_path / "parts")
 
 
 def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:
@@ -138,22 +148,28 @@ def test_resume_refuses_another_run(recipe: Recipe, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 
-def test_resume_of_a_finished_run_does_nothing(recipe: Recipe) -> None:
+def test_resume_of_a_finished_run_does_nothing(recipe: Recipe, finished: TrainConfig) -> None:
     config = recipe(max_steps=2)
-    run(config, console=QUIET)
+    shutil.copytree(finished.out, config.out, symlinks=True)
     before = final_state(config.out)
     run(config, resume=True, console=QUIET)
     after = final_state(config.out)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> TrainConfig:
+    """The recipe of a finished run of two steps, not to be changed."""
+    config = tiny_recipe(prepared_dir, tmp_path_factory.mktemp("finished") / "run", max_steps=2)
+    run(config, console=QUIET)
+    return config
+
+
 @pytest.mark.parametrize("name", ["state/state.json", "state/optimizer.safetensors",
                                   "model.safetensors", "train_config.json"])  # fmt: skip
-def test_a_torn_checkpoint_is_refused(recipe: Recipe, name: str) -> None:
-    from khaosz.errors import ModelError
-
+def test_a_torn_checkpoint_is_refused(recipe: Recipe, finished: TrainConfig, name: str) -> None:
     config = recipe(max_steps=2)
-    run(config, console=QUIET)
+    shutil.copytree(finished.out, config.out, symlinks=True)
     last = resolve(config.out / "last")
     assert last is not None
     content = (last / name).read_bytes()

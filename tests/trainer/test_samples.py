@@ -1,4 +1,4 @@
-"""What the model writes while it is trained is kept, once for each step and prompt."""
+"""Samples of a run in training are stored once for each step and prompt."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_resumed_run_keeps_each_sample_once(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet = Console(file=io.StringIO())
-    settings = {"prompts": PROMPTS, "sample_every": 1, "save_every": 3}
+    settings = {"prompts": PROMPTS, "sample_every": 3, "save_every": 3}
     whole = recipe(**settings, out=tmp_path / "whole")
     run(whole, console=quiet)
     config = recipe(**settings, out=tmp_path / "parts")
     with stopping_after(5, monkeypatch):
         run(config, console=quiet)
-    # As a kill leaves it: samples behind the checkpoint, the last of them torn.
+    # As after a kill: samples after the checkpoint, the last of them cut short.
     with (config.out / "samples.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 6, "prompt": "x", "text": "y"}\n{"step": 7, "pro')
     run(config, resume=True, console=quiet)

@@ -30,6 +30,29 @@ TINY_MODEL = {
 }
 
 
+def tiny_recipe(data: Path, out: Path, **changes: Any) -> TrainConfig:
+    """Pretraining on prepared data for eight steps."""
+    values: dict[str, Any] = {
+        "stage": "pt",
+        "data": data,
+        "out": out,
+        "size": "nano",
+        "model": TINY_MODEL,
+        "window": 32,
+        "batch_tokens": 256,
+        "micro_batch": 4,
+        "max_steps": 8,
+        "dtype": "fp32",
+        "compile": "off",
+        "eval_tokens": 500,
+        "eval_every": 4,
+        "save_every": 3,
+        "log_every": 1,
+        "keep": 10,
+    }
+    return TrainConfig.parse({**values, **changes})
+
+
 def write_recipe(config: TrainConfig, path: Path) -> Path:
     lines = []
     values = config.model_dump(mode="json", exclude_unset=True)
@@ -69,12 +92,12 @@ class StopAfter(Callback):
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         if metrics["step"] == self.step:
-            context.stopping = "the test said so"
+            context.stopping = "the test requests it"
 
 
 @contextmanager
 def stopping_after(step: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Trainers made inside stop after that step, as by Ctrl-C."""
+    """Trainers created inside stop after that step, as with Ctrl-C."""
     built = Trainer.__init__
 
     def stopping(self: Trainer, *args: Any, **kwargs: Any) -> None:

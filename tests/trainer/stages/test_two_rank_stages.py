@@ -1,8 +1,9 @@
-"""Two gloo ranks under torchrun give what one process gives, in every stage of alignment.
+"""Two gloo ranks under torchrun compute what one process computes, in every stage of alignment and
+in the embedder's.
 
-What is sampled hangs on the number of the draw and not on the rank, so it is the same answers. One
-thing does hang on the ranks: later epochs over a rollout shuffle each rank's own answers, so what
-is compared has one update an epoch, or one epoch.
+Samples depend on the number of the draw and not on the rank, so the answers are the same. One thing
+does depend on the ranks: later epochs over a rollout shuffle each rank's answers, so the compared
+runs have one update per epoch, or one epoch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,6 +38,7 @@ from khaosz.trainer.stages.rollout import Rollout
 
 SCRIPT = str(Path(__file__).parent / "rank_gradients.py")
 CLOCKS = {"tokens_per_s", "elapsed_s", "mfu"}
+OneAndTwo = Callable[[TrainConfig], tuple[list[Any], list[Any]]]
 
 
 @pytest.fixture
@@ -54,11 +58,57 @@ def judge(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     return tmp_path / "judge"
 
 
-def together(*arguments: str) -> None:
+def launch(*arguments: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", SCRIPT, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+class Ranks:
+    """Two ranks that run one job after the other (`rank_gradients.serve`); new ones after a job
+    that fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.starts, self.jobs = folder, 0, 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self, *arguments: str) -> None:
+        if self.process is None:
+            self.starts, self.jobs = self.starts + 1, 0
+            self.jobs_in = self.folder / str(self.starts)
+            self.jobs_in.mkdir()
+            self.process = launch("serve", str(self.jobs_in))
+        number, self.jobs = self.jobs, self.jobs + 1
+        partial = self.jobs_in / f"{number}.partial"
+        partial.write_text(json.dumps(arguments), encoding="utf-8")
+        partial.rename(partial.with_suffix(".json"))
+        answers = [self.jobs_in / f"{number}-{rank}.txt" for rank in (0, 1)]
+        deadline = time.monotonic() + 120
+        while not all(answer.exists() for answer in answers):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                break
+            time.sleep(0.01)
+        errors = [answer.read_text("utf-8") if answer.exists() else "-" for answer in answers]
+        if any(errors):
+            self.stop()
+        assert not any(errors), "\n".join(errors)
+
+    def stop(self) -> None:
+        if self.process is not None:
+            (self.jobs_in / "stop").touch()
+            try:
+                self.process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                self.process.terminate()  # torchrun ends its ranks
+                self.process.wait(timeout=60)
+            self.process = None
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.stop()
 
 
 def written(config: TrainConfig, out: Path) -> Path:
@@ -72,8 +122,15 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def one_and_two(config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]]:
-    """For one process and for two: metrics by step, and what each rank has recorded."""
+@pytest.fixture
+def one_and_two(two_ranks: Ranks, tmp_path: Path) -> OneAndTwo:
+    """Metrics by step and the recorded tensors of each rank, of one process and of two."""
+    return lambda config: _one_and_two(config, tmp_path, two_ranks)
+
+
+def _one_and_two(
+    config: TrainConfig, folder: Path, two_ranks: Ranks
+) -> tuple[list[Any], list[Any]]:
     found = []
     for ranks in (1, 2):
         recipe, out = written(config, folder / f"run{ranks}"), folder / f"kept{ranks}"
@@ -83,7 +140,7 @@ def one_and_two(config: TrainConfig, folder: Path) -> tuple[list[Any], list[Any]
             record(recipe, out)
             torch.set_num_threads(threads)
         else:
-            together("record", str(recipe), str(out))
+            two_ranks("record", str(recipe), str(out))
         kept = [load_file(f"{out}-{rank}") for rank in range(ranks)]
         found.append([metrics(folder / f"run{ranks}"), kept])
     return found[0], found[1]
@@ -154,11 +211,11 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
-def test_pairs(align: Any, start: Path, judge: Path, tmp_path: Path, stage: str) -> None:
+def test_pairs(align: Any, start: Path, judge: Path, one_and_two: OneAndTwo, stage: str) -> None:
     """Five pairs a step: three and two, in micro-batches of different numbers."""
     initial = judge if stage == "rm" else start
     config = align(stage, **COMMON, init_from=initial, batch_pairs=5, micro_batch=1, max_steps=4)
-    one, two = one_and_two(config, tmp_path)
+    one, two = one_and_two(config)
     assert {"accuracy", "margin", "val_loss", "val_accuracy"} <= one[0][-1].keys()
     assert one[0][-1]["margin"] != 0
     assert_same(one, two, nats=250.0)
@@ -171,13 +228,13 @@ PPO = {
 GRPO = {"prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 1, "minibatches": 2}
 
 
-def test_ppo(align: Any, start: Path, judge: Path, tmp_path: Path) -> None:
+def test_ppo(align: Any, start: Path, judge: Path, one_and_two: OneAndTwo) -> None:
     """Advantages are whitened, and KL is taken, over both ranks: nine answers and six."""
     config = align(
         "ppo", **COMMON, init_from=start, rollout=PPO, reward_function=None, reward_model=judge,
         max_steps=6,
     )  # fmt: skip
-    one, two = one_and_two(config, tmp_path)
+    one, two = one_and_two(config)
     assert one[0][-1]["kl"] != 0 and one[0][-1]["kl_weight"] != one[0][0]["kl_weight"]
     assert any(name.startswith("gradient.0.value.") for name in one[1][0])
     assert_same(one, two)
@@ -192,21 +249,21 @@ def length_reward(tmp_path: Path) -> str:
     return f"{path}:length"
 
 
-def test_grpo(align: Any, start: Path, length_reward: str, tmp_path: Path) -> None:
+def test_grpo(align: Any, start: Path, length_reward: str, one_and_two: OneAndTwo) -> None:
     """The halves of the first epoch are the same for one process and for two."""
     config = align(
         "grpo", **COMMON, init_from=start, rollout=GRPO, reward_function=length_reward, max_steps=6
     )
-    one, two = one_and_two(config, tmp_path)
+    one, two = one_and_two(config)
     assert one[0][-1]["kl"] != 0 and one[0][-1]["kl_loss"] > 0
     assert_same(one, two)
     assert_same_rollouts(one, two, range(3))
 
 
 def test_a_stopped_run_of_two_ranks_resumes_exactly(
-    align: Any, start: Path, judge: Path, tmp_path: Path
+    align: Any, start: Path, judge: Path, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Stopped by one rank amid the epochs of a rollout: half of its answers lie on each rank."""
+    """Stopped by one rank between the epochs of a rollout: each rank has a part of its answers."""
     rollout = {**PPO, "minibatches": 2}
     config = align(
         "ppo", **COMMON, init_from=start, rollout=rollout, reward_function=None,
@@ -214,11 +271,11 @@ def test_a_stopped_run_of_two_ranks_resumes_exactly(
     )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe = str(written(config, parts))
-    together("run", str(written(config, whole)))
-    together("run", recipe, "3")
+    two_ranks("run", str(written(config, whole)))
+    two_ranks("run", recipe, "3")
     stopped = resolve(parts / "last")
     assert stopped is not None and stopped.name == "step-000003"
-    together("run", recipe)
+    two_ranks("run", recipe)
     one, two = resolve(whole / "last"), resolve(parts / "last")
     assert one is not None and two is not None and one.name == two.name == "step-000006"
     files = ["model.safetensors"]
@@ -237,20 +294,36 @@ def test_a_stopped_run_of_two_ranks_resumes_exactly(
 
 
 def test_fewer_held_out_pairs_than_ranks(
-    align: Any, start: Path, pairs_file: Path, tmp_path: Path
+    align: Any, start: Path, pairs_file: Path, one_and_two: OneAndTwo, tmp_path: Path
 ) -> None:
     """A rank that has nothing to score still takes part in the sum."""
     held_out = tmp_path / "val.jsonl"
     held_out.write_text(pairs_file.read_text(encoding="utf-8").splitlines()[0] + "\n", "utf-8")
     config = align("dpo", **COMMON, init_from=start, val=held_out, max_steps=2)
-    one, two = one_and_two(config, tmp_path)
+    one, two = one_and_two(config)
     assert "val_loss" in one[0][-1]
     assert_same(one, two, nats=250.0)
 
 
 def test_stages_follow_each_other_on_two_ranks(align: Any, judge: Path, tmp_path: Path) -> None:
     config = align("rm", **COMMON, init_from=judge, max_steps=1)
-    together("stages", str(written(config, tmp_path / "stages")), "2")
+    process = launch("stages", str(written(config, tmp_path / "stages")), "2")
+    assert process.wait(timeout=120) == 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_embedder(embedder: Any, start: Path, one_and_two: OneAndTwo, symmetric: bool) -> None:
+    """Every query is compared with the passages of both ranks: seven pairs a step, four and three,
+    in passes of different numbers, with negatives."""
+    config = embedder(
+        init_from=start, size=None, model={}, tokenizer=None, batch_pairs=7,
+        max_steps=4, grad_clip=1e9, lr=1e-4, embedding_lr=1e-4, weight_decay=0.0, eval_every=2,
+        embed={"max_length": 48, "symmetric": symmetric},
+    )  # fmt: skip
+    one, two = one_and_two(config)
+    assert [row["step"] for row in one[0]] == [1, 2, 3, 4]
+    assert {"accuracy", "val_loss", "val_accuracy", "val_mrr"} <= one[0][-1].keys()
+    assert_same(one, two)
 
 
 def test_no_rollout_is_left_beside_the_checkpoints(align: Any) -> None:
