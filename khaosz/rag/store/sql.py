@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import count
+from itertools import chain, count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -350,9 +350,11 @@ class SqlStore(ABC):
     ) -> np.ndarray:
         where, values = self._filter(collection, name)
         query = f"SELECT c.id FROM chunks c JOIN documents d ON d.id = c.document{where}"
-        numbers = np.fromiter((row[0] for row in self._run(query, values, binary=True)), np.int64)
-        numbers.sort()
-        return numbers
+        cursor = self._run(query, values, binary=True)
+        numbers = [np.empty(0, np.int64)]
+        while rows := cursor.fetchmany(_BLOCK):
+            numbers.append(np.fromiter(chain.from_iterable(rows), np.int64, len(rows)))
+        return np.sort(np.concatenate(numbers))
 
     def unembedded(self) -> Iterator[StoredChunk]:
         for row in self._run(
