@@ -35,7 +35,7 @@ one line, a hint and exit status 1; a command line that cannot be parsed exits w
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument (`names` holds its place holder) or option (`names` holds its spellings)."""
+    """An argument (`names`: its placeholder) or an option (`names`: its spellings)."""
 
     names: tuple[str, ...]
     is_option: bool
@@ -80,11 +80,11 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
             continue
         assert isinstance(info, OptionInfo), f"{callback.__name__}: {name}"
         spelt = name.replace("_", "-")
-        # Inside Annotated there is no default to give, so typer takes the first place for a name.
+        # Inside Annotated an option takes no default: typer stores its first name there.
         first = (info.default,) if isinstance(info.default, str) else ()
         names = (*first, *(info.param_decls or ()))
         if not names:
-            # typer gives a switch without a name of its own a second one that turns it off
+            # a switch without an explicit name also gets one that turns it off
             names = (f"--{spelt}", f"--no-{spelt}") if kind is bool else (f"--{spelt}",)
         yield Parameter(names, True, info.help or "", default)
 
@@ -146,7 +146,7 @@ TABLES: dict[Path, Callable[[str], str]] = {
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    """Every file that is made here, wholly or in its rows of sizes, with its current content."""
+    """Every generated file, whole or only its rows of sizes, with its content."""
     yield PAGE, render()
     for path, row in TABLES.items():
         text = path.read_text(encoding="utf-8")

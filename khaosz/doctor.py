@@ -64,7 +64,7 @@ def format_report(report: dict[str, Any]) -> str:
         ("speed", f"{speed} in matrix multiplication on {report['device']}"),
         ("defaults", f"{report['device']} with {report['threads']} threads; {report['dtype']}, the "
                      "faster type here (each run measures it again on its model)"),
-        ("compile", "where it pays off" if compiler == "yes" else f"no: {compiler}"),
+        ("compile", "torch.compile, where it pays off" if compiler == "yes" else f"no: {compiler}"),
     ]  # fmt: skip
     return "\n".join(f"{name:<9} {text}" for name, text in lines)
 

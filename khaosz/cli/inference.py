@@ -41,15 +41,19 @@ def generate(
     min_p: Annotated[float, typer.Option(help="Share of the top probability; 0: off.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
     seed: Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
+    ] = None,
     json_schema: Annotated[Path | None, typer.Option(help="JSON schema of the output.")] = None,
     regex: Annotated[str | None, typer.Option(help="Pattern that the output must match.")] = None,
     prompt_lookup: Annotated[
         bool,
-        typer.Option("--prompt-lookup", "--lookup", help="Draft tokens from the prompt: faster."),
+        typer.Option(
+            "--prompt-lookup", "--lookup", help="Draft tokens from the prompt: faster for quotes."
+        ),
     ] = False,
     deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="Bits independent of the batch; slower.")
+        bool, typer.Option("--deterministic", help="The same bits in any batch; slower.")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,

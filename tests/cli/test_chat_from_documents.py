@@ -93,3 +93,18 @@ def test_model_by_name(place: Path) -> None:
     assert "model 'x' not found" in chat(place, "/model x")
     model_directory(place / "runs/more/plain/last", model("Yes"))
     assert "give the whole path" in chat(place, "/model plain")
+
+
+@pytest.mark.parametrize(
+    ("name", "printed"),
+    [
+        ("citing", f"{ANSWER}\n[1] 企鹅.md  0-13\n"),
+        ("plain", "cites no source. Passages in the prompt:\n[1] 企鹅.md  0-13\n"),
+    ],
+)
+def test_rag_ask_prints_the_sources(place: Path, tmp_path: Path, name: str, printed: str) -> None:
+    directory = model_directory(tmp_path / name, model(ANSWER if name == "citing" else "Yes", 4096))
+    command = ["rag", "ask", "企鹅住在哪里？", "--model", str(directory), "--device", "cpu"]
+    done = run_khaosz(*command, cwd=place)
+    assert done.returncode == 0, done.stderr.decode()
+    assert printed in done.stdout.decode().replace("\r\n", "\n")
