@@ -172,7 +172,10 @@ class Server(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.bodies.append(body)
-        if self.path == "/v1/embeddings":
+        status = 200
+        if body["model"] == "missing":
+            status, payload = 404, json.dumps({"error": "model 'missing' not found"}).encode()
+        elif self.path == "/v1/embeddings":
             data = [{"index": i, "embedding": [3.0, 4.0 * i]} for i in range(len(body["input"]))]
             payload = json.dumps({"data": data[::-1]}).encode()
         elif self.path == "/v1/chat/completions":
@@ -191,7 +194,7 @@ class Server(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
             return
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Length", str(len(payload)))
         self.end_headers()
         self.wfile.write(payload)
@@ -237,6 +240,17 @@ def test_http_embedder_embeds(url: str) -> None:
 def test_unreachable_server(knowledge_base: KnowledgeBase) -> None:
     with pytest.raises(ModelError, match=r"127\.0\.0\.1:9"):
         read(ask(knowledge_base, "企鹅住在哪里？", HttpModel("http://127.0.0.1:9/v1", "m")))
+
+
+def test_hint_names_the_path_only_if_the_path_is_missing(url: str) -> None:
+    for address, model, hint in (
+        (url, "missing", None),
+        (url.removesuffix("/v1"), "m", "does the address end in /v1?"),
+    ):
+        pieces = HttpModel(address, model).stream([{"role": "user", "content": "?"}], 8, 0.0)
+        with pytest.raises(ServerError, match="404") as caught:
+            list(pieces)
+        assert caught.value.hint == hint
 
 
 def test_redirect_does_not_get_the_key(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

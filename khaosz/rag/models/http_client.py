@@ -142,7 +142,8 @@ def _server_error(address: str, error: HTTPError) -> ServerError:
     match error.code:
         case 401 | 403:
             hint = f"set the server's key in {KEYS[0]}"
-        case 404 if "not found" in message.lower():  # the path, not a model, is missing
+        # The path is missing, not a model, whose name the message would quote.
+        case 404 if "not found" in message.lower() and not {"'", '"'} & set(message):
             hint = "does the address end in /v1?"
         case 429 | 503:
             hint = "the server is busy: try again in a moment"
