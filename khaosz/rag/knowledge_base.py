@@ -281,7 +281,9 @@ class KnowledgeBase:
             if name in (document.name, document.doc_id) or document.path in (name, resolved)
         ]
         if not matches:
-            raise DataError(f"no document {name!r} in {self.store.where}", hint="khaosz rag list")
+            raise DataError(
+                f"document {name!r} not found in {self.store.where}", hint="khaosz rag list"
+            )
         with self.store.writing():
             for owner, path in {(document.collection, document.path) for document in matches}:
                 self.store.remove_source(owner, path)

@@ -145,7 +145,7 @@ def test_remove(base: KnowledgeBase) -> None:
     assert base.remove("birds.txt") == 1
     assert not base.search("penguin", 5)
     consistent(base)
-    with pytest.raises(DataError, match=r"no document 'birds\.txt'"):
+    with pytest.raises(DataError, match=r"document 'birds\.txt' not found"):
         base.remove("birds.txt")
 
 

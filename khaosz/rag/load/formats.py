@@ -70,14 +70,14 @@ INSTEAD = {
     **dict.fromkeys((".epub", ".mobi", ".azw3", ".caj", ".djvu", ".chm"), "convert it to .pdf"),
     **dict.fromkeys((".mht", ".mhtml"), "save it as .html"),
 }
-SUFFIXES = tuple(suffix for suffix in _BY_SUFFIX if suffix not in INSTEAD)
+SUFFIXES = tuple(suffix for suffix, name in _BY_SUFFIX.items() if not FORMATS[name].instead)
 
 
 def format_of(name: str, *, docling: bool = False) -> str | None:
-    """The name of the format that a file's name says; None when it says none that we read."""
+    """The format of a file by its name, as a key of `FORMATS`; None if it is not one of them."""
     stem, dot, suffix = name.lower().rpartition(".")
     if not (stem and dot):
         return _BY_STEM.get(name.lower())
-    if dot + suffix in INSTEAD and not docling:
-        return None
-    return _BY_SUFFIX.get(dot + suffix)
+    format_name = _BY_SUFFIX.get(dot + suffix)
+    needs_docling = format_name is not None and FORMATS[format_name].instead
+    return None if needs_docling and not docling else format_name

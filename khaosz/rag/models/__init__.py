@@ -1,1 +1,1 @@
-"""Embedders, rerankers and chat backends."""
+"""Embedders, rerankers and chat models."""
