@@ -1,1 +1,1 @@
-"""The demo: bilingual texts, a model trained on them in minutes, and what it answers."""
+"""The demo: bilingual texts, a model trained on them in minutes, and its answers."""

@@ -1,4 +1,4 @@
-"""Turn the demo's sources into training texts: pretraining, conversations, and what is held out.
+"""Convert the demo's sources to training texts: pretraining, conversations and held-out data.
 
 `build_demo_corpus` writes into one folder:
 
@@ -8,10 +8,10 @@
     sft_val.jsonl  same                            held-out conversations
     preference.jsonl, preference_val.jsonl  {"prompt", "chosen", "rejected", "lang"}
     pairs.jsonl, pairs_val.jsonl  {"query", "positive", "lang", "source"}
-    prompts.json   [{"lang", "kind", "prompt"}]    what the demo may ask the trained model
+    prompts.json   [{"lang", "kind", "prompt"}]    questions to the trained model
 
 The split is by unit (a statute, an idiom, a chapter, ...): nothing derived from a held-out unit is
-trained on. One seed gives the same bytes everywhere the sources are the same.
+trained on. The same seed and sources give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ from khaosz.demo.pairs import swapped_answers, unit_pairs
 from khaosz.demo.texts import Chat, Unit, read_laws, read_sanguo, read_stdlib, unique_chats
 from khaosz.files import write_atomic, write_json
 
-# Of every source one unit in 80 is held out, as far as it fits this many bytes per source.
+# Of every source one unit in 80 is held out, up to this many bytes per source.
 HOLD_OUT_ONE_IN = 80
 HOLD_OUT_BYTES = 40_000
-# Statute articles and idioms by the ten thousand would drown everything else in the
-# conversations; all of them are in the pretraining text.
+# Ten thousands of statute articles and idioms would dominate the conversations; all of them are in
+# the pretraining text.
 LAW_QUESTION_RATE = 0.07
 IDIOM_QUESTION_RATE = 0.06
 IDENTITY_REPEAT = 6
 SAMPLE_CHAT_REPEAT = 4
 
-# Asked of the trained model beside questions it has and has not seen (`choose_prompts`).
+# Questions beside those that were trained on or held out (`choose_prompts`).
 OPEN_PROMPTS = (
     ("zh", "请接着往下写：却说曹操引兵来到城下。"),
     ("zh", "怎样才能学好一门外语？"),
@@ -85,8 +85,8 @@ class DemoCorpus:
 def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCorpus:
     """Write the demo's training texts of `sources` into the folder `out`, which may exist.
 
-    Every file is replaced in one step, so that a reader never sees half of one. Raises FetchError
-    when an archive or the sample is not what it should be; files of an earlier run then stay.
+    Every file is replaced atomically. Raises FetchError when an archive or the sample is damaged;
+    files of an earlier run then stay.
     """
     by_source: dict[str, list[Unit]] = {}
     for unit in read_units(sources, seed):
@@ -94,7 +94,7 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
 
     rng = random.Random(f"{seed}/order")
     seen_texts: set[str] = set()
-    asked: set[str] = set()
+    questions: set[str] = set()
     pt: list[dict[str, Any]] = []
     val: list[dict[str, Any]] = []
     sft: list[dict[str, Any]] = []
@@ -103,22 +103,22 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     pairs_val: list[dict[str, Any]] = []
     stats: dict[str, SourceStats] = {}
     for source, units in by_source.items():
-        held = held_out(units, seed)
+        held_out_keys = held_out(units, seed)
         documents = characters = conversations = 0
         for unit in units:
-            texts, chats = (val, sft_val) if unit.key in held else (pt, sft)
+            texts, chats = (val, sft_val) if unit.key in held_out_keys else (pt, sft)
             for text in unit.documents:
                 if text not in seen_texts:
                     seen_texts.add(text)
                     texts.append({"text": text, "lang": unit.lang, "source": source})
                     documents += 1
                     characters += len(text)
-            (pairs_val if unit.key in held else pairs).extend(unit_pairs(unit, seed))
-            for chat in unique_chats(unit.chats, asked):
+            (pairs_val if unit.key in held_out_keys else pairs).extend(unit_pairs(unit, seed))
+            for chat in unique_chats(unit.chats, questions):
                 repeat = 1 if chats is sft_val else chat.repeat
                 chats += [_chat_record(chat, source)] * repeat
                 conversations += repeat
-        stats[source] = SourceStats(documents, characters, conversations, len(held))
+        stats[source] = SourceStats(documents, characters, conversations, len(held_out_keys))
     for records in (pt, val, sft, sft_val, pairs, pairs_val):
         rng.shuffle(records)
 
@@ -148,7 +148,7 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
 
 
 def read_units(sources: DemoSources, seed: int) -> Iterator[Unit]:
-    """All units of all sources, in a fixed order: what comes first wins among equal questions."""
+    """All units of all sources, in a fixed order: of equal questions, the first is used."""
     archives = sources.archives
     yield from read_sample(sources.sample, seed, set(archives), SAMPLE_CHAT_REPEAT)
     if llamafactory := archives.get("llamafactory"):
@@ -169,49 +169,49 @@ def read_units(sources: DemoSources, seed: int) -> Iterator[Unit]:
 def choose_prompts(
     sft: list[dict[str, Any]], sft_val: list[dict[str, Any]]
 ) -> list[dict[str, str]]:
-    """Identity first, then one first question of each source and language, then the open ones.
+    """Identity, then one first question of each source and language, then `OPEN_PROMPTS`.
 
-    `kind` is "seen" when the question was trained on, "held_out" when nothing of its unit was.
+    `kind` is "seen" for a question that was trained on, "held_out" for one of a held-out unit.
     """
     prompts = [
         {"lang": "zh", "kind": "seen", "prompt": "你是谁？"},
         {"lang": "en", "kind": "seen", "prompt": "Who are you?"},
     ]
     for kind, records in (("seen", sft), ("held_out", sft_val)):
-        shown = {
+        used = {
             ("identity", "zh"),
             ("identity", "en"),
             ("sample-chat", "zh"),
             ("sample-chat", "en"),
         }
         for record in records:
-            kind_of_question = (record["source"], record["lang"])
+            origin = (record["source"], record["lang"])
             prompt = record["messages"][0]["content"]
-            showable = len(prompt) <= 80 and not record["source"].startswith("glaive")
-            if showable and kind_of_question not in shown:
-                shown.add(kind_of_question)
+            suitable = len(prompt) <= 80 and not record["source"].startswith("glaive")
+            if suitable and origin not in used:
+                used.add(origin)
                 prompts.append({"lang": record["lang"], "kind": kind, "prompt": prompt})
     prompts += [{"lang": lang, "kind": "open", "prompt": text} for lang, text in OPEN_PROMPTS]
     return prompts
 
 
 def held_out(units: list[Unit], seed: int) -> set[str]:
-    """Keys of the units of one source to hold out: those whose hashes are lowest.
+    """Keys of the units of one source to hold out: those with the lowest hashes.
 
-    At least one of five units, so that a small source is represented, and none of fewer.
+    At least one of five or more units, so that small sources are represented; none of fewer.
     """
     candidates = sorted((u for u in units if u.may_hold_out), key=lambda u: _rank(u, seed))
     if len(candidates) < 5:
         return set()
-    wanted = max(1, round(len(candidates) / HOLD_OUT_ONE_IN))
-    held: set[str] = set()
-    room = HOLD_OUT_BYTES
+    limit = max(1, round(len(candidates) / HOLD_OUT_ONE_IN))
+    keys: set[str] = set()
+    bytes_left = HOLD_OUT_BYTES
     for unit in candidates:
         size = sum(len(text.encode()) for text in unit.documents)
-        if len(held) < wanted and size <= room:
-            held.add(unit.key)
-            room -= size
-    return held
+        if len(keys) < limit and size <= bytes_left:
+            keys.add(unit.key)
+            bytes_left -= size
+    return keys
 
 
 def _rank(unit: Unit, seed: int) -> bytes:
@@ -225,6 +225,6 @@ def _chat_record(chat: Chat, source: str) -> dict[str, Any]:
 
 
 def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line, UTF-8, LF; `path` is replaced only when all is on the disk."""
+    """Write one JSON object per line, UTF-8, LF, atomically."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_atomic(path, (line.encode("utf-8") for line in lines))

