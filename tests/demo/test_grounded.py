@@ -138,7 +138,7 @@ def test_facts_of_statutes_and_of_python() -> None:
     assert fact.answer in fact.passage
 
 
-def test_what_is_counted(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+def test_groundedness_counts(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     path = tmp_path / "grounded.jsonl"
     path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n")
     right = {r["messages"][0]["content"]: r["messages"][1]["content"] for r in records}

@@ -153,7 +153,7 @@ def test_exactly_one_window_is_one_window(tmp_path: Path) -> None:
         assert data.epoch(draw) == draw
 
 
-def test_padding_is_told_by_doc_ids_and_never_by_an_id(tmp_path: Path) -> None:
+def test_padding_of_windows_is_detected_by_doc_ids(tmp_path: Path) -> None:
     data = TokenDataset.open(pt_data(tmp_path, [[PAD, PAD, PAD, 5]]), 6, pad_id=PAD)
     row = data.batch([0])
     assert row.ids.tolist() == [[0, 0, 0, 0, 0, 0]]
@@ -165,7 +165,7 @@ def test_padding_is_told_by_doc_ids_and_never_by_an_id(tmp_path: Path) -> None:
     ]
 
 
-def test_any_world_size_sees_the_same_steps_and_resumes_from_the_step_number(
+def test_steps_do_not_depend_on_world_size(
     tmp_path: Path,
 ) -> None:
     prepared = pt_data(tmp_path, distinct([10 + i % 13 for i in range(60)]), n_shards=2)
@@ -356,7 +356,9 @@ def test_unused_groups_are_neither_planned_nor_counted(tmp_path: Path) -> None:
         ({}, "no source a weight"),
     ],
 )
-def test_a_wrong_mix_is_explained(tmp_path: Path, mix: dict[str, float], message: str) -> None:
+def test_invalid_mix_is_an_error_with_a_hint(
+    tmp_path: Path, mix: dict[str, float], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         TokenDataset.open(mixed(tmp_path), 8, mix=mix)
     assert caught.value.hint
@@ -367,7 +369,7 @@ def test_a_wrong_mix_is_explained(tmp_path: Path, mix: dict[str, float], message
 # --- nothing to draw
 
 
-def test_nothing_left_is_explained(tmp_path: Path) -> None:
+def test_window_without_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"a window of 512 leaves nothing.*2 are too short"
     ) as short:
@@ -387,7 +389,7 @@ def pt_shards(folder: Path) -> list[MmapFileHandler]:
     return [shard_of(folder / "tiny.tok", [[1]])]
 
 
-def test_a_missing_split_is_explained(tmp_path: Path) -> None:
+def test_missing_split_is_an_error_with_a_hint(tmp_path: Path) -> None:
     prepared = pt_data(tmp_path, [[1, 2, 3]])
     with pytest.raises(DataError, match="no 'val' split, only train") as caught:
         TokenDataset.open(prepared, 8, split="val")

@@ -92,7 +92,9 @@ def test_every_pair_is_planned_once(
     assert plan.stats.inputs == sum(max(n - 1, 0) for n in flat)
 
 
-def test_blocks_and_flushes_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_and_flushes_do_not_change_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = random.Random(0)
     lengths = [rng.choice([1, 2, 5, 30, 200, 900]) for _ in range(3000)]
     shards = [shard_of(tmp_path / "a.tok", lengths), shard_of(tmp_path / "b.tok", lengths[:100])]
@@ -173,7 +175,7 @@ def test_another_window_or_content_is_another_plan(tmp_path: Path) -> None:
     assert len(list((tmp_path / "plans").iterdir())) == 3
 
 
-def test_what_a_killed_planning_left_is_removed_a_day_later(tmp_path: Path) -> None:
+def test_partial_plans_are_removed_after_a_day(tmp_path: Path) -> None:
     shard = shard_of(tmp_path / "a.tok", [50] * 40)
     old, new = tmp_path / ".plan-pt-64-aa.partial-1-bb", tmp_path / ".plan-pt-64-aa.partial-2-cc"
     for folder in (old, new):
@@ -183,10 +185,10 @@ def test_what_a_killed_planning_left_is_removed_a_day_later(tmp_path: Path) -> N
     os.utime(old, (two_days_ago, two_days_ago))
     load_plan([shard], "pt", 64, tmp_path)
     assert not old.exists()
-    assert new.exists(), "another process may be at it"
+    assert new.exists(), "another process may still write it"
 
 
-def test_losing_the_race_uses_the_winners_plan(tmp_path: Path) -> None:
+def test_concurrent_planning_uses_the_first_plan(tmp_path: Path) -> None:
     shard = shard_of(tmp_path / "a.tok", [50] * 40)
     folder = tmp_path / "plans"
     load_plan([shard], "pt", 64, folder)
@@ -297,7 +299,7 @@ def test_sft_needs_a_loss_mask(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.tok"], "nothing half-written is left"
 
 
-def test_offsets_that_go_backwards_are_found(tmp_path: Path) -> None:
+def test_decreasing_offsets_are_detected(tmp_path: Path) -> None:
     shard = shard_of(tmp_path / "a.tok", [5, 5, 5])
     shard.doc_offsets[1:3] = [10, 5]
     with pytest.raises(TokenFileError, match=r"a\.tok: document offsets go backwards"):

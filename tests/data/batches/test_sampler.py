@@ -125,7 +125,7 @@ def test_slots_follow_the_largest_remainder() -> None:
     assert sum(small) == 1 << 17 and small[1] >= 1
 
 
-def test_a_weight_too_small_to_be_drawn_is_the_users_mistake() -> None:
+def test_too_small_weight_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"1\.0e-09 of the sum") as caught:
         MixtureSampler([5, 5], [1.0, 1e-9], seed=0)
     assert caught.value.hint

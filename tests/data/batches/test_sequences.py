@@ -30,7 +30,7 @@ def ragged(seed: int = 0, count: int = 9) -> list[TokenSequence]:
 
 
 @pytest.mark.parametrize("rows", [None, 12])
-def test_every_token_stands_where_it_should(rows: int | None) -> None:
+def test_packed_sequences_match_their_definition(rows: int | None) -> None:
     sequences = ragged()
     batch = pack_sequences(sequences, 16, 0, rows=rows)
     assert rows is None or batch.ids.shape == (rows, 16)
@@ -67,7 +67,7 @@ def test_a_prompt_that_is_scored_whole_has_no_target_for_its_first_token() -> No
 
 
 @pytest.mark.parametrize("pad", [0, 9])
-def test_padding_is_told_by_its_place_and_never_by_its_id(pad: int) -> None:
+def test_padding_of_sequences_is_detected_by_place_not_id(pad: int) -> None:
     """A vocabulary may pad with 0, or with the token that ends a turn: both are trained on."""
     batch = pack_sequences([TokenSequence([5, 0, 9, 0, 9], 1), TokenSequence([0, 9], 0)], 8, pad)
     assert batch.labels.tolist() == [[0, 9, 0, 9, IGNORE, 9, IGNORE]]

@@ -418,7 +418,7 @@ def test_answers_are_cut_to_the_window(tokenizer: Tokenizer) -> None:
         encode_pair(tokenizer, pair, p)
 
 
-def test_answers_that_differ_behind_the_window_only(tokenizer: Tokenizer) -> None:
+def test_rejects_answers_that_differ_only_after_the_window(tokenizer: Tokenizer) -> None:
     pair = Pair([USER], "hello world hello", "hello world 世界")
     full = encode_pair(tokenizer, pair, ROOMY)
     with pytest.raises(DataError, match="the same within the window"):
@@ -442,7 +442,7 @@ def test_the_answer_ends_where_generation_ends(tokenizer: Tokenizer) -> None:
         assert ids == whole(other, [USER], GOOD)[: len(ids)]
 
 
-def test_templates_that_fit_no_pair(tokenizer: Tokenizer) -> None:
+def test_rejects_templates_that_do_not_fit_pairs(tokenizer: Tokenizer) -> None:
     # "\n" of the template and "\n" of the answer are one token, which the prompt does not have.
     with pytest.raises(DataError, match="does not begin with the tokens of its prompt"):
         encode_pair(with_template(tokenizer, LINES), Pair([USER], "\n好", "不"), ROOMY)
@@ -456,7 +456,7 @@ def test_templates_that_fit_no_pair(tokenizer: Tokenizer) -> None:
         encode_pair(Tokenizer(tokenizer.serialized, {"eos_token": "<|eos|>"}), PAIR, ROOMY)
 
 
-def test_loading_reports_what_it_leaves_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_report_counts_skipped_records(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(
         tmp_path / "pairs.jsonl",
         [
@@ -590,7 +590,7 @@ def test_loading_prompts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert load_prompts(tmp_path / "p.jsonl", tokenizer, len(ids) + 1).report.kept == 1
 
 
-def test_nothing_usable_is_an_error_with_the_first_reason(
+def test_error_without_usable_records_has_the_first_reason(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "sft.jsonl", [{"prompt": "q"}, {"prompt": "q"}, "x"])

@@ -116,7 +116,7 @@ def test_damage_in_gb18030_and_utf16_costs_one_line(tmp_path: Path) -> None:
     assert skipped_of(wide) == [(3, "not valid UTF-16")]
 
 
-def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
+def test_reads_concatenated_zstd_frames(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     frames = [zstandard.compress(as_lines([r]).encode()) for r in RECORDS]
     path.write_bytes(b"".join(frames))
@@ -175,7 +175,7 @@ def test_json_array_equals_json_load_whatever_the_window(
     assert [json.loads(line) for line in lines] == records
 
 
-def test_json_array_damage_says_how_far(tmp_path: Path) -> None:
+def test_json_array_damage_has_the_number_of_records(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     whole = json.dumps(RECORDS)
     for bad in (whole[:-1], whole[:-5], whole + "]", whole.replace("}, {", "} {"), "[{},]", "["):
@@ -184,7 +184,7 @@ def test_json_array_damage_says_how_far(tmp_path: Path) -> None:
             records_of(path)
 
 
-def test_json_that_is_lines_reads_as_lines(tmp_path: Path) -> None:
+def test_json_file_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(as_lines(RECORDS), encoding="utf-8")
     assert records_of(path) == RECORDS
@@ -249,9 +249,7 @@ def test_batches_are_bounded_and_numbered(tmp_path: Path) -> None:
     assert batches[-1].file_position == path.stat().st_size
 
 
-def test_an_endless_line_is_skipped_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overlong_line_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 100_000)
     for suffix in (".jsonl", ".txt"):
         path = tmp_path / ("a" + suffix)
@@ -283,7 +281,7 @@ def test_lines_split_like_bytes_split(tmp_path: Path, monkeypatch: pytest.Monkey
         (b'{"a": "\xff"}', "not valid UTF-8"),
     ],
 )
-def test_parse_line_says_why(line: bytes, reason: str) -> None:
+def test_parse_line_gives_a_reason(line: bytes, reason: str) -> None:
     found = parse_line(line)
     assert isinstance(found, Skip) and reason in found.reason
 

@@ -54,7 +54,7 @@ def test_layouts(record: dict[str, Any]) -> None:
         ({"query": "q", "pos": ["p"], "neg": ["n", "p"]}, "a negative is the positive"),
     ],
 )
-def test_what_is_no_pair(record: dict[str, Any], reason: str) -> None:
+def test_rejects_records_without_a_pair(record: dict[str, Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         to_texts(record)
 
@@ -72,7 +72,7 @@ def test_bad_records_are_named_by_line(tmp_path: Path, encoder: TextEncoder) -> 
         load_text_pairs([lines(tmp_path / "bad.jsonl", {"query": "a"})], encoder)
 
 
-def test_texts_as_the_model_reads_them(tmp_path: Path, encoder: TextEncoder) -> None:
+def test_texts_are_encoded_as_for_the_model(tmp_path: Path, encoder: TextEncoder) -> None:
     """Prefix, begin token, and a cut that is counted; the same passage stands once."""
     long = "春天" * 40
     path = lines(
@@ -95,9 +95,7 @@ def test_texts_as_the_model_reads_them(tmp_path: Path, encoder: TextEncoder) -> 
     assert report.lines()[-1] == "cut to 24 tokens: 0 queries, 2 passages"
 
 
-def test_no_held_out_passage_answers_what_is_trained_on(
-    tmp_path: Path, encoder: TextEncoder
-) -> None:
+def test_held_out_passages_answer_no_training_query(tmp_path: Path, encoder: TextEncoder) -> None:
     records = [{"query": f"q{i}", "positive": f"p{i % 50}"} for i in range(200)]
     path = lines(tmp_path / "pairs.jsonl", *records)
     data, held_out, report = load_text_pairs([path], encoder, val_fraction=0.3, seed=1)

@@ -132,7 +132,7 @@ def test_a_handler_reopens_in_another_process(tmp_path: Path) -> None:
     assert again.document(1).tolist() == [3]
 
 
-def test_every_cut_is_noticed_at_open(tmp_path: Path) -> None:
+def test_truncation_is_detected_at_open(tmp_path: Path) -> None:
     whole = write(tmp_path / "a.tok", [[1, 2, 3]] * 50, masks=[[0, 1, 1]] * 50).read_bytes()
     cut = tmp_path / "cut.tok"
     for length in (0, 5, 4000, 4096, len(whole) // 2, len(whole) - 1):
@@ -151,7 +151,7 @@ def test_every_cut_is_noticed_at_open(tmp_path: Path) -> None:
         MmapFileHandler(cut)
 
 
-def test_a_flipped_bit_is_found_in_every_section(tmp_path: Path) -> None:
+def test_verify_detects_a_flipped_bit_in_every_section(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tok", [[1, 2, 3]] * 50, masks=[[0, 1, 1]] * 50)
     whole = path.read_bytes()
     sections = MmapFileHandler(path).header["sections"]
@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_found_in_every_section(tmp_path: Path) -> None:
             MmapFileHandler(path)
 
 
-def test_wrong_version_and_fields_that_lie(tmp_path: Path) -> None:
+def test_rejects_wrong_version_and_inconsistent_fields(tmp_path: Path) -> None:
     path = write(tmp_path / "a.tok", [[1, 2, 3]])
     whole = path.read_bytes()
     rewrite_header(path, {}, version=2)

@@ -396,7 +396,7 @@ class Stopped(RuntimeError):
         ("khaosz.data.shards.prepare.shutil.rmtree", 1),  # complete but for tidying up
     ],
 )
-def test_interrupted_at_the_tender_moments(
+def test_interruption_between_durable_states(
     tmp_path: Path, corpus: dict[str, str], tokenizer: Tokenizer, step: str, nth: int
 ) -> None:
     """The steps between two durable states: stop right before the nth time one is taken."""
@@ -444,7 +444,7 @@ def test_a_full_disk_is_an_error_and_can_be_resumed(
     assert shards_of(out) == shards_of(Path(corpus["whole"]))
 
 
-def test_two_at_once_are_refused(
+def test_second_process_is_refused(
     tmp_path: Path, corpus: dict[str, str], tokenizer: Tokenizer
 ) -> None:
     def again(_: PrepareProgress) -> None:
@@ -463,7 +463,7 @@ def test_two_at_once_are_refused(
         )
 
 
-def test_prepared_data_refuses_what_does_not_fit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_prepared_data_refuses_inconsistent_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="no manifest"):
         PreparedData.open(tmp_path)
     path = write_lines(tmp_path / "a.jsonl", [{"text": "hello"}, {"text": "bye"}])
@@ -515,7 +515,7 @@ SPIKY = st.text(
 
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(SPIKY, max_size=6), limit=st.integers(1, 50))
-def test_cutting_and_remembering_change_no_id(
+def test_cutting_and_caching_change_no_id(
     tokenizer: Tokenizer, texts: list[str], limit: int
 ) -> None:
     # stretches of ASCII are only used from 64 characters on: give every example some

@@ -73,7 +73,7 @@ def test_colour_marks_the_same_tokens(tokenizer: Tokenizer) -> None:
     assert dim == "<|bos|><|user|>1<|end|><|assistant|>"
 
 
-def test_open_characters_and_control_characters_show_as_bytes(tokenizer: Tokenizer) -> None:
+def test_incomplete_and_control_characters_are_printed_as_bytes(tokenizer: Tokenizer) -> None:
     def pieces(text: str) -> list[str]:
         return [token_text(tokenizer, i) for i in tokenizer.encode(text)]
 

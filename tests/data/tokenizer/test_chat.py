@@ -146,7 +146,7 @@ def test_nothing_random_remains(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == "<|bos|><|user|><|end|><|end|><|assistant|><|user|> hi<|end|>"
 
 
-def test_template_without_markers_trains_on_nothing_and_says_so(tokenizer: Tokenizer) -> None:
+def test_template_without_markers_is_an_error(tokenizer: Tokenizer) -> None:
     bare = CHAT_TEMPLATE.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
     plain = with_template(tokenizer, bare)
     messages = [user("q"), assistant("a")]
@@ -255,7 +255,7 @@ def test_text_that_looks_like_a_mark_is_text(tokenizer: Tokenizer, text: str) ->
         )
 
 
-def test_what_templates_use_still_works(tokenizer: Tokenizer) -> None:
+def test_sandbox_allows_what_templates_use(tokenizer: Tokenizer) -> None:
     template = (
         "{{ ('a' ~ 1 ~ messages[0].content) + 'b' * 2 }}{{ 'x y'|replace(' ', '_') }}"
         "{{ 'p\\nq'|indent(2) }}{{ '%s-%03d' % ('k', 7) }}{{ 2 ** 3 * 2 + 1 }}{{ [1] + [2] }}"

@@ -75,7 +75,7 @@ def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", NASTY)
-def test_nasty_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
+def test_unusual_text_round_trips(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert not any(tokenizer.is_special(i) for i in ids)
@@ -109,7 +109,7 @@ def test_streaming_equals_decoding_for_any_ids(
 
 @settings(QUICK, max_examples=100)
 @given(TEXT.filter(lambda text: "\ufffd" not in text))
-def test_stream_never_shows_an_open_character(tokenizer: Tokenizer, text: str) -> None:
+def test_stream_buffers_incomplete_characters(tokenizer: Tokenizer, text: str) -> None:
     stream = StreamDecoder(tokenizer)
     shown = ""
     for i in tokenizer.encode(text):
@@ -167,7 +167,7 @@ def test_digits_are_single_tokens(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("20242024")) == 8
 
 
-def test_training_refuses_what_cannot_work() -> None:
+def test_training_refuses_invalid_arguments() -> None:
     with pytest.raises(TokenizerError, match=str(MIN_VOCAB_SIZE)):
         train_tokenizer(texts(), MIN_VOCAB_SIZE - 1)
     assert train_tokenizer(texts(), MIN_VOCAB_SIZE).vocab_size == MIN_VOCAB_SIZE
@@ -205,7 +205,7 @@ def test_long_documents_are_cut_at_line_ends() -> None:
 
 
 @pytest.mark.parametrize("unbroken", ["字", "aB", "=", "_", " ", "\u0301"])
-def test_training_time_does_not_explode_on_unbroken_runs(unbroken: str) -> None:
+def test_training_time_is_bounded_on_unbroken_runs(unbroken: str) -> None:
     """Uncut, the trainer needs hours for each of these; cut, a moment."""
     text = unbroken * 200_000
     tokenizer = train_tokenizer([text], 280, max_bytes=8_000_000)
@@ -226,7 +226,7 @@ def test_save_and_load_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "a" / "b").fingerprint == tokenizer.fingerprint
 
 
-def test_load_says_what_is_wrong(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_load_errors_name_file_and_problem(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="does not exist") as info:
         load_tokenizer(tmp_path / "nowhere")
     assert info.value.hint
