@@ -4,6 +4,7 @@ its client."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -107,8 +108,10 @@ def run(request: dict[str, Any]) -> None:
 
 
 def serve_forks() -> None:
-    import uvicorn.protocols.http.h11_impl  # noqa: F401 (uvicorn imports it by name)
-
+    for module in ("cli", "serve.run", "serve.app", "rag"):
+        importlib.import_module(f"khaosz.{module}")
+    for module in ("uvicorn.protocols.http.h11_impl", "uvicorn.loops.auto", "torch._dynamo"):
+        importlib.import_module(module)
     for line in sys.stdin:
         child = os.fork()
         if not child:

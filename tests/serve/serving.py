@@ -230,7 +230,7 @@ def served(
             assert not thread.is_alive()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def service(tiny: Path) -> Iterator[Service]:
     with served(tiny) as running:
         yield running

@@ -1,5 +1,4 @@
-"""What goes wrong around knowledge bases stays where it is: embedders, disks, broken files, and
-everything at once."""
+"""Knowledge bases with failing embedders, full disks, damaged files and concurrent requests."""
 
 from __future__ import annotations
 
@@ -31,18 +30,39 @@ from khaosz.serve.retrieval_models import RetrievalModels
 LONG = "\n\n".join(f"Paragraph {i} of the long text. " + "word " * 250 for i in range(100)).encode()
 
 
-@pytest.fixture
-def letters() -> Iterator[EmbeddingServer]:
+@pytest.fixture(scope="module")
+def shared_letters() -> Iterator[EmbeddingServer]:
     server = EmbeddingServer()
     yield server
     server.close()
 
 
-@pytest.fixture
-def bases(tiny: Path, tmp_path: Path, letters: EmbeddingServer) -> Iterator[KnowledgeClient]:
-    with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, data: Path, shared_letters: EmbeddingServer) -> Iterator[KnowledgeClient]:
+    with serve_knowledge(tiny, data, embedders=[f"letters={shared_letters.url}"]) as running:
         yield running
-        letters.open.set()  # what waits for it would hold the server's end up
+
+
+@pytest.fixture
+def letters(shared_letters: EmbeddingServer) -> EmbeddingServer:
+    shared_letters.received.clear()
+    return shared_letters
+
+
+@pytest.fixture
+def bases(server: KnowledgeClient, shared_letters: EmbeddingServer) -> Iterator[KnowledgeClient]:
+    """Without knowledge bases."""
+    yield server
+    shared_letters.open.set()
+    shared_letters.failing = False
+    for base in server.ask("GET")[1]["data"]:
+        server.ask("DELETE", f"/{base['id']}")
+    wait_until(lambda: all(thread.name != "khaosz-delete" for thread in threading.enumerate()))
 
 
 def test_progress_while_embedding(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
@@ -58,7 +78,7 @@ def test_progress_while_embedding(bases: KnowledgeClient, letters: EmbeddingServ
     assert bases.file("slow", queued["id"])["status"] == "queued"
     counted = bases.ask("GET", "/slow")[1]
     assert (counted["chunks"], counted["embedded"]) == (file["chunks"] + 1, 1)
-    # By their words its passages are found already, in a base that is written to, too.
+    # Lexical search finds its passages already, while the base is being written.
     assert bases.search("slow", "long text", mode="lexical")[0]["doc"] == "long.md"
     bases.ready("plain", bases.upload("plain", "a.md", b"Another base."))
     assert bases.search("plain", "another base")[0]["doc"] == "a.md"
@@ -78,9 +98,9 @@ def test_empty_base_in_every_mode(bases: KnowledgeClient) -> None:
         assert bases.search("new", "anything", mode=mode) == []
 
 
-def held(bases: KnowledgeClient, letters: EmbeddingServer, name: str) -> Any:
-    """A file whose first passages wait for their vectors."""
-    # The first of an embedder says how long they are.
+def upload_and_block(bases: KnowledgeClient, letters: EmbeddingServer, name: str) -> Any:
+    """A file whose first batch of vectors is blocked."""
+    # A new embedder's first batch tells the vectors' length.
     bases.ready("a", bases.upload("a", "first.md", b"The first file."))
     letters.open.clear()
     sent = bases.upload("a", name, LONG)
@@ -90,47 +110,54 @@ def held(bases: KnowledgeClient, letters: EmbeddingServer, name: str) -> Any:
 
 @pytest.mark.parametrize("what", ["file", "base"])
 def test_delete_while_embedding(
-    bases: KnowledgeClient, letters: EmbeddingServer, tmp_path: Path, what: str
+    bases: KnowledgeClient, letters: EmbeddingServer, data: Path, what: str
 ) -> None:
     bases.create("a", "letters")
-    sent = held(bases, letters, "long.md")
+    sent = upload_and_block(bases, letters, "long.md")
     path = f"/a/files/{sent['id']}" if what == "file" else "/a"
     assert bases.ask("DELETE", path)[0] == 200
     assert bases.ask("GET", path)[0] == 404
-    assert not (tmp_path / "uploads" / sent["sha256"]).exists()
+    assert not (data / "uploads" / sent["sha256"]).exists()
     if what == "file":
         assert bases.search("a", "long text", mode="lexical") == []
         letters.open.set()
         bases.ready("a", bases.upload("a", "other.md", b"Another text."))
-        assert not any("Paragraph 99 " in text for text in letters.received), "for nobody"
+        assert not any("Paragraph 99 " in text for text in letters.received)
         assert bases.search("a", "long text", mode="lexical", k=50)[0]["doc"] == "other.md"
         assert bases.ask("GET", "/a")[1]["chunks"] == 2
         return
-    # Its thread hasn't ended, so the name isn't free yet.
+    # Its thread is still running, so the name is still taken.
     assert bases.ask("POST", "", json.dumps({"name": "a"}))[0] == 409
     assert bases.ask("GET")[1]["data"] == []
     letters.open.set()
-    wait_until(lambda: not list((tmp_path / "bases").iterdir()))
+    wait_until(lambda: not list((data / "bases").iterdir()))
     wait_until(lambda: bases.ask("POST", "", json.dumps({"name": "a"}))[0] == 201)
     assert bases.ask("GET", "/a/files")[1]["data"] == []
 
 
-def test_delete_before_first_write(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
-    bases.create("a", "letters")
-    letters.open.clear()  # the base is not written before it is known how long its vectors are
-    sent = bases.upload("a", "long.md", LONG)
-    wait_until(lambda: bool(letters.received))
-    assert bases.file("a", sent["id"])["status"] == "reading"
-    assert bases.ask("DELETE", f"/a/files/{sent['id']}")[0] == 200
-    letters.open.set()
-    bases.ready("a", bases.upload("a", "other.md", b"Another text."))
-    assert {hit["doc"] for hit in bases.search("a", "long text", mode="lexical")} == {"other.md"}
-    assert not any("Paragraph 0 " in text for text in letters.received), "for nobody"
+def test_delete_before_first_write(
+    tiny: Path, tmp_path: Path, shared_letters: EmbeddingServer
+) -> None:
+    """A new embedder's first batch tells the vectors' length; the base is written after it."""
+    letters = shared_letters
+    letters.received.clear()
+    with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as bases:
+        bases.create("a", "letters")
+        letters.open.clear()
+        sent = bases.upload("a", "long.md", LONG)
+        wait_until(lambda: bool(letters.received))
+        assert bases.file("a", sent["id"])["status"] == "reading"
+        assert bases.ask("DELETE", f"/a/files/{sent['id']}")[0] == 200
+        letters.open.set()
+        bases.ready("a", bases.upload("a", "other.md", b"Another text."))
+        hits = bases.search("a", "long text", mode="lexical")
+        assert {hit["doc"] for hit in hits} == {"other.md"}
+        assert not any("Paragraph 0 " in text for text in letters.received)
 
 
 def test_replace_while_embedding(bases: KnowledgeClient, letters: EmbeddingServer) -> None:
     bases.create("a", "letters")
-    held(bases, letters, "a.md")
+    upload_and_block(bases, letters, "a.md")
     new = bases.upload("a", "a.md", b"A short text instead.")
     letters.open.set()
     (file,) = bases.ready("a", new)
@@ -168,11 +195,11 @@ def test_names_of_bases(bases: KnowledgeClient) -> None:
     for name in ("笔记 1", "x" * 64, "a.b-c_d", "Ünï", "CAPS"):
         assert make(name=name) == (201, name)
     assert make(name="caps") == make(name="CAPS") == (409, "name")
-    assert make(name="U\u0308ni\u0308") == (409, "name"), "the same name, spelt otherwise"
+    assert make(name="U\u0308ni\u0308") == (409, "name"), "the same name in another normal form"
     assert bases.ask("GET", "/U\u0308ni\u0308")[1]["id"] == "Ünï"
 
 
-def test_concurrent_requests(bases: KnowledgeClient, tmp_path: Path) -> None:
+def test_concurrent_requests(bases: KnowledgeClient, data: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(
             lambda _: bases.ask("POST", "", json.dumps({"name": "a"}))[0], range(8)
@@ -181,7 +208,7 @@ def test_concurrent_requests(bases: KnowledgeClient, tmp_path: Path) -> None:
         sent = list(threads.map(lambda _: bases.upload("a", "a.md", b"One text."), range(8)))
         assert len({file["id"] for file in sent}) == 1
         bases.ready("a", sent[0])
-        assert len(list((tmp_path / "uploads").iterdir())) == 2, "it and .partial"
+        assert len(list((data / "uploads").iterdir())) == 2  # it and .partial
         many = list(threads.map(
             lambda i: bases.upload("a", f"{i}.md", f"Text {i}.".encode()), range(40)
         ))  # fmt: skip
@@ -192,7 +219,7 @@ def test_concurrent_requests(bases: KnowledgeClient, tmp_path: Path) -> None:
         assert sorted(gone) == [200] + [404] * 7
         gone = list(threads.map(lambda _: bases.ask("DELETE", "/a")[0], range(8)))
         assert sorted(gone) == [200] + [404] * 7
-    assert len(list((tmp_path / "uploads").iterdir())) == 1
+    assert len(list((data / "uploads").iterdir())) == 1
 
 
 def test_refuses_invalid_search(bases: KnowledgeClient) -> None:
@@ -257,7 +284,7 @@ def test_damaged_base_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
         ):
             status, answer = running.ask(method, path, body)
             assert status == 409 and str(tmp_path) not in json.dumps(answer), answer
-        # The lost one is ingested again from the upload; until that is noticed, its file is ready.
+        # The lost one is ingested again from the upload. At first its file is still "ready".
         wait_until(lambda: running.search("lost", "text") != [])
         wait_until(lambda: running.ask("GET", "/lost/files")[1]["data"][0]["status"] == "ready")
         for name in ("good", "lost"):
@@ -268,14 +295,14 @@ def test_damaged_base_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_missing_documents_are_ingested_again(tiny: Path, tmp_path: Path) -> None:
-    """As after a power cut, which may take what SQLite wrote last."""
+    """As after a power cut, which may undo SQLite's last writes."""
     embedders = [f"small={tiny}"]
     with serve_knowledge(tiny, tmp_path, embedders=embedders) as running:
         running.create("a", "small")
         sent = [running.upload("a", f"{i}.md", f"Text {i}.".encode()) for i in range(3)]
         running.ready("a", *sent)
     with KnowledgeBase(tmp_path / "bases/a.kb") as base:
-        base.add_text("Nobody uploaded this.", name="stray.md")
+        base.add_text("A stray document.", name="stray.md")
         with base.store.writing():
             base.store.remove_source("default", "0.md")
             base.store._db.execute("DELETE FROM vectors WHERE chunk = 2")  # type: ignore[attr-defined]
@@ -285,7 +312,7 @@ def test_missing_documents_are_ingested_again(tiny: Path, tmp_path: Path) -> Non
         assert {hit["doc"] for hit in running.search("a", "text", k=9)} == {
             "0.md", "1.md", "2.md"
         }  # fmt: skip
-        assert running.search("a", "nobody uploaded", mode="lexical") == []
+        assert running.search("a", "stray", mode="lexical") == []
     with KnowledgeBase(tmp_path / "bases/a.kb") as base:
         assert base.store.chunk_count == base.store.vector_count == 3
 
@@ -303,7 +330,7 @@ def test_embedder_no_longer_available(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_failing_reranker(tiny: Path, tmp_path: Path) -> None:
-    """Its context has no room for such a question."""
+    """The query does not fit into its context."""
     with serve_knowledge(tiny, tmp_path, rerankers=[f"judge={tiny}"]) as running:
         running.create("a")
         running.ready("a", running.upload("a", "a.md", "春眠不觉晓。".encode()))
@@ -314,7 +341,7 @@ def test_failing_reranker(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_different_embedder_under_same_name(tiny: Path, tmp_path: Path) -> None:
-    """Its vectors would be compared with those that another model made."""
+    """Its vectors cannot be compared with the stored ones."""
     with serve_knowledge(tiny, tmp_path, embedders=[f"small={tiny}"]) as running:
         running.create("a", "small")
         sent = running.upload("a", "a.md", b"A text.")
@@ -335,7 +362,7 @@ def test_different_embedder_under_same_name(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_late_removal_keeps_newer_file(tmp_path: Path) -> None:
-    """As where a slow search holds up the removal of a file that is uploaded again meanwhile."""
+    """As when a slow search delays the removal of a file that is uploaded again meanwhile."""
     library = Library(tmp_path, RetrievalModels())
     library.start()
 
@@ -359,7 +386,7 @@ def test_late_removal_keeps_newer_file(tmp_path: Path) -> None:
             assert [hit.doc for hit in opened.search("text")] == ["a.md"]
         base.remove(new)
         with KnowledgeBase(tmp_path / "bases/a.kb") as opened:
-            assert [hit.doc for hit in opened.search("text")] == ["a.md"], "it isn't marked"
+            assert [hit.doc for hit in opened.search("text")] == ["a.md"]  # not marked as removed
     finally:
         library.stop()
 
@@ -395,7 +422,7 @@ def test_full_disk(fork_server: ForkServer, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_stop_while_parsing(tiny: Path, tmp_path: Path) -> None:
-    """Its process is ended with it, and that is no fault of the file."""
+    """The worker process ends too, which is not an error of the file."""
     pages = [[(72, 760 - 14 * i, f"Line {i} of page {n}.") for i in range(50)] for n in range(400)]
     with serve_knowledge(tiny, tmp_path) as running:
         running.create("a")
@@ -410,7 +437,7 @@ def test_stop_while_embedding(tiny: Path, tmp_path: Path) -> None:
     try:
         with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
             running.create("a", "letters")
-            sent = held(running, letters, "long.md")
+            sent = upload_and_block(running, letters, "long.md")
             threading.Timer(0.5, letters.open.set).start()
         with serve_knowledge(tiny, tmp_path, embedders=[f"letters={letters.url}"]) as running:
             (file,) = running.ready("a", sent)

@@ -72,7 +72,7 @@ def kill_during_uploads(server: Command, sent: dict[str, bytes], seed: int) -> N
     sender.start()
     assert first_answer.wait(30)
     partial = start_upload(server.port)
-    threading.Event().wait(random.Random(-seed).random() * 0.5)
+    threading.Event().wait(random.Random(-seed).random() * 0.2)
     server.kill()
     sender.join()
     partial.close()
