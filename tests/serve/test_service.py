@@ -100,12 +100,11 @@ def test_stalled_reader_loses_slot_at_timeout(tiny: Path) -> None:
     client."""
     with served(tiny, timeout=2) as service:
         loud = {"n": 32, "logprobs": True, "top_logprobs": 20, "stream": True}
-        connection = raw_request(service, {**LONG, **loud})
-        wait_until(lambda: open_requests(service) == 1)
-        wait_until(lambda: open_requests(service) == 0, seconds=20)
-        loaded = service.models.all[0].loaded
-        assert loaded is not None and loaded.users == 0
-        connection.close()
+        with raw_request(service, {**LONG, **loud}):
+            wait_until(lambda: open_requests(service) == 1)
+            wait_until(lambda: open_requests(service) == 0, seconds=20)
+            loaded = service.models.all[0].loaded
+            assert loaded is not None and loaded.users == 0
 
 
 def test_timeout_includes_waiting_for_engine(tiny: Path) -> None:
