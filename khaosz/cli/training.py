@@ -62,7 +62,7 @@ def eval_bpb(
     by_lang = ", ".join(f"{lang} {value:.4f}" for lang, value in result.by_lang.items())
     print_result(
         as_json,
-        result.as_dict(),
+        vars(result),
         f"{result.bits_per_byte:.4f} bits per byte ({by_lang});"
         f" {result.bytes:,} bytes, {result.tokens:,} tokens",
     )
@@ -130,7 +130,7 @@ def eval_preference(
         result = preference_accuracy(
             model, file, reference=reference, window=window, device=resolve_device(device)
         )
-    print_result(as_json, result.as_dict(), result.format())
+    print_result(as_json, vars(result), result.format())
 
 
 @eval_app.command("retrieval")
@@ -147,7 +147,7 @@ def eval_retrieval(
         result = retrieval_accuracy(file, open_embedder(embedder) if embedder else None)
     print_result(
         as_json,
-        result.as_dict(),
+        vars(result),
         f"{result.accuracy:.1%} ranked first, mean reciprocal rank {result.mrr:.3f};"
         f" {result.queries:,} queries, {result.passages:,} passages, {result.skipped:,} records"
         f" skipped; {result.found_by}",
@@ -171,7 +171,7 @@ def eval_grounded(
     with progress_console().status("answering"):
         chat_model = open_chat_model(model, device=resolve_device(device))
         result = groundedness(chat_model, file, limit=limit)
-    print_result(as_json, result.as_dict(), result.format())
+    print_result(as_json, vars(result), result.format())
 
 
 @lora_app.command("merge")

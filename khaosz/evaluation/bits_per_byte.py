@@ -7,7 +7,7 @@ no end token. bits = -sum log2 P(token), bytes = UTF-8 bytes of the text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -32,9 +32,6 @@ class BitsPerByte:
     bytes: int
     tokens: int
     by_lang: dict[str, float]
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def bits_per_byte(

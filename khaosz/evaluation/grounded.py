@@ -3,7 +3,8 @@ when they lack the answer."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,41 +41,39 @@ class Groundedness:
             f" unanswerable: {percent(self.refusals)} refused"
         )
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def groundedness(
     model: ChatModel, file: Path, *, limit: int | None = None, max_tokens: int = 192
 ) -> Groundedness:
     """Evaluate the first `limit` records of a file that `khaosz data grounded` wrote; answers are
     greedy. Raises `DataError` for another file, `GenerationError` for a prompt that is too long."""
-    exact = said = cited = both = refused = refusals = answerable = unanswerable = 0
+    counts: Counter[str] = Counter()
     for record in _records(file, limit):
         stream = CitationStream(record["passages"])
         pieces = model.stream(record["messages"][:-1], max_tokens, 0.0)
         text = "".join([stream.feed(piece) for piece in pieces]) + stream.finish()
         refusal = text.strip() in REFUSAL.values()
         if record["answer"] is None:
-            unanswerable += 1
-            refusals += refusal
+            counts.update(unanswerable=1, refusals=refusal)
             continue
-        answerable += 1
         words, expected = _without_spaces(strip_markers(text)), _without_spaces(record["answer"])
         is_exact = words == expected
         is_cited = stream.used == [record["citation"]] and not stream.invalid
-        said += expected in words and not is_exact
-        exact, cited, both = exact + is_exact, cited + is_cited, both + (is_exact and is_cited)
-        refused += refusal
+        counts.update(
+            answerable=1,
+            exact=is_exact,
+            said=expected in words and not is_exact,
+            cited=is_cited,
+            both=is_exact and is_cited,
+            refused=refusal,
+        )
+    answerable, unanswerable = counts["answerable"], counts["unanswerable"]
+    names = ("exact", "said", "cited", "both", "refused")
     return Groundedness(
         answerable,
         unanswerable,
-        exact=_share(exact, answerable),
-        said=_share(said, answerable),
-        cited=_share(cited, answerable),
-        both=_share(both, answerable),
-        refused=_share(refused, answerable),
-        refusals=_share(refusals, unanswerable),
+        **{name: _share(counts[name], answerable) for name in names},
+        refusals=_share(counts["refusals"], unanswerable),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -44,9 +44,6 @@ class PreferenceAccuracy:
     skipped: int
     calibration: list[tuple[float, float, int]]
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
     def format(self) -> str:
         low, high = self.interval
         lines = [
@@ -55,10 +52,10 @@ class PreferenceAccuracy:
         ]
         if self.skipped:
             lines.append(f"{self.skipped:,} unusable records skipped")
-        for confidence, accuracy, pairs in self.calibration:
-            lines.append(
-                f"  confidence {confidence:4.0%}: accuracy {accuracy:4.0%} ({pairs} pairs)"
-            )
+        lines += [
+            f"  confidence {confidence:4.0%}: accuracy {accuracy:4.0%} ({pairs} pairs)"
+            for confidence, accuracy, pairs in self.calibration
+        ]
         return "\n".join(lines)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from khaosz.data.records.pairs import Texts, to_texts
-from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import InputReport, worst_reason
+from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.report import InputReport, usable_records, worst_reason
 from khaosz.errors import DataError
 from khaosz.rag.models.protocols import Embedder
 from khaosz.rag.search.bm25 import lexical_search
@@ -33,20 +34,17 @@ class RetrievalAccuracy:
     passages: int
     skipped: int
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> RetrievalAccuracy:
     """Rank by cosine with an embedder, by a knowledge base's BM25 without one.
 
     Raises `DataError` when the file has no pairs.
     """
-    report = InputReport(str(file))
-    records = list(_records(report))
+    inputs = [InputReport(str(path)) for path in expand_inputs([file])]
+    records = [record for entry in inputs for record in _records(entry)]
+    read = sum(entry.records for entry in inputs)
     if not records:
-        why = worst_reason([report])
-        raise DataError(f"no pairs in {report.records} records of {file}{why}")
+        raise DataError(f"no pairs in {read} records of {file}{worst_reason(inputs)}")
     numbers: dict[str, int] = {}
     for text in chain.from_iterable((*r.positives, *r.negatives) for r in records):
         numbers.setdefault(text, len(numbers))
@@ -72,22 +70,14 @@ def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> Retrieva
         round(float((1 / ranks).mean()), 4),
         len(ranks),
         len(passages),
-        report.records - report.kept,
+        read - len(records),
     )
 
 
-def _records(report: InputReport) -> Iterator[Texts]:
-    for path in expand_inputs([report.path]):
-        for batch in open_source(path):
-            skipped = [(line, Skip(reason)) for line, reason in batch.skipped]
-            for line, record in chain(skipped, parsed(batch)):
-                report.records += 1
-                with report.skipping(line):
-                    if isinstance(record, Skip):
-                        raise DataError(record.reason)
-                    texts = to_texts(record)
-                    report.kept += 1
-                    yield texts
+def _records(entry: InputReport) -> Iterator[Texts]:
+    for line, record in usable_records(entry):
+        with entry.skipping(line):
+            yield to_texts(record)
 
 
 def _cosine_scores(
@@ -102,21 +92,20 @@ def _cosine_scores(
 def _bm25_scores(queries: Sequence[str], passages: Sequence[str]) -> Iterator[np.ndarray]:
     """Scores of all passages, (P,) float, for each query; 0 without a common word."""
     number = {text: i for i, text in enumerate(passages)}
-    with tempfile.TemporaryDirectory() as folder:
-        store = open_store(Path(folder) / "passages.kb")
-        try:
-            chunks = [NewChunk(0, len(text), text, ()) for text in passages]
-            source = SourceFile("passages", 0, 0, "")
-            with store.writing():
-                store.replace("default", source, [NewDocument("", "passages", "", 0, chunks)])
-            for query in queries:
-                scores = np.zeros(len(passages))
-                ranked = dict(lexical_search(store, query, len(passages)))
-                for chunk in store.chunks(list(ranked)):
-                    scores[number[chunk.text]] = ranked[chunk.id]
-                yield scores
-        finally:
-            store.close()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        closing(open_store(Path(folder) / "passages.kb")) as store,
+    ):
+        chunks = [NewChunk(0, len(text), text, ()) for text in passages]
+        source = SourceFile("passages", 0, 0, "")
+        with store.writing():
+            store.replace("default", source, [NewDocument("", "passages", "", 0, chunks)])
+        for query in queries:
+            scores = np.zeros(len(passages))
+            ranked = dict(lexical_search(store, query, len(passages)))
+            for chunk in store.chunks(list(ranked)):
+                scores[number[chunk.text]] = ranked[chunk.id]
+            yield scores
 
 
 def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
