@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from khaosz.config import ModelConfig, TrainConfig
     from khaosz.data.tokenizer import load_tokenizer
     from khaosz.inference.generator import generate
-    from khaosz.interop import load_model
+    from khaosz.interop.models import load_model
     from khaosz.trainer.run import run
     from khaosz.trainer.trainer import Trainer
 
@@ -25,7 +25,7 @@ _MODULES = {
     "TrainConfig": "khaosz.config",
     "Trainer": "khaosz.trainer.trainer",
     "generate": "khaosz.inference.generator",
-    "load_model": "khaosz.interop",
+    "load_model": "khaosz.interop.models",
     "load_tokenizer": "khaosz.data.tokenizer",
     "run": "khaosz.trainer.run",
 }

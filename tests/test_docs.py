@@ -33,7 +33,7 @@ from khaosz.config import (
 )
 from khaosz.config.closed import Closed
 from khaosz.data.tokenizer import load_tokenizer
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 
 ROOT = Path(__file__).parent.parent

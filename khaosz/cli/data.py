@@ -119,7 +119,8 @@ def data_grounded(
     from khaosz.demo.facts import split_facts
     from khaosz.demo.fetch import fetch_demo
     from khaosz.demo.grounded import grounded_records
-    from khaosz.interop import load_config, open_tokenizer
+    from khaosz.interop.huggingface import load_config
+    from khaosz.interop.models import open_tokenizer
 
     tokenizer = open_tokenizer(model)
     prompt_tokens = load_config(model).max_position_embeddings - max_tokens

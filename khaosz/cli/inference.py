@@ -265,7 +265,7 @@ def convert(
     ] = None,
 ) -> None:
     """Convert a Hugging Face directory to a .gguf file, or back."""
-    from khaosz.interop import convert as convert_model
+    from khaosz.interop.models import convert as convert_model
 
     typer.echo(convert_model(source, target, kind=to))
 

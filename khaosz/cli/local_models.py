@@ -9,7 +9,8 @@ _RUNS = Path("runs")
 
 def trained_models(runs: Path) -> list[Path]:
     """Model directories of the stages under `runs`, the last written first."""
-    from khaosz.interop import WEIGHTS, is_embedder
+    from khaosz.interop.huggingface import WEIGHTS
+    from khaosz.interop.sentence_transformers import is_embedder
 
     models = [
         path.parent

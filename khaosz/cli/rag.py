@@ -396,7 +396,7 @@ def _splitter(
     if max_tokens is not None:
         if tokenizer is None:
             raise ConfigError("--max-tokens needs a tokenizer", hint="--tokenizer MODEL")
-        from khaosz.interop import open_tokenizer
+        from khaosz.interop.models import open_tokenizer
 
         counter = open_tokenizer(tokenizer)
         return StructureSplitter(

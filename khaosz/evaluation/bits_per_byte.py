@@ -18,7 +18,7 @@ from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
 from khaosz.inference.scoring import Document, Score, score_documents
-from khaosz.interop import load_model, open_tokenizer
+from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.trainer.checkpoint import stored_window
 
 _BATCH = 256  # documents tokenised together

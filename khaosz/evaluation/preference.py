@@ -12,7 +12,8 @@ import torch
 from khaosz.config import PreferenceConfig
 from khaosz.data.records.preference import load_pairs
 from khaosz.errors import ModelError
-from khaosz.interop import is_reward_model, load_model, load_reward_model, open_tokenizer
+from khaosz.interop.huggingface import is_reward_model, load_reward_model
+from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.checkpoint import stored_window

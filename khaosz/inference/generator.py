@@ -18,7 +18,8 @@ from khaosz.inference.engine import Engine
 from khaosz.inference.request import Logprob, Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import GgufModel, is_gguf, open_tokenizer
+from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.models import is_gguf, open_tokenizer
 from khaosz.model import Transformer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]

@@ -19,9 +19,10 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ModelError
 from khaosz.files import SAMPLE_DIR
 from khaosz.inference.runner import Chunk, Runner
-from khaosz.interop import is_gguf, load_model, open_tokenizer, save_gguf, save_model
-from khaosz.interop.gguf.model import write_model
+from khaosz.interop.gguf.model import save_gguf, write_model
+from khaosz.interop.huggingface import save_model
 from khaosz.interop.modelfile import write_modelfile
+from khaosz.interop.models import is_gguf, load_model, open_tokenizer
 from khaosz.model import Transformer, parameter_shapes
 
 

@@ -19,8 +19,9 @@ from khaosz.config import ModelConfig
 from khaosz.inference.adapter import Adapter, Spans, adapted
 from khaosz.inference.linear.load import Weights, fused_weights, gguf_weights, live_weights
 from khaosz.inference.linear.native import library
-from khaosz.interop import GgufModel, is_gguf, load_model
 from khaosz.interop.gguf.blocks import is_affine
+from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.models import is_gguf, load_model
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import Rotary

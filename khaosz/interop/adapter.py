@@ -6,7 +6,6 @@ load plain LoRA on the linear layers; an unsupported option is rejected by name.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
-from khaosz.interop.huggingface import save_model
+from khaosz.interop.huggingface import read_json, save_model
 from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.model import RewardModel, Transformer, parameter_shapes
 from khaosz.model.lora import adapter_state, add_lora, merge_lora, named_adapters
@@ -82,8 +81,7 @@ def load_adapter(
     each by name) and leaves the model unchanged.
     """
     values = _read_values(directory / CONFIG)
-    is_reward = isinstance(values, dict) and values.get("task_type") == "SEQ_CLS"
-    if is_reward and not isinstance(model, RewardModel):
+    if values.get("task_type") == "SEQ_CLS" and not isinstance(model, RewardModel):
         raise ModelError(
             f"{directory / CONFIG}: task_type='SEQ_CLS' is not supported by a language model",
             hint="the adapter belongs to a reward model",
@@ -141,13 +139,13 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
     if out.exists():
         raise ModelError(f"{out} exists", hint="choose another output, or remove it")
     values = _read_values(directory / CONFIG)
-    if isinstance(values, dict) and values.get("task_type") == "SEQ_CLS":
+    if values.get("task_type") == "SEQ_CLS":
         raise ModelError(
             f"{directory} is the adapter of a reward model and lacks its head",
             hint="the checkpoint that contains it is the merged reward model",
         )
     if base is None:
-        name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+        name = values.get("base_model_name_or_path")
         base = Path(str(name or ""))
         if not name or not base.exists():
             raise ModelError(
@@ -163,20 +161,18 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
     return out
 
 
-def _read_values(path: Path) -> Any:
+def _read_values(path: Path) -> dict[str, Any]:
     if not path.exists():
         hint = f"an adapter is a directory with {CONFIG} and {WEIGHTS}"
         raise ModelError(f"{path.parent}: {CONFIG} not found", hint=hint)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
+    values: dict[str, Any] = read_json(path)
+    return values
 
 
 def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
     path = directory / CONFIG
     values = _read_values(path)
-    if (kind := values.get("peft_type") if isinstance(values, dict) else None) != "LORA":
+    if (kind := values.get("peft_type")) != "LORA":
         raise ModelError(f"{path}: peft_type {quoted(kind)} is not supported", hint="only LORA is")
     for key in sorted(values.keys() - _READ):
         value = values[key]

@@ -3,7 +3,6 @@ sentence-transformers: `config.json`, `model.safetensors`. Other features raise 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from khaosz.errors import ModelError, one_line, quoted
-from khaosz.interop.huggingface import weight_files
+from khaosz.interop.huggingface import read_json, weight_files
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -35,9 +34,8 @@ _UNUSED = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids", "classifier
 def is_encoder(directory: str | Path) -> bool:
     """Whether the config.json of a directory names a supported family."""
     try:
-        values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
-        return values["model_type"] in _FAMILIES
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_json(Path(directory) / "config.json").get("model_type") in _FAMILIES
+    except ModelError:
         return False
 
 
@@ -75,19 +73,6 @@ def load_encoder(
             raise ModelError(f"{directory}: tensor '{theirs}' is {shape}, expected {shapes[name]}")
     model.load_state_dict(loaded, assign=True)
     return model.requires_grad_(False).eval()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises `ModelError` for a file that is missing or not a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}", hint="is this a model directory?") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds a {type(values).__name__}, not a JSON object")
-    return values
 
 
 def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:

@@ -136,10 +136,10 @@ def load_reward_model(
 def is_reward_model(directory: str | Path) -> bool:
     """Whether a model directory holds a sequence classifier rather than a language model."""
     try:
-        values = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+        values = read_json(Path(directory) / "config.json")
         rewards = {family.reward_architecture for family in FAMILIES.values()}
         return any(name in rewards for name in values.get("architectures") or [])
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (ModelError, TypeError):
         return False
 
 
@@ -210,19 +210,24 @@ def _assembled(
 def load_config(directory: Path) -> ModelConfig:
     """The `ModelConfig` in a directory's config.json; raises `ModelError`."""
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         what = "no such model directory" if not directory.exists() else "no config.json"
-        hint = "name a directory that training wrote"
-        raise ModelError(f"{directory}: {what}", hint=hint) from None
+        raise ModelError(f"{directory}: {what}", hint="name a directory that training wrote")
+    return config_from_hf(read_json(path), str(path))
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The value in a JSON file. Raises `ModelError` unless it is a `kind`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, too
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
+        raise ModelError(f"{path}: not valid JSON: {one_line(str(error))}") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: holds a {type(values).__name__}, not a JSON object")
-    return config_from_hf(values, str(path))
+    if not isinstance(value, kind):
+        expected = "list" if kind is list else "JSON object"
+        raise ModelError(f"{path}: holds a {type(value).__name__}, not a {expected}")
+    return value
 
 
 def check_rotary(config: ModelConfig, source: str) -> None:

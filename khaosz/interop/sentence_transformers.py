@@ -11,7 +11,6 @@ Other programs can load our directories, and we can load theirs.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from typing import Any, Literal
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
 from khaosz.files import write_json
+from khaosz.interop.huggingface import read_json
 
 _MODULES = "modules.json"
 _POOLING = "1_Pooling"
@@ -98,8 +98,8 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
     """
     directory = Path(directory)
     has_modules = is_embedder(directory)  # the directory of an encoder may lack them
-    modules = _read(directory / _MODULES) if has_modules else []
-    if not isinstance(modules, list) or not all(isinstance(part, dict) for part in modules):
+    modules = read_json(directory / _MODULES, list) if has_modules else []
+    if not all(isinstance(part, dict) for part in modules):
         raise ModelError(f"{directory / _MODULES}: not a list of modules")
     folder = _POOLING
     for part in modules:
@@ -113,7 +113,7 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
             folder = str(part.get("path"))
     if Path(folder).name != folder:
         raise ModelError(f"{directory / _MODULES}: {quoted(folder)} is not a subdirectory")
-    pooling = _table(directory / folder / "config.json", required=has_modules)
+    pooling = _read(directory / folder / "config.json", required=has_modules)
     pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
     if "pooling_mode" in pooling:  # sentence-transformers 6
@@ -128,10 +128,10 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
             f"{directory / folder / 'config.json'}: pooling {quoted(names)} is not supported",
             hint="supported: mean over all tokens with the prompt, first token, last token",
         )
-    prompts = _table(directory / "config_sentence_transformers.json").get("prompts") or {}
-    max_length = _table(directory / "sentence_bert_config.json").get("max_seq_length")
+    prompts = _read(directory / "config_sentence_transformers.json").get("prompts") or {}
+    max_length = _read(directory / "sentence_bert_config.json").get("max_seq_length")
     if max_length is None and has_modules:
-        max_length = _table(directory / "tokenizer_config.json").get("model_max_length")
+        max_length = _read(directory / "tokenizer_config.json").get("model_max_length")
         if isinstance(max_length, float) or (
             isinstance(max_length, int) and max_length > _NO_LENGTH
         ):
@@ -153,7 +153,7 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
 
 def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:
     """Let other programs, which follow tokenizer.json, prepend the begin token as we do."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     if values.get("post_processor") is not None:
         return
     name, token_id = tokenizer.token_bytes(tokenizer.bos_id).decode(), tokenizer.bos_id
@@ -168,15 +168,5 @@ def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:
     write_json(path, values)
 
 
-def _table(path: Path, *, required: bool = False) -> dict[str, Any]:
-    values = _read(path) if required or path.is_file() else {}
-    if not isinstance(values, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return values
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: missing or broken: {error}") from None
+def _read(path: Path, *, required: bool = False) -> dict[str, Any]:
+    return read_json(path) if required or path.is_file() else {}

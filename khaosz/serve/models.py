@@ -13,7 +13,9 @@ from khaosz.errors import ConfigError, ModelError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
-from khaosz.interop import GgufModel, is_gguf, load_config
+from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.huggingface import load_config
+from khaosz.interop.models import is_gguf
 from khaosz.model import parameter_shapes
 from khaosz.serve.worker import Busy, EngineThread
 

@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError
 from khaosz.files import atomic_folder, sync, write_json
-from khaosz.interop import EmbedderSettings, save_embedder, save_model
 from khaosz.interop.adapter import save_adapter
+from khaosz.interop.huggingface import save_model
+from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora
 from khaosz.trainer.train_context import Plan, Progress, TrainContext

@@ -15,8 +15,9 @@ from khaosz.config.presets import Derived, nearest_size, training_numbers
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import CheckpointError, ConfigError
 from khaosz.files import write_json
-from khaosz.interop import is_reward_model, load_config, load_model, load_reward_model
 from khaosz.interop.adapter import load_adapter
+from khaosz.interop.huggingface import is_reward_model, load_config, load_reward_model
+from khaosz.interop.models import load_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext

@@ -16,7 +16,7 @@ import torch
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 
 SAID = "Yes, 中是\n[b]ok:1"  # two lines, three-byte characters, what looks like markup

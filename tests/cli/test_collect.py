@@ -23,7 +23,7 @@ from khaosz.data.records.preference import load_pairs, to_pairs
 from khaosz.errors import DataError, GenerationError, KhaoszError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 
 torch.set_num_threads(1)
 

@@ -27,7 +27,7 @@ from khaosz.errors import (
     TokenizerError,
 )
 from khaosz.inference.generator import Generator as Model
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 
 torch.set_num_threads(1)
 

@@ -169,7 +169,7 @@ def test_data_grounded_keeps_units_apart(
     from khaosz.data.tokenizer import load_tokenizer
     from khaosz.demo.corpus import held_out
     from khaosz.demo.fetch import DemoSources
-    from khaosz.interop import save_model
+    from khaosz.interop.huggingface import save_model
     from khaosz.model import Transformer
 
     units = [idiom(f"{a}{word[1:]}") for word in WORDS for a in "天地玄黄宇宙洪荒日月盈昃"]

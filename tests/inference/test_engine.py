@@ -21,7 +21,8 @@ from khaosz.inference.request import Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams, sample
 from khaosz.inference.text_stream import TextStream, first_stop
-from khaosz.interop import load_model, save_model
+from khaosz.interop.huggingface import save_model
+from khaosz.interop.models import load_model
 
 torch.set_num_threads(1)
 

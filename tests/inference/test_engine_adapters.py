@@ -17,8 +17,8 @@ from khaosz.inference.grammar import matcher_for
 from khaosz.inference.request import Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import save_gguf
 from khaosz.interop.adapter import load_adapter, save_adapter
+from khaosz.interop.gguf.model import save_gguf
 from khaosz.model.lora import add_lora, merge_lora, named_adapters
 
 IDS = [5, 40, 17, 200, 33, 9, 250, 61, 14, 90]

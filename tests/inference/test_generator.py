@@ -16,7 +16,7 @@ from khaosz.errors import GenerationError, ModelError, TokenizerError
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Completion, Generator, Piece, generate
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 
 torch.set_num_threads(1)

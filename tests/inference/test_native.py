@@ -18,9 +18,9 @@ from khaosz.inference.linear.load import DenseMatrix, Matrix, Products
 from khaosz.inference.linear.native import MappedMatrix
 from khaosz.inference.linear.packed import PackedMatrix
 from khaosz.inference.runner import Chunk, Runner
-from khaosz.interop import GgufModel, load_gguf, save_gguf
 from khaosz.interop.gguf.blocks import affine, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 
 KINDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
 # Half a step of 1 / 32767 of the largest of 32 inputs, and fp32 sums.

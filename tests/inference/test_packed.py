@@ -14,9 +14,9 @@ from khaosz.inference.linear import packed
 from khaosz.inference.linear.packed import pack, packable
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import GgufModel, load_gguf, save_gguf
 from khaosz.interop.gguf.blocks import affine, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from khaosz.cli import app
 from khaosz.errors import ConfigError, ModelError
-from khaosz.interop import GgufModel, save_model
+from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.huggingface import save_model
 
 torch.set_num_threads(1)
 RUNNER = CliRunner()

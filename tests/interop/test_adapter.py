@@ -382,7 +382,7 @@ def test_what_is_no_adapter_says_so(tmp_path: Path, saved: Path) -> None:
         assert str(saved / CONFIG) in str(refused(saved))
     (saved / CONFIG).unlink()
     (saved / CONFIG).mkdir()
-    assert f"{saved / CONFIG}: not valid JSON" in str(refused(saved))
+    assert f"{saved / CONFIG}: cannot be read" in str(refused(saved))
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 3000, -1])

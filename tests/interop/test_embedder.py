@@ -11,7 +11,7 @@ import tokenizers
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import ModelError
-from khaosz.interop import (
+from khaosz.interop.sentence_transformers import (
     EmbedderSettings,
     is_embedder,
     load_embedder_settings,
@@ -110,7 +110,7 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, tokenizer_dir: Path) ->
     with pytest.raises(ModelError, match="prompts are not strings"):
         load_embedder_settings(tmp_path)
     (fresh() / "1_Pooling/config.json").unlink()
-    with pytest.raises(ModelError, match="missing or broken"):
+    with pytest.raises(ModelError, match="cannot be read"):
         load_embedder_settings(tmp_path)
     modules = json.loads((fresh() / "modules.json").read_text())
     dense = {"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
@@ -122,5 +122,5 @@ def test_what_is_not_computed_is_refused(tmp_path: Path, tokenizer_dir: Path) ->
     with pytest.raises(ModelError, match="is not a subdirectory"):
         load_embedder_settings(tmp_path)
     (tmp_path / "modules.json").write_text("{")
-    with pytest.raises(ModelError, match="missing or broken"):
+    with pytest.raises(ModelError, match="not valid JSON"):
         load_embedder_settings(tmp_path)

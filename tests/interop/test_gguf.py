@@ -15,10 +15,11 @@ from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ModelError
-from khaosz.interop import GgufModel, convert, load_gguf, load_model, open_tokenizer, save_gguf
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.huggingface import config_from_hf, model_type
+from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer, parameter_shapes
 
 torch.set_num_threads(1)

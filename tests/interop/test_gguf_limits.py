@@ -19,13 +19,13 @@ from tokenizers import normalizers, pre_tokenizers
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ModelError, one_line, quoted
-from khaosz.interop import convert, load_gguf, load_model, open_tokenizer, save_gguf
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
-from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
 from khaosz.interop.huggingface import config_to_hf, save_model
 from khaosz.interop.modelfile import write_modelfile
+from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer
 
 torch.set_num_threads(1)

@@ -18,7 +18,8 @@ from foreign_tokenizers import FOREIGN
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
-from khaosz.interop import load_gguf, open_tokenizer, save_gguf
+from khaosz.interop.gguf.model import load_gguf, save_gguf
+from khaosz.interop.models import open_tokenizer
 from khaosz.model import Transformer
 
 PYTHON = os.environ.get("KHAOSZ_LLAMA_CPP", "")

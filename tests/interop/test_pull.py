@@ -16,7 +16,9 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.errors import FetchError, ModelError
-from khaosz.interop import load_model, open_tokenizer, save_gguf, save_model
+from khaosz.interop.gguf.model import save_gguf
+from khaosz.interop.huggingface import save_model
+from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.interop.pull import pull, pulled_models
 from khaosz.model import Transformer
 

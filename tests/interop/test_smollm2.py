@@ -10,14 +10,9 @@ import torch
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import render_chat
-from khaosz.interop import (
-    GgufModel,
-    convert,
-    load_gguf,
-    load_model,
-    model_type,
-    open_tokenizer,
-)
+from khaosz.interop.gguf.model import GgufModel, load_gguf
+from khaosz.interop.huggingface import model_type
+from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer
 
 FILE = os.environ.get("KHAOSZ_SMOLLM2", "")

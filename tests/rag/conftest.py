@@ -17,7 +17,7 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.inference.generator import Generator
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 from khaosz.rag.store import Store, open_store
 from khaosz.rag.terms import terms

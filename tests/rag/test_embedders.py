@@ -11,7 +11,7 @@ import torch
 
 from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
-from khaosz.interop import EmbedderSettings, save_embedder
+from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.models.embedders import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder
 from khaosz.rag.models.protocols import unit

@@ -23,7 +23,7 @@ from khaosz.data.tokenizer import train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
 from khaosz.serve.guard import LOOPBACK, Guard

@@ -19,8 +19,8 @@ from khaosz.errors import ConfigError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.sampling import SamplingParams
-from khaosz.interop import load_model
 from khaosz.interop.adapter import merge_adapter, save_adapter
+from khaosz.interop.models import load_model
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.serve.models import Limits, Models
 from khaosz.serve.run import named_models

@@ -24,7 +24,7 @@ from khaosz.errors import (
     TokenizerError,
     TrainingError,
 )
-from khaosz.interop import load_model
+from khaosz.interop.models import load_model
 from khaosz.model import Transformer
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run

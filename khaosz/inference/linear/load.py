@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from khaosz.config import ModelConfig
 from khaosz.inference.linear.native import LEAST_ROWS, MappedMatrix
 from khaosz.inference.linear.packed import PackedMatrix, pack, packable
-from khaosz.interop import GgufModel
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine
+from khaosz.interop.gguf.model import GgufModel
 from khaosz.model import Transformer
 from khaosz.model.module import MLP, Attention, Block, Linear, RMSNorm
 

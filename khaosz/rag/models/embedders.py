@@ -34,7 +34,7 @@ class EngineEmbedder:
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
-        from khaosz.interop import is_embedder, load_embedder_settings
+        from khaosz.interop.sentence_transformers import is_embedder, load_embedder_settings
 
         self._settings = load_embedder_settings(model)
         if self._settings.pooling == "cls":

@@ -22,7 +22,7 @@ from khaosz.data.batches.sampler import permute
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import ConfigError
 from khaosz.files import atomic_path
-from khaosz.interop import load_model
+from khaosz.interop.models import load_model
 from khaosz.model import Transformer
 from khaosz.trainer.open_run import OpenRun, initial_model
 from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs

@@ -17,7 +17,7 @@ from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ConfigError, TrainingError
-from khaosz.interop import load_reward_model
+from khaosz.interop.huggingface import load_reward_model
 from khaosz.model import RewardModel
 from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.stages.dpo import sequence_rewards

@@ -21,7 +21,7 @@ from translation import translation_pairs, written
 from khaosz.cli.local_models import newest_model
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, DataError
-from khaosz.interop import EmbedderSettings, load_embedder_settings
+from khaosz.interop.sentence_transformers import EmbedderSettings, load_embedder_settings
 from khaosz.rag.models.embedders import EngineEmbedder
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run

@@ -17,7 +17,7 @@ from khaosz.cli import app
 from khaosz.errors import ConfigError, ModelError
 from khaosz.evaluation import preference_accuracy
 from khaosz.evaluation.preference import wilson
-from khaosz.interop import load_model
+from khaosz.interop.models import load_model
 from khaosz.trainer.run import run
 from khaosz.trainer.stages.validation import calibration_table
 

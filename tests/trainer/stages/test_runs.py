@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tiny import stopping_after
 
 from khaosz.errors import CheckpointError, ConfigError, ModelError, TrainingError
-from khaosz.interop import is_reward_model, load_model, load_reward_model
+from khaosz.interop.huggingface import is_reward_model, load_reward_model
+from khaosz.interop.models import load_model
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
 from khaosz.trainer.train_context import TrainContext

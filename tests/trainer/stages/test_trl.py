@@ -29,7 +29,7 @@ from khaosz.config import ModelConfig, TrainConfig
 from khaosz.data.batches.batch import IGNORE, Batch
 from khaosz.data.batches.sequences import TokenSequence, pack_sequences
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.open_run import RunOrigin

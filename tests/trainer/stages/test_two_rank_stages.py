@@ -29,7 +29,7 @@ from torch import Tensor
 from khaosz.config import RolloutConfig, TrainConfig
 from khaosz.data.batches.sequences import TokenSequence
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.interop import save_model
+from khaosz.interop.huggingface import save_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
