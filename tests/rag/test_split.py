@@ -187,10 +187,10 @@ def test_english_is_cut_after_sentences_not_abbreviations() -> None:
 
 
 def test_late_paragraph_is_preferred_to_a_later_sentence() -> None:
-    text = "One is short. Two is short.\n\nThree. Four goes on for quite a while."
+    text = "One is short. Two is short.\n\nThree. Four runs on for quite a while."
     assert texts(text, 40) == [
         "One is short. Two is short.\n\n",
-        "Three. Four goes on for quite a while.",
+        "Three. Four runs on for quite a while.",
     ]
 
 
@@ -206,9 +206,9 @@ def test_lists_are_cut_between_items() -> None:
 
 
 def test_title_and_line_with_a_colon_go_with_the_next_text() -> None:
-    assert texts("One is short. Two.\n\nA Title\n\nThree. Four goes on.", 34) == [
+    assert texts("One is short. Two.\n\nA Title\n\nThree. Four runs on.", 34) == [
         "One is short. Two.\n\n",
-        "A Title\n\nThree. Four goes on.",
+        "A Title\n\nThree. Four runs on.",
     ]
     assert texts("春天来了。\n步骤如下：\n先洗手。再吃饭。", 16) == [
         "春天来了。\n",
@@ -283,13 +283,13 @@ def test_chinese_headings() -> None:
 
 
 def test_chunks_have_the_headings_above_all_of_them() -> None:
-    body = "Words go on here. " * 5
+    body = "Words go by here. " * 5
     text = f"# A\n\n## B\n\n{body}\n\n## C\n\n{body}\n\n# D\n\nshort.\n\n## E\n\nshort.\n"
     assert [chunk.headings for chunk in chars(text, 120)] == [("A", "B"), ("A", "C"), ("D",)]
 
 
 def test_chunk_crosses_a_heading_only_of_a_short_section() -> None:
-    text = "# A\n" + "Words go on. " * 4 + "\n# B\n" + "Words go on. " * 4
+    text = "# A\n" + "Words go by. " * 4 + "\n# B\n" + "Words go by. " * 4
     assert [chunk.headings for chunk in chars(text, 100)] == [("A",), ("B",)]
 
 

@@ -136,12 +136,12 @@ def _entries(folder: str, on_problem: OnProblem) -> Iterator[os.DirEntry[str]]:
 
 
 def _with_ignore_file(
-    rules: list[Rule], folder: str, base: tuple[str, ...], on_problem: OnProblem
+    rules: list[Rule], folder: str, names: tuple[str, ...], on_problem: OnProblem
 ) -> list[Rule]:
     path = Path(folder, IGNORE_FILE)
     try:
         with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return rules + parse_rules(file.read(_IGNORE_FILE_BYTES).split("\n"), base)
+            return rules + parse_rules(file.read(_IGNORE_FILE_BYTES).split("\n"), names)
     except FileNotFoundError:
         return rules
     except OSError as error:
