@@ -205,10 +205,9 @@ def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
 def rotate(out: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints and the targets of last and best."""
     steps = sorted(path for path in out.glob("step-*") if path.is_dir())
-    kept = {resolve(out / name) for name in ("last", "best")} | set(steps[-keep:])
-    kept |= {path.resolve() for path in steps[-keep:]}
-    for path in steps:
-        if path not in kept and path.resolve() not in kept:
+    linked = {resolve(out / name) for name in ("last", "best")}
+    for path in steps[:-keep]:
+        if path.resolve() not in linked:
             shutil.rmtree(path)
 
 

@@ -88,7 +88,7 @@ def test_gradients_of_a_step(tmp_path: Path, prepared_dir: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_run_under_torchrun(tmp_path: Path, prepared_dir: Path) -> None:
+def test_run_under_torchrun(tmp_path: Path, prepared_dir: Path) -> None:
     rows = []
     for ranks in (1, 2):
         out = tmp_path / f"run{ranks}"

@@ -17,7 +17,7 @@ from khaosz.trainer.run import run
 QUIET = Console(file=io.StringIO())
 
 
-def test_minutes_become_steps_and_are_kept(recipe: Recipe) -> None:
+def test_minutes_become_steps(recipe: Recipe) -> None:
     context = run(
         recipe(max_steps=None, max_minutes=0.01, eval_every=10_000, save_every=10_000),
         console=QUIET,
@@ -46,13 +46,13 @@ def test_without_a_compiler(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> 
     assert any("no C++ compiler" in reason for reason in context.plan.reasons)
 
 
-def test_insisting_on_a_missing_compiler(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_on_requires_a_compiler(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "a-compiler-that-is-not-there")
     with pytest.raises(DeviceError, match="compile=on, but no C\\+\\+ compiler"):
         run(recipe(max_steps=1, compile="on"), console=QUIET)
 
 
-def test_a_window_longer_than_the_models_context(recipe: Recipe, tmp_path: Path) -> None:
+def test_refuses_a_window_longer_than_the_context(recipe: Recipe, tmp_path: Path) -> None:
     pt = run(recipe(max_steps=1), console=QUIET)
     config = recipe(
         init_from=pt.config.out / "last", size=None, model={}, window=4096, out=tmp_path / "b"
@@ -62,7 +62,7 @@ def test_a_window_longer_than_the_models_context(recipe: Recipe, tmp_path: Path)
 
 
 @pytest.mark.slow
-# torch's compiler warns of itself, and counts on hiding some of it, which "error" forbids.
+# torch's compiler raises warnings and suppresses some of them, which "error" forbids.
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_runs_resume_bit_exactly(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, rotate, and are pointed at atomically."""
+"""Checkpoints are atomic, rotate, and their links are replaced atomically."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from khaosz.trainer.run import run
 QUIET = Console(file=io.StringIO())
 
 
-def test_rotation_keeps_the_newest_the_last_and_the_best(recipe: Recipe) -> None:
+def test_rotation_keeps_the_newest_checkpoints(recipe: Recipe) -> None:
     config = recipe(max_steps=9, save_every=1, keep=2, eval_every=100)
     run(config, console=QUIET)
     steps = sorted(path.name for path in config.out.glob("step-*"))
@@ -33,7 +33,7 @@ def test_best_survives_rotation(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"step-000001", "step-000004", "best", "last"}
 
 
-def test_a_link_moves_and_never_disappears(tmp_path: Path) -> None:
+def test_link_is_replaced_atomically(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         point(tmp_path / "last", tmp_path / name)
@@ -41,8 +41,8 @@ def test_a_link_moves_and_never_disappears(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "last"}
 
 
-def test_the_swap_by_two_renames_and_its_recovery(tmp_path: Path) -> None:
-    """What Windows does; a crash between the two renames leaves .last.new and .last.old."""
+def test_swap_by_two_renames_recovers(tmp_path: Path) -> None:
+    """As on Windows; a crash between the two renames leaves .last.new and .last.old."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     link, new, old = tmp_path / "last", tmp_path / ".last.new", tmp_path / ".last.old"
@@ -52,10 +52,10 @@ def test_the_swap_by_two_renames_and_its_recovery(tmp_path: Path) -> None:
         assert resolve(link) == tmp_path / name
     assert not old.is_symlink() and not new.is_symlink()
     new.symlink_to("a", target_is_directory=True)
-    link.rename(old)  # and here the machine stops
+    link.rename(old)  # a crash between the renames
     assert resolve(link) == tmp_path / "a"
     assert not old.is_symlink()
-    link.rename(old)  # or here, before the new link was made
+    link.rename(old)  # or before the new link is created
     assert resolve(link) == tmp_path / "a"
     assert resolve(tmp_path / "never") is None
 
@@ -84,7 +84,7 @@ except TrainingError as error:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="RLIMIT_FSIZE is POSIX")
-def test_a_full_disk_leaves_the_earlier_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
+def test_full_disk_leaves_the_earlier_checkpoint(recipe: Recipe, tmp_path: Path) -> None:
     config = recipe(save_every=3, eval_every=100)
     path = write_recipe(config, tmp_path / "recipe.toml")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Chunked cross-entropy against a float64 reference, its edges, and what a strategy makes of it."""
+"""Chunked cross-entropy against a float64 reference, its edge cases, and its use in a strategy."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_bf16_is_close_to_fp32() -> None:
     assert abs(exact - rough) / exact < 0.01
 
 
-def test_the_logits_of_all_tokens_never_exist_together() -> None:
+def test_logits_of_all_tokens_never_exist_together() -> None:
     """Peak memory of a 20,000-token vocabulary stays far below one full fp32 logits tensor."""
     hidden = torch.randn(4096, 16, requires_grad=True)
     weight = torch.randn(20_000, 16, requires_grad=True)
@@ -121,7 +121,7 @@ def test_the_logits_of_all_tokens_never_exist_together() -> None:
     assert largest <= 1 << 23
 
 
-def test_a_compiled_inner_loss_sees_whole_chunks_only() -> None:
+def test_compiled_inner_loss_gets_whole_chunks() -> None:
     torch.manual_seed(2)
     hidden = torch.randn(1, 37, 8, requires_grad=True)
     weight = torch.randn(20, 8, requires_grad=True)
@@ -145,18 +145,18 @@ def test_a_compiled_inner_loss_sees_whole_chunks_only() -> None:
     torch.testing.assert_close(grad_of(weight).double(), grad_weight, rtol=1e-4, atol=1e-5)
 
 
-def test_a_masked_row_is_selected_away_inside_a_chunk_too() -> None:
-    """`chunk_loss` keeps what it says of `IGNORE` whatever stands in that row."""
+def test_masked_rows_of_a_chunk_are_selected_not_multiplied() -> None:
+    """A row labelled `IGNORE` has no effect, whatever its values are."""
     torch.manual_seed(3)
     hidden, weight = torch.randn(5, 8), torch.randn(10, 8)
     hidden[2] = float("nan")
     labels = torch.tensor([3, 0, IGNORE, 9, 1])
     loss, gradient = chunk_loss(hidden, weight, labels)
-    kept = [0, 1, 3, 4]
-    alone, own = chunk_loss(hidden[kept], weight, labels[kept])
+    recorded = [0, 1, 3, 4]
+    alone, own = chunk_loss(hidden[recorded], weight, labels[recorded])
     # The same rows in a smaller matrix product, and four losses summed in another order.
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient[kept], own, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(gradient[recorded], own, rtol=1e-5, atol=1e-7)
     assert (gradient[2] == 0).all()
 
 
@@ -166,16 +166,16 @@ def test_bf16_logits_are_summed_in_fp32() -> None:
     hidden, weight = torch.randn(300, 32).bfloat16(), (torch.randn(200, 32) * 0.2).bfloat16()
     labels = torch.randint(0, 200, (300,))
     logits = (hidden @ weight.t()).double()
-    wanted = F.cross_entropy(logits, labels, reduction="sum")
-    found = cross_entropy_sum(hidden, weight, labels, dtype=torch.bfloat16)
-    # The same bf16 logits: what differs is fp32 against fp64, at most 1e-7 a term. Sums kept in
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    actual = cross_entropy_sum(hidden, weight, labels, dtype=torch.bfloat16)
+    # The same bf16 logits, in fp32 and in fp64, at most 1e-7 a term. Sums kept in
     # bf16 would be off by up to 2^-8 = 4e-3.
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
 
 
 def tiny_model() -> Transformer:
-    """Random in every weight: a fresh model's blocks are the identity, and see no neighbours."""
+    """All weights random: the blocks of a new model are the identity and read no neighbours."""
     model = Transformer(ModelConfig.parse({**TINY_MODEL, "vocab_size": 50}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -186,7 +186,7 @@ def tiny_model() -> Transformer:
 
 
 class Windows:
-    """A data set that notes which draws were asked for."""
+    """A data set that records the requested draws."""
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
@@ -216,13 +216,13 @@ def test_micro_batches_hold_every_window_of_a_step(world: int) -> None:
         assert sorted(asked) == list(range(10 * step, 10 * step + 10))
 
 
-def test_packed_documents_cost_what_each_costs_alone() -> None:
-    """The strategy hands on where documents begin; without, a document would see its neighbour."""
+def test_packed_documents_have_the_loss_of_each_alone() -> None:
+    """The strategy passes the document ids: without them, a document would read its neighbour."""
     model = tiny_model()
     documents = [[7, 3, 9, 4, 1], [2, 8, 8], [5, 6, 30, 31]]
     ids, labels = torch.zeros(1, 12, dtype=torch.long), torch.full((1, 12), IGNORE)
     positions, doc_ids = torch.zeros_like(ids), torch.full_like(ids, -1)
-    wanted, at = 0.0, 0
+    expected, at = 0.0, 0
     wide = copy.deepcopy(model).double()
     for number, document in enumerate(documents):
         own = torch.tensor(document)
@@ -232,10 +232,10 @@ def test_packed_documents_cost_what_each_costs_alone() -> None:
         at += len(own) - 1
         with torch.no_grad():
             logits = wide.logits(wide(own[None, :-1]))[0]
-        wanted += float(F.cross_entropy(logits, own[1:], reduction="sum"))
+        expected += float(F.cross_entropy(logits, own[1:], reduction="sum"))
     batch = Batch(ids, labels, positions, doc_ids)
     strategy = pt_strategy(Windows(), 1, 1)
-    found = strategy.loss(model, batch, Compute())
+    actual = strategy.loss(model, batch, Compute())
     assert strategy.count(batch) == 9
     # fp32 against float64 over nine tokens of a few nats each.
-    assert found.item() == pytest.approx(wanted, rel=1e-5)
+    assert actual.item() == pytest.approx(expected, rel=1e-5)

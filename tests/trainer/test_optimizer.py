@@ -1,4 +1,4 @@
-"""Muon and AdamW: what is orthogonalised, what decays, what is saved."""
+"""Muon and AdamW: orthogonalisation, weight decay, saved state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from khaosz.trainer.run import run
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 24, 60), (2, 60, 24), (1, 1, 5)])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
-def test_orthogonalise_against_the_singular_value_decomposition(
+def test_orthogonalise_equals_the_singular_value_decomposition(
     shape: tuple[int, ...], scale: float
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -32,7 +32,7 @@ def test_orthogonalise_against_the_singular_value_decomposition(
     assert cosine > 0.98
 
 
-def test_a_zero_gradient_stays_zero() -> None:
+def test_zero_gradient_stays_zero() -> None:
     assert torch.equal(orthogonalise(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
@@ -43,7 +43,7 @@ def test_muon_moves_by_its_learning_rate_in_spectral_norm() -> None:
     for parameter in (tall, wide):
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    # sqrt(40 / 10) = 2 for the tall one; 20 % is how far from 1 the polynomial ends.
+    # sqrt(40 / 10) = 2 for the tall one; the polynomial ends within 20 % of 1.
     assert float(torch.linalg.matrix_norm(tall.detach(), 2)) == pytest.approx(0.2, rel=0.2)
     assert float(torch.linalg.matrix_norm(wide.detach(), 2)) == pytest.approx(0.1, rel=0.2)
 
@@ -63,7 +63,7 @@ def test_matrices_of_one_shape_are_updated_as_each_alone() -> None:
         torch.testing.assert_close(parameter, joint, rtol=1e-5, atol=1e-6)
 
 
-def test_what_decays_and_what_is_saved(recipe: Recipe) -> None:
+def test_decayed_parameters_and_saved_states(recipe: Recipe) -> None:
     config = recipe(max_steps=2, weight_decay=0.5)
     context = run(config, console=Console(file=io.StringIO()))
     optimizers = build_optimizers(context.model, context.config)

@@ -101,7 +101,7 @@ def cli(*arguments: str, **kwargs: Any) -> subprocess.Popen[str]:
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGTERM to one process")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_exits_cleanly_and_resumes(
+def test_signal_saves_exits_cleanly_and_resumes(
     recipe: Recipe, tmp_path: Path, number: signal.Signals
 ) -> None:
     settings = {"max_steps": 1500, "save_every": 10_000, "eval_every": 10_000}
@@ -167,7 +167,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> Tr
 
 @pytest.mark.parametrize("name", ["state/state.json", "state/optimizer.safetensors",
                                   "model.safetensors", "train_config.json"])  # fmt: skip
-def test_a_torn_checkpoint_is_refused(recipe: Recipe, finished: TrainConfig, name: str) -> None:
+def test_refuses_a_truncated_checkpoint(recipe: Recipe, finished: TrainConfig, name: str) -> None:
     config = recipe(max_steps=2)
     shutil.copytree(finished.out, config.out, symlinks=True)
     last = resolve(config.out / "last")

@@ -21,21 +21,21 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_samples_are_kept_and_shown(recipe: Recipe) -> None:
+def test_samples_are_stored_and_printed(recipe: Recipe) -> None:
     shown = io.StringIO()
     config = recipe(prompts=PROMPTS, sample_every=3)
     run(config, console=Console(file=shown, width=10_000))
-    found = rows(config.out)
-    steps = [(row["step"], row["prompt"]) for row in found]
+    actual = rows(config.out)
+    steps = [(row["step"], row["prompt"]) for row in actual]
     assert steps == [(step, prompt) for step in (3, 6, 8) for prompt in PROMPTS]
-    assert all(row["text"] for row in found)
+    assert all(row["text"] for row in actual)
     lines = [line for line in shown.getvalue().splitlines() if line.startswith("  sample ")]
-    assert len(lines) == len(found) and "The law" in lines[1]
+    assert len(lines) == len(actual) and "The law" in lines[1]
     plan = json.loads((config.out / "plan.json").read_text(encoding="utf-8"))
     assert plan["total_steps"] == 8
 
 
-def test_a_resumed_run_keeps_each_sample_once(
+def test_resumed_run_stores_each_sample_once(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet = Console(file=io.StringIO())

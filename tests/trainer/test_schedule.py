@@ -41,7 +41,7 @@ def test_wsd_is_stable_then_decays_linearly_to_the_end() -> None:
     assert values[-1] == pytest.approx(1 / 51)
 
 
-def test_sgdr_restarts_as_often_as_asked() -> None:
+def test_sgdr_restarts_once_per_cycle() -> None:
     values = factors(name="sgdr", warmup_steps=0, cycles=4)
     restarts = [i for i in range(1, TOTAL) if values[i] > values[i - 1]]
     assert restarts == [50, 100, 150]
@@ -50,7 +50,7 @@ def test_sgdr_restarts_as_often_as_asked() -> None:
     assert restarts == [29, 86]  # 200/7 and 600/7, rounded up to whole steps
 
 
-def test_a_schedule_counts_optimizer_steps_of_this_run() -> None:
+def test_schedule_counts_optimizer_steps_of_this_run() -> None:
     assert factors(name="cosine")[-1] < 0.01
     short = ScheduleConfig(name="cosine")
     assert lr_factor(short, 9, 10) < lr_factor(short, 9, 1000)

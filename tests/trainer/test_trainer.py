@@ -1,4 +1,4 @@
-"""The loop: normalisation, guards, what a run leaves behind."""
+"""The loop: normalisation, guards, and the output of a run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_accumulated_gradients_equal_one_big_batch(recipe: Recipe) -> None:
         torch.testing.assert_close(ours[name].double(), parameter.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_a_run_learns_and_leaves_a_servable_directory(recipe: Recipe) -> None:
+def test_run_learns_and_saves_a_servable_model(recipe: Recipe) -> None:
     context = run(
         recipe(max_steps=60, batch_tokens=512, eval_every=20, save_every=30), console=QUIET
     )
@@ -114,7 +114,7 @@ def test_a_run_learns_and_leaves_a_servable_directory(recipe: Recipe) -> None:
         assert parameter.dtype == torch.float32
 
 
-def test_the_number_of_steps_counts_accumulation(recipe: Recipe) -> None:
+def test_number_of_steps_counts_accumulation(recipe: Recipe) -> None:
     """epochs=1 visits every window once, the last incomplete step included."""
     context = run(
         recipe(max_steps=None, epochs=1, eval_every=10_000, save_every=10_000), console=QUIET
@@ -127,7 +127,7 @@ def test_the_number_of_steps_counts_accumulation(recipe: Recipe) -> None:
     assert context.progress.step == math.ceil(windows / 8)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(recipe: Recipe) -> None:
+def test_non_finite_gradient_changes_nothing(recipe: Recipe) -> None:
     context = run(recipe(max_steps=2), console=QUIET)
     batches = ragged_batches()
 
@@ -147,7 +147,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(recipe: Recipe) -> None:
             trainer.step(0)
 
 
-def test_one_run_writes_where_no_other_has(recipe: Recipe) -> None:
+def test_refuses_an_output_directory_with_a_run(recipe: Recipe) -> None:
     run(recipe(max_steps=1), console=QUIET)
     with pytest.raises(CheckpointError, match="already contains a run"):
         run(recipe(max_steps=1), console=QUIET)
@@ -167,7 +167,7 @@ def test_sft_starts_from_a_model_with_fresh_optimizer_and_schedule(
     assert sft.tokenizer.fingerprint == pt.tokenizer.fingerprint
     rows = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     assert rows[0]["step"] == 1 and math.isfinite(rows[-1]["loss"])
-    # Only responses and what ends them are trained on.
+    # Only responses and their end tokens are trained on.
     batch = next(iter(Trainer(sft, _strategy(sft), Compute()).strategy.micro_batches(0)))
     assert 0 < batch.tokens < (batch.doc_ids >= 0).sum()
 

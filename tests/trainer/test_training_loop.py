@@ -1,7 +1,7 @@
-"""The loop against the same steps written out in plain PyTorch, and what a checkpoint brings back.
+"""The loop against the same steps in plain PyTorch, and what a checkpoint restores.
 
-Nothing is prepared and no run is begun, so that a broken line shows within a second (the mutants of
-`tests/mutants.toml` put them in one by one).
+No data is prepared and no run is started, so that a defect shows within a second (the mutants of
+`tests/mutants.toml` insert them one by one).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Ragged(StrategyMetrics):
         return cross_entropy_sum(hidden, model.output_weight, batch.labels)
 
 
-def test_steps_are_those_of_plain_pytorch(context: MakeContext) -> None:
+def test_steps_equal_plain_pytorch(context: MakeContext) -> None:
     """Four steps of gradient descent: the mean over all labels of a step, clipped once, with the
     rate of the step. Unlike Adam, it sees the size of a gradient and not its direction alone."""
     made = context(grad_clip=0.05)
@@ -95,7 +95,7 @@ def test_steps_are_those_of_plain_pytorch(context: MakeContext) -> None:
     strategy = Ragged()
     trainer = Trainer(made, strategy, Compute())
     theirs = torch.optim.SGD(wide.parameters(), lr=0.5)
-    begun = copy.deepcopy(made.model.state_dict())
+    initial = copy.deepcopy(made.model.state_dict())
     factors = [1 / 3, 2 / 3, 1.0, 0.5 * (1 + 2**-0.5)]  # two steps of warm-up, a cosine over four
     for step, factor in enumerate(factors):
         batches = strategy.micro_batches(step)
@@ -118,18 +118,18 @@ def test_steps_are_those_of_plain_pytorch(context: MakeContext) -> None:
         assert metrics["tokens"] == 43 * (step + 1)
         assert all(p.grad is None for p in made.model.parameters())
     for name, parameter in made.model.named_parameters():
-        moved, wanted = (
-            p.detach().double() - begun[name] for p in (parameter, wide.state_dict()[name])
+        moved, expected = (
+            p.detach().double() - initial[name] for p in (parameter, wide.state_dict()[name])
         )
         # A step moves by 0.05 x 0.5 in all; an fp32 weight of size 1 rounds to 6e-8 in each.
-        assert (moved - wanted).norm() < 1e-3 * wanted.norm() + 1e-6, name
+        assert (moved - expected).norm() < 1e-3 * expected.norm() + 1e-6, name
     assert lr_factor(made.config.schedule, 3, STEPS) == pytest.approx(factors[3])
 
 
-def test_the_mean_is_over_the_labels_of_all_ranks(
+def test_mean_is_over_the_labels_of_all_ranks(
     context: MakeContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second rank is put in where ranks sum: it has as many labels, and three times the loss."""
+    """The sum over ranks is replaced: a second rank has as many labels and three times the loss."""
     alone = context(schedule={"name": "constant", "warmup_steps": 0})
     alone.optimizers = []
     plain = Trainer(alone, Ragged(), Compute()).step(0)
@@ -137,7 +137,7 @@ def test_the_mean_is_over_the_labels_of_all_ranks(
 
     def across(values: list[float], parallel: ParallelContext) -> list[float]:
         calls.append(values)
-        if len(calls) == 1:  # loss's labels, labels, and nobody has asked to stop
+        if len(calls) == 1:  # the loss's labels, all labels, and no request to stop
             return [2 * value for value in values]
         return [4 * values[0], *(2 * value for value in values[1:])]
 
@@ -172,7 +172,7 @@ def test_steps_are_optimizer_steps(
     assert _total_steps(config, strategy, 8, 2.0) == steps
 
 
-def test_every_group_follows_the_schedule_from_its_own_rate(context: MakeContext) -> None:
+def test_every_group_follows_the_schedule_from_its_rate(context: MakeContext) -> None:
     made = context(optimizer="muon", lr=0.02, embedding_lr=0.3)
     trainer = Trainer(made, Ragged(), Compute())
     for step in range(3):
@@ -183,7 +183,7 @@ def test_every_group_follows_the_schedule_from_its_own_rate(context: MakeContext
 
 
 def test_adapters_learn_at_the_rate_that_is_logged(context: MakeContext) -> None:
-    """`lr` is what a recipe gives and what every step logs; with LoRA nothing is moved by it."""
+    """Every step logs `lr`: with LoRA the adapters, too, are trained at this rate."""
     made = context(lr=0.02, embedding_lr=0.3, lora={"rank": 4})
     add_lora(made.model, LoRAConfig(rank=4), torch.Generator().manual_seed(0))
     made.optimizers = build_optimizers(made.model, made.config)
@@ -196,7 +196,7 @@ def test_adapters_learn_at_the_rate_that_is_logged(context: MakeContext) -> None
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_only_the_matrices_of_the_blocks_decay(context: MakeContext, optimizer: str) -> None:
-    """With gradients of zero nothing but decay moves a weight."""
+    """With gradients of zero only decay changes a weight."""
     made = context(optimizer=optimizer)
     before = {name: p.detach().clone() for name, p in made.model.named_parameters()}
     for parameter in made.model.parameters():
@@ -205,8 +205,8 @@ def test_only_the_matrices_of_the_blocks_decay(context: MakeContext, optimizer: 
         part.step()
     for name, parameter in made.model.named_parameters():
         inside = name.startswith("layers.") and parameter.ndim == 2
-        wanted = before[name] * (1 - 0.5 * 0.1) if inside else before[name]
-        torch.testing.assert_close(parameter.detach(), wanted, rtol=1e-6, atol=0, msg=name)
+        expected = before[name] * (1 - 0.5 * 0.1) if inside else before[name]
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-6, atol=0, msg=name)
 
 
 class Broken(Ragged):
@@ -219,7 +219,7 @@ class Broken(Ragged):
     broken = False
 
 
-def test_a_nan_step_is_as_if_it_had_not_been(context: MakeContext) -> None:
+def test_nan_step_changes_no_state(context: MakeContext) -> None:
     made, strategy = context(), Broken()
     trainer = Trainer(made, strategy, Compute())
     trainer.step(0)
@@ -232,13 +232,13 @@ def test_a_nan_step_is_as_if_it_had_not_been(context: MakeContext) -> None:
     for name, parameter in made.model.named_parameters():
         assert torch.equal(parameter, before[name]) and parameter.grad is None
     assert all(torch.equal(t, held[n]) for n, t in made.named_optimizer_tensors().items())
-    trainer.step(2)  # and the next one is not burdened with it
+    trainer.step(2)  # the next step is not affected
     assert made.progress.skipped == 1
     assert all(p.isfinite().all() for p in made.model.parameters())
 
 
 class Reads(TorchDispatchMode):
-    """Counts the values that Python asks a tensor for: on an accelerator each waits for it."""
+    """Counts the values that Python reads from tensors: on an accelerator each read waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Reads(TorchDispatchMode):
 
 
 class Unread(Ragged):
-    """A loss that reads no value of a tensor, so that what the loop reads can be counted."""
+    """A loss that reads no value of a tensor, so that only the reads of the loop are counted."""
 
     def loss(self, model: Transformer, batch: Batch, compute: Compute) -> Tensor:
         hidden = model(batch.ids, batch.positions, batch.doc_ids)
@@ -259,7 +259,7 @@ class Unread(Ragged):
 
 
 def test_accumulation_reads_nothing_back(context: MakeContext) -> None:
-    """`.item()` on every micro-batch makes the accelerator wait for Python, again and again."""
+    """`.item()` on every micro-batch makes the accelerator wait for Python each time."""
     strategy = Unread()
     trainer = Trainer(context(), strategy, Compute())
     batches = strategy.micro_batches(0)
@@ -269,7 +269,7 @@ def test_accumulation_reads_nothing_back(context: MakeContext) -> None:
     assert reads.count == 0
 
 
-def test_masters_stay_fp32_and_move_by_less_than_bf16_can(context: MakeContext) -> None:
+def test_master_weights_stay_fp32(context: MakeContext) -> None:
     """A rate of 1e-4 on norms of 1: bf16 has nothing between 1 and 1 - 2^-8."""
     made = context(lr=1e-4, embedding_lr=1e-4, dtype="bf16", schedule={"name": "constant"})
     made.plan = Plan(STEPS, "bf16", False, 1, rows=8, micro_rows=2, seconds_per_step=0.0)
@@ -286,7 +286,7 @@ def test_masters_stay_fp32_and_move_by_less_than_bf16_can(context: MakeContext) 
 
 
 class Held:
-    """Stands for a rollout under way."""
+    """Stands for the state of a rollout."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -298,8 +298,10 @@ class Held:
         self.value = float(tensors["value"])
 
 
-def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext) -> None:
-    """Optimizer, random state, critic and rollout: without one of them a resumed run is another."""
+def test_checkpoint_restores_optimizer_random_state_critic_and_rollout(
+    context: MakeContext,
+) -> None:
+    """Optimizer, random state, critic and rollout: without any of them a resumed run differs."""
     made = context()
     made.critic = RewardModel.from_transformer(made.model)
     made.optimizers += build_optimizers(made.critic, made.config)
@@ -326,8 +328,8 @@ def test_a_checkpoint_brings_back_all_that_a_step_hangs_on(context: MakeContext)
     torch.manual_seed(99)
     restore(made, directory)
     assert torch.equal(torch.rand(4), drawn)
-    found = made.named_optimizer_tensors()
-    assert found.keys() == held.keys()
-    assert all(torch.equal(found[n], t) for n, t in held.items())
+    actual = made.named_optimizer_tensors()
+    assert actual.keys() == held.keys()
+    assert all(torch.equal(actual[n], t) for n, t in held.items())
     assert all(torch.equal(p, critic[n]) for n, p in made.critic.named_parameters())
     assert made.rollouts.value == 7.0

@@ -67,7 +67,7 @@ def write_recipe(config: TrainConfig, path: Path) -> Path:
 
 
 def random_model(tokenizer: Tokenizer) -> Transformer:
-    """Random in every weight: the initialisation of training leaves blocks at the identity."""
+    """All weights random: the initialisation of training leaves blocks at the identity."""
     config = ModelConfig.parse(
         {
             **TINY_MODEL,

@@ -1,4 +1,4 @@
-"""Whole runs of the stage: what is written, resumed to the bit, learned and refused."""
+"""Whole runs of the embedder's stage: output, exact resumption, learning, refused settings."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def rows(config: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_what_it_learns_holds_for_texts_it_has_not_seen(embedder: Any, tmp_path: Path) -> None:
+def test_embedder_generalises_to_unseen_texts(embedder: Any, tmp_path: Path) -> None:
     """Letters and the characters that stand for them: 16 symbols, any order."""
     config = embedder(
         data=written(tmp_path / "train.jsonl", translation_pairs(400, 1)),
@@ -60,7 +60,7 @@ def test_what_it_learns_holds_for_texts_it_has_not_seen(embedder: Any, tmp_path:
     assert log[-1]["val_accuracy"] > 0.9 and log[-1]["val_mrr"] > 0.9
     model = resolve(config.out / "last")
     assert model is not None
-    opened = EngineEmbedder(model)  # and so it is found by what it is for
+    opened = EngineEmbedder(model)  # the settings make it an embedder
     pairs = translation_pairs(60, 2)
     passages = [
         *{p["positive"]: None for p in pairs},
@@ -72,7 +72,7 @@ def test_what_it_learns_holds_for_texts_it_has_not_seen(embedder: Any, tmp_path:
 
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
-def test_a_resumed_run_is_the_same_run(
+def test_resumed_run_equals_uninterrupted_run(
     embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: Any
 ) -> None:
     embed = {"pooling": "last", "query_prefix": "q: ", "passage_prefix": "p: ", "max_length": 40}
@@ -81,7 +81,7 @@ def test_a_resumed_run_is_the_same_run(
     go(whole)
     with stopping_after(3, monkeypatch):
         assert go(parts).progress.step == 3
-    torch.manual_seed(99)  # nothing may hang on what the process did before
+    torch.manual_seed(99)  # a run must not depend on what the process did before
     assert go(parts, resume=True).progress.step == 6
     one, two = resolve(whole.out / "last"), resolve(parts.out / "last")
     assert one is not None and two is not None
@@ -95,16 +95,14 @@ def test_a_resumed_run_is_the_same_run(
             for c in (whole, parts)]  # fmt: skip
     assert logs[0] == logs[1]
     assert {"accuracy", "val_accuracy", "val_mrr", "val_loss"} <= logs[0][-1].keys()
-    wanted = EmbedderSettings("mean", "q: ", "p: ", 48)
+    expected = EmbedderSettings("mean", "q: ", "p: ", 48)
     if lora is not None:
-        wanted = EmbedderSettings("last", "q: ", "p: ", 40)
-    assert load_embedder_settings(one) == load_embedder_settings(two) == wanted
+        expected = EmbedderSettings("last", "q: ", "p: ", 40)
+    assert load_embedder_settings(one) == load_embedder_settings(two) == expected
 
 
-def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
-    embedder: Any, tmp_path: Path
-) -> None:
-    """Killed amid a step, as a machine that loses its power: nothing is told or saved before."""
+def test_killed_run_resumes_exactly(embedder: Any, tmp_path: Path) -> None:
+    """Killed within a step, as after a power cut: nothing is saved at the end."""
     changes = {"max_steps": 30, "eval_every": 100, "save_every": 5}
     whole, killed = (embedder(out=tmp_path / name, **changes) for name in ("whole", "killed"))
     recipe = write_recipe(killed, tmp_path / "recipe.toml")
@@ -127,7 +125,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
 
 
-def test_a_resumed_run_wants_its_own_pairs(embedder: Any, tmp_path: Path) -> None:
+def test_resume_refuses_other_pairs_and_settings(embedder: Any, tmp_path: Path) -> None:
     go(embedder(max_steps=2))
     fewer = written(tmp_path / "fewer.jsonl", translation_pairs(20, 0))
     with pytest.raises(CheckpointError, match="the run began with"):
@@ -136,7 +134,7 @@ def test_a_resumed_run_wants_its_own_pairs(embedder: Any, tmp_path: Path) -> Non
         go(embedder(max_steps=2, embed={"pooling": "last"}), resume=True)
 
 
-def test_the_head_of_the_vocabulary_is_left_alone(embedder: Any) -> None:
+def test_lm_head_is_not_trained(embedder: Any) -> None:
     config = embedder(max_steps=2, model={**embedder().model, "tie_word_embeddings": False})
     context = go(config)
     assert context.model.training and context.model.lm_head is not None
@@ -144,12 +142,12 @@ def test_the_head_of_the_vocabulary_is_left_alone(embedder: Any) -> None:
     assert {"embed_tokens.weight", "norm.weight"} <= context.trained().keys()
 
 
-def test_what_is_cut_is_said(embedder: Any, tmp_path: Path) -> None:
+def test_cut_texts_are_reported(embedder: Any, tmp_path: Path) -> None:
     records = [*translation_pairs(20, 0), {"query": "a " * 60, "positive": "天" * 60}]
-    said = io.StringIO()
+    output = io.StringIO()
     config = embedder(data=written(tmp_path / "long.jsonl", records), max_steps=1)
-    go(config, console=Console(file=said, width=200))
-    assert "cut to 48 tokens: 1 queries, 1 passages" in said.getvalue()
+    go(config, console=Console(file=output, width=200))
+    assert "cut to 48 tokens: 1 queries, 1 passages" in output.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -160,26 +158,26 @@ def test_what_is_cut_is_said(embedder: Any, tmp_path: Path) -> None:
         ({"lora": {"rank": 2, "dropout": 0.1}}, ConfigError, "dropout"),
     ],
 )
-def test_what_cannot_work_is_refused(embedder: Any, changes: Any, error: Any, match: str) -> None:
+def test_refuses_impossible_settings(embedder: Any, changes: Any, error: Any, match: str) -> None:
     with pytest.raises(error, match=match):
         go(embedder(**changes))
 
 
-def test_one_passage_has_no_negative(embedder: Any, tmp_path: Path) -> None:
+def test_refuses_data_with_one_passage(embedder: Any, tmp_path: Path) -> None:
     records = [{"query": f"q{i}", "positive": "p"} for i in range(9)]
     data = written(tmp_path / "one.jsonl", records)
     with pytest.raises(DataError, match="9 pairs, and all have one passage"):
         go(embedder(data=data, val_fraction=0.0))
 
 
-def test_from_nothing_the_tokenizer_hears_queries_and_passages(embedder: Any) -> None:
+def test_new_tokenizer_is_trained_on_queries_and_passages(embedder: Any) -> None:
     values = {**embedder(max_steps=1, vocab_size=300).model_dump(exclude_unset=True)}
     del values["tokenizer"]
     tokenizer = go(TrainConfig.parse(values)).tokenizer
-    assert len(tokenizer.encode("天地玄黄")) < 12  # three bytes each, were they new to it
+    assert len(tokenizer.encode("天地玄黄")) < 12  # untrained, they would be three bytes each
 
 
-def test_closed_keys(embedder: Any) -> None:
+def test_refuses_unknown_keys(embedder: Any) -> None:
     with pytest.raises(ConfigError, match="poolng") as refused:
         embedder(embed={"poolng": "last"})
     assert refused.value.hint == "did you mean 'embed.pooling'?"
@@ -187,7 +185,7 @@ def test_closed_keys(embedder: Any) -> None:
         embedder(size=None)
 
 
-def test_bad_data_is_one_line(
+def test_bad_data_is_one_line_and_a_hint(
     embedder: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     from khaosz.cli import main
@@ -205,7 +203,7 @@ def test_bad_data_is_one_line(
         go(config)
 
 
-def test_nobody_is_sent_to_talk_to_it(embedder: Any, tmp_path: Path) -> None:
+def test_embedder_is_not_a_chat_model(embedder: Any, tmp_path: Path) -> None:
     go(embedder(max_steps=1, out=tmp_path / "runs/embed"))
     with pytest.raises(Exception, match="no trained model found"):
         newest_model(tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""`eval preference`, `lora merge`: what the commands say of real runs."""
+"""`eval preference` and `lora merge` on real runs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,18 @@ from khaosz.trainer.stages.validation import calibration_table
 QUIET = Console(file=io.StringIO())
 
 
-def test_a_trained_reward_model_agrees_with_its_pairs(align: Any, pairs_file: Path) -> None:
+def test_trained_reward_model_agrees_with_its_pairs(align: Any, pairs_file: Path) -> None:
     config = align("rm", max_steps=30, val_fraction=0.0, embedding_lr=5e-3, lr=5e-3)
     run(config, console=QUIET)
-    found = preference_accuracy(config.out / "last", pairs_file)
-    assert found.judged_by == "reward" and found.pairs == 16 and found.skipped == 0
-    assert found.accuracy >= 0.9 and found.margin > 0
-    assert sum(pairs for _, _, pairs in found.calibration) == 16
+    actual = preference_accuracy(config.out / "last", pairs_file)
+    assert actual.judged_by == "reward" and actual.pairs == 16 and actual.skipped == 0
+    assert actual.accuracy >= 0.9 and actual.margin > 0
+    assert sum(pairs for _, _, pairs in actual.calibration) == 16
     with pytest.raises(ModelError, match="takes no reference"):
         preference_accuracy(config.out / "last", pairs_file, reference=config.out / "last")
 
 
-def test_a_policy_is_judged_against_where_it_started(
-    align: Any, pairs_file: Path, tmp_path: Path
-) -> None:
+def test_policy_is_compared_with_its_start(align: Any, pairs_file: Path, tmp_path: Path) -> None:
     start = align("dpo", out=tmp_path / "start", max_steps=1, lr=1e-9, embedding_lr=1e-9)
     run(start, console=QUIET)
     base = start.out / "last"
@@ -48,15 +46,17 @@ def test_a_policy_is_judged_against_where_it_started(
     runner = CliRunner()
     command = ["eval", "preference", str(config.out / "last"), str(pairs_file), "--json"]
     done = runner.invoke(app, [*command, "--reference", str(base)])
-    found = json.loads(done.stdout)
-    assert found["judged_by"] == "implicit" and found["accuracy"] > 0.7
+    actual = json.loads(done.stdout)
+    assert actual["judged_by"] == "implicit" and actual["accuracy"] > 0.7
     same = preference_accuracy(base, pairs_file, reference=base)
     assert same.accuracy == 0.5 and same.margin == 0.0
     plain = json.loads(runner.invoke(app, command).stdout)
     assert plain["judged_by"] == "likelihood"
 
 
-def test_a_reference_with_another_tokenizer(align: Any, pairs_file: Path, tmp_path: Path) -> None:
+def test_refuses_a_reference_with_another_tokenizer(
+    align: Any, pairs_file: Path, tmp_path: Path
+) -> None:
     one, two = (
         align("dpo", max_steps=1),
         align("dpo", max_steps=1, out=tmp_path / "two", tokenizer=None, vocab_size=300),
@@ -81,7 +81,7 @@ def test_calibration_bins() -> None:
     assert high[0] == pytest.approx(1 / (1 + math.exp(-3)))
 
 
-def test_an_adapter_is_merged_into_its_base(align: Any, tmp_path: Path) -> None:
+def test_adapter_is_merged_into_its_base(align: Any, tmp_path: Path) -> None:
     start = align("dpo", out=tmp_path / "start", max_steps=2)
     run(start, console=QUIET)
     config = align(

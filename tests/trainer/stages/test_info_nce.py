@@ -1,4 +1,4 @@
-"""InfoNCE against arithmetic written out, and a step's gradient against the plain computation."""
+"""InfoNCE against plain arithmetic, and a step's gradient against the plain computation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def written_out(
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_the_loss_is_that_of_the_paper(symmetric: bool) -> None:
+def test_loss_equals_the_formula_of_the_paper(symmetric: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     queries = torch.randn(4, 6, generator=generator, dtype=torch.float64)
     passages = torch.randn(7, 6, generator=generator, dtype=torch.float64)
@@ -50,15 +50,15 @@ def test_the_loss_is_that_of_the_paper(symmetric: bool) -> None:
     answers = torch.zeros(4, 7, dtype=torch.bool)
     answers[range(4), positive] = True
     answers[1, 6] = answers[3, 0] = True  # answers that other records name
-    found = info_nce(
+    actual = info_nce(
         queries, passages, torch.tensor(positive), answers, 0.3, symmetric=symmetric
     ).sum()
-    wanted = written_out(queries, passages, positive, answers.tolist(), 0.3, symmetric)
-    assert float(found) == pytest.approx(wanted, rel=1e-12)
+    expected = written_out(queries, passages, positive, answers.tolist(), 0.3, symmetric)
+    assert float(actual) == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_false_negative_moves_nothing() -> None:
-    """Not the loss and not a gradient, though it were NaN."""
+def test_false_negative_has_no_effect() -> None:
+    """Neither the loss nor a gradient changes, even by a NaN."""
     queries = torch.eye(2, 3, dtype=torch.float64)
     passages = torch.eye(3, dtype=torch.float64)
     passages[2] = torch.nan
@@ -75,8 +75,8 @@ def test_ranks_are_pessimistic() -> None:
     queries = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     passages = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.6, 0.8]])
     answers = torch.tensor([[True, False, False], [False, False, True], [True, True, False]])
-    found = ranks(queries, passages, torch.tensor([0, 2, 0]), answers)
-    assert found.tolist() == [2, 1, 1]  # a tie counts against it; another answer does not
+    actual = ranks(queries, passages, torch.tensor([0, 2, 0]), answers)
+    assert actual.tolist() == [2, 1, 1]  # a tie counts against it; another answer does not
 
 
 def strategy_of(data: TextPairs, tokenizer: Tokenizer, **changes: Any) -> EmbedStrategy:
@@ -95,7 +95,7 @@ def plain_loss(model: Transformer, strategy: EmbedStrategy, step: int) -> Tensor
     """Each text alone, everything in one graph, each row's columns as lists of texts."""
     whole = strategy.micro_batches(step)[0].step
     data, config = strategy.data, strategy.config
-    drawn = []  # the step's pairs, told from the texts of its queries
+    drawn = []  # the step's pairs, identified by the texts of its queries
     texts: dict[int, list[int]] = {}
     for packed in whole.passes:
         for i, number in enumerate(packed.fields["text"].tolist()):
@@ -159,7 +159,7 @@ def test_pass_by_pass_is_the_plain_gradient(
         model.zero_grad()
         plain = plain_loss(model, strategy, step)
         plain.backward()
-        wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         batches = strategy.micro_batches(step)
         assert (len(batches) > 3) == (rows == 1)
@@ -170,16 +170,16 @@ def test_pass_by_pass_is_the_plain_gradient(
             loss.backward()
             total += loss.detach()
         assert float(total) == pytest.approx(float(plain.detach()), rel=1e-10)
-        assert wanted and "lm_head.weight" not in wanted
-        for name, gradient in wanted.items():
-            found = model.get_parameter(name).grad
+        assert expected and "lm_head.weight" not in expected
+        for name, gradient in expected.items():
+            actual = model.get_parameter(name).grad
             scale = float(gradient.abs().max())
-            assert found is not None and scale > 0, name
+            assert actual is not None and scale > 0, name
             # fp64, summed in another order.
-            torch.testing.assert_close(found, gradient, rtol=0, atol=1e-9 * scale, msg=name)
+            torch.testing.assert_close(actual, gradient, rtol=0, atol=1e-9 * scale, msg=name)
 
 
-def test_held_out_retrieval_is_counted_by_hand(
+def test_held_out_retrieval_by_hand(
     model: Transformer, tokenizer: Tokenizer, data: TextPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each query against every held-out passage but its other answers, in parts or at once."""
@@ -201,11 +201,11 @@ def test_held_out_retrieval_is_counted_by_hand(
             losses.append(float((seen / 0.1).logsumexp(0) - seen[0] / 0.1))
             places.append(1 + int((scores[others] >= scores[own]).sum()))
     assert len(set(places)) > 2
-    wanted = {
+    expected = {
         "loss": sum(losses) / len(losses),
         "accuracy": places.count(1) / len(places),
         "mrr": sum(1 / place for place in places) / len(places),
     }
     for compared in (1 << 24, 1):
         monkeypatch.setattr("khaosz.trainer.stages.embed_validation._COMPARED", compared)
-        assert evaluate_retrieval(strategy, model, Compute()) == pytest.approx(wanted, rel=1e-9)
+        assert evaluate_retrieval(strategy, model, Compute()) == pytest.approx(expected, rel=1e-9)

@@ -20,11 +20,11 @@ def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values(chunk: int, temperature: float) -> None:
     hidden, weight, labels = drawn(torch.float64)
-    found, entropy = token_logprobs(
+    actual, entropy = token_logprobs(
         hidden, weight, labels, chunk=chunk, temperature=temperature, entropy=True
     )
     every = F.log_softmax(hidden @ weight.t() / temperature, -1)
-    assert torch.allclose(found, every.gather(-1, labels[:, None])[:, 0], rtol=1e-12)
+    assert torch.allclose(actual, every.gather(-1, labels[:, None])[:, 0], rtol=1e-12)
     assert torch.allclose(entropy, -(every.exp() * every).sum(-1), rtol=1e-12)
 
 
@@ -41,14 +41,14 @@ def test_gradients_of_both(temperature: float) -> None:
 def test_fp32_is_near_float64() -> None:
     hidden, weight, labels = drawn(torch.float64)
     wide, _ = token_logprobs(hidden, weight, labels)
-    found, _ = token_logprobs(hidden.float(), weight.float(), labels)
-    assert found.dtype == torch.float32
+    actual, _ = token_logprobs(hidden.float(), weight.float(), labels)
+    assert actual.dtype == torch.float32
     # Sums of six products and a softmax of seventeen: a few units in the last place.
-    torch.testing.assert_close(found.double(), wide, rtol=0, atol=5e-6)
+    torch.testing.assert_close(actual.double(), wide, rtol=0, atol=5e-6)
 
 
 def test_without_tokens() -> None:
     hidden, weight, labels = drawn(torch.float32)
-    found, _ = token_logprobs(hidden[:0].requires_grad_(), weight.requires_grad_(), labels[:0])
-    found.sum().backward()
-    assert found.shape == (0,) and weight.grad is not None and not weight.grad.any()
+    actual, _ = token_logprobs(hidden[:0].requires_grad_(), weight.requires_grad_(), labels[:0])
+    actual.sum().backward()
+    assert actual.shape == (0,) and weight.grad is not None and not weight.grad.any()

@@ -1,4 +1,4 @@
-"""Reward models and DPO on packed pairs: exact at step 0, blind to all they should be blind to."""
+"""Reward models and DPO on packed pairs: exact at step 0, independent of the layout."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def gradients(
             loss.backward()
             total += loss.item()
             count += strategy.count(batch)
-    found = {n: p.grad.clone() / count for n, p in model.named_parameters() if p.grad is not None}
-    return total / count, found
+    actual = {n: p.grad.clone() / count for n, p in model.named_parameters() if p.grad is not None}
+    return total / count, actual
 
 
 def slow_logprob(model: Transformer, prompt: np.ndarray, answer: np.ndarray) -> float:
@@ -91,9 +91,9 @@ def test_log_probabilities_of_packed_answers(model: Transformer, pairs: list[Enc
         ):
             own = pairs[pair]
             for index, answer in ((chosen, own.chosen_ids), (rejected, own.rejected_ids)):
-                wanted = slow_logprob(model, own.prompt_ids, answer)
+                expected = slow_logprob(model, own.prompt_ids, answer)
                 # fp32 against float64 over up to 60 tokens of a few nats each.
-                assert sums[index].item() == pytest.approx(wanted, rel=2e-5)
+                assert sums[index].item() == pytest.approx(expected, rel=2e-5)
             seen += 1
     assert seen == len(pairs)
 
@@ -101,7 +101,7 @@ def test_log_probabilities_of_packed_answers(model: Transformer, pairs: list[Enc
 def test_step_0_is_ln_2(model: Transformer, pairs: list[EncodedPair]) -> None:
     strategy = dpo(pairs, per_step=len(pairs))
     table = torch.full((len(pairs), 2), math.nan)
-    for batch in strategy.micro_batches(0):  # the layout that training sees
+    for batch in strategy.micro_batches(0):  # the layout of training
         table[batch.fields["pair"]] = reference_logprobs(model, batch, Compute())
     strategy.data.reference = table
     loss, _ = gradients(strategy, model, steps=1)
@@ -145,8 +145,8 @@ def test_dpo_loss_is_that_of_each_pair_alone(
             case "orpo":
                 odds = [m - math.log(-math.expm1(m)) for m in (pc / nc, pr / nr)]
                 total += -pc / nc + 0.3 * math.log1p(math.exp(-(odds[0] - odds[1])))
-    found, _ = gradients(strategy, model, steps=2)
-    assert found == pytest.approx(total / len(pairs), rel=1e-4)  # fp32 log-probabilities
+    actual, _ = gradients(strategy, model, steps=2)
+    assert actual == pytest.approx(total / len(pairs), rel=1e-4)  # fp32 log-probabilities
 
 
 LAYOUTS = [
@@ -158,7 +158,7 @@ LAYOUTS = [
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_gradients_do_not_know_the_layout(
+def test_gradients_do_not_depend_on_the_layout(
     model: Transformer, pairs: list[EncodedPair], layout: dict[str, int]
 ) -> None:
     """Accumulation split, packing, order, amount and id of padding."""
@@ -166,13 +166,13 @@ def test_gradients_do_not_know_the_layout(
     other = dpo(pairs, **layout)
     other.data.reference = plain.data.reference
     moved(model)
-    loss, wanted = gradients(plain, model, steps=len(pairs) // 8)
-    again, found = gradients(other, model, steps=len(pairs) // layout["per_step"])
+    loss, expected = gradients(plain, model, steps=len(pairs) // 8)
+    again, actual = gradients(other, model, steps=len(pairs) // layout["per_step"])
     assert again == pytest.approx(loss, rel=1e-6)
-    for name, gradient in wanted.items():
+    for name, gradient in expected.items():
         # fp32 sums in another order, relative to the largest entry of each tensor.
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=2e-5 * scale)
+        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=2e-5 * scale)
 
 
 def test_rows_of_one_shape_change_nothing(model: Transformer, pairs: list[EncodedPair]) -> None:
@@ -185,8 +185,8 @@ def test_rows_of_one_shape_change_nothing(model: Transformer, pairs: list[Encode
     assert gradients(padded, model)[0] == pytest.approx(loss, rel=1e-6)
 
 
-def test_what_is_masked_changes_nothing(model: Transformer, pairs: list[EncodedPair]) -> None:
-    """A NaN wherever nothing is scored, prompts and padding, leaves loss and gradients alone."""
+def test_masked_positions_change_nothing(model: Transformer, pairs: list[EncodedPair]) -> None:
+    """A NaN wherever nothing is scored (prompts, padding) changes neither loss nor gradients."""
     strategy = with_reference(dpo(pairs), model)
 
     class Poisoned(Transformer):
@@ -197,20 +197,20 @@ def test_what_is_masked_changes_nothing(model: Transformer, pairs: list[EncodedP
     batch = strategy.micro_batches(0)[0]
     plain = strategy.loss(model, batch, Compute())
     plain.backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.__class__, model.masked = Poisoned, batch.labels == -100
     poisoned = strategy.loss(model, batch, Compute())
     poisoned.backward()
     assert torch.equal(poisoned, plain)
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and torch.equal(parameter.grad, wanted[name])
+        assert parameter.grad is not None and torch.equal(parameter.grad, expected[name])
 
 
-def test_changing_the_other_answer_does_not_change_this_one(
+def test_packed_neighbours_do_not_change_an_answer(
     model: Transformer, pairs: list[EncodedPair]
 ) -> None:
-    """Packed neighbours are invisible: the log-probability of an answer is its own business."""
+    """The log-probability of an answer does not depend on packed neighbours."""
     first, second = pairs[0], pairs[1]
     other = replace(second, chosen_ids=second.chosen_ids[::-1].copy())
 
@@ -222,7 +222,7 @@ def test_changing_the_other_answer_does_not_change_this_one(
     assert torch.equal(of_first([first, second]), of_first([first, other]))
 
 
-def test_a_missing_reference_is_noticed(model: Transformer, pairs: list[EncodedPair]) -> None:
+def test_missing_reference_raises(model: Transformer, pairs: list[EncodedPair]) -> None:
     from khaosz.errors import TrainingError
 
     strategy = with_reference(dpo(pairs), model)
@@ -241,40 +241,38 @@ def rm(
     )  # fmt: skip
 
 
-def test_rewards_are_read_at_the_last_real_token(
+def test_rewards_are_those_of_the_last_real_token(
     model: Transformer, pairs: list[EncodedPair], tokenizer: Tokenizer
 ) -> None:
-    judge = RewardModel.from_transformer(model)
-    torch.nn.init.normal_(judge.score.weight)
+    reward_model = RewardModel.from_transformer(model)
+    torch.nn.init.normal_(reward_model.score.weight)
     batch = rm(pairs).micro_batches(0)[0]
     assert (batch.ids.reshape(-1)[batch.ends] == tokenizer.end_id).all()
-    found = sequence_rewards(judge, batch, Compute())
+    actual = sequence_rewards(reward_model, batch, Compute())
     for pair, chosen in zip(
         batch.fields["pair"].tolist(), batch.fields["chosen"].tolist(), strict=True
     ):
         ids = torch.tensor([[*pairs[pair].prompt_ids, *pairs[pair].chosen_ids]])
-        alone = judge.rewards(judge(ids))[0, -1]
-        torch.testing.assert_close(found[chosen], alone, rtol=0, atol=1e-5)  # fp32, another shape
+        alone = reward_model.rewards(reward_model(ids))[0, -1]
+        torch.testing.assert_close(actual[chosen], alone, rtol=0, atol=1e-5)  # fp32, another shape
 
 
-def test_a_new_reward_model_finds_everything_equal(
-    model: Transformer, pairs: list[EncodedPair]
-) -> None:
-    judge = RewardModel.from_transformer(model)
+def test_new_reward_model_gives_equal_rewards(model: Transformer, pairs: list[EncodedPair]) -> None:
+    reward_model = RewardModel.from_transformer(model)
     strategy = rm(pairs)
-    loss, _ = gradients(strategy, judge)
+    loss, _ = gradients(strategy, reward_model)
     assert loss == math.log(2) or loss == pytest.approx(math.log(2), abs=1e-7)
     assert float(strategy.metric_sums["accuracy"]) == len(pairs) / 2
 
 
-def test_margins_and_centring_reach_the_loss(model: Transformer, pairs: list[EncodedPair]) -> None:
-    judge = RewardModel.from_transformer(model)
-    torch.nn.init.normal_(judge.score.weight)
+def test_margins_and_centring_change_the_loss(model: Transformer, pairs: list[EncodedPair]) -> None:
+    reward_model = RewardModel.from_transformer(model)
+    torch.nn.init.normal_(reward_model.score.weight)
     marked = [replace(pair, margin=0.5) for pair in pairs]
-    plain = gradients(rm(marked, use_margins=False), judge)[0]
-    assert gradients(rm(pairs), judge)[0] == pytest.approx(plain, rel=1e-6)
-    assert gradients(rm(marked), judge)[0] > plain
-    assert gradients(rm(pairs, centre=0.1), judge)[0] > plain
+    plain = gradients(rm(marked, use_margins=False), reward_model)[0]
+    assert gradients(rm(pairs), reward_model)[0] == pytest.approx(plain, rel=1e-6)
+    assert gradients(rm(marked), reward_model)[0] > plain
+    assert gradients(rm(pairs, centre=0.1), reward_model)[0] > plain
 
 
 def test_ranked_answers_share_their_forward_pass(

@@ -86,10 +86,10 @@ def tensors(side: list[list[float]]) -> Answers:
 def test_each_loss_is_the_papers(values: dict[str, object]) -> None:
     config = PreferenceConfig.parse(values)
     drawn = pairs(3)
-    found = preference_loss(tensors([c for c, _ in drawn]), tensors([r for _, r in drawn]), config)
-    wanted = [scalar(config, c, r) for c, r in drawn]
+    actual = preference_loss(tensors([c for c, _ in drawn]), tensors([r for _, r in drawn]), config)
+    expected = [scalar(config, c, r) for c, r in drawn]
     # float64 against float64, in another order of operations.
-    assert found.tolist() == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+    assert actual.tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("values", CONFIGS, ids=str)
@@ -114,8 +114,8 @@ def test_dpo_by_hand() -> None:
     same = Answers(torch.tensor([-6.0]), torch.tensor([-6.0]), torch.tensor([3.0]))
     better = Answers(torch.tensor([-5.0]), torch.tensor([-6.0]), torch.tensor([3.0]))
     assert preference_loss(same, same, config).item() == pytest.approx(math.log(2), abs=1e-7)
-    found = preference_loss(better, same, config).item()
-    assert found == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-7)
+    actual = preference_loss(better, same, config).item()
+    assert actual == pytest.approx(math.log(1 + math.exp(-0.5)), abs=1e-7)
     assert implicit_rewards(better, config).item() == pytest.approx(0.5)
 
 
@@ -130,19 +130,19 @@ def test_noise_free_variants_agree() -> None:
 
 def test_reward_loss_by_hand() -> None:
     chosen, rejected = torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0])
-    found = reward_loss(chosen, rejected)
-    assert found.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2)])
+    actual = reward_loss(chosen, rejected)
+    assert actual.tolist() == pytest.approx([math.log(1 + math.exp(-1)), math.log(2)])
     margin = torch.tensor([1.0, 0.0])
     with_margin = reward_loss(chosen, rejected, margin, centre=0.1)
     assert with_margin.tolist() == pytest.approx([math.log(2) + 0.9, math.log(2)])
 
 
 def test_log_odds_near_certainty() -> None:
-    found = log_odds(torch.tensor([-1e-4, -0.5, -20.0], dtype=torch.float64))
-    wanted = [math.log(math.exp(x) / -math.expm1(x)) for x in (-1e-4, -0.5, -20.0)]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-12)
+    actual = log_odds(torch.tensor([-1e-4, -0.5, -20.0], dtype=torch.float64))
+    expected = [math.log(math.exp(x) / -math.expm1(x)) for x in (-1e-4, -0.5, -20.0)]
+    assert actual.tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_tie_is_half_right() -> None:
-    found = preferred(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]))
-    assert found.tolist() == [1.0, 0.5, 0.0]
+def test_tie_counts_half() -> None:
+    actual = preferred(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0]))
+    assert actual.tolist() == [1.0, 0.5, 0.0]

@@ -1,4 +1,4 @@
-"""Preference training after its first step: references, what is reported, held-out pairs."""
+"""Preference training after its first step: references, metrics, held-out pairs."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def table_of(model: Transformer, pairs: list[EncodedPair]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
+def close(actual: Tensor, expected: Tensor) -> None:
     # fp32 against float64 over up to 60 tokens of a few nats each.
-    torch.testing.assert_close(found.double(), wanted, rtol=2e-5, atol=1e-5)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-5, atol=1e-5)
 
 
 # The reference
 
 
-def test_a_stored_table_is_used_for_its_model_and_pairs_only(
+def test_stored_table_is_used_for_its_model_and_pairs_only(
     model: Transformer,
     loaded: list[EncodedPair],
     tmp_path: Path,
@@ -121,7 +121,7 @@ def test_a_stored_table_is_used_for_its_model_and_pairs_only(
     assert len(computed) == 3
 
 
-def test_adapters_off_are_the_reference_however_far_they_have_learned(
+def test_adapters_off_are_the_reference_of_a_trained_policy(
     model: Transformer, loaded: list[EncodedPair]
 ) -> None:
     pairs = loaded[:6]
@@ -144,10 +144,10 @@ def test_adapters_off_are_the_reference_however_far_they_have_learned(
     assert sorted(seen) == list(range(6))
 
 
-def test_the_reference_of_a_resumed_policy_is_where_it_started(
+def test_reference_of_a_resumed_policy_is_its_start(
     align: Any, loaded: list[EncodedPair], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Not what the checkpoint has brought: a table for pairs, a model for rollouts."""
+    """Never the model of the checkpoint: a table for pairs, a model for rollouts."""
     for stage in ("dpo", "grpo"):
         new = open_run(RunOrigin(align(stage, out=tmp_path / stage)), CPU, QUIET)
         new.load_model()
@@ -176,23 +176,21 @@ def test_log_probabilities_of_bf16_states_are_fp32() -> None:
     hidden = torch.randn(50, 32, generator=generator).bfloat16()
     weight = (torch.randn(200, 32, generator=generator) * 0.2).bfloat16()
     labels = torch.randint(0, 200, (50,), generator=generator)
-    found, entropy = token_logprobs(hidden, weight, labels, entropy=True)
+    actual, entropy = token_logprobs(hidden, weight, labels, entropy=True)
     every = F.log_softmax((hidden @ weight.t()).double(), -1)  # the same bf16 logits
-    assert found.dtype == entropy.dtype == torch.float32
+    assert actual.dtype == entropy.dtype == torch.float32
     # fp32 against fp64 on sums of 200 terms; bf16 would be off by 2^-8 of about five nats.
-    wanted = every.gather(-1, labels[:, None])[:, 0]
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    expected = every.gather(-1, labels[:, None])[:, 0]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
     spread = -(every.exp() * every).sum(-1)
     torch.testing.assert_close(entropy.double(), spread, rtol=1e-5, atol=1e-6)
 
 
-# What is reported
+# Metrics
 
 
-def test_what_is_shown_is_what_each_answer_is_worth(
-    model: Transformer, loaded: list[EncodedPair]
-) -> None:
-    """A loss stuck at 0.693 says nothing: margin, accuracy, the log-probability of each answer."""
+def test_metrics_are_the_implicit_rewards(model: Transformer, loaded: list[EncodedPair]) -> None:
+    """Margin, accuracy and log-probabilities, which a loss of 0.693 does not show."""
     pairs = loaded[:8]
     before = table_of(model, pairs)
     strategy = dpo(pairs, beta=0.3)
@@ -202,7 +200,7 @@ def test_what_is_shown_is_what_each_answer_is_worth(
     worth = 0.3 * (after - before)
     for batch in strategy.micro_batches(0):
         strategy.loss(model, batch, Compute())
-    wanted = {
+    expected = {
         "accuracy": float((worth[:, 0] > worth[:, 1]).sum()),
         "margin": float((worth[:, 0] - worth[:, 1]).sum()),
         "reward_chosen": float(worth[:, 0].sum()),
@@ -211,45 +209,45 @@ def test_what_is_shown_is_what_each_answer_is_worth(
         "logprob_rejected": float((after / tokens)[:, 1].sum()),
         "kl": float((after - before).sum() / 2),
     }
-    assert strategy.metric_sums.keys() == wanted.keys()
-    assert 0 < wanted["accuracy"] < 8, "a case in which some are right and some are wrong"
-    for name, value in wanted.items():
+    assert strategy.metric_sums.keys() == expected.keys()
+    assert 0 < expected["accuracy"] < 8, "a case in which some are right and some are wrong"
+    for name, value in expected.items():
         # Differences of sums of up to 60 nats, each exact to a millionth.
         assert float(strategy.metric_sums[name]) == pytest.approx(value, rel=1e-3, abs=1e-3), name
-    assert set(strategy.progress_metrics) <= wanted.keys()
+    assert set(strategy.progress_metrics) <= expected.keys()
 
 
 def test_held_out_numbers_are_means_over_pairs(
     model: Transformer, loaded: list[EncodedPair]
 ) -> None:
-    """Of one pair as of many in a micro-batch, with the training step's tally left alone."""
+    """The same for one pair and for many in a micro-batch; the sums of the training step stay."""
     held_out = loaded[:7]
     table = table_of(model, held_out).float()
     shifted(model)
-    found = []
+    actual = []
     for micro_rows in (1, 3):
         strategy = dpo(loaded[7:], held_out, micro_rows)
         strategy.held_out.reference = table
         strategy.add_metrics(accuracy=torch.tensor(100.0))
-        found.append(evaluate_pairs(strategy, model, Compute()))
+        actual.append(evaluate_pairs(strategy, model, Compute()))
         assert {name: float(v) for name, v in strategy.metric_sums.items()} == {"accuracy": 100.0}
     gap = (table_of(model, held_out) - table) @ torch.tensor([1.0, -1.0]).double()
     loss = -F.logsigmoid(0.1 * gap).mean()
-    for one in found:
+    for one in actual:
         assert one["loss"] == pytest.approx(float(loss), rel=1e-4)
         assert one["accuracy"] == pytest.approx(float((gap > 0).double().mean()))
         assert one["margin"] == pytest.approx(0.1 * float(gap.mean()), rel=1e-3)
 
 
 def reward_model_with_dropout(model: Transformer) -> RewardModel:
-    judge = RewardModel.from_transformer(model)
-    torch.nn.init.normal_(judge.score.weight, generator=torch.Generator().manual_seed(3))
+    reward_model = RewardModel.from_transformer(model)
+    torch.nn.init.normal_(reward_model.score.weight, generator=torch.Generator().manual_seed(3))
     lora = LoRAConfig(rank=4, alpha=8.0, dropout=0.5)
-    add_lora(judge, lora, torch.Generator().manual_seed(0))
-    for layer in named_adapters(judge).values():
+    add_lora(reward_model, lora, torch.Generator().manual_seed(0))
+    for layer in named_adapters(reward_model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1, generator=torch.Generator().manual_seed(1))
-    judge.train()  # as the loop has it when it calls for a validation
-    return judge
+    reward_model.train()  # as in the loop when it validates
+    return reward_model
 
 
 def rm(held_out: list[EncodedPair], parallel: ParallelContext = CPU) -> RMStrategy:
@@ -262,19 +260,21 @@ def rm(held_out: list[EncodedPair], parallel: ParallelContext = CPU) -> RMStrate
     )
 
 
-def test_held_out_pairs_are_judged_without_dropout(
+def test_held_out_pairs_are_scored_without_dropout(
     model: Transformer, loaded: list[EncodedPair]
 ) -> None:
-    judge = reward_model_with_dropout(model)
+    reward_model = reward_model_with_dropout(model)
     before = torch.get_rng_state()
-    found = [evaluate_pairs(rm(loaded[:6]), judge, Compute())["loss"] for _ in range(2)]
-    assert found[0] == found[1]
-    assert torch.equal(torch.get_rng_state(), before), "nor may it move what training will draw"
+    actual = [evaluate_pairs(rm(loaded[:6]), reward_model, Compute())["loss"] for _ in range(2)]
+    assert actual[0] == actual[1]
+    assert torch.equal(torch.get_rng_state(), before), (
+        "validation must not change the random state of training"
+    )
 
 
 @contextmanager
 def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many numbers a rank puts into the sum over ranks, without the other rank."""
+    """The number of values that a rank adds to the sum over ranks, without the other rank."""
     lengths: list[int] = []
 
     def across(values: list[float], context: ParallelContext) -> list[float]:
@@ -286,16 +286,16 @@ def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield lengths
 
 
-def test_a_rank_without_held_out_pairs_sums_as_many_numbers(
+def test_rank_without_held_out_pairs_sums_the_same_metrics(
     model: Transformer, loaded: list[EncodedPair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One held-out pair and two ranks: a sum over tensors of different lengths hangs or fails."""
-    judge = RewardModel.from_transformer(model)
+    reward_model = RewardModel.from_transformer(model)
     lengths = []
     for rank in (0, 1):
         parallel = ParallelContext(torch.device("cpu"), rank, 2)
         with as_rank(rank, monkeypatch) as summed:
-            evaluate_pairs(rm(loaded[:1], parallel), judge, Compute())
+            evaluate_pairs(rm(loaded[:1], parallel), reward_model, Compute())
         lengths.append(summed)
     assert lengths[0] == lengths[1]
 
@@ -303,14 +303,14 @@ def test_a_rank_without_held_out_pairs_sums_as_many_numbers(
 def test_reference_logprobs_go_to_their_pairs(
     model: Transformer, loaded: list[EncodedPair]
 ) -> None:
-    """Pairs are drawn out of order: each takes along its own row of the table."""
+    """Pairs are drawn out of order: each has its row of the table."""
     strategy = dpo(loaded)
     strategy.data.reference = torch.arange(2.0 * len(loaded)).view(-1, 2)
     drawn, table = [], table_of(model, loaded)
     for batch in strategy.micro_batches(1):
         own = batch.fields["pair"]
         drawn += own.tolist()
-        wanted = torch.stack((2.0 * own, 2.0 * own + 1), 1)
-        assert torch.equal(batch.fields["reference"], wanted)
+        expected = torch.stack((2.0 * own, 2.0 * own + 1), 1)
+        assert torch.equal(batch.fields["reference"], expected)
         close(reference_logprobs(model, batch, Compute()), table[own])
     assert drawn != sorted(drawn)

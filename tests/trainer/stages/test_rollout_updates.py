@@ -1,4 +1,4 @@
-"""PPO and GRPO after the policy has moved: where every term of the loss tells from every other."""
+"""PPO and GRPO after an update of the policy, where all terms of the loss differ."""
 
 from __future__ import annotations
 
@@ -90,9 +90,9 @@ def every_logprob(model: Transformer, ids: list[int], first: int, temperature: f
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_the_loss_of_an_update_is_its_formula(make: Make, stage: str) -> None:
-    """Policy, critic and reference all differ, the temperature is not 1, and the clip holds on
-    both sides: no term can stand in for another."""
+def test_loss_of_an_update_equals_its_formula(make: Make, stage: str) -> None:
+    """Policy, critic and reference all differ, the temperature is not 1, and the clip applies on
+    both sides: no term equals another."""
     strategy = make(
         stage, temperature=0.8, entropy=0.01, kl=0.3, clip=0.1, value_clip=0.05, value_weight=0.7
     )
@@ -103,7 +103,7 @@ def test_the_loss_of_an_update_is_its_formula(make: Make, stage: str) -> None:
         shifted(strategy.critic, 6, 0.03)
     policy = copy.deepcopy(strategy.policy).double()
     critic = copy.deepcopy(strategy.critic).double() if strategy.critic is not None else None
-    sums = dict.fromkeys(("policy", "entropy", "value", "k3", "held", "moved"), 0.0)
+    sums = dict.fromkeys(("policy", "entropy", "value", "k3", "clipped", "moved"), 0.0)
     ratios = []
     for i, sequence in enumerate(rollout.sequences):
         ids, first = list(sequence.ids), sequence.scored_from
@@ -118,7 +118,7 @@ def test_the_loss_of_an_update_is_its_formula(make: Make, stage: str) -> None:
             ratios.append(ratio)
             bounded = min(max(ratio, 0.9), 1.1)
             sums["policy"] -= min(ratio * advantage, bounded * advantage)
-            sums["held"] += bounded * advantage < ratio * advantage
+            sums["clipped"] += bounded * advantage < ratio * advantage
             sums["k3"] += math.exp(ref - now) - 1 - (ref - now)
             sums["moved"] += math.exp(now - old) - 1 - (now - old)
         if critic is not None:
@@ -129,30 +129,30 @@ def test_the_loss_of_an_update_is_its_formula(make: Make, stage: str) -> None:
                 near = old + min(max(value - old, -0.05), 0.05)
                 sums["value"] += max((value - target) ** 2, (near - target) ** 2) / 2
     assert min(ratios) < 0.9 and max(ratios) > 1.1
-    wanted = sums["policy"] - 0.01 * sums["entropy"]
-    wanted += 0.7 * sums["value"] if critic is not None else 0.3 * sums["k3"]
-    for step in (0, 1):  # the second epoch takes the same answers in another layout
+    expected = sums["policy"] - 0.01 * sums["entropy"]
+    expected += 0.7 * sums["value"] if critic is not None else 0.3 * sums["k3"]
+    for step in (0, 1):  # the second epoch has the same answers in another layout
         batches = strategy.micro_batches(step)
         assert strategy.rollout is rollout
         strategy.metric_sums.clear()
         loss = sum(strategy.loss(strategy.policy, batch, Compute()).item() for batch in batches)
         assert sum(map(strategy.count, batches)) == len(ratios)
         # fp32 against float64 through ratios of up to a few, summed over some seventy tokens.
-        assert loss == pytest.approx(wanted, rel=1e-3)
-        found = {name: float(value) for name, value in strategy.metric_sums.items()}
-        assert found["policy_loss"] == pytest.approx(sums["policy"], rel=1e-3, abs=1e-3)
-        assert found["entropy"] == pytest.approx(sums["entropy"], rel=1e-3)
-        assert found["step_kl"] == pytest.approx(sums["moved"], rel=1e-3)
-        assert found["clip_fraction"] == sums["held"]
+        assert loss == pytest.approx(expected, rel=1e-3)
+        actual = {name: float(value) for name, value in strategy.metric_sums.items()}
+        assert actual["policy_loss"] == pytest.approx(sums["policy"], rel=1e-3, abs=1e-3)
+        assert actual["entropy"] == pytest.approx(sums["entropy"], rel=1e-3)
+        assert actual["step_kl"] == pytest.approx(sums["moved"], rel=1e-3)
+        assert actual["clip_fraction"] == sums["clipped"]
         if critic is not None:
-            assert found["value_loss"] == pytest.approx(sums["value"], rel=1e-3)
+            assert actual["value_loss"] == pytest.approx(sums["value"], rel=1e-3)
         else:
-            assert found["kl_loss"] == pytest.approx(sums["k3"], rel=1e-3)
+            assert actual["kl_loss"] == pytest.approx(sums["k3"], rel=1e-3)
     assert config.temperature == 0.8
 
 
-def test_the_penalty_of_ppo_is_what_the_policy_says_over_the_reference(make: Make) -> None:
-    """The reward of a token is -kl (log pi - log ref), seen without any function of ours."""
+def test_penalty_of_ppo_is_the_log_ratio_to_the_reference(make: Make) -> None:
+    """The reward of a token is -kl (log pi - log ref), computed without `losses`."""
     strategy = make("ppo", kl=0.3, whiten=False, lam=1.0, gamma=1.0, temperature=0.8)
     strategy.micro_batches(0)
     rollout, reference = rollout_of(strategy), strategy.reference
@@ -167,24 +167,24 @@ def test_the_penalty_of_ppo_is_what_the_policy_says_over_the_reference(make: Mak
         k1 = log_pi - log_ref
         gone += float(k1.sum())
         # With lambda = gamma = 1 the return of a token is the sum of all rewards from it on.
-        wanted = float(rollout.scores[i]) - 0.3 * k1.flip(0).cumsum(0).flip(0)
-        torch.testing.assert_close(rollout.returns[i].double(), wanted, rtol=1e-4, atol=1e-4)
+        expected = float(rollout.scores[i]) - 0.3 * k1.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(rollout.returns[i].double(), expected, rtol=1e-4, atol=1e-4)
     assert strategy.step_metrics["kl"] == pytest.approx(gone / len(rollout.sequences), rel=1e-3)
 
 
 def test_whitening_is_one_map_for_all_tokens(make: Make) -> None:
-    """Not one for each answer or micro-batch, which would make a bad answer look like a good."""
+    """Not one per answer or micro-batch, which would give a bad answer the values of a good one."""
     plain, white = make("ppo", whiten=False), make("ppo")
     plain.micro_batches(0), white.micro_batches(0)
     before, after = (torch.cat(rollout_of(s).advantages).double() for s in (plain, white))
-    wanted = (before - before.mean()) / before.std(correction=0)
-    torch.testing.assert_close(after, wanted, rtol=1e-4, atol=1e-5)  # fp32 of a double's moments
+    expected = (before - before.mean()) / before.std(correction=0)
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-5)  # fp32 of a double's moments
     for a, b in zip(rollout_of(plain).returns, rollout_of(white).returns, strict=True):
         assert torch.equal(a, b), "the critic learns returns as they are"
 
 
 def test_moments_are_those_of_all_ranks(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another rank's tokens are put in where ranks sum."""
+    """The sum over ranks is replaced: it adds the tokens of another rank."""
     mine, theirs = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -3.0])
 
     def across(values: list[float], context: ParallelContext) -> list[float]:
@@ -206,17 +206,17 @@ def test_adapters_off_are_the_reference_of_a_rollout(make: Make, model: Transfor
     strategy = make("grpo", by_adapters=True)
     strategy.micro_batches(0)
     rollout = rollout_of(strategy)
-    for sequence, found in zip(rollout.sequences, rollout.reference, strict=True):
+    for sequence, actual in zip(rollout.sequences, rollout.reference, strict=True):
         ids, first = list(sequence.ids), sequence.scored_from
         own = torch.tensor(ids[first:])[:, None]
-        wanted = every_logprob(base, ids, first, 1.0).gather(-1, own)[:, 0]
-        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-5)
+        expected = every_logprob(base, ids, first, 1.0).gather(-1, own)[:, 0]
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=5e-5)
     assert all(layer.enabled for layer in named_adapters(model).values())
     assert abs(strategy.step_metrics["kl"]) > 1e-3
 
 
 class Watched(nn.Module):
-    """Stands where DDP stands, and knows when a forward pass goes through it."""
+    """Wraps the module as DDP does, and records when a forward pass runs inside it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -231,7 +231,7 @@ class Watched(nn.Module):
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_what_makes_gradients_runs_inside_the_wrapper(
+def test_gradients_are_computed_inside_the_wrapper(
     make: Make, stage: str, tokenizer: Tokenizer, align: Any
 ) -> None:
     """DDP reduces the gradients of a forward pass that goes through it, and of parameters that it

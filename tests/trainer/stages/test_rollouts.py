@@ -1,4 +1,4 @@
-"""PPO and GRPO: what a rollout holds, and what an update makes of it."""
+"""PPO and GRPO: the contents of a rollout and the updates from it."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def step_loss(strategy: RLHFStrategy, step: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("stage", ["ppo", "grpo"])
-def test_the_first_ratio_is_one(make, stage: str) -> None:  # type: ignore[no-untyped-def]
+def test_first_ratio_is_one(make, stage: str) -> None:  # type: ignore[no-untyped-def]
     strategy = make(stage)
     for step in range(2):  # both minibatches of the first epoch
         for batch in strategy.micro_batches(step):
             new = batch_logprobs(strategy.policy, batch, Compute())[0]
             assert torch.equal(new.detach(), batch.fields["old"])
-            # The reference is the policy itself, so far.
+            # The reference still equals the policy.
             assert torch.equal(batch.fields["reference"], batch.fields["old"])
     assert strategy.step_metrics["kl"] == 0.0
     for batch in strategy.micro_batches(2):  # another partition of the same answers
@@ -83,8 +83,8 @@ def test_the_first_ratio_is_one(make, stage: str) -> None:  # type: ignore[no-un
         torch.testing.assert_close(new.detach(), batch.fields["old"], rtol=0, atol=2e-5)
 
 
-def test_old_log_probabilities_are_those_of_sampling(make) -> None:  # type: ignore[no-untyped-def]
-    """The engine and the training forward are two programs; they must be of one mind."""
+def test_old_log_probabilities_equal_those_of_sampling(make) -> None:  # type: ignore[no-untyped-def]
+    """The engine and the training forward are two programs; their numbers must agree."""
     strategy = make("grpo", temperature=0.8)
     strategy.micro_batches(0)
     rollout = strategy.rollout
@@ -93,8 +93,8 @@ def test_old_log_probabilities_are_those_of_sampling(make) -> None:  # type: ign
         ids = torch.tensor(sequence.ids)
         logits = strategy.policy.logits(strategy.policy(ids[None]))[0].double() / 0.8
         every = logits.log_softmax(-1)[:-1].gather(-1, ids[1:, None])[:, 0]
-        wanted = every[sequence.scored_from - 1 :]
-        torch.testing.assert_close(old.double(), wanted, rtol=0, atol=5e-5)
+        expected = every[sequence.scored_from - 1 :]
+        torch.testing.assert_close(old.double(), expected, rtol=0, atol=5e-5)
 
 
 def test_every_answer_is_trained_on_once_an_epoch(make) -> None:  # type: ignore[no-untyped-def]
@@ -142,7 +142,7 @@ def test_whitened_over_all_tokens(make) -> None:  # type: ignore[no-untyped-def]
     assert every.std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
-def test_grpo_judges_answers_against_their_own_prompt(make) -> None:  # type: ignore[no-untyped-def]
+def test_grpo_compares_answers_to_the_same_prompt(make) -> None:  # type: ignore[no-untyped-def]
     strategy = make("grpo")
     strategy.micro_batches(0)
     rollout = strategy.rollout
@@ -150,13 +150,13 @@ def test_grpo_judges_answers_against_their_own_prompt(make) -> None:  # type: ig
     assert len(set(prompts)) == 4 and all(len(set(prompts[i : i + 3])) == 1 for i in (0, 3, 6, 9))
     for first in range(0, 12, 3):
         own = rollout.scores[first : first + 3].double()
-        wanted = (own - own.mean()) / (own.std(correction=0) + 1e-4)
-        found = torch.stack([a[0] for a in rollout.advantages[first : first + 3]]).double()
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        expected = (own - own.mean()) / (own.std(correction=0) + 1e-4)
+        actual = torch.stack([a[0] for a in rollout.advantages[first : first + 3]]).double()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
         assert all((a == a[0]).all() for a in rollout.advantages[first : first + 3])
 
 
-def test_the_value_of_a_token_is_that_of_what_stands_before_it(make) -> None:  # type: ignore[no-untyped-def]
+def test_value_of_a_token_depends_on_the_tokens_before_it(make) -> None:  # type: ignore[no-untyped-def]
     strategy = make("ppo")
     strategy.micro_batches(0)
     rollout, critic = strategy.rollout, strategy.critic
@@ -168,7 +168,7 @@ def test_the_value_of_a_token_is_that_of_what_stands_before_it(make) -> None:  #
         torch.testing.assert_close(rollout.values[0][t], alone.detach(), rtol=0, atol=1e-5)
 
 
-def test_a_rewarded_answer_becomes_likelier(make) -> None:  # type: ignore[no-untyped-def]
+def test_rewarded_answer_becomes_more_probable(make) -> None:  # type: ignore[no-untyped-def]
     for stage in ("ppo", "grpo"):
         strategy = make(stage, epochs=1, minibatches=1, kl=0.0)
         batches = strategy.micro_batches(0)
@@ -185,7 +185,7 @@ def test_a_rewarded_answer_becomes_likelier(make) -> None:  # type: ignore[no-un
         assert gained > 0
 
 
-def test_the_critic_learns_returns_and_the_policy_does_not_hear_of_it(make) -> None:  # type: ignore[no-untyped-def]
+def test_critic_loss_does_not_change_the_policy(make) -> None:  # type: ignore[no-untyped-def]
     strategy = make("ppo", epochs=1, minibatches=1)
     step_loss(strategy, 0).backward()
     assert all(p.grad is not None for p in strategy.critic.parameters())
@@ -197,15 +197,15 @@ def test_the_critic_learns_returns_and_the_policy_does_not_hear_of_it(make) -> N
         assert torch.equal(parameter.grad, with_critic[name])
 
 
-def test_unfinished_answers_cost_what_the_recipe_says(make) -> None:  # type: ignore[no-untyped-def]
+def test_unfinished_answers_pay_the_penalty(make) -> None:  # type: ignore[no-untyped-def]
     plain, strict = make("grpo"), make("grpo", missing_end_penalty=5.0)
     plain.micro_batches(0), strict.micro_batches(0)
     assert not plain.rollout.finished.all()
-    wanted = plain.rollout.scores - 5.0 * (~plain.rollout.finished).float()
-    assert torch.equal(strict.rollout.scores, wanted)
+    expected = plain.rollout.scores - 5.0 * (~plain.rollout.finished).float()
+    assert torch.equal(strict.rollout.scores, expected)
 
 
-def test_an_answer_holds_its_end_token_if_it_came(make, tokenizer: Tokenizer) -> None:  # type: ignore[no-untyped-def]
+def test_answer_contains_its_end_token(make, tokenizer: Tokenizer) -> None:  # type: ignore[no-untyped-def]
     strategy = make("grpo", max_new_tokens=40, prompts=8)
     strategy.micro_batches(0)
     ends = {tokenizer.end_id, tokenizer.eos_id}
@@ -229,19 +229,19 @@ def test_rollouts_are_a_function_of_seed_and_weights(make) -> None:  # type: ign
     assert one.rollout.sequences != two.rollout.sequences
 
 
-def test_a_rollout_is_stored_and_read_back(make) -> None:  # type: ignore[no-untyped-def]
+def test_rollout_is_stored_and_restored(make) -> None:  # type: ignore[no-untyped-def]
     one, two = make("ppo", kl_target=1.0), make("ppo", kl_target=1.0)
     one.micro_batches(1)
     two.load_state_tensors(one.state_tensors())
-    two.reward_source = None  # it must not need to sample again
+    two.reward_source = None  # it must not sample again
     for a, b in zip(one.micro_batches(2), two.micro_batches(2), strict=True):
         assert torch.equal(a.ids, b.ids)
         assert all(torch.equal(a.fields[n], b.fields[n]) for n in a.fields)
     assert two.kl.weight == one.kl.weight and two.step_metrics == one.step_metrics
 
 
-class TestJudges:
-    def test_a_function_that_raises_ends_the_run(self, make) -> None:  # type: ignore[no-untyped-def]
+class TestRewardSources:
+    def test_function_that_raises_ends_the_run(self, make) -> None:  # type: ignore[no-untyped-def]
         def broken(messages: Any, answer: str, extra: Any) -> float:
             raise KeyError("answer")
 
@@ -249,7 +249,7 @@ class TestJudges:
         with pytest.raises(TrainingError, match=r"mine:broken failed.*KeyError"):
             strategy.micro_batches(0)
 
-    def test_what_has_no_finite_reward_is_left_out(self, make) -> None:  # type: ignore[no-untyped-def]
+    def test_answers_without_a_finite_reward_are_left_out(self, make) -> None:  # type: ignore[no-untyped-def]
         calls = []
 
         def sometimes(messages: Any, answer: str, extra: Any) -> float:
@@ -264,18 +264,18 @@ class TestJudges:
             assert len(strategy.rollout.sequences) == 7
             assert strategy.step_metrics["without_reward"] == 5
 
-    def test_no_reward_at_all(self, make) -> None:  # type: ignore[no-untyped-def]
+    def test_refuses_a_rollout_without_rewards(self, make) -> None:  # type: ignore[no-untyped-def]
         strategy = make("ppo", FunctionReward(lambda *_: math.nan, "nothing"))
         with pytest.raises(TrainingError, match="no finite reward"):
             strategy.micro_batches(0)
 
-    def test_a_reward_model_reads_to_the_last_token(
+    def test_reward_model_scores_the_last_token(
         self, make, model: Transformer, tokenizer: Tokenizer
     ) -> None:  # type: ignore[no-untyped-def]
         reward = RewardModel.from_transformer(model)
         torch.nn.init.normal_(reward.score.weight)
-        judge = ModelReward(reward, Compute(), 64, 2, tokenizer.pad_id)
-        strategy = make("ppo", judge)
+        source = ModelReward(reward, Compute(), 64, 2, tokenizer.pad_id)
+        strategy = make("ppo", source)
         strategy.micro_batches(0)
         for sequence, score in zip(
             strategy.rollout.sequences, strategy.rollout.scores, strict=True
@@ -294,11 +294,11 @@ class TestJudges:
             ("/no/such/file.py:f", "can't be loaded"),
         ],
     )
-    def test_names_of_functions(self, name: str, message: str) -> None:
+    def test_refuses_unknown_function(self, name: str, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             load_function(name)
 
-    def test_a_function_in_a_file(self, tmp_path: Path) -> None:
+    def test_load_function_from_a_file(self, tmp_path: Path) -> None:
         path = tmp_path / "mine.py"
         path.write_text("def f(messages, answer, extra):\n    return 3\n")
         assert load_function(f"{path}:f")([], "", {}) == 3

@@ -1,4 +1,4 @@
-"""Whole alignment runs: what is written, resumed to the bit, and refused."""
+"""Whole alignment runs: output, exact resumption, refused settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rows(config: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_reward_model_is_saved_to_be_served(align: Any) -> None:
+def test_reward_model_is_saved_for_serving(align: Any) -> None:
     config = align("rm")
     context = go(config)
     directory = resolve(config.out / "last")
@@ -61,14 +61,14 @@ def test_transformers_reads_the_reward_model(align: Any) -> None:
     theirs.score.weight.data = context.model.score.weight.data
     ids = torch.tensor([[5, 9, 30, 7], [8, 40, 41, 7]])
     with torch.no_grad():
-        wanted = theirs.eval()(ids).logits[:, 0]
+        expected = theirs.eval()(ids).logits[:, 0]
         model = context.model.eval()
-        found = model.rewards(model(ids)[:, -1])
+        actual = model.rewards(model(ids)[:, -1])
     # fp32 in another order of operations.
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dpo_prefers_what_it_was_shown(align: Any) -> None:
+def test_dpo_learns_the_preferences(align: Any) -> None:
     config = align("dpo", max_steps=20, val_fraction=0.0)
     go(config)
     first, last = rows(config)[0], rows(config)[-1]
@@ -89,17 +89,17 @@ STAGES = {
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_resumed_run_is_the_same_run(
+def test_resumed_run_equals_uninterrupted_run(
     align: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """Stopped after three of six steps: for PPO and GRPO amid the epochs of a rollout."""
+    """Stopped after three of six steps: for PPO and GRPO between the epochs of a rollout."""
     stage = name.partition("-")[0]
     whole = align(stage, out=tmp_path / "whole", **STAGES[name])
     go(whole)
     parts = align(stage, out=tmp_path / "parts", **STAGES[name])
     with stopping_after(3, monkeypatch):
         assert go(parts).progress.step == 3
-    torch.manual_seed(99)  # nothing may hang on what the process did before
+    torch.manual_seed(99)  # a run must not depend on what the process did before
     assert go(parts, resume=True).progress.step == 6
     one, two = resolve(whole.out / "last"), resolve(parts.out / "last")
     assert one is not None and two is not None
@@ -117,15 +117,13 @@ def test_a_resumed_run_is_the_same_run(
             k: v for k, v in b.items() if k not in clocks
         }
     if stage in ("ppo", "grpo"):
-        kept = [(c.out / "samples.jsonl").read_text().splitlines() for c in (whole, parts)]
-        assert kept[0] == kept[1]
-        assert {"step", "prompt", "text", "reward"} == json.loads(kept[0][-1]).keys()
+        recorded = [(c.out / "samples.jsonl").read_text().splitlines() for c in (whole, parts)]
+        assert recorded[0] == recorded[1]
+        assert {"step", "prompt", "text", "reward"} == json.loads(recorded[0][-1]).keys()
 
 
-def test_the_reference_of_a_resumed_run_is_the_model_it_started_from(
-    align: Any, tmp_path: Path
-) -> None:
-    """With its table of numbers lost, they are computed from the initial model again."""
+def test_lost_reference_table_is_computed_from_the_start(align: Any, tmp_path: Path) -> None:
+    """Without its stored table, the reference is computed from the initial model again."""
     start = align("rm", out=tmp_path / "other", max_steps=1)  # any tokenizer and shape
     del start
     config = align("dpo", max_steps=2)
@@ -145,10 +143,10 @@ def test_lora_trains_adapters_only(align: Any) -> None:
     assert names and all(".lora_A" in n or ".lora_B" in n for n in names)
     directory = resolve(config.out / "last")
     assert directory is not None and (directory / "adapter/adapter_config.json").exists()
-    merged = load_model(directory)  # served as it is
+    merged = load_model(directory)  # as it is served
     ids = torch.tensor([[5, 9, 30, 7]])
     context.model.eval()
-    # Merged weights against base and update apart.
+    # Merged weights against base and update separately.
     torch.testing.assert_close(merged(ids), context.model(ids), rtol=1e-4, atol=1e-5)
     assert rows(config)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert not (config.out / "reference.safetensors").exists()
@@ -158,76 +156,84 @@ def test_lora_for_pretraining_and_reward_models(align: Any, recipe: Any) -> None
     config = recipe(lora=LORA, max_steps=3)
     context = go(config)
     assert all("lora" in name for name in context.trained())
-    judge = align("rm", lora={**LORA, "dropout": 0.1}, max_steps=3, out=config.out.parent / "rm")
-    context = go(judge)
+    reward_run = align(
+        "rm", lora={**LORA, "dropout": 0.1}, max_steps=3, out=config.out.parent / "rm"
+    )
+    context = go(reward_run)
     assert "score.weight" in context.trained() and len(context.trained()) > 1
-    assert is_reward_model(resolve(judge.out / "last"))
+    assert is_reward_model(resolve(reward_run.out / "last"))
 
 
 def test_ppo_with_a_reward_model(align: Any, tmp_path: Path) -> None:
-    judge = align("rm", out=tmp_path / "rm", max_steps=3)
-    go(judge)
+    reward_run = align("rm", out=tmp_path / "rm", max_steps=3)
+    go(reward_run)
     config = align(
-        "ppo", reward_function=None, reward_model=judge.out / "last", rollout=ROLLOUT, max_steps=5
+        "ppo",
+        reward_function=None,
+        reward_model=reward_run.out / "last",
+        rollout=ROLLOUT,
+        max_steps=5,
     )
     context = go(config)
     assert context.reference is not None and context.reward is not None
     assert context.critic is not None
-    frozen = load_reward_model(judge.out / "last")
+    frozen = load_reward_model(reward_run.out / "last")
     for name, parameter in context.reward.named_parameters():
         assert torch.equal(parameter, frozen.state_dict()[name])
     last = rows(config)[-1]
-    wanted = {"reward", "kl", "clip_fraction", "value_loss", "finished", "answer_tokens"}
-    assert wanted <= last.keys()
+    expected = {"reward", "kl", "clip_fraction", "value_loss", "finished", "answer_tokens"}
+    assert expected <= last.keys()
     assert all(math.isfinite(v) for v in last.values())
 
 
 class TestBadInput:
-    def test_no_judge(self, align: Any) -> None:
+    def test_refuses_a_missing_reward_source(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="needs a reward"):
             align("ppo", reward_function=None)
 
-    def test_a_judge_where_none_is_asked(self, align: Any) -> None:
+    def test_refuses_a_reward_source_for_dpo(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="for ppo and grpo, not dpo"):
             align("dpo", reward_function="khaosz.rewards:brevity")
 
-    def test_a_group_of_one(self, align: Any) -> None:
+    def test_refuses_a_group_of_one(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="2 or more"):
             align("grpo", rollout={**ROLLOUT, "group": 1})
 
-    def test_minutes_for_rollouts(self, align: Any) -> None:
+    def test_refuses_minutes_for_rollouts(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="needs max_steps or epochs"):
             align("ppo", max_steps=None, max_minutes=3)
 
-    def test_dropout_in_a_log_ratio(self, align: Any) -> None:
+    def test_refuses_dropout_in_a_log_ratio(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="dropout"):
             go(align("dpo", lora={**LORA, "dropout": 0.1}))
 
-    def test_an_answer_as_long_as_the_window(self, align: Any) -> None:
+    def test_refuses_an_answer_as_long_as_the_window(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="no room for a prompt"):
             go(align("grpo", rollout={**ROLLOUT, "max_new_tokens": 128}))
 
-    def test_a_language_model_as_judge(self, align: Any, tmp_path: Path) -> None:
+    def test_refuses_a_language_model_as_reward_model(self, align: Any, tmp_path: Path) -> None:
         other = align("dpo", out=tmp_path / "lm", max_steps=1)
         go(other)
         config = align("ppo", reward_function=None, reward_model=other.out / "last")
         with pytest.raises(ModelError, match="is no reward model"):
             go(config)
 
-    def test_a_judge_with_another_tokenizer(self, align: Any, tmp_path: Path) -> None:
-        judge = align("rm", out=tmp_path / "rm", max_steps=1, tokenizer=None, vocab_size=300)
-        go(judge)
-        config = align("ppo", reward_function=None, reward_model=judge.out / "last")
+    def test_refuses_a_reward_model_with_another_tokenizer(
+        self, align: Any, tmp_path: Path
+    ) -> None:
+        reward_run = align("rm", out=tmp_path / "rm", max_steps=1, tokenizer=None, vocab_size=300)
+        go(reward_run)
+        config = align("ppo", reward_function=None, reward_model=reward_run.out / "last")
         with pytest.raises(ConfigError, match="another tokenizer"):
             go(config)
 
-    def test_a_reference_of_another_vocabulary(self, align: Any, tmp_path: Path) -> None:
+    def test_refuses_a_reference_with_another_vocabulary(self, align: Any, tmp_path: Path) -> None:
         other = align("dpo", out=tmp_path / "lm", max_steps=1, tokenizer=None, vocab_size=300)
         go(other)
         with pytest.raises(ConfigError, match="the reference"):
             go(align("grpo", reference=other.out / "last"))
 
-    def test_a_reward_function_that_raises_leaves_the_checkpoints(
+    def test_reward_function_that_raises_leaves_the_checkpoints(
         self, align: Any, tmp_path: Path
     ) -> None:
         source = tmp_path / "moody.py"
@@ -243,7 +249,7 @@ class TestBadInput:
             go(config)
         assert resolve(config.out / "last") is not None  # step 4, the end of the first rollout
 
-    def test_other_data_on_resume(self, align: Any, tmp_path: Path, pairs_file: Path) -> None:
+    def test_resume_refuses_other_data(self, align: Any, tmp_path: Path, pairs_file: Path) -> None:
         config = align("rm", max_steps=2)
         go(config)
         fewer = tmp_path / "fewer.jsonl"
@@ -251,6 +257,6 @@ class TestBadInput:
         with pytest.raises(CheckpointError, match="the run began with"):
             go(align("rm", max_steps=2, data=fewer), resume=True)
 
-    def test_a_misspelt_table(self, align: Any) -> None:
+    def test_refuses_a_misspelt_key(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="rollout"):
             align("grpo", rollout={"promts": 3})

@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def random_model(tokenizer: Tokenizer) -> Transformer:
-    """Random in every weight, the norms' too."""
+    """All weights random, also of the norms."""
     config = {**TINY_MODEL, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": WINDOW}
     model = Transformer(ModelConfig.parse({**config, "qk_norm": True}))
     generator = torch.Generator().manual_seed(1)
@@ -168,7 +168,7 @@ def theirs(config: Any, out: Path, **changes: Any) -> Any:
 
 
 class Recorded:
-    """Mixed into a trainer of TRL: keeps what each micro-batch adds to the loss it reports."""
+    """Mixed into a trainer of TRL: records what each micro-batch adds to its reported loss."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -216,17 +216,17 @@ def assert_same(ours: tuple[Losses, Losses], theirs: tuple[Losses, Losses]) -> N
 
 
 def conversations(batch: Batch) -> list[dict[str, list[int]]]:
-    """What a packed batch holds, chat by chat: all ids, and labels as TRL has them, unshifted."""
-    found = []
+    """The chats of a packed batch: all ids, and labels as in TRL, not shifted."""
+    actual = []
     for ids, labels, doc_ids in zip(batch.ids, batch.labels, batch.doc_ids, strict=True):
         for number in range(int(doc_ids.max()) + 1):
             own = doc_ids == number
             targets = labels[own].tolist()
             assert targets[-1] != IGNORE, "a chat ends with a token that is trained on"
-            found.append(
+            actual.append(
                 {"input_ids": [*ids[own].tolist(), targets[-1]], "labels": [IGNORE, *targets]}
             )
-    return found
+    return actual
 
 
 class Unpacked:
@@ -282,8 +282,8 @@ def test_chats_have_the_ids_and_labels_of_trl(
         train_dataset=datasets.Dataset.from_list(records),
         processing_class=transformers.AutoTokenizer.from_pretrained(start),
     )
-    wanted = {(*row["input_ids"], None, *row["labels"]) for row in peer.train_dataset}
-    assert len(wanted) == len(records) and mine == wanted
+    expected = {(*row["input_ids"], None, *row["labels"]) for row in peer.train_dataset}
+    assert len(expected) == len(records) and mine == expected
 
 
 def test_sft(texts: list[str], start: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_sft(texts: list[str], start: Path, tokenizer: Tokenizer, tmp_path: Path
 
 
 class AveragedSFT(RecordedSFT):
-    """What trainers did before transformers #34191: the mean of each micro-batch's mean."""
+    """Trainers before transformers #34191: the mean of each micro-batch's mean."""
 
     loss_is_scaled_for_ga = False
 
@@ -299,7 +299,7 @@ class AveragedSFT(RecordedSFT):
         return super().compute_loss(*args, **{**kwargs, "num_items_in_batch": None})
 
 
-def test_the_mean_of_means_is_visibly_another_loss(
+def test_mean_of_means_is_another_loss(
     texts: list[str], start: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     mine, averaged = sft_against(AveragedSFT, texts, start, tokenizer, tmp_path, steps=8)
@@ -363,26 +363,28 @@ def test_dpo(texts: list[str], start: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def judge(random_model: Transformer) -> RewardModel:
+def reward_model(random_model: Transformer) -> RewardModel:
     model = RewardModel.from_transformer(random_model)
     torch.nn.init.normal_(model.score.weight, std=0.2, generator=torch.Generator().manual_seed(2))
     return model
 
 
-def test_rm(texts: list[str], judge: RewardModel, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_rm(
+    texts: list[str], reward_model: RewardModel, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     """Averaged as DPO is. Both read the reward at the token that ends the answer."""
-    start = saved(judge, tokenizer, tmp_path / "judge")
+    start = saved(reward_model, tokenizer, tmp_path / "reward_model")
     trainer, peer = pairs_against(RecordedRM, trl.RewardConfig, "rm", texts, start, tmp_path)
     peer.train()
     assert_same(run_ours(trainer), peer.steps(PER_STEP // PER_MICRO))
 
 
-def test_the_last_micro_batch_of_an_epoch_weighs_more_in_trl(
-    texts: list[str], judge: RewardModel, tokenizer: Tokenizer, tmp_path: Path
+def test_last_micro_batch_of_an_epoch_weighs_more_in_trl(
+    texts: list[str], reward_model: RewardModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """Seven pairs in micro-batches of 2, 2, 2 and 1: in TRL the last pair counts for two. With us a
-    pair counts for one in any layout; our steps are never cut short at an epoch's end either."""
-    start = saved(judge, tokenizer, tmp_path / "judge")
+    """Seven pairs in micro-batches of 2, 2, 2 and 1: in TRL the last pair counts for two. Here a
+    pair counts for one in any layout, and steps are never cut short at the end of an epoch."""
+    start = saved(reward_model, tokenizer, tmp_path / "reward_model")
     records = pairs_of(texts)[:7]
     data = written(records, tmp_path / "p.jsonl")
     trainer = ours("rm", data, start, tmp_path / "ours", batch_pairs=7)
@@ -412,21 +414,21 @@ def test_the_last_micro_batch_of_an_epoch_weighs_more_in_trl(
     assert abs(loss - mine["loss"]) > 1e-3
 
 
-def test_transformers_looks_for_the_end_of_an_answer_by_the_padding_id(
-    judge: RewardModel, tokenizer: Tokenizer, tmp_path: Path
+def test_transformers_finds_the_end_of_an_answer_by_the_padding_id(
+    reward_model: RewardModel, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """The last token that is not the padding's, whatever the attention mask says. An answer that
     ends with that token (padding with the end token, trl #3091) is read one token early; ours,
     which knows its length, at its end. Where padding has an id of its own, as in our tokenizers,
-    there is no difference."""
-    start = saved(judge, tokenizer, tmp_path / "judge")
+    the two agree."""
+    start = saved(reward_model, tokenizer, tmp_path / "reward_model")
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(start).eval()
     assert peer.config.pad_token_id == tokenizer.pad_id not in (tokenizer.end_id, tokenizer.eos_id)
     answer = [40, 41, 42, 43, tokenizer.end_id]
 
     def by_us(length: int) -> float:
         batch = pack_sequences([TokenSequence(answer[:length], 2)], WINDOW, tokenizer.pad_id)
-        return float(sequence_rewards(judge, batch, Compute()))
+        return float(sequence_rewards(reward_model, batch, Compute()))
 
     def by_them(pad_id: int) -> float:
         peer.config.pad_token_id = pad_id

@@ -50,12 +50,12 @@ def start(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def judge(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
+def reward_dir(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     reward = RewardModel.from_transformer(model)
     torch.nn.init.normal_(reward.score.weight, std=0.1, generator=torch.Generator().manual_seed(3))
-    save_model(reward, tmp_path / "judge", pad_id=tokenizer.pad_id)
-    tokenizer.save(tmp_path / "judge")
-    return tmp_path / "judge"
+    save_model(reward, tmp_path / "reward_dir", pad_id=tokenizer.pad_id)
+    tokenizer.save(tmp_path / "reward_dir")
+    return tmp_path / "reward_dir"
 
 
 def launch(*arguments: str) -> subprocess.Popen[bytes]:
@@ -131,9 +131,9 @@ def one_and_two(two_ranks: Ranks, tmp_path: Path) -> OneAndTwo:
 def _one_and_two(
     config: TrainConfig, folder: Path, two_ranks: Ranks
 ) -> tuple[list[Any], list[Any]]:
-    found = []
+    actual = []
     for ranks in (1, 2):
-        recipe, out = written(config, folder / f"run{ranks}"), folder / f"kept{ranks}"
+        recipe, out = written(config, folder / f"run{ranks}"), folder / f"recorded{ranks}"
         if ranks == 1:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)  # a sum over threads has another order
@@ -141,9 +141,9 @@ def _one_and_two(
             torch.set_num_threads(threads)
         else:
             two_ranks("record", str(recipe), str(out))
-        kept = [load_file(f"{out}-{rank}") for rank in range(ranks)]
-        found.append([metrics(folder / f"run{ranks}"), kept])
-    return found[0], found[1]
+        recorded = [load_file(f"{out}-{rank}") for rank in range(ranks)]
+        actual.append([metrics(folder / f"run{ranks}"), recorded])
+    return actual[0], actual[1]
 
 
 def assert_same(one: list[Any], two: list[Any], *, nats: float = 0.0) -> None:
@@ -156,45 +156,49 @@ def assert_same(one: list[Any], two: list[Any], *, nats: float = 0.0) -> None:
         for name in a.keys() - CLOCKS:
             # fp32 sums in another order; an average where a sum belongs is off by a factor of two.
             near = 1e-5 + (2e-7 * nats if name.endswith("kl") else 0.0)
-            said = f"step {a['step']}, {name}: {a[name]} with one, {b[name]} with two"
-            assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=near), said
-    (kept,), (first, second) = one[1], two[1]
-    names = [name for name in kept if name.startswith("gradient.")]
+            output = f"step {a['step']}, {name}: {a[name]} with one, {b[name]} with two"
+            assert math.isclose(a[name], b[name], rel_tol=1e-5, abs_tol=near), output
+    (recorded,), (first, second) = one[1], two[1]
+    names = [name for name in recorded if name.startswith("gradient.")]
     assert names and set(names) == {name for name in first if name.startswith("gradient.")}
     for name in names:
-        scale = float(kept[name].abs().max())
+        scale = float(recorded[name].abs().max())
         assert scale > 0, name
         # Relative to the tensor's largest entry: single entries are sums that cancel.
-        torch.testing.assert_close(first[name], kept[name], rtol=0, atol=1e-5 * max(scale, 1e-3))
+        torch.testing.assert_close(
+            first[name], recorded[name], rtol=0, atol=1e-5 * max(scale, 1e-3)
+        )
         assert torch.equal(first[name], second[name]), f"{name}: the ranks go apart"
 
 
-def answers(kept: dict[str, Tensor], number: int) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
+def answers(
+    recorded: dict[str, Tensor], number: int
+) -> list[tuple[tuple[int, ...], dict[str, Any]]]:
     """Each answer of a rollout, whole, with its score and its values per token."""
-    held = {
+    tensors = {
         name.removeprefix(f"rollout.{number}."): tensor
-        for name, tensor in kept.items()
+        for name, tensor in recorded.items()
         if name.startswith(f"rollout.{number}.")
     }
-    lengths = held["lengths"].tolist()
-    scored = (held["lengths"] - held["scored_from"]).tolist()
+    lengths = tensors["lengths"].tolist()
+    scored = (tensors["lengths"] - tensors["scored_from"]).tolist()
     split = {
         name: torch.split(tensor, lengths if name == "ids" else scored)
-        for name, tensor in held.items()
+        for name, tensor in tensors.items()
         if name in ("ids", "old", "reference", "values", "advantages", "returns")
     }
-    found = []
+    actual = []
     for i, ids in enumerate(split["ids"]):
         own: dict[str, Any] = {name: parts[i] for name, parts in split.items() if name != "ids"}
-        own |= {"score": held["scores"][i], "finished": held["finished"][i]}
-        found.append((tuple(ids.tolist()), own))
-    return found
+        own |= {"score": tensors["scores"][i], "finished": tensors["finished"][i]}
+        actual.append((tuple(ids.tolist()), own))
+    return actual
 
 
 def assert_same_rollouts(one: list[Any], two: list[Any], numbers: range) -> None:
     for number in numbers:
         alone = sorted(answers(one[1][0], number), key=lambda answer: answer[0])
-        parts = [answers(kept, number) for kept in two[1]]
+        parts = [answers(recorded, number) for recorded in two[1]]
         assert all(parts), "each rank samples its share"
         both = sorted((a for part in parts for a in part), key=lambda answer: answer[0])
         assert [ids for ids, _ in alone] == [ids for ids, _ in both]
@@ -211,9 +215,11 @@ COMMON: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("stage", ["rm", "dpo"])
-def test_pairs(align: Any, start: Path, judge: Path, one_and_two: OneAndTwo, stage: str) -> None:
+def test_pairs(
+    align: Any, start: Path, reward_dir: Path, one_and_two: OneAndTwo, stage: str
+) -> None:
     """Five pairs a step: three and two, in micro-batches of different numbers."""
-    initial = judge if stage == "rm" else start
+    initial = reward_dir if stage == "rm" else start
     config = align(stage, **COMMON, init_from=initial, batch_pairs=5, micro_batch=1, max_steps=4)
     one, two = one_and_two(config)
     assert {"accuracy", "margin", "val_loss", "val_accuracy"} <= one[0][-1].keys()
@@ -228,11 +234,11 @@ PPO = {
 GRPO = {"prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 1, "minibatches": 2}
 
 
-def test_ppo(align: Any, start: Path, judge: Path, one_and_two: OneAndTwo) -> None:
+def test_ppo(align: Any, start: Path, reward_dir: Path, one_and_two: OneAndTwo) -> None:
     """Advantages are whitened, and KL is taken, over both ranks: nine answers and six."""
     config = align(
-        "ppo", **COMMON, init_from=start, rollout=PPO, reward_function=None, reward_model=judge,
-        max_steps=6,
+        "ppo", **COMMON, init_from=start, rollout=PPO, reward_function=None,
+        reward_model=reward_dir, max_steps=6,
     )  # fmt: skip
     one, two = one_and_two(config)
     assert one[0][-1]["kl"] != 0 and one[0][-1]["kl_weight"] != one[0][0]["kl_weight"]
@@ -260,14 +266,14 @@ def test_grpo(align: Any, start: Path, length_reward: str, one_and_two: OneAndTw
     assert_same_rollouts(one, two, range(3))
 
 
-def test_a_stopped_run_of_two_ranks_resumes_exactly(
-    align: Any, start: Path, judge: Path, two_ranks: Ranks, tmp_path: Path
+def test_stopped_run_of_two_ranks_resumes_exactly(
+    align: Any, start: Path, reward_dir: Path, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Stopped by one rank between the epochs of a rollout: each rank has a part of its answers."""
     rollout = {**PPO, "minibatches": 2}
     config = align(
         "ppo", **COMMON, init_from=start, rollout=rollout, reward_function=None,
-        reward_model=judge, max_steps=6, save_every=4,
+        reward_model=reward_dir, max_steps=6, save_every=4,
     )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     recipe = str(written(config, parts))
@@ -305,8 +311,10 @@ def test_fewer_held_out_pairs_than_ranks(
     assert_same(one, two, nats=250.0)
 
 
-def test_stages_follow_each_other_on_two_ranks(align: Any, judge: Path, tmp_path: Path) -> None:
-    config = align("rm", **COMMON, init_from=judge, max_steps=1)
+def test_stages_follow_each_other_on_two_ranks(
+    align: Any, reward_dir: Path, tmp_path: Path
+) -> None:
+    config = align("rm", **COMMON, init_from=reward_dir, max_steps=1)
     process = launch("stages", str(written(config, tmp_path / "stages")), "2")
     assert process.wait(timeout=120) == 0
 
@@ -326,7 +334,7 @@ def test_embedder(embedder: Any, start: Path, one_and_two: OneAndTwo, symmetric:
     assert_same(one, two)
 
 
-def test_no_rollout_is_left_beside_the_checkpoints(align: Any) -> None:
+def test_no_rollout_file_remains_outside_the_checkpoints(align: Any) -> None:
     config = align("grpo", max_steps=1)
     run(config, console=Console(quiet=True))
     assert not list(config.out.glob(".rollout-*"))

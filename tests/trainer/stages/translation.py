@@ -12,7 +12,7 @@ HAN = "天地玄黄宇宙洪荒日月盈昃辰宿列张"
 
 
 def translation_pairs(count: int, seed: int) -> list[dict[str, Any]]:
-    """A query of letters; its passage says the same letters in Chinese characters; one hard
+    """A query of letters; its passage has the same letters as Chinese characters; one hard
     negative in three records has one of them changed."""
     rng = random.Random(seed)
     records = []
