@@ -44,10 +44,11 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"--{option} {value} is unknown", hint=hint)
 
 
-def print_result(as_json: bool, values: dict[str, Any], text: str) -> None:
+def print_result(as_json: bool, values: Any, text: str) -> None:
+    """Print `values` as JSON, or `text` for people, which may be empty."""
     if as_json:
         print_json(values)
-    else:
+    elif text:
         typer.echo(text)
 
 

@@ -125,16 +125,12 @@ def list_documents(
     """List the documents of a knowledge base."""
     with _open_base(kb) as base:
         documents = base.documents(collection)
-    if as_json:
-        print_json(
-            [
-                {"doc_id": d.doc_id, "doc": d.name, "collection": d.collection, "hash": d.hash}
-                for d in documents
-            ]
-        )
-        return
-    for document in documents:
-        typer.echo(f"{document.hash[:12]}  {document.length:>9,}  {document.name}")
+    values = [
+        {"doc_id": d.doc_id, "doc": d.name, "collection": d.collection, "hash": d.hash}
+        for d in documents
+    ]
+    lines = [f"{d.hash[:12]}  {d.length:>9,}  {d.name}" for d in documents]
+    print_result(as_json, values, "\n".join(lines))
 
 
 @rag_app.command()
@@ -239,17 +235,14 @@ def split(
         raise DataError(f"{problems[0].path}: {problems[0].message}", hint=problems[0].hint)
     splitter = _splitter(max_chars, max_tokens, semantic, tokenizer, embedder)
     chunks = [c for _, documents in loaded for d in documents for c in splitter.split(d.text)]
-    if as_json:
-        print_json(
-            [
-                {"start": c.start, "end": c.end, "text": c.text, "headings": list(c.headings)}
-                for c in chunks
-            ]
-        )
-        return
+    values = [
+        {"start": c.start, "end": c.end, "text": c.text, "headings": c.headings} for c in chunks
+    ]
+    texts = []
     for chunk in chunks:
-        path = " > ".join(chunk.headings)
-        typer.echo(f"--- {chunk.start:,}-{chunk.end:,}{'  ' + path if path else ''}\n{chunk.text}")
+        path = "  " + " > ".join(chunk.headings) if chunk.headings else ""
+        texts.append(f"--- {chunk.start:,}-{chunk.end:,}{path}\n{chunk.text}")
+    print_result(as_json, values, "\n".join(texts))
 
 
 @rag_app.command()

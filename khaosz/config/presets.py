@@ -5,6 +5,7 @@ Every derived number has a reason, so that a reader can disagree with it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,15 +149,15 @@ def nearest_size(width: int) -> str:
     return min(SIZES, key=lambda size: abs(_SHAPES[size][0] - width))
 
 
+_LIMITS = {  # minutes of training, and the size for no more than that
+    "a CPU": ((30.0, "nano"), (240.0, "mini"), (math.inf, "small")),
+    "an accelerator": ((10.0, "small"), (120.0, "base"), (math.inf, "1b")),
+}
+
+
 def size_for_minutes(minutes: float, *, accelerator: bool = False) -> Derived:
     """The size with the lowest bits per byte after `minutes` of training on such a device."""
-    if accelerator:
-        steps = [(10.0, "small"), (120.0, "base")]
-        largest = "1b"
-    else:
-        steps = [(30.0, "nano"), (240.0, "mini")]
-        largest = "small"
-    size = next((size for limit, size in steps if minutes <= limit), largest)
     where = "an accelerator" if accelerator else "a CPU"
+    size = next(size for limit, size in _LIMITS[where] if minutes <= limit)
     reason = f"{minutes:g} minutes on {where}: a larger model would see too few tokens"
     return Derived("size", size, reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,7 @@ from khaosz.errors import did_you_mean
 Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo", "embed"]
 PAIR_STAGES = ("rm", "dpo")
 ROLLOUT_STAGES = ("ppo", "grpo")
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Closed):
@@ -75,7 +76,7 @@ class TrainConfig(Closed):
     optimizer: Literal["muon", "adamw"] = "muon"
     lr: float | None = Field(default=None, gt=0)
     embedding_lr: float | None = Field(default=None, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     weight_decay: float | None = Field(default=None, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
@@ -137,13 +138,6 @@ class TrainConfig(Closed):
     @classmethod
     def _unset(cls, value: str | None) -> str | None:
         return value or None  # an override can unset a recipe's
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("betas must be at least 0 and below 1")
-        return value
 
     @field_validator("mix")
     @classmethod

@@ -360,26 +360,14 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
     """The keys of one scaling, defaults included: transformers has none for llama3's."""
-    names = {
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "original_max_position_embeddings",
-            "low_freq_factor",
-            "high_freq_factor",
-        ),
-        "yarn": (
-            "factor",
-            "original_max_position_embeddings",
-            "beta_fast",
-            "beta_slow",
-            "attention_factor",
-            "truncate",
-        ),
-    }[scaling.rope_type]
-    fields = {name: getattr(scaling, name) for name in names}
-    given = {name: value for name, value in fields.items() if value is not None}
-    return {"rope_type": scaling.rope_type, **given}
+    names = {"rope_type", "factor"}
+    if scaling.rope_type != "linear":
+        names.add("original_max_position_embeddings")
+    if scaling.rope_type == "llama3":
+        names |= {"low_freq_factor", "high_freq_factor"}
+    elif scaling.rope_type == "yarn":
+        names |= {"beta_fast", "beta_slow", "attention_factor", "truncate"}
+    return scaling.model_dump(include=names, exclude_none=True)
 
 
 def _hf_name(name: str) -> str:

@@ -15,7 +15,7 @@ from scripted_model import CONTEXT, SAID, model, model_directory, run_khaosz, to
 
 from khaosz.cli.local_models import newest_model
 from khaosz.cli.terminal.commands import COMMANDS
-from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Part, Settings, Source
+from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Settings, Source
 from khaosz.cli.terminal.local_backend import LocalBackend
 from khaosz.cli.terminal.loop import answer, handle_input
 from khaosz.errors import (
@@ -27,6 +27,7 @@ from khaosz.errors import (
     TokenizerError,
 )
 from khaosz.inference.generator import Generator as Model
+from khaosz.inference.parts import Part
 from khaosz.interop.huggingface import save_model
 
 torch.set_num_threads(1)
@@ -127,13 +128,15 @@ def test_answer_is_printed_verbatim_and_added_to_turns() -> None:
 
 def test_markup_is_not_interpreted() -> None:
     assert Terminal().say("hi") == SAID + "\n"
-    assert render(Part("[b]ok[/b] "), Part(":smile:")) == "[b]ok[/b] :smile:\n"
+    assert (
+        render(Part("content", "[b]ok[/b] "), Part("content", ":smile:")) == "[b]ok[/b] :smile:\n"
+    )
 
 
 def test_control_characters_are_removed() -> None:
     # In the answer and in a document's name: set the clipboard, clear the screen.
     text = render(
-        Part("a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
+        Part("content", "a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
         finished=Finished("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
     )
     assert text == "a]52;c;aGk=b2Jc\n\n[1] x[2Jy.md  0-9\n"
@@ -142,7 +145,7 @@ def test_control_characters_are_removed() -> None:
 def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
     conversation = Conversation(Settings())
-    parts = Part("hm", is_reasoning=True), Part("Yes."), Finished("stop")
+    parts = Part("reasoning", "hm"), Part("content", "Yes."), Finished("stop")
     answer(conversation, "?", ScriptedBackend(*parts), console)
     assert output(console) == "\x1b[2mhm\x1b[0m\n\nYes.\n"
     assert conversation.turns[-1]["content"] == "Yes."
@@ -150,7 +153,7 @@ def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
 
 def test_sources_follow_the_answer() -> None:
     source = Source(2, "手册.pdf", 7, 1200, 1300)
-    assert render(Part("是[2]。"), finished=Finished("stop", (source,))) == (
+    assert render(Part("content", "是[2]。"), finished=Finished("stop", (source,))) == (
         "是[2]。\n[2] 手册.pdf, p. 7  1,200-1,300\n"
     )
     assert "cites no source" in render(finished=Finished("stop", (source,), cited=False))
@@ -162,7 +165,7 @@ def test_failed_answer_is_not_added() -> None:
         answer(
             conversation,
             "?",
-            ScriptedBackend(Part("so far"), ServerError("gone")),
+            ScriptedBackend(Part("content", "so far"), ServerError("gone")),
             memory_console(),
         )
     assert conversation.turns == []
@@ -170,7 +173,9 @@ def test_failed_answer_is_not_added() -> None:
 
 def test_interrupted_answer_is_added_partially() -> None:
     conversation = Conversation(Settings())
-    backend = ScriptedBackend(Part("so far"), KeyboardInterrupt(), Part("never"))
+    backend = ScriptedBackend(
+        Part("content", "so far"), KeyboardInterrupt(), Part("content", "never")
+    )
     console = memory_console()
     answer(conversation, "?", backend, console)
     assert output(console) == "so far [interrupted]\n"

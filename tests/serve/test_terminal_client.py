@@ -12,12 +12,12 @@ from khaosz.cli.terminal.conversation import (
     ChatBackend,
     Conversation,
     Finished,
-    Part,
     Settings,
     Truncated,
 )
 from khaosz.cli.terminal.local_backend import LocalBackend
 from khaosz.cli.terminal.server_backend import ServerBackend
+from khaosz.inference.parts import Part
 
 GREEDY = Settings(64, temperature=0.0, top_p=1.0)
 
@@ -33,9 +33,9 @@ def answered(backend: ChatBackend, message: str) -> tuple[str, str, Finished]:
     thought = said = ""
     for event in backend.answer(Conversation(GREEDY), message):
         match event:
-            case Part(text, True):
+            case Part("reasoning", text):
                 thought += text
-            case Part(text):
+            case Part(_, text):
                 said += text
             case Finished():
                 return thought, said, event

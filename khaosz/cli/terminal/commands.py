@@ -71,6 +71,8 @@ def run_command(
             _docs(conversation, backend, argument, console)
         case "/model":
             _model(backend, argument, console)
+        case "/save" | "/load" if not argument:
+            _print(console, f"{verb} FILE")
         case "/save":
             _save(conversation, argument, console)
         case "/load":
@@ -122,9 +124,6 @@ def _set(conversation: Conversation, backend: ChatBackend, argument: str, consol
 
 
 def _save(conversation: Conversation, argument: str, console: Console) -> None:
-    if not argument:
-        _print(console, "/save FILE")
-        return
     try:
         save(conversation, Path(argument).expanduser())
         _print(console, f"saved {argument}")
@@ -133,9 +132,6 @@ def _save(conversation: Conversation, argument: str, console: Console) -> None:
 
 
 def _load(conversation: Conversation, argument: str, console: Console) -> None:
-    if not argument:
-        _print(console, "/load FILE")
-        return
     try:
         conversation.system, conversation.turns = load(Path(argument).expanduser())
     except OSError as error:

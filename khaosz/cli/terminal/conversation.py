@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from khaosz.errors import DataError
 from khaosz.files import write_json
-from khaosz.inference import parts as inference_parts
+from khaosz.inference.parts import Part, ToolCall
 
 if TYPE_CHECKING:
     from khaosz.rag.answer import Answer
@@ -82,21 +82,9 @@ class Truncated:
     exchanges: int
 
 
-@dataclass(frozen=True)
-class Part:
-    """A piece of text, of the answer or of its reasoning."""
-
-    text: str
-    is_reasoning: bool = False
-
-
-def text_parts(
-    parts: Iterable[inference_parts.Part | inference_parts.ToolCall],
-) -> Iterator[Part]:
+def text_parts(parts: Iterable[Part | ToolCall]) -> Iterator[Part]:
     """Answer and reasoning of a parsed stream; tool calls are never requested here."""
-    for part in parts:
-        if isinstance(part, inference_parts.Part):
-            yield Part(part.text, is_reasoning=part.kind == "reasoning")
+    return (part for part in parts if isinstance(part, Part))
 
 
 @dataclass(frozen=True)

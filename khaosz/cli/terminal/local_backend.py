@@ -10,7 +10,6 @@ from khaosz.cli.terminal.conversation import (
     Conversation,
     Events,
     Finished,
-    Part,
     Settings,
     Truncated,
     Turns,
@@ -18,10 +17,11 @@ from khaosz.cli.terminal.conversation import (
     text_parts,
 )
 from khaosz.inference.generator import Generator, Piece
-from khaosz.inference.parts import PartStream, opens_thought
+from khaosz.inference.parts import Part, PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import ask
+from khaosz.rag.models.chat_models import LocalModel
 from khaosz.rag.models.protocols import Messages
 from khaosz.rag.store import open_store
 
@@ -95,7 +95,7 @@ class LocalBackend:
             yield Truncated((len(conversation.turns) - len(turns)) // 2)
         for text in reply:
             yield from model.take_reasoning()
-            yield Part(text)
+            yield Part("content", text)
         yield Finished(model.reason if reply.found else "stop", *sources_of(reply))
 
     def _truncate(
@@ -117,22 +117,19 @@ class LocalBackend:
         return self._base[1]
 
 
-class _ChatModel:
+class _ChatModel(LocalModel):
     """A `ChatModel` for `khaosz.rag.answer.ask` that records finish reason and reasoning."""
 
     def __init__(self, generator: Generator, params: SamplingParams) -> None:
-        self._generator, self._seed = generator, params.seed
-        self.context = generator.context
+        super().__init__(generator)
+        self._seed = params.seed
         self.reason: str | None = None
         self._reasoning: list[Part] = []
-
-    def count(self, messages: Messages) -> int:
-        return len(self._generator.chat_ids(messages))
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
         params = SamplingParams(max_tokens, temperature, seed=self._seed)
         for part in self.parts(self._generator.chat_ids(messages), params):
-            if part.is_reasoning:
+            if part.kind == "reasoning":
                 self._reasoning.append(part)
             else:
                 yield part.text

@@ -13,11 +13,11 @@ from khaosz.cli.terminal.conversation import (
     ChatBackend,
     Conversation,
     Finished,
-    Part,
     Truncated,
 )
 from khaosz.cli.terminal.input import open_reader
 from khaosz.errors import KhaoszError
+from khaosz.inference.parts import Part
 
 # Control characters: the output of a model and the name of a document may contain any.
 _CONTROLS = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
@@ -83,12 +83,13 @@ def answer(
                         console.print(
                             f"[dim](context full: the oldest {count} exchanges are dropped)[/dim]"
                         )
-                    case Part(text, is_reasoning):
-                        if in_reasoning and not is_reasoning:
+                    case Part(kind, text):
+                        if in_reasoning and kind == "content":
                             console.print("\n")
-                        in_reasoning = is_reasoning
-                        answer_text += "" if is_reasoning else text
-                        _print_part(console, event)
+                        in_reasoning = kind == "reasoning"
+                        answer_text += "" if in_reasoning else text
+                        style = "dim" if in_reasoning else None
+                        _print_verbatim(console, text, end="", style=style)
                     case Finished():
                         finished = event
         except KeyboardInterrupt:
@@ -100,16 +101,17 @@ def answer(
     conversation.turns = [*turns, {"role": "assistant", "content": answer_text}]
 
 
-def _print_part(console: Console, part: Part) -> None:
-    style = "dim" if part.is_reasoning else None
-    console.print(_printable(part.text), end="", style=style, markup=False, soft_wrap=True)
+def _print_verbatim(
+    console: Console, text: str, style: str | None = "dim", end: str = "\n"
+) -> None:
+    console.print(_printable(text), end=end, style=style, markup=False, soft_wrap=True)
 
 
 def _print_sources(console: Console, finished: Finished) -> None:
     if finished.sources and not finished.cited:
         console.print(NO_CITATION, style="dim")
     for source in finished.sources:
-        console.print(_printable(str(source)), style="dim", markup=False, soft_wrap=True)
+        _print_verbatim(console, str(source))
 
 
 def _printable(text: str) -> str:

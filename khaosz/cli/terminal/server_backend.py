@@ -8,7 +8,6 @@ from khaosz.cli.terminal.conversation import (
     Conversation,
     Events,
     Finished,
-    Part,
     Settings,
     Source,
     Truncated,
@@ -16,7 +15,7 @@ from khaosz.cli.terminal.conversation import (
     text_parts,
 )
 from khaosz.errors import DataError, ModelError, ServerError, did_you_mean
-from khaosz.inference.parts import PartStream
+from khaosz.inference.parts import Part, PartStream
 from khaosz.rag.models.http_client import check_url, deltas, read_events, read_json
 
 _OURS = "only a KHAOSZ server has knowledge bases"
@@ -102,7 +101,7 @@ class ServerBackend:
                 reason = finish_reason or reason
                 cited += delta.get("citations") or []
                 if reasoning := delta.get("reasoning_content") or delta.get("reasoning"):
-                    yield Part(str(reasoning), is_reasoning=True)
+                    yield Part("reasoning", str(reasoning))
                 yield from text_parts(parts.feed(str(delta.get("content") or "")))
         yield from text_parts(parts.finish())
         yield Finished(reason, *_sources(cited, hits))

@@ -131,16 +131,14 @@ def quantize(weights: np.ndarray, kind: str, *, search: bool = False) -> np.ndar
             scale = widest[:, 0] / np.float32(-8)
             if search:
                 scale = _search_scale(groups, scale)
-            shifted = groups * _inverse(scale)[:, None] + np.float32(8.5)
-            packed = _pack_nibbles(np.clip(shifted, 0, 15).astype(np.uint8))
+            packed = _pack_nibbles(_centred_codes(groups, scale).astype(np.uint8))
             heads = [scale]
         case "Q4_1":
             low = groups.min(axis=1)
             scale = (groups.max(axis=1) - low) / np.float32(15)
             if search:
                 scale, low = _search_scale_and_minimum(groups, scale, low)
-            shifted = (groups - low[:, None]) * _inverse(scale)[:, None] + np.float32(0.5)
-            packed = _pack_nibbles(np.clip(shifted, 0, 15).astype(np.uint8))
+            packed = _pack_nibbles(_codes(groups, scale, low).astype(np.uint8))
             heads = [scale, low]
         case _:
             raise AssertionError(kind)
@@ -155,14 +153,12 @@ def _search_scale(groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
     for factor in np.linspace(0.8, 1.15, 8, dtype=np.float32):
         trial = scale * factor
         for _ in range(2):
-            codes = (
-                np.clip(np.floor(groups * _inverse(trial)[:, None] + np.float32(8.5)), 0, 15) - 8
-            )
+            codes = _centred_codes(groups, trial) - 8
             squares = np.einsum("bi,bi->b", codes, codes)
             fitted = np.einsum("bi,bi->b", codes, groups) * _inverse(squares)
             trial = np.where(squares > 0, fitted, trial)
         trial = trial.astype("<f2").astype(np.float32)
-        codes = np.clip(np.floor(groups * _inverse(trial)[:, None] + np.float32(8.5)), 0, 15) - 8
+        codes = _centred_codes(groups, trial) - 8
         error = np.square(codes * trial[:, None] - groups).sum(axis=1)
         best, least = np.where(error < least, trial, best), np.minimum(error, least)
     return best
@@ -193,6 +189,12 @@ def _search_scale_and_minimum(
         best, best_low = np.where(better, trial, best), np.where(better, minimum, best_low)
         least = np.minimum(error, least)
     return best, best_low
+
+
+def _centred_codes(groups: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Codes of Q4_0, 0 to 15, with 8 for zero."""
+    shifted = groups * _inverse(scale)[:, None] + np.float32(8.5)
+    return np.clip(np.floor(shifted), 0, 15)
 
 
 def _codes(groups: np.ndarray, scale: np.ndarray, low: np.ndarray) -> np.ndarray:

@@ -136,19 +136,12 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         match value("rope.scaling.type", str, "none"):
             case "none":
                 pass
-            case "linear":
-                fields["rope_scaling"] = {
-                    "rope_type": "linear",
-                    "factor": number("rope.scaling.factor"),
-                }
-            case "yarn":
-                fields["rope_scaling"] = {
-                    "rope_type": "yarn",
-                    "factor": number("rope.scaling.factor"),
-                    "original_max_position_embeddings": count(
-                        "rope.scaling.original_context_length"
-                    ),
-                }
+            case "linear" | "yarn" as kind:
+                scaling = {"rope_type": kind, "factor": number("rope.scaling.factor")}
+                if kind == "yarn":
+                    original = count("rope.scaling.original_context_length")
+                    scaling["original_max_position_embeddings"] = original
+                fields["rope_scaling"] = scaling
             case other:
                 raise ModelError(f"{source}: rope scaling {quoted(other)} is not supported")
         return ModelConfig.parse(fields, source=source)
@@ -221,12 +214,8 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
             values[_OUR_SCALING] = scaling.model_dump_json()
         case RopeScaling(rope_type="yarn") as yarn:
             plain = RopeScaling(rope_type="yarn", factor=yarn.factor)
-            if (yarn.beta_fast, yarn.beta_slow, yarn.attention_factor, yarn.truncate) != (
-                plain.beta_fast,
-                plain.beta_slow,
-                plain.attention_factor,
-                plain.truncate,
-            ):
+            names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+            if any(getattr(yarn, name) != getattr(plain, name) for name in names):
                 raise ModelError(
                     "this YaRN scaling cannot be written to GGUF", hint="keep it in HF"
                 )

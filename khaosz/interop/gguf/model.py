@@ -179,12 +179,8 @@ def _permuted_heads(name: str, config: ModelConfig) -> int | None:
     paired = ARCHITECTURES[architecture_of(config)].paired
     if not paired or not name.startswith("layers."):
         return None
-    match name.split(".")[3]:
-        case "q_proj":
-            return config.num_attention_heads
-        case "k_proj":
-            return config.num_key_value_heads
-    return None
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(name.split(".")[3])
 
 
 def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
