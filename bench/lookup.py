@@ -3,9 +3,9 @@
     python -m bench lookup MODEL --rounds 3
 
 Greedy answers to "repeat this paragraph", of paragraphs of the built-in sample, plain and with
-`lookup`, alternating. `identical` counts answers that are equal: on the fast path a wider pass may
-round differently, so sequences may diverge where two tokens are almost equally likely; in the
-deterministic path they never do, as the tests show.
+`prompt_lookup`, alternating. `identical` counts answers that are equal: on the fast path a wider
+pass may round differently, so sequences may diverge where two tokens are almost equally likely; in
+the deterministic path they never do, as the tests show.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     speeds: dict[bool, list[float]] = {False: [], True: []}
     for _ in range(options.rounds + 1):  # the first one warms up
         for lookup in (False, True):
-            generator.engine.lookup = lookup
+            generator.engine.prompt_lookup = lookup
             generator.engine.prefixes.clear()
             tokens, seconds = 0, 0.0
             for paragraph in paragraphs:
@@ -51,7 +51,7 @@ def main() -> None:
     plain, drafted = (median(speeds[x][1:]) for x in (False, True))
     texts = {}
     for lookup in (False, True):
-        generator.engine.lookup = lookup
+        generator.engine.prompt_lookup = lookup
         asks = [f"Repeat this paragraph word for word:\n\n{p}" for p in paragraphs]
         chats = [[{"role": "user", "content": ask}] for ask in asks]
         texts[lookup] = [generator.chat(chat, params).text for chat in chats]

@@ -78,7 +78,10 @@ def generate(
         regex=regex,
     )
     generator = Generator.from_directory(
-        model, device=resolve_device(device), deterministic=deterministic, lookup=prompt_lookup
+        model,
+        device=resolve_device(device),
+        deterministic=deterministic,
+        prompt_lookup=prompt_lookup,
     )
     if prompt is not None:
         ids = generator.prompt_ids(prompt)

@@ -40,11 +40,13 @@ class Engine:
         step_tokens: int = 512,
         cache_bytes: int = 2 << 30,
         prefix_bytes: int = 512 << 20,
+        prompt_lookup: bool = False,
         lookup: bool = False,
     ) -> None:
-        """`step_tokens` bounds a pass, so that a long prompt is taken in parts and answers go on;
-        `cache_bytes` bounds the keys and values of sequences under way, `prefix_bytes` of those
-        kept for later; `lookup` drafts tokens from the prompt (same output, often sooner)."""
+        """`step_tokens` bounds a pass, so that a long prompt is taken in parts between tokens of
+        answers; `cache_bytes` bounds the keys and values of running sequences, `prefix_bytes` of
+        cached prefixes; `prompt_lookup` (old name: `lookup`) drafts tokens from the prompt: the
+        same output, often sooner."""
         if tokenizer.vocab_size > runner.config.vocab_size:
             raise GenerationError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
@@ -56,7 +58,7 @@ class Engine:
         self.context = runner.config.max_position_embeddings
         self.end_ids = {tokenizer.eos_id, tokenizer.end_id}
         self.max_batch, self.step_tokens = max_batch, step_tokens
-        self.cache_bytes, self.lookup = cache_bytes, lookup
+        self.cache_bytes, self.prompt_lookup = cache_bytes, prompt_lookup or lookup
         self.prefixes = PrefixCache(prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._running: list[Sequence] = []
@@ -70,7 +72,7 @@ class Engine:
         prompt: list[int],
         params: SamplingParams,
         *,
-        lookup: bool | None = None,
+        prompt_lookup: bool | None = None,
         adapter: Adapter | None = None,
         matcher: Matcher | None = None,
     ) -> int:
@@ -81,9 +83,9 @@ class Engine:
         self.check(prompt, params)
         if matcher is None:
             matcher = matcher_for(params, self.tokenizer)
-        wanted = self.lookup if lookup is None else lookup
+        drafts = self.prompt_lookup if prompt_lookup is None else prompt_lookup
         request = Request(
-            next(self._ids), list(prompt), params, wanted and matcher is None, matcher, adapter
+            next(self._ids), list(prompt), params, drafts and matcher is None, matcher, adapter
         )
         self._waiting.append(request)
         return request.id
@@ -197,8 +199,8 @@ class Engine:
         for sequence in self._running:
             if sequence.pending == 1 and sequence.generated:
                 room = min(sequence.limit - sequence.generated - 1, budget - 1)
-                if sequence.lookup is not None and room > 0:
-                    sequence.draft = sequence.lookup.propose()[:room]
+                if sequence.prompt_lookup is not None and room > 0:
+                    sequence.draft = sequence.prompt_lookup.propose()[:room]
                 ids = [sequence.ids[-1], *sequence.draft]
                 budget -= len(ids)
                 yield sequence, Chunk(ids, sequence.cache, len(ids), sequence.request.adapter)

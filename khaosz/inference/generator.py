@@ -49,11 +49,17 @@ class Generator:
     threads."""
 
     def __init__(
-        self, model: Transformer | Runner, tokenizer: Tokenizer, *, lookup: bool = False
+        self,
+        model: Transformer | Runner,
+        tokenizer: Tokenizer,
+        *,
+        prompt_lookup: bool = False,
+        lookup: bool = False,
     ) -> None:
-        """A `Transformer` is read anew in every pass, so it may be trained between calls."""
+        """A `Transformer` is read in every pass, so it may be trained between calls. `lookup` is
+        the old name of `prompt_lookup`."""
         runner = model if isinstance(model, Runner) else Runner.from_module(model)
-        self.engine = Engine(runner, tokenizer, lookup=lookup)
+        self.engine = Engine(runner, tokenizer, prompt_lookup=prompt_lookup or lookup)
         self.model, self.tokenizer = model, tokenizer
         self._live = isinstance(model, Transformer)
 
@@ -65,15 +71,16 @@ class Generator:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         deterministic: bool = False,
+        prompt_lookup: bool = False,
         lookup: bool = False,
     ) -> Generator:
         """Of a model directory or a .gguf file; `dtype` as for `Runner.open`."""
         if is_gguf(path) and torch.device(device).type == "cpu":  # parsed once
             source = GgufModel.open(path)
             runner = Runner.from_gguf(source, dtype=dtype, deterministic=deterministic)
-            return cls(runner, source.tokenizer(), lookup=lookup)
+            return cls(runner, source.tokenizer(), prompt_lookup=prompt_lookup or lookup)
         runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
-        return cls(runner, open_tokenizer(path), lookup=lookup)
+        return cls(runner, open_tokenizer(path), prompt_lookup=prompt_lookup or lookup)
 
     @property
     def context(self) -> int:

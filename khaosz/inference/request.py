@@ -11,7 +11,7 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher
-from khaosz.inference.lookup import PromptLookup
+from khaosz.inference.prompt_lookup import PromptLookup
 from khaosz.inference.sampling import Draws, SamplingParams, TokenCounts, needs_counts, sample
 from khaosz.inference.text_stream import TextStream
 from khaosz.model.kv_cache import SequenceCache
@@ -49,7 +49,7 @@ class Request:
     id: int
     prompt: list[int]
     params: SamplingParams
-    lookup: bool
+    prompt_lookup: bool
     matcher: Matcher | None = None
     adapter: Adapter | None = None
 
@@ -67,7 +67,7 @@ class Sequence:
     draws: Draws
     counts: TokenCounts | None
     matcher: Matcher | None
-    lookup: PromptLookup | None
+    prompt_lookup: PromptLookup | None
     limit: int  # tokens it may generate
     cached_tokens: int = 0
     generated: int = 0
@@ -95,7 +95,7 @@ class Sequence:
             draws=Draws(params.seed, choice),
             counts=counts,
             matcher=None if request.matcher is None else request.matcher.copy(),
-            lookup=PromptLookup(request.prompt) if request.lookup else None,
+            prompt_lookup=PromptLookup(request.prompt) if request.prompt_lookup else None,
             limit=min(params.max_tokens, context - len(request.prompt)),
             cached_tokens=cache.length,
         )
@@ -127,13 +127,13 @@ class Sequence:
             if reason is not None or token != following:
                 break
             accepted += 1
-        if self.draft and self.lookup is not None:
-            self.lookup.judge(len(self.draft), accepted)
+        if self.draft and self.prompt_lookup is not None:
+            self.prompt_lookup.judge(len(self.draft), accepted)
         self.draft = []
         # All drafts have keys and values now; those of tokens that were not chosen go.
         self.cache.truncate(min(self.cache.length, len(self.ids) - 1))
-        if self.lookup is not None:
-            self.lookup.extend(chosen)
+        if self.prompt_lookup is not None:
+            self.prompt_lookup.extend(chosen)
         return self.output(text, chosen, logprobs, reason)
 
     def _choose(self, logits: Tensor) -> int:

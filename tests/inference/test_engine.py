@@ -16,7 +16,7 @@ from random_models import CONTEXT, random_model, tokenizer
 from khaosz.errors import GenerationError
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
-from khaosz.inference.lookup import PromptLookup
+from khaosz.inference.prompt_lookup import PromptLookup
 from khaosz.inference.request import Output
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams, sample
@@ -136,14 +136,14 @@ def test_running_sequences_share_their_prompt_too() -> None:
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, repetition_penalty=1.2)])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_speculation_is_plain_decoding(params: SamplingParams, prompt: list[int]) -> None:
-    assert alone(prompt, params, lookup=True) == alone(prompt, params)
+    assert alone(prompt, params, prompt_lookup=True) == alone(prompt, params)
 
 
 def test_speculation_takes_fewer_steps_where_the_text_repeats() -> None:
     """A model whose every token leads to the same next one: drafts come true."""
     steps = {}
     for lookup in (False, True):
-        by = engine(lookup=lookup)
+        by = engine(prompt_lookup=lookup)
         by.end_ids = set()
         # Greedy output of a small random model soon runs in a circle, which lookup finds.
         by.add(PROMPTS[3], replace(GREEDY, max_tokens=60))

@@ -115,7 +115,7 @@ def test_any_schedule(
         assert by.prefixes.nbytes <= prefix_bytes
 
     for prompt, kind, lookup, steps, cancel in schedule:
-        asked.append((by.add(PROMPTS[prompt], KINDS[kind], lookup=lookup), prompt, kind))
+        asked.append((by.add(PROMPTS[prompt], KINDS[kind], prompt_lookup=lookup), prompt, kind))
         for _ in range(steps):
             step()
         if cancel is not None and cancel < len(asked):
@@ -197,7 +197,7 @@ def test_the_same_question_again_is_kept_once() -> None:
 
 def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
     """The next step must not see keys and values of tokens that were not chosen."""
-    by = Engine(runner(), tokenizer(), lookup=True)
+    by = Engine(runner(), tokenizer(), prompt_lookup=True)
     # Few tokens to choose from: pairs come again, and what follows them is often another one.
     bias = {token: 12.0 for token in (60, 61, 62)}
     by.add(PROMPTS[2], replace(SAMPLED, max_tokens=24, logit_bias=bias))
@@ -205,8 +205,10 @@ def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
     while by.unfinished:
         by.step()
         for sequence in by._running:
-            assert sequence.lookup is not None
-            drafted = max(drafted, sequence.lookup._drafted - sequence.lookup._accepted)
+            assert sequence.prompt_lookup is not None
+            drafted = max(
+                drafted, sequence.prompt_lookup._drafted - sequence.prompt_lookup._accepted
+            )
             assert sequence.cache.length == len(sequence.ids) - 1
             fresh = by.runner.new_cache()
             by.runner.run([Chunk(sequence.ids[:-1], fresh, 0)])
@@ -269,7 +271,7 @@ class Bounded(Runner):
 
 
 def test_drafts_stay_within_context_and_budget() -> None:
-    by = Engine(Bounded.from_module(MODEL), tokenizer(), lookup=True, step_tokens=64)
+    by = Engine(Bounded.from_module(MODEL), tokenizer(), prompt_lookup=True, step_tokens=64)
     by.end_ids = set()
     # One token again and again: every draft comes true, up to the very end.
     params = replace(GREEDY, max_tokens=1000, logit_bias={60: 100.0})

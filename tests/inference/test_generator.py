@@ -15,6 +15,7 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError, ModelError, TokenizerError
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Completion, Generator, Piece, generate
+from khaosz.inference.runner import Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
@@ -131,6 +132,14 @@ def test_a_seed_makes_it_reproducible() -> None:
 
     assert run(3) == run(3) != run(4)
     assert run(None) != run(None)  # 30 draws over 320 tokens: they don't agree by chance
+
+
+def test_old_name_of_prompt_lookup() -> None:
+    model, by = random_model(tokenizer().vocab_size), tokenizer()
+    for keywords in ({"prompt_lookup": True}, {"lookup": True}):
+        assert Generator(model, by, **keywords).engine.prompt_lookup
+        assert Engine(Runner.from_module(model), by, **keywords).prompt_lookup
+    assert not Generator(model, by).engine.prompt_lookup
 
 
 def test_a_stream_can_be_left_and_started_again() -> None:

@@ -110,7 +110,7 @@ def test_a_quantised_model_is_deterministic_too(tmp_path: Path) -> None:
 
     def answers(step_tokens: int, together: bool, lookup: bool) -> list[object]:
         runner = Runner.from_gguf(source, deterministic=True)
-        engine = Engine(runner, source.tokenizer(), step_tokens=step_tokens, lookup=lookup)
+        engine = Engine(runner, source.tokenizer(), step_tokens=step_tokens, prompt_lookup=lookup)
         told: dict[int, list[object]] = {}
         for prompt in ([5, 6, 7, 5, 6], list(range(30, 70))):
             told[engine.add(prompt, params)] = []

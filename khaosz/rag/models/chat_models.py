@@ -12,11 +12,11 @@ from khaosz.rag.models.protocols import ChatModel, Messages
 
 
 class LocalModel:
-    """Drafts tokens from the prompt (`lookup`), since an answer quotes its passages."""
+    """Drafts tokens from the prompt (`prompt_lookup`), since an answer quotes its passages."""
 
     def __init__(self, model: Path | str | Generator, *, device: str = "cpu") -> None:
         if not isinstance(model, Generator):
-            model = Generator.from_directory(model, device=device, lookup=True)
+            model = Generator.from_directory(model, device=device, prompt_lookup=True)
         self._generator = model
         self.context = self._generator.context
 
