@@ -1,4 +1,4 @@
-"""Tiny true models that say one sentence, and the `khaosz` command in real processes over them."""
+"""Tiny models that answer with a fixed text, and the `khaosz` command in processes over them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 
-SAID = "Yes, 中是\n[b]ok:1"  # two lines, three-byte characters, what looks like markup
+SCRIPT = "Yes, 中是\n[b]ok:1"  # two lines, three-byte characters, text that looks like markup
 CONTEXT = 96
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +30,11 @@ def tokenizer() -> Tokenizer:
 
 
 @cache
-def model(said: str = SAID, context: int = CONTEXT, endless: bool = False) -> Transformer:
-    """A true `Transformer` that says `said` after every assistant mark, once or without end: its
-    blocks are the identity, its head maps each token of the sentence to the next."""
+def model(script: str = SCRIPT, context: int = CONTEXT, endless: bool = False) -> Transformer:
+    """A `Transformer` that answers with `script`, once or repeated for ever: its blocks are the
+    identity, its head maps each token of the script to the next."""
     by = tokenizer()
-    words = by.encode(said)
+    words = by.encode(script)
     chain = [by.special_id("<|assistant|>"), *words, words[0] if endless else by.end_id]
     assert len(set(words)) == len(words)
     config = ModelConfig(
@@ -58,14 +58,14 @@ def model(said: str = SAID, context: int = CONTEXT, endless: bool = False) -> Tr
     return built.eval()
 
 
-def model_directory(directory: Path, saying: Transformer | None = None) -> Path:
-    save_model(saying or model(), directory)
+def model_directory(directory: Path, scripted: Transformer | None = None) -> Path:
+    save_model(scripted or model(), directory)
     tokenizer().save(directory)
     return directory
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process that finds this source tree and nobody's keys."""
+    """The environment of a process that imports this source tree and has no API keys."""
     kept = {k: v for k, v in os.environ.items() if k not in ("KHAOSZ_API_KEY", "OPENAI_API_KEY")}
     given = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "200"}
     return {**kept, **given, **more}
@@ -87,7 +87,7 @@ def run_khaosz(
 
 @contextmanager
 def khaosz_serve(directory: Path, *options: str, **more: str) -> Iterator[str]:
-    """A server in its own process; its address."""
+    """The address of a server in its own process."""
     command = [sys.executable, "-m", "khaosz", "serve", str(directory), "--port", "0"]
     with (
         TemporaryDirectory() as data,

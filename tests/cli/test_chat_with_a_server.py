@@ -15,7 +15,7 @@ from urllib.parse import quote
 import pytest
 from scripted_model import (
     CONTEXT,
-    SAID,
+    SCRIPT,
     environment,
     khaosz_serve,
     model,
@@ -59,7 +59,7 @@ def test_answer_comes_from_the_server(url: str, tmp_path: Path) -> None:
         url, "你好", "/model", f"/save {saved}", "/reset", "/retry", f"/load {saved}", "/retry"
     )
     assert f"saying  at {url}" in out
-    assert out.count(SAID) == 2
+    assert out.count(SCRIPT) == 2
     assert "* saying\n" in out
     assert "nothing to retry" in out
     assert "1 exchanges" in out
@@ -77,20 +77,20 @@ def test_client_does_not_import_torch(url: str) -> None:
         [sys.executable, "-c", code], input=b"hi\n", capture_output=True, env=environment()
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert SAID in done.stdout.decode()
+    assert SCRIPT in done.stdout.decode()
 
 
 def test_oldest_exchange_is_dropped_when_the_context_is_full(url: str) -> None:
     out = chat(url, "a" * 30, "b" * 30, "c" * 30)
     assert "(context full: the oldest 1 exchanges are dropped)" in out
     too_long = chat(url, "a" * 200)
-    assert f"the model's context is {CONTEXT}" in too_long and SAID not in too_long
+    assert f"the model's context is {CONTEXT}" in too_long and SCRIPT not in too_long
 
 
 def test_server_error_is_one_line(url: str) -> None:
     out = chat(url, "/set temperature 3", "hi", "/set temperature 0", "hi")
     assert "temperature" in out and "(400)" in out
-    assert out.count(SAID) == 1
+    assert out.count(SCRIPT) == 1
     assert "Traceback" not in out
 
 
@@ -107,14 +107,16 @@ def test_server_with_an_api_key(directory: Path) -> None:
     with khaosz_serve(directory, KHAOSZ_API_KEY="sesame") as url:
         error, hint = error_and_hint("--url", url)
         assert "(401)" in error and "KHAOSZ_API_KEY" in hint
-        assert SAID in chat(url, "hi", KHAOSZ_API_KEY="sesame")
-        assert SAID in chat(url, "hi", OPENAI_API_KEY="sesame")
+        assert SCRIPT in chat(url, "hi", KHAOSZ_API_KEY="sesame")
+        assert SCRIPT in chat(url, "hi", OPENAI_API_KEY="sesame")
         error, hint = error_and_hint("--url", url, KHAOSZ_API_KEY="sesame\n")
         assert "sesame" not in error
 
 
 def test_proxy_variables_are_ignored_for_loopback(url: str) -> None:
-    assert SAID in chat(url, "hi", http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9")
+    assert SCRIPT in chat(
+        url, "hi", http_proxy="http://127.0.0.1:9", HTTP_PROXY="http://127.0.0.1:9"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from scripted_model import CONTEXT, SAID, model, model_directory, run_khaosz, tokenizer
+from scripted_model import CONTEXT, SCRIPT, model, model_directory, run_khaosz, tokenizer
 
 from khaosz.cli.local_models import newest_model
 from khaosz.cli.terminal.commands import COMMANDS
@@ -119,15 +119,15 @@ def render(*parts: Part, finished: Finished | None = None) -> str:
 
 def test_answer_is_printed_verbatim_and_added_to_turns() -> None:
     terminal = Terminal()
-    assert terminal.say("你好") == SAID + "\n"
+    assert terminal.say("你好") == SCRIPT + "\n"
     assert terminal.conversation.turns == [
         {"role": "user", "content": "你好"},
-        {"role": "assistant", "content": SAID},
+        {"role": "assistant", "content": SCRIPT},
     ]
 
 
 def test_markup_is_not_interpreted() -> None:
-    assert Terminal().say("hi") == SAID + "\n"
+    assert Terminal().say("hi") == SCRIPT + "\n"
     assert (
         render(Part("content", "[b]ok[/b] "), Part("content", ":smile:")) == "[b]ok[/b] :smile:\n"
     )
@@ -190,15 +190,15 @@ def test_finish_reason_length_is_printed() -> None:
 
 def test_oldest_exchange_is_dropped_when_the_context_is_full() -> None:
     terminal = Terminal()
-    assert terminal.say("a" * 20) == SAID + "\n"
-    assert terminal.say("b" * 20) == SAID + "\n"
+    assert terminal.say("a" * 20) == SCRIPT + "\n"
+    assert terminal.say("b" * 20) == SCRIPT + "\n"
     text = terminal.say("c" * 20)
     assert text.startswith("(context full: the oldest 1 exchanges are dropped)\n")
     assert [turn["content"] for turn in terminal.conversation.turns] == [
         "b" * 20,
-        SAID,
+        SCRIPT,
         "c" * 20,
-        SAID,
+        SCRIPT,
     ]
     ids = terminal.generator.chat_ids(terminal.conversation.messages)
     assert len(ids) <= CONTEXT
@@ -252,7 +252,7 @@ def test_reset_and_system_clear_the_turns() -> None:
     terminal.say("hi")
     terminal.do("/system Be brief.")
     assert terminal.conversation.messages == [{"role": "system", "content": "Be brief."}]
-    assert terminal.say("hi") == SAID + "\n"
+    assert terminal.say("hi") == SCRIPT + "\n"
     terminal.do("/reset")
     assert terminal.conversation.messages == [{"role": "system", "content": "Be brief."}]
     terminal.do("/system")
@@ -264,10 +264,10 @@ def test_retry_answers_the_last_message_again() -> None:
     assert terminal.do("/retry") == "nothing to retry\n"
     terminal.say("hi")
     terminal.do("/set max_tokens 24")
-    assert terminal.do("/retry") == SAID + "\n"
+    assert terminal.do("/retry") == SCRIPT + "\n"
     assert terminal.conversation.turns == [
         {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": SAID},
+        {"role": "assistant", "content": SCRIPT},
     ]
 
 
@@ -351,13 +351,13 @@ def test_a_whole_conversation_through_a_pipe(tmp_path: Path) -> None:
     assert done.stderr == b""
     assert f"{directory}  context {CONTEXT} tokens" in out
     assert "/retry" in out
-    assert out.replace("\r\n", "\n").count(SAID) == 2
+    assert out.replace("\r\n", "\n").count(SCRIPT) == 2
     assert "unknown command /frobnicate" in out
     assert "temperature must be between 0 and 100 (got -1.0)" in out
     assert f"the model's context is {CONTEXT} (shorten the prompt" in out
     assert json.loads(saved.read_text(encoding="utf-8"))["messages"] == [
         {"role": "user", "content": "again"},
-        {"role": "assistant", "content": SAID},
+        {"role": "assistant", "content": SCRIPT},
     ]
 
 

@@ -1,5 +1,5 @@
-"""Servers of conversations to be killed: one after the other, forked by a process that has loaded
-everything, so that a start takes no seconds. Prints the port and the process of each."""
+"""Servers of conversations to be killed, one after the other: forks of a process that has imported
+everything, so that each starts at once. Prints the port and the process id of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from khaosz.serve.run import listen
 
 
 def main(path: Path) -> None:
-    for _ in sys.stdin:  # a line asks for a server
+    for _ in sys.stdin:  # one server per line
         with listen("127.0.0.1", 0) as bound:
             child = os.fork()
             if not child:

@@ -1,4 +1,4 @@
-"""The service as OpenAI's own client sees it."""
+"""The API, by OpenAI's client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from khaosz.inference.sampling import SamplingParams
 HELLO: list[Any] = [{"role": "user", "content": "春眠不觉晓 the fox"}]
 
 
-def told(stream: Any) -> tuple[dict[int, str], dict[int, str], Any]:
+def collect(stream: Any) -> tuple[dict[int, str], dict[int, str], Any]:
     """Text and finish reason of every choice, and the usage, of a stream of chat chunks."""
     texts: dict[int, str] = {}
     reasons: dict[int, str] = {}
@@ -62,7 +62,7 @@ def test_stream_matches_whole_answer(service: Service, n: int) -> None:
     stream = client.chat.completions.create(
         **asked, stream=True, stream_options={"include_usage": True}
     )
-    texts, reasons, usage = told(stream)
+    texts, reasons, usage = collect(stream)
     assert texts == {choice.index: choice.message.content for choice in whole.choices}
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
     assert len(set(texts.values())) == n
@@ -72,7 +72,7 @@ def test_stream_matches_whole_answer(service: Service, n: int) -> None:
 
 
 def test_event_stream_format(service: Service) -> None:
-    """Blank lines between events, and the end that OpenAI's stream has."""
+    """Blank lines between events, and OpenAI's end of a stream."""
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 4, "stream": True})
     connection = HTTPConnection("127.0.0.1", service.port, timeout=30)
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -90,22 +90,26 @@ def test_stream_has_no_usage_by_default(service: Service) -> None:
     stream = service.client().chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=4, stream=True
     )
-    assert told(stream)[2] is None
+    assert collect(stream)[2] is None
 
 
 def test_seed_and_stop(service: Service) -> None:
-    def said(**more: Any) -> Any:
+    def answer_of(**more: Any) -> Any:
         answer = service.client().chat.completions.create(
             model="tiny", messages=HELLO, max_tokens=32, **more
         )
         return answer.choices[0]
 
-    one = said(seed=1)
-    assert one.message.content == said(seed=1).message.content != said(seed=2).message.content
+    one = answer_of(seed=1)
+    assert (
+        one.message.content
+        == answer_of(seed=1).message.content
+        != answer_of(seed=2).message.content
+    )
     text = one.message.content
     # Two characters, so that the stop string spans tokens.
     stop = text[8:10]
-    cut = said(seed=1, stop=[stop, "不在里面"])
+    cut = answer_of(seed=1, stop=[stop, "不在里面"])
     assert cut.finish_reason == "stop"
     assert cut.message.content == text[: text.index(stop)]
 
@@ -271,7 +275,7 @@ def test_other_errors(service: Service) -> None:
 
 
 def test_concurrent_requests(service: Service) -> None:
-    def said(content: str) -> str | None:
+    def answer_of(content: str) -> str | None:
         messages: Any = [{"role": "user", "content": content}]
         answer = service.client().chat.completions.create(
             model="tiny", messages=messages, max_tokens=48, temperature=0
@@ -279,12 +283,12 @@ def test_concurrent_requests(service: Service) -> None:
         return answer.choices[0].message.content
 
     questions = [f"question {i} 春" for i in range(6)]
-    alone = [said(question) for question in questions]
+    alone = [answer_of(question) for question in questions]
     assert len(set(alone)) == len(alone)
     together: dict[str, str | None] = {}
 
     def ask(question: str) -> None:
-        together[question] = said(question)
+        together[question] = answer_of(question)
 
     threads = [threading.Thread(target=ask, args=(question,)) for question in questions]
     for thread in threads:

@@ -1,5 +1,5 @@
-"""The examples of docs/en/tools.md, run as they stand there against a real server of a real model,
-where their packages are installed (they are none of ours)."""
+"""The examples of docs/en/tools.md, run unchanged against a real server of a real model, where
+their packages are installed; they are not dependencies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knowledge bases over HTTP: made, filled, searched, read, emptied."""
+"""Knowledge bases over HTTP: created, filled, searched, read, deleted."""
 
 from __future__ import annotations
 

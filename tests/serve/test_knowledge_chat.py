@@ -1,4 +1,4 @@
-"""Chats about a knowledge base: passages in the prompt, citations in the answer, whole and
+"""Chats with a knowledge base: passages in the prompt, citations in the answer, whole and
 streamed."""
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from khaosz.serve.replies import ChatCompletion
 
 PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
 ASKED = {"role": "user", "content": "Do penguins live in the south?"}
-# What the model says is its own affair; that it fits a schema is not.
-SAID = "They live there [1], [9] 【1，12】 and [not here]. [1"
-SHOWN = "They live there [1],  [1] and [not here]. [1"
+# The model is random, so a schema determines its answer.
+OUTPUT = "They live there [1], [9] 【1，12】 and [not here]. [1"
+CONTENT = "They live there [1],  [1] and [not here]. [1"
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,17 @@ def chat(zoo: KnowledgeClient, *messages: dict[str, Any], **more: Any) -> tuple[
     return status, answer
 
 
-def saying(text: str) -> dict[str, Any]:
+def constrained_to(text: str) -> dict[str, Any]:
     form = {"name": "a", "schema": {"enum": [text]}}
     return {"response_format": {"type": "json_schema", "json_schema": form}}
 
 
 def test_answer_with_citations(zoo: KnowledgeClient) -> None:
-    status, answer = chat(zoo, **saying(SAID))
+    status, answer = chat(zoo, **constrained_to(OUTPUT))
     assert status == 200, answer
     ChatCompletion.model_validate(answer)
     message, retrieval = answer["choices"][0]["message"], answer["retrieval"]
-    assert json.loads(message["content"]) == SHOWN
+    assert json.loads(message["content"]) == CONTENT
     hit, whales = retrieval["hits"]
     (citation,) = message["citations"]
     assert citation == {
@@ -81,13 +81,13 @@ def test_answer_with_citations(zoo: KnowledgeClient) -> None:
 
 
 def test_stream_matches_whole_answer(zoo: KnowledgeClient) -> None:
-    _, whole = chat(zoo, **saying(SAID), n=2)
+    _, whole = chat(zoo, **constrained_to(OUTPUT), n=2)
     client = zoo.service.client()
     chunks = [
         chunk.model_dump(exclude_unset=True)
         for chunk in client.chat.completions.create(
             model="tiny", messages=[ASKED], max_tokens=300, temperature=0, n=2, stream=True,  # type: ignore[list-item,arg-type]
-            extra_body={"knowledge_base": "zoo"}, **saying(SAID),
+            extra_body={"knowledge_base": "zoo"}, **constrained_to(OUTPUT),
         )
     ]  # fmt: skip
     assert chunks[0]["retrieval"] == whole["retrieval"]
@@ -101,7 +101,7 @@ def test_stream_matches_whole_answer(zoo: KnowledgeClient) -> None:
 
 
 def test_citation_split_over_outputs(tiny: Path) -> None:
-    """Cut anywhere, and cut short at the end."""
+    """Split anywhere, and incomplete at the end."""
     passage = Hit(1, "a.md", "a.md", "0" * 64, 5, 9, "text", (), 1.0, {})
     prompt = Prompt("...", (passage,), 0, "en")
     form = ResponseFormat(True, context=RetrievalContext([], "q", [passage], prompt, "no"))
@@ -131,7 +131,9 @@ def test_citation_split_over_outputs(tiny: Path) -> None:
 def test_embedder_and_reranker(zoo: KnowledgeClient) -> None:
     for mode, legs in ((None, {"lexical", "dense"}), ("dense", {"dense"})):
         more = {"k": 2, "mode": mode, "reranker": "judge"}
-        status, answer = chat(zoo, knowledge_base="both", retrieval=more, **saying("[2][1]"))
+        status, answer = chat(
+            zoo, knowledge_base="both", retrieval=more, **constrained_to("[2][1]")
+        )
         assert status == 200, answer
         hits = answer["retrieval"]["hits"]
         assert {leg for hit in hits for leg in hit["legs"]} == legs | {"rerank"}
@@ -173,16 +175,16 @@ def test_follow_up_question(zoo: KnowledgeClient) -> None:
         {"role": "system", "content": "Be short."},
         *history,
         {"role": "user", "content": "And do they fly?"},
-        **saying("No [1]."),
+        **constrained_to("No [1]."),
     )
     assert status == 200, answer
     lines = answer["retrieval"]["query"].splitlines()
-    # What a random model makes of it stands between, and may be nothing.
+    # Between them is the random model's rewritten query, which may be empty.
     assert lines[0] == "And do they fly?" and lines[-1] == ASKED["content"]
     assert answer["retrieval"]["found"]
     assert answer["choices"][0]["message"]["citations"][0]["doc"] == "企鹅.md"
-    # A system message alone is no history.
-    _, alone = chat(zoo, {"role": "system", "content": "Be short."}, ASKED, **saying("x"))
+    # A system message is not a previous question.
+    _, alone = chat(zoo, {"role": "system", "content": "Be short."}, ASKED, **constrained_to("x"))
     assert alone["retrieval"]["query"] == ASKED["content"]
     prompt = [
         {"role": "system", "content": "Be short."},
@@ -191,7 +193,7 @@ def test_follow_up_question(zoo: KnowledgeClient) -> None:
     assert alone["usage"]["prompt_tokens"] == len(zoo.service.generator.chat_ids(prompt))
 
 
-ROOM = {**saying("x"), "max_tokens": 1000}
+ROOM = {**constrained_to("x"), "max_tokens": 1000}
 
 
 def test_passages_beyond_context_are_left_out(zoo: KnowledgeClient) -> None:

@@ -182,8 +182,8 @@ def test_failing_embedder(bases: KnowledgeClient, letters: EmbeddingServer) -> N
 
 
 def test_names_of_bases(bases: KnowledgeClient) -> None:
-    def make(**asked: Any) -> tuple[int, Any]:
-        status, answer = bases.ask("POST", "", json.dumps(asked))
+    def make(**request: Any) -> tuple[int, Any]:
+        status, answer = bases.ask("POST", "", json.dumps(request))
         return status, answer["error"]["param"] if status >= 400 else answer["id"]
 
     status, answer = bases.ask("POST", "", json.dumps({"name": "x", "embedder": "none"}))
@@ -225,7 +225,7 @@ def test_concurrent_requests(bases: KnowledgeClient, data: Path) -> None:
 def test_refuses_invalid_search(bases: KnowledgeClient) -> None:
     bases.create("a")
     (file,) = bases.ready("a", bases.upload("a", "a.md", b"A text."))
-    for asked, status, param in (
+    for request, status, param in (
         ({"query": ""}, 400, "query"),
         ({"query": "  "}, 400, "query"),
         ({"query": "x" * 8001}, 400, "query"),
@@ -238,7 +238,7 @@ def test_refuses_invalid_search(bases: KnowledgeClient) -> None:
         ({"query": "x", "name": "x" * 201}, 400, "name"),
         ({"query": "x", "depth": 1}, 400, "depth"),
     ):
-        found, answer = bases.ask("POST", "/a/search", json.dumps(asked))
+        found, answer = bases.ask("POST", "/a/search", json.dumps(request))
         assert (found, answer["error"]["param"]) == (status, param), answer
     assert bases.search("a", "\x00 text \ufffd", name="[*\x00") == []
     digest = bases.search("a", "text")[0]["hash"]

@@ -1,4 +1,4 @@
-"""Files that come into a knowledge base: every kind, good and bad, and what they are called."""
+"""Uploads to a knowledge base: file types, damaged files, names, limits and interruptions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def files(tiny: Path, data: Path) -> Iterator[KnowledgeClient]:
 
 @pytest.fixture
 def base(files: KnowledgeClient, request: pytest.FixtureRequest) -> Iterator[str]:
-    """An empty base of the test's own; it ends with the test, and its uploads with it."""
+    """An empty knowledge base, deleted with its uploads after the test."""
     name = request.node.name.partition("[")[0][:64]
     files.create(name)
     yield name
@@ -44,7 +44,7 @@ def base(files: KnowledgeClient, request: pytest.FixtureRequest) -> Iterator[str
 
 
 def uploads(data: Path) -> set[str]:
-    """What is kept, and that nothing is half there."""
+    """The stored uploads; none may be partial."""
     assert not list((data / "uploads/.partial").iterdir())
     return {path.name for path in (data / "uploads").iterdir() if path.is_file()}
 
@@ -123,7 +123,7 @@ def test_bad_file_fails_alone(
     assert [hit["doc"] for hit in files.search(base, "good file")] == ["good.md"]
     counted = files.ask("GET", f"/{base}")[1]
     assert (counted["files"], counted["chunks"]) == (len(bad) + 1, 1)
-    # The same bytes once more are read once more.
+    # Uploading the same bytes reads them again.
     again = files.upload(base, "broken.pdf", bad["broken.pdf"])
     assert again["id"] == failed[0]["id"] and again["status"] in ("queued", "reading")
 
@@ -145,7 +145,7 @@ def test_same_name_is_replaced(files: KnowledgeClient, base: str, data: Path) ->
     assert files.search(base, "cat") == []
     assert files.search(base, "dog")[0]["doc"] == "a.md"
     assert uploads(data) == {second["sha256"]}
-    # One that cannot be read takes the former one with it: what is listed is what is found.
+    # An unreadable file replaces the readable one: search results match the list.
     broken = files.upload(base, "a.md", b"")
     files.ready(base, broken, status="failed")
     assert files.search(base, "dog") == []
@@ -202,7 +202,7 @@ def test_refuses_invalid_file_name(
     files: KnowledgeClient, base: str, data: Path, name: str, status: int
 ) -> None:
     path = f"{BASES}/{base}/files/{name}"
-    # Its sender has sent all of it before it reads the answer.
+    # The client sends the whole body before it reads the response.
     found, _, answer = files.service.ask("PUT", path, b"x" * 2_000_000)
     assert found == status, answer
     if status == 415:
@@ -222,7 +222,7 @@ def test_file_name_is_normalised(files: KnowledgeClient, base: str) -> None:
 def test_refuses_too_large_file(
     files: KnowledgeClient, base: str, data: Path, chunked: bool
 ) -> None:
-    """Its sender reads the answer, although it has sent all of it."""
+    """The client gets the response after it has sent the whole body."""
     connection = HTTPConnection("127.0.0.1", files.service.port, timeout=30)
     body: Any = b"x" * 20_000_000
     connection.request(
@@ -255,7 +255,7 @@ def test_interrupted_upload_leaves_nothing(files: KnowledgeClient, base: str, da
 
 
 def test_error_before_body_is_sent(files: KnowledgeClient, base: str) -> None:
-    """Whoever waits for 100 Continue, as curl does, sends nothing in vain."""
+    """Clients that wait for 100 Continue, as curl does, do not send the body."""
     for head, status in (
         (head_of(base, LIMIT + 1, "Expect: 100-continue"), b"413"),
         (head_of("none", 10, "Expect: 100-continue"), b"404"),
@@ -281,11 +281,11 @@ def test_key_is_checked_before_upload(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_large_upload_is_complete(tiny: Path, tmp_path: Path) -> None:
-    """Larger than any other body may be."""
+    """Larger than the limit of other bodies."""
     content = b"".join(b"%d\n" % number for number in range(1_000_000))
     with serve_knowledge(tiny, tmp_path) as running:
         running.create("a")
-        # No text that is split into passages: reading it isn't what is tried here.
+        # An invalid PDF, so that it is not split into passages: only the upload is tested.
         file = running.upload("a", "a.pdf", content)
         assert file["bytes"] == len(content) > 4 << 20
         assert file["sha256"] == hashlib.sha256(content).hexdigest()

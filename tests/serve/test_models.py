@@ -29,9 +29,9 @@ HELLO: list[Any] = [{"role": "user", "content": "hello"}]
 ASKED: dict[str, Any] = {"messages": HELLO, "max_tokens": 24, "temperature": 0}
 
 
-def said(service: Service, model: str, **more: Any) -> str | None:
-    asked = {**ASKED, "model": model, **more}
-    return service.client().chat.completions.create(**asked).choices[0].message.content
+def answer_of(service: Service, model: str, **more: Any) -> str | None:
+    request = {**ASKED, "model": model, **more}
+    return service.client().chat.completions.create(**request).choices[0].message.content
 
 
 def alone(path: Path) -> str:
@@ -62,8 +62,8 @@ def test_models_load_on_first_use(tiny: Path, taught: Path) -> None:
         names = [(card.id, card.kind, card.parent) for card in service.client().models.list()]  # type: ignore[attr-defined]
         assert names == [("tiny", "chat", None), ("other", "chat", None)]
         assert loaded(service) == {"tiny": True, "other": False}
-        assert said(service, "other") == alone(taught)
-        assert said(service, "tiny") == alone(tiny)
+        assert answer_of(service, "other") == alone(taught)
+        assert answer_of(service, "tiny") == alone(tiny)
         assert loaded(service) == {"tiny": True, "other": True}
 
 
@@ -75,7 +75,7 @@ def test_adapter_is_served_by_its_name(tiny: Path, tuned: Path, tmp_path: Path) 
         found: dict[str, str | None] = {}
 
         def ask(name: str) -> None:
-            found[name] = said(service, name)
+            found[name] = answer_of(service, name)
 
         threads = [threading.Thread(target=ask, args=(name,)) for name in ("tiny", "tuned")]
         for thread in threads:
@@ -91,13 +91,13 @@ def test_idle_models_are_unloaded_when_memory_is_short(tiny: Path, taught: Path)
     room = sum(model.weights for model in named_models(copies[:2])) + 4096
     with served(*copies, limits=Limits(memory=room)) as service:
         expected = alone(tiny)
-        said(service, "b")
-        said(service, "a")  # b is now the longest unused
-        assert said(service, "c") == expected
+        answer_of(service, "b")
+        answer_of(service, "a")  # b is now the least recently used
+        assert answer_of(service, "c") == expected
         assert loaded(service)["c"] and sum(loaded(service).values()) <= 2
         for name in "bacab":
-            assert said(service, name) == expected
-        # Who is in use stays.
+            assert answer_of(service, name) == expected
+        # Models in use are not unloaded.
         streams = []
         for name in "ab":
             stream = service.client().chat.completions.create(
@@ -106,7 +106,7 @@ def test_idle_models_are_unloaded_when_memory_is_short(tiny: Path, taught: Path)
             next(iter(stream))
             streams.append(stream)
         with pytest.raises(openai.InternalServerError) as full:
-            said(service, "c")
+            answer_of(service, "c")
         assert full.value.status_code == 503 and "retry-after" in full.value.response.headers
         for stream in streams:
             stream.close()
@@ -115,11 +115,11 @@ def test_idle_models_are_unloaded_when_memory_is_short(tiny: Path, taught: Path)
             return not any(model.loaded and model.loaded.users for model in service.models.all)
 
         wait_until(free)
-        assert said(service, "c") == expected
+        assert answer_of(service, "c") == expected
 
 
 def test_prefix_caches_stay_below_memory_limit(tiny: Path) -> None:
-    """Also those of models that are in memory already."""
+    """Also those of models loaded before."""
     copies = [f"{name}={tiny}" for name in "ab"]
     room = sum(model.weights for model in named_models(copies)) + 100_000
     with served(*copies, limits=Limits(memory=room)) as service:
@@ -129,10 +129,12 @@ def test_prefix_caches_stay_below_memory_limit(tiny: Path) -> None:
             return sum(model.loaded.nbytes for model in service.models.all if model.loaded)
 
         for number in range(12):
-            said(service, "ab"[number % 2], messages=[{"role": "user", "content": f"{number}"}])
+            answer_of(
+                service, "ab"[number % 2], messages=[{"role": "user", "content": f"{number}"}]
+            )
             wait_until(lambda: size() <= room)
         assert sum(loaded(service).values()) == 2
-        assert [said(service, name) for name in "ab"] == [expected] * 2
+        assert [answer_of(service, name) for name in "ab"] == [expected] * 2
 
 
 def test_concurrent_requests_load_a_model_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +147,7 @@ def test_concurrent_requests_load_a_model_once(tiny: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Models, "_load", counted)
     with served(f"a={tiny}", f"b={tiny}") as service:
-        threads = [threading.Thread(target=said, args=(service, "b")) for _ in range(4)]
+        threads = [threading.Thread(target=answer_of, args=(service, "b")) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -159,12 +161,12 @@ def test_broken_model_leaves_others_usable(tiny: Path, tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"nonsense")
     with served(tiny, broken) as service:
         with pytest.raises(openai.InternalServerError) as failed:
-            said(service, "broken")
+            answer_of(service, "broken")
         assert str(tmp_path) not in str(failed.value)
-        assert said(service, "tiny") == alone(tiny)
+        assert answer_of(service, "tiny") == alone(tiny)
         assert loaded(service) == {"tiny": True, "broken": False}
         with pytest.raises(openai.InternalServerError):
-            said(service, "broken")
+            answer_of(service, "broken")
 
 
 def test_refuses_invalid_models(tiny: Path, taught: Path, tuned: Path) -> None:
@@ -177,7 +179,7 @@ def test_refuses_invalid_models(tiny: Path, taught: Path, tuned: Path) -> None:
         models(f"a={tiny}", loras=(f"a={tuned}",))
     with pytest.raises(ConfigError, match=r"needs .* MB, --memory-limit leaves 0"):
         models(str(tiny), memory=1000)
-    for wrong in ("tuned", "=x", "x=", f"nobody:a={tuned}"):
+    for wrong in ("tuned", "=x", "x=", f"unknown:a={tuned}"):
         with pytest.raises(ConfigError, match="is not NAME=DIR"):
             models(str(tiny), loras=(wrong,))
     with pytest.raises(ModelError, match="does not exist"):
@@ -201,14 +203,14 @@ def test_request_timeout(tiny: Path) -> None:
         with pytest.raises(openai.APIError, match="longer than the time limit"):
             list(service.client().chat.completions.create(**long, stream=True))
         wait_until(lambda: not service.engine.unfinished)
-        assert said(service, "tiny") == alone(tiny)
+        assert answer_of(service, "tiny") == alone(tiny)
 
 
 def test_tokenize(service: Service, tiny: Path) -> None:
     generator = Generator.from_directory(tiny)
 
-    def tokens(**asked: Any) -> dict[str, Any]:
-        status, _, body = service.ask("POST", "/tokenize", json.dumps({"model": "tiny", **asked}))
+    def tokens(**request: Any) -> dict[str, Any]:
+        status, _, body = service.ask("POST", "/tokenize", json.dumps({"model": "tiny", **request}))
         assert status == 200, body
         return body
 
@@ -224,9 +226,9 @@ def test_tokenize(service: Service, tiny: Path) -> None:
 
 def test_metrics(tiny: Path) -> None:
     with served(tiny) as service:
-        asked = {**ASKED, "model": "tiny", "messages": [{"role": "user", "content": "fox " * 20}]}
-        service.client().chat.completions.create(**asked)
-        list(service.client().chat.completions.create(**asked, stream=True))
+        request = {**ASKED, "model": "tiny", "messages": [{"role": "user", "content": "fox " * 20}]}
+        service.client().chat.completions.create(**request)
+        list(service.client().chat.completions.create(**request, stream=True))
         service.ask("GET", "/v1/models/nothing")
         service.ask("GET", "/some/secret/path")
         status, text = service.text("/metrics")
@@ -245,19 +247,19 @@ def test_metrics(tiny: Path) -> None:
 
 
 def test_cache_size_is_read_while_caches_change(tiny: Path) -> None:
-    """/metrics and who makes room ask for their size beside the engine's thread."""
+    """/metrics and unloading read it from another thread than the engine's."""
     runner = Generator.from_directory(tiny).engine.runner
     caches = [runner.new_cache() for _ in range(64)]
     for cache in caches:
         cache.reserve(16)
         cache.length = 16
-    kept, failed = PrefixCache(64 * caches[0].nbytes), []
+    prefixes, failed = PrefixCache(64 * caches[0].nbytes), []
     done, interval = threading.Event(), sys.getswitchinterval()
 
     def count() -> None:
         try:
             while not done.is_set():
-                kept.nbytes  # noqa: B018
+                prefixes.nbytes  # noqa: B018
         except RuntimeError as error:
             failed.append(error)
 
@@ -266,7 +268,7 @@ def test_cache_size_is_read_while_caches_change(tiny: Path) -> None:
     try:
         counting.start()
         for number in range(3000):
-            kept.put([number] * 16, caches[number % 64])
+            prefixes.put([number] * 16, caches[number % 64])
     finally:
         done.set()
         counting.join()

@@ -1,4 +1,4 @@
-"""What /openapi.json says, held against what is answered."""
+"""/openapi.json, compared with real responses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HELLO: list[Any] = [{"role": "user", "content": "the fox"}]
     ],
 )
 def test_chat_matches_schema(service: Service, more: dict[str, Any]) -> None:
-    """They are written as plain JSON, so nothing else would notice."""
+    """Nothing else checks them, since they are written as plain JSON."""
     body = json.dumps({"model": "tiny", "messages": HELLO, "max_tokens": 16, "seed": 1, **more})
     status, _, answer = service.ask("POST", "/v1/chat/completions", body)
     assert status == 200

@@ -61,8 +61,8 @@ def service(server: Service, file: Path) -> Service:
     return server
 
 
-def post(service: Service, asked: dict[str, Any]) -> tuple[int, Any]:
-    status, _, answer = service.ask("POST", "/v1/preferences", json.dumps(asked))
+def post(service: Service, request: dict[str, Any]) -> tuple[int, Any]:
+    status, _, answer = service.ask("POST", "/v1/preferences", json.dumps(request))
     return status, answer
 
 
@@ -132,8 +132,8 @@ def test_training_reads_rankings(service: Service, file: Path, tiny: Path, tmp_p
 def test_refuses_invalid_preference(
     service: Service, file: Path, wrong: dict[str, Any], message: str
 ) -> None:
-    asked = {**RANKED, "finish_reasons": None, **wrong}
-    status, answer = post(service, asked)
+    request = {**RANKED, "finish_reasons": None, **wrong}
+    status, answer = post(service, request)
     assert status == 400 and message in answer["error"]["message"], answer
     assert not file.exists()
     assert service.ask("GET", "/v1/preferences")[2]["count"] == 0

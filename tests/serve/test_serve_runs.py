@@ -1,4 +1,4 @@
-"""The view of training runs: what a real trainer wrote, long files, torn lines, and no way out."""
+"""Training runs over HTTP: a real run, long files, invalid lines, and paths outside the folder."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_real_run(service: Service, folder: Path, prepared_dir: Path) -> None:
     status, answer = get(service, f"/{quote('演示/pt')}/config")
     assert status == 200 and answer["plan"]["total_steps"] == 6
     assert answer["config"]["window"] == 32 and answer["config"]["prompts"] == ["/春天"]
-    # Where it lies on this machine is nobody's business.
+    # Folders of the server are not revealed.
     assert answer["config"]["out"] == "…/pt" and answer["config"]["data"] == "…/data"
     assert str(folder) not in json.dumps(answer, ensure_ascii=False)
 
@@ -202,7 +202,7 @@ def test_run_state(service: Service, folder: Path) -> None:
     assert aged(0) == "running"
     assert aged(QUIET / 2) == "running"
     assert aged(QUIET * 2) == "stopped"
-    # A step of a minute: ten of them to a row, so half an hour of silence is nothing.
+    # Steps of a minute, ten per row: half an hour without a row is normal.
     rows = [{"step": i, "loss": 1.0, "elapsed_s": 60.0 * i} for i in (10, 20)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert aged(1500) == "running"
@@ -212,7 +212,7 @@ def test_run_state(service: Service, folder: Path) -> None:
     (path / "metrics.jsonl").write_text("")
     assert aged(5000) == "unknown"
     (path / "metrics.jsonl").unlink()
-    assert aged(0) == "running"  # it has not come to its first step
+    assert aged(0) == "running"  # before its first step
     assert metrics(service, "state") == {
         "object": "run.metrics", "rows": [], "thinned": False, "step": None,
     }  # fmt: skip

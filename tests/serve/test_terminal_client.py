@@ -1,4 +1,4 @@
-"""The terminal chat's two backends with a model that thinks, and bases that the service keeps."""
+"""The terminal chat's two backends with a reasoning model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def thinker(taught: Path) -> Iterator[Service]:
 
 
 def answered(backend: ChatBackend, message: str) -> tuple[str, str, Finished]:
-    """What was thought, what was said, and how it ended."""
+    """Reasoning, answer, and how it ended."""
     thought = said = ""
     for event in backend.answer(Conversation(GREEDY), message):
         match event:

@@ -1,4 +1,4 @@
-"""Reasoning and calls of tools, by a model that has learnt both, and forced on one that hasn't."""
+"""Reasoning and tool calls, by a model that has memorised both, and forced on a random one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def learned(taught: Path) -> Iterator[Service]:
         yield running
 
 
-def said(text: str) -> list[Any]:
+def user_turn(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
-def streamed(service: Service, **asked: Any) -> tuple[dict[str, Any], str | None]:
-    """The message that a client puts together from deltas, and why it ended."""
+def streamed(service: Service, **request: Any) -> tuple[dict[str, Any], str | None]:
+    """The message that a client joins from deltas, and the finish reason."""
     message: dict[str, Any] = {"content": "", "reasoning_content": "", "tool_calls": {}}
     reason = None
-    for chunk in service.client().chat.completions.create(**asked, stream=True):
+    for chunk in service.client().chat.completions.create(**request, stream=True):
         [choice] = chunk.choices
         reason = choice.finish_reason or reason
         message["content"] += choice.delta.content or ""
@@ -47,25 +47,25 @@ def streamed(service: Service, **asked: Any) -> tuple[dict[str, Any], str | None
 
 
 def test_reasoning_is_separated(learned: Service) -> None:
-    asked = {**GREEDY, "messages": said("think")}
-    [choice] = learned.client().chat.completions.create(**asked).choices
+    request = {**GREEDY, "messages": user_turn("think")}
+    [choice] = learned.client().chat.completions.create(**request).choices
     assert choice.message.content == "二" and choice.finish_reason == "stop"
     assert choice.message.reasoning_content == "一 + 一"  # type: ignore[attr-defined]
-    message, reason = streamed(learned, **asked)
+    message, reason = streamed(learned, **request)
     assert (message["content"], message["reasoning_content"], reason) == ("二", "一 + 一", "stop")
-    plain = learned.client().chat.completions.create(**{**GREEDY, "messages": said("plain")})
+    plain = learned.client().chat.completions.create(**{**GREEDY, "messages": user_turn("plain")})
     assert plain.choices[0].message.content == "the fox"
     assert not hasattr(plain.choices[0].message, "reasoning_content")
 
 
 def test_tool_call(learned: Service) -> None:
-    asked = {**GREEDY, "messages": said("weather"), "tools": [WEATHER]}
-    [choice] = learned.client().chat.completions.create(**asked).choices
+    request = {**GREEDY, "messages": user_turn("weather"), "tools": [WEATHER]}
+    [choice] = learned.client().chat.completions.create(**request).choices
     assert choice.finish_reason == "tool_calls" and choice.message.content == "I look."
     [call] = choice.message.tool_calls or ()
     assert call.type == "function" and call.function.name == "weather"
     assert json.loads(call.function.arguments) == {"city": "北京"}
-    message, reason = streamed(learned, **asked)
+    message, reason = streamed(learned, **request)
     assert reason == "tool_calls" and message["content"] == "I look."
     assert list(message["tool_calls"]) == [0]
     assert json.loads(message["tool_calls"][0]["arguments"]) == {"city": "北京"}
@@ -73,38 +73,38 @@ def test_tool_call(learned: Service) -> None:
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_parallel_tool_calls(learned: Service, parallel: bool) -> None:
-    asked = {
-        **GREEDY, "messages": said("both"), "tools": [WEATHER], "parallel_tool_calls": parallel
+    request = {
+        **GREEDY, "messages": user_turn("both"), "tools": [WEATHER], "parallel_tool_calls": parallel
     }  # fmt: skip
-    [choice] = learned.client().chat.completions.create(**asked).choices
+    [choice] = learned.client().chat.completions.create(**request).choices
     cities = [json.loads(call.function.arguments)["city"] for call in choice.message.tool_calls]  # type: ignore[union-attr]
     assert cities == (["北京", "Paris"] if parallel else ["北京"])
-    assert len(streamed(learned, **asked)[0]["tool_calls"]) == len(cities)
+    assert len(streamed(learned, **request)[0]["tool_calls"]) == len(cities)
 
 
 def test_lone_surrogate_in_call(learned: Service) -> None:
-    """An escape of a lone surrogate, as a weak model writes it amid an emoji."""
-    asked = {**GREEDY, "messages": said("half"), "tools": [WEATHER]}
-    [choice] = learned.client().chat.completions.create(**asked).choices
+    """An escape of a lone surrogate, as a weak model writes it within an emoji."""
+    request = {**GREEDY, "messages": user_turn("half"), "tools": [WEATHER]}
+    [choice] = learned.client().chat.completions.create(**request).choices
     [call] = choice.message.tool_calls or ()
     assert json.loads(call.function.arguments) == {"city": "?"}
-    message, reason = streamed(learned, **asked)
+    message, reason = streamed(learned, **request)
     assert (reason, message["tool_calls"][0]["arguments"]) == ("tool_calls", '{"city": "?"}')
 
 
 def test_no_calls_without_tools(learned: Service) -> None:
-    """`none` keeps them from the model; marks that it writes all the same are its text."""
+    """`none` hides them from the model; markers that it still writes are plain text."""
     for more in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        asked = {**GREEDY, "messages": said("weather"), **more}
-        [choice] = learned.client().chat.completions.create(**asked).choices
+        request = {**GREEDY, "messages": user_turn("weather"), **more}
+        [choice] = learned.client().chat.completions.create(**request).choices
         assert choice.message.tool_calls is None
         assert choice.finish_reason in ("stop", "length")
 
 
 def test_tool_result_round_trip(learned: Service) -> None:
-    """The client's own messages go back as they came, with the tool's answer."""
+    """The client sends the assistant's message back unchanged, with the tool's result."""
     client = learned.client()
-    messages = said("weather")
+    messages = user_turn("weather")
     first = client.chat.completions.create(**{**GREEDY, "tools": [WEATHER], "messages": messages})
     [call] = first.choices[0].message.tool_calls or ()
     messages += [
@@ -121,14 +121,14 @@ def test_tool_result_round_trip(learned: Service) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("choice", ["required", "weather", "time"])
 def test_required_tool_call(tiny: Path, service: Service, choice: str, seed: int) -> None:
-    """By a model of random weights, which would never have called by itself."""
+    """By a model with random weights, which would not call a tool by itself."""
     named = {"type": "function", "function": {"name": choice}}
-    asked: dict[str, Any] = {
-        "model": "tiny", "messages": said("the fox"), "tools": [WEATHER, TIME], "seed": seed,
+    request: dict[str, Any] = {
+        "model": "tiny", "messages": user_turn("the fox"), "tools": [WEATHER, TIME], "seed": seed,
         "tool_choice": "required" if choice == "required" else named, "max_tokens": 1500,
         "parallel_tool_calls": False,
     }  # fmt: skip
-    [answer] = service.client().chat.completions.create(**asked).choices
+    [answer] = service.client().chat.completions.create(**request).choices
     if answer.finish_reason == "length":  # a `time` without a schema may have any arguments
         assert choice != "weather"
         return
@@ -138,7 +138,7 @@ def test_required_tool_call(tiny: Path, service: Service, choice: str, seed: int
     if call.function.name == "weather":
         assert given in ({"city": "北京"}, {"city": "Paris"})
     assert choice in ("required", call.function.name)
-    message, reason = streamed(service, **asked)
+    message, reason = streamed(service, **request)
     assert reason == "tool_calls"
     assert message["tool_calls"][0] == call.function.model_dump()
 
@@ -162,19 +162,21 @@ def test_required_tool_call(tiny: Path, service: Service, choice: str, seed: int
 )  # fmt: skip
 def test_error_names_tool_field(service: Service, more: dict[str, Any], param: str | None) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
-        service.client().chat.completions.create(**{"model": "tiny", "messages": said("x"), **more})
+        service.client().chat.completions.create(
+            **{"model": "tiny", "messages": user_turn("x"), **more}
+        )
     assert caught.value.param == param
     assert "tool" in str(caught.value)
 
 
 def test_refuses_deep_nesting(service: Service) -> None:
-    """Not so deep that the body can't be read, but the template's text can't be made of it."""
+    """Shallow enough for the JSON parser, too deep for the chat template."""
     deep = '{"a": ' * 900 + "1" + "}" * 900
     tool = '{"type": "function", "function": {"name": "f", "parameters": ' + deep + "}}"
     call = {"id": "a", "function": {"name": "f", "arguments": deep}}
     called = json.dumps({"role": "assistant", "tool_calls": [call]})
     for path, more in (
-        ("/v1/chat/completions", f'"messages": {json.dumps(said("x"))}, "tools": [{tool}]'),
+        ("/v1/chat/completions", f'"messages": {json.dumps(user_turn("x"))}, "tools": [{tool}]'),
         ("/v1/chat/completions", f'"messages": [{called}]'),
         ("/tokenize", f'"messages": [{called}]'),
     ):
@@ -183,7 +185,7 @@ def test_refuses_deep_nesting(service: Service) -> None:
 
 
 def test_template_without_tools(tiny: Path, tmp_path: Path) -> None:
-    """A template that does not mention tools would leave them out without a word."""
+    """Tools become part of the system message, since the template would ignore them."""
     tokenizer = load_tokenizer(tiny)
     turns = [
         {"role": "system", "content": "Be brief."},

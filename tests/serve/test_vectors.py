@@ -1,4 +1,4 @@
-"""Embeddings and rerankings as clients ask for them."""
+"""/v1/embeddings and /v1/rerank."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def vectors(tiny: Path) -> Iterator[Service]:
 
 
 def test_embeddings_match_embedder(vectors: Service, tiny: Path) -> None:
-    """Its client asks for base64 by itself."""
+    """OpenAI's client requests base64 by default."""
     embedder = open_embedder(str(tiny))
     answer = vectors.client().embeddings.create(model="small", input=TEXTS)
     found = np.array([row.embedding for row in answer.data], np.float32)
@@ -94,7 +94,7 @@ def test_models_list_has_kinds(vectors: Service) -> None:
         ("rerank", {"model": "judge", "query": "x", "documents": []}, 400, "documents"),
         ("rerank", {"model": "judge", "query": "x", "documents": ["y"], "top_n": 0}, 400, "top_n"),
         ("rerank", {"model": "judge", "documents": ["y"]}, 400, "query"),
-        # What it has no room for.
+        # Longer than the context.
         ("rerank", {"model": "judge", "query": "x" * 9000, "documents": ["y"]}, 400, None),
         ("embeddings", {"model": "small", "input": "x" * 9000}, 200, None),
     ],
