@@ -63,13 +63,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Add files and directories; only changed files are read again."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+    from rich import progress as bars
 
     from khaosz.rag import KnowledgeBase
     from khaosz.rag.load import load_paths
@@ -77,11 +71,11 @@ def add(
     load_paths(paths, on_problem=lambda problem: None)  # a wrong path must not create a base
     console = progress_console()
     columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-        TextColumn("{task.description}", markup=False),
+        bars.BarColumn(), bars.MofNCompleteColumn(), bars.TextColumn("{task.fields[rate]}"),
+        bars.TimeRemainingColumn(), bars.TextColumn("{task.description}", markup=False),
     )  # fmt: skip
     with KnowledgeBase(kb, embedder=embedder, splitter=_splitter(max_chars, None, False)) as base:
-        with Progress(*columns, console=console, transient=True) as progress:
+        with bars.Progress(*columns, console=console, transient=True) as progress:
             files = progress.add_task("", total=None, rate="")
             vectors = progress.add_task("embedding", total=None, rate="", visible=False)
 
@@ -240,8 +234,9 @@ def split(
     ]
     texts = []
     for chunk in chunks:
-        path = "  " + " > ".join(chunk.headings) if chunk.headings else ""
-        texts.append(f"--- {chunk.start:,}-{chunk.end:,}{path}\n{chunk.text}")
+        path = " > ".join(chunk.headings)
+        place = f"{chunk.start:,}-{chunk.end:,}{'  ' + path if path else ''}"
+        texts.append(f"--- {place}\n{chunk.text}")
     print_result(as_json, values, "\n".join(texts))
 
 
@@ -264,15 +259,12 @@ def search(
             query, k, mode=_mode(mode), collection=collection, name=name,
             reranker=_reranker(reranker),
         )  # fmt: skip
-    if as_json:
-        print_json([hit.as_dict() for hit in hits])
-        return
-    if not hits:
-        typer.echo("nothing found")
+    texts = []
     for i, hit in enumerate(hits, 1):
         legs = ", ".join(f"{name} #{leg.rank} {leg.score:.3f}" for name, leg in hit.legs.items())
         title = " > ".join((hit.doc, *hit.headings))
-        typer.echo(f"[{i}] {title}  {hit.start:,}-{hit.end:,}  ({legs})\n{hit.text.strip()}\n")
+        texts.append(f"[{i}] {title}  {hit.start:,}-{hit.end:,}  ({legs})\n{hit.text.strip()}\n")
+    print_result(as_json, [hit.as_dict() for hit in hits], "\n".join(texts) or "nothing found")
 
 
 @rag_app.command()

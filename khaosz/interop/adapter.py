@@ -165,8 +165,7 @@ def _read_values(path: Path) -> dict[str, Any]:
     if not path.exists():
         hint = f"an adapter is a directory with {CONFIG} and {WEIGHTS}"
         raise ModelError(f"{path.parent}: {CONFIG} not found", hint=hint)
-    values: dict[str, Any] = read_json(path)
-    return values
+    return read_json(path)
 
 
 def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:

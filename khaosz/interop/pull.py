@@ -195,6 +195,7 @@ def _download(address: str, target: Path, report: Progress) -> None:
         return
     partial = target.with_name(f".{target.name}.partial")
     offset = partial.stat().st_size if partial.exists() else 0
+    hint = "run the command again to resume"
     request = Request(address, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
         with urlopen(request, timeout=60) as answer:
@@ -208,13 +209,7 @@ def _download(address: str, target: Path, report: Progress) -> None:
                     report(target.name, file.tell(), total)
                 done = file.tell()
     except URLError as error:
-        raise FetchError(
-            f"{target.name}: {getattr(error, 'reason', error)}",
-            hint="run the command again to resume",
-        ) from error
+        raise FetchError(f"{target.name}: {getattr(error, 'reason', error)}", hint=hint) from error
     if total and done != total:
-        raise FetchError(
-            f"{target.name}: {done:,} of {total:,} bytes received",
-            hint="run the command again to resume",
-        )
+        raise FetchError(f"{target.name}: {done:,} of {total:,} bytes received", hint=hint)
     publish(partial, target)

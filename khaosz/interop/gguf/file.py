@@ -7,6 +7,7 @@ no more memory than it has bytes, and is refused with one `ModelError`.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import struct
@@ -222,9 +223,7 @@ class GgufFile:
             )
         kind = _NAME_OF[number]
         _, block, size = TENSOR_TYPES[kind]
-        count = 1
-        for extent in shape:
-            count *= extent
+        count = math.prod(shape)
         if not count or shape[-1] % block:
             raise ModelError(
                 f"{self.source}: tensor {quoted(name)} of {kind} has shape {shape}, not whole"
