@@ -8,6 +8,7 @@ It needs two gigabytes and some seconds a page more than our own parsers, so it 
 from __future__ import annotations
 
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
 from docling.datamodel.base_models import DocumentStream
@@ -39,13 +40,6 @@ class DoclingParser:
         # docling's page breaks are not where the pages of slides start.
         numbers = sorted(document.pages) or [None]
         pages = [document.export_to_markdown(page_no=number) for number in numbers]
-        parts: list[str] = []
-        offsets: list[int] = []
-        length = 0
-        for number, page in enumerate(pages):
-            if number:
-                offsets.append(length)
-            body = clean(page).strip() + ("\n\n" if number + 1 < len(pages) else "")
-            parts.append(body)
-            length += len(body)
-        return Parsed("".join(parts).rstrip(), pages=tuple(offsets))
+        bodies = [clean(page).strip() + "\n\n" for page in pages]
+        offsets = accumulate(len(body) for body in bodies[:-1])
+        return Parsed("".join(bodies).rstrip(), pages=tuple(offsets))
