@@ -40,8 +40,8 @@ from bench.machine import as_markdown, describe, peak_rss_mb
 from bench.rag_corpus import cmrc, distractors, rows
 from khaosz.rag import KnowledgeBase, StructureSplitter
 from khaosz.rag.search.search import DEPTH, search
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile
 from khaosz.rag.store.index import open_index
+from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile
 
 _REAL = 20_000
 _BATCH = 2_000

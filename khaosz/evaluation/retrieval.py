@@ -17,7 +17,8 @@ from khaosz.data.records.report import InputReport, usable_records, worst_reason
 from khaosz.errors import DataError
 from khaosz.rag.models.protocols import Embedder
 from khaosz.rag.search.bm25 import lexical_search
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile, open_store
+from khaosz.rag.store import open_store
+from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile
 
 _BATCH = 64  # texts per call of an embedder
 

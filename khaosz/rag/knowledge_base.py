@@ -17,15 +17,10 @@ from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.rag.search.search import search
 from khaosz.rag.split.structure import StructureSplitter
-from khaosz.rag.store import (
-    NewChunk,
-    NewDocument,
-    SourceFile,
-    Store,
-    StoredDocument,
-    open_store,
-)
+from khaosz.rag.store import open_store
 from khaosz.rag.store.index import VectorIndex, open_index
+from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile, StoredDocument, indexed_text
+from khaosz.rag.store.sql import Store
 
 if TYPE_CHECKING:
     from khaosz.rag.split.semantic import SemanticSplitter
@@ -239,7 +234,7 @@ class KnowledgeBase:
             on_chunk(0, len(missing))
         for first in range(0, len(missing), _EMBED_CHUNKS):
             chunks = self.store.chunks(missing[first : first + _EMBED_CHUNKS])
-            texts = [NewChunk(0, 0, c.text, c.headings).indexed for c in chunks]
+            texts = [indexed_text(chunk.headings, chunk.text) for chunk in chunks]
             vectors = embedder.passages(texts)
             if vectors.shape != (len(texts), self.store.dimension):
                 raise self._other_dimension(embedder, vectors.shape)

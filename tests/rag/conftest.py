@@ -19,7 +19,8 @@ from khaosz.data.tokenizer import train_tokenizer
 from khaosz.inference.generator import Generator
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
-from khaosz.rag.store import Store, open_store
+from khaosz.rag.store import open_store
+from khaosz.rag.store.sql import Store
 from khaosz.rag.terms import terms
 
 KINDS = ("sqlite", "postgres")

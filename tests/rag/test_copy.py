@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from khaosz.cli import app
 from khaosz.errors import DataError
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store
 from khaosz.rag.store.copy import copy_store
+from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile
+from khaosz.rag.store.sql import Store
 
 Open = Callable[..., Store]
 Openers = Callable[[str], Open]

@@ -24,8 +24,8 @@ from khaosz.rag import KnowledgeBase, StructureSplitter
 from khaosz.rag.load import Limits, WorkerPool, load_file
 from khaosz.rag.search.bm25 import K1, B, lexical_search
 from khaosz.rag.search.search import merge_neighbours
-from khaosz.rag.store import Store
 from khaosz.rag.store.index import ExactIndex, GraphIndex
+from khaosz.rag.store.sql import Store
 from khaosz.rag.store.sqlite import SqliteStore
 from khaosz.rag.terms import terms
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag import KnowledgeBase, StructureSplitter
-from khaosz.rag.store import NewChunk, NewDocument, SourceFile, Store, open_store
-from khaosz.rag.store.protocol import glob_pattern
+from khaosz.rag.store import open_store
+from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile, glob_pattern
+from khaosz.rag.store.sql import Store
 
 Open = Callable[..., Store]
 Openers = Callable[[str], Open]

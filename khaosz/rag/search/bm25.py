@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from khaosz.rag.store import NewChunk, Store
+from khaosz.rag.store.records import indexed_text
+from khaosz.rag.store.sql import Store
 from khaosz.rag.terms import is_character, term_counter, terms
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ def lexical_search(
     count_terms = term_counter(weight)
     scored = []
     for chunk in store.chunks(candidates.tolist()):
-        indexed = NewChunk(chunk.start, chunk.end, chunk.text, chunk.headings).indexed
-        counts = count_terms(indexed)
+        counts = count_terms(indexed_text(chunk.headings, chunk.text))
         norm = K1 * (1 - B + B * chunk.terms / average)
         score = sum(
             weight[term] * count * (K1 + 1) / (count + norm) for term, count in counts.items()
@@ -83,7 +83,7 @@ def coverage(store: Store, query: str, hits: Sequence[Hit]) -> list[float]:
     whole = sum(weight.values()) or 1.0
     shares = []
     for hit in hits:
-        matches = query_terms.intersection(terms("\n".join((*hit.headings, hit.text))))
+        matches = query_terms.intersection(terms(indexed_text(hit.headings, hit.text)))
         shares.append(sum(weight[term] for term in matches) / whole)
     return shares
 

@@ -11,8 +11,8 @@ from khaosz.errors import ConfigError
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.bm25 import lexical_search
 from khaosz.rag.search.hit import Hit, Mode, RetrieverScore
-from khaosz.rag.store import Store
 from khaosz.rag.store.index import VectorIndex
+from khaosz.rag.store.sql import Store
 
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009
 DEPTH = 100  # chunks of each retriever that are fused

@@ -10,25 +10,8 @@ import importlib.util
 from pathlib import Path
 
 from khaosz.errors import ConfigError, DataError
-from khaosz.rag.store.protocol import (
-    NewChunk,
-    NewDocument,
-    SourceFile,
-    Store,
-    StoredChunk,
-    StoredDocument,
-)
+from khaosz.rag.store.sql import Store
 from khaosz.rag.store.sqlite import SqliteStore
-
-__all__ = [
-    "NewChunk",
-    "NewDocument",
-    "SourceFile",
-    "Store",
-    "StoredChunk",
-    "StoredDocument",
-    "open_store",
-]
 
 
 def open_store(where: Path | str, *, new: bool = True) -> Store:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from khaosz.errors import DataError
-from khaosz.rag.store.protocol import COUNTED, NewDocument, SourceFile, Store
+from khaosz.rag.store.records import COUNTED, NewDocument, SourceFile
+from khaosz.rag.store.sql import Store
 
 _SOURCES = 64  # per transaction, at most
 _CHARACTERS = 4_000_000  # per transaction, about

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from khaosz.files import atomic_path, write_json
-from khaosz.rag.store import Store
+from khaosz.rag.store.sql import Store
 from khaosz.rag.store.sqlite import SqliteStore
 
 EXACT_UP_TO = 50_000  # vectors: 20 ms of one core at 384 dimensions

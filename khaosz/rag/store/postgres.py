@@ -21,8 +21,8 @@ from psycopg.pq import TransactionStatus
 
 from khaosz.errors import ConfigError, DataError
 from khaosz.rag.store.postgres_server import Database, escape_nul, unescape_nul
-from khaosz.rag.store.protocol import SourceFile, glob_pattern
-from khaosz.rag.store.sql import VERSION, SqlStore
+from khaosz.rag.store.records import SourceFile, glob_pattern
+from khaosz.rag.store.sql import VERSION, Store
 
 EXACT_UP_TO = 10_000  # vectors
 LONGEST_INDEXED = 2000  # dimensions that pgvector's HNSW takes
@@ -52,7 +52,7 @@ CREATE TABLE terms (term text COLLATE "C" PRIMARY KEY, chunks bigint NOT NULL);
 """
 
 
-class PostgresStore(Database, SqlStore):
+class PostgresStore(Database, Store):
     """Raises `DataError` for a server that cannot be reached or lacks pgvector, a missing knowledge
     base without `new`, and a later version; `ConfigError` for an invalid address."""
 

@@ -1,4 +1,4 @@
-"""The interface of a store of a knowledge base, and the records that it reads and writes.
+"""The records that a store of a knowledge base reads and writes.
 
 Each store numbers its chunks and documents itself, ascending in the order of writing. What a
 citation names (hash, start, end) is the same in every store.
@@ -7,10 +7,8 @@ citation names (hash, start, end) is the same in every store.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -36,11 +34,6 @@ class NewChunk:
     text: str
     headings: tuple[str, ...]
     vector: np.ndarray | None = None
-
-    @property
-    def indexed(self) -> str:
-        """What lexical search indexes: the headings above a chunk describe it too."""
-        return "\n".join((*self.headings, self.text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,121 +79,9 @@ class StoredChunk:
     terms: int
 
 
-class Store(Protocol):
-    """Raises `DataError` when the store cannot be used, reached, read or written."""
-
-    where: str  # the address, without its password
-
-    def close(self) -> None: ...
-
-    def writing(self) -> AbstractContextManager[None]:
-        """One atomic change. There is one writer at a time; a second one waits."""
-
-    def reading(self) -> AbstractContextManager[None]:
-        """All reads inside see one state, whatever is written meanwhile."""
-
-    # settings
-
-    def get(self, key: str) -> str | None: ...
-
-    def set(self, key: str, value: str) -> None:
-        """Inside `writing`."""
-
-    def unset(self, key: str) -> None:
-        """Inside `writing`."""
-
-    def settings(self) -> dict[str, str]:
-        """All of them, including those of `COUNTED`."""
-
-    @property
-    def chunk_count(self) -> int: ...
-
-    @property
-    def term_count(self) -> int:
-        """Occurrences of terms, over all chunks."""
-
-    @property
-    def vector_count(self) -> int: ...
-
-    @property
-    def dimension(self) -> int:
-        """Of vectors; 0 without an embedder."""
-
-    @property
-    def revision(self) -> int:
-        """Grows with every change; an index records the revision it was built from."""
-
-    # writes, all of them inside `writing`
-
-    def replace(
-        self, collection: str, source: SourceFile, documents: Sequence[NewDocument]
-    ) -> None:
-        """Store a file's documents in place of its former ones."""
-
-    def touch(self, collection: str, source: SourceFile) -> None:
-        """Record another time of an unchanged file."""
-
-    def remove_source(self, collection: str, path: str) -> bool:
-        """Returns whether it existed."""
-
-    def rebuild_postings(self) -> None:
-        """Rebuild the lexical index from the chunks."""
-
-    def set_vectors(self, vectors: Iterable[tuple[int, np.ndarray]]) -> None:
-        """float32 (D,) per chunk number."""
-
-    def forget_vectors(self) -> None: ...
-
-    # reads
-
-    def source(self, collection: str, path: str) -> SourceFile | None: ...
-
-    def source_paths(self, collection: str) -> list[str]: ...
-
-    def sources(self) -> Iterator[tuple[str, SourceFile]]:
-        """Collections and files, in the order of writing."""
-
-    def contents(self, collection: str, path: str) -> list[NewDocument]:
-        """The documents of a source with chunks and vectors, as `replace` takes them."""
-
-    def counts(self) -> dict[str, int]:
-        """The numbers of sources, documents, chunks, vectors and distinct terms."""
-
-    def size(self) -> int:
-        """Bytes on disk."""
-
-    def documents(self, collection: str | None = None) -> list[StoredDocument]:
-        """Ordered by collection, name and number."""
-
-    def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
-        """Documents by number; removed ones are left out."""
-
-    def document_by_hash(self, digest: str) -> StoredDocument | None: ...
-
-    def text(self, document: int) -> str: ...
-
-    def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
-        """In the order of `numbers`; removed ones are left out."""
-
-    def chunks_of(self, document: int) -> list[StoredChunk]:
-        """Ordered by start."""
-
-    def chunk_numbers(
-        self, *, collection: str | None = None, name: str | None = None
-    ) -> np.ndarray:
-        """Ascending int64 numbers of the chunks of a collection, of documents whose name matches a
-        GLOB."""
-
-    def unembedded(self) -> Iterator[StoredChunk]: ...
-
-    def vectors(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 chunk numbers (N,), ascending, and float32 vectors (N, D)."""
-
-    def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
-        """The number of chunks that contain each term; absent terms are left out."""
-
-    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
-        """For each term the ascending int64 numbers of the chunks that contain it."""
+def indexed_text(headings: Sequence[str], text: str) -> str:
+    """What lexical search indexes: the headings above a chunk describe it too."""
+    return "\n".join((*headings, text))
 
 
 _GLOB = re.compile(r"(\*)|(\?)|\[(\^?)(\]?+[^\]]*)\]|(\[)|([^*?\[]+)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""What the SQLite and the PostgreSQL store share: statements, rows and counts.
+"""The store of a knowledge base: statements, rows and counts that SQLite and PostgreSQL share.
 
     meta        settings, and the counts of chunks and terms
     sources     a file that was added: path, size, time, hash     (to skip unchanged files)
@@ -23,12 +23,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from khaosz.database import version_error
-from khaosz.rag.store.protocol import (
+from khaosz.rag.store.records import (
     NewChunk,
     NewDocument,
     SourceFile,
     StoredChunk,
     StoredDocument,
+    indexed_text,
 )
 from khaosz.rag.terms import terms
 
@@ -41,10 +42,11 @@ _DOCUMENT = (
 _CHUNK = 'SELECT c.id, c.document, c.start, c."end", c.text, c.headings, c.terms FROM chunks c'
 
 
-class SqlStore(ABC):
-    """A `Store` over the hooks below. Values stand as `?` in statements."""
+class Store(ABC):
+    """Built on the hooks below, in which values stand as `?` in statements. Raises `DataError` when
+    the store cannot be used, reached, read or written."""
 
-    where: str
+    where: str  # the address, without its password
     _by_source: ClassVar[str]  # the condition on `sources s` that takes `_source_key`
     _by_name: ClassVar[str]  # the condition on `documents d` that takes `_name_pattern`
 
@@ -62,7 +64,19 @@ class SqlStore(ABC):
         """For one writer; raises `DataError` when the database refuses."""
 
     @abstractmethod
-    def reading(self) -> AbstractContextManager[None]: ...
+    def close(self) -> None: ...
+
+    @abstractmethod
+    def reading(self) -> AbstractContextManager[None]:
+        """All reads inside see one state, whatever is written meanwhile."""
+
+    @abstractmethod
+    def size(self) -> int:
+        """Bytes on disk."""
+
+    @abstractmethod
+    def postings(self, wanted: Sequence[str]) -> list[np.ndarray]:
+        """For each term the ascending int64 numbers of the chunks that contain it."""
 
     @abstractmethod
     def _matching(self, query: str, column: str, values: Sequence[Any]) -> Iterable[tuple]:
@@ -148,15 +162,18 @@ class SqlStore(ABC):
         return None if row is None else row[0]
 
     def set(self, key: str, value: str) -> None:
+        """Inside `writing`."""
         self._run(
             "INSERT INTO meta VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
             (key, value),
         )
 
     def unset(self, key: str) -> None:
+        """Inside `writing`."""
         self._run("DELETE FROM meta WHERE key = ?", (key,))
 
     def settings(self) -> dict[str, str]:
+        """All of them, including those of `COUNTED`."""
         return dict(self._run("SELECT key, value FROM meta").fetchall())
 
     @property
@@ -165,6 +182,7 @@ class SqlStore(ABC):
 
     @property
     def term_count(self) -> int:
+        """Occurrences of terms, over all chunks."""
         return int(self.get("terms") or 0)
 
     @property
@@ -173,17 +191,20 @@ class SqlStore(ABC):
 
     @property
     def dimension(self) -> int:
+        """Of vectors; 0 without an embedder."""
         return int(self.get("dimension") or 0)
 
     @property
     def revision(self) -> int:
+        """Grows with every change; an index records the revision it was built from."""
         return int(self.get("generation") or 0)  # the setting's name in existing databases
 
-    # --------------------------------------------------------------------------------------- write
+    # ------------------------------------------------------------------ write, all inside `writing`
 
     def replace(
         self, collection: str, source: SourceFile, documents: Sequence[NewDocument]
     ) -> None:
+        """Store a file's documents in place of its former ones."""
         self.remove_source(collection, source.path)
         source_id, chunk_ids = self._next_id("sources"), count(self._next_id("chunks"))
         self._insert_source(source_id, collection, source)
@@ -203,7 +224,10 @@ class SqlStore(ABC):
                 chunk_rows.append(
                     (
                         *(chunk_id, document_id, chunk.start, chunk.end, self._encode(chunk.text)),
-                        *(_dumped(chunk.headings), *self._count_terms(chunk)),
+                        *(
+                            _dumped(chunk.headings),
+                            *self._count_terms(chunk.headings, chunk.text),
+                        ),
                     )
                 )
                 if chunk.vector is not None:
@@ -213,9 +237,9 @@ class SqlStore(ABC):
         self._put_vectors(vectors)
         self._counts["generation"] += 1
 
-    def _count_terms(self, chunk: NewChunk) -> tuple[int, list[str]]:
+    def _count_terms(self, headings: Sequence[str], text: str) -> tuple[int, list[str]]:
         """The number of terms of a chunk that is added, and the distinct ones."""
-        occurrences = terms(chunk.indexed)
+        occurrences = terms(indexed_text(headings, text))
         distinct = sorted(set(occurrences))
         self._frequency.update(distinct)
         self._counts.update(chunks=1, terms=len(occurrences))
@@ -225,6 +249,7 @@ class SqlStore(ABC):
         return self._number(f"SELECT coalesce(max(id), 0) + 1 FROM {table}")
 
     def touch(self, collection: str, source: SourceFile) -> None:
+        """Record another time of an unchanged file."""
         self._run(
             "UPDATE sources SET size = ?, mtime_ns = ?"
             f" WHERE id = (SELECT s.id FROM sources s WHERE {self._by_source})",
@@ -232,6 +257,7 @@ class SqlStore(ABC):
         )
 
     def remove_source(self, collection: str, path: str) -> bool:
+        """Returns whether it existed."""
         row = self._one(
             f"SELECT s.id FROM sources s WHERE {self._by_source}",
             self._source_key(collection, path),
@@ -246,6 +272,7 @@ class SqlStore(ABC):
         return True
 
     def rebuild_postings(self) -> None:
+        """Rebuild the lexical index from the chunks."""
         self._run("DELETE FROM terms")
         self.set("chunks", "0")
         self.set("terms", "0")
@@ -257,16 +284,14 @@ class SqlStore(ABC):
         ).fetchall():
             self._replace_postings(
                 [
-                    (number, *self._count_terms(self._text_of(text, headings)))
+                    (number, *self._count_terms(json.loads(headings), self._decode(text)))
                     for number, text, headings in rows
                 ]
             )
             last = rows[-1][0]
 
-    def _text_of(self, text: str, headings: str) -> NewChunk:
-        return NewChunk(0, 0, self._decode(text), tuple(json.loads(headings)))
-
     def set_vectors(self, vectors: Iterable[tuple[int, np.ndarray]]) -> None:
+        """float32 (D,) per chunk number."""
         self._put_vectors([(int(number), vector) for number, vector in vectors])
         self._counts["generation"] += 1
 
@@ -290,12 +315,14 @@ class SqlStore(ABC):
         return [self._decode(row[0]) for row in rows]
 
     def sources(self) -> Iterator[tuple[str, SourceFile]]:
+        """Collections and files, in the order of writing."""
         for collection, path, *rest in self._run(
             "SELECT collection, path, size, mtime_ns, sha256 FROM sources ORDER BY id"
         ):
             yield self._decode(collection), SourceFile(self._decode(path), *rest)
 
     def contents(self, collection: str, path: str) -> list[NewDocument]:
+        """The documents of a source with chunks and vectors, as `replace` takes them."""
         key = self._source_key(collection, path)
         documents = self._documents(f" WHERE {self._by_source} ORDER BY d.id", key)
         chunks: dict[int, list[NewChunk]] = {document.id: [] for document in documents}
@@ -314,15 +341,18 @@ class SqlStore(ABC):
         return [document.with_chunks(chunks[document.id]) for document in documents]
 
     def counts(self) -> dict[str, int]:
+        """The numbers of sources, documents, chunks, vectors and distinct terms."""
         # A term that occurs nowhere any more may keep its row.
         tables = ("sources", "documents", "chunks", "vectors", "terms WHERE chunks > 0")
         return {table.split()[0]: self._number(f"SELECT count(*) FROM {table}") for table in tables}
 
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
+        """Ordered by collection, name and number."""
         where, values = self._filter(collection, None)
         return self._documents(f"{where} ORDER BY d.collection, d.name, d.id", values)
 
     def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
+        """Documents by number; removed ones are left out."""
         distinct = sorted({int(number) for number in numbers})
         return {row[0]: self._document(row) for row in self._matching(_DOCUMENT, "d.id", distinct)}
 
@@ -337,17 +367,21 @@ class SqlStore(ABC):
         return "".join(parts)
 
     def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
+        """In the order of `numbers`; removed ones are left out."""
         ids = [int(number) for number in numbers]
         rows = {row[0]: row for row in self._matching(_CHUNK, "c.id", ids)}
         return [self._chunk(rows[number]) for number in ids if number in rows]
 
     def chunks_of(self, document: int) -> list[StoredChunk]:
+        """Ordered by start."""
         rows = self._run(_CHUNK + " WHERE c.document = ? ORDER BY c.start", (int(document),))
         return [self._chunk(row) for row in rows]
 
     def chunk_numbers(
         self, *, collection: str | None = None, name: str | None = None
     ) -> np.ndarray:
+        """Ascending int64 numbers of the chunks of a collection, of documents whose name matches a
+        GLOB."""
         where, values = self._filter(collection, name)
         query = f"SELECT c.id FROM chunks c JOIN documents d ON d.id = c.document{where}"
         cursor = self._run(query, values, binary=True)
@@ -364,6 +398,7 @@ class SqlStore(ABC):
             yield self._chunk(row)
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 chunk numbers (N,), ascending, and float32 vectors (N, D)."""
         shape = self.vector_count, self.dimension
         numbers, matrix = np.empty(shape[0], np.int64), np.empty(shape, np.float32)
         at = 0
@@ -380,6 +415,7 @@ class SqlStore(ABC):
             yield numbers, self._matrix([vector for _, vector in rows])
 
     def document_frequencies(self, wanted: Sequence[str]) -> dict[str, int]:
+        """The number of chunks that contain each term; absent terms are left out."""
         rows = self._matching("SELECT term, chunks FROM terms", "term", list(wanted))
         return {term: chunks for term, chunks in rows if chunks > 0}
 

@@ -9,6 +9,7 @@ are atomic, also after a crash.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,8 @@ from khaosz.database import (
     transaction,
 )
 from khaosz.errors import DataError
-from khaosz.rag.store.protocol import SourceFile
-from khaosz.rag.store.sql import VERSION, SqlStore
+from khaosz.rag.store.records import SourceFile, indexed_text
+from khaosz.rag.store.sql import VERSION, Store
 from khaosz.rag.terms import terms
 
 _BUSY_S = 30.0  # a writer waits for another one
@@ -55,7 +56,7 @@ CREATE VIRTUAL TABLE postings USING fts5(
 """
 
 
-class SqliteStore(SqlStore):
+class SqliteStore(Store):
     """Raises `DataError` for a file that is not a knowledge base, is damaged or of a later
     version."""
 
@@ -99,7 +100,6 @@ class SqliteStore(SqlStore):
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """All reads inside see one state, whatever is written meanwhile."""
         if self._db.in_transaction:
             yield
             return
@@ -156,7 +156,7 @@ class SqliteStore(SqlStore):
         ).fetchall()
         for number, text, headings, occurrences in rows:
             # FTS5 without contents removes a row only when given the terms that were in it.
-            distinct = set(terms(self._text_of(text, headings).indexed))
+            distinct = set(terms(indexed_text(json.loads(headings), text)))
             self._run(
                 "INSERT INTO postings (postings, rowid, terms) VALUES ('delete', ?, ?)",
                 (number, " ".join(distinct)),
