@@ -190,6 +190,7 @@ def _ours_dpo(
     from rich.console import Console
 
     from khaosz.data.records.preference import EncodedPair
+    from khaosz.trainer.calibration import apply_plan
     from khaosz.trainer.open_run import OpenRun, RunOrigin
     from khaosz.trainer.stages.assembly import plan_packed
     from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
@@ -205,7 +206,7 @@ def _ours_dpo(
     strategy = DPOStrategy(PairSet(pairs), PairSet([]), layout, parallel, config=config.preference)
     started = time.perf_counter()
     plan = plan_packed(run, strategy)
-    compute = run.apply(plan)
+    compute = apply_plan(plan, model, config)
     reference_logprobs(model.train(), strategy.micro_batches(0)[0], compute)  # compiles
     ready = time.perf_counter() - started
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from khaosz.model import Transformer
+from khaosz.model import Transformer, evaluating
 
 _CHUNK = 1024  # tokens whose logits exist at one time
 
@@ -69,16 +69,12 @@ def score_documents(
     the first input of a later window is the last target of the one before. The model is left in
     the mode it was in.
     """
-    was_training = model.training
-    model.eval()
     device = model.embed_tokens.weight.device
     lengths = torch.from_numpy(byte_lengths).to(device)
     total = Score()
-    try:
+    with evaluating(model):
         for ids, labels in _batches(documents, window, rows):
             total += _score_batch(model, ids.to(device), labels.to(device), lengths, dtype)
-    finally:
-        model.train(was_training)
     return total
 
 

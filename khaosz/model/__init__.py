@@ -2,6 +2,6 @@
 or losses."""
 
 from khaosz.model.reward import RewardModel, reward_shapes
-from khaosz.model.transformer import Transformer, parameter_shapes
+from khaosz.model.transformer import Transformer, evaluating, parameter_shapes
 
-__all__ = ["RewardModel", "Transformer", "parameter_shapes", "reward_shapes"]
+__all__ = ["RewardModel", "Transformer", "evaluating", "parameter_shapes", "reward_shapes"]

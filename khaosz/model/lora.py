@@ -158,25 +158,7 @@ def without_lora(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every A and B: all there is to train."""
-    layers = named_adapters(model).values()
-    return [matrix for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
-
-
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """A and B of every adapted layer, under "layers.0.self_attn.q_proj.lora_A" and so on."""
     layers = named_adapters(model).items()
     return {f"{n}.{k}": getattr(m, k).detach() for n, m in layers for k in ("lora_A", "lora_B")}
-
-
-def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model as it was before `add_lora`, int8 matrices dequantised."""
-    state: dict[str, Tensor] = dict(model.state_dict())
-    for name, layer in named_adapters(model).items():
-        for part in layer.state_dict():
-            del state[f"{name}.{part}"]
-        state[f"{name}.weight"] = layer.base.weight.detach()
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias.detach()
-    return state

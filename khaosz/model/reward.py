@@ -1,4 +1,4 @@
-"""A Transformer that judges instead of speaking: one number per position."""
+"""A Transformer with a scalar head: one number per position."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RewardModel(Transformer):
     def from_transformer(
         cls, model: Transformer, generator: torch.Generator | None = None
     ) -> RewardModel:
-        """A judge that starts from a language model's body (copied).
+        """A reward model that starts from a language model's body (copied).
 
         Without a `generator` its head is zero: every state is worth nothing until a critic learns
         otherwise. With one, the CPU's, it is drawn small: two answers that end alike would give a

@@ -7,7 +7,8 @@ Parameter names are Hugging Face's, less the leading "model.", so a checkpoint i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -93,6 +94,17 @@ class Transformer(nn.Module):
         self.embed_tokens.weight.normal_(0.0, spread, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within; afterwards the mode before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -37,7 +37,7 @@ class ParallelContext:
             dist.destroy_process_group()
 
 
-def across(values: list[float], context: ParallelContext) -> list[float]:
+def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]:
     """Each value summed over all ranks, in fp64 where the device has it."""
     if context.world == 1:
         return values
@@ -51,8 +51,8 @@ def data_parallel(module: nn.Module, context: ParallelContext) -> nn.Module:
     """The module itself on one rank, else in DDP, which *averages* gradients over the ranks.
 
     The gradient wanted is the sum over ranks of the loss sum divided by the global count, so the
-    loop divides by `share_of` that count. DDP's own reduction runs without Python; a summing hook
-    in Python would be called, and freed, on gloo's threads, which abort an exiting process.
+    loop divides by `loss_divisor` of that count. DDP's own reduction runs without Python; a summing
+    hook in Python would be called, and freed, on gloo's threads, which abort an exiting process.
     """
     if context.world == 1:
         return module
@@ -60,7 +60,7 @@ def data_parallel(module: nn.Module, context: ParallelContext) -> nn.Module:
     return DistributedDataParallel(module, broadcast_buffers=False)
 
 
-def share_of(count: float, context: ParallelContext) -> float:
+def loss_divisor(count: float, context: ParallelContext) -> float:
     """Divisor of a rank's loss sum, such that DDP's average is the global sum over `count`."""
     return count / context.world
 

@@ -20,7 +20,7 @@ from khaosz.config import TrainConfig
 from khaosz.data.batches.batch import Batch
 from khaosz.errors import ConfigError, DeviceError
 from khaosz.model import Transformer
-from khaosz.parallel import ParallelContext, across
+from khaosz.parallel import ParallelContext, sum_over_ranks
 from khaosz.trainer.loss import chunk_loss
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.strategy import Compute, LossModule, Strategy
@@ -134,7 +134,7 @@ def calibrate(
     seconds = _step_seconds(model, config, strategy, compute, batches, parallel)
     total = _total_steps(config, strategy, rows, seconds)
     strategy.metric_sums.clear()
-    chosen = across(
+    chosen = sum_over_ranks(
         [float(x) if parallel.is_main else 0.0
          for x in (dtype == torch.bfloat16, compiled, total, seconds)],
         parallel,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from khaosz.inference.scoring import Score
 from khaosz.trainer.checkpoint import point, rotate, save_checkpoint, write_rollout
 from khaosz.trainer.train_context import TrainContext
 
-Evaluate = Callable[[TrainContext], dict[str, Score]]
+Evaluate = Callable[[TrainContext], dict[str, float]]
+"""Scores of held-out data, among them the `loss`; empty where there is nothing to score."""
 
 
 class Callback:
@@ -31,7 +31,7 @@ def is_last(context: TrainContext) -> bool:
 
 
 class Validation(Callback):
-    """Scores the held-out text every `every` steps and at the end; adds `val_*` to the metrics."""
+    """Evaluates every `every` steps and at the end; adds the scores as `val_*` to the metrics."""
 
     def __init__(self, evaluate: Evaluate, every: int) -> None:
         self.evaluate, self.every = evaluate, every
@@ -39,16 +39,9 @@ class Validation(Callback):
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         if metrics["step"] % self.every and not is_last(context):
             return
-        scores = self.evaluate(context)
-        total = sum(scores.values(), Score())
-        if not total.tokens:
-            return
-        metrics["val_loss"] = total.loss
-        metrics["val_bits_per_byte"] = total.bits_per_byte
-        for lang, score in scores.items():
-            if score.text_bytes and len(scores) > 1:
-                metrics[f"val_bits_per_byte_{lang}"] = score.bits_per_byte
-        context.progress.evaluated(total.loss)
+        if scores := self.evaluate(context):
+            metrics |= {f"val_{name}": value for name, value in scores.items()}
+            context.progress.evaluated(scores["loss"])
 
 
 class EarlyStop(Callback):
@@ -147,14 +140,10 @@ class ProgressLine(Callback):
                 f"{metrics['val_bits_per_byte']:.3f} bits/byte[/cyan]"
             )
         elif "val_loss" in metrics:
-            also = [
-                f"{n} {metrics[f'val_{n}']:.3g}"
-                for n in self.progress_metrics
-                if f"val_{n}" in metrics
-            ]
-            parts.append(
-                "[cyan]" + ", ".join([f"val {metrics['val_loss']:.3f}", *also]) + "[/cyan]"
-            )
+            scores = [f"val {metrics['val_loss']:.3f}"]
+            names = [n for n in self.progress_metrics if f"val_{n}" in metrics]
+            scores += [f"{n} {metrics[f'val_{n}']:.3g}" for n in names]
+            parts.append(f"[cyan]{', '.join(scores)}[/cyan]")
         if context.progress.skipped:
             parts.append(f"[red]{context.progress.skipped} steps skipped[/red]")
         parts.append(f"{_duration(left)} left")

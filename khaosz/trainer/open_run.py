@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -21,19 +20,21 @@ from khaosz.interop.models import load_model
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.calibration import apply_plan, calibrate, rows_per_step
+from khaosz.trainer.calibration import calibrate, rows_per_step
 from khaosz.trainer.callback import (
     Callback,
     Checkpointing,
     EarlyStop,
+    Evaluate,
     ProgressLine,
+    Validation,
     matmul_peak,
 )
 from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
 from khaosz.trainer.corpus import tokenizer_for
 from khaosz.trainer.loggers import ExternalLogger, JsonLines, Sample, Samples
 from khaosz.trainer.optimizer import build_optimizers
-from khaosz.trainer.strategy import Compute, Strategy
+from khaosz.trainer.strategy import Strategy
 from khaosz.trainer.train_context import Plan, Progress, Rollouts, TrainContext
 
 _LOG_RATIO = "a log-ratio compares two models, not two draws of a dropout mask: set it to 0"
@@ -146,17 +147,11 @@ class OpenRun:
             self.model, self.config, self.parallel, strategy, rows, micro, self.console
         )
 
-    def apply(self, plan: Plan) -> Compute:
-        """Set the model up to compute as planned."""
-        return apply_plan(plan, self.model, self.config)
-
     def context(
         self,
         plan: Plan,
         examples: int,
         *,
-        reference: Transformer | None = None,
-        reward: RewardModel | None = None,
         critic: RewardModel | None = None,
         rollouts: Rollouts | None = None,
     ) -> TrainContext:
@@ -175,8 +170,6 @@ class OpenRun:
             ],
             windows=examples,
             progress=saved.progress if saved else Progress(),
-            reference=reference,
-            reward=reward,
             critic=critic,
             rollouts=rollouts,
         )
@@ -186,26 +179,28 @@ class OpenRun:
     def callbacks(
         self,
         context: TrainContext,
+        strategy: Strategy,
         curve: Callback,
-        validation: Callback | None = None,
+        evaluate: Evaluate | None = None,
         *,
-        progress_metrics: Sequence[str] = (),
         unit: str | None = None,
         samples: Sample | None = None,
     ) -> list[Callback]:
-        """The callbacks of every stage in their order. `progress_metrics`: further metrics of the
-        progress line; `unit`: what a step consists of, if not of tokens."""
+        """The callbacks of every stage in their order. `evaluate`: scores held-out data; `unit`:
+        what a step consists of, if not of tokens."""
         config, plan, console = self.config, context.plan, self.console
         callbacks: list[Callback] = []
-        if validation is not None:
-            callbacks.append(validation)
+        if evaluate is not None:
+            callbacks.append(Validation(evaluate, eval_every(context)))
             if config.early_stop is not None:
                 callbacks.append(EarlyStop(config.early_stop))
         if self.parallel.is_main:
             flops = self.model.config.flops_per_token(self.window)
             peak = matmul_peak(self.parallel.device, plan.torch_dtype)
             every, out = config.log_every, config.out
-            callbacks.append(ProgressLine(console, every, flops, peak, progress_metrics, unit))
+            callbacks.append(
+                ProgressLine(console, every, flops, peak, strategy.progress_metrics, unit)
+            )
             callbacks.append(JsonLines(out / "metrics.jsonl", every))
             callbacks += [ExternalLogger(name, out, every) for name in config.loggers]
             if config.prompts and samples is not None:

@@ -3,9 +3,9 @@ its loss; the loop divides by the global count and steps, and is the same for ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,46 +28,43 @@ class Compute:
     inner: ChunkLoss = chunk_loss
 
 
-class Strategy(Protocol):
-    """One stage of training."""
-
-    stage: str
-    metric_sums: dict[str, Tensor]
-    """Sums that `loss` adds to, detached, over the units of `count`; the loop empties it."""
-    step_metrics: dict[str, float]
-    """Metrics of this step's data, the same on all ranks (a rollout's mean reward)."""
-    progress_metrics: tuple[str, ...]
-    """The metrics that the progress line shows."""
-    critic: RewardModel | None
-    """A second trained model, or None."""
-
-    @property
-    def examples(self) -> int:
-        """Examples of an epoch, in the unit of a step's rows."""
-        ...
-
-    def micro_batches(self, step: int) -> list[Any]:
-        """This rank's micro-batches of optimizer step `step`: a pure function of the step, and in
-        reinforcement learning of the weights."""
-        ...
-
-    def count(self, batch: Any) -> int:
-        """Tokens (or pairs) that the loss of a micro-batch is summed over."""
-        ...
-
-    def loss(self, model: Any, batch: Any, compute: Compute) -> Tensor:
-        """The loss sum of a micro-batch: fp32 scalar, not divided by anything."""
-        ...
+def hidden_states(model: Transformer, batch: Batch, compute: Compute) -> Tensor:
+    """Hidden states (B, T, D) of a batch in the compute type."""
+    device = batch.ids.device.type
+    with torch.autocast(device, compute.dtype, enabled=compute.dtype != torch.float32):
+        return model(batch.ids, batch.positions, batch.doc_ids)
 
 
 @dataclass
-class StrategyMetrics:
-    """What a strategy reports besides its loss; see `Strategy`."""
+class Strategy(ABC):
+    """One stage of training."""
 
     metric_sums: dict[str, Tensor] = field(default_factory=dict, init=False)
+    """Sums that `loss` adds to, detached, over the units of `count`; the loop empties it."""
     step_metrics: dict[str, float] = field(default_factory=dict, init=False)
+    """Metrics of this step's data, the same on all ranks (a rollout's mean reward)."""
     progress_metrics: tuple[str, ...] = field(default=(), init=False)
+    """The metrics that the progress line shows."""
     critic: RewardModel | None = field(default=None, init=False)
+    """A second trained model, or None."""
+
+    @property
+    @abstractmethod
+    def examples(self) -> int:
+        """Examples of an epoch, in the unit of a step's rows."""
+
+    @abstractmethod
+    def micro_batches(self, step: int) -> list[Any]:
+        """This rank's micro-batches of optimizer step `step`: a pure function of the step, and in
+        reinforcement learning of the weights."""
+
+    @abstractmethod
+    def count(self, batch: Any) -> int:
+        """Tokens (or pairs) that the loss of a micro-batch is summed over."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Any, compute: Compute) -> Tensor:
+        """The loss sum of a micro-batch: fp32 scalar, not divided by anything."""
 
     def add_metrics(self, **sums: Tensor) -> None:
         """Add to `metric_sums`. A NaN is kept, so that it shows in the log."""
@@ -98,22 +95,18 @@ class BatchLayout:
 
 
 @dataclass
-class PTStrategy(StrategyMetrics):
+class PTStrategy(Strategy):
     """Pretraining: L_PT = -sum_t log P(x_t | x_<t) over every token of packed documents."""
 
     dataset: TokenDataset
     rows: int  # windows per optimizer step, all ranks together
     micro_rows: int  # windows per forward pass
     parallel: ParallelContext
-    stage: str = "pt"
 
     def micro_batches(self, step: int) -> list[Batch]:
         draws = draws_for(step, self.rows, self.parallel.rank, self.parallel.world)
-        return list(self._cut(draws))
-
-    def _cut(self, draws: range) -> Iterator[Batch]:
-        for start in range(0, len(draws), self.micro_rows):
-            yield self.dataset.batch(draws[start : start + self.micro_rows])
+        starts = range(0, len(draws), self.micro_rows)
+        return [self.dataset.batch(draws[start : start + self.micro_rows]) for start in starts]
 
     @property
     def examples(self) -> int:
@@ -123,11 +116,8 @@ class PTStrategy(StrategyMetrics):
         return batch.tokens
 
     def loss(self, model: Transformer, batch: Batch, compute: Compute) -> Tensor:
-        device = batch.ids.device.type
-        with torch.autocast(device, compute.dtype, enabled=compute.dtype != torch.float32):
-            hidden = model(batch.ids, batch.positions, batch.doc_ids)
         return cross_entropy_sum(
-            hidden,
+            hidden_states(model, batch, compute),
             model.output_weight,
             batch.labels,
             chunk=compute.loss_chunk,
@@ -144,19 +134,12 @@ class SFTStrategy(PTStrategy):
     on assistant tokens and the token that ends the turn.
     """
 
-    stage: str = "sft"
-
 
 def build_strategy(
     config: TrainConfig, dataset: TokenDataset, rows: int, micro: int, parallel: ParallelContext
 ) -> PTStrategy:
-    match config.stage:
-        case "pt":
-            return PTStrategy(dataset, rows, micro, parallel)
-        case "sft":
-            return SFTStrategy(dataset, rows, micro, parallel)
-        case stage:
-            raise AssertionError(f"{stage} does not train on token files")
+    kind = PTStrategy if config.stage == "pt" else SFTStrategy
+    return kind(dataset, rows, micro, parallel)
 
 
 class LossModule(nn.Module):

@@ -80,8 +80,6 @@ class TrainContext:
     windows: int = 0  # examples of the training data, which a resumed run checks
     progress: Progress = field(default_factory=Progress)
     stopping: str | None = None  # why the run ends early
-    reference: Transformer | None = None
-    reward: RewardModel | None = None
     critic: RewardModel | None = None
     rollouts: Rollouts | None = None
 

@@ -15,8 +15,8 @@ import torch
 
 from khaosz.data.batches.batch import Batch
 from khaosz.errors import TrainingError
-from khaosz.parallel import across, data_parallel
-from khaosz.parallel.module import no_sync, share_of
+from khaosz.parallel import data_parallel, sum_over_ranks
+from khaosz.parallel.module import loss_divisor, no_sync
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.schedule import lr_factor
 from khaosz.trainer.strategy import Compute, LossModule, Strategy
@@ -70,7 +70,9 @@ class Trainer:
         batches = self.strategy.micro_batches(step)
         mine = float(sum(map(self.strategy.count, batches)))
         labels = float(sum(batch.tokens for batch in batches))
-        count, tokens, stop = across([mine, labels, float(context.stopping is not None)], parallel)
+        count, tokens, stop = sum_over_ranks(
+            [mine, labels, float(context.stopping is not None)], parallel
+        )
         if stop:
             context.stopping = context.stopping or "stopped by another rank"
             return None
@@ -90,7 +92,7 @@ class Trainer:
         progress = context.progress
         progress.step += 1
         progress.tokens += int(tokens)
-        loss_sum, *totals = across(mine_summed, parallel)
+        loss_sum, *totals = sum_over_ranks(mine_summed, parallel)
         seconds = time.perf_counter() - started
         return {
             "step": progress.step,
@@ -106,12 +108,12 @@ class Trainer:
     def _accumulate(self, batches: list[Batch], count: float) -> torch.Tensor | None:
         """Gradients of loss sum / count over all micro-batches; returns this rank's loss sum."""
         total = torch.zeros((), device=self.context.parallel.device)
-        share = share_of(count, self.context.parallel)
+        divisor = loss_divisor(count, self.context.parallel)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             with no_sync(self.module, last):
                 loss = self.module(batch.to(self.context.parallel.device))
-                (loss / share).backward()
+                (loss / divisor).backward()
             total += loss.detach()
             if not last and self.context.stopping and self.context.parallel.world == 1:
                 self._clear_gradients()

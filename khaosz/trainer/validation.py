@@ -10,7 +10,8 @@ from khaosz.data.shards.prepare import Group, PreparedData
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.inference.scoring import Document, Score, score_documents
-from khaosz.parallel import across
+from khaosz.model import evaluating
+from khaosz.parallel import sum_over_ranks
 from khaosz.trainer.callback import Evaluate
 from khaosz.trainer.train_context import TrainContext
 
@@ -25,7 +26,7 @@ def evaluate_on(prepared: PreparedData, split: str, config: TrainConfig) -> Eval
         return None
     share = config.eval_tokens // len(languages)
 
-    def evaluate(context: TrainContext) -> dict[str, Score]:
+    def evaluate(context: TrainContext) -> dict[str, float]:
         assert config.window is not None
         parallel = context.parallel
         scores = {}
@@ -39,11 +40,18 @@ def evaluate_on(prepared: PreparedData, split: str, config: TrainConfig) -> Eval
                 byte_lengths=context.tokenizer.byte_lengths,
                 dtype=context.plan.torch_dtype,
             )
-            nats, tokens, text_nats, text_bytes = across(
+            nats, tokens, text_nats, text_bytes = sum_over_ranks(
                 [score.nats, score.tokens, score.text_nats, score.text_bytes], parallel
             )
             scores[lang] = Score(nats, int(tokens), text_nats, int(text_bytes))
-        return scores
+        total = sum(scores.values(), Score())
+        if not total.tokens:
+            return {}
+        means = {"loss": total.loss, "bits_per_byte": total.bits_per_byte}
+        for lang, score in scores.items():
+            if score.text_bytes and len(scores) > 1:
+                means[f"bits_per_byte_{lang}"] = score.bits_per_byte
+        return means
 
     return evaluate
 
@@ -83,8 +91,5 @@ def sample_text(context: TrainContext, prompt: str) -> str:
         ids = generator.prompt_ids(prompt)
     else:
         ids = generator.chat_ids([{"role": "user", "content": prompt}])
-    model.eval()
-    try:
+    with evaluating(model):
         return generator.generate(ids, _SAMPLE).text
-    finally:
-        model.train()

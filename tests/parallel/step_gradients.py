@@ -13,7 +13,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from khaosz.config import load_recipe
-from khaosz.parallel import across, setup_parallel
+from khaosz.parallel import setup_parallel, sum_over_ranks
 from khaosz.trainer import run as running
 
 
@@ -25,10 +25,10 @@ def step_gradients(recipe: Path, out: Path) -> None:
     trainer = running.assemble(running.RunOrigin(config), parallel, console)
     context = trainer.context
     batches = trainer.strategy.micro_batches(0)
-    count = across([float(sum(batch.tokens for batch in batches))], parallel)[0]
+    count = sum_over_ranks([float(sum(batch.tokens for batch in batches))], parallel)[0]
     loss = trainer._accumulate(batches, count)
     assert loss is not None
-    total = across([float(loss)], parallel)[0] / count
+    total = sum_over_ranks([float(loss)], parallel)[0] / count
     if parallel.is_main:
         gradients = {n: p.grad for n, p in context.model.named_parameters() if p.grad is not None}
         save_file({**gradients, "loss": torch.tensor(total)}, out)

@@ -28,17 +28,16 @@ from khaosz.interop.models import load_model
 from khaosz.model import Transformer
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
-from khaosz.trainer.strategy import Compute, StrategyMetrics
+from khaosz.trainer.strategy import Compute, Strategy
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
 QUIET = Console(file=io.StringIO())
 
 
-class Ragged(StrategyMetrics):
+class Ragged(Strategy):
     """Micro-batches of very different numbers of labels, as fine-tuning has them."""
 
-    stage = "sft"
     examples = 1
 
     def __init__(self, batches: list[Batch]) -> None:

@@ -30,7 +30,7 @@ from khaosz.trainer.checkpoint import restore, save_checkpoint, write_rollout
 from khaosz.trainer.loss import cross_entropy_sum
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.schedule import lr_factor
-from khaosz.trainer.strategy import Compute, StrategyMetrics
+from khaosz.trainer.strategy import Compute, Strategy
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -57,10 +57,9 @@ def context(model: Transformer, tokenizer: Tokenizer, tmp_path: Path) -> MakeCon
     return build
 
 
-class Ragged(StrategyMetrics):
+class Ragged(Strategy):
     """Micro-batches of 30, 2, 0 and 11 labels, other ones in every step."""
 
-    stage = "sft"
     examples = 1
     micro_rows = 2
 
@@ -135,13 +134,13 @@ def test_mean_is_over_the_labels_of_all_ranks(
     plain = Trainer(alone, Ragged(), Compute()).step(0)
     calls: list[list[float]] = []
 
-    def across(values: list[float], parallel: ParallelContext) -> list[float]:
+    def sum_over_ranks(values: list[float], parallel: ParallelContext) -> list[float]:
         calls.append(values)
         if len(calls) == 1:  # the loss's labels, all labels, and no request to stop
             return [2 * value for value in values]
         return [4 * values[0], *(2 * value for value in values[1:])]
 
-    monkeypatch.setattr(trainer_module, "across", across)
+    monkeypatch.setattr(trainer_module, "sum_over_ranks", sum_over_ranks)
     both = Trainer(alone, Ragged(), Compute()).step(0)
     assert plain is not None and both is not None
     # Twice as many labels halve a gradient; the loss is the mean of one and three.

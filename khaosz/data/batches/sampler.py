@@ -60,6 +60,12 @@ def draws_for(step: int, global_batch: int, rank: int, world: int) -> range:
     return range(step * global_batch + rank, (step + 1) * global_batch, world)
 
 
+def example_of(draw: int, total: int, seed: int) -> int:
+    """The example of a draw, where every epoch visits all `total` examples in another order."""
+    epoch, within = divmod(draw, total)
+    return permute(within, total, seed, epoch)
+
+
 def allocate_slots(weights: list[float]) -> list[int]:
     """Whole slots of a cycle in proportion to `weights`, by the largest remainder.
 

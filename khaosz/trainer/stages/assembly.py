@@ -12,26 +12,25 @@ from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
 from khaosz.errors import ConfigError, DataError
 from khaosz.model import RewardModel
-from khaosz.trainer.calibration import compiler_problem
-from khaosz.trainer.callback import Validation
+from khaosz.trainer.calibration import apply_plan, compiler_problem
 from khaosz.trainer.corpus import prepared_data, validation_data
-from khaosz.trainer.open_run import OpenRun, eval_every
+from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy
 from khaosz.trainer.stages.embed import EmbedStrategy
-from khaosz.trainer.stages.embed_validation import RETRIEVAL_PANELS, RetrievalValidation
+from khaosz.trainer.stages.embed_validation import RETRIEVAL_PANELS, evaluate_retrieval
 from khaosz.trainer.stages.pairs import PairSet, PairStrategy
 from khaosz.trainer.stages.reference import add_references, frozen_reference
 from khaosz.trainer.stages.reward_sources import ModelReward, open_reward_source
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.stages.validation import (
     ROLLOUT_PANELS,
-    PairValidation,
     PreferenceCurve,
     RolloutSamples,
+    evaluate_pairs,
 )
 from khaosz.trainer.strategy import BatchLayout, build_strategy
-from khaosz.trainer.train_context import Plan
+from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
 
@@ -57,13 +56,12 @@ def assemble_text(run: OpenRun) -> Trainer:
     rows, micro = run.rows()
     strategy = build_strategy(config, dataset, rows, micro, run.parallel)
     plan = run.plan(strategy, rows, micro)
-    compute = run.apply(plan)
+    compute = apply_plan(plan, run.model, config)
     context = run.context(plan, dataset.windows)
     held_out = validation_data(config, prepared, tokenizer, run.parallel, run.console)
     evaluate = evaluate_on(*held_out, config)
-    validation = None if evaluate is None else Validation(evaluate, eval_every(context))
     curve = LossCurve(config.out, run.console)
-    callbacks = run.callbacks(context, curve, validation, samples=sample_text)
+    callbacks = run.callbacks(context, strategy, curve, evaluate, samples=sample_text)
     return Trainer(context, strategy, compute, callbacks)
 
 
@@ -89,18 +87,19 @@ def assemble_pairs(run: OpenRun) -> Trainer:
             data, held_out, layout, parallel, config=config.preference, by_adapters=by_adapters
         )
     plan = plan_packed(run, strategy)
-    compute = run.apply(plan)
+    compute = apply_plan(plan, run.model, config)
     if isinstance(strategy, DPOStrategy) and config.preference.needs_reference:
         add_references(run, strategy, compute)
     context = run.context(plan, len(data.pairs))
-    validation = None
-    if held_out.pairs:
-        validation = PairValidation(strategy, compute, eval_every(context))
+
+    def evaluate(context: TrainContext) -> dict[str, float]:
+        return evaluate_pairs(strategy, context.model, compute)
+
     callbacks = run.callbacks(
         context,
+        strategy,
         PreferenceCurve(config.out, run.console, strategy, compute),
-        validation,
-        progress_metrics=strategy.progress_metrics,
+        evaluate if held_out.pairs else None,
         unit=f"{per_step} pairs",
         samples=sample_text if config.stage == "dpo" else None,
     )
@@ -125,7 +124,7 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     run.check_data(len(prompts), "prompts", same_world=True)
     saved = run.origin.saved
     plan = saved.plan if saved else _rollout_plan(run, len(prompts))
-    compute = run.apply(plan)
+    compute = apply_plan(plan, run.model, config)
     reference = None
     if config.lora is None or config.reference is not None:
         reference = frozen_reference(run)
@@ -133,7 +132,6 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     reward = source.model if isinstance(source, ModelReward) else None
     critic = _critic(run, reward) if config.stage == "ppo" else None
     strategy = RLHFStrategy(
-        stage=config.stage,
         policy=run.model,
         tokenizer=run.tokenizer,
         prompts=prompts,
@@ -147,13 +145,11 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
         reference=reference,
         critic=critic,
     )
-    context = run.context(
-        plan, len(prompts), reference=reference, reward=reward, critic=critic, rollouts=strategy
-    )
+    context = run.context(plan, len(prompts), critic=critic, rollouts=strategy)
     callbacks = run.callbacks(
         context,
+        strategy,
         LossCurve(config.out, run.console, ROLLOUT_PANELS),
-        progress_metrics=strategy.progress_metrics,
         unit=f"{rollout.prompts * rollout.group} answers, {strategy.steps_per_rollout} a rollout",
         samples=sample_text,
     )
@@ -191,16 +187,17 @@ def assemble_embedder(run: OpenRun) -> Trainer:
     run.check_data(len(data), "pairs")
     strategy = EmbedStrategy(data, held_out, _layout(run, per_step), parallel, config.embed)
     plan = plan_packed(run, strategy)
-    compute = run.apply(plan)
+    compute = apply_plan(plan, run.model, config)
     context = run.context(plan, len(data))
-    validation = None
-    if held_out.queries:
-        validation = RetrievalValidation(strategy, compute, eval_every(context))
+
+    def evaluate(context: TrainContext) -> dict[str, float]:
+        return evaluate_retrieval(strategy, context.model, compute)
+
     callbacks = run.callbacks(
         context,
+        strategy,
         LossCurve(config.out, run.console, RETRIEVAL_PANELS),
-        validation,
-        progress_metrics=strategy.progress_metrics,
+        evaluate if held_out.queries else None,
         unit=f"{per_step} pairs",
     )
     return Trainer(context, strategy, compute, callbacks)

@@ -12,16 +12,15 @@ from khaosz.data.batches.sequences import SequenceBatch
 from khaosz.errors import TrainingError
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import without_lora
-from khaosz.trainer.stages.logprobs import batch_logprobs, hidden_states
+from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.losses import (
     Answers,
     implicit_rewards,
     preference_loss,
-    preferred,
     reward_loss,
 )
 from khaosz.trainer.stages.pairs import PairStrategy
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import Compute, hidden_states
 
 
 def sequence_rewards(model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
@@ -37,19 +36,18 @@ class RMStrategy(PairStrategy):
     of choice (Ouyang et al. 2022, arXiv:2203.02155, equation 1)."""
 
     config: RewardConfig = field(default_factory=RewardConfig)
-    stage: str = "rm"
 
     def loss(self, model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
-        rewards = sequence_rewards(model, batch, compute)
-        chosen, rejected = rewards[batch.fields["chosen"]], rewards[batch.fields["rejected"]]
+        chosen, rejected = self.rewards(model, batch, compute)
         margin = batch.fields["margin"] if self.config.use_margins else None
-        self.add_metrics(
-            accuracy=preferred(chosen, rejected).sum(),
-            margin=(chosen - rejected).sum(),
-            reward_chosen=chosen.sum(),
-            reward_rejected=rejected.sum(),
-        )
+        self.add_reward_metrics(chosen, rejected)
         return reward_loss(chosen, rejected, margin, self.config.centre).sum()
+
+    def rewards(
+        self, model: RewardModel, batch: SequenceBatch, compute: Compute
+    ) -> tuple[Tensor, Tensor]:
+        rewards = sequence_rewards(model, batch, compute)
+        return rewards[batch.fields["chosen"]], rewards[batch.fields["rejected"]]
 
 
 @dataclass
@@ -64,7 +62,6 @@ class DPOStrategy(PairStrategy):
 
     config: PreferenceConfig = field(default_factory=PreferenceConfig)
     by_adapters: bool = False
-    stage: str = "dpo"
 
     def loss(self, model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
         chosen, rejected = self.answers(model, batch, compute)
@@ -74,7 +71,6 @@ class DPOStrategy(PairStrategy):
     def rewards(
         self, model: Transformer, batch: SequenceBatch, compute: Compute
     ) -> tuple[Tensor, Tensor]:
-        """The implicit rewards of the chosen and the rejected answers (P,), (P,)."""
         chosen, rejected = self.answers(model, batch, compute)
         return implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
 
@@ -108,11 +104,8 @@ class DPOStrategy(PairStrategy):
 
     def _report(self, chosen: Answers, rejected: Answers) -> None:
         won, lost = implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
+        self.add_reward_metrics(won, lost)
         self.add_metrics(
-            accuracy=preferred(won, lost).sum(),
-            margin=(won - lost).sum(),
-            reward_chosen=won.sum(),
-            reward_rejected=lost.sum(),
             logprob_chosen=chosen.mean.sum(),  # per token, so that a collapse shows
             logprob_rejected=rejected.mean.sum(),
         )

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from khaosz.config import EmbedConfig
-from khaosz.data.batches.sampler import draws_for, permute
+from khaosz.data.batches.sampler import draws_for, example_of
 from khaosz.data.batches.sequences import SequenceBatch, TokenSequence, fit_rows, pack_sequences
 from khaosz.data.records.pairs import TextPairs
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.losses import info_nce, ranks
-from khaosz.trainer.strategy import BatchLayout, Compute, StrategyMetrics
+from khaosz.trainer.strategy import BatchLayout, Compute, Strategy, hidden_states
 
 _FITTED = 1024  # texts that are fitted into rows together: fitting takes quadratic time
 
@@ -35,9 +35,7 @@ def embed(
     model: Transformer, batch: SequenceBatch, compute: Compute, pooling: Literal["mean", "last"]
 ) -> Tensor:
     """Vectors (S, D) of length 1, fp32 or wider."""
-    device = batch.ids.device.type
-    with torch.autocast(device, compute.dtype, enabled=compute.dtype != torch.float32):
-        hidden = model(batch.ids, batch.positions, batch.doc_ids)
+    hidden = hidden_states(model, batch, compute)
     flat = hidden.reshape(-1, hidden.shape[-1])
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     if pooling == "last":
@@ -84,7 +82,7 @@ class Pass:
 
 
 @dataclass
-class EmbedStrategy(StrategyMetrics):
+class EmbedStrategy(Strategy):
     """InfoNCE over all queries and all distinct passages of a step on all ranks, hard negatives
     included. The loss is summed over queries and counted in queries."""
 
@@ -93,7 +91,6 @@ class EmbedStrategy(StrategyMetrics):
     layout: BatchLayout  # of pairs, and of the rows of a pass
     parallel: ParallelContext
     config: EmbedConfig
-    stage: str = "embed"
 
     def __post_init__(self) -> None:
         self.progress_metrics = ("accuracy", "mrr")
@@ -112,8 +109,7 @@ class EmbedStrategy(StrategyMetrics):
         }
         chosen, owner = [], []
         for draw in sorted(drawn):
-            epoch, within = divmod(draw, total)
-            chosen.append(permute(within, total, layout.seed, epoch))
+            chosen.append(example_of(draw, total, layout.seed))
             owner.append(drawn[draw])
         passages: dict[int, int] = {}  # a passage of the data -> the rank that embeds it, in order
         for pair, rank in zip(chosen, owner, strict=True):

@@ -9,12 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from khaosz.data.records.pairs import TextPairs
-from khaosz.model import Transformer
-from khaosz.trainer.callback import Callback, is_last
+from khaosz.model import Transformer, evaluating
 from khaosz.trainer.stages.embed import EmbedStrategy
 from khaosz.trainer.stages.losses import info_nce, ranks
 from khaosz.trainer.strategy import Compute
-from khaosz.trainer.train_context import TrainContext
 
 _COMPARED = 1 << 24  # cosines in memory at a time
 RETRIEVAL_PANELS = (
@@ -31,13 +29,9 @@ def evaluate_retrieval(
     held-out queries. All held-out passages are candidates of the loss, so it depends on their
     number and differs from the training loss."""
     data, config = strategy.held_out, strategy.config
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         queries = _embedded(strategy, model, data.queries, compute)
         passages = _embedded(strategy, model, data.passages, compute)
-    finally:
-        model.train(was_training)
     sums = torch.zeros(3, dtype=torch.float64)
     chunk = max(1, _COMPARED // len(passages))
     for first in range(0, len(queries), chunk):
@@ -74,17 +68,3 @@ def _embedded(
             vectors.zero_()
         dist.all_reduce(vectors)
     return vectors
-
-
-class RetrievalValidation(Callback):
-    """Evaluates every `every` steps and at the end; adds `val_*` to the metrics."""
-
-    def __init__(self, strategy: EmbedStrategy, compute: Compute, every: int) -> None:
-        self.strategy, self.compute, self.every = strategy, compute, every
-
-    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if metrics["step"] % self.every and not is_last(context):
-            return
-        scores = evaluate_retrieval(self.strategy, context.model, self.compute)
-        metrics |= {f"val_{name}": value for name, value in scores.items()}
-        context.progress.evaluated(scores["loss"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from khaosz.data.batches.batch import IGNORE, Batch
 from khaosz.model import Transformer
 from khaosz.trainer.loss import CHUNK_LOGITS
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import Compute, hidden_states
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -92,13 +92,6 @@ def token_logprobs(
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
         return _TokenLogprobs.apply(hidden, weight, labels, chunk, temperature, entropy)
-
-
-def hidden_states(model: Transformer, batch: Batch, compute: Compute) -> Tensor:
-    """Hidden states (B, T, D) of a batch in the compute type."""
-    device = batch.ids.device.type
-    with torch.autocast(device, compute.dtype, enabled=compute.dtype != torch.float32):
-        return model(batch.ids, batch.positions, batch.doc_ids)
 
 
 def batch_logprobs(

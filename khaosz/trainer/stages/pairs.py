@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from khaosz.data.batches.sampler import draws_for, permute
+from khaosz.data.batches.sampler import draws_for, example_of
 from khaosz.data.batches.sequences import (
     SequenceBatch,
     TokenSequence,
@@ -20,7 +20,8 @@ from khaosz.data.batches.sequences import (
 )
 from khaosz.data.records.preference import EncodedPair
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.strategy import BatchLayout, Compute, StrategyMetrics
+from khaosz.trainer.stages.losses import preferred
+from khaosz.trainer.strategy import BatchLayout, Compute, Strategy
 
 _STEPS_TO_FIT = 16
 
@@ -50,7 +51,7 @@ class PairSet:
 
 
 @dataclass
-class PairStrategy(StrategyMetrics, ABC):
+class PairStrategy(Strategy):
     """Micro-batches of pairs: a step's pairs are packed into rows of `window` tokens, both answers
     of a pair in one forward pass. The loss is summed over pairs and counted in pairs."""
 
@@ -58,24 +59,29 @@ class PairStrategy(StrategyMetrics, ABC):
     held_out: PairSet
     layout: BatchLayout  # of draws
     parallel: ParallelContext
-    stage: str = ""
 
     def __post_init__(self) -> None:
         self.progress_metrics = ("accuracy", "margin")
 
     @abstractmethod
-    def loss(self, model: Any, batch: SequenceBatch, compute: Compute) -> Tensor:
-        """The loss sum over the batch's pairs."""
+    def rewards(self, model: Any, batch: SequenceBatch, compute: Compute) -> tuple[Tensor, Tensor]:
+        """Rewards of the chosen and the rejected answers (P,), (P,): with DPO the implicit ones."""
+
+    def add_reward_metrics(self, chosen: Tensor, rejected: Tensor) -> None:
+        self.add_metrics(
+            accuracy=preferred(chosen, rejected).sum(),
+            margin=(chosen - rejected).sum(),
+            reward_chosen=chosen.sum(),
+            reward_rejected=rejected.sum(),
+        )
 
     def micro_batches(self, step: int) -> list[SequenceBatch]:
         return list(self.batches(self.data, self._picked(step, self.parallel.rank)))
 
     def _picked(self, step: int, rank: int) -> list[list[int]]:
-        total, picked = len(self.data.draws), []
-        for draw in draws_for(step, self.layout.per_step, rank, self.parallel.world):
-            epoch, within = divmod(draw, total)
-            picked.append(self.data.draws[permute(within, total, self.layout.seed, epoch)])
-        return picked
+        draws, layout = self.data.draws, self.layout
+        numbers = draws_for(step, layout.per_step, rank, self.parallel.world)
+        return [draws[example_of(n, len(draws), layout.seed)] for n in numbers]
 
     def fit_micro_rows(self) -> None:
         """Lower `micro_rows` to the number that leaves the fewest rows empty over the first steps.

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from khaosz.config import RolloutConfig
 from khaosz.data.batches.batch import IGNORE
-from khaosz.data.batches.sampler import draws_for, permute
+from khaosz.data.batches.sampler import draws_for, example_of, permute
 from khaosz.data.batches.sequences import SequenceBatch, group_into_batches, pack_sequences
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import TrainingError
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import without_lora
-from khaosz.parallel import ParallelContext, across
-from khaosz.trainer.stages.logprobs import batch_logprobs, hidden_states
+from khaosz.parallel import ParallelContext, sum_over_ranks
+from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.losses import (
     KLController,
     clipped_policy_loss,
@@ -33,12 +33,12 @@ from khaosz.trainer.stages.losses import (
     whitened,
 )
 from khaosz.trainer.stages.reward_sources import Answer, RewardSource
-from khaosz.trainer.stages.rollout import Rollout, sample_answers
-from khaosz.trainer.strategy import Compute, StrategyMetrics
+from khaosz.trainer.stages.rollout import PER_TOKEN, Rollout, sample_answers
+from khaosz.trainer.strategy import Compute, Strategy, hidden_states
 
 
 @dataclass(kw_only=True)
-class RLHFStrategy(StrategyMetrics):
+class RLHFStrategy(Strategy):
     """Policy optimisation on answers of the policy itself.
 
     `ppo` (Schulman et al. 2017, arXiv:1707.06347, as used by Ouyang et al. 2022, arXiv:2203.02155):
@@ -52,7 +52,6 @@ class RLHFStrategy(StrategyMetrics):
     the length limit has its reward, less `missing_end_penalty`.
     """
 
-    stage: str
     policy: Transformer
     tokenizer: Tokenizer
     prompts: Sequence[Prompt]
@@ -105,7 +104,7 @@ class RLHFStrategy(StrategyMetrics):
             )
             fields = {
                 name: batch.per_token([values[i] for i in picked])
-                for name in ("old", "reference", "values", "advantages", "returns")
+                for name in PER_TOKEN
                 if (values := getattr(rollout, name))
             }
             yield batch.with_fields(answer=torch.tensor(picked), **fields)
@@ -162,8 +161,7 @@ class RLHFStrategy(StrategyMetrics):
         picked = []
         seeds = []
         for draw in draws:
-            epoch, within = divmod(draw, total)
-            picked.append(self.prompts[permute(within, total, self.seed, epoch)])
+            picked.append(self.prompts[example_of(draw, total, self.seed)])
             seeds += [(self.seed << 40) + draw * group + i for i in range(group)]
         answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
         rewards = torch.tensor(self.reward_source(answers), dtype=torch.float32)
@@ -188,7 +186,7 @@ class RLHFStrategy(StrategyMetrics):
         self, answers: list[Answer], rewards: Tensor, finished: Tensor, valid: Tensor
     ) -> None:
         lengths = sum(len(answer.ids) for answer in answers)
-        total, rewarded, reward, ended, tokens = across(
+        total, rewarded, reward, ended, tokens = sum_over_ranks(
             [
                 float(len(answers)),
                 float(valid.sum()),
@@ -199,7 +197,7 @@ class RLHFStrategy(StrategyMetrics):
             self.parallel,
         )
         mine = int(valid.sum())
-        if across([float(mine == 0)], self.parallel)[0]:
+        if sum_over_ranks([float(mine == 0)], self.parallel)[0]:
             raise TrainingError(
                 "no finite reward for a whole rollout",
                 hint="check that the reward function returns numbers",
@@ -246,16 +244,15 @@ class RLHFStrategy(StrategyMetrics):
     def _logprobs(self, model: Transformer, batch: SequenceBatch) -> Tensor:
         return batch_logprobs(model, batch, self.compute, temperature=self.config.temperature)[0]
 
-    def _record_kl(self, rollout: Rollout) -> float:
-        """Mean KL per answer over all ranks, by its unbiased estimate k1."""
+    def _record_kl(self, rollout: Rollout) -> None:
+        """Record the mean KL per answer over all ranks, by its unbiased estimate k1."""
         mine = sum(
             float(kl_k1(old, ref).double().sum())
             for old, ref in zip(rollout.old, rollout.reference, strict=True)
         )
-        kl, answers = across([mine, float(len(rollout.old))], self.parallel)
+        kl, answers = sum_over_ranks([mine, float(len(rollout.old))], self.parallel)
         self.step_metrics |= {"kl": kl / answers, "kl_weight": self.kl.weight}
         self.kl.update(kl / answers, int(answers))
-        return kl / answers
 
     def _group_advantages(
         self, rollout: Rollout, rewards: Tensor, valid: Tensor, group: int
@@ -299,7 +296,7 @@ class RLHFStrategy(StrategyMetrics):
 
     def _moments(self, values: Tensor) -> tuple[float, float]:
         wide = values.double()
-        total, square, count = across(
+        total, square, count = sum_over_ranks(
             [float(wide.sum()), float(wide.square().sum()), float(len(wide))], self.parallel
         )
         mean = total / count

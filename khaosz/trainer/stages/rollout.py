@@ -17,10 +17,10 @@ from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
-from khaosz.model import Transformer
+from khaosz.model import Transformer, evaluating
 from khaosz.trainer.stages.reward_sources import Answer
 
-_PER_TOKEN = ("old", "reference", "values", "advantages", "returns")
+PER_TOKEN = ("old", "reference", "values", "advantages", "returns")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Rollout:
             "scores": self.scores,
             "finished": self.finished,
         }
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             if parts := getattr(self, name):
                 tensors[name] = torch.cat(parts)
         return tensors
@@ -68,7 +68,7 @@ class Rollout:
         ]
         rollout = cls(int(tensors["number"]), sequences, tensors["scores"], tensors["finished"])
         scored = [s.scored for s in sequences]
-        for name in _PER_TOKEN:
+        for name in PER_TOKEN:
             if name in tensors:
                 setattr(rollout, name, list(torch.split(tensors[name], scored)))
         return rollout
@@ -92,14 +92,10 @@ def sample_answers(
         SamplingParams(max_tokens=config.max_new_tokens, temperature=config.temperature, seed=seed)
         for seed in seeds
     ]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         completions = Generator(model, tokenizer).generate_batch(
             [ids.tolist() for ids in contexts if ids is not None], params
         )
-    finally:
-        model.train(was_training)
     return [
         Answer(prompt, one.ids, one.text, one.finish_reason == "stop")
         for prompt, one in zip(repeated, completions, strict=True)

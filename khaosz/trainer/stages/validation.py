@@ -11,12 +11,11 @@ from rich.console import Console
 from torch import Tensor
 
 from khaosz.data.batches.sequences import SequenceBatch
-from khaosz.model import RewardModel
-from khaosz.parallel import across
+from khaosz.model import evaluating
+from khaosz.parallel import sum_over_ranks
 from khaosz.trainer.callback import Callback, is_last
 from khaosz.trainer.loggers import append_row, drop_later_rows
 from khaosz.trainer.plots import LossCurve, Panel, can_draw, draw_calibration
-from khaosz.trainer.stages.dpo import DPOStrategy, sequence_rewards
 from khaosz.trainer.stages.losses import preferred
 from khaosz.trainer.stages.pairs import PairStrategy
 from khaosz.trainer.stages.rlhf import RLHFStrategy
@@ -54,38 +53,20 @@ def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict
     before, strategy.metric_sums = strategy.metric_sums, {}
     total = torch.zeros(())
     count = 0
-    was_training = model.training
-    model.eval()
     try:
-        for batch in held_out_batches(strategy):
-            total += strategy.loss(model, batch.to(strategy.parallel.device), compute).cpu()
-            count += strategy.count(batch)
-        names, sums = (
-            list(strategy.metric_sums),
-            [float(value) for value in strategy.metric_sums.values()],
-        )
+        with evaluating(model):
+            for batch in held_out_batches(strategy):
+                total += strategy.loss(model, batch.to(strategy.parallel.device), compute).cpu()
+                count += strategy.count(batch)
+        names = list(strategy.metric_sums)
+        sums = [float(value) for value in strategy.metric_sums.values()]
     finally:
         strategy.metric_sums = before
-        model.train(was_training)
     counted = strategy.parallel.rank < len(strategy.held_out.draws)
     mine = [float(count), float(total), *sums]
-    pairs, loss, *totals = across([x if counted else 0.0 for x in mine], strategy.parallel)
+    pairs, loss, *totals = sum_over_ranks([x if counted else 0.0 for x in mine], strategy.parallel)
     means = {name: value / pairs for name, value in zip(names, totals, strict=True)}
     return {"loss": loss / pairs, **means}
-
-
-class PairValidation(Callback):
-    """Scores the held-out pairs every `every` steps and at the end; adds `val_*` to the metrics."""
-
-    def __init__(self, strategy: PairStrategy, compute: Compute, every: int) -> None:
-        self.strategy, self.compute, self.every = strategy, compute, every
-
-    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if metrics["step"] % self.every and not is_last(context):
-            return
-        means = evaluate_pairs(self.strategy, context.model, self.compute)
-        metrics |= {f"val_{name}": value for name, value in means.items()}
-        context.progress.evaluated(means["loss"])
 
 
 class RolloutSamples(Callback):
@@ -122,12 +103,7 @@ def pair_gaps(strategy: PairStrategy, model: Any, compute: Compute) -> Tensor:
     gaps = []
     for batch in held_out_batches(strategy):
         moved = batch.to(strategy.parallel.device)
-        if isinstance(model, RewardModel):
-            rewards = sequence_rewards(model, moved, compute)
-            chosen, rejected = rewards[moved.fields["chosen"]], rewards[moved.fields["rejected"]]
-        else:
-            assert isinstance(strategy, DPOStrategy)
-            chosen, rejected = strategy.rewards(model, moved, compute)
+        chosen, rejected = strategy.rewards(model, moved, compute)
         gaps.append((chosen - rejected).cpu())
     return torch.cat(gaps)
 

@@ -31,12 +31,10 @@ from torch import Tensor
 from khaosz.config import ParallelConfig, load_recipe
 from khaosz.parallel import ParallelContext, setup_parallel
 from khaosz.trainer import run as running
-from khaosz.trainer.callback import Callback
+from khaosz.trainer.callback import Callback, Validation
 from khaosz.trainer.loggers import JsonLines
 from khaosz.trainer.plots import LossCurve
-from khaosz.trainer.stages.embed_validation import RetrievalValidation
 from khaosz.trainer.stages.rlhf import RLHFStrategy
-from khaosz.trainer.stages.validation import PairValidation
 from khaosz.trainer.train_context import TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -50,7 +48,7 @@ def record(recipe: Path, out: Path) -> None:
     parallel = setup_parallel(config.parallel)
     trainer = running.assemble(running.RunOrigin(config), parallel, QUIET)
     context = trainer.context
-    kinds = PairValidation | RetrievalValidation | JsonLines
+    kinds = Validation | JsonLines
     trainer.callbacks = [c for c in trainer.callbacks if isinstance(c, kinds)]
     tensors: dict[str, Tensor] = {}
     update, strategy = trainer._update, trainer.strategy

@@ -277,12 +277,12 @@ def as_rank(rank: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of values that a rank adds to the sum over ranks, without the other rank."""
     lengths: list[int] = []
 
-    def across(values: list[float], context: ParallelContext) -> list[float]:
+    def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]:
         lengths.append(len(values))
         return [value or 1.0 for value in values]
 
     with monkeypatch.context() as patch:
-        patch.setattr(validation, "across", across)
+        patch.setattr(validation, "sum_over_ranks", sum_over_ranks)
         yield lengths
 
 

@@ -59,7 +59,6 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path) -> Make:
             generator = torch.Generator().manual_seed(3)
             nn.init.normal_(critic.score.weight, std=0.1, generator=generator)
         return RLHFStrategy(
-            stage=stage,
             policy=model,
             tokenizer=tokenizer,
             prompts=load_prompts([prompts_file], tokenizer, 64).train,
@@ -187,11 +186,11 @@ def test_moments_are_those_of_all_ranks(make: Make, monkeypatch: pytest.MonkeyPa
     """The sum over ranks is replaced: it adds the tokens of another rank."""
     mine, theirs = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([10.0, -3.0])
 
-    def across(values: list[float], context: ParallelContext) -> list[float]:
+    def sum_over_ranks(values: list[float], context: ParallelContext) -> list[float]:
         others = [float(theirs.sum()), float(theirs.square().sum()), float(len(theirs))]
         return [a + b for a, b in zip(values, others, strict=True)]
 
-    monkeypatch.setattr(rlhf, "across", across)
+    monkeypatch.setattr(rlhf, "sum_over_ranks", sum_over_ranks)
     mean, variance = make("ppo")._moments(mine)
     every = torch.cat((mine, theirs)).double()
     assert mean == pytest.approx(float(every.mean()), rel=1e-12)

@@ -44,7 +44,6 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path):  # type:
             generator = torch.Generator().manual_seed(3)
             torch.nn.init.normal_(critic.score.weight, std=0.1, generator=generator)
         return RLHFStrategy(
-            stage=stage,
             policy=model,
             tokenizer=tokenizer,
             prompts=load_prompts([prompts_file], tokenizer, 64).train,

@@ -19,6 +19,8 @@ from khaosz.interop.huggingface import is_reward_model, load_reward_model
 from khaosz.interop.models import load_model
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.run import run
+from khaosz.trainer.stages.reward_sources import ModelReward
+from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.train_context import TrainContext
 
 QUIET = Console(file=io.StringIO())
@@ -175,10 +177,11 @@ def test_ppo_with_a_reward_model(align: Any, tmp_path: Path) -> None:
         max_steps=5,
     )
     context = go(config)
-    assert context.reference is not None and context.reward is not None
-    assert context.critic is not None
+    strategy = context.rollouts
+    assert isinstance(strategy, RLHFStrategy) and isinstance(strategy.reward_source, ModelReward)
+    assert strategy.reference is not None and strategy.critic is context.critic is not None
     frozen = load_reward_model(reward_run.out / "last")
-    for name, parameter in context.reward.named_parameters():
+    for name, parameter in strategy.reward_source.model.named_parameters():
         assert torch.equal(parameter, frozen.state_dict()[name])
     last = rows(config)[-1]
     expected = {"reward", "kl", "clip_fraction", "value_loss", "finished", "answer_tokens"}
