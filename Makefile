@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` the tests. Both set up .venv by themselves.
+# `make demo` runs the main job, `make test` the tests. Both create .venv if necessary.
 # Extra arguments for pip go into PIP_ARGS, e.g.
 #   make demo PIP_ARGS="--index-url URL_OF_PYTORCHS_CPU_WHEELS --extra-index-url YOUR_MIRROR"
 PYTHON ?= python3
@@ -30,7 +30,7 @@ check: .venv/ready-dev
 bench: .venv/ready-dev
 	$(BIN)/python -m bench $(ARGS)
 
-# The page of the service: web/ into khaosz/serve/page. Needs npm; nothing else here does.
+# Builds the page of the service from web/ into khaosz/serve/page. Only this target needs npm.
 page:
 	cd web && npm ci --no-fund --no-audit && npm run build
 

@@ -1,6 +1,6 @@
-"""Make .venv and install KHAOSZ into it: `python setup_env.py train|dev [pip arguments]`.
+"""Create .venv and install KHAOSZ into it: `python setup_env.py train|dev [pip arguments]`.
 
-Then, on any system and without make:
+On any system, without make:
     python setup_env.py run demo [arguments]      the main job     (make demo)
     python setup_env.py run test [arguments]      the tests        (make test)
 """
@@ -21,12 +21,12 @@ COMMANDS = {
     "demo": ("train", ["-m", "khaosz", "demo"]),
     "test": ("dev", ["-m", "pytest", "-m", FAST]),
 }
-# What the demo trains is to be talked to, in the terminal and in the browser.
+# "train" includes chat in the terminal and in the browser, for the model that the demo trains.
 EXTRAS = {"train": "train,serve,rag,structured,terminal", "dev": "dev"}
 
 
 def install(extra: str, pip_arguments: list[str]) -> None:
-    """Create the environment if it is not there and install the package with its extras."""
+    """Create the environment if it does not exist and install the package with its extras."""
     stamp = VENV / ("ready" if extra == "train" else f"ready-{extra}")
     sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", Path(__file__)]
     if stamp.exists() and stamp.stat().st_mtime >= max(p.stat().st_mtime for p in sources):
