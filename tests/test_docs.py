@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic.fields import FieldInfo
+from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from khaosz.cli import app
@@ -34,7 +34,6 @@ from khaosz.config import (
 from khaosz.config.closed import Closed
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.interop.huggingface import save_model
-from khaosz.model import Transformer
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
@@ -254,17 +253,7 @@ def test_python_examples_run(
 ) -> None:
     # The examples speak of the demo's model; a tiny one with random weights stands at its place.
     tokenizer = load_tokenizer(tokenizer_dir)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    model = Transformer(config)
-    model.initialise(torch.Generator().manual_seed(0))
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
     directory = tmp_path / "runs/demo/dpo/last"
     save_model(model, directory, eos_ids=[tokenizer.eos_id, tokenizer.end_id])
     tokenizer.save(directory)

@@ -8,13 +8,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
+from tiny_models import chain_model
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
@@ -37,25 +35,7 @@ def model(script: str = SCRIPT, context: int = CONTEXT, endless: bool = False) -
     words = by.encode(script)
     chain = [by.special_id("<|assistant|>"), *words, words[0] if endless else by.end_id]
     assert len(set(words)) == len(words)
-    config = ModelConfig(
-        vocab_size=by.vocab_size,
-        hidden_size=by.vocab_size,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=context,
-        tie_word_embeddings=False,
-    )
-    built = Transformer(config)
-    built.initialise(torch.Generator().manual_seed(0))
-    assert built.lm_head is not None
-    with torch.no_grad():
-        built.embed_tokens.weight.copy_(torch.eye(by.vocab_size))
-        for token, following in pairwise(chain):
-            built.lm_head.weight[following, token] = 10.0
-    return built.eval()
+    return chain_model(by, chain, context)
 
 
 def model_directory(directory: Path, scripted: Transformer | None = None) -> Path:

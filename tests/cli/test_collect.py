@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_models import CONTEXT, random_model, tokenizer
 from rich.console import Console
+from tiny_models import CONTEXT, random_model, tokenizer
 
 from khaosz.cli.collect import Collected, collect, parse_ranking, ranked_prompts
 from khaosz.data.records.preference import load_pairs, to_pairs

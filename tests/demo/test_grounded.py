@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import tiny_model
 from typer.testing import CliRunner
 
 from khaosz.cli import app
@@ -165,24 +166,18 @@ def test_groundedness_counts(tmp_path: Path, records: list[dict[str, Any]]) -> N
 def test_data_grounded_keeps_units_apart(
     tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from khaosz.config import ModelConfig
     from khaosz.data.tokenizer import load_tokenizer
     from khaosz.demo.corpus import held_out
     from khaosz.demo.fetch import DemoSources
     from khaosz.interop.huggingface import save_model
-    from khaosz.model import Transformer
 
     units = [idiom(f"{a}{word[1:]}") for word in WORDS for a in "天地玄黄宇宙洪荒日月盈昃"]
     monkeypatch.setattr("khaosz.demo.facts.read_units", lambda sources, seed: units)
     nothing = DemoSources({}, tmp_path, None, True, ())
     monkeypatch.setattr("khaosz.demo.fetch.fetch_demo", lambda **_: nothing)
     tokenizer = load_tokenizer(tokenizer_dir)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        max_position_embeddings=1024,
-    )  # fmt: skip
-    save_model(Transformer(config), tmp_path / "model")
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024)
+    save_model(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     out = tmp_path / "out"
     command = ["data", "grounded", str(tmp_path / "model"), "--out", str(out), "--limit", "60"]

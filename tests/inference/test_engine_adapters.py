@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model, tokenizer
+from tiny_models import random_model, tokenizer
 
 from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.inference.adapter import Adapter

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CONTEXT, random_model, tokenizer
+from tiny_models import CONTEXT, random_model, tokenizer
 
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator

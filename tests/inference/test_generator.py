@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import CONTEXT, bytewise, random_model, tokenizer
+from tiny_models import CONTEXT, bytewise, chain_model, random_model, tokenizer
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import GenerationError, ModelError, TokenizerError
 from khaosz.inference.engine import Engine
@@ -36,26 +35,7 @@ def parrot(chain: Sequence[int], by: Tokenizer) -> Generator:
     the chain to the next. The last one leads to the end token. No token may stand there twice.
     """
     assert len(set(chain)) == len(chain)
-    size = by.vocab_size
-    config = ModelConfig(
-        vocab_size=size,
-        hidden_size=size,
-        intermediate_size=2,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=False,
-    )
-    model = Transformer(config)
-    model.initialise(torch.Generator().manual_seed(0))
-    assert model.lm_head is not None
-    with torch.no_grad():
-        model.embed_tokens.weight.copy_(torch.eye(size))
-        for token, following in zip(chain, [*chain[1:], by.end_id], strict=True):
-            model.lm_head.weight[following, token] = 10.0
-    return Generator(model.eval(), by)
+    return Generator(chain_model(by, [*chain, by.end_id]), by)
 
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import bytewise, random_model, tokenizer
+from tiny_models import bytewise, random_model, tokenizer
 
 from khaosz.errors import GenerationError
 from khaosz.inference.engine import Engine

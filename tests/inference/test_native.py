@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_models import random_model, tokenizer
+from tiny_models import random_model, tokenizer
 
 from khaosz.inference.linear import native
 from khaosz.inference.linear.load import DenseMatrix, Matrix, Products

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_models import random_model, tokenizer
+from tiny_models import random_model, tokenizer
 
 from khaosz.inference.engine import Engine
 from khaosz.inference.linear import packed

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from random_models import random_model, tokenizer
+from tiny_models import random_model, tokenizer
 from typer.testing import CliRunner
 
 from khaosz.cli import app

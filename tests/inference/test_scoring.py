@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tiny_models import tiny_model
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.inference.scoring import Document, Score, _batches, score_documents, token_nats
 from khaosz.model import Transformer
@@ -36,23 +36,8 @@ def tokenizer() -> Tokenizer:
 
 @cache
 def model() -> Transformer:
-    config = ModelConfig(
-        vocab_size=tokenizer().vocab_size + 20,  # padded, as real vocabularies are
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        qk_norm=True,
-    )
-    built = Transformer(config)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
-    return built
+    padded = tokenizer().vocab_size + 20  # as real vocabularies are
+    return tiny_model(vocab_size=padded, max_position_embeddings=512, qk_norm=True)
 
 
 def ids_of(text: str, end: bool = False) -> NDArray[np.int64]:

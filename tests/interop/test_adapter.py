@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from khaosz.config import LoRAConfig, ModelConfig
+from khaosz.config import LoRAConfig
 from khaosz.errors import ModelError
 from khaosz.interop.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from khaosz.interop.huggingface import load_model, save_model
@@ -30,21 +31,7 @@ from khaosz.model.lora import (
 
 torch.set_num_threads(1)
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # not hidden / heads
-    "max_position_embeddings": 64,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"qkv_bias": True, "tie_word_embeddings": False},
-    "qwen3": {"qk_norm": True},
-}
+FAMILIES = {**tiny_models.FAMILIES, "qwen2": {"qkv_bias": True, "tie_word_embeddings": False}}
 # The same network in fp32, its operations in another order: rounding of 6e-8 through two layers,
 # on logits of size 1 to 10.
 FP32 = 1e-5
@@ -53,12 +40,7 @@ PICKLED = "adapter_model.bin"
 
 
 def build(**changes: Any) -> Transformer:
-    model = Transformer(ModelConfig.parse({**SHAPE, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=generator)
-    return model.eval()
+    return tiny_models.tiny_model(0.2, **{"max_position_embeddings": 64, **changes})
 
 
 def adapted(lora: dict[str, Any] | None = None, **changes: Any) -> Transformer:

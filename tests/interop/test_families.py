@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from random_models import random_model
+from tiny_models import random_model
 
 import khaosz
 from khaosz.interop.gguf.config import ARCHITECTURES, architecture_of

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from fuzz_models import mutated, read_directory, read_gguf, valid_directory, valid_gguf
+from tiny_models import tiny_model
 
-from khaosz.config import ModelConfig, RopeScaling
+from khaosz.config import RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ModelError
@@ -33,22 +34,8 @@ def tokenizer() -> Tokenizer:
 
 
 def model(vocab_size: int = 300, **changes: Any) -> Transformer:
-    fields: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 128,
-    }
-    built = Transformer(ModelConfig(**{**fields, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in built.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
-    return built.eval()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": vocab_size}
+    return tiny_model(**{**shape, **changes})
 
 
 def logits(of: Transformer) -> torch.Tensor:

@@ -14,9 +14,10 @@ from foreign_tokenizers import BYTES, FOREIGN, GPT2, LLAMA3, foreign, split
 from fuzz_models import SHAPE, valid_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_model
 from tokenizers import normalizers, pre_tokenizers
 
-from khaosz.config import ModelConfig, RopeScaling
+from khaosz.config import RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop.gguf.blocks import dequantize, quantize
@@ -37,12 +38,7 @@ def tokenizer() -> Tokenizer:
 
 
 def model(**changes: Any) -> Transformer:
-    built = Transformer(ModelConfig(**{**SHAPE, "vocab_size": 300, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.normal_(0.0, 0.3, generator=generator)
-    return built.eval()
+    return tiny_model(**{**SHAPE, "vocab_size": 300, **changes})
 
 
 # --------------------------------------------------------------------------------------- container

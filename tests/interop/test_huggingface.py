@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import Tensor
 
-from khaosz.config import ModelConfig
 from khaosz.errors import ModelError
 from khaosz.interop.huggingface import (
     WEIGHTS,
@@ -30,21 +30,6 @@ from khaosz.model import Transformer
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # not hidden / heads
-    "max_position_embeddings": 64,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
 SCALINGS: dict[str, dict[str, Any] | None] = {
     "default": None,
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -67,13 +52,7 @@ FP32 = 1e-5
 
 
 def build(**changes: Any) -> Transformer:
-    model = Transformer(ModelConfig.parse({**SHAPE, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
-            parameter.normal_(mean, 0.2, generator=generator)
-    return model.eval()
+    return tiny_model(0.2, **{"max_position_embeddings": 64, **changes})
 
 
 def ids() -> Tensor:

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from foreign_tokenizers import FOREIGN
+from tiny_models import tiny_model
 
-from khaosz.config import ModelConfig, RopeScaling
+from khaosz.config import RopeScaling
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.interop.gguf.model import load_gguf, save_gguf
 from khaosz.interop.models import open_tokenizer
@@ -71,22 +72,14 @@ def tokenizer() -> Tokenizer:
 
 
 def random_model(vocab_size: int, changes: dict[str, Any]) -> Transformer:
-    fields: dict[str, Any] = {
+    fields = {
         "vocab_size": vocab_size,
         "hidden_size": 128,
         "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 256,
     }
-    model = Transformer(ModelConfig(**{**fields, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
-    return model.eval()
+    fields |= {"num_hidden_layers": 3, "max_position_embeddings": 256}
+    return tiny_model(0.1, **{**fields, **changes})
 
 
 def read_by_llama_cpp(path: Path, ids: list[int]) -> tuple[dict[str, Any], np.ndarray]:

@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.errors import FetchError, ModelError
 from khaosz.interop.gguf.model import save_gguf
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.models import load_model, open_tokenizer
 from khaosz.interop.pull import pull, pulled_models
-from khaosz.model import Transformer
 
 torch.set_num_threads(1)
 
@@ -71,16 +70,7 @@ class Hub(BaseHTTPRequestHandler):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KHAOSZ_CACHE", str(tmp_path / "cache"))
     tokenizer = train_tokenizer(iter(["the quick brown fox"] * 5), 300)
-    config = ModelConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    model = Transformer(config)
+    model = tiny_model(vocab_size=300, head_dim=8, intermediate_size=64)
     source = tmp_path / "tiny"
     save_model(model, source, bos_id=1)
     tokenizer.save(source)

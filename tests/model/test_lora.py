@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from khaosz.config import LORA_TARGETS, LoRAConfig, ModelConfig
+from khaosz.config import LORA_TARGETS, LoRAConfig
 from khaosz.errors import ConfigError
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.model import Transformer
@@ -29,16 +30,6 @@ torch.set_num_threads(1)
 # fp32 rounds to 6e-8 of a value; logits of size 1 to 10 pass through two layers of sums over 32 to
 # 48 terms, added in another order: errors of 1e-6 are expected and 1e-5 is the line.
 FP32 = 1e-5
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # heads * head_dim is not the width: nothing may assume it
-    "max_position_embeddings": 128,
-}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"qkv_bias": True},
@@ -66,13 +57,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def build(**changes: Any) -> Transformer:
-    """A model whose every parameter is random, norms, biases and residual writers too."""
-    model = Transformer(ModelConfig.parse({**SHAPE, **changes}))
-    draw = generator(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2, generator=draw)
-    return model.eval()
+    return tiny_model(0.2, **changes)
 
 
 def generator(seed: int) -> torch.Generator:

@@ -6,28 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import FAMILIES, tiny_model
 from torch import Tensor
 
-from khaosz.config import ModelConfig
 from khaosz.model import Transformer
 from khaosz.model.transformer import document_mask
 
 torch.set_num_threads(1)
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
 # Masked and plain attention are different kernels and sum in different orders: fp32 rounding
 # through two layers, on values of size 1.
 FP32 = 1e-5
@@ -37,13 +23,7 @@ LENGTHS = [[5, 1, 7], [16], [3, 3, 3, 3]]  # rows with and without padding behin
 
 
 def build(**changes: Any) -> Transformer:
-    model = Transformer(ModelConfig.parse({**SHAPE, **changes}))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name else 0.0
-            parameter.normal_(mean, 0.2, generator=generator)
-    return model
+    return tiny_model(0.2, **changes)
 
 
 def documents() -> list[list[Tensor]]:

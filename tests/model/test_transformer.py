@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tiny_models import SHAPE, tiny_model
 from torch import Tensor
 
 from khaosz.config import ModelConfig
@@ -26,16 +27,6 @@ Array = NDArray[np.float64]
 # 48 terms each, so errors of 1e-6 are expected and 1e-5 is the line.
 FP32 = 1e-5
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 12,  # heads * head_dim is not the width: nothing may assume it
-    "max_position_embeddings": 128,
-}
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "original_max_position_embeddings": 32}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -58,16 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(seed: int = 0, **changes: Any) -> Transformer:
-    """A model whose every parameter is random, norms, biases and residual writers too."""
-    model = Transformer(ModelConfig.parse({**SHAPE, **changes}))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight") or "layernorm" in name:
-                parameter.uniform_(0.5, 1.5, generator=generator)
-            else:
-                parameter.normal_(0.0, 0.2, generator=generator)
-    return model.eval()
+    return tiny_model(0.2, seed, **changes)
 
 
 def random_ids(rows: int, length: int, seed: int = 1) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+import tiny_models
 
-from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.inference.generator import Generator
 from khaosz.interop.huggingface import save_model
@@ -58,17 +57,8 @@ def tiny_generator() -> Generator:
     """A random model that writes nonsense and reads any text."""
     texts = ["the quick brown fox yes no", "春眠不觉晓，企鹅住在南极"]
     tokenizer = train_tokenizer(iter(texts * 20), 340)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=2048,
-    )  # fmt: skip
-    network = Transformer(config)
-    network.initialise(torch.Generator().manual_seed(0))
-    with torch.no_grad():  # fresh blocks add nothing: all texts would be alike
-        for parameter in network.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": 2048}
+    network = tiny_models.tiny_model(**shape)
     return Generator(network, tokenizer)
 
 

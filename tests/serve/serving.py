@@ -17,6 +17,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi import APIRouter
+from tiny_models import SHAPE, tiny_model
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import train_tokenizer
@@ -40,16 +41,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers of width 32 with random weights that never end an answer."""
     directory = tmp_path_factory.mktemp("serve") / "tiny"
     tokenizer = train_tokenizer(iter(["the quick brown fox", "春眠不觉晓"] * 20), 300)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Transformer(config)
-    random = torch.Generator().manual_seed(0)
+    shape = {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": CONTEXT}
+    model = tiny_model(**shape, head_dim=8, tie_word_embeddings=False)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=random)
         # A control token is never the likeliest, so greedy answers run to their limit.
         assert model.lm_head is not None
         for token in tokenizer.special_ids.values():
@@ -112,13 +106,10 @@ def learnt(lessons: Sequence[tuple[list[Any], list[Any] | None]], directory: Pat
     """A small model that answers with the assistant's turns of these chats, for every seed."""
     words = [turn["content"] for messages, _ in lessons for turn in messages]
     tokenizer = train_tokenizer(iter([*words, json.dumps(WEATHER)] * 20), 500)
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=False,
-    )  # fmt: skip
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    shape |= {"vocab_size": tokenizer.vocab_size, "max_position_embeddings": CONTEXT}
     torch.manual_seed(0)
-    model = Transformer(config)
+    model = Transformer(ModelConfig.parse({**SHAPE, **shape, "tie_word_embeddings": False}))
     chats = [encode_chat(tokenizer, messages, tools) for messages, tools in lessons]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(400):
