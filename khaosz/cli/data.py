@@ -66,7 +66,7 @@ def data_get(
     for note in sources.notes:
         console.print(note, highlight=False)
     corpus = build_demo_corpus(sources, out)
-    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.eval}\n{corpus.pairs}")
+    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.val}\n{corpus.pairs}")
 
 
 @data_app.command("from-docs")

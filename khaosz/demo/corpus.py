@@ -21,6 +21,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,8 @@ class DemoCorpus:
     """The files written, and `stats` by source name."""
 
     pt: Path
+    val: Path
     sft: Path
-    eval: Path
     sft_val: Path
     preference: Path
     preference_val: Path
@@ -88,63 +89,51 @@ def build_demo_corpus(sources: DemoSources, out: Path, seed: int = 0) -> DemoCor
     Every file is replaced atomically. Raises FetchError when an archive or the sample is damaged;
     files of an earlier run then stay.
     """
-    by_source: dict[str, list[Unit]] = {}
-    for unit in read_units(sources, seed):
-        by_source.setdefault(unit.source, []).append(unit)
-
     rng = random.Random(f"{seed}/order")
     seen_texts: set[str] = set()
     questions: set[str] = set()
-    pt: list[dict[str, Any]] = []
-    val: list[dict[str, Any]] = []
-    sft: list[dict[str, Any]] = []
-    sft_val: list[dict[str, Any]] = []
-    pairs: list[dict[str, Any]] = []
-    pairs_val: list[dict[str, Any]] = []
+    train: dict[str, list[dict[str, Any]]] = {"pt": [], "sft": [], "pairs": []}
+    validation: dict[str, list[dict[str, Any]]] = {"pt": [], "sft": [], "pairs": []}
     stats: dict[str, SourceStats] = {}
-    for source, units in by_source.items():
+    for source, units in units_by_source(sources, seed).items():
         held_out_keys = held_out(units, seed)
         documents = characters = conversations = 0
         for unit in units:
-            texts, chats = (val, sft_val) if unit.key in held_out_keys else (pt, sft)
+            split = validation if unit.key in held_out_keys else train
             for text in unit.documents:
                 if text not in seen_texts:
                     seen_texts.add(text)
-                    texts.append({"text": text, "lang": unit.lang, "source": source})
+                    split["pt"].append({"text": text, "lang": unit.lang, "source": source})
                     documents += 1
                     characters += len(text)
-            (pairs_val if unit.key in held_out_keys else pairs).extend(unit_pairs(unit, seed))
+            split["pairs"] += unit_pairs(unit, seed)
             for chat in unique_chats(unit.chats, questions):
-                repeat = 1 if chats is sft_val else chat.repeat
-                chats += [_chat_record(chat, source)] * repeat
+                repeat = chat.repeat if split is train else 1
+                split["sft"] += [_chat_record(chat, source)] * repeat
                 conversations += repeat
         stats[source] = SourceStats(documents, characters, conversations, len(held_out_keys))
-    for records in (pt, val, sft, sft_val, pairs, pairs_val):
-        rng.shuffle(records)
+    for kind in train:
+        rng.shuffle(train[kind])
+        rng.shuffle(validation[kind])
+    for split in (train, validation):
+        split["preference"] = swapped_answers(split["sft"], seed)
 
     out.mkdir(parents=True, exist_ok=True)
-    corpus = DemoCorpus(
-        pt=out / "pt.jsonl",
-        sft=out / "sft.jsonl",
-        eval=out / "val.jsonl",
-        sft_val=out / "sft_val.jsonl",
-        preference=out / "preference.jsonl",
-        preference_val=out / "preference_val.jsonl",
-        pairs=out / "pairs.jsonl",
-        pairs_val=out / "pairs_val.jsonl",
-        prompts=out / "prompts.json",
-        stats=stats,
-    )
-    write_jsonl(corpus.pt, pt)
-    write_jsonl(corpus.sft, sft)
-    write_jsonl(corpus.eval, val)
-    write_jsonl(corpus.sft_val, sft_val)
-    write_jsonl(corpus.preference, swapped_answers(sft, seed))
-    write_jsonl(corpus.preference_val, swapped_answers(sft_val, seed))
-    write_jsonl(corpus.pairs, pairs)
-    write_jsonl(corpus.pairs_val, pairs_val)
-    write_json(corpus.prompts, choose_prompts(sft, sft_val))
-    return corpus
+    records = {**train, **{f"{kind}_val": rows for kind, rows in validation.items()}}
+    records["val"] = records.pop("pt_val")
+    files = {name: out / f"{name}.jsonl" for name in records}
+    for name, path in files.items():
+        write_jsonl(path, records[name])
+    prompts = out / "prompts.json"
+    write_json(prompts, choose_prompts(train["sft"], validation["sft"]))
+    return DemoCorpus(**files, prompts=prompts, stats=stats)
+
+
+def units_by_source(sources: DemoSources, seed: int) -> dict[str, list[Unit]]:
+    units: dict[str, list[Unit]] = {}
+    for unit in read_units(sources, seed):
+        units.setdefault(unit.source, []).append(unit)
+    return units
 
 
 def read_units(sources: DemoSources, seed: int) -> Iterator[Unit]:
@@ -178,12 +167,7 @@ def choose_prompts(
         {"lang": "en", "kind": "seen", "prompt": "Who are you?"},
     ]
     for kind, records in (("seen", sft), ("held_out", sft_val)):
-        used = {
-            ("identity", "zh"),
-            ("identity", "en"),
-            ("sample-chat", "zh"),
-            ("sample-chat", "en"),
-        }
+        used = set(product(("identity", "sample-chat"), ("zh", "en")))
         for record in records:
             origin = (record["source"], record["lang"])
             prompt = record["messages"][0]["content"]

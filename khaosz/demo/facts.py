@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from khaosz.demo.corpus import held_out, read_units
+from khaosz.demo.corpus import held_out, units_by_source
 from khaosz.demo.fetch import DemoSources
 from khaosz.demo.texts import Unit, unit_rng
 
@@ -39,12 +39,9 @@ class Fact:
 def split_facts(sources: DemoSources, seed: int, limit: int) -> tuple[list[Fact], list[Fact]]:
     """At most `limit` facts, an equal share of each source as far as it has them, and the facts of
     the units that the demo's corpus holds out."""
-    units: dict[str, list[Unit]] = {}
-    for unit in read_units(sources, seed):
-        units.setdefault(unit.source, []).append(unit)
     train: dict[str, list[Fact]] = {}
     validation: list[Fact] = []
-    for source, members in units.items():
+    for source, members in units_by_source(sources, seed).items():
         held_out_keys = held_out(members, seed)
         for unit in members:
             facts = unit_facts(unit, seed)

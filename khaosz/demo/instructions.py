@@ -46,17 +46,16 @@ def _clean(text: str) -> str:
 
 
 def _conversation_unit(
-    source: str, key: str, turns: list[str], *, documents_only: bool = False
-) -> Unit | None:
+    source: str, key: str, turns: list[str], *, documents_only: bool
+) -> Iterator[Unit]:
     """A chat if it fits; else a long last answer as a pretraining document."""
     lang = language("".join(turns))
     chat = Chat(lang, tuple(_clean(turn) for turn in turns))
-    if chat.fits() and not documents_only and '{"' not in "".join(chat.turns):
-        return Unit(source, key, lang, (), (chat,))
     answer = chat.turns[-1]
-    if len(answer) > ANSWER_LIMIT[lang]:
-        return Unit(source, key, lang, (answer,))
-    return None
+    if chat.fits() and not documents_only and '{"' not in "".join(chat.turns):
+        yield Unit(source, key, lang, (), (chat,))
+    elif len(answer) > ANSWER_LIMIT[lang]:
+        yield Unit(source, key, lang, (answer,))
 
 
 def read_instructions(archive: Path) -> Iterator[Unit]:
@@ -65,44 +64,40 @@ def read_instructions(archive: Path) -> Iterator[Unit]:
     The short preferred answers are not used: preferred only means better than another, and some
     are wrong products of large numbers or riddles of other data sets.
     """
-    for name in ("alpaca_zh_demo", "alpaca_en_demo"):
-        for i, record in enumerate(read_json(archive, f"{_LLAMAFACTORY}{name}.json")):
-            question = "\n".join(filter(None, (record["instruction"], _clean(record["input"]))))
-            unit = _conversation_unit(name, str(i), [question, record["output"]])
-            if unit:
-                yield unit
     for name in (
+        "alpaca_zh_demo",
+        "alpaca_en_demo",
         "dpo_zh_demo",
         "dpo_en_demo",
         "glaive_toolcall_zh_demo",
         "glaive_toolcall_en_demo",
+        "kto_en_demo",
     ):
+        preferred = name.startswith(("dpo", "kto"))
         for i, record in enumerate(read_json(archive, f"{_LLAMAFACTORY}{name}.json")):
-            turns = _plain_turns(record)
-            unit = _conversation_unit(name, str(i), turns, documents_only="dpo" in name)
-            if unit:
-                yield unit
-    for i, record in enumerate(read_json(archive, f"{_LLAMAFACTORY}kto_en_demo.json")):
-        if record["label"] and record["messages"][0]["role"] == "user":
-            turns = [message["content"] for message in record["messages"]]
-            unit = _conversation_unit("kto_en_demo", str(i), turns, documents_only=True)
-            if unit:
-                yield unit
+            if turns := _plain_turns(record):
+                yield from _conversation_unit(name, str(i), turns, documents_only=preferred)
 
 
 def _plain_turns(record: dict[str, Any]) -> list[str]:
-    """Leading human/gpt turns; none after a system prompt or tools."""
+    """Leading questions and answers; none of a rejected record, after a system prompt or tools."""
+    if "instruction" in record:
+        question = "\n".join(filter(None, (record["instruction"], _clean(record["input"]))))
+        return [question, record["output"]]
+    if "messages" in record:
+        usable = record["label"] and record["messages"][0]["role"] == "user"
+        return [message["content"] for message in record["messages"]] if usable else []
+    if record.get("tools", "[]") != "[]":
+        return []
     messages = list(record["conversations"])
     if "chosen" in record:
         messages.append(record["chosen"])
-    if record.get("tools", "[]") != "[]":
-        return [""]
     turns: list[str] = []
     for i, message in enumerate(messages):
         if message["from"] != ("human", "gpt")[i % 2]:
             break
         turns.append(message["value"])
-    return turns[: len(turns) // 2 * 2] or [""]
+    return turns[: len(turns) // 2 * 2]
 
 
 def read_identity(archive: Path, repeat: int) -> Iterator[Unit]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from khaosz.config import TrainConfig, load_stages, shipped_recipe
+from khaosz.config import load_stages, shipped_recipe
 from khaosz.demo.corpus import DemoCorpus, build_demo_corpus
 from khaosz.demo.fetch import fetch_demo
 from khaosz.errors import ConfigError
@@ -24,7 +24,7 @@ from khaosz.trainer.run import run
 _LEAST_MINUTES = 0.2
 # Shares of the remaining time at the start of each stage; the rest is for calibration, compilation
 # and evaluation.
-_PT_SHARE, _SFT_SHARE, _DPO_SHARE = 0.46, 0.56, 0.4
+_SHARES = {"pt": 0.46, "sft": 0.56, "dpo": 0.4}
 _ANSWERS = SamplingParams(
     max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
 )
@@ -54,29 +54,28 @@ def run_demo(
     corpus = build_demo_corpus(sources, out / "corpus")
     _show_corpus(corpus, console)
 
-    pt, sft, dpo = load_stages(shipped_recipe("demo.toml"))
-    console.rule("2  pretraining: Chinese and English text")
-    left = minutes * 60 - (time.monotonic() - started)
-    pt = _stage(pt, out / "pt", corpus.pt, corpus.eval, left * _PT_SHARE)
-    context = run(pt, console=console)
-    if context.stopping:
-        return out / "pt" / "last"
-
-    console.rule("3  fine-tuning: how to answer")
-    left = minutes * 60 - (time.monotonic() - started)
-    sft = _stage(sft, out / "sft", corpus.sft, corpus.sft_val, left * _SFT_SHARE)
-    context = run(sft.updated(init_from=out / "pt" / "last"), console=console)
-    model = out / "sft" / "last"
-    if context.stopping:
-        return model
-
-    console.rule("4  preferences: answers to the question")
-    left = minutes * 60 - (time.monotonic() - started)
-    dpo = _stage(dpo, out / "dpo", corpus.preference, corpus.preference_val, left * _DPO_SHARE)
-    context = run(dpo.updated(init_from=model), console=console)
-    model = out / "dpo" / "last"
-    if context.stopping:
-        return model
+    stages = (
+        ("pt", "pretraining: Chinese and English text", corpus.pt, corpus.val),
+        ("sft", "fine-tuning: how to answer", corpus.sft, corpus.sft_val),
+        ("dpo", "preferences: answers to the question", corpus.preference, corpus.preference_val),
+    )
+    model = None
+    recipes = load_stages(shipped_recipe("demo.toml"))
+    for number, (recipe, (name, title, data, val)) in enumerate(
+        zip(recipes, stages, strict=True), start=2
+    ):
+        console.rule(f"{number}  {title}")
+        left = minutes - (time.monotonic() - started) / 60
+        config = recipe.updated(
+            out=out / name,
+            data=data,
+            val=val,
+            max_minutes=max(left * _SHARES[name], _LEAST_MINUTES / 4),
+        )
+        context = run(config if model is None else config.updated(init_from=model), console=console)
+        model = out / name / "last"
+        if context.stopping:
+            return model
 
     console.rule("5  results")
     _show_result(out, corpus, console)
@@ -86,11 +85,6 @@ def run_demo(
     )
     console.print(f"  (not on your PATH? .venv/bin/khaosz chat {model})", highlight=False)
     return model
-
-
-def _stage(config: TrainConfig, out: Path, data: Path, val: Path, seconds: float) -> TrainConfig:
-    minutes = max(seconds / 60, _LEAST_MINUTES / 4)
-    return config.updated(out=out, data=data, val=val, max_minutes=minutes)
 
 
 def _move_aside(out: Path, console: Console) -> None:
@@ -120,7 +114,7 @@ def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
         losses = [row["loss"] for row in read_metrics(out / stage / "metrics.jsonl")]
         console.print(f"  {stage:<4} loss {losses[0]:.2f} {_sparkline(losses)} {losses[-1]:.2f}"
                       f"   {out / stage / 'loss.png'}", highlight=False)  # fmt: skip
-    score = bits_per_byte(out / "pt" / "last", corpus.eval)
+    score = bits_per_byte(out / "pt" / "last", corpus.val)
     langs = ", ".join(f"{lang} {value:.2f}" for lang, value in score.by_lang.items())
     console.print(
         f"  held-out text: {score.bits_per_byte:.3f} bits per byte ({langs})", highlight=False

@@ -76,7 +76,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def check_records(corpus: DemoCorpus) -> None:
     """What every corpus must satisfy, whatever its sources."""
-    for path in (corpus.pt, corpus.eval):
+    for path in (corpus.pt, corpus.val):
         for record in read(path):
             assert set(record) == {"text", "lang", "source"}
             assert record["text"].strip() and record["lang"] in ("zh", "en")
@@ -91,7 +91,7 @@ def check_records(corpus: DemoCorpus) -> None:
             assert "{{" not in str(record["messages"]) or record["source"].startswith("alpaca")
     train = {record["text"] for record in read(corpus.pt)}
     assert len(train) == len(read(corpus.pt))
-    assert train.isdisjoint(record["text"] for record in read(corpus.eval))
+    assert train.isdisjoint(record["text"] for record in read(corpus.val))
     asked = {record["messages"][0]["content"] for record in read(corpus.sft)}
     assert asked.isdisjoint(r["messages"][0]["content"] for r in read(corpus.sft_val))
     answered = {str(record["messages"]) for record in read(corpus.sft)}
@@ -100,10 +100,10 @@ def check_records(corpus: DemoCorpus) -> None:
 
 def test_sample_alone_gives_a_whole_corpus(corpus: DemoCorpus) -> None:
     check_records(corpus)
-    for path in (corpus.pt, corpus.sft, corpus.eval):
+    for path in (corpus.pt, corpus.sft, corpus.val):
         assert {record["lang"] for record in read(path)} == {"zh", "en"}
     assert read(corpus.sft_val)
-    assert corpus.eval.stat().st_size <= 300_000
+    assert corpus.val.stat().st_size <= 300_000
     sources = {record["source"] for record in read(corpus.pt)}
     assert {"sample-laws", "sample-sanguo", "sample-poems", "sample-speech", "python"} <= sources
     multi_turn = [record for record in read(corpus.sft) if len(record["messages"]) > 2]
@@ -121,7 +121,7 @@ def test_prompts(corpus: DemoCorpus) -> None:
 
 
 def test_stats_count_what_was_written(corpus: DemoCorpus) -> None:
-    documents = read(corpus.pt) + read(corpus.eval)
+    documents = read(corpus.pt) + read(corpus.val)
     assert sum(stat.documents for stat in corpus.stats.values()) == len(documents)
     assert sum(stat.characters for stat in corpus.stats.values()) == sum(
         len(record["text"]) for record in documents
@@ -143,7 +143,7 @@ def test_same_seed_same_bytes(corpus: DemoCorpus, offline: DemoSources, tmp_path
 
     # A seed moves texts between the two sides and into another order; it makes none.
     def texts(corpus: DemoCorpus) -> set[str]:
-        return {record["text"] for record in read(corpus.pt) + read(corpus.eval)}
+        return {record["text"] for record in read(corpus.pt) + read(corpus.val)}
 
     assert texts(again) == texts(other)
 
@@ -160,7 +160,7 @@ def test_memorised_units_are_never_held_out(corpus: DemoCorpus) -> None:
 
 
 def test_python_documentation(corpus: DemoCorpus) -> None:
-    texts = [r["text"] for r in read(corpus.pt) + read(corpus.eval) if r["source"] == "python"]
+    texts = [r["text"] for r in read(corpus.pt) + read(corpus.val) if r["source"] == "python"]
     assert len(texts) == 6  # neither the broken file nor the tests
     assert all(">>>" not in text and "never written to disk" in text for text in texts)
     chats = [r for r in read(corpus.sft) + read(corpus.sft_val) if r["source"] == "python"]
@@ -439,7 +439,7 @@ def test_real_packages_when_cached(tmp_path: Path) -> None:
         DemoSources(archives, fetch.SAMPLE_DIR, None, False, ()), tmp_path / "out"
     )
     check_records(corpus)
-    assert corpus.eval.stat().st_size <= 300_000
+    assert corpus.val.stat().st_size <= 300_000
     assert 10_000 <= len(read(corpus.sft)) <= 20_000
     by_language = {
         lang: sum(record["lang"] == lang for record in read(corpus.sft)) for lang in ("zh", "en")
