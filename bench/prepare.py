@@ -119,7 +119,7 @@ def sparse_iteration_rss(path: Path, gigabytes: int) -> float | None:
     with MmapFileHandler(path) as handler:
         before = process.memory_info().rss
         peak = before
-        for view in handler.iter_tokens():
+        for view in handler.pieces("tokens"):
             view.max()
             peak = max(peak, process.memory_info().rss)
     return round((peak - before) / 1e6, 1)

@@ -160,7 +160,8 @@ def data_prepare(
     """Tokenize texts or conversations into memory-mapped shards; run again to resume."""
     from dataclasses import asdict
 
-    from khaosz.data.shards.prepare import format_report, prepare, shown_progress
+    from khaosz.data.shards.manifest import format_report
+    from khaosz.data.shards.prepare import prepare, shown_progress
     from khaosz.data.tokenizer import load_tokenizer
 
     check_choice("stage", stage, ("pt", "sft", "auto"))
@@ -201,7 +202,7 @@ def data_show(
 @data_app.command("verify")
 def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.")]) -> None:
     """Verify the checksum of every shard in a prepared directory."""
-    from khaosz.data.shards.prepare import PreparedData
+    from khaosz.data.shards.manifest import PreparedData
 
     shards = [shard for group in PreparedData.open(data).groups for shard in group.shards]
     for shard in shards:

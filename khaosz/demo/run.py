@@ -59,25 +59,22 @@ def run_demo(
         ("sft", "fine-tuning: how to answer", corpus.sft, corpus.sft_val),
         ("dpo", "preferences: answers to the question", corpus.preference, corpus.preference_val),
     )
-    model = None
-    recipes = load_stages(shipped_recipe("demo.toml"))
-    for number, (recipe, (name, title, data, val)) in enumerate(
-        zip(recipes, stages, strict=True), start=2
-    ):
+    previous = None
+    recipes = zip(load_stages(shipped_recipe("demo.toml")), stages, strict=True)
+    for number, (recipe, (name, title, data, val)) in enumerate(recipes, start=2):
         console.rule(f"{number}  {title}")
         left = minutes - (time.monotonic() - started) / 60
-        config = recipe.updated(
-            out=out / name,
-            data=data,
-            val=val,
-            max_minutes=max(left * _SHARES[name], _LEAST_MINUTES / 4),
-        )
-        context = run(config if model is None else config.updated(init_from=model), console=console)
-        model = out / name / "last"
+        limit = max(left * _SHARES[name], _LEAST_MINUTES / 4)
+        config = recipe.updated(out=out / name, data=data, val=val, max_minutes=limit)
+        if previous is not None:
+            config = config.updated(init_from=previous)
+        context = run(config, console=console)
+        previous = out / name / "last"
         if context.stopping:
-            return model
+            return previous
 
     console.rule("5  results")
+    model = out / "dpo" / "last"
     _show_result(out, corpus, console)
     took = time.monotonic() - started
     console.print(

@@ -8,7 +8,8 @@ from rich.console import Console
 
 from khaosz.config import TrainConfig, preset
 from khaosz.data.records.texts import read_interleaved
-from khaosz.data.shards.prepare import PreparedData, PrepareReport, prepare, shown_progress
+from khaosz.data.shards.manifest import PreparedData, PrepareReport
+from khaosz.data.shards.prepare import prepare, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.parallel import ParallelContext

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from khaosz.config import TrainConfig
-from khaosz.data.shards.prepare import Group, PreparedData
+from khaosz.data.shards.manifest import Group, PreparedData
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.inference.scoring import Document, Score, score_documents

@@ -33,7 +33,7 @@ def model(script: str = SCRIPT, context: int = CONTEXT, endless: bool = False) -
     identity, its head maps each token of the script to the next."""
     by = tokenizer()
     words = by.encode(script)
-    chain = [by.special_id("<|assistant|>"), *words, words[0] if endless else by.end_id]
+    chain = [by.special_ids["<|assistant|>"], *words, words[0] if endless else by.end_id]
     assert len(set(words)) == len(words)
     return chain_model(by, chain, context)
 

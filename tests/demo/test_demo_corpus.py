@@ -318,7 +318,7 @@ def test_archives_give_a_whole_corpus(full: DemoCorpus) -> None:
 
 
 def test_a_held_out_unit_appears_nowhere_in_training(full: DemoCorpus) -> None:
-    held = [record for record in read(full.eval) if record["source"] == "laws"]
+    held = [record for record in read(full.val) if record["source"] == "laws"]
     assert held
     name = held[0]["text"].splitlines()[0].strip("《》").removeprefix("中华人民共和国")
     assert name not in full.pt.read_text(encoding="utf-8")

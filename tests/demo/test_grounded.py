@@ -172,7 +172,7 @@ def test_data_grounded_keeps_units_apart(
     from khaosz.interop.huggingface import save_model
 
     units = [idiom(f"{a}{word[1:]}") for word in WORDS for a in "天地玄黄宇宙洪荒日月盈昃"]
-    monkeypatch.setattr("khaosz.demo.facts.read_units", lambda sources, seed: units)
+    monkeypatch.setattr("khaosz.demo.corpus.read_units", lambda sources, seed: units)
     nothing = DemoSources({}, tmp_path, None, True, ())
     monkeypatch.setattr("khaosz.demo.fetch.fetch_demo", lambda **_: nothing)
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -325,8 +325,8 @@ def test_generate_by_directory_by_text_and_by_messages(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "the fox"}]
     by_messages = generate(str(tmp_path), messages, params)
     by = tokenizer()
-    ids = [by.bos_id, by.special_id("<|user|>"), *by.encode("the fox"), by.end_id]
-    ids.append(by.special_id("<|assistant|>"))
+    ids = [by.bos_id, by.special_ids["<|user|>"], *by.encode("the fox"), by.end_id]
+    ids.append(by.special_ids["<|assistant|>"])
     assert by_messages == kept.generate(ids, params) == generate(kept, messages, params)
 
 

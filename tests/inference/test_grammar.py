@@ -55,7 +55,7 @@ def test_text_that_looks_like_a_special_token_is_not_one() -> None:
         max_tokens=40,
         temperature=0.0,
         regex=r"<\|user\|>!",
-        logit_bias={tokenizer().special_id("<|user|>"): 100.0},
+        logit_bias={tokenizer().special_ids["<|user|>"]: 100.0},
     )
     completion = generator().generate("x", params)
     assert completion.text == "<|user|>!" and completion.tokens > 3

@@ -48,7 +48,7 @@ def test_its_shape_is_what_its_authors_say() -> None:
 def test_its_tokens_are_those_that_are_published(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49_152
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id) == (1, 2, 2)
-    assert tokenizer.special_id("<|im_start|>") == 1 and tokenizer.special_id("<|im_end|>") == 2
+    assert tokenizer.special_ids["<|im_start|>"] == 1 and tokenizer.special_ids["<|im_end|>"] == 2
     # Digits one by one; words with their space.
     spelled = [tokenizer.token_bytes(i) for i in tokenizer.encode("Hello world, it's 2024")]
     assert spelled == [b"Hello", b" world", b",", b" it", b"'s", b" ", b"2", b"0", b"2", b"4"]

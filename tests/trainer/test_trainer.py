@@ -120,7 +120,7 @@ def test_number_of_steps_counts_accumulation(recipe: Recipe) -> None:
     )
     assert context.plan.rows == 8 and context.plan.micro_rows == 4
     from khaosz.data.batches.dataset import TokenDataset
-    from khaosz.data.shards.prepare import PreparedData
+    from khaosz.data.shards.manifest import PreparedData
 
     windows = TokenDataset.open(PreparedData.open(context.config.data), 32).windows
     assert context.progress.step == math.ceil(windows / 8)
@@ -173,7 +173,7 @@ def test_sft_starts_from_a_model_with_fresh_optimizer_and_schedule(
 
 def _strategy(context: TrainContext):  # type: ignore[no-untyped-def]
     from khaosz.data.batches.dataset import TokenDataset
-    from khaosz.data.shards.prepare import PreparedData
+    from khaosz.data.shards.manifest import PreparedData
     from khaosz.trainer.strategy import build_strategy
 
     window = context.config.window

@@ -5,8 +5,9 @@ Legend: B rows, T positions (the window).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -41,13 +42,14 @@ class Batch:
         """Number of scored labels: what a loss summed over the batch is divided by."""
         return int((self.labels != IGNORE).sum().item())
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: torch.device | str) -> Self:
         """The same batch on `device`; counts `tokens` here, without waiting for `device`."""
-        moved = Batch(
-            self.ids.to(device),
-            self.labels.to(device),
-            self.positions.to(device),
-            self.doc_ids.to(device),
-        )
-        moved.__dict__["tokens"] = self.tokens
-        return moved
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        return self._replaced(**{name: value.to(device) for name, value in tensors.items()})
+
+    def _replaced(self, **changes: Any) -> Self:
+        """A copy with `changes` that keeps the count of `tokens`."""
+        copy = replace(self, **changes)
+        copy.__dict__["tokens"] = self.tokens
+        return copy

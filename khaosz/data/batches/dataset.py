@@ -9,7 +9,7 @@ Legend: B rows, T positions (the window).
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from math import isfinite
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from khaosz.data.batches.batch import IGNORE, Batch
-from khaosz.data.batches.packing import PackingPlan, PackingStats, TokenShard, load_plan
+from khaosz.data.batches.packing import PackingPlan, PackingStats, load_plan
 from khaosz.data.batches.sampler import MixtureSampler
 from khaosz.data.shards.manifest import Group, PreparedData
+from khaosz.data.shards.mmap import MmapFileHandler
 from khaosz.errors import ConfigError, DataError, nearest
 
 
@@ -61,7 +62,7 @@ class TokenDataset:
     (SFT) scores only the tokens of its loss mask.
     """
 
-    shards: list[TokenShard]
+    shards: list[MmapFileHandler]
     streams: list[_Stream]
     sampler: MixtureSampler
     stats: PackingStats
@@ -163,19 +164,48 @@ class TokenDataset:
             lengths.append(plan.piece_length[pieces])
             rows.append(pieces.stop - pieces.start)
         assert rows, "a batch needs at least one draw"
-        return _assemble(
-            self.shards,
-            np.repeat(np.arange(len(rows)), rows),
-            np.concatenate(shards),
-            np.concatenate(starts),
-            np.concatenate(lengths),
-            shape=(len(rows), self.window),
-            masked=self.masked,
-            pad_id=self.pad_id,
-        )
+        return self._assemble(rows, *map(np.concatenate, (shards, starts, lengths)))
+
+    def _assemble(
+        self, pieces_of_row: list[int], shard: np.ndarray, start: np.ndarray, length: np.ndarray
+    ) -> Batch:
+        """Copy pieces, of which each row has the next `pieces_of_row`, into a batch (B, T)."""
+        n_rows, window = len(pieces_of_row), self.window
+        row = np.repeat(np.arange(n_rows), pieces_of_row)
+        start, length = start.astype(np.int64), length.astype(np.int64)
+        before = np.cumsum(length) - length  # cells of all earlier pieces
+        filled = np.bincount(row, weights=length, minlength=n_rows).astype(np.int64)
+        assert filled.max() <= window, f"{filled.max()} inputs in a window of {window}"
+        piece = np.repeat(np.arange(length.size), length)  # of every real cell, rows concatenated
+        within = np.arange(piece.size) - before[piece]
+        row_before = np.cumsum(filled) - filled
+        cell = row[piece] * window + (before - row_before[row])[piece] + within
+        first_piece = np.searchsorted(row, np.arange(n_rows))
+
+        # Cells that no piece fills are padding, with positions of their own.
+        ids = np.full(n_rows * window, self.pad_id, np.int64)
+        labels = np.full(n_rows * window, IGNORE, np.int64)
+        positions = np.maximum(np.arange(window)[None, :] - filled[:, None], 0).reshape(-1)
+        doc_ids = np.full(n_rows * window, -1, np.int64)
+
+        positions[cell] = within
+        doc_ids[cell] = (np.arange(length.size) - first_piece[row])[piece]
+        source = start[piece] + within
+        for number in np.unique(shard).tolist():
+            here = (shard == number)[piece]
+            from_token, to_cell = source[here], cell[here]
+            tokens, mask = self.shards[number].tokens, self.shards[number].loss_mask
+            ids[to_cell] = tokens[from_token]
+            targets = tokens[from_token + 1].astype(np.int64)
+            if self.masked:
+                assert mask is not None, f"{self.shards[number].path} has no loss mask"
+                targets = np.where(mask[from_token + 1] != 0, targets, IGNORE)
+            labels[to_cell] = targets
+        rows = (each.reshape(n_rows, window) for each in (ids, labels, positions, doc_ids))
+        return Batch(*map(torch.from_numpy, rows))
 
 
-def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[TokenShard]]:
+def _groups_of(prepared: PreparedData, split: str) -> tuple[list[Group], list[MmapFileHandler]]:
     groups = [group for group in prepared.groups if group.split == split and group.shards]
     if not groups:
         known = sorted({group.split for group in prepared.groups})
@@ -217,48 +247,3 @@ def _nothing_left(window: int, what: str, stream: _Stream) -> DataError:
         f"{stats.skipped_untrained} have no trained token",
         hint="use a longer window" if stats.skipped_long else "prepare more text",
     )
-
-
-def _assemble(
-    shards: Sequence[TokenShard],
-    row: np.ndarray,
-    shard: np.ndarray,
-    start: np.ndarray,
-    length: np.ndarray,
-    *,
-    shape: tuple[int, int],
-    masked: bool,
-    pad_id: int,
-) -> Batch:
-    """Copy pieces, in the order of their rows, into a batch of `shape` (B, T)."""
-    n_rows, window = shape
-    start, length = start.astype(np.int64), length.astype(np.int64)
-    before = np.cumsum(length) - length  # cells of all earlier pieces
-    filled = np.bincount(row, weights=length, minlength=n_rows).astype(np.int64)
-    assert filled.max() <= window, f"{filled.max()} inputs in a window of {window}"
-    piece = np.repeat(np.arange(length.size), length)  # of every real cell, rows concatenated
-    within = np.arange(piece.size) - before[piece]
-    row_before = np.cumsum(filled) - filled
-    cell = row[piece] * window + (before - row_before[row])[piece] + within
-    first_piece = np.searchsorted(row, np.arange(n_rows))
-
-    # Cells that no piece fills are padding, with positions of their own.
-    ids = np.full(n_rows * window, pad_id, np.int64)
-    labels = np.full(n_rows * window, IGNORE, np.int64)
-    positions = np.maximum(np.arange(window)[None, :] - filled[:, None], 0).reshape(-1)
-    doc_ids = np.full(n_rows * window, -1, np.int64)
-
-    positions[cell] = within
-    doc_ids[cell] = (np.arange(length.size) - first_piece[row])[piece]
-    source = start[piece] + within
-    for number in np.unique(shard).tolist():
-        here = (shard == number)[piece]
-        from_token, to_cell = source[here], cell[here]
-        tokens, mask = shards[number].tokens, shards[number].loss_mask
-        ids[to_cell] = tokens[from_token]
-        targets = tokens[from_token + 1].astype(np.int64)
-        if masked:
-            assert mask is not None, f"{shards[number].path} has no loss mask"
-            targets = np.where(mask[from_token + 1] != 0, targets, IGNORE)
-        labels[to_cell] = targets
-    return Batch(*(torch.from_numpy(t.reshape(shape)) for t in (ids, labels, positions, doc_ids)))

@@ -31,11 +31,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from khaosz.data.records.chat import cut_at_turn
+from khaosz.data.shards.mmap import MmapFileHandler
 from khaosz.errors import DataError, TokenFileError
 from khaosz.files import publish, write_json
 
@@ -51,19 +52,6 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
 }
 Piece = tuple[int, int, int]
 """(shard number, first token, number of inputs)"""
-
-
-class TokenShard(Protocol):
-    """What packing reads of a `khaosz.data.shards.mmap.MmapFileHandler`."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def tokens(self) -> np.ndarray: ...
-    @property
-    def doc_offsets(self) -> np.ndarray: ...
-    @property
-    def loss_mask(self) -> np.ndarray | None: ...
 
 
 @dataclass(frozen=True)
@@ -118,7 +106,9 @@ class PackingPlan:
         return self.window_ptr.shape[0] - 1
 
 
-def load_plan(shards: Sequence[TokenShard], stage: str, window: int, folder: Path) -> PackingPlan:
+def load_plan(
+    shards: Sequence[MmapFileHandler], stage: str, window: int, folder: Path
+) -> PackingPlan:
     """The plan of a group of shards: read from `folder` if an earlier run wrote it, else computed.
 
     The plan's folder is `.plan-{stage}-{window}-{digest of the shards' headers}`; it gets that name
@@ -174,7 +164,7 @@ def _remove_stale(folder: Path) -> None:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _digest(shards: Sequence[TokenShard]) -> str:
+def _digest(shards: Sequence[MmapFileHandler]) -> str:
     """Identifies the shards' contents: a header holds counts and checksums of its sections."""
     digest = hashlib.sha256(f"khaosz packing plan {_FORMAT}".encode())
     for shard in shards:
@@ -191,7 +181,7 @@ def _publish(partial: Path, path: Path) -> None:
             raise
 
 
-def _write_plan(folder: Path, shards: Sequence[TokenShard], stage: str, window: int) -> None:
+def _write_plan(folder: Path, shards: Sequence[MmapFileHandler], stage: str, window: int) -> None:
     stats = PackingStats()
     with closing(PlanWriter(folder, window)) as writer:
         bins = _BestFit(window, writer)
@@ -264,7 +254,7 @@ class PlanWriter:
             file.close()
 
 
-def _offset_blocks(shard: TokenShard) -> Iterator[np.ndarray]:
+def _offset_blocks(shard: MmapFileHandler) -> Iterator[np.ndarray]:
     """The document bounds of a shard, some documents at a time: (documents + 1,) int64 each.
 
     Raises TokenFileError when offsets decrease, which opening a shard does not check.
@@ -302,7 +292,7 @@ def _plan_texts(
 
 
 def _plan_conversations(
-    offsets: np.ndarray, window: int, number: int, shard: TokenShard, bins: _BestFit
+    offsets: np.ndarray, window: int, number: int, shard: MmapFileHandler, bins: _BestFit
 ) -> PackingStats:
     if shard.loss_mask is None:
         raise DataError(

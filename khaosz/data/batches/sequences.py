@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -42,23 +43,12 @@ class SequenceBatch(Batch):
     order: tuple[int, ...]
     fields: dict[str, Tensor] = field(default_factory=dict)
 
-    def to(self, device: torch.device | str) -> SequenceBatch:
-        plain = super().to(device)
-        fields = {name: value.to(device) for name, value in self.fields.items()}
-        moved = SequenceBatch(
-            plain.ids, plain.labels, plain.positions, plain.doc_ids,
-            self.sequences, self.ends.to(device), self.order, fields,
-        )  # fmt: skip
-        moved.__dict__["tokens"] = self.tokens
-        return moved
+    def to(self, device: torch.device | str) -> Self:
+        moved = {name: value.to(device) for name, value in self.fields.items()}
+        return super().to(device).with_fields(**moved)
 
-    def with_fields(self, **fields: Tensor) -> SequenceBatch:
-        copy = SequenceBatch(
-            self.ids, self.labels, self.positions, self.doc_ids,
-            self.sequences, self.ends, self.order, {**self.fields, **fields},
-        )  # fmt: skip
-        copy.__dict__["tokens"] = self.tokens
-        return copy
+    def with_fields(self, **fields: Tensor) -> Self:
+        return self._replaced(fields={**self.fields, **fields})
 
     @property
     def owners(self) -> Tensor:

@@ -81,7 +81,6 @@ class PreferenceReport(LoadReport):
 
     window: int = 0
     truncated: int = 0
-    identical: int = 0
     lengths: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -237,7 +236,6 @@ def _load(
     items = data.train + data.validation
     report.kept, report.validation = len(items), len(data.validation)
     report.truncated = sum(getattr(item, "truncated", 0) > 0 for item in items)
-    report.identical = sum(e.skipped.get(IDENTICAL, {"count": 0})["count"] for e in report.inputs)
     for name in ("prompt", "chosen", "rejected"):
         if hasattr(items[0], f"{name}_ids"):
             n = [len(getattr(item, f"{name}_ids")) for item in items]

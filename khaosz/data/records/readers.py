@@ -13,6 +13,7 @@ import glob
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -164,6 +165,17 @@ def parsed(batch: RawBatch) -> Iterator[tuple[int, dict[str, Any] | Skip]]:
             yield number, {"text": line.decode("utf-8")} if text else parse_line(line)
 
 
+def records_of(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects and texts of a file with their numbers; other records are passed over.
+
+    Raises DataError for a file that cannot be read.
+    """
+    for batch in open_source(path):
+        for number, record in parsed(batch):
+            if not isinstance(record, Skip):
+                yield number, record
+
+
 def detect_language(text: str) -> Literal["zh", "en"]:
     """ "zh" when at least a fifth of the letters are Han characters, else "en".
 
@@ -219,13 +231,7 @@ def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
         size += len(chunk)
         if size >= HEAD_BYTES:
             break
-
-    def whole() -> Iterator[bytes]:
-        yield from head
-        head.clear()
-        yield from chunks
-
-    return b"".join(head)[:HEAD_BYTES], whole()
+    return b"".join(head)[:HEAD_BYTES], chain(head, chunks)
 
 
 def _lines(raw: Iterator[bytes], encoding: str, check: bool) -> Iterator[bytes | Skip]:

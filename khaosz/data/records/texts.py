@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from khaosz.data.records.chat import Message, to_messages
 from khaosz.data.records.pairs import to_texts
 from khaosz.data.records.preference import to_pairs, to_prompt
-from khaosz.data.records.readers import Skip, detect_language, expand_inputs, open_source, parsed
+from khaosz.data.records.readers import detect_language, expand_inputs, records_of
 from khaosz.errors import DataError
 
 
@@ -19,13 +20,10 @@ def read_texts(path: Path) -> Iterator[tuple[str, str]]:
     Unusable records are passed over; `data prepare` reports them. Raises `DataError` for a file
     that can't be read.
     """
-    for batch in open_source(path):
-        for _, record in parsed(batch):
-            if isinstance(record, Skip):
-                continue
-            if text := _text_of(record):
-                lang = record.get("lang")
-                yield (lang if isinstance(lang, str) else detect_language(text)), text
+    for _, record in records_of(path):
+        if text := _text_of(record):
+            lang = record.get("lang")
+            yield (lang if isinstance(lang, str) else detect_language(text)), text
 
 
 def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
@@ -56,22 +54,15 @@ def _text_of(record: dict[str, Any]) -> str | None:
 def _messages_of(record: dict[str, Any]) -> list[Message] | None:
     """All texts of a record: a chat, a pair of answers, a prompt alone, or a query with its
     passages."""
-    try:
+    with suppress(DataError):
         return to_messages(record).messages
-    except DataError:
-        pass
-    try:
+    with suppress(DataError):
         pairs = to_pairs(record)
         answers = [{"content": text} for pair in pairs for text in (pair.chosen, pair.rejected)]
         return [*pairs[0].prompt, *answers] if pairs else None
-    except DataError:
-        pass
-    try:
+    with suppress(DataError):
         return to_prompt(record).prompt
-    except DataError:
-        pass
-    try:
+    with suppress(DataError):
         texts = to_texts(record)
-    except DataError:
-        return None
-    return [{"content": text} for text in (texts.query, *texts.positives, *texts.negatives)]
+        return [{"content": text} for text in (texts.query, *texts.positives, *texts.negatives)]
+    return None

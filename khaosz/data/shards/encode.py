@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from khaosz.data.records.chat import to_messages
-from khaosz.data.records.readers import RawBatch, Skip, detect_language, parse_line
+from khaosz.data.records.readers import RawBatch, Skip, detect_language, parsed
 from khaosz.data.records.report import HASH_BYTES, text_hash
 from khaosz.data.shards.mmap import Stage, token_dtype
 from khaosz.data.tokenizer.chat import encode_chat
@@ -150,11 +150,8 @@ def encode_records(encoder: PieceEncoder, batch: RawBatch, stage: Stage) -> Enco
 
 
 def _records(batch: RawBatch, columns: _Columns) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(batch.lines, start=batch.first_line):
-        if not line or line.isspace():
-            continue
+    for number, record in parsed(batch):
         columns.n_records += 1
-        record = {"text": line.decode("utf-8")} if batch.kind == "text" else parse_line(line)
         if isinstance(record, Skip):
             columns.skipped.append((number, record.reason))
         else:

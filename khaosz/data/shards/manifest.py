@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from khaosz.data.shards.mmap import MmapFileHandler, Stage
 from khaosz.errors import DataError, TokenFileError
 
 MANIFEST_FORMAT = 1
+GROUP_FIELDS = ("split", "source", "lang", "shards", "documents", "tokens", "bytes")
 
 
 @dataclass
@@ -71,9 +72,6 @@ class PrepareReport:
             counts["tokens"] += int(encoded.lengths[chosen].sum())
             counts["bytes"] += int(encoded.n_bytes[chosen].sum())
             counts["characters"] += int(encoded.n_characters[chosen].sum())
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> PrepareReport:
@@ -164,6 +162,7 @@ class PreparedData:
         expected = (manifest["stage"], manifest["vocab_size"], manifest["tokenizer"])
         groups = []
         for entry in manifest["groups"]:
+            names = (entry["split"], entry["source"], entry["lang"])
             shards = []
             for name in entry["shards"]:
                 if Path(name).name != name:
@@ -180,21 +179,11 @@ class PreparedData:
             counts = (sum(map(len, shards)), sum(shard.n_tokens for shard in shards))
             if counts != (entry["documents"], entry["tokens"]):
                 raise TokenFileError(
-                    f"{directory}: group {entry['split']}-{entry['source']}-{entry['lang']} holds "
+                    f"{directory}: group {'-'.join(names)} holds "
                     f"{counts[0]} documents, its manifest says {entry['documents']}",
                     hint="prepare the data again",
                 )
-            groups.append(
-                Group(
-                    split=entry["split"],
-                    source=entry["source"],
-                    lang=entry["lang"],
-                    shards=shards,
-                    documents=entry["documents"],
-                    tokens=entry["tokens"],
-                    bytes=entry["bytes"],
-                )
-            )
+            groups.append(Group(*names, shards, *counts, entry["bytes"]))
         return cls(
             directory, manifest["stage"], manifest["vocab_size"], manifest["tokenizer"], groups
         )

@@ -21,7 +21,6 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -60,17 +59,16 @@ class TokenFileWriter:
     """
 
     def __init__(
-        self, path: str | Path, *, vocab_size: int, stage: Stage, fingerprint: str
+        self,
+        path: str | Path,
+        *,
+        vocab_size: int,
+        stage: Stage,
+        fingerprint: str,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        self._setup(path, vocab_size, stage, fingerprint)
-        with self._abandoned_on_error():
-            for name, part in self._parts.items():
-                # closed by `close` or `abandon`
-                self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
-            write_all(self._files["tokens"], bytes(HEADER_BYTES))
-            self._write("doc_offsets", bytes(8))
-
-    def _setup(self, path: str | Path, vocab_size: int, stage: Stage, fingerprint: str) -> None:
+        """With `state`, return to what that `flush` described; raises TokenFileError when the parts
+        hold less."""
         self.path = Path(path)
         self.vocab_size = vocab_size
         self.stage = stage
@@ -80,46 +78,39 @@ class TokenFileWriter:
         self._parts = {name: _part(self.path, name) for name in self._dtypes}
         self._crc = dict.fromkeys(self._parts, 0)
         self._files: dict[str, Any] = {}
-
-    @contextmanager
-    def _abandoned_on_error(self) -> Iterator[None]:
         try:
-            yield
+            if state is None:
+                self._create()
+            else:
+                self._resume(state)
         except (OSError, TokenFileError):
             self.abandon()
             raise
 
-    @classmethod
-    def resume(
-        cls,
-        path: str | Path,
-        state: dict[str, Any],
-        *,
-        vocab_size: int,
-        stage: Stage,
-        fingerprint: str,
-    ) -> TokenFileWriter:
-        """Return to what `flush` described. Raises TokenFileError when the parts hold less."""
-        writer = cls.__new__(cls)
-        writer._setup(path, vocab_size, stage, fingerprint)
-        writer.n_tokens = state["n_tokens"]
-        writer.n_documents = state["n_documents"]
-        writer.n_bytes = state["n_bytes"]
-        writer._crc = dict(state["crc32"])
-        with writer._abandoned_on_error():
-            for name, part in writer._parts.items():
-                expected = writer._part_length(name)
-                actual = part.stat().st_size if part.exists() else -1
-                if actual < expected:
-                    raise TokenFileError(
-                        f"{part} holds {actual} bytes, {expected} were written before",
-                        hint="the work in progress was damaged: remove the output and start again",
-                    )
-                file = open(part, "r+b", buffering=0)  # noqa: SIM115 (as above)
-                writer._files[name] = file
-                file.truncate(expected)
-                file.seek(expected)
-        return writer
+    def _create(self) -> None:
+        for name, part in self._parts.items():
+            # closed by `close` or `abandon`
+            self._files[name] = open(part, "w+b", buffering=0)  # noqa: SIM115
+        write_all(self._files["tokens"], bytes(HEADER_BYTES))
+        self._write("doc_offsets", bytes(8))
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.n_tokens = state["n_tokens"]
+        self.n_documents = state["n_documents"]
+        self.n_bytes = state["n_bytes"]
+        self._crc = dict(state["crc32"])
+        for name, part in self._parts.items():
+            expected = self._part_length(name)
+            actual = part.stat().st_size if part.exists() else -1
+            if actual < expected:
+                raise TokenFileError(
+                    f"{part} holds {actual} bytes, {expected} were written before",
+                    hint="the work in progress was damaged: remove the output and start again",
+                )
+            file = open(part, "r+b", buffering=0)  # noqa: SIM115 (as above)
+            self._files[name] = file
+            file.truncate(expected)
+            file.seek(expected)
 
     def _count(self, name: str) -> int:
         return self.n_documents + 1 if name == "doc_offsets" else self.n_tokens
@@ -158,7 +149,7 @@ class TokenFileWriter:
         self.n_bytes += n_bytes
 
     def flush(self) -> dict[str, Any]:
-        """Sync everything; returns the state, which JSON can hold, for `resume`."""
+        """Sync everything; returns the state, which JSON can hold, for another writer."""
         for file in self._files.values():
             os.fsync(file.fileno())
         return {
@@ -210,7 +201,7 @@ class TokenFileWriter:
         write_all(main, encode_header(header))
 
     def abandon(self) -> None:
-        """Close the parts and keep them for `resume`."""
+        """Close the parts and keep them for another writer."""
         for file in self._files.values():
             file.close()
 
@@ -295,25 +286,22 @@ class MmapFileHandler:
             )
         return start, end
 
-    def iter_tokens(
-        self, chunk: int = 1 << 22, start: int = 0, stop: int | None = None
+    def pieces(
+        self, section: str, start: int = 0, stop: int | None = None, step: int = _COPY_BYTES
     ) -> Iterator[np.ndarray]:
-        """Views of `chunk` tokens, in order; the memory of each is released after it."""
-        stop = self.n_tokens if stop is None else min(stop, self.n_tokens)
-        for begin in range(start, stop, chunk):
-            view = self.tokens[begin : min(begin + chunk, stop)]
-            yield view
-            first = self._sections["tokens"]["offset"] + begin * view.itemsize
-            self._release(first, first + view.nbytes)
-
-    def _release(self, first: int, last: int) -> None:
-        """Release the pages that end before byte `last`, from the one that holds byte `first`."""
-        if not hasattr(self._map, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
-            return  # Windows trims the working set by itself
-        page = mmap.PAGESIZE
-        first, last = first // page * page, last // page * page
-        if last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        """Views of `step` values, in order; the memory of each is released after it."""
+        view = self._view(section)[:stop]
+        offset = self._sections[section]["offset"]
+        for begin in range(start, len(view), step):
+            piece = view[begin : begin + step]
+            yield piece
+            # Windows has no madvise: it trims the working set by itself.
+            if hasattr(self._map, "madvise") and hasattr(mmap, "MADV_DONTNEED"):
+                start_byte = offset + begin * view.itemsize
+                first = start_byte // mmap.PAGESIZE * mmap.PAGESIZE
+                last = (start_byte + piece.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+                if last > first:
+                    self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def verify(self) -> None:
         """Read every byte: checksums, offsets in order, ids inside the vocabulary.
@@ -321,12 +309,9 @@ class MmapFileHandler:
         Raises TokenFileError naming the section.
         """
         for name, section in self._sections.items():
-            view = self._view(name)
             crc = 0
             previous = 0
-            step = (8 << 20) // view.itemsize
-            for begin in range(0, len(view), step):
-                piece = view[begin : begin + step]
+            for piece in self.pieces(name):
                 crc = zlib.crc32(memoryview(piece), crc)  # type: ignore[arg-type]
                 wrong = None
                 if name == "tokens" and int(piece.max()) >= self.vocab_size:
@@ -337,8 +322,6 @@ class MmapFileHandler:
                     previous = int(piece[-1])
                 if wrong is not None:
                     raise TokenFileError(f"{self.path}: {wrong}", hint=PREPARE_AGAIN)
-                first = section["offset"] + begin * view.itemsize
-                self._release(first, first + piece.nbytes)
             if crc != section["crc32"]:
                 raise TokenFileError(
                     f"{self.path}: the checksum of section {name} does not match",

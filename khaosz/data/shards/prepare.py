@@ -22,32 +22,16 @@ from typing import Any, Literal, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import InputReport, worst_reason
+from khaosz.data.records.readers import expand_inputs, records_of
+from khaosz.data.records.report import worst_reason
 from khaosz.data.shards.dedup import PrepareState
 from khaosz.data.shards.encode import record_stage
-from khaosz.data.shards.manifest import (
-    Group,
-    PreparedData,
-    PrepareReport,
-    format_report,
-    read_manifest,
-)
+from khaosz.data.shards.manifest import PrepareReport, read_manifest
 from khaosz.data.shards.mmap import Stage
 from khaosz.data.shards.writer import Preparation, PrepareProgress
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
-
-__all__ = [
-    "Group",
-    "InputReport",
-    "PrepareProgress",
-    "PrepareReport",
-    "PreparedData",
-    "format_report",
-    "prepare",
-]
 
 
 def prepare(
@@ -183,10 +167,9 @@ def _choose_stage(stage: str, paths: list[Path]) -> Stage:
     if stage != "auto":
         return cast(Stage, stage)
     for path in paths:
-        for batch in open_source(path):
-            for _, record in parsed(batch):
-                if not isinstance(record, Skip) and (known := record_stage(record)) is not None:
-                    return known
+        for _, record in records_of(path):
+            if (known := record_stage(record)) is not None:
+                return known
     return "pt"  # no record is usable; reading the files as PT reports why
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from khaosz.data.records.chat import to_messages
-from khaosz.data.records.readers import Skip, open_source, parsed
+from khaosz.data.records.readers import records_of
 from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
@@ -160,7 +160,7 @@ def _from_raw(
 ) -> Iterator[_Record]:
     chosen: list[tuple[int, dict[str, Any]]] = []
     # Reservoir sampling (Vitter 1985, algorithm R): one pass, n records kept.
-    for seen, numbered in enumerate(islice(_raw_records(path), _RAW_WINDOW)):
+    for seen, numbered in enumerate(islice(records_of(path), _RAW_WINDOW)):
         if len(chosen) < n:
             chosen.append(numbered)
         elif (slot := int(rng.integers(seen + 1))) < n:
@@ -180,10 +180,3 @@ def _from_raw(
             except DataError as error:
                 raise DataError(f"{path}, record {line}: {error}", hint=error.hint) from error
             yield _Record(title, ids, mask)
-
-
-def _raw_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for batch in open_source(path):
-        for number, record in parsed(batch):
-            if not isinstance(record, Skip):
-                yield number, record

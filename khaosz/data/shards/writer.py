@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from khaosz.data.shards.encode import (
     encode_records,
     start_worker,
 )
-from khaosz.data.shards.manifest import MANIFEST_FORMAT, PrepareReport
+from khaosz.data.shards.manifest import GROUP_FIELDS, MANIFEST_FORMAT, PrepareReport
 from khaosz.data.shards.mmap import Stage, TokenFileWriter, remove_parts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
@@ -73,46 +73,32 @@ class OpenGroup:
     full: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "source": self.source,
-            "lang": self.lang,
-            "shards": self.shards,
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-        }
+        return {name: getattr(self, name) for name in GROUP_FIELDS}
 
 
+@dataclass
 class Preparation:
     """One run: position, open shards, report. `commit` makes them durable together."""
 
-    def __init__(
-        self,
-        out: Path,
-        state: PrepareState,
-        tokenizer: Tokenizer,
-        paths: list[Path],
-        configuration: dict[str, Any],
-        progress: Callable[[PrepareProgress], None] | None,
-    ) -> None:
-        self.out = out
-        self.state = state
-        self.tokenizer = tokenizer
-        self.paths = paths
-        self.configuration = configuration
-        self.progress = progress
-        self.sizes = [entry[1] for entry in configuration["inputs"]]
+    out: Path
+    state: PrepareState
+    tokenizer: Tokenizer
+    paths: list[Path]
+    configuration: dict[str, Any]
+    progress: Callable[[PrepareProgress], None] | None
+
+    def __post_init__(self) -> None:
+        self.sizes = [entry[1] for entry in self.configuration["inputs"]]
         self.started = time.monotonic()
         self.stage: Stage | None = None
         self.position = (0, 0)  # index of the input, lines of it that are done
         self.groups: dict[tuple[str, str, str], OpenGroup] = {}
-        self.report = PrepareReport(inputs=[InputReport(str(path)) for path in paths])
+        self.report = PrepareReport(inputs=[InputReport(str(path)) for path in self.paths])
         self.seconds_before = 0.0
-        saved = state.get("progress")
+        saved = self.state.get("progress")
         if saved is None:
             # Killed before the first commit: the state does not list the shards.
-            for path in out.glob("*.tok*"):
+            for path in self.out.glob("*.tok*"):
                 path.unlink()
         else:
             self._restore(saved)
@@ -130,19 +116,19 @@ class Preparation:
             known.update(group.shards)
             self._close_full(group)
             if open_state is not None:
-                group.writer = self._resumed(group.shards[-1], open_state)
+                group.writer = self._open_shard(group.shards[-1], open_state)
         for path in self.out.glob("*.tok*"):  # shards of after the commit
             if path.name.split(".tok")[0] + ".tok" not in known:
                 path.unlink()
 
-    def _resumed(self, name: str, state: dict[str, Any]) -> TokenFileWriter:
+    def _open_shard(self, name: str, state: dict[str, Any] | None = None) -> TokenFileWriter:
         assert self.stage is not None
-        return TokenFileWriter.resume(
+        return TokenFileWriter(
             self.out / name,
-            state,
             vocab_size=self.tokenizer.vocab_size,
             stage=self.stage,
             fingerprint=self.tokenizer.fingerprint,
+            state=state,
         )
 
     def _close_full(self, group: OpenGroup) -> None:
@@ -150,7 +136,7 @@ class Preparation:
             if (self.out / name).exists():  # killed between the rename and the next commit
                 remove_parts(self.out / name)
             else:
-                self._resumed(name, state).close()
+                self._open_shard(name, state).close()
         group.full.clear()
 
     def commit(self) -> None:
@@ -166,7 +152,7 @@ class Preparation:
                 "stage": self.stage,
                 "position": self.position,
                 "groups": entries,
-                "report": self.report.as_dict(),
+                "report": asdict(self.report),
             },
         )
         self.state.commit()
@@ -186,7 +172,7 @@ class Preparation:
             "tokenizer": self.tokenizer.fingerprint,
             "groups": [group.as_dict() for group in self.groups.values()],
             "configuration": self.configuration,
-            "report": self.report.as_dict(),
+            "report": asdict(self.report),
         }
         write_json(self.out / "manifest.json", manifest)
 
@@ -353,8 +339,7 @@ class Preparation:
                     continue
                 last = first + 1  # a document longer than a shard gets its own
             if group.writer is None:
-                self._begin_shard(group)
-            assert group.writer is not None
+                group.writer = self._begin_shard(group)
             end = int(ends[last - 1])
             size = int(n_bytes[first:last].sum())
             group.writer.append(
@@ -375,16 +360,11 @@ class Preparation:
             group.writer.abandon()
             group.writer = None
 
-    def _begin_shard(self, group: OpenGroup) -> None:
-        assert self.stage is not None
+    def _begin_shard(self, group: OpenGroup) -> TokenFileWriter:
         name = f"{group.split}-{group.source}-{group.lang}-{len(group.shards):05d}.tok"
-        group.writer = TokenFileWriter(
-            self.out / name,
-            vocab_size=self.tokenizer.vocab_size,
-            stage=self.stage,
-            fingerprint=self.tokenizer.fingerprint,
-        )
+        writer = self._open_shard(name)
         group.shards.append(name)
+        return writer
 
 
 def _usable_cores() -> int:

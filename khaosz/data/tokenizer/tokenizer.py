@@ -131,16 +131,6 @@ class Tokenizer:
         names = sorted(self.special_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
-    def special_id(self, name: str) -> int:
-        """Raises TokenizerError for a name that is not a special token here."""
-        if name not in self.special_ids:
-            raise TokenizerError(
-                f"{name!r} is not a special token of this tokenizer",
-                hint="it has "
-                + " ".join(sorted(self.special_ids, key=self.special_ids.__getitem__)),
-            )
-        return self.special_ids[name]
-
     def encode(self, text: str) -> list[int]:
         """Ids of `text` without bos, eos or other special tokens.
 

@@ -217,7 +217,7 @@ def test_the_first_assistant_token_and_the_end_are_scored(tmp_path: Path) -> Non
     row = data.batch([0])
     inputs, labels = row.ids[0].tolist(), row.labels[0].tolist()
     scored = [label for label in labels if label != IGNORE]
-    end = tokenizer.special_id("<|end|>")
+    end = tokenizer.special_ids["<|end|>"]
     assert scored == [
         *tokenizer.encode("It is four."),
         end,
@@ -225,7 +225,7 @@ def test_the_first_assistant_token_and_the_end_are_scored(tmp_path: Path) -> Non
         end,
     ]
     headers = [
-        t for t, token in enumerate(inputs) if token == tokenizer.special_id("<|assistant|>")
+        t for t, token in enumerate(inputs) if token == tokenizer.special_ids["<|assistant|>"]
     ]
     assert [labels[t] for t in headers] == [
         tokenizer.encode("It is four.")[0],

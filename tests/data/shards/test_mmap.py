@@ -76,7 +76,7 @@ def test_documents_come_back_also_after_a_resume(
         writer.append(tokens, np.array([len(document)]), (tokens % 2).astype(np.uint8), 7)
     if state is not None:  # everything behind the flush is dropped and written again
         writer.abandon()
-        writer = TokenFileWriter.resume(path, state, **settings_of)  # type: ignore[arg-type]
+        writer = TokenFileWriter(path, state=state, **settings_of)  # type: ignore[arg-type]
         for document in documents[cut:]:
             tokens = np.array(document, dtype=np.int64)
             writer.append(tokens, np.array([len(document)]), (tokens % 2).astype(np.uint8), 7)
@@ -91,7 +91,7 @@ def test_documents_come_back_also_after_a_resume(
         assert handler.loss_mask.tolist() == [bit for mask in masks for bit in mask]
         assert handler.n_bytes == 7 * len(documents)
         flat = [token for document in documents for token in document]
-        assert [t for view in handler.iter_tokens(chunk=3) for t in view.tolist()] == flat
+        assert [t for view in handler.pieces("tokens", step=3) for t in view.tolist()] == flat
 
 
 def test_narrowest_type_that_holds_the_vocabulary(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_views_share_the_map_and_sections_are_aligned(tmp_path: Path) -> None:
 def test_no_documents_and_empty_documents(tmp_path: Path) -> None:
     with MmapFileHandler(write(tmp_path / "none.tok", [])) as none:
         none.verify()
-        assert len(none) == 0 and list(none.iter_tokens()) == []
+        assert len(none) == 0 and list(none.pieces("tokens")) == []
         with pytest.raises(IndexError):
             none.document(0)
     with MmapFileHandler(write(tmp_path / "empty.tok", [[], [5], []])) as empty:
@@ -209,7 +209,7 @@ def test_resume_refuses_parts_that_lost_data(tmp_path: Path) -> None:
     assert not path.exists()
     os.truncate(tmp_path / "a.tok.partial", HEADER_BYTES + 1)
     with pytest.raises(TokenFileError, match="were written before"):
-        TokenFileWriter.resume(path, state, **settings_of)  # type: ignore[arg-type]
+        TokenFileWriter(path, state=state, **settings_of)  # type: ignore[arg-type]
 
 
 def sparse_file(path: Path, n_tokens: int) -> Path:
@@ -245,7 +245,7 @@ def iterate_within(handler: MmapFileHandler, start: int, stop: int, limit: int) 
     process = psutil.Process()
     before = process.memory_info().rss
     n = 0
-    for view in handler.iter_tokens(start=start, stop=stop):
+    for view in handler.pieces("tokens", start, stop):
         assert not view.any()
         n += len(view)
         assert process.memory_info().rss - before < limit

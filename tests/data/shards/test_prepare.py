@@ -17,13 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khaosz.data.shards.encode import PieceEncoder, cut_text, source_name
-from khaosz.data.shards.prepare import (
-    PreparedData,
-    PrepareProgress,
-    PrepareReport,
-    format_report,
-    prepare,
-)
+from khaosz.data.shards.manifest import PreparedData, PrepareReport, format_report
+from khaosz.data.shards.prepare import PrepareProgress, prepare
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError, TokenFileError
@@ -166,7 +161,7 @@ def test_special_tokens_in_text_stay_text(tmp_path: Path, tokenizer: Tokenizer) 
     prepare([path], tokenizer, tmp_path / "out", workers=0)
     (group,) = PreparedData.open(tmp_path / "out").groups
     ids = group.shards[0].document(0).tolist()
-    assert ids.count(tokenizer.eos_id) == 1 and tokenizer.special_id("<|assistant|>") not in ids
+    assert ids.count(tokenizer.eos_id) == 1 and tokenizer.special_ids["<|assistant|>"] not in ids
     assert texts_in(tmp_path / "out", tokenizer) == [text]
 
 

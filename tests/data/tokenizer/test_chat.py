@@ -88,7 +88,7 @@ def test_mask_is_the_assistant_text_and_the_end_of_its_turn(tokenizer: Tokenizer
     assert ids[0] == tokenizer.bos_id
     assert ids.count(tokenizer.bos_id) == 1
     first = mask.index(1)
-    assert ids[first - 1] == tokenizer.special_id("<|assistant|>")  # the first token is not lost
+    assert ids[first - 1] == tokenizer.special_ids["<|assistant|>"]  # the first token is not lost
     assert ids[-1] == tokenizer.end_id
     assert mask[-1] == 1  # the token that ends the turn is trained
     prompt, prompt_mask = encode_chat(tokenizer, [user("你好")], add_generation_prompt=True)
@@ -115,7 +115,7 @@ def test_control_tokens_in_messages_stay_text(
     answer: list[int] = []
 
     def turn(role: str, content: str) -> None:
-        head = tokenizer.special_id(f"<|{role}|>")
+        head = tokenizer.special_ids[f"<|{role}|>"]
         expected.extend([head, *tokenizer.encode(content), tokenizer.end_id])
 
     for question, reply in pairs:
