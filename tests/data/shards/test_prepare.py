@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -489,7 +490,7 @@ def test_prepared_data_refuses_inconsistent_shards(tmp_path: Path, tokenizer: To
 def test_report_survives_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [record(1), "{"])
     report = prepare([path], tokenizer, tmp_path / "out", workers=0)
-    assert PrepareReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
+    assert PrepareReport.from_dict(json.loads(json.dumps(asdict(report)))) == report
 
 
 def test_reasons_do_not_grow_with_the_input(tmp_path: Path, tokenizer: Tokenizer) -> None:
