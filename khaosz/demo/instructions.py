@@ -221,8 +221,8 @@ def read_sample(folder: Path, seed: int, have: set[str], repeat: int) -> Iterato
         speech = [line for line in lines["state_of_the_union_2024.txt"] if line.strip()]
         for i, block in enumerate(_blocks(speech, 1500)):
             rng = unit_rng(seed, "sample-speech", str(i))
-            chats = {continuation("en", block.replace("\n", " "), rng) for _ in range(4)}
-            ordered = sorted((c for c in chats if c), key=lambda chat: chat.turns)
+            continued = {continuation("en", block.replace("\n", " "), rng) for _ in range(4)}
+            ordered = sorted((c for c in continued if c), key=lambda chat: chat.turns)
             yield Unit("sample-speech", str(i), "en", (block,), tuple(ordered))
         for i, record in enumerate(map(json.loads, lines["chat.jsonl"])):
             turns = tuple(message["content"] for message in record["messages"])
@@ -240,14 +240,8 @@ def read_sample(folder: Path, seed: int, have: set[str], repeat: int) -> Iterato
             what = Chat("en", (f"What is the capital of {country_en}?", answer))
             question = f"Which country has {capital_en} as its capital?"
             reverse = Chat("en", (question, f"{capital_en} is the capital of {country_en}."))
-            yield Unit(
-                "sample-capitals",
-                country,
-                "zh",
-                (),
-                (where, which, what, reverse),
-                may_hold_out=False,
-            )
+            chats = (where, which, what, reverse)
+            yield Unit("sample-capitals", country, "zh", (), chats, may_hold_out=False)
     except (KeyError, ValueError) as error:
         raise FetchError(
             f"the sample in {folder} is damaged: {error}", hint="install KHAOSZ again"

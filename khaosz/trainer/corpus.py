@@ -8,7 +8,7 @@ from rich.console import Console
 
 from khaosz.config import TrainConfig, preset
 from khaosz.data.records.texts import read_interleaved
-from khaosz.data.shards.manifest import PreparedData, PrepareReport
+from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.shards.prepare import prepare, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
@@ -93,7 +93,16 @@ def _opened(
 ) -> PreparedData:
     if not is_prepared(path):
         if parallel.is_main:
-            _prepare(config, path, out, val_fraction, tokenizer, console)
+            with shown_progress(console) as progress:
+                prepare(
+                    [path],
+                    tokenizer,
+                    out,
+                    stage="pt" if config.stage == "pt" else "sft",
+                    val_fraction=val_fraction,
+                    dedup=config.dedup,
+                    progress=progress,
+                )
         parallel.barrier()
         path = out
     data = PreparedData.open(path)
@@ -103,23 +112,3 @@ def _opened(
             hint="prepare it again with this one, or leave tokenizer= out",
         )
     return data
-
-
-def _prepare(
-    config: TrainConfig,
-    path: Path,
-    out: Path,
-    val_fraction: float,
-    tokenizer: Tokenizer,
-    console: Console,
-) -> PrepareReport:
-    with shown_progress(console) as progress:
-        return prepare(
-            [path],
-            tokenizer,
-            out,
-            stage="pt" if config.stage == "pt" else "sft",
-            val_fraction=val_fraction,
-            dedup=config.dedup,
-            progress=progress,
-        )

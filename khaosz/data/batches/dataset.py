@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 from pathlib import Path
@@ -39,7 +40,10 @@ class _Stream:
     """The windows that one weight draws from: those of its groups, concatenated."""
 
     groups: list[_Planned]
-    ends: list[int]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        return list(accumulate(group.plan.windows for group in self.groups))
 
     @property
     def windows(self) -> int:
@@ -113,11 +117,11 @@ class TokenDataset:
             first_shard += len(group.shards)
 
         if mix is None:
-            streams, weights = [_stream(planned.values())], [1.0]
+            streams, weights = [_Stream(list(planned.values()))], [1.0]
             if streams[0].windows == 0:
                 raise _nothing_left(window, f"of the {split} split", streams[0])
         else:
-            streams = [_stream(planned[i] for i in members[key] if i in planned) for key in mix]
+            streams = [_Stream([planned[i] for i in members[key] if i in planned]) for key in mix]
             weights = []
             for (key, weight), stream in zip(mix.items(), streams, strict=True):
                 if weight and stream.windows == 0:
@@ -133,7 +137,7 @@ class TokenDataset:
             shards=shards,
             streams=streams,
             sampler=MixtureSampler([stream.windows for stream in streams], weights, seed),
-            stats=_stream(planned.values()).stats,
+            stats=_Stream(list(planned.values())).stats,
             window=window,
             masked=prepared.stage == "sft",
             pad_id=pad_id,
@@ -232,11 +236,6 @@ def _members(groups: list[Group], key: str) -> list[int]:
         f"the mix names {key!r}, which is not in the prepared data",
         hint=f"did you mean {close!r}?" if close else f"known: {', '.join(known)}",
     )
-
-
-def _stream(groups: Iterable[_Planned]) -> _Stream:
-    chosen = list(groups)
-    return _Stream(chosen, list(accumulate(group.plan.windows for group in chosen)))
 
 
 def _nothing_left(window: int, what: str, stream: _Stream) -> DataError:

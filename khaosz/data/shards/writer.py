@@ -288,25 +288,21 @@ class Preparation:
         self.report.count(index, batch, encoded, keep, n_seen=n)
         numbers = np.ascontiguousarray(encoded.hashes[:, :8]).view("<u8")[:, 0]
         is_val = numbers < np.uint64(self.configuration["val_fraction"] * 2.0**64)
-        ends = np.cumsum(encoded.lengths)
-        starts = ends - encoded.lengths
+        assert int(encoded.lengths.sum()) == len(encoded.tokens), len(encoded.tokens)
         for split, in_split in (("train", ~is_val), ("val", is_val)):
             for number, (source, lang) in enumerate(encoded.groups):
                 chosen = keep & in_split & (encoded.group == number)
                 if not chosen.any():
                     continue
-                where = np.flatnonzero(chosen)
-                if len(where) == len(chosen):
-                    take: Any = slice(None)
-                else:
+                take: Any = slice(None)
+                if not chosen.all():
                     take = np.repeat(chosen, encoded.lengths)
-                assert starts[0] == 0 and ends[-1] == len(encoded.tokens), (starts[0], ends[-1])
                 self._write(
                     self._group(split, source, lang),
                     encoded.tokens[take],
-                    encoded.lengths[where],
+                    encoded.lengths[chosen],
                     None if encoded.loss_mask is None else encoded.loss_mask[take],
-                    encoded.n_bytes[where],
+                    encoded.n_bytes[chosen],
                 )
 
     def _group(self, split: str, source: str, lang: str) -> OpenGroup:
