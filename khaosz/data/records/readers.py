@@ -124,7 +124,9 @@ def open_source(path: str | Path) -> Iterator[RawBatch]:
             yield from _read_parquet(path)
             return
         with open(path, "rb") as file:
-            raw = _zstd_chunks(file, path) if suffix == ".jsonl.zst" else _plain_chunks(file)
+            raw: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
+            if suffix == ".jsonl.zst":
+                raw = _zstd_chunks(raw, path)
             head, raw = _peek(raw)
             encoding = detect_encoding(head)
             if suffix == ".txt":
@@ -188,18 +190,13 @@ def detect_language(text: str) -> Literal["zh", "en"]:
     return "zh" if han and han * 5 >= letters else "en"
 
 
-def _plain_chunks(file: IO[bytes]) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK):
-        yield chunk
-
-
-def _zstd_chunks(file: IO[bytes], path: Path) -> Iterator[bytes]:
+def _zstd_chunks(raw: Iterable[bytes], path: Path) -> Iterator[bytes]:
     # Not stream_reader: it does not detect a file that is cut short.
     decompressor = zstandard.ZstdDecompressor()
     frame = None
     done = 0
     try:
-        while chunk := file.read(_CHUNK):
+        for chunk in raw:
             while chunk:
                 if frame is None:
                     frame = decompressor.decompressobj()

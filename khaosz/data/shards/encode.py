@@ -76,6 +76,7 @@ class EncodedBatch:
 
 @dataclass
 class _Columns:
+    stem: str  # the source of records that name none
     groups: dict[tuple[str, str], int] = field(default_factory=dict)
     n_bytes: list[int] = field(default_factory=list)
     n_characters: list[int] = field(default_factory=list)
@@ -84,11 +85,9 @@ class _Columns:
     skipped: list[tuple[int, str]] = field(default_factory=list)
     n_records: int = 0
 
-    def add(
-        self, record: dict[str, Any], text: str, n_bytes: int, identity: str, stem: str
-    ) -> None:
+    def add(self, record: dict[str, Any], text: str, n_bytes: int, identity: str) -> None:
         language = _language(record.get("lang")) or detect_language(text)
-        key = (source_name(record.get("source") or stem), language)
+        key = (source_name(record.get("source") or self.stem), language)
         self.group.append(self.groups.setdefault(key, len(self.groups)))
         self.n_bytes.append(n_bytes)
         self.n_characters.append(len(text))
@@ -125,14 +124,14 @@ def encode_records(encoder: PieceEncoder, batch: RawBatch, stage: Stage) -> Enco
 
     A PT document is bos, text, eos; an SFT document is the chat as its template renders it.
     """
-    columns = _Columns(skipped=list(batch.skipped), n_records=len(batch.skipped))
     stem = batch.path.name.split(".")[0]
+    columns = _Columns(stem, skipped=list(batch.skipped), n_records=len(batch.skipped))
     if stage == "pt":
-        texts = list(_texts(batch, columns, stem))
+        texts = list(_texts(batch, columns))
         tokens, lengths = _encode_texts(encoder, texts)
         loss_mask = None
     else:
-        tokens, lengths, loss_mask = _encode_chats(encoder.tokenizer, batch, columns, stem)
+        tokens, lengths, loss_mask = _encode_chats(encoder.tokenizer, batch, columns)
     columns.skipped.sort()
     hashes = np.frombuffer(b"".join(columns.hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
     return EncodedBatch(
@@ -158,7 +157,7 @@ def _records(batch: RawBatch, columns: _Columns) -> Iterator[tuple[int, dict[str
             yield number, record
 
 
-def _texts(batch: RawBatch, columns: _Columns, stem: str) -> Iterator[str]:
+def _texts(batch: RawBatch, columns: _Columns) -> Iterator[str]:
     for number, record in _records(batch, columns):
         text = record.get("text")
         if not isinstance(text, str):
@@ -169,7 +168,7 @@ def _texts(batch: RawBatch, columns: _Columns, stem: str) -> Iterator[str]:
         elif (n_bytes := _utf8_length(text)) is None:
             columns.skipped.append((number, "lone surrogate in a JSON escape"))
         else:
-            columns.add(record, text, n_bytes, text, stem)
+            columns.add(record, text, n_bytes, text)
             yield text
 
 
@@ -225,7 +224,7 @@ def _encode_texts(encoder: PieceEncoder, texts: list[str]) -> tuple[np.ndarray, 
 
 
 def _encode_chats(
-    tokenizer: Tokenizer, batch: RawBatch, columns: _Columns, stem: str
+    tokenizer: Tokenizer, batch: RawBatch, columns: _Columns
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     dtype = token_dtype(tokenizer.vocab_size)
     tokens: list[np.ndarray] = [np.empty(0, dtype=dtype)]
@@ -244,7 +243,7 @@ def _encode_chats(
         except RecursionError:
             columns.skipped.append((number, "nested too deeply"))
             continue
-        columns.add(record, text, len(text.encode("utf-8")), identity, stem)
+        columns.add(record, text, len(text.encode("utf-8")), identity)
         tokens.append(np.array(ids, dtype=dtype))
         masks.append(np.array(loss_mask, dtype=np.uint8))
     lengths = np.array([len(ids) for ids in tokens[1:]], dtype=np.int64)
