@@ -71,9 +71,8 @@ class PrepareState:
                 inserted = self._db.execute(
                     "INSERT OR IGNORE INTO seen VALUES (?)", (row.tobytes(),)
                 )
-                if inserted.rowcount == 1:
-                    new[i] = True
-                    count += 1
+                new[i] = inserted.rowcount == 1
+                count += inserted.rowcount
         return new
 
     def commit(self) -> None:

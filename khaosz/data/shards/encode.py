@@ -38,7 +38,6 @@ from khaosz.errors import DataError
 _ENCODE_CHARACTERS = 1 << 18
 _PIECE_CHARACTERS = 1 << 16
 _CACHED_CHARACTERS = 1 << 19  # about 100 thousand words, 20 MB
-_SFT_KEYS = ("messages", "conversations")
 _SAFE_CUT = re.compile(r"[A-Za-z\u4e00-\u9fa5](?=[ \n\t,.;:!?，。；：！？、])")
 # Greedy on both sides: from the first safe cut of an ASCII stretch to its last one.
 _ASCII_STRETCH = re.compile(
@@ -112,9 +111,8 @@ def _loaded(directory: Path) -> PieceEncoder:
 
 def record_stage(record: dict[str, Any]) -> Stage | None:
     """The stage of a record: "sft" for a chat or an instruction, "pt" for text, else None."""
-    if any(record.get(key) for key in _SFT_KEYS):
-        return "sft"
-    if "output" in record and ("instruction" in record or "input" in record):
+    chat = record.get("messages") or record.get("conversations")
+    if chat or ("output" in record and ("instruction" in record or "input" in record)):
         return "sft"
     return "pt" if isinstance(record.get("text"), str) else None
 

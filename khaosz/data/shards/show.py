@@ -57,13 +57,9 @@ def show(
     if n < 1:
         raise DataError(f"cannot show {n} records, the minimum is 1")
     rng = np.random.default_rng(seed)
-    records = (
-        _from_prepared(source, tokenizer, n, rng)
-        if (source / "manifest.json").is_file()
-        else _from_raw(source, tokenizer, n, rng)
-    )
+    read = _from_prepared if (source / "manifest.json").is_file() else _from_raw
     colour = console.color_system is not None and not console.no_color
-    for record in records:
+    for record in read(source, tokenizer, n, rng):
         trained = len(record.ids) if record.loss_mask is None else int(np.sum(record.loss_mask))
         console.rule(Text(record.title))
         console.print(

@@ -335,7 +335,9 @@ class Preparation:
                     continue
                 last = first + 1  # a document longer than a shard gets its own
             if group.writer is None:
-                group.writer = self._begin_shard(group)
+                name = f"{group.split}-{group.source}-{group.lang}-{len(group.shards):05d}.tok"
+                group.writer = self._open_shard(name)
+                group.shards.append(name)
             end = int(ends[last - 1])
             size = int(n_bytes[first:last].sum())
             group.writer.append(
@@ -355,12 +357,6 @@ class Preparation:
             group.full.append((group.shards[-1], group.writer.flush()))
             group.writer.abandon()
             group.writer = None
-
-    def _begin_shard(self, group: OpenGroup) -> TokenFileWriter:
-        name = f"{group.split}-{group.source}-{group.lang}-{len(group.shards):05d}.tok"
-        writer = self._open_shard(name)
-        group.shards.append(name)
-        return writer
 
 
 def _usable_cores() -> int:
