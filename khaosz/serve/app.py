@@ -103,7 +103,7 @@ def build_app(
     async def ready() -> dict[str, Any]:
         """Whether every loaded model can answer; `models` says which are loaded."""
         if not all(model.loaded.worker.alive for model in models.all if model.loaded):
-            raise ApiError(503, "an engine has ended", "server_error")
+            raise ApiError(503, "an engine has ended")
         loaded = {model.name: model.loaded is not None for model in models.all}
         return {"status": "ready", "models": loaded}
 

@@ -6,7 +6,7 @@ import errno
 import json
 import logging
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,11 @@ _log = logging.getLogger("khaosz.serve")
 
 TIMED_OUT = "the answer took longer than the time limit of this server"
 FAILED = "the request failed"
-RETRY_AFTER = 1  # seconds, when the queue is full or a file in use
+_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    503: {"retry-after": "1"},  # seconds; the queue is full or a file in use
+    504: {"x-should-retry": "false"},  # it would take as long; OpenAI's client retries by itself
+}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields of `SamplingParams` that requests spell otherwise.
 _FIELDS = {"json_schema": "response_format", "lark": "tools"}
@@ -66,29 +70,23 @@ def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def error_body(
-    message: str, kind: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    # The message may quote the request, which may be long.
-    message = message if len(message) <= 1000 else message[:1000] + "..."
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
 class ApiError(Exception):
     """A request that ends with an error in OpenAI's layout. `param`: the field that is wrong."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        kind: str = "invalid_request_error",
-        *,
-        param: str | None = None,
-        code: str | None = None,
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
         self.status, self.param = status, param
-        self.body = error_body(message, kind, param, code)
+        # The message may quote the request, which may be long.
+        message = message if len(message) <= 1000 else message[:1000] + "..."
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        headers = {**_HEADERS.get(self.status, {}), **(headers or {})}
+        # ASCII: a message may quote the request, which may not be valid Unicode.
+        return Response(json.dumps(self.body), self.status, headers, "application/json")
 
 
 @contextmanager
@@ -100,98 +98,77 @@ def map_disk_full() -> Iterator[None]:
         full = error.errno in _DISK_FULL if isinstance(error, OSError) else is_full(error)
         if not full:
             raise
-        raise ApiError(507, "the disk is full", "server_error", code="disk_full") from None
+        raise ApiError(507, "the disk is full", code="disk_full") from None
 
 
 def explain_errors(app: FastAPI) -> None:
     """Answer every exception of a route with JSON in OpenAI's layout."""
 
-    def respond(
-        status: int, body: dict[str, Any], headers: dict[str, str] | None = None
-    ) -> Response:
-        # ASCII: a message may quote the request, which may not be valid Unicode.
-        return Response(json.dumps(body), status, headers, "application/json")
+    async def explain(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response()
 
-    def model_not_found(message: str) -> Response:
-        body = error_body(message, "invalid_request_error", "model", "model_not_found")
-        return respond(404, body)
-
-    @app.exception_handler(ApiError)
-    async def api_error(request: Request, error: ApiError) -> Response:
-        headers = {"retry-after": str(RETRY_AFTER)} if error.status == 503 else None
-        return respond(error.status, error.body, headers)
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, error: Busy) -> Response:
-        body = error_body("the queue is full", "server_error", code="queue_full")
-        return respond(503, body, {"retry-after": str(RETRY_AFTER)})
-
-    @app.exception_handler(UnknownModel)
-    async def unknown_model(request: Request, error: UnknownModel) -> Response:
-        return model_not_found(f"model {str(error)!r} not found; GET /v1/models lists all models")
-
-    @app.exception_handler(UnknownName)
-    async def unknown_name(request: Request, error: UnknownName) -> Response:
-        known = ", ".join(error.known) or f"none (khaosz serve --{error.kind} NAME=SOURCE)"
-        return model_not_found(f"{error.kind} {error.name!r} not found; available: {known}")
-
-    @app.exception_handler(TimeoutError)
-    async def timed_out(request: Request, error: TimeoutError) -> Response:
-        # A retry would take as long, and OpenAI's client retries by itself.
-        body = error_body(TIMED_OUT, "server_error", code="request_timeout")
-        return respond(504, body, {"x-should-retry": "false"})
-
-    @app.exception_handler(KhaoszError)
-    async def khaosz_error(request: Request, error: KhaoszError) -> Response:
-        field: str | None = None
-        match error:
-            case GenerationError(param=str(param)):
-                field = _FIELDS.get(param, param)
-                message = f"{field} {error.reason}"
-            case GenerationError() | DataError() | TokenizerError():
-                message = str(error)
-            case _:
-                _log.error("%s", error)  # it may name paths, so it is not sent
-                return respond(500, error_body(FAILED, "server_error"))
-        return respond(400, error_body(message, "invalid_request_error", field))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        # The deepest: of a union, that is the member that fits best.
-        first = max(error.errors(), key=lambda each: len(each["loc"]))
-        place, *parts = first["loc"]
-        param = _param(place, parts, error.body, missing=first["type"] == "missing")
-        match first:
-            case _ if isinstance(error.body, bytes):
-                message = "not sent as JSON: set Content-Type to application/json"
-            case {"type": "extra_forbidden"}:
-                message = "unknown field"
-            case {"type": "value_error", "ctx": {"error": ValueError() as raised}}:
-                message = str(raised)  # of our validators, without pydantic's prefix
-            case _:
-                message = str(first["msg"])
-        message = f"{param}: {message}" if param else message
-        return respond(400, error_body(message, "invalid_request_error", param))
-
-    @app.exception_handler(RecursionError)
-    async def too_deep(request: Request, error: RecursionError) -> Response:
-        # JSON that could be parsed may still be too deep for the code that processes it.
-        return respond(400, error_body("values nested too deep", "invalid_request_error"))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
         if error.status_code == 405:  # Starlette lists the methods of a path's first route only
             path = getattr(request.scope.get("route"), "path_format", "")
             methods = app.openapi()["paths"].get(path, {})
             headers |= {"Allow": ", ".join(sorted(map(str.upper, methods)))} if methods else {}
-        body = error_body(str(error.detail), "invalid_request_error")
-        return respond(error.status_code, body, headers)
+        return ApiError(error.status_code, str(error.detail)).response(headers)
 
-    @app.exception_handler(Failed)
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return respond(500, error_body(FAILED, "server_error"))
+    app.add_exception_handler(HTTPException, http)
+    for kind in (
+        ApiError, Busy, UnknownModel, UnknownName, TimeoutError, KhaoszError, RecursionError,
+        RequestValidationError, Failed, Exception,
+    ):  # fmt: skip
+        app.add_exception_handler(kind, explain)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    match error:
+        case ApiError():
+            return error
+        case Busy():
+            return ApiError(503, "the queue is full", code="queue_full")
+        case UnknownModel():
+            message = f"model {str(error)!r} not found; GET /v1/models lists all models"
+            return ApiError(404, message, param="model", code="model_not_found")
+        case UnknownName():
+            known = ", ".join(error.known) or f"none (khaosz serve --{error.kind} NAME=SOURCE)"
+            message = f"{error.kind} {error.name!r} not found; available: {known}"
+            return ApiError(404, message, param="model", code="model_not_found")
+        case TimeoutError():
+            return ApiError(504, TIMED_OUT, code="request_timeout")
+        case GenerationError(param=str(param)):
+            field = _FIELDS.get(param, param)
+            return ApiError(400, f"{field} {error.reason}", param=field)
+        case GenerationError() | DataError() | TokenizerError():
+            return ApiError(400, str(error))
+        case KhaoszError():
+            _log.error("%s", error)  # it may name paths, so it is not sent
+        case RequestValidationError():
+            return _invalid_request(error)
+        case RecursionError():
+            # JSON that could be parsed may still be too deep for the code that processes it.
+            return ApiError(400, "values nested too deep")
+    return ApiError(500, FAILED)
+
+
+def _invalid_request(error: RequestValidationError) -> ApiError:
+    # The deepest: of a union, that is the member that fits best.
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    place, *parts = first["loc"]
+    param = _param(place, parts, error.body, missing=first["type"] == "missing")
+    match first:
+        case _ if isinstance(error.body, bytes):
+            message = "not sent as JSON: set Content-Type to application/json"
+        case {"type": "extra_forbidden"}:
+            message = "unknown field"
+        case {"type": "value_error", "ctx": {"error": ValueError() as raised}}:
+            message = str(raised)  # of our validators, without pydantic's prefix
+        case _:
+            message = str(first["msg"])
+    return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 
 def _param(place: str | int, parts: Sequence[str | int], body: Any, *, missing: bool) -> str | None:

@@ -8,25 +8,26 @@ that the browser sends, so those identify it, even when its name was rebound to 
 from __future__ import annotations
 
 import hmac
-import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from khaosz.errors import ConfigError
-from khaosz.serve.errors import error_body
+from khaosz.serve.errors import ApiError
 
 MAX_BODY = 4 << 20  # bytes
 _DRAINED = 32 << 20  # bytes read of a body too large, so that its sender reads the response
 # These routes stream the body, and have a limit of their own.
 _STREAMED = re.compile(r"PUT /v1/knowledge_bases/[^/]+/files/[^/]+")
+_PREFLIGHT = {
+    "access-control-allow-methods": "GET, POST, PUT, DELETE",
+    "access-control-allow-headers": "authorization, content-type",
+    "access-control-max-age": "600",
+}
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Guard:
@@ -34,7 +35,7 @@ class Guard:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         *,
         key: str | None,
         hosts: tuple[str, ...] | None,
@@ -49,7 +50,7 @@ class Guard:
         self.hosts = None if hosts is None else (*hosts, *names)
         self._key = None if key is None else key.encode()
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -60,7 +61,7 @@ class Guard:
         if origin in self.origins:
             send = _allow_origin(origin, send)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await _answer_preflight(send)
+                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send)
                 return
         error = self._check(scope["path"], headers)
         if error is None and _STREAMED.fullmatch(f"{scope['method']} {scope['path']}"):
@@ -72,19 +73,20 @@ class Guard:
                 await self.app(scope, _replay(body, receive), send)
                 return
             message = f"the request's body has more than {MAX_BODY:,} bytes"
-            error = 413, error_body(message, "invalid_request_error", code="body_too_large")
-        await _respond(send, *error)
+            error = ApiError(413, message, code="body_too_large")
+        # Closed: the rest of the body is not read.
+        await error.response({"connection": "close"})(scope, receive, send)
 
-    def _check(self, path: str, headers: dict[str, bytes]) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of the error response, None for a request that may pass."""
+    def _check(self, path: str, headers: dict[str, bytes]) -> ApiError | None:
+        """None for a request that may pass."""
         host = headers.get("host", b"").decode("latin-1")
         if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
             message = "the name in the Host header is not a name of this server"
-            return 403, error_body(message, "invalid_request_error", code="host_not_allowed")
+            return ApiError(403, message, code="host_not_allowed")
         origin = headers.get("origin", b"").decode("latin-1")
         if origin and origin not in self.origins and origin.partition("://")[2] != host:
             message = "pages of other origins may not use this server"
-            return 403, error_body(message, "invalid_request_error", code="origin_not_allowed")
+            return ApiError(403, message, code="origin_not_allowed")
         # The page itself is public: it asks for the key.
         if self._key is None or path == "/" or path.startswith(("/health/", "/assets/")):
             return None
@@ -92,7 +94,7 @@ class Guard:
         if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
-        return 401, error_body(message, "invalid_request_error", code="invalid_api_key")
+        return ApiError(401, message, code="invalid_api_key")
 
 
 def _origin(text: str) -> str:
@@ -117,16 +119,6 @@ def _allow_origin(origin: str, send: Send) -> Send:
         await send(message)
 
     return send_with_headers
-
-
-async def _answer_preflight(send: Send) -> None:
-    headers = [
-        (b"access-control-allow-methods", b"GET, POST, PUT, DELETE"),
-        (b"access-control-allow-headers", b"authorization, content-type"),
-        (b"access-control-max-age", b"600"),
-    ]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
-    await send({"type": "http.response.body", "body": b""})
 
 
 def _hostname(address: str) -> str | None:
@@ -165,16 +157,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
-
-
-async def _respond(send: Send, status: int, body: dict[str, Any]) -> None:
-    content = json.dumps(body).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(content)).encode()),
-        (b"connection", b"close"),  # the rest of the body is not read
-    ]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -14,7 +14,7 @@ from khaosz.errors import KhaoszError
 from khaosz.inference.parts import Calls, Part, PartStream, ToolCall
 from khaosz.inference.request import Logprob, Output
 from khaosz.rag.answer import CitationStream
-from khaosz.serve.errors import TIMED_OUT, error_body
+from khaosz.serve.errors import ApiError, as_api_error
 from khaosz.serve.knowledge.grounding import RetrievalContext
 from khaosz.serve.metrics import Usage
 from khaosz.serve.worker import Failed
@@ -142,13 +142,13 @@ class Answer:
                     yield event(self._chunk([choice], {**usage, **retrieval}))
                     retrieval = {}
         except Failed:
-            yield event(error_body("the answer failed", "server_error"))
+            yield event(ApiError(500, "the answer failed").body)
             return
-        except TimeoutError:
-            yield event(error_body(TIMED_OUT, "server_error", code="request_timeout"))
+        except TimeoutError as error:
+            yield event(as_api_error(error).body)
             return
         except KhaoszError as error:
-            yield event(error_body(str(error), "server_error"))
+            yield event(ApiError(500, str(error)).body)
             return
         if include_usage:
             yield event(self._chunk([], {"usage": self.usage.body()}))

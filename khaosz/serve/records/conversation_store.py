@@ -120,7 +120,7 @@ class ConversationStore:
                 if not is_busy(error):
                     raise
                 message = f"another program is writing to {self.path.name}"
-                raise ApiError(503, message, "server_error", code="file_busy") from None
+                raise ApiError(503, message, code="file_busy") from None
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
