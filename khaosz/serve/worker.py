@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import TypeVar
@@ -36,22 +37,18 @@ class Failed(Exception):
     """An unexpected error of the engine; the log has it."""
 
 
+@dataclass(eq=False)
 class Ticket:
     """One request, from the event loop's side."""
 
-    def __init__(
-        self,
-        prompt: list[int],
-        params: SamplingParams,
-        adapter: Adapter | None,
-        close: Callable[[], None],
-    ) -> None:
-        self.prompt, self.params, self.adapter = prompt, params, adapter
-        self.matcher: Matcher | None = None
-        self.close = close  # cancels the request, or frees its slot when it is done
-        self.request_id: int | None = None  # the engine thread's
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.events: asyncio.Queue[Output | Exception | None] = asyncio.Queue()
+    prompt: list[int]
+    params: SamplingParams
+    adapter: Adapter | None
+    close: Callable[[], None]  # cancels the request, or frees its slot when it is done
+    matcher: Matcher | None = None
+    request_id: int | None = None  # the engine thread's
+    accepted: asyncio.Future[None] = field(default_factory=asyncio.Future)
+    events: asyncio.Queue[Output | Exception | None] = field(default_factory=asyncio.Queue)
 
     def expire(self) -> None:
         """The request's time is over: `outputs` raises `TimeoutError`."""

@@ -32,15 +32,11 @@ from khaosz.serve.worker import Ticket
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request in the engine's terms. `prompt_field`: of the request body, where the prompt came
-    from."""
+    """A request in the engine's terms."""
 
     prompt: list[int]
     params: SamplingParams
     format: ResponseFormat
-    stream: bool
-    include_usage: bool
-    prompt_field: str
 
     @property
     def refusal(self) -> str | None:
@@ -63,16 +59,14 @@ def chat_routes(
     )
     async def chat(request: ChatRequest, raw_request: Request) -> Response:
         """Answer a conversation, as OpenAI's API does."""
-        models.check_capacity(request.model)
-        use = await models.take(request.model)
 
-        async def prepare() -> EngineRequest:
+        async def prepare(use: Use) -> EngineRequest:
             context = None
             if request.knowledge_base is not None:
                 context = await chat_context(request, use, library)
             return await asyncio.to_thread(chat_request, request, use.generator, context)
 
-        return await answer(use, raw_request, prepare)
+        return await answer(request, raw_request, prepare)
 
     @router.post(
         "/v1/completions",
@@ -81,37 +75,39 @@ def chat_routes(
     )
     async def complete(request: CompletionRequest, raw_request: Request) -> Response:
         """Continue a text, as OpenAI's older API does."""
-        models.check_capacity(request.model)
-        use = await models.take(request.model)
 
-        async def prepare() -> EngineRequest:
+        async def prepare(use: Use) -> EngineRequest:
             return await asyncio.to_thread(text_request, request, use.generator)
 
-        return await answer(use, raw_request, prepare)
+        return await answer(request, raw_request, prepare)
 
     async def answer(
-        use: Use, raw_request: Request, prepare: Callable[[], Awaitable[EngineRequest]]
+        request: ChatRequest | CompletionRequest,
+        raw_request: Request,
+        prepare: Callable[[Use], Awaitable[EngineRequest]],
     ) -> Response:
-        """Returns the model, however it ends."""
+        """Takes the model and gives it back, however it ends."""
+        models.check_capacity(request.model)
+        use = await models.take(request.model)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
         with ExitStack() as undo:
             undo.callback(models.give_back, use)
             # In a thread: encoding a long text would block the loop.
             async with asyncio.timeout_at(deadline):
-                request = await prepare()
+                prepared = await prepare(use)
             formatter = Answer(
-                request.format, use.name, use.generator.tokenizer, use.generator.engine.end_ids
+                prepared.format, use.name, use.generator.tokenizer, use.generator.engine.end_ids
             )
-            if (refusal := request.refusal) is not None:
-                outputs = canned_output(refusal, request.params.n)
+            if (refusal := prepared.refusal) is not None:
+                outputs = canned_output(refusal, prepared.params.n)
                 if request.stream:
                     events = formatter.events(outputs, request.include_usage)
                     return EventStream(events, lambda: None)
                 return JSONResponse(await formatter.whole(outputs))
-            _check_context(request, use.generator)
+            _check_context(prepared, use.generator)
             async with asyncio.timeout_at(deadline):
-                ticket = await use.worker.submit(request.prompt, request.params, use.adapter)
+                ticket = await use.worker.submit(prepared.prompt, prepared.params, use.adapter)
             undo.callback(ticket.close)
             cleanup = undo.pop_all()
         started = time.perf_counter()
@@ -211,15 +207,13 @@ def chat_request(
         one_call=request.one_call,
         context=context,
     )
-    stream, usage = bool(request.stream), request.include_usage
-    return EngineRequest(prompt, params, response_format, stream, usage, "messages")
+    return EngineRequest(prompt, params, response_format)
 
 
 def text_request(request: CompletionRequest, generator: Generator) -> EngineRequest:
     """Raises `GenerationError` and `TokenizerError` for an invalid request."""
-    prompt, params = generator.ids(request.prompt), request.params()
-    stream, usage = bool(request.stream), request.include_usage
-    return EngineRequest(prompt, params, ResponseFormat(chat=False), stream, usage, "prompt")
+    prompt = generator.ids(request.prompt)
+    return EngineRequest(prompt, request.params(), ResponseFormat(chat=False))
 
 
 def _check_context(request: EngineRequest, generator: Generator) -> None:
@@ -228,7 +222,7 @@ def _check_context(request: EngineRequest, generator: Generator) -> None:
             400,
             f"the prompt has {len(request.prompt)} tokens, the model's context is"
             f" {generator.context}",
-            param=request.prompt_field,
+            param="messages" if request.format.chat else "prompt",
             code="context_length_exceeded",
         )
 
