@@ -1,6 +1,6 @@
 """LoRA beside a runner's weights: sequences of one pass may each have another adapter, or none.
 
-The base's products are made once for all rows, whatever the weights are stored as; each adapter
+The base's products are computed once for all rows, in any weight format; each adapter
 adds its own low-rank update to the rows of its sequences (as S-LoRA does, Sheng et al. 2023,
 arXiv:2311.03285). Shapes: N rows, I inputs, O outputs, r rank.
 """

@@ -1,9 +1,9 @@
-"""Continuous batching: add requests, step, take what became final.
+"""Continuous batching: add requests, step, take outputs.
 
-Every step is one forward pass for all sequences: one token (or a draft) of each that is answering,
-and as much of the waiting prompts as the step's budget has room for. Requests join and leave
-between steps. What a sequence gets does not depend on its neighbours: bitwise with a deterministic
-runner, within the kernels' rounding otherwise.
+Every step is one forward pass for all sequences: one token (or a draft) of each that is decoding,
+and as much of the waiting prompts as fits the step's budget. Requests join and leave between steps.
+The output of a sequence does not depend on its neighbours: bitwise with a deterministic runner,
+within the kernels' rounding otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger("khaosz.inference")
 
 
 class Engine:
-    """Not safe to share between threads: one thread steps, others hand it requests."""
+    """Not thread-safe: one thread steps, others pass requests to it."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Engine:
         self._outputs: deque[Output] = deque()
         self._ids = count()
 
-    # ------------------------------------------------------------------ the three verbs, and cancel
+    # ------------------------------------------------------------ requests: add, cancel, step, take
 
     def add(
         self,
@@ -76,10 +76,9 @@ class Engine:
         adapter: Adapter | None = None,
         matcher: Matcher | None = None,
     ) -> int:
-        """Queue a request; its id. `adapter`: whose weights it is answered with beside the model's
-        own; `matcher`: what `matcher_for` made of these parameters, where it was called before (a
-        large grammar takes a while). Raises `GenerationError` as `check` does, and for a grammar
-        that can't be used."""
+        """Queue a request and return its id. `adapter` adds its weights to the model's; `matcher`
+        is `matcher_for` of these parameters, where it exists already (a large grammar takes a
+        while). Raises `GenerationError` as `check` does, and for a grammar that can't be used."""
         self.check(prompt, params)
         if matcher is None:
             matcher = matcher_for(params, self.tokenizer)
@@ -92,13 +91,13 @@ class Engine:
 
     def check(self, prompt: list[int], params: SamplingParams) -> None:
         """Raises `GenerationError` for a prompt that is empty, has ids outside the vocabulary,
-        fills the context or could never fit the cache. A prompt is never cut."""
+        fills the context or could never fit the cache. A prompt is never truncated."""
         if not len(prompt):
             raise GenerationError("the prompt is empty")
         if len(prompt) >= self.context:
             raise GenerationError(
                 f"the prompt has {len(prompt)} tokens, the model's context is {self.context}",
-                hint="shorten the prompt; it is never cut silently",
+                hint="shorten the prompt; it is never truncated",
             )
         last = self.tokenizer.vocab_size - 1
         if not all(0 <= token <= last for token in prompt):
@@ -109,13 +108,13 @@ class Engine:
         if need > self.cache_bytes:
             raise GenerationError(
                 f"{len(prompt)} tokens and {params.n} x {params.max_tokens} of answer need"
-                f" {need >> 20} MB of cache, there are {self.cache_bytes >> 20}",
-                hint="ask for fewer tokens",
+                f" {need >> 20} MB of cache, only {self.cache_bytes >> 20} are available",
+                hint="request fewer tokens",
             )
 
     def cancel(self, request_id: int) -> None:
         """Stop a request at once, also in the middle of its prompt; unknown or finished ones are
-        left alone."""
+        ignored."""
         for request in [r for r in self._waiting if r.id == request_id]:
             self._waiting.remove(request)
             self._cancelled(request, range(request.params.n))
@@ -125,7 +124,7 @@ class Engine:
             self._leave(sequence, sequence.output(rest, reason="cancelled"))
 
     def _cancelled(self, request: Request, choices: range) -> None:
-        """Last outputs of choices that never began."""
+        """Last outputs of choices that never started."""
         self._outputs.extend(
             Output(request.id, choice, "", (), 0, len(request.prompt), 0, (), "cancelled")
             for choice in choices
@@ -136,7 +135,7 @@ class Engine:
         return bool(self._waiting or self._running)
 
     def step(self) -> None:
-        """One forward pass, at most, for everything under way."""
+        """At most one forward pass for all running sequences."""
         self._admit()
         planned = list(self._plan())
         if not planned:
@@ -153,14 +152,14 @@ class Engine:
         return mine
 
     def weights_changed(self) -> None:
-        """Forget cached prefixes: they belong to other weights. Sequences must not be under way."""
+        """Clear cached prefixes, which belong to the old weights. No sequence may be running."""
         assert not self.unfinished, "weights changed under running sequences"
         self.prefixes.clear()
 
     # ------------------------------------------------------------------------------------ schedule
 
     def _need(self, prompt: int, params: SamplingParams) -> int:
-        """Bytes of cache that one choice may come to hold, the room it grows ahead included."""
+        """Bytes of cache that one choice may take, with the room it reserves ahead."""
         config = self.runner.config
         positions = SequenceCache.capacity_at_most(min(prompt + params.max_tokens, self.context))
         return positions * SequenceCache.bytes_per_position(
@@ -171,22 +170,22 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Requests in their order, while batch and cache have room for all their choices."""
+        """Start requests in order, while batch and cache have room for all their choices."""
         choices = sum(s.choices for s in self._running)
-        held = sum(
+        reserved = sum(
             s.choices * self._need(len(s.request.prompt), s.request.params) for s in self._running
         )
         while self._waiting:
             request = self._waiting[0]
             choices += request.params.n
-            held += request.params.n * self._need(len(request.prompt), request.params)
-            if self._running and (choices > self.max_batch or held > self.cache_bytes):
+            reserved += request.params.n * self._need(len(request.prompt), request.params)
+            if self._running and (choices > self.max_batch or reserved > self.cache_bytes):
                 return
             self._waiting.popleft()
             adapter = request.adapter
             running = ((s.ids, s.cache) for s in self._running if s.request.adapter is adapter)
-            found = self.prefixes.take(request.prompt, running, adapter)
-            cache = found or self.runner.new_cache()
+            prefix = self.prefixes.take(request.prompt, running, adapter)
+            cache = prefix or self.runner.new_cache()
             cache.reserve(len(request.prompt))  # known: growing chunk by chunk would copy it
             self._running.append(self._start(request, 0, cache))
 
@@ -194,7 +193,7 @@ class Engine:
         return Sequence.start(request, choice, cache, self.tokenizer, self.context)
 
     def _plan(self) -> Iterator[tuple[Sequence, Chunk]]:
-        """Answers first, so that a long prompt holds nobody up; then prompts, oldest first."""
+        """Decoding first, so that a long prompt delays no answer; then prompts, oldest first."""
         budget = self.step_tokens
         for sequence in self._running:
             if sequence.pending == 1 and sequence.generated:
@@ -218,7 +217,7 @@ class Engine:
     # -------------------------------------------------------------------------------------- answer
 
     def _answer(self, sequence: Sequence, rows: Tensor) -> None:
-        # A vocabulary padded beyond the tokenizer's has rows that stand for nothing.
+        # Rows beyond the tokenizer's vocabulary are padding.
         rows = rows[:, : self.tokenizer.vocab_size]
         choices = [sequence]
         if not sequence.generated and sequence.choice == 0:
@@ -233,9 +232,9 @@ class Engine:
                 output = each.advance(rows, self.end_ids)
             except GenerationError as error:
                 output = each.output(reason="error", error=error)
-            except Exception:  # whatever it is, the others' answers go on
+            except Exception:  # whatever it is, the other answers continue
                 _log.exception("an answer failed")
-                failed = KhaoszError("the answer failed", hint="the log has more")
+                failed = KhaoszError("the answer failed", hint="see the log")
                 output = each.output(reason="error", error=failed)
             if output.finish_reason is not None:
                 self._leave(each, output)

@@ -27,7 +27,7 @@ Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What a stream hands out: text that is final, and at the end why it ended."""
+    """One piece of a stream: text that is final and, in the last one, why it ended."""
 
     text: str
     tokens: int  # generated so far
@@ -40,13 +40,12 @@ class Completion:
     tokens: int  # generated, the one that ends the turn included
     finish_reason: str  # "stop": an end token or a stop string; "length": a limit was reached
     logprobs: tuple[Logprob, ...] = ()
-    # What was generated, token by token, an end token included. It says no more than `text` does.
+    # What was generated, token by token, an end token included. It adds nothing to `text`.
     ids: tuple[int, ...] = field(default=(), compare=False)
 
 
 class Generator:
-    """Generates with one model and its tokenizer, through one `Engine`. Not safe to share between
-    threads."""
+    """Generates with one model and its tokenizer, through one `Engine`. Not thread-safe."""
 
     def __init__(
         self,
@@ -95,7 +94,7 @@ class Generator:
     def chat_ids(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Ids of a conversation, up to and with the mark that lets the assistant speak."""
+        """Ids of a conversation, with the marker that starts the assistant's turn."""
         return encode_chat(self.tokenizer, list(messages), tools, add_generation_prompt=True)[0]
 
     def ids(self, prompt: Prompt) -> list[int]:
@@ -107,7 +106,7 @@ class Generator:
         return list(prompt)  # type: ignore[arg-type]
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """The whole answer; the same text `stream` hands out piece by piece."""
+        """The whole answer; the same text that `stream` yields in pieces."""
         return self.generate_batch([prompt], params)[0]
 
     def generate_batch(
@@ -115,21 +114,21 @@ class Generator:
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
-        """Answers to all prompts, computed together; `n` choices of one stand side by side.
+        """Answers to all prompts, computed together; the `n` choices of a prompt follow each other.
 
         `params` are one for all, or one each. Raises `GenerationError` before anything is computed
         if a prompt or parameter is out of range, and at the end if an answer failed.
         """
-        given = params or SamplingParams()
-        each = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        params = params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise GenerationError(f"{len(prompts)} prompts with {len(each)} sets of parameters")
         added: list[int] = []
         outputs: dict[tuple[int, int], list[Output]] = {}
-        open_choices = sum(own.n for own in each)
+        open_choices = sum(its.n for its in each)
         try:
-            for prompt, own in zip(prompts, each, strict=True):
-                added.append(self._add(prompt, own))
+            for prompt, its in zip(prompts, each, strict=True):
+                added.append(self._add(prompt, its))
             while open_choices:
                 self.engine.step()
                 for request_id in added:
@@ -137,23 +136,23 @@ class Generator:
                         outputs.setdefault((request_id, output.choice), []).append(output)
                         open_choices -= output.finish_reason is not None
         finally:
-            self._abandon(added)  # what is finished is not touched by it
+            self._abandon(added)  # does nothing to finished requests
         return [
             _joined(outputs[request_id, choice])
-            for request_id, own in zip(added, each, strict=True)
-            for choice in range(own.n)
+            for request_id, its in zip(added, each, strict=True)
+            for choice in range(its.n)
         ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Piece]:
         """Text as it becomes final: never half a character, never any part of a stop string.
 
         Raises `GenerationError` at once for an empty prompt, one that fills the context, or an id
-        that the tokenizer does not have. Nothing is computed before the first piece is asked for;
-        a stream that is left cancels its request.
+        that the tokenizer does not have. Nothing is computed before the first piece is requested;
+        closing the stream cancels the request.
         """
         params = params or SamplingParams()
         if params.n != 1:
-            raise GenerationError("a stream has one choice", hint="leave n at 1")
+            raise GenerationError("a stream has one choice", hint="set n to 1")
         ids = self.ids(prompt)
         self.engine.check(ids, params)
         return self._pieces(ids, params)
@@ -185,7 +184,7 @@ class Generator:
         return vectors
 
     def next_logits(self, prompts: Sequence[Prompt], ids: Sequence[int]) -> np.ndarray:
-        """What every prompt says of these tokens as its next one: float32 logits (prompts, ids).
+        """Logits of these ids as the next token of every prompt: float32 (prompts, ids).
 
         Raises `GenerationError` for a prompt that fills the context or has no token.
         """
@@ -202,7 +201,7 @@ class Generator:
         return Chunk(ids, self.engine.runner.new_cache(), want)
 
     def _passes(self, chunks: list[Chunk]) -> Iterator[tuple[int, list[Chunk]]]:
-        """As many in one pass as the engine's steps have room for, with the first one's place."""
+        """Groups of chunks that fit one step of the engine, each with the index of its first."""
         first = 0
         while first < len(chunks):
             last, room = first, self.engine.step_tokens
@@ -210,13 +209,13 @@ class Generator:
                 room -= len(chunks[last].ids)
                 last += 1
             yield first, chunks[first:last]
-            for chunk in chunks[first:last]:  # their keys and values have served
+            for chunk in chunks[first:last]:  # frees their keys and values
                 chunk.cache = self.engine.runner.new_cache()
             first = last
 
     def _add(self, prompt: Prompt, params: SamplingParams) -> int:
         if self._live and not self.engine.unfinished:
-            self.engine.weights_changed()  # a live module may have moved since
+            self.engine.weights_changed()  # a live module may have changed since
         return self.engine.add(self.ids(prompt), params)
 
     def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:

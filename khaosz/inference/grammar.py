@@ -1,7 +1,7 @@
 """Structured output: JSON schemas, regular expressions and grammars, by llguidance.
 
-https://github.com/guidance-ai/llguidance: the set of tokens allowed next, as a bit mask, whatever
-the tokenizer; its limits bound what a hostile schema may cost.
+https://github.com/guidance-ai/llguidance: the set of tokens allowed next, as a bit mask, for any
+tokenizer; its limits bound the cost of a hostile schema.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPACE = r"[ \n]{0,32}"
 
 
 class Matcher:
-    """Where one sequence stands in its grammar."""
+    """The state of one sequence in its grammar."""
 
     def __init__(self, inner: Any, vocab_size: int) -> None:
         self._inner = inner
@@ -35,7 +35,7 @@ class Matcher:
         return Matcher(self._inner.deep_copy(), self._vocab_size)
 
     def mask(self, logits: Tensor) -> Tensor:
-        """Logits (V,) with -inf where the grammar allows no token."""
+        """Logits (V,) with -inf for the tokens that the grammar forbids."""
         import llguidance.numpy
 
         llguidance.numpy.fill_next_token_bitmask(self._inner, self._mask)
@@ -54,10 +54,10 @@ class Matcher:
 
 
 def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
-    """The matcher a request asks for, if any.
+    """The matcher of a request's constraint, if any.
 
     Raises `GenerationError` for a schema or expression that is broken, too large or too costly
-    (as far as the first token tells), and when llguidance is not installed.
+    (as far as the first token shows), and when llguidance is not installed.
     """
     if params.form is None:
         return None
@@ -97,7 +97,7 @@ def matcher_for(params: SamplingParams, tokenizer: Tokenizer) -> Matcher | None:
     if inner.is_error():
         raise GenerationError(f"cannot be used: {_first_line(inner.get_error())}", param=what)
     matcher = Matcher(inner, tokenizer.vocab_size)
-    matcher.mask(torch.zeros(tokenizer.vocab_size))  # where most costly forms show what they are
+    matcher.mask(torch.zeros(tokenizer.vocab_size))  # most costly grammars fail here
     return matcher
 
 
@@ -114,7 +114,7 @@ def _tokens(tokenizer: Tokenizer) -> Any:
 
 
 class _Vocabulary:
-    """What llguidance asks of a tokenizer."""
+    """The interface that llguidance expects of a tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eos_token_id = tokenizer.end_id

@@ -1,4 +1,4 @@
-"""How fast a model answers here: `khaosz bench infer`."""
+"""Inference speed of a model on this machine: `khaosz bench infer`."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ def measure_inference(path: Path, *, device: str, rounds: int = 3) -> dict[str, 
     ttft = 0.0
     for _ in range(rounds + 1):  # the first one warms up
         cache = runner.new_cache()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         runner.run([Chunk(prompt, cache, 1)])
-        prefill.append(PROMPT / (time.perf_counter() - begun))
-        begun = time.perf_counter()
+        prefill.append(PROMPT / (time.perf_counter() - start))
+        start = time.perf_counter()
         for i in range(ANSWER):
             runner.run([Chunk([prompt[i]], cache, 1)])
-        decode.append(ANSWER / (time.perf_counter() - begun))
+        decode.append(ANSWER / (time.perf_counter() - start))
         caches = [cache.fork(PROMPT) for _ in range(8)]
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for i in range(ANSWER // 4):
             runner.run([Chunk([prompt[i]], each, 1) for each in caches])
-        eight.append(8 * (ANSWER // 4) / (time.perf_counter() - begun))
-        begun = time.perf_counter()
+        eight.append(8 * (ANSWER // 4) / (time.perf_counter() - start))
+        start = time.perf_counter()
         runner.run([Chunk(prompt[:16], runner.new_cache(), 1)])
-        ttft = time.perf_counter() - begun
+        ttft = time.perf_counter() - start
     speed = median(decode[1:])
     read = weight_bytes(runner)
     return {
@@ -61,9 +61,9 @@ def measure_inference(path: Path, *, device: str, rounds: int = 3) -> dict[str, 
 
 
 def weight_bytes(runner: Runner) -> int:
-    """Bytes of all matrices a token passes through, as they are kept in memory."""
+    """Bytes of all matrices that a token passes through, as stored in memory."""
     weights = runner.weights()
-    assert isinstance(weights.linear, Products), "weights that change have no size of their own"
+    assert isinstance(weights.linear, Products), "live weights are not measured"
     return weights.head.nbytes + weights.linear.nbytes
 
 
@@ -72,14 +72,14 @@ def read_bandwidth(size: int = 1 << 29) -> float:
     data = torch.ones(size // 8, dtype=torch.int64)
     best = float("inf")
     for _ in range(5):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         data.sum()
-        best = min(best, time.perf_counter() - begun)
+        best = min(best, time.perf_counter() - start)
     return size / best
 
 
 def peak_rss_mb() -> int | None:
-    """The most memory this process had resident; None where the system does not tell."""
+    """Peak resident memory of this process; None where the system does not report it."""
     status = Path("/proc/self/status")
     if status.exists():
         # Not getrusage: on Linux a child's ru_maxrss starts at its parent's.

@@ -1,9 +1,9 @@
-"""What a model says, taken apart as it comes: reasoning, content, calls of tools.
+"""Split a model's streamed output into reasoning, content and tool calls.
 
-Reasoning stands between <think> and </think> before everything else, as DeepSeek-R1 and Qwen3 do
-it; their templates may open it at the end of the prompt. Calls of tools are JSON between
-<tool_call> and </tool_call> (Hermes, Qwen, SmolLM2, ours), or, with templates that know no such
-mark, an answer that is one JSON object (Llama 3).
+Reasoning is between <think> and </think> before everything else, as in DeepSeek-R1 and Qwen3;
+their templates may open it at the end of the prompt. Tool calls are JSON between <tool_call> and
+</tool_call> (Hermes, Qwen, SmolLM2, ours) or, with templates that have no such marker, an answer
+that is one JSON object (Llama 3).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Calls = Literal["none", "marked", "bare"]
 
 
 def opens_thought(prompt: str) -> bool:
-    """Whether the end of a prompt has opened the reasoning, as some templates do."""
+    """Whether a prompt ends by opening the reasoning, as with some templates."""
     return prompt.rstrip().endswith(THINK)
 
 
@@ -45,74 +45,74 @@ class Part:
 
 
 class PartStream:
-    """Takes text and hands out parts. Only what may still become a mark, or white space before
-    one, is held back. Joined, the pieces of a stream are the parts of the whole."""
+    """Takes text and returns parts. Only what may become a marker, or white space before one, is
+    held back. Joined, the pieces of a stream are the parts of the whole text."""
 
     def __init__(self, calls: Calls = "none", *, thinking: bool = False) -> None:
         """`thinking`: the prompt has opened the reasoning already."""
         self._calls = calls
-        self._held = ""
+        self._pending = ""
         self._state: Literal["begin", "reasoning", "content", "call", "object"] = (
             "reasoning" if thinking else "begin"
         )
-        self._trim = thinking  # templates put line breaks behind their marks
+        self._trim = thinking  # templates put line breaks after their markers
         self._gap = ""  # white space before a call
 
     def feed(self, text: str) -> list[Part | ToolCall]:
-        self._held += text
-        found: list[Part | ToolCall] = []
-        while self._step(found):
+        self._pending += text
+        parts: list[Part | ToolCall] = []
+        while self._step(parts):
             pass
-        return found
+        return parts
 
     def finish(self) -> list[Part | ToolCall]:
-        """The rest; a mark that never came, or a call that was cut short, is text."""
-        found: list[Part | ToolCall] = []
-        rest, self._held = self._held, ""
+        """The rest; an incomplete marker or call is text."""
+        parts: list[Part | ToolCall] = []
+        rest, self._pending = self._pending, ""
         match self._state:
             case "reasoning":
-                self._say(found, "reasoning", rest.rstrip(_SPACE))
+                self._emit(parts, "reasoning", rest.rstrip(_SPACE))
             case "call":
-                self._say(found, "content", self._gap + CALL + rest)
+                self._emit(parts, "content", self._gap + CALL + rest)
             case "object":
                 calls = _calls_of(rest)
-                found += calls or [Part("content", rest)]
+                parts += calls or [Part("content", rest)]
             case _:
-                self._say(found, "content", rest)
-        return found
+                self._emit(parts, "content", rest)
+        return parts
 
-    def _step(self, found: list[Part | ToolCall]) -> bool:
-        """Whether there may be more to do with what is held."""
+    def _step(self, parts: list[Part | ToolCall]) -> bool:
+        """Whether the pending text may contain more."""
         match self._state:
             case "begin":
-                begun = self._held.lstrip(_SPACE)
-                if begun.startswith(THINK):
-                    self._state, self._held = "reasoning", begun.removeprefix(THINK)
+                start = self._pending.lstrip(_SPACE)
+                if start.startswith(THINK):
+                    self._state, self._pending = "reasoning", start.removeprefix(THINK)
                     self._trim = True
-                elif THINK.startswith(begun):
+                elif THINK.startswith(start):
                     return False  # also of nothing but white space
-                elif self._calls == "bare" and begun.startswith("{"):
+                elif self._calls == "bare" and start.startswith("{"):
                     self._state = "object"
                 else:
                     self._state = "content"
                 return True
             case "reasoning":
-                return self._until(found, "reasoning", THOUGHT, "content")
+                return self._until(parts, "reasoning", THOUGHT, "content")
             case "content":
                 if self._calls == "marked":
-                    return self._until(found, "content", CALL, "call")
-                self._say(found, "content", self._held)
-                self._held = ""
+                    return self._until(parts, "content", CALL, "call")
+                self._emit(parts, "content", self._pending)
+                self._pending = ""
                 return False
             case "call":
-                body, mark, rest = self._held.partition(CALLED)
+                body, mark, rest = self._pending.partition(CALLED)
                 if not mark:
                     return False
                 calls = _calls_of(body)
                 if not calls:
-                    self._say(found, "content", self._gap + CALL + body + CALLED)
-                found += calls
-                self._state, self._held = "content", rest
+                    self._emit(parts, "content", self._gap + CALL + body + CALLED)
+                parts += calls
+                self._state, self._pending = "content", rest
                 self._trim = self._trim or bool(calls)
                 return True
             case "object":
@@ -120,49 +120,49 @@ class PartStream:
 
     def _until(
         self,
-        found: list[Part | ToolCall],
+        parts: list[Part | ToolCall],
         kind: Literal["reasoning", "content"],
         mark: str,
         then: Literal["content", "call"],
     ) -> bool:
-        """Hand out a part up to its closing mark, without the white space before it."""
-        text, met, rest = self._held.partition(mark)
+        """Emit a part up to its closing marker, without the white space before it."""
+        text, met, rest = self._pending.partition(mark)
         if met:
-            said = text.rstrip(_SPACE)
-            self._say(found, kind, said)
-            self._state, self._held, self._gap = then, rest, text[len(said) :]
+            body = text.rstrip(_SPACE)
+            self._emit(parts, kind, body)
+            self._state, self._pending, self._gap = then, rest, text[len(body) :]
             self._trim = self._trim or then == "content"
             return True
         keep = possible_stop(text, (mark,))
         ready = text[: len(text) - keep].rstrip(_SPACE)
-        self._say(found, kind, ready)
-        self._held = text[len(ready) :]
+        self._emit(parts, kind, ready)
+        self._pending = text[len(ready) :]
         return False
 
-    def _say(
-        self, found: list[Part | ToolCall], kind: Literal["reasoning", "content"], text: str
+    def _emit(
+        self, parts: list[Part | ToolCall], kind: Literal["reasoning", "content"], text: str
     ) -> None:
         text = text.lstrip(_SPACE) if self._trim else text
         if text:
             self._trim = False
-            found.append(Part(kind, text))
+            parts.append(Part(kind, text))
 
 
 def _calls_of(text: str) -> list[ToolCall]:
     """Of a JSON object with a name and arguments (or parameters), or a list of such; else none."""
     try:
-        given = json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    calls = [_call_of(each) for each in (given if isinstance(given, list) else [given])]
+    calls = [_call_of(each) for each in (value if isinstance(value, list) else [value])]
     return [] if None in calls else [call for call in calls if call is not None]
 
 
-def _call_of(given: Any) -> ToolCall | None:
-    if not isinstance(given, dict) or not isinstance(given.get("name"), str):
+def _call_of(value: Any) -> ToolCall | None:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = given.get("arguments", given.get("parameters", {}))
-    if isinstance(arguments, str):  # some spell the JSON out once more
+    arguments = value.get("arguments", value.get("parameters", {}))
+    if isinstance(arguments, str):  # some encode the JSON twice
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
@@ -171,11 +171,11 @@ def _call_of(given: Any) -> ToolCall | None:
         return None
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # NaN is no JSON, though Python reads it
+    except ValueError:  # NaN is not JSON, though Python reads it
         return None
-    return ToolCall(f"call_{secrets.token_hex(12)}", _sendable(given["name"]), _sendable(text))
+    return ToolCall(f"call_{secrets.token_hex(12)}", _sendable(value["name"]), _sendable(text))
 
 
 def _sendable(text: str) -> str:
-    """Without the half of a character that an escape such as \\ud83d leaves: no UTF-8 has it."""
+    """Without the half of a character that an escape such as \\ud83d leaves: it has no UTF-8."""
     return text.encode(errors="replace").decode()

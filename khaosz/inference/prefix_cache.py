@@ -12,13 +12,13 @@ import numpy as np
 
 from khaosz.model.kv_cache import SequenceCache
 
-_LEAST = 8  # positions below which a copy is not worth the trouble
-_MOST = 256  # entries: all are compared with every new prompt
+_LEAST = 8  # positions below which a copy does not pay
+_MOST = 256  # entries: every new prompt is compared with all
 
 
 @dataclass
-class Held:
-    """Token ids int32 (S,), the cache of their S positions, and whose weights made it."""
+class Entry:
+    """Token ids int32 (S,), the cache of their S positions, and the adapter that computed it."""
 
     ids: np.ndarray
     cache: SequenceCache
@@ -26,34 +26,34 @@ class Held:
 
 
 class PrefixCache:
-    """Least recently used entries go first once `max_bytes` are passed."""
+    """Evicts least recently used entries beyond `max_bytes`."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[int, Held] = OrderedDict()
+        self._entries: OrderedDict[int, Entry] = OrderedDict()
         self._keys = count()
 
     @property
     def nbytes(self) -> int:
-        # Others ask while the engine's thread puts and takes: a list is made in one piece.
+        # Other threads read this while the engine's puts and takes: `list` copies in one step.
         return sum(entry.cache.nbytes for entry in list(self._entries.values()))
 
     def put(self, ids: Sequence[int], cache: SequenceCache, owner: object = None) -> None:
         """Keep a finished sequence's cache; `ids` are the tokens of its positions, `owner` the
-        adapter that it was computed with. Of two of which one begins with the other only the
-        longer is of use."""
+        adapter that it was computed with. If one entry is a prefix of another, only the
+        longer stays."""
         if cache.length < _LEAST or cache.nbytes > self.max_bytes:
             return
-        held = Held(np.array(ids[: cache.length], dtype=np.int32), cache, owner)
+        new = Entry(np.array(ids[: cache.length], dtype=np.int32), cache, owner)
         for key, entry in list(self._entries.items()):
             if entry.owner is not owner:
                 continue
-            shorter = min(len(entry.ids), len(held.ids))
-            if common_prefix(entry.ids, held.ids) == shorter:
+            shorter = min(len(entry.ids), len(new.ids))
+            if common_prefix(entry.ids, new.ids) == shorter:
                 if len(entry.ids) > shorter:
-                    held = entry
+                    new = entry
                 del self._entries[key]
-        self._entries[next(self._keys)] = held
+        self._entries[next(self._keys)] = new
         self.shrink(self.max_bytes)
 
     def take(
@@ -62,21 +62,21 @@ class PrefixCache:
         running: Iterable[tuple[Sequence[int], SequenceCache]] = (),
         owner: object = None,
     ) -> SequenceCache | None:
-        """A cache of the longest known beginning of `prompt`, short of its last token, whose
-        logits are needed. An entry that `prompt` goes on from is handed over, others are copied;
-        so are the caches of `running` sequences. Only what `owner` has put counts, and all that
-        is running must be its own."""
-        wanted = np.array(prompt[:-1], dtype=np.int32)
+        """A cache of the longest cached prefix of `prompt` without its last token, whose logits
+        are needed. An entry that `prompt` continues is removed and returned; others, and caches of
+        `running` sequences, are copied. Only entries of `owner` are used, and all `running`
+        sequences must be its own."""
+        needed = np.array(prompt[:-1], dtype=np.int32)
         best, length, chosen = None, _LEAST - 1, None
         for key, entry in self._entries.items():
             if entry.owner is not owner:
                 continue
-            shared = common_prefix(entry.ids, wanted)
+            shared = common_prefix(entry.ids, needed)
             if shared > length:
                 best, length, chosen = entry.cache, shared, key
         for ids, cache in running:
             known = np.array(ids[: cache.length], dtype=np.int32)
-            shared = common_prefix(known, wanted)
+            shared = common_prefix(known, needed)
             if shared > length:
                 best, length, chosen = cache, shared, None
         if best is None:

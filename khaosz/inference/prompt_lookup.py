@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_SIZES = (4, 3, 2)  # lengths of the n-grams looked up, the surest first
+_SIZES = (4, 3, 2)  # lengths of the n-grams looked up, most reliable first
 # PyTorch's int4 kernel takes up to four rows at little more than the price of one.
 _DRAFT = 3
 _TRIAL = 24  # drafted tokens after which acceptance is judged
 _LEAST = 0.35  # below this share a wider pass costs more than it brings
-_REST = 64  # tokens to sit out after that, twice as long each time
+_REST = 64  # tokens without drafts after that, doubled each time
 
 
 class PromptLookup:
@@ -28,8 +28,8 @@ class PromptLookup:
         self.extend(ids)
 
     def extend(self, ids: Sequence[int]) -> None:
-        """Tokens that were added to the sequence. An n-gram is entered once its follower is
-        known, so the last tokens never find themselves."""
+        """Add tokens of the sequence. An n-gram is entered once its follower is known, so the last
+        tokens never match themselves."""
         for token in ids:
             end = len(self._ids)
             for size in _SIZES:
@@ -48,7 +48,7 @@ class PromptLookup:
         return []
 
     def judge(self, drafted: int, accepted: int) -> None:
-        """How many tokens of a draft came true."""
+        """Record how many tokens of a draft were accepted."""
         self._drafted += drafted
         self._accepted += accepted
         if self._drafted >= _TRIAL:

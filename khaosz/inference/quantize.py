@@ -1,4 +1,4 @@
-"""`khaosz quantize` and `khaosz init`: .gguf files of our models, and what quantising cost."""
+"""`khaosz quantize` and `khaosz init`: write .gguf files, and measure what quantising costs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LanguageQuality:
 
 @dataclass
 class QualityReport:
-    """By language: bits per byte of both models, and how often both name the same next token."""
+    """By language: bits per byte of both models, and how often their likeliest tokens agree."""
 
     by_lang: dict[str, LanguageQuality] = field(default_factory=dict)
 
@@ -86,14 +86,14 @@ def compare(
             inputs = ids[start : start + window]
             targets = np.array(ids[start + 1 : start + window + 1])
             inputs = inputs[: len(targets)]
-            wanted = len(inputs)
-            a = reference.run([Chunk(inputs, reference.new_cache(), wanted)])[0].log_softmax(-1)
-            b = other.run([Chunk(inputs, other.new_cache(), wanted)])[0].log_softmax(-1)
-            rows = np.arange(wanted)
+            count = len(inputs)
+            a = reference.run([Chunk(inputs, reference.new_cache(), count)])[0].log_softmax(-1)
+            b = other.run([Chunk(inputs, other.new_cache(), count)])[0].log_softmax(-1)
+            rows = np.arange(count)
             part.reference_nats -= float(a.double().numpy()[rows, targets].sum())
             part.nats -= float(b.double().numpy()[rows, targets].sum())
             part.agreeing += int((a.argmax(-1) == b.argmax(-1)).sum())
-            part.tokens += wanted
+            part.tokens += count
             part.bytes += int(lengths[targets].sum())
     return report
 
@@ -165,7 +165,7 @@ def _texts(data: Path | None) -> Iterator[tuple[str, str]]:
     if data is not None:
         yield from read_texts(data)
         return
-    # The sample is what the demo may train on; for other models it is held out.
+    # The demo may train on this sample; for other models it is held out.
     for name in ("statutes_zh.jsonl", "state_of_the_union_2024.txt"):
         yield from islice(read_texts(SAMPLE_DIR / name), 200)
 
@@ -174,7 +174,7 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
     """A model of a preset's shape with random weights and a tokenizer of the built-in sample.
 
     Raises `ConfigError` for an unknown size, `ModelError` when `out` exists. A .gguf is written
-    tensor by tensor, so its size may pass the memory's.
+    tensor by tensor, so it may be larger than memory.
     """
     config = preset(size).model
     if out.exists():

@@ -1,4 +1,4 @@
-"""The engine's nouns: what is asked, what is under way, what is handed out."""
+"""What the engine works on: requests, running sequences and outputs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Logprob:
 
 @dataclass(frozen=True)
 class Output:
-    """What became final since the last one of this choice. The last has a `finish_reason`: "stop",
-    "length", "cancelled" or "error"."""
+    """What became final since the previous output of this choice. The last one has a
+    `finish_reason`: "stop", "length", "cancelled" or "error"."""
 
     request_id: int
     choice: int
@@ -56,7 +56,7 @@ class Request:
 
 @dataclass
 class Sequence:
-    """One choice of one request. `ids` are prompt and output; the cache lags behind them by what
+    """One choice of one request. `ids` are prompt and output; the cache is behind them by what
     is still to be computed."""
 
     request: Request
@@ -111,8 +111,8 @@ class Sequence:
         return len(self.ids) - self.cache.length
 
     def advance(self, logits: Tensor, ends: Ids[int] | set[int]) -> Output:
-        """Choose tokens from logits (1 + draft, V): one, and one more for every draft token that
-        came true. The cache forgets the drafts that did not."""
+        """Choose tokens from logits (1 + draft, V): one, and one more for every accepted draft
+        token. The cache drops rejected drafts."""
         chosen: list[int] = []
         logprobs: list[Logprob] = []
         text, reason = "", None
@@ -130,7 +130,7 @@ class Sequence:
         if self.draft and self.prompt_lookup is not None:
             self.prompt_lookup.judge(len(self.draft), accepted)
         self.draft = []
-        # All drafts have keys and values now; those of tokens that were not chosen go.
+        # All drafts have keys and values by now; drop those of rejected tokens.
         self.cache.truncate(min(self.cache.length, len(self.ids) - 1))
         if self.prompt_lookup is not None:
             self.prompt_lookup.extend(chosen)

@@ -32,7 +32,7 @@ assert BLOCK % TILE == 0, (BLOCK, TILE)
 
 @dataclass
 class Chunk:
-    """New positions of one sequence. `want`: for how many of the last ones logits are needed."""
+    """New positions of one sequence; logits are computed for the last `want` of them."""
 
     ids: Sequence[int]
     cache: SequenceCache
@@ -43,8 +43,8 @@ class Chunk:
 class Runner:
     """One network on one device, for any number of sequences.
 
-    The fast path takes all chunks in one pass; a sequence sees nothing of its neighbours but the
-    number of rows, on which a matrix kernel may round differently. With `deterministic` every pass
+    The fast path runs all chunks in one pass; neighbours affect a sequence only by the number of
+    rows, for which a matrix kernel may round differently. With `deterministic` every pass
     is one tile of `TILE` positions of one sequence, aligned to its positions: the same position
     is always computed in the same row of products of the same shape, so its bits depend on its
     past alone, not on batch, chunk size, cache or speculation.
@@ -77,7 +77,7 @@ class Runner:
         dtype: torch.dtype | None = None,
         deterministic: bool = False,
     ) -> Runner:
-        """Reads the module's weights anew in every pass: a model in training, for rollouts."""
+        """Reads the module's weights in every pass: for rollouts of a model in training."""
         weight = model.embed_tokens.weight
         dtype = dtype or weight.dtype
         return cls(
@@ -100,10 +100,10 @@ class Runner:
     ) -> Runner:
         """A model directory or a .gguf file, its weights laid out for inference.
 
-        `dtype` is that of activations and, without a `cache_dtype` (int8, bf16), of caches. By
-        default it is fp32, but bf16 for .gguf files on a CPU that are not quantised, or where the
-        compiled kernel is not used: PyTorch's want it. fp32 asked for on a quantised file
-        dequantises it. Raises `ModelError`.
+        `dtype` is that of activations and, without a `cache_dtype` (int8, bf16), of caches. The
+        default is fp32, but bf16 for .gguf files on a CPU that are not quantised, or where the
+        compiled kernel is not used: PyTorch's kernels need it. With an explicit fp32 a quantised
+        file is dequantised. Raises `ModelError`.
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
@@ -189,7 +189,7 @@ class Runner:
         states = [self._forward(weights, [piece], pad) for piece, pad in _tiles(chunk)]
         if not chunk.want:
             return torch.empty(0, self.config.vocab_size)
-        # Row by row: a product of one shape, whatever was asked for beside it.
+        # Row by row: products of one shape, however many rows are requested.
         rows = torch.cat(states)[len(chunk.ids) - chunk.want :]
         return torch.cat([_logits(weights, row[None]) for row in rows])
 
@@ -201,8 +201,8 @@ class Runner:
     def _forward(
         self, weights: Weights, chunks: Sequence[Chunk], pad: tuple[int, int] = (0, 0)
     ) -> Tensor:
-        """The residual stream (N, D) after the last layer. `pad` rows before and behind a single
-        chunk fill up a tile; they are computed, not cached and not returned."""
+        """The residual stream (N, D) after the last layer. `pad` rows before and after a single
+        chunk fill a tile; they are computed, not cached and not returned."""
         before, behind = pad
         ids: list[int] = [0] * before
         positions: list[int] = []
@@ -299,7 +299,7 @@ def _logits(weights: Weights, hidden: Tensor) -> Tensor:
 
 
 def _spans(chunks: Sequence[Chunk], pad: tuple[int, int]) -> Spans:
-    """Rows of a pass that have an adapter; those of neighbours that share one in one span."""
+    """Rows of a pass that have an adapter; neighbours with the same adapter share a span."""
     spans: list[tuple[Adapter, slice]] = []
     start = 0
     for chunk in chunks:

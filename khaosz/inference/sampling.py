@@ -17,7 +17,7 @@ from khaosz.errors import GenerationError
 MAX_CHOICES = 128
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
-MAX_STOP = 1024  # characters of a stop string: each may be looked for at every token
+MAX_STOP = 1024  # characters of a stop string: all are searched at every token
 MAX_BIASES = 1024
 _LIKELY = 1024  # candidates a filter looks at first, before it sorts the whole vocabulary
 
@@ -33,7 +33,7 @@ class SamplingParams:
     prompt and output; `presence_penalty` and `frequency_penalty` are OpenAI's, over the output.
     `logit_bias` adds to single tokens. `n` choices share one prompt. `logprobs` asks for that many
     alternatives beside each token's own log-probability. `json_schema` (a JSON text), `regex` or
-    `lark` (a grammar as llguidance has it) holds the output to a form.
+    `lark` (a grammar in llguidance's syntax) constrains the output.
     """
 
     max_tokens: int = 256
@@ -86,7 +86,7 @@ class SamplingParams:
             (
                 "regex",
                 sum(form is not None for form in (self.json_schema, self.regex, self.lark)) <= 1,
-                "left out where another form is given",
+                "omitted when another constraint is given",
             ),
         ]
         for name, fine, expected in rules:
@@ -96,13 +96,13 @@ class SamplingParams:
 
     @property
     def form(self) -> tuple[str, str] | None:
-        """What the output is held to: which kind of form, and its text."""
+        """The constraint on the output: its kind and its text."""
         forms = {"json_schema": self.json_schema, "regex": self.regex, "lark": self.lark}
         return next(((name, text) for name, text in forms.items() if text is not None), None)
 
 
 class TokenCounts:
-    """What penalties need to know of a sequence, updated token by token at a constant cost."""
+    """Token counts of a sequence for penalties, updated token by token at a constant cost."""
 
     def __init__(self, vocab_size: int, prompt: Sequence[int]) -> None:
         self.seen = torch.zeros(vocab_size, dtype=torch.bool)  # in prompt or output
@@ -123,7 +123,7 @@ def needs_counts(params: SamplingParams) -> bool:
 
 
 def adjusted_logits(logits: Tensor, params: SamplingParams, counts: TokenCounts | None) -> Tensor:
-    """Logits (V,) in fp32 after bias and penalties; the input is left alone."""
+    """Logits (V,) in fp32 after bias and penalties; the input is not modified."""
     logits = logits.float()
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias), device=logits.device)
@@ -143,14 +143,14 @@ def adjusted_logits(logits: Tensor, params: SamplingParams, counts: TokenCounts 
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """What top-k, top-p, min-p and typical-p, in that order, leave of adjusted logits (V,) at a
+    """What top-k, top-p, min-p and typical-p, in that order, keep of adjusted logits (V,) at a
     temperature above 0: logits (S,), equal up to a constant, and their ids (S,), None for all."""
-    # Against the largest first: a temperature close to 0 must not overflow to inf - inf.
+    # Minus the largest first: a temperature close to 0 must not overflow to inf - inf.
     logits = (logits - logits.max()) / max(params.temperature, 1e-6)
     ids: Tensor | None = None
     if 0 < params.top_k < len(logits):
         least = logits.topk(params.top_k).values[-1]
-        ids = (logits >= least).nonzero().squeeze(1)  # equals at the edge all stay
+        ids = (logits >= least).nonzero().squeeze(1)  # ties at the threshold all stay
         logits = logits[ids]
     if params.top_p < 1.0:
         ordered, order = _likeliest(logits, params.top_p)
@@ -161,8 +161,8 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
         order = order[keep]
         logits, ids = logits[order], order if ids is None else ids[order]
     if params.min_p > 0.0:
-        kept = (logits >= logits.max() + float(np.log(params.min_p))).nonzero().squeeze(1)
-        logits, ids = logits[kept], kept if ids is None else ids[kept]
+        index = (logits >= logits.max() + float(np.log(params.min_p))).nonzero().squeeze(1)
+        logits, ids = logits[index], index if ids is None else ids[index]
     if params.typical_p < 1.0:
         log_probabilities = logits.log_softmax(0)
         probabilities = log_probabilities.exp()
@@ -177,10 +177,10 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor |
 
 
 def _likeliest(logits: Tensor, mass: float) -> tuple[Tensor, Tensor]:
-    """Logits, largest first, and their places: as many as hold `mass`, or all of them."""
+    """Logits, largest first, and their indices: as many as hold `mass`, or all of them."""
     if len(logits) > _LIKELY:
         values, places = logits.topk(_LIKELY)
-        # The edge itself must be inside, with room for rounding.
+        # The threshold itself must be inside, with a margin for rounding.
         if float((values - logits.logsumexp(0)).exp().sum()) > mass + 1e-3:
             return values, places
     return logits.sort(descending=True, stable=True)
@@ -208,7 +208,7 @@ def sample(
 
     Raises `GenerationError` for logits that are not finite: the weights are broken.
     """
-    # The extremes tell: NaN spreads to both, and -inf is a structured output's "not here".
+    # The extremes suffice: NaN spreads to both, and -inf is what a grammar forbids.
     low, high = logits.aminmax()
     if not (bool(high.isfinite()) and not bool(low.isnan()) and float(low) < float("inf")):
         raise GenerationError(
@@ -219,7 +219,7 @@ def sample(
     if params.temperature == 0:
         return int(logits.argmax())
     left, ids = candidates(logits, params)
-    # In fp64: a sum over a large vocabulary in fp32 would starve the last tokens.
+    # In fp64: a sum over a large vocabulary in fp32 would never reach the last tokens.
     ladder = left.double().softmax(-1).cumsum(-1)
     place = int(torch.searchsorted(ladder, uniform * float(ladder[-1]), right=True))
     place = min(place, len(left) - 1)

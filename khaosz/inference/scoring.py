@@ -65,7 +65,7 @@ def score_documents(
 ) -> Score:
     """Score documents, each alone, in consecutive non-overlapping windows of `window` inputs.
 
-    Every token after the first is scored exactly once (those of the loss mask, if there is one);
+    Every token after the first is scored exactly once (those of the loss mask, if given);
     the first input of a later window is the last target of the one before. The model is left in
     the mode it was in.
     """

@@ -8,41 +8,41 @@ from khaosz.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """Holds back what may still turn out to begin a stop string; O(longest stop) per token."""
+    """Holds back what may be the start of a stop string; O(longest stop) per token."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
         self._decoder = StreamDecoder(tokenizer)
         self._stops = stops
-        self._held = ""
+        self._pending = ""
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that is final, and whether a stop string was met."""
         return self._release(self._decoder.push(token), last=False)
 
     def finish(self) -> tuple[str, bool]:
-        """The rest, with U+FFFD for a character that never was completed."""
+        """The rest, with U+FFFD for an incomplete character."""
         return self._release(self._decoder.finish(), last=True)
 
     def _release(self, text: str, *, last: bool) -> tuple[str, bool]:
-        self._held += text
-        stop = first_stop(self._held, self._stops)
+        self._pending += text
+        stop = first_stop(self._pending, self._stops)
         if stop is not None:
-            ready, self._held = self._held[:stop], ""
+            ready, self._pending = self._pending[:stop], ""
             return ready, True
-        keep = 0 if last else possible_stop(self._held, self._stops)
-        at = len(self._held) - keep
-        ready, self._held = self._held[:at], self._held[at:]
+        keep = 0 if last else possible_stop(self._pending, self._stops)
+        at = len(self._pending) - keep
+        ready, self._pending = self._pending[:at], self._pending[at:]
         return ready, False
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where the earliest stop string begins, or None."""
-    found = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-    return min(found, default=None)
+    starts = [at for at in (text.find(stop) for stop in stops) if at >= 0]
+    return min(starts, default=None)
 
 
 def possible_stop(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a beginning of some stop string."""
+    """Length of the longest end of `text` that is the start of a stop string."""
     for length in range(min(len(text), max(map(len, stops), default=0)), 0, -1):
         if any(stop.startswith(text[-length:]) for stop in stops):
             return length

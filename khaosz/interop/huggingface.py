@@ -1,7 +1,7 @@
 """Hugging Face model directories, in and out: `config.json` and `model.safetensors`.
 
 What we write, `transformers` loads as Llama, Qwen2 or Qwen3 with equal logits; what it writes of
-those families, we load. A feature we do not compute is refused by name, never ignored.
+those families, we load. A feature that is not supported is rejected by name, never ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from khaosz.model.module import Rotary, rotary_frequencies
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ALIGNMENT = 64  # bytes
-_MAX_LAYERS = 10_000  # far above any model, far below what would cost memory to name
+_MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
@@ -72,14 +72,14 @@ def save_model(
     sequence classifier of one label."""
     directory.mkdir(parents=True, exist_ok=True)
     tokens = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
-    given = {name: value for name, value in tokens.items() if value is not None}
+    token_ids = {name: value for name, value in tokens.items() if value is not None}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    values = {**config_to_hf(model.config), **given, "dtype": dtype}
+    values = {**config_to_hf(model.config), **token_ids, "dtype": dtype}
     if isinstance(model, RewardModel):
         values["architectures"] = [FAMILIES[model_type(model.config)].reward_architecture]
         values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     else:
-        write_json(directory / "generation_config.json", {**given, "do_sample": True})
+        write_json(directory / "generation_config.json", {**token_ids, "do_sample": True})
     write_json(directory / "config.json", values)
     tensors = {_hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
     with atomic_path(directory / WEIGHTS) as partial:
@@ -101,7 +101,7 @@ def load_model(
     config = _loadable_config(directory)
     if is_reward_model(directory):
         raise ModelError(
-            f"{directory} is a reward model: it judges text and writes none",
+            f"{directory} is a reward model, which does not generate text",
             hint="name it as reward_model=, or in `khaosz eval preference`",
         )
     loaded, head = _read_parameters(directory, config, parameter_shapes(config), device, dtype)
@@ -120,13 +120,13 @@ def load_reward_model(
 ) -> RewardModel:
     """A `RewardModel` from a directory of a one-label sequence classifier, in evaluation mode.
 
-    Raises `ModelError` as `load_model` does, and for a directory that is no reward model.
+    Raises `ModelError` as `load_model` does, and for a directory that is not a reward model.
     """
     directory = Path(directory)
     config = _loadable_config(directory)
     if not is_reward_model(directory):
         raise ModelError(
-            f"{directory} is no reward model",
+            f"{directory} is not a reward model",
             hint="train one with stage=rm, or name a one-label sequence classifier",
         )
     loaded, _ = _read_parameters(directory, config, reward_shapes(config), device, dtype)
@@ -145,7 +145,7 @@ def is_reward_model(directory: str | Path) -> bool:
 
 def _loadable_config(directory: Path) -> ModelConfig:
     config = load_config(directory)
-    if config.num_hidden_layers > _MAX_LAYERS:  # before anything names them one by one
+    if config.num_hidden_layers > _MAX_LAYERS:  # before their names are listed
         raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
     return config
 
@@ -157,21 +157,21 @@ def _read_parameters(
     device: str | torch.device,
     dtype: torch.dtype,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Every parameter by our name, and a tied head that is written all the same."""
-    wanted = {_hf_name(name): (name, shape) for name, shape in shapes.items()}
+    """Every parameter by our name, and a tied head if it is stored."""
+    expected = {_hf_name(name): (name, shape) for name, shape in shapes.items()}
     loaded: dict[str, Tensor] = {}
     head: Tensor | None = None
     for path in weight_files(directory):
         try:
             with safe_open(str(path), framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    # A body saved without its head (Qwen3-Embedding) leaves its name away.
-                    name = f"model.{stored}" if f"model.{stored}" in wanted else stored
-                    if name in wanted:
+                    # A body saved without its head (Qwen3-Embedding) omits "model.".
+                    name = f"model.{stored}" if f"model.{stored}" in expected else stored
+                    if name in expected:
                         tensor = file.get_tensor(stored)
                         if tensor.dtype not in _DTYPES:
                             raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
-                        loaded[wanted[name][0]] = _aligned(tensor.to(device, dtype))
+                        loaded[expected[name][0]] = _aligned(tensor.to(device, dtype))
                     elif name == "lm_head.weight" and "lm_head.weight" not in shapes:
                         head = file.get_tensor(name)
                         if head.dtype not in _DTYPES:
@@ -180,18 +180,18 @@ def _read_parameters(
                         raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
-    for hf_name, (name, shape) in wanted.items():
+    for hf_name, (name, shape) in expected.items():
         if name not in loaded:
             raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
-        if (found := tuple(loaded[name].shape)) != shape:
-            raise ModelError(f"{directory}: tensor '{hf_name}' is {found}, expected {shape}")
+        if (actual := tuple(loaded[name].shape)) != shape:
+            raise ModelError(f"{directory}: tensor '{hf_name}' is {actual}, expected {shape}")
     check_rotary(config, str(directory))
     return loaded, head
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """Where PyTorch would have put it: a file's tensors lie at any multiple of eight bytes, and
-    kernels that sum in another order there make a resumed run differ in its last bit (seen on AMD).
+    """Aligned as PyTorch allocates: a file's tensors are at any multiple of eight bytes, where
+    kernels may sum in another order, so that a resumed run differs in its last bit (seen on AMD).
     """
     return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
 
@@ -231,7 +231,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 def check_rotary(config: ModelConfig, source: str) -> None:
-    """Raises `ModelError` for rotary settings, each in its range, that together mean nothing."""
+    """Raises `ModelError` for rotary settings, each in its range, that are invalid together."""
     try:
         frequencies, amplitude = rotary_frequencies(config)
     except (ArithmeticError, ValueError) as error:
@@ -288,7 +288,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
-    """`ModelConfig` of a config.json; raises `ModelError` for what we do not compute."""
+    """`ModelConfig` of a config.json; raises `ModelError` for what is not supported."""
     name = values.get("model_type")
     if name == "mistral" and (window := values.get("sliding_window")):
         context = values.get("max_position_embeddings", 131_072)

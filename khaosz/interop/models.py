@@ -1,4 +1,4 @@
-"""A model by its path, whatever it is kept in, and from one form to the other."""
+"""Models by path, in either format, and conversion between the formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from khaosz.model import Transformer
 
 
 def default_name(model: Path) -> str:
-    """What the model's path calls it: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
+    """A model's name by its path: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
     path = model.resolve()
     named = path.parent if path.name == "last" else path
     return named.name.removesuffix(".gguf")
@@ -53,7 +53,7 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None) 
     source, target = Path(source), Path(target)
     if is_gguf(source) == is_gguf(target):
         raise ModelError(
-            f"{source} and {target} are of one kind",
+            f"{source} and {target} have the same format",
             hint="convert DIR OUT.gguf, or convert IN.gguf DIR",
         )
     if target.exists():

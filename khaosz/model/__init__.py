@@ -1,5 +1,5 @@
-"""The network: one decoder-only Transformer, readable top to bottom. It knows no devices, ranks
-or losses."""
+"""The network: one decoder-only Transformer, readable top to bottom. It does not depend on
+devices, ranks or losses."""
 
 from khaosz.model.reward import RewardModel, reward_shapes
 from khaosz.model.transformer import Transformer, evaluating, parameter_shapes

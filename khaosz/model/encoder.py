@@ -17,7 +17,7 @@ from torch import Tensor, nn
 @dataclass(frozen=True)
 class EncoderConfig:
     """first_position: where a text's positions begin; RoBERTa's begin behind the padding id.
-    labels: outputs of the classification head, 0 where there is none. pooler: whether BERT's
+    labels: outputs of the classification head, 0 without one. pooler: whether BERT's
     dense layer over the first token comes before it, or RoBERTa's own."""
 
     vocab_size: int
@@ -66,7 +66,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Ids to hidden states, and to class logits where there is a head."""
+    """Ids to hidden states, and to class logits with a classification head."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -82,8 +82,8 @@ class Encoder(nn.Module):
             self.classes = nn.Linear(width, config.labels)
 
     def forward(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) of ids (B, T), padded on the right to T; lengths (B,). What
-        stands in the padding means nothing."""
+        """Hidden states (B, T, D) of ids (B, T), padded on the right to T; lengths (B,). The
+        content of the padding has no effect."""
         length = ids.shape[1]
         places = torch.arange(length, device=ids.device)
         x = self.words(ids) + self.positions(places + self.config.first_position)

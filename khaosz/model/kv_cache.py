@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 64  # positions by which a cache grows at least
+BLOCK = 64  # a cache grows by a multiple of this many positions
 
 
 class SequenceCache:
-    """A tensor (2K, capacity, H) a layer, keys before values; grown on demand, never to the maximum
-    in advance, and layer by layer, so that no second cache is in memory meanwhile. `truncate`
-    forgets the end (speculation, a chat that goes back); `fork` copies the beginning (a shared
-    prefix).
+    """A tensor (2K, capacity, H) per layer, keys before values. It grows on demand, layer by layer,
+    so that no second copy of it is in memory. `truncate` drops the end (speculation, an edited
+    chat); `fork` copies the beginning (a shared prefix).
 
-    With dtype int8 a position's key and value of each head have a scale of their own: half the
-    memory of bf16, at the price of widening what attention reads.
+    With dtype int8 each head's key and value of a position have a scale of their own: half the
+    memory of bf16, at the cost of dequantising what attention reads.
     """
 
     def __init__(
@@ -53,28 +52,28 @@ class SequenceCache:
         return sum(tensor.nbytes for tensor in (*self._stores, *self._scales))
 
     def reserve(self, positions: int) -> None:
-        """Room for `positions` in all, by half as much again at least: the copies of a growing
-        sequence stay linear in its length."""
+        """Make room for `positions` in total. A growing sequence gets up to half as much again, so
+        that its copies stay linear in its length."""
         if positions <= self.capacity:
             return
-        wanted = max(positions, min(self.capacity + self.capacity // 2, positions + 16 * BLOCK))
-        capacity = -(-wanted // BLOCK) * BLOCK
+        target = max(positions, min(self.capacity + self.capacity // 2, positions + 16 * BLOCK))
+        capacity = -(-target // BLOCK) * BLOCK
         for tensors in (self._stores, self._scales):
             for layer, old in enumerate(tensors):
-                # Zeroed: positions behind the last are masked out, but 0 * NaN would still be NaN.
+                # Zeroed: positions after the last are masked out, but 0 * NaN would still be NaN.
                 new = old.new_zeros(len(old), capacity, old.shape[2])
                 new[:, : self.length] = old[:, : self.length]
                 tensors[layer] = new
 
     @staticmethod
     def capacity_at_most(positions: int) -> int:
-        """What `reserve` may come to for a sequence that never has more than `positions`."""
+        """The largest capacity that `reserve` gives a sequence of at most `positions`."""
         blocks = -(-positions // BLOCK)
         return (blocks + min(-(-blocks // 2), 16)) * BLOCK
 
     def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> Tensor:
-        """Put T new positions (T, K, H) behind the last; returns all keys and values (2K, S, H) up
-        to them and `extra` positions more: fp32 of int8, else as stored. `advance` moves the
+        """Write T new positions (T, K, H) after the last. Returns all keys and values (2K, S, H),
+        and those of `extra` positions more: int8 as fp32, others as stored. `advance` moves the
         length, once per pass."""
         end = self.length + len(keys)
         new, seen = slice(self.length, end), slice(0, end + extra)
@@ -93,7 +92,7 @@ class SequenceCache:
         assert self.length <= self.capacity, (self.length, self.capacity)
 
     def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
+        """Drop all positions from `length` on."""
         assert 0 <= length <= self.length, (length, self.length)
         self.length = length
 

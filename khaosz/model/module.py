@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), scaling honoured."""
+    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with scaling."""
 
     inverse_frequency: Tensor
 
@@ -66,7 +66,7 @@ class Rotary(nn.Module):
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Inverse frequencies (H / 2,) and the factor on cosines and sines.
 
-    The formulas are those of the papers named at `RopeScaling`, with transformers' rounding.
+    Formulas: the papers named in `RopeScaling`, with transformers' rounding.
     """
     half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
     inverse = 1.0 / (config.rope_theta ** (half / config.head_dim))

@@ -1,4 +1,4 @@
-"""A Transformer with a scalar head: one number per position."""
+"""A Transformer with a scalar output: one reward or value per position."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class RewardModel(Transformer):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        # No head of its own to leave untrained: the tied setting makes none.
+        # The tied setting creates no vocabulary head, which would stay untrained.
         super().__init__(config.updated(tie_word_embeddings=True))
         self.config = config
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
@@ -27,21 +27,21 @@ class RewardModel(Transformer):
     def from_transformer(
         cls, model: Transformer, generator: torch.Generator | None = None
     ) -> RewardModel:
-        """A reward model that starts from a language model's body (copied).
+        """A reward model with a copy of a language model's body.
 
-        Without a `generator` its head is zero: every state is worth nothing until a critic learns
-        otherwise. With one, the CPU's, it is drawn small: two answers that end alike would give a
-        head of zeros no gradient, and it gives the body none.
+        Without a `generator` its head is zero: the values that a critic starts with. With one, on
+        the CPU, it is small and random: a zero head gets no gradient from two answers with the
+        same end, and passes none to the body.
         """
-        made = cls(model.config)
+        reward = cls(model.config)
         body = {n: v for n, v in model.state_dict().items() if not n.startswith("lm_head.")}
-        made.load_state_dict({**body, "score.weight": made.score.weight})
+        reward.load_state_dict({**body, "score.weight": reward.score.weight})
         if generator is None:
-            nn.init.zeros_(made.score.weight)
+            nn.init.zeros_(reward.score.weight)
         else:
             spread = 0.1 * model.config.hidden_size**-0.5
-            nn.init.normal_(made.score.weight, std=spread, generator=generator)
-        return made.to(model.embed_tokens.weight.device)
+            nn.init.normal_(reward.score.weight, std=spread, generator=generator)
+        return reward.to(model.embed_tokens.weight.device)
 
     def rewards(self, hidden: Tensor) -> Tensor:
         """Rewards (...) of hidden states (..., D), fp32 or wider."""

@@ -2,7 +2,7 @@
 
 Shapes: B rows, T positions, D hidden width, V vocabulary, Q query heads, K key/value heads, H head
 width.
-Parameter names are Hugging Face's, less the leading "model.", so a checkpoint is a plain copy.
+Parameter names are Hugging Face's without the leading "model.", so a checkpoint is a plain copy.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Fresh weights: matrices uniform with variance 1 / (3 * inputs); norms at one; those that
-        write to the residual stream at zero, so that every block begins as the identity."""
+        write to the residual stream at zero, so that every block starts as the identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 bound = module.in_features**-0.5
@@ -108,8 +108,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's parameters, in their order, without making it: readers of
-    files check against them first, and a module on the meta device takes a second to import."""
+    """Names and shapes of a model's parameters, in order, without creating it: readers of files
+    check them first, and the first embedding on the meta device takes a second."""
     width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
     block = block_shapes(config)

@@ -49,7 +49,7 @@ def finish(by: Engine) -> list[Output]:
     return outputs
 
 
-def told(outputs: Sequence[Output], request_id: int = 0, choice: int = 0) -> tuple[Any, ...]:
+def summary(outputs: Sequence[Output], request_id: int = 0, choice: int = 0) -> tuple[Any, ...]:
     """Everything that a request was told: ids, log-probabilities, text, reason."""
     mine = [o for o in outputs if (o.request_id, o.choice) == (request_id, choice)]
     assert [o.finish_reason is None for o in mine] == [True] * (len(mine) - 1) + [False]
@@ -64,11 +64,11 @@ def told(outputs: Sequence[Output], request_id: int = 0, choice: int = 0) -> tup
 def alone(prompt: list[int], params: SamplingParams, **settings: Any) -> tuple[Any, ...]:
     by = engine(**settings)
     request_id = by.add(prompt, params)
-    return told(finish(by), request_id)
+    return summary(finish(by), request_id)
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_a_cache_changes_nothing(prompt: list[int]) -> None:
+def test_cached_decoding_matches_uncached(prompt: list[int]) -> None:
     """The slow truth: the whole sequence through a fresh cache for every token."""
     runner = Runner.from_module(MODEL, deterministic=True)
     ids, values = list(prompt), []
@@ -86,16 +86,16 @@ def test_a_cache_changes_nothing(prompt: list[int]) -> None:
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
 @pytest.mark.parametrize("step_tokens", [1, 7, 512])
-def test_a_batch_is_its_requests_alone(params: SamplingParams, step_tokens: int) -> None:
+def test_batched_requests_match_single_requests(params: SamplingParams, step_tokens: int) -> None:
     expected = [alone(prompt, params) for prompt in PROMPTS]
     by = engine(step_tokens=step_tokens)
     ids = [by.add(prompt, params) for prompt in PROMPTS]
     outputs = finish(by)
-    assert [told(outputs, i) for i in ids] == expected
+    assert [summary(outputs, i) for i in ids] == expected
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
-def test_requests_that_come_late_disturb_nobody(params: SamplingParams) -> None:
+def test_late_requests_do_not_affect_others(params: SamplingParams) -> None:
     expected = [alone(prompt, params) for prompt in PROMPTS]
     by, ids, outputs = engine(max_batch=2), [], []
     for prompt in PROMPTS:
@@ -104,15 +104,15 @@ def test_requests_that_come_late_disturb_nobody(params: SamplingParams) -> None:
             by.step()
         outputs += by.take()
     outputs += finish(by)
-    assert [told(outputs, i) for i in ids] == expected
+    assert [summary(outputs, i) for i in ids] == expected
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
-def test_a_prefix_hit_is_a_miss(params: SamplingParams) -> None:
+def test_prefix_hit_matches_miss(params: SamplingParams) -> None:
     """A second turn, the same question again, and another question to the same document."""
     by = engine()
     first = by.add(PROMPTS[2], params)
-    tokens = told(finish(by), first)[0]
+    tokens = summary(finish(by), first)[0]
     turn = [*PROMPTS[2], *tokens, 9, 9, 9]
     other = [*PROMPTS[2][:30], 11, 12]
     for prompt in (turn, PROMPTS[2], other, turn[:35]):
@@ -120,22 +120,22 @@ def test_a_prefix_hit_is_a_miss(params: SamplingParams) -> None:
         outputs = finish(by)
         assert outputs[-1].cached_tokens >= 30, "it was a hit"
         assert outputs[-1].cached_tokens < len(prompt), "the last token's logits are needed"
-        assert told(outputs, request_id) == alone(prompt, params)
+        assert summary(outputs, request_id) == alone(prompt, params)
 
 
-def test_running_sequences_share_their_prompt_too() -> None:
+def test_running_sequences_share_their_prompt() -> None:
     by = engine()
     by.add(PROMPTS[2], GREEDY)
     by.step()
     second = by.add([*PROMPTS[2][:-1], 8, 8], GREEDY)
     outputs = finish(by)
     assert next(o for o in outputs if o.request_id == second).cached_tokens == 40
-    assert told(outputs, second) == alone([*PROMPTS[2][:-1], 8, 8], GREEDY)
+    assert summary(outputs, second) == alone([*PROMPTS[2][:-1], 8, 8], GREEDY)
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED, replace(SAMPLED, repetition_penalty=1.2)])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_speculation_is_plain_decoding(params: SamplingParams, prompt: list[int]) -> None:
+def test_speculation_matches_plain_decoding(params: SamplingParams, prompt: list[int]) -> None:
     assert alone(prompt, params, prompt_lookup=True) == alone(prompt, params)
 
 
@@ -155,11 +155,11 @@ def test_speculation_takes_fewer_steps_where_the_text_repeats() -> None:
 
 
 @pytest.mark.parametrize("params", [replace(GREEDY, n=3), replace(SAMPLED, n=3)])
-def test_choices_share_a_prompt_and_draw_by_themselves(params: SamplingParams) -> None:
+def test_choices_share_prompt_and_draw_independently(params: SamplingParams) -> None:
     by = engine()
     request_id = by.add(PROMPTS[0], params)
     outputs = finish(by)
-    choices = [told(outputs, request_id, c) for c in range(3)]
+    choices = [summary(outputs, request_id, c) for c in range(3)]
     assert choices[0] == alone(PROMPTS[0], replace(params, n=1))
     if params.temperature:
         assert len({tuple(tokens) for tokens, *_ in choices}) == 3
@@ -167,7 +167,7 @@ def test_choices_share_a_prompt_and_draw_by_themselves(params: SamplingParams) -
         assert choices[0] == choices[1] == choices[2]
 
 
-def test_streams_and_batches_of_the_generator_agree() -> None:
+def test_generator_streams_match_batches() -> None:
     generator = Generator(Runner.from_module(MODEL, deterministic=True), tokenizer())
     prompts = ["the fox", "春眠", "quick 晓 dog"]
     whole = generator.generate_batch(prompts, SAMPLED)
@@ -182,7 +182,7 @@ def test_streams_and_batches_of_the_generator_agree() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 6, 12])
-def test_cancelling_stops_at_once_and_disturbs_nobody(steps: int) -> None:
+def test_cancelling_stops_at_once_without_affecting_others(steps: int) -> None:
     expected = alone(PROMPTS[1], GREEDY)
     by = engine(step_tokens=10)
     long, short = by.add(PROMPTS[2], GREEDY), by.add(PROMPTS[1], GREEDY)
@@ -194,12 +194,12 @@ def test_cancelling_stops_at_once_and_disturbs_nobody(steps: int) -> None:
     assert last.finish_reason == "cancelled"
     outputs += finish(by)
     assert outputs[-1].request_id == short
-    assert told(outputs, short) == expected
+    assert summary(outputs, short) == expected
     by.cancel(long)
     by.cancel(12345)
 
 
-def test_a_broken_request_ends_alone() -> None:
+def test_broken_request_does_not_affect_others() -> None:
     """Logits that are not finite end the sequence they belong to."""
     expected = alone(PROMPTS[1], GREEDY)
     poisoned = 77
@@ -217,10 +217,10 @@ def test_a_broken_request_ends_alone() -> None:
     outputs = finish(by)
     (failed,) = [o for o in outputs if o.request_id == bad]
     assert failed.finish_reason == "error" and "not finite" in str(failed.error)
-    assert told(outputs, good) == expected
+    assert summary(outputs, good) == expected
 
 
-def test_a_surprise_ends_its_own_answer(
+def test_unexpected_error_ends_only_its_sequence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = alone(PROMPTS[1], GREEDY)
@@ -237,10 +237,10 @@ def test_a_surprise_ends_its_own_answer(
     (failed,) = [o for o in outputs if o.request_id == bad]
     assert failed.finish_reason == "error" and str(failed.error) == "the answer failed"
     assert "nobody thought of it" in caplog.text
-    assert told(outputs, good) == expected and not by.unfinished
+    assert summary(outputs, good) == expected and not by.unfinished
 
 
-def test_requests_out_of_range_are_refused_by_name() -> None:
+def test_out_of_range_requests_are_rejected_by_name() -> None:
     by = engine()
     with pytest.raises(GenerationError, match="prompt is empty"):
         by.add([], GREEDY)
@@ -255,7 +255,7 @@ def test_requests_out_of_range_are_refused_by_name() -> None:
     assert not by.unfinished
 
 
-def test_the_cache_budget_makes_requests_wait() -> None:
+def test_requests_wait_for_cache_budget() -> None:
     need = engine()._need(len(PROMPTS[0]), GREEDY)
     by = engine(cache_bytes=need + 1)
     ids = [by.add(PROMPTS[0], GREEDY) for _ in range(3)]
@@ -266,7 +266,7 @@ def test_the_cache_budget_makes_requests_wait() -> None:
         most = max(most, len(by._running))
         outputs += by.take()
     assert most == 1
-    assert all(told(outputs, i) == alone(PROMPTS[0], GREEDY) for i in ids)
+    assert all(summary(outputs, i) == alone(PROMPTS[0], GREEDY) for i in ids)
 
 
 def test_prefixes_stay_within_their_budget() -> None:
@@ -280,7 +280,7 @@ def test_prefixes_stay_within_their_budget() -> None:
     assert by.prefixes.nbytes == 0
 
 
-def test_a_live_model_answers_as_its_weights_saved_and_loaded(tmp_path: Any) -> None:
+def test_live_model_matches_saved_and_loaded_model(tmp_path: Any) -> None:
     model = random_model(tokenizer().vocab_size, seed=3)
     live = Generator(model, tokenizer())
     for seed in (3, 4):  # the same prompt before and after an update
@@ -288,11 +288,11 @@ def test_a_live_model_answers_as_its_weights_saved_and_loaded(tmp_path: Any) -> 
             for parameter in model.parameters():
                 parameter.add_(0.01 * seed)
         save_model(model, tmp_path / str(seed))
-        kept = Generator(load_model(tmp_path / str(seed)), tokenizer())
-        assert live.generate(PROMPTS[0], GREEDY) == kept.generate(PROMPTS[0], GREEDY)
+        saved = Generator(load_model(tmp_path / str(seed)), tokenizer())
+        assert live.generate(PROMPTS[0], GREEDY) == saved.generate(PROMPTS[0], GREEDY)
 
 
-def test_the_fast_path_is_near_the_slow_one() -> None:
+def test_fast_path_is_close_to_deterministic_path() -> None:
     fast, slow = Runner.from_module(MODEL), Runner.from_module(MODEL, deterministic=True)
     a = fast.run([Chunk(p, fast.new_cache(), len(p)) for p in PROMPTS])
     b = slow.run([Chunk(p, slow.new_cache(), len(p)) for p in PROMPTS])
@@ -301,7 +301,7 @@ def test_the_fast_path_is_near_the_slow_one() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_an_int8_cache_is_near_and_smaller() -> None:
+def test_int8_cache_is_close_and_smaller() -> None:
     def runner(**settings: Any) -> Runner:
         weights = Runner.from_module(MODEL).weights
         return Runner(MODEL.config, weights, **settings)
@@ -323,7 +323,7 @@ def test_an_int8_cache_is_near_and_smaller() -> None:
     by = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer())
     chunked = Engine(runner(cache_dtype=torch.int8, deterministic=True), tokenizer(), step_tokens=5)
     ids = [e.add(PROMPTS[2], GREEDY) for e in (by, chunked)]
-    assert told(finish(by), ids[0]) == told(finish(chunked), ids[1])
+    assert summary(finish(by), ids[0]) == summary(finish(chunked), ids[1])
 
 
 # ------------------------------------------------------------------------------------------ pieces
@@ -334,17 +334,17 @@ def test_an_int8_cache_is_near_and_smaller() -> None:
     text=st.text(alphabet="ab中🙂\n", max_size=30),
     stops=st.lists(st.text(alphabet="ab中🙂", min_size=1, max_size=4), max_size=3),
 )
-def test_stop_strings_never_leak(text: str, stops: list[str]) -> None:
+def test_stop_strings_are_not_emitted(text: str, stops: list[str]) -> None:
     by = TextStream(tokenizer(), stops)
-    said, stopped = "", False
+    output, stopped = "", False
     for token in tokenizer().encode(text):
         piece, stopped = by.push(token)
-        said += piece
+        output += piece
         if stopped:
             break
     if not stopped:
         piece, stopped = by.finish()
-        said += piece
+        output += piece
     # The stop string that is complete first counts; of several that one token completes, the one
     # that begins first.
     ids, expected = tokenizer().encode(text), text
@@ -354,11 +354,11 @@ def test_stop_strings_never_leak(text: str, stops: list[str]) -> None:
         if at is not None:
             expected = shown[:at]
             break
-    assert said == expected
+    assert output == expected
     assert stopped == (first_stop(text, stops) is not None)
 
 
-def test_lookup_proposes_what_followed_and_rests_when_wrong() -> None:
+def test_prompt_lookup_proposes_continuations_and_pauses_when_rejected() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2])
     assert lookup.propose() == [3, 4, 5]
     lookup.extend([9])
@@ -372,7 +372,7 @@ def test_lookup_proposes_what_followed_and_rests_when_wrong() -> None:
     assert lookup.propose(), "tried again later"
 
 
-def test_embeddings_are_pooled_and_of_length_one() -> None:
+def test_embeddings_are_pooled_and_normalised() -> None:
     generator = Generator(MODEL, tokenizer())
     texts = ["the fox", "春眠不觉晓"]
     for pooling in ("last", "mean"):

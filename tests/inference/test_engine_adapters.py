@@ -73,28 +73,26 @@ def test_one_pass_serves_different_adapters_and_none(adapters: list[Path]) -> No
         Chunk(IDS[: 3 + i], runner.new_cache(), 3, adapter) for i, adapter in enumerate(users)
     ]
     references = {id(first): merged(adapters[0]), id(second): merged(adapters[1])}
-    for chunk, found in zip(chunks, runner.run(chunks), strict=True):
+    for chunk, result in zip(chunks, runner.run(chunks), strict=True):
         by = references.get(id(chunk.adapter), plain())
         [expected] = by.run([Chunk(chunk.ids, by.new_cache(), 3)])
-        torch.testing.assert_close(found, expected, **NEAR)
+        torch.testing.assert_close(result, expected, **NEAR)
     assert first.nbytes > second.nbytes > 0
 
 
-def test_tiles_take_their_adapter_along(adapters: list[Path]) -> None:
+def test_tiles_keep_their_adapter(adapters: list[Path]) -> None:
     model = random_model(tokenizer().vocab_size)
     runner = Runner.from_module(model, deterministic=True)
     adapter = loaded(adapters[0], runner.config)
     ids = IDS * 2  # more than one tile
-    [found] = runner.run([Chunk(ids, runner.new_cache(), 4, adapter)])
+    [result] = runner.run([Chunk(ids, runner.new_cache(), 4, adapter)])
     by = merged(adapters[0])
     [expected] = by.run([Chunk(ids, by.new_cache(), 4)])
-    torch.testing.assert_close(found, expected, **NEAR)
+    torch.testing.assert_close(result, expected, **NEAR)
 
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_a_gguf_files_rows_are_the_adapters_rows(
-    adapters: list[Path], tmp_path: Path, kind: str
-) -> None:
+def test_adapter_rows_match_gguf_row_order(adapters: list[Path], tmp_path: Path, kind: str) -> None:
     """GGUF orders the rows of queries and keys otherwise; an adapter knows the model's own."""
     wide: dict[str, Any] = {"qk_norm": False, "head_dim": 32, "hidden_size": 64}
     wide |= {"intermediate_size": 96}
@@ -109,16 +107,16 @@ def test_a_gguf_files_rows_are_the_adapters_rows(
     save_gguf(base, tokenizer(), tmp_path / "base.gguf", kind)
     runner = Runner.open(tmp_path / "base.gguf", dtype=torch.float32)
     adapter = loaded(tmp_path / "adapter", runner.config)
-    [found] = runner.run([Chunk(IDS, runner.new_cache(), 4, adapter)])
+    [result] = runner.run([Chunk(IDS, runner.new_cache(), 4, adapter)])
     if kind == "F32":
         merge_lora(tuned)
         by = Runner.from_module(tuned)
         [expected] = by.run([Chunk(IDS, by.new_cache(), 4)])
         # Twice as wide as the others, and logits of up to 20.
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-4)
+        torch.testing.assert_close(result, expected, rtol=2e-5, atol=1e-4)
     else:  # the base is rounded to eight bits, so only that the update arrives
         [without] = runner.run([Chunk(IDS, runner.new_cache(), 4)])
-        assert not torch.allclose(found, without, atol=0.1)
+        assert not torch.allclose(result, without, atol=0.1)
 
 
 def texts(outputs: list[Output]) -> dict[int, str]:
@@ -136,20 +134,20 @@ def finish(engine: Engine) -> dict[int, str]:
     return texts(outputs)
 
 
-def test_answers_are_those_of_the_merged_models(adapters: list[Path]) -> None:
+def test_adapters_match_merged_models(adapters: list[Path]) -> None:
     engine = Engine(plain(), tokenizer())
     chosen = [None, *(loaded(path, engine.runner.config) for path in adapters)]
     ids = [engine.add(IDS, GREEDY, adapter=adapter) for adapter in chosen]
-    found = finish(engine)
+    result = finish(engine)
     runners = [plain(), *(merged(path) for path in adapters)]
     for request, runner in zip(ids, runners, strict=True):
         alone = Engine(runner, tokenizer())
         alone.add(IDS, GREEDY)
-        assert found[request] == finish(alone)[0]
-    assert len(set(found.values())) == 3
+        assert result[request] == finish(alone)[0]
+    assert len(set(result.values())) == 3
 
 
-def test_a_prefix_belongs_to_who_computed_it(adapters: list[Path]) -> None:
+def test_prefix_cache_separates_adapters(adapters: list[Path]) -> None:
     """The same prompt again, after and beside another adapter's: never its keys and values."""
     engine = Engine(plain(), tokenizer())
     adapter = loaded(adapters[0], engine.runner.config)
@@ -170,14 +168,14 @@ def test_a_prefix_belongs_to_who_computed_it(adapters: list[Path]) -> None:
     assert finish(engine)[beside] == expected[None]
 
 
-def test_a_matcher_may_be_made_before() -> None:
+def test_matcher_can_be_prepared_in_advance() -> None:
     params = SamplingParams(max_tokens=12, regex="(ab|cd)q", seed=1)
     engine = Engine(plain(), tokenizer())
     request = engine.add(IDS, params, matcher=matcher_for(params, tokenizer()))
     assert finish(engine)[request] in ("abq", "cdq")
 
 
-def test_a_grammar_holds_the_output() -> None:
+def test_grammar_constrains_output() -> None:
     lark = 'start: "<" word "," word ">"\nword: /[abq]{1,3}/'
     engine = Engine(plain(), tokenizer())
     request = engine.add(IDS, SamplingParams(max_tokens=40, lark=lark, seed=2))

@@ -47,7 +47,7 @@ def runner() -> Runner:
     return Runner.from_module(MODEL, deterministic=True)
 
 
-def told(outputs: list[Output], request_id: int, choice: int) -> Told:
+def summary(outputs: list[Output], request_id: int, choice: int) -> Told:
     mine = [o for o in outputs if (o.request_id, o.choice) == (request_id, choice)]
     assert [o.finish_reason is None for o in mine] == [True] * (len(mine) - 1) + [False], mine
     tokens = [token for o in mine for token in o.token_ids]
@@ -67,7 +67,7 @@ def alone(prompt: int, kind: int) -> list[Told]:
     while by.unfinished:
         by.step()
         outputs += by.take()
-    return [told(outputs, request_id, choice) for choice in range(KINDS[kind].n)]
+    return [summary(outputs, request_id, choice) for choice in range(KINDS[kind].n)]
 
 
 def live_caches() -> int:
@@ -91,7 +91,7 @@ arrivals = st.tuples(
     max_batch=st.sampled_from([1, 3, 8]),
     prefix_bytes=st.sampled_from([0, 60_000, 1 << 20]),
 )
-def test_any_schedule(
+def test_random_schedules(
     schedule: list[Any], step_tokens: int, max_batch: int, prefix_bytes: int
 ) -> None:
     before = live_caches()
@@ -104,7 +104,7 @@ def test_any_schedule(
         cache_bytes=300_000,
     )
     outputs: list[Output] = []
-    asked: list[tuple[int, int, int]] = []
+    invoked: list[tuple[int, int, int]] = []
     cancelled: set[int] = set()
 
     def step() -> None:
@@ -115,23 +115,23 @@ def test_any_schedule(
         assert by.prefixes.nbytes <= prefix_bytes
 
     for prompt, kind, lookup, steps, cancel in schedule:
-        asked.append((by.add(PROMPTS[prompt], KINDS[kind], prompt_lookup=lookup), prompt, kind))
+        invoked.append((by.add(PROMPTS[prompt], KINDS[kind], prompt_lookup=lookup), prompt, kind))
         for _ in range(steps):
             step()
-        if cancel is not None and cancel < len(asked):
-            by.cancel(asked[cancel][0])
-            cancelled.add(asked[cancel][0])
+        if cancel is not None and cancel < len(invoked):
+            by.cancel(invoked[cancel][0])
+            cancelled.add(invoked[cancel][0])
             outputs.extend(by.take())
     while by.unfinished:
         step()
-    for request_id, prompt, kind in asked:
+    for request_id, prompt, kind in invoked:
         for choice, expected in enumerate(alone(prompt, kind)):
-            said = told(outputs, request_id, choice)
-            if said[3] == "cancelled":
+            output = summary(outputs, request_id, choice)
+            if output[3] == "cancelled":
                 assert request_id in cancelled
-                assert said[0] == expected[0][: len(said[0])]
+                assert output[0] == expected[0][: len(output[0])]
             else:
-                assert said == expected
+                assert output == expected
     assert live_caches() - before == len(by.prefixes._entries)
 
 
@@ -146,7 +146,7 @@ def test_cancelling_a_prompt_ends_every_choice() -> None:
         assert sorted(ended) == [0, 1, 2] and not by.unfinished
 
 
-def test_prompts_come_behind_answers_and_do_not_stop_them() -> None:
+def test_decoding_is_scheduled_before_prompts() -> None:
     by = Engine(runner(), tokenizer(), step_tokens=4)
     first = by.add([7], GREEDY)
     by.step()
@@ -164,7 +164,7 @@ def test_short_prompts_share_a_step() -> None:
     assert [o.request_id for o in by.take()] == ids
 
 
-def test_choices_count_for_the_batch_before_they_part() -> None:
+def test_choices_count_for_batch_before_they_fork() -> None:
     by = Engine(runner(), tokenizer(), max_batch=4)
     for _ in range(3):
         by.add(PROMPTS[0], KINDS[2])
@@ -172,7 +172,7 @@ def test_choices_count_for_the_batch_before_they_part() -> None:
     assert [s.choice for s in by._running] == [0, 1, 2]
 
 
-def test_a_stream_nobody_reads_costs_nothing() -> None:
+def test_unread_stream_computes_nothing() -> None:
     generator = Generator(runner(), tokenizer())
     pieces = generator.stream(PROMPTS[0], GREEDY)
     assert not generator.engine.unfinished
@@ -184,18 +184,18 @@ def test_a_stream_nobody_reads_costs_nothing() -> None:
     assert not generator.engine.unfinished and not generator.engine.take()
 
 
-def test_the_same_question_again_is_kept_once() -> None:
+def test_repeated_prompt_is_cached_once() -> None:
     by = Engine(runner(), tokenizer())
     ((whole, *_),) = alone(4, 0)
     for most in (12, 12, 2, 12):  # an answer cut short is the beginning of what is there
         by.add(PROMPTS[4], replace(GREEDY, max_tokens=most))
         while by.unfinished:
             by.step()
-        (held,) = by.prefixes._entries.values()
-        assert len(held.ids) == len(PROMPTS[4]) + len(whole) - 1
+        (stored,) = by.prefixes._entries.values()
+        assert len(stored.ids) == len(PROMPTS[4]) + len(whole) - 1
 
 
-def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
+def test_rejected_draft_leaves_cache_unchanged() -> None:
     """The next step must not see keys and values of tokens that were not chosen."""
     by = Engine(runner(), tokenizer(), prompt_lookup=True)
     # Few tokens to choose from: pairs come again, and what follows them is often another one.
@@ -213,13 +213,13 @@ def test_a_wrong_draft_leaves_no_trace_in_the_cache() -> None:
             fresh = by.runner.new_cache()
             by.runner.run([Chunk(sequence.ids[:-1], fresh, 0)])
             length = fresh.length
-            for anew, kept in zip(fresh._stores, sequence.cache._stores, strict=True):
-                assert torch.equal(anew[:, :length], kept[:, :length])
+            for anew, saved in zip(fresh._stores, sequence.cache._stores, strict=True):
+                assert torch.equal(anew[:, :length], saved[:, :length])
     assert drafted, "no draft was wrong"
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
-def test_a_conversation_that_goes_on_in_two_ways_at_once(params: SamplingParams) -> None:
+def test_two_continuations_of_one_conversation(params: SamplingParams) -> None:
     """The first takes the kept cache over; the second must not write into the same one."""
     by = Engine(runner(), tokenizer())
     request_id = by.add(PROMPTS[4], params)
@@ -227,7 +227,7 @@ def test_a_conversation_that_goes_on_in_two_ways_at_once(params: SamplingParams)
     while by.unfinished:
         by.step()
         outputs += by.take()
-    turn = [*PROMPTS[4], *told(outputs, request_id, 0)[0]]
+    turn = [*PROMPTS[4], *summary(outputs, request_id, 0)[0]]
     ways = [[*turn, 5, 20, 21], [*turn, 5, 30, 31, 32]]
     expected = []
     for way in ways:
@@ -235,13 +235,13 @@ def test_a_conversation_that_goes_on_in_two_ways_at_once(params: SamplingParams)
         fresh.add(way, params)
         while fresh.unfinished:
             fresh.step()
-        expected.append(told(fresh.take(), 0, 0))
+        expected.append(summary(fresh.take(), 0, 0))
     ids = [by.add(way, params) for way in ways]
     outputs = []
     while by.unfinished:
         by.step()
         outputs += by.take()
-    assert [told(outputs, i, 0) for i in ids] == expected
+    assert [summary(outputs, i, 0) for i in ids] == expected
     assert all(o.cached_tokens >= len(PROMPTS[4]) for o in outputs), "both were hits"
 
 
@@ -252,14 +252,14 @@ class Flat(Runner):
         return [torch.zeros_like(rows) for rows in super().run(chunks)]
 
 
-def test_a_draw_depends_on_its_place_in_the_answer_alone() -> None:
+def test_draw_depends_only_on_position_in_answer() -> None:
     by = Engine(Flat.from_module(MODEL), tokenizer())
     ids = [by.add(prompt, replace(SAMPLED, max_tokens=5)) for prompt in PROMPTS]
     outputs = []
     while by.unfinished:
         by.step()
         outputs += by.take()
-    assert len({tuple(told(outputs, i, 0)[0]) for i in ids}) == 1
+    assert len({tuple(summary(outputs, i, 0)[0]) for i in ids}) == 1
 
 
 class Bounded(Runner):
@@ -281,12 +281,12 @@ def test_drafts_stay_within_context_and_budget() -> None:
         by.step()
         outputs += by.take()
     for request_id, prompt in zip(ids, PROMPTS, strict=True):
-        tokens, _, _, reason = told(outputs, request_id, 0)
+        tokens, _, _, reason = summary(outputs, request_id, 0)
         assert len(prompt) + len(tokens) == CONTEXT and reason == "length"
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_embeddings_together_are_embeddings_alone(pooling: Any) -> None:
+def test_batched_embeddings_match_single_embeddings(pooling: Any) -> None:
     generator = Generator(runner(), tokenizer())
     generator.engine.step_tokens = 40  # several passes of several texts
     texts = ["the fox", "春眠不觉晓", "x", "lazy dog " * 8, "处处", "the quick brown fox"] * 2

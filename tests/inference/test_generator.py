@@ -66,7 +66,7 @@ def endless_tokens(generator: Generator, ids: list[int], params: SamplingParams)
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("stop", [(), ("e", "o")])
-def test_the_joined_stream_is_the_whole(seed: int, stop: tuple[str, ...]) -> None:
+def test_joined_stream_matches_whole_answer(seed: int, stop: tuple[str, ...]) -> None:
     generator = babbler()
     ids = generator.prompt_ids("the fox 春眠")
     params = SamplingParams(max_tokens=60, temperature=1.0, seed=seed, stop=stop)
@@ -92,7 +92,7 @@ def greedy_without_cache(generator: Generator, ids: list[int], count: int) -> li
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_with_a_cache_is_greedy_without(seed: int) -> None:
+def test_cached_greedy_matches_uncached_greedy(seed: int) -> None:
     generator = Generator(random_model(tokenizer().vocab_size, seed), tokenizer())
     ids = generator.prompt_ids("quick 晓")
     slow = greedy_without_cache(generator, ids, 40)
@@ -103,7 +103,7 @@ def test_greedy_with_a_cache_is_greedy_without(seed: int) -> None:
     assert completion.tokens == (ends[0] + 1 if ends else 40)
 
 
-def test_a_seed_makes_it_reproducible() -> None:
+def test_seed_makes_output_reproducible() -> None:
     generator, ids = babbler(), babbler().prompt_ids("the")
 
     def run(seed: int | None) -> str:
@@ -122,7 +122,7 @@ def test_old_name_of_prompt_lookup() -> None:
     assert not Generator(model, by).engine.prompt_lookup
 
 
-def test_a_stream_can_be_left_and_started_again() -> None:
+def test_stream_can_be_abandoned_and_restarted() -> None:
     generator, ids = babbler(), babbler().prompt_ids("the")
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=1)
     whole = generator.generate(ids, params)
@@ -131,7 +131,7 @@ def test_a_stream_can_be_left_and_started_again() -> None:
     assert generator.generate(ids, params) == whole
 
 
-def test_the_repetition_penalty_reaches_what_was_generated() -> None:
+def test_repetition_penalty_covers_generated_tokens() -> None:
     chain = bytewise().encode("abc")
     generator = parrot(chain, bytewise())
     assert isinstance(generator.model, Transformer)
@@ -153,18 +153,18 @@ def test_the_repetition_penalty_reaches_what_was_generated() -> None:
 # ------------------------------------------------------------------------------- ends and reasons
 
 
-def test_the_end_token_ends_and_is_not_shown() -> None:
+def test_end_token_ends_and_is_not_emitted() -> None:
     chain = bytewise().encode("Hi")
     completion = parrot(chain, bytewise()).generate(chain[:1], GREEDY)
     assert completion == Completion("i", 2, "stop")  # the end token is counted
 
 
-def test_the_end_of_a_document_ends_too() -> None:
+def test_end_of_document_ends_generation() -> None:
     chain = [*bytewise().encode("Hi"), bytewise().eos_id]
     assert parrot(chain, bytewise()).generate(chain[:1], GREEDY) == Completion("i", 2, "stop")
 
 
-def test_a_limit_is_called_a_limit() -> None:
+def test_max_tokens_finishes_with_length() -> None:
     chain = bytewise().encode("abcdef")
     generator = parrot(chain, bytewise())
     params = SamplingParams(temperature=0.0, max_tokens=3)
@@ -174,7 +174,7 @@ def test_a_limit_is_called_a_limit() -> None:
     assert generator.generate(chain[:1], params) == Completion("bcdef", 6, "stop")
 
 
-def test_the_context_is_a_limit() -> None:
+def test_context_finishes_with_length() -> None:
     generator = babbler()
     generator = Generator(generator.model, generator.tokenizer)
     generator.engine.end_ids = set()
@@ -186,7 +186,7 @@ def test_the_context_is_a_limit() -> None:
     assert (last.tokens, last.finish_reason) == (1, "length")
 
 
-def test_prompts_that_cannot_be_answered_are_refused_at_once() -> None:
+def test_unanswerable_prompts_are_rejected_at_once() -> None:
     generator = babbler()
     with pytest.raises(GenerationError, match="prompt is empty"):
         generator.stream([])
@@ -199,7 +199,7 @@ def test_prompts_that_cannot_be_answered_are_refused_at_once() -> None:
             generator.stream([1, token])
 
 
-def test_an_empty_text_is_continued_from_the_begin_token() -> None:
+def test_empty_text_continues_from_begin_token() -> None:
     assert babbler().prompt_ids("") == [tokenizer().bos_id]
     assert babbler().generate(babbler().prompt_ids(""), GREEDY).tokens > 0
 
@@ -207,7 +207,7 @@ def test_an_empty_text_is_continued_from_the_begin_token() -> None:
 # ---------------------------------------------------------------------------------- stop strings
 
 
-def test_a_stop_string_over_several_tokens_never_leaks() -> None:
+def test_stop_string_of_several_tokens_is_not_emitted() -> None:
     chain = bytewise().encode("abcdefgh")
     generator = parrot(chain, bytewise())
     pieces = list(generator.stream(chain[:1], with_stop("def")))
@@ -216,7 +216,7 @@ def test_a_stop_string_over_several_tokens_never_leaks() -> None:
     assert not any(set(piece.text) & set("def") for piece in pieces)
 
 
-def test_what_only_begins_like_a_stop_string_is_said_in_the_end() -> None:
+def test_partial_stop_string_is_emitted_at_end() -> None:
     chain = bytewise().encode("abcdef")
     generator = parrot(chain, bytewise())
     pieces = list(generator.stream(chain[:1], with_stop("cdX", "efg")))
@@ -238,20 +238,20 @@ def test_what_only_begins_like_a_stop_string_is_said_in_the_end() -> None:
         (("中",), "abcdef"),
     ],
 )
-def test_the_earliest_of_several_stop_strings_counts(stops: tuple[str, ...], text: str) -> None:
+def test_earliest_stop_string_wins(stops: tuple[str, ...], text: str) -> None:
     chain = bytewise().encode("0abcdef")
     generator = parrot(chain, bytewise())
     assert generator.generate(chain[:1], with_stop(*stops)).text == text
 
 
-def test_a_stop_string_of_characters_over_several_tokens() -> None:
+def test_stop_string_of_multi_token_characters() -> None:
     chain = bytewise().encode("0中🙂é1")
     generator = parrot(chain, bytewise())
     pieces = list(generator.stream(chain[:1], with_stop("🙂é")))
     assert joined(pieces) == "中" and pieces[-1].finish_reason == "stop"
 
 
-def test_a_stop_string_within_one_token() -> None:
+def test_stop_string_within_one_token() -> None:
     by = tokenizer()
     ids = by.encode("quick")
     assert len(ids) < 5, "a merged token is wanted here"
@@ -263,7 +263,7 @@ def test_a_stop_string_within_one_token() -> None:
 # ------------------------------------------------------------------------------------------ bytes
 
 
-def test_a_character_over_several_tokens_is_never_cut() -> None:
+def test_characters_of_several_tokens_are_not_split() -> None:
     text = "中🙂é"
     chain = [bytewise().bos_id, *bytewise().encode(text)]
     assert len(chain) == 1 + 9
@@ -273,7 +273,7 @@ def test_a_character_over_several_tokens_is_never_cut() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_any_bytes_stream_to_what_they_decode_to(seed: int) -> None:
+def test_streamed_bytes_match_decoded_bytes(seed: int) -> None:
     """Random weights over a byte vocabulary give broken UTF-8: the same marks, streamed or not."""
     generator = Generator(random_model(bytewise().vocab_size, seed), bytewise())
     ids = generator.prompt_ids("q")
@@ -301,12 +301,12 @@ def test_rows_beyond_the_tokenizer_are_never_sampled() -> None:
     assert len(tokens) == 50 and max(tokens) < size
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+def test_tokenizer_larger_than_model_is_rejected() -> None:
     with pytest.raises(GenerationError, match=r"the tokenizer has 273 tokens, the model only 272"):
         Generator(random_model(272), bytewise())
 
 
-def test_broken_weights_are_explained() -> None:
+def test_broken_weights_are_reported() -> None:
     model = random_model(bytewise().vocab_size)
     with torch.no_grad():
         model.norm.weight.fill_(float("nan"))
@@ -314,23 +314,23 @@ def test_broken_weights_are_explained() -> None:
         Generator(model, bytewise()).generate([1])
 
 
-def test_generate_by_directory_by_text_and_by_messages(tmp_path: Path) -> None:
+def test_generate_from_directory_text_and_messages(tmp_path: Path) -> None:
     model = random_model(tokenizer().vocab_size)
     save_model(model, tmp_path)
     tokenizer().save(tmp_path)
-    kept = Generator(model, tokenizer())
+    saved = Generator(model, tokenizer())
     params = SamplingParams(max_tokens=20, temperature=1.0, seed=7)
     by_text = generate(tmp_path, "the fox", params)
-    assert by_text == kept.generate(kept.prompt_ids("the fox"), params)
+    assert by_text == saved.generate(saved.prompt_ids("the fox"), params)
     messages = [{"role": "user", "content": "the fox"}]
     by_messages = generate(str(tmp_path), messages, params)
     by = tokenizer()
     ids = [by.bos_id, by.special_ids["<|user|>"], *by.encode("the fox"), by.end_id]
     ids.append(by.special_ids["<|assistant|>"])
-    assert by_messages == kept.generate(ids, params) == generate(kept, messages, params)
+    assert by_messages == saved.generate(ids, params) == generate(saved, messages, params)
 
 
-def test_a_directory_without_model_or_tokenizer(tmp_path: Path) -> None:
+def test_directory_without_model_or_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         generate(tmp_path / "none", "x")
     save_model(random_model(300), tmp_path)

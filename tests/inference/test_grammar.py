@@ -38,19 +38,19 @@ def generator(seed: int = 0) -> Generator:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_random_weights_speak_json(seed: int, temperature: float) -> None:
+def test_random_weights_generate_json(seed: int, temperature: float) -> None:
     params = SamplingParams(
         max_tokens=480, temperature=temperature, seed=seed, json_schema=json.dumps(SCHEMA)
     )
     # Room for 32 characters in each of 13 places for white space, and for what is to be said.
     completion = generator(seed).generate("x", params)
     assert completion.finish_reason == "stop"
-    said = json.loads(completion.text)
-    assert said.keys() == {"name", "age", "kind"}
-    assert len(said["name"]) <= 4 and 0 <= said["age"] <= 99 and said["kind"] in ("人", "cat")
+    output = json.loads(completion.text)
+    assert output.keys() == {"name", "age", "kind"}
+    assert len(output["name"]) <= 4 and 0 <= output["age"] <= 99 and output["kind"] in ("人", "cat")
 
 
-def test_text_that_looks_like_a_special_token_is_not_one() -> None:
+def test_text_like_a_special_token_is_plain_text() -> None:
     params = SamplingParams(
         max_tokens=40,
         temperature=0.0,
@@ -73,7 +73,7 @@ def test_random_weights_match_an_expression(seed: int, by: Any) -> None:
     assert re.fullmatch(pattern, completion.text)
 
 
-def test_every_choice_has_a_grammar_of_its_own() -> None:
+def test_every_choice_has_its_own_grammar_state() -> None:
     params = SamplingParams(max_tokens=40, temperature=1.0, seed=1, n=4, regex="[a-z]{3}[0-9]")
     texts = [c.text for c in generator().generate_batch(["x"], params)]
     assert all(re.fullmatch("[a-z]{3}[0-9]", text) for text in texts) and len(set(texts)) > 1
@@ -96,14 +96,14 @@ def test_every_choice_has_a_grammar_of_its_own() -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_forms_that_cannot_be_used_are_refused(form: dict[str, str], message: str) -> None:
+def test_unusable_constraints_are_rejected(form: dict[str, str], message: str) -> None:
     engine = generator().engine
     with pytest.raises(GenerationError, match=message) as caught:
         engine.add([1], SamplingParams(max_tokens=5, **form))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value) and not engine.unfinished
 
 
-def test_a_grammar_that_fails_later_ends_its_request_only() -> None:
+def test_late_grammar_failure_ends_only_its_request() -> None:
     """Refused tokens stand for whatever llguidance may meet in the middle of an answer."""
     engine = Engine(generator().engine.runner, tokenizer())
     params = SamplingParams(max_tokens=30, temperature=0.0, regex="[a-z]{20}")
@@ -123,7 +123,7 @@ def test_a_grammar_that_fails_later_ends_its_request_only() -> None:
     assert re.fullmatch("[a-z]{20}", text)
 
 
-def test_a_costly_expression_is_stopped_where_it_costs() -> None:
+def test_costly_regex_is_rejected() -> None:
     one = generator()
     params = SamplingParams(max_tokens=5, regex="((a?){99}){99}a{9801}")
     with pytest.raises(GenerationError, match="too many expressions"):
@@ -131,6 +131,6 @@ def test_a_costly_expression_is_stopped_where_it_costs() -> None:
     assert one.generate("x", SamplingParams(max_tokens=5)).tokens > 0
 
 
-def test_one_form_at_a_time() -> None:
-    with pytest.raises(GenerationError, match="regex must be left out"):
+def test_only_one_constraint_is_allowed() -> None:
+    with pytest.raises(GenerationError, match="regex must be omitted"):
         SamplingParams(regex="a", json_schema="{}")

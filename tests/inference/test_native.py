@@ -31,10 +31,10 @@ BOUND = 1e-4
 def library() -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("KHAOSZ_NATIVE", raising=False)
-        found = native.library()
-    if found is None:
+        result = native.library()
+    if result is None:
         pytest.skip("no compiler, or a processor without vectors")
-    return found
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -73,20 +73,20 @@ def columns_of(kind: str) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_product_is_that_of_the_dequantised_weights(library: ctypes.CDLL, kind: str) -> None:
+def test_product_matches_dequantised_weights(library: ctypes.CDLL, kind: str) -> None:
     for columns in columns_of(kind):
         raws = [raw_rows(kind, rows, columns, seed) for seed, rows in enumerate((16, 53, 35))]
         matrix = MappedMatrix(library, raws, kind)
         assert matrix.nbytes == sum(raw.nbytes for raw in raws)
         for rows in range(1, 18):
             x = inputs(rows, columns)
-            found, expected = matrix(x), exact(raws, kind, x)
-            assert found.shape == (rows, 104) and found.dtype == torch.float32
-            assert (found - expected).norm() < BOUND * expected.norm(), (columns, rows)
+            result, expected = matrix(x), exact(raws, kind, x)
+            assert result.shape == (rows, 104) and result.dtype == torch.float32
+            assert (result - expected).norm() < BOUND * expected.norm(), (columns, rows)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_has_the_same_bits_in_any_company(library: ctypes.CDLL, kind: str) -> None:
+def test_row_is_bitwise_independent_of_other_rows(library: ctypes.CDLL, kind: str) -> None:
     """Whatever the rows beside it, and whatever the threads: also beyond the rows of one round."""
     raw = raw_rows(kind, 333, 1280)
     matrix = MappedMatrix(library, [raw], kind)
@@ -115,37 +115,37 @@ def test_extreme_inputs(library: ctypes.CDLL, kind: str) -> None:
     x[3] *= 1e-25
     x[4] *= 1e30
     x[5, ::2] = 0.0
-    found, expected = matrix(x), exact([raw], kind, x)
-    assert not found[0].any() and not found[2].any()
+    result, expected = matrix(x), exact([raw], kind, x)
+    assert not result[0].any() and not result[2].any()
     for row in (1, 3, 4, 5):
-        wrong = (found[row] - expected[row]).norm() / expected[row].norm()
+        wrong = (result[row] - expected[row]).norm() / expected[row].norm()
         assert wrong < BOUND, (row, wrong)
     # Half a step of every input of a block, against weights that all conspire.
     sizes = torch.from_numpy(np.abs(affine(raw, kind).dense())).double().view(37, 16, 32).sum(2)
     steps = x[1].view(16, 32).abs().amax(1).double() / 32767
-    assert ((found[1] - expected[1]).abs() < 0.52 * sizes @ steps).all()
+    assert ((result[1] - expected[1]).abs() < 0.52 * sizes @ steps).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
-def test_what_is_no_number_is_not_hidden(library: ctypes.CDLL, kind: str, bad: float) -> None:
+def test_nan_inputs_are_not_hidden(library: ctypes.CDLL, kind: str, bad: float) -> None:
     matrix = MappedMatrix(library, [raw_rows(kind, 32, 256)], kind)
     x = inputs(3, 256)
     clean = matrix(x)
     x[1, 77] = bad
-    found = matrix(x)
-    assert not found[1].isfinite().any()
-    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+    result = matrix(x)
+    assert not result[1].isfinite().any()
+    assert torch.equal(result[[0, 2]], clean[[0, 2]])
 
 
-def test_broken_scales_of_a_file_are_not_hidden(library: ctypes.CDLL) -> None:
+def test_nan_scales_of_a_file_are_not_hidden(library: ctypes.CDLL) -> None:
     raw = raw_rows("Q4_0", 32, 64)
     for row, half in enumerate((0x7E00, 0x7C00, 0x0001, 0x8001, 0xFBFF)):  # NaN, inf, subnormal ...
         raw[row, :2] = np.array([half], dtype="<u2").view(np.uint8)
     x = inputs(2, 64)
-    found, expected = MappedMatrix(library, [raw], "Q4_0")(x), exact([raw], "Q4_0", x)
-    assert not found[:, :2].isfinite().any()
-    assert (found - expected)[:, 2:].norm() < BOUND * expected[:, 2:].norm()
+    result, expected = MappedMatrix(library, [raw], "Q4_0")(x), exact([raw], "Q4_0", x)
+    assert not result[:, :2].isfinite().any()
+    assert (result - expected)[:, 2:].norm() < BOUND * expected[:, 2:].norm()
 
 
 def test_inputs_of_another_dtype_or_layout(library: ctypes.CDLL) -> None:
@@ -159,7 +159,7 @@ def test_inputs_of_another_dtype_or_layout(library: ctypes.CDLL) -> None:
     assert matrix(x[:0]).shape == (0, 48)
 
 
-def test_what_the_library_would_trust_is_checked(library: ctypes.CDLL) -> None:
+def test_kernel_inputs_are_checked(library: ctypes.CDLL) -> None:
     raw = raw_rows("Q4_0", 32, 64)
     for wrong in (
         [raw[:, ::2]],
@@ -177,7 +177,7 @@ def test_what_the_library_would_trust_is_checked(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize("options", [["-DKHAOSZ_PLAIN"], ["-mno-avx512f"], ["-mno-avx512vnni"]])
-def test_every_way_gives_the_same_bits(
+def test_all_paths_are_bitwise_equal(
     library: ctypes.CDLL, options: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The plain one, that of AVX2 and that without VNNI: where the others run, these do too."""
@@ -219,29 +219,29 @@ def matrices(runner: Runner) -> list[Matrix]:
     return [product.matrix for layer in products.layers for product in layer.values()]
 
 
-def test_a_model_is_near_its_dequantised_self(library: ctypes.CDLL, model_file: Path) -> None:
+def test_native_model_is_close_to_dequantised_model(library: ctypes.CDLL, model_file: Path) -> None:
     runner = Runner.open(model_file)
     for matrix in (*matrices(runner), runner.weights().head):
         assert isinstance(matrix, MappedMatrix)
     exact_runner = Runner.from_module(load_gguf(model_file))
     ids = list(range(20, 60))
-    found, expected = (r.run([Chunk(ids, r.new_cache(), 40)])[0] for r in (runner, exact_runner))
+    result, expected = (r.run([Chunk(ids, r.new_cache(), 40)])[0] for r in (runner, exact_runner))
     # Every matrix is good to 1e-4; bf16 would be off by 1e-2.
-    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    assert (result - expected).abs().max() < 1e-3 * expected.abs().max()
     cache = runner.new_cache()
     steps = torch.cat([runner.run([Chunk([token], cache, 1)])[0] for token in ids])
     assert (steps - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_caches_may_be_smaller(library: ctypes.CDLL, model_file: Path) -> None:
+def test_smaller_cache_dtypes(library: ctypes.CDLL, model_file: Path) -> None:
     ids = list(range(20, 60))
     runner = Runner.open(model_file)
     expected = runner.run([Chunk(ids, runner.new_cache(), 1)])[0]
     for dtype in (torch.bfloat16, torch.int8):
         small = Runner.open(model_file, cache_dtype=dtype)
-        found = small.run([Chunk(ids, small.new_cache(), 1)])[0]
-        assert found.dtype == torch.float32
-        assert 0 < (found - expected).abs().max() < 0.03 * expected.abs().max()
+        result = small.run([Chunk(ids, small.new_cache(), 1)])[0]
+        assert result.dtype == torch.float32
+        assert 0 < (result - expected).abs().max() < 0.03 * expected.abs().max()
 
 
 def test_weights_are_not_copied(library: ctypes.CDLL, model_file: Path) -> None:
@@ -253,7 +253,7 @@ def test_weights_are_not_copied(library: ctypes.CDLL, model_file: Path) -> None:
         assert all(np.shares_memory(whole, raw) for raw in matrix._raws)
 
 
-def test_it_can_be_switched_off(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_kernel_can_be_disabled(model_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KHAOSZ_NATIVE", "0")
     assert native.library() is None
     runner = Runner.open(model_file)
@@ -270,7 +270,7 @@ def test_deterministic_and_dequantised_runners_do_not_use_it(model_file: Path) -
 
 @pytest.mark.skipif(sys.platform == "win32", reason="scripts that stand for a compiler")
 @pytest.mark.parametrize("script", ["exit 1", "exit 0", 'for o; do :; done; echo no > "$PWD/x"'])
-def test_a_broken_compiler_gives_the_fallback(
+def test_broken_compiler_falls_back_to_packed_matrices(
     script: str, model_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     compiler = tmp_path / "cxx"
@@ -285,14 +285,14 @@ def test_a_broken_compiler_gives_the_fallback(
     assert runner.run([Chunk([20, 21], runner.new_cache(), 1)])[0].isfinite().all()
 
 
-def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_kernel_without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("KHAOSZ_CACHE", str(tmp_path / "cache"))
     assert native.library() is None
 
 
-def test_it_is_compiled_once_and_again_when_broken(
+def test_kernel_is_compiled_once_and_again_when_broken(
     library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "cache" / "native"
@@ -307,5 +307,5 @@ def test_it_is_compiled_once_and_again_when_broken(
     (broken / file.name).write_bytes(b"half a library")
     assert native._compiled(["c++", "-march=native"], broken).khaosz_level() >= 0
     broken.chmod(0o777)
-    with pytest.raises(OSError, match="open to others"):
+    with pytest.raises(OSError, match="writable by other users"):
         native._compiled(["c++", "-march=native"], broken)

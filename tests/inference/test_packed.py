@@ -34,7 +34,7 @@ def raw_rows(kind: str, rows: int, columns: int) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "Q4_K", "Q5_K"])
 @pytest.mark.parametrize("quick", [True, False])
-def test_a_product_is_that_of_the_dequantised_weights(
+def test_product_matches_dequantised_weights(
     kind: str, quick: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not quick:  # the way of a processor whose layout we don't know
@@ -43,14 +43,14 @@ def test_a_product_is_that_of_the_dequantised_weights(
     matrix = pack(raws, kind)
     dense = torch.from_numpy(np.concatenate([affine(raw, kind).dense() for raw in raws]))
     x = torch.randn(5, 512, generator=torch.Generator().manual_seed(1)).bfloat16()
-    found, expected = matrix(x).float(), x.float() @ dense.t()
+    result, expected = matrix(x).float(), x.float() @ dense.t()
     # Scales, zeros and the output are bf16: 2**-9 each of terms that partly cancel.
-    assert (found - expected).abs().max() < 2**-7 * expected.abs().max()
+    assert (result - expected).abs().max() < 2**-7 * expected.abs().max()
     assert matrix.nbytes < dense.nbytes / (3 if affine(raws[0], kind).bits > 4 else 6)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q4_K"])
-def test_a_long_prompt_goes_through_int8(kind: str) -> None:
+def test_long_prompt_uses_int8_products(kind: str) -> None:
     raws = [raw_rows(kind, 576, 1024)]
     matrix = pack(raws, kind)
     dense = torch.from_numpy(affine(raws[0], kind).dense())
@@ -58,16 +58,16 @@ def test_a_long_prompt_goes_through_int8(kind: str) -> None:
     x[7] = 0.0
     x[:, 3] *= 100  # an outlier, as real models have them
     x = x.bfloat16()
-    found, expected = matrix(x).float(), x.float() @ dense.t()
+    result, expected = matrix(x).float(), x.float() @ dense.t()
     near = torch.cat([matrix(part).float() for part in x.split(100)])
-    assert not torch.equal(found, near), "it took the other way"
+    assert not torch.equal(result, near), "it took the other way"
     # The stated error, measured over the whole product.
-    assert (found - expected).norm() < 2**-6 * expected.norm()
+    assert (result - expected).norm() < 2**-6 * expected.norm()
     assert (near - expected).norm() < 2**-8 * expected.norm()
-    assert not found[7].any()
+    assert not result[7].any()
 
 
-def test_odd_matrices_are_left_to_others() -> None:
+def test_matrices_of_unsupported_shape_are_not_packed() -> None:
     assert packable(128, 64, 32, 4)
     assert not packable(100, 64, 32, 4)
     assert not packable(128, 64, 16, 6)
@@ -75,9 +75,7 @@ def test_odd_matrices_are_left_to_others() -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_quantised_model_is_near_its_dequantised_self(
-    tmp_path: Path, kind: str, tied: bool
-) -> None:
+def test_packed_model_is_close_to_dequantised_model(tmp_path: Path, kind: str, tied: bool) -> None:
     model = random_model(
         320,
         hidden_size=128,
@@ -102,7 +100,7 @@ def test_a_quantised_model_is_near_its_dequantised_self(
     torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-4)  # fp32, in another order
 
 
-def test_a_quantised_model_is_deterministic_too(tmp_path: Path) -> None:
+def test_quantised_model_is_deterministic(tmp_path: Path) -> None:
     model = random_model(320, hidden_size=128, intermediate_size=192, head_dim=32)
     save_gguf(model, tokenizer(), tmp_path / "a.gguf", "Q4_0")
     source = GgufModel.open(tmp_path / "a.gguf")
@@ -111,19 +109,19 @@ def test_a_quantised_model_is_deterministic_too(tmp_path: Path) -> None:
     def answers(step_tokens: int, together: bool, lookup: bool) -> list[object]:
         runner = Runner.from_gguf(source, deterministic=True)
         engine = Engine(runner, source.tokenizer(), step_tokens=step_tokens, prompt_lookup=lookup)
-        told: dict[int, list[object]] = {}
+        summary: dict[int, list[object]] = {}
         for prompt in ([5, 6, 7, 5, 6], list(range(30, 70))):
-            told[engine.add(prompt, params)] = []
+            summary[engine.add(prompt, params)] = []
             while engine.unfinished and not together:
                 engine.step()
         while engine.unfinished:
             engine.step()
         for output in engine.take():
-            told[output.request_id] += [output.token_ids, output.logprobs]
+            summary[output.request_id] += [output.token_ids, output.logprobs]
         # How tokens are grouped in outputs is not the question.
         return [
             [t for part in parts for t in part]  # type: ignore[attr-defined]
-            for parts in (told[0][::2], told[0][1::2], told[1][::2], told[1][1::2])
+            for parts in (summary[0][::2], summary[0][1::2], summary[1][::2], summary[1][1::2])
         ]
 
     alone = answers(512, together=False, lookup=False)

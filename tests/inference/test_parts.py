@@ -15,18 +15,18 @@ WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</
 TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 
 
-def told(pieces: list[str], calls: Calls = "marked", thinking: bool = False) -> dict[str, Any]:
+def summary(pieces: list[str], calls: Calls = "marked", thinking: bool = False) -> dict[str, Any]:
     stream = PartStream(calls, thinking=thinking)
-    found = [part for piece in pieces for part in stream.feed(piece)] + stream.finish()
-    said: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
-    for part in found:
+    result = [part for piece in pieces for part in stream.feed(piece)] + stream.finish()
+    output: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
+    for part in result:
         if isinstance(part, ToolCall):
             assert part.id.startswith("call_")
-            said["calls"].append((part.name, json.loads(part.arguments)))
+            output["calls"].append((part.name, json.loads(part.arguments)))
         else:
             assert part.text, "an empty part"
-            said[part.kind] += part.text
-    return said
+            output[part.kind] += part.text
+    return output
 
 
 CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
@@ -66,26 +66,26 @@ CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("text", "calls", "thinking", "expected"), CASES)
-def test_whole_or_in_pieces(
+def test_parts_whole_or_in_pieces(
     text: str, calls: Calls, thinking: bool, expected: dict[str, Any]
 ) -> None:
-    wanted = {"reasoning": "", "content": "", "calls": [], **expected}
-    assert told([text], calls, thinking) == wanted
-    assert told(list(text), calls, thinking) == wanted
+    target = {"reasoning": "", "content": "", "calls": [], **expected}
+    assert summary([text], calls, thinking) == target
+    assert summary(list(text), calls, thinking) == target
     for cut in range(len(text)):
-        assert told([text[:cut], text[cut:]], calls, thinking) == wanted, cut
+        assert summary([text[:cut], text[cut:]], calls, thinking) == target, cut
 
 
 @given(st.lists(st.sampled_from(
     ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}', " ", "\n", "x", "<"]
 ), max_size=12), st.sampled_from(["none", "marked", "bare"]), st.booleans())  # fmt: skip
-def test_pieces_join_to_the_whole(pieces: list[str], calls: Calls, thinking: bool) -> None:
-    whole = told(["".join(pieces)], calls, thinking)
-    assert told(pieces, calls, thinking) == whole
-    assert told(list("".join(pieces)), calls, thinking) == whole
+def test_streamed_parts_join_to_whole(pieces: list[str], calls: Calls, thinking: bool) -> None:
+    whole = summary(["".join(pieces)], calls, thinking)
+    assert summary(pieces, calls, thinking) == whole
+    assert summary(list("".join(pieces)), calls, thinking) == whole
 
 
-def test_nothing_is_held_longer_than_a_mark_needs() -> None:
+def test_text_is_held_only_while_it_may_be_a_marker() -> None:
     stream = PartStream("marked")
     assert stream.feed("one two <") == [Part("content", "one two")]
     assert stream.feed("b>") == [Part("content", " <b>")]

@@ -39,17 +39,17 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-def asked(*words: str) -> Any:
+def run(*words: str) -> Any:
     done = RUNNER.invoke(app, list(words), catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
-def test_quantising_reports_what_it_costs(directory: Path, texts: Path, tmp_path: Path) -> None:
+def test_quantising_reports_quality(directory: Path, texts: Path, tmp_path: Path) -> None:
     losses = {}
     for to, kind in (("int8", "Q8_0"), ("int4", "Q4_1")):
         out = tmp_path / f"{to}.gguf"
-        found = asked(
+        result = run(
             "quantize",
             str(directory),
             "--to",
@@ -60,14 +60,14 @@ def test_quantising_reports_what_it_costs(directory: Path, texts: Path, tmp_path
             str(texts),
             "--json",
         )
-        assert found["type"] == kind and found["bytes"] == out.stat().st_size
+        assert result["type"] == kind and result["bytes"] == out.stat().st_size
         assert GgufModel.open(out).kind("layers.0.mlp.up_proj.weight") == kind
-        quality = found["quality"]
+        quality = result["quality"]
         assert quality["by_lang"].keys() == {"zh", "en"} and quality["tokens"] > 30
         losses[to] = abs(quality["loss_percent"])
-        again = asked("generate", str(out), "--prompt", "the", "--max-tokens", "4", "--json")
+        again = run("generate", str(out), "--prompt", "the", "--max-tokens", "4", "--json")
         assert again["tokens"] >= 1
-        scored = asked("eval", "bpb", str(out), str(texts), "--json")
+        scored = run("eval", "bpb", str(out), str(texts), "--json")
         assert scored["bits_per_byte"] > 0
     assert losses["int8"] < losses["int4"]
     shown = RUNNER.invoke(app, ["quantize", str(directory), "--to", "Q4_0", "--data", str(texts)])
@@ -75,28 +75,28 @@ def test_quantising_reports_what_it_costs(directory: Path, texts: Path, tmp_path
     assert (directory.parent / "model-Q4_0.gguf").exists()
 
 
-def test_what_cannot_be_quantised_is_said(directory: Path, tmp_path: Path) -> None:
+def test_quantize_errors_are_reported(directory: Path, tmp_path: Path) -> None:
     taken = tmp_path / "taken.gguf"
     taken.touch()
     with pytest.raises(ModelError, match="exists"):
-        asked("quantize", str(directory), "--out", str(taken))
+        run("quantize", str(directory), "--out", str(taken))
     with pytest.raises(ModelError, match=r"does not end in \.gguf"):
-        asked("quantize", str(directory), "--out", str(tmp_path / "x.bin"))
+        run("quantize", str(directory), "--out", str(tmp_path / "x.bin"))
     with pytest.raises(ModelError, match="type 'int3'"):
-        asked("quantize", str(directory), "--to", "int3")
+        run("quantize", str(directory), "--to", "int3")
     with pytest.raises(ModelError, match="no such model"):
-        asked("quantize", str(tmp_path / "none"))
+        run("quantize", str(tmp_path / "none"))
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_a_size_can_be_tried_without_a_download(tmp_path: Path) -> None:
+def test_init_writes_random_model_of_a_size(tmp_path: Path) -> None:
     for out in (tmp_path / "nano.gguf", tmp_path / "nano"):
         done = RUNNER.invoke(app, ["init", "--size", "nano", "--out", str(out)])
         assert done.exit_code == 0, done.output
-        found = asked("bench", "infer", str(out), "--rounds", "1", "--json")
-        assert found["prefill_tokens_per_s"] > 0 and found["decode_tokens_per_s"] > 0
-        assert found["ttft_s"] >= found["load_s"] and 0 < found["bandwidth_share"] < 2
+        result = run("bench", "infer", str(out), "--rounds", "1", "--json")
+        assert result["prefill_tokens_per_s"] > 0 and result["decode_tokens_per_s"] > 0
+        assert result["ttft_s"] >= result["load_s"] and 0 < result["bandwidth_share"] < 2
     with pytest.raises(ModelError, match="exists"):
-        asked("init", "--size", "nano", "--out", str(tmp_path / "nano"))
+        run("init", "--size", "nano", "--out", str(tmp_path / "nano"))
     with pytest.raises(ConfigError, match="'namo'"):
-        asked("init", "--size", "namo", "--out", str(tmp_path / "x"))
+        run("init", "--size", "namo", "--out", str(tmp_path / "x"))

@@ -53,29 +53,29 @@ def reference(
         return np.asarray(e / e.sum())
 
     if params.top_k:
-        kept = set(np.argsort(-x)[: params.top_k].tolist())
-        x = np.array([v if i in kept else -np.inf for i, v in enumerate(x)])
+        saved = set(np.argsort(-x)[: params.top_k].tolist())
+        x = np.array([v if i in saved else -np.inf for i, v in enumerate(x)])
     if params.top_p < 1:
-        p, mass, kept = probabilities(), 0.0, set()
+        p, mass, saved = probabilities(), 0.0, set()
         for token in np.argsort(-p):
-            if kept and mass >= params.top_p:
+            if saved and mass >= params.top_p:
                 break
-            kept.add(int(token))
+            saved.add(int(token))
             mass += p[token]
-        x = np.array([v if i in kept else -np.inf for i, v in enumerate(x)])
+        x = np.array([v if i in saved else -np.inf for i, v in enumerate(x)])
     if params.min_p:
         p = probabilities()
         x = np.where(p < params.min_p * p.max(), -np.inf, x)
     if params.typical_p < 1:
-        p, mass, kept = probabilities(), 0.0, set()
+        p, mass, saved = probabilities(), 0.0, set()
         alive = [i for i in range(len(p)) if p[i] > 0]
         entropy = -sum(p[i] * math.log(p[i]) for i in alive)
         for token in sorted(alive, key=lambda i: abs(-math.log(p[i]) - entropy)):
-            if kept and mass >= params.typical_p:
+            if saved and mass >= params.typical_p:
                 break
-            kept.add(token)
+            saved.add(token)
             mass += p[token]
-        x = np.array([v if i in kept else -np.inf for i, v in enumerate(x)])
+        x = np.array([v if i in saved else -np.inf for i, v in enumerate(x)])
     return probabilities()
 
 
@@ -106,7 +106,7 @@ LOGITS = st.lists(st.integers(-900, 900), min_size=2, max_size=40, unique=True).
     seen=st.lists(st.integers(0, 1), max_size=4),
     output=st.lists(st.integers(0, 1), max_size=4),
 )
-def test_filters_are_those_of_the_reference(
+def test_filters_match_reference(
     logits: list[float],
     temperature: float,
     top_k: int,
@@ -130,10 +130,10 @@ def test_filters_are_those_of_the_reference(
         frequency_penalty=penalties[2],
     )
     expected = reference(logits, params, seen, output)
-    found = ours(logits, params, seen, output)
+    result = ours(logits, params, seen, output)
     # fp32 softmax: relative rounding of 1e-7 times exponents of at most 60. A filter that decided
     # otherwise would differ by a whole probability; those below 1e-6 can't be told from rounding.
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(result, expected, rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -171,30 +171,30 @@ def test_samples_follow_the_exact_distribution(changes: dict[str, Any]) -> None:
     assert statistic < freedom * (1 - spread + 3.09 * math.sqrt(spread)) ** 3
 
 
-def test_temperature_zero_is_greedy_and_takes_the_first_of_equals() -> None:
+def test_temperature_zero_takes_first_of_equal_maxima() -> None:
     params = SamplingParams(temperature=0.0, top_k=1, top_p=0.1, min_p=0.5)
     assert sample(torch.tensor([0.0, 3.0, 3.0, -1.0]), params, None, 0.5) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-10, 1e-4])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_a_tiny_temperature_does_not_overflow(temperature: float, scale: float) -> None:
+def test_tiny_temperature_does_not_overflow(temperature: float, scale: float) -> None:
     params = SamplingParams(temperature=temperature)
     logits = torch.tensor([1.0, 3.0, 2.0]) * scale
     assert sample(logits, params, None, 0.5) == 1
 
 
-def test_equals_at_the_edge_of_top_k_all_stay() -> None:
-    kept = ours([2.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=2), [])
-    assert (kept > 0).tolist() == [True, True, True, False]
+def test_top_k_keeps_ties_at_threshold() -> None:
+    saved = ours([2.0, 1.0, 1.0, 0.0], SamplingParams(temperature=1.0, top_k=2), [])
+    assert (saved > 0).tolist() == [True, True, True, False]
 
 
-def test_one_token_always_stays() -> None:
+def test_filters_keep_at_least_one_token() -> None:
     params = SamplingParams(temperature=1.0, top_p=1e-9, min_p=0.999)
     assert (ours([0.1, 0.2, 0.0], params, []) > 0).tolist() == [False, True, False]
 
 
-def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None:
+def test_repetition_penalty_lowers_seen_tokens_of_either_sign() -> None:
     params = SamplingParams(temperature=0.0, repetition_penalty=2.0)
     logits = torch.tensor([4.0, -4.0, 3.0, -3.0])
     seen = counts_of(4, [0, 1, 1], [0, 1])  # how often does not matter
@@ -203,7 +203,7 @@ def test_the_penalty_makes_seen_tokens_less_likely_whatever_their_sign() -> None
     assert filtered_logits(logits, params, counts_of(4, [], [])).tolist() == logits.tolist()
 
 
-def test_sampling_leaves_the_logits_alone() -> None:
+def test_sampling_does_not_modify_logits() -> None:
     logits = torch.tensor([4.0, -4.0, 3.0])
     before = logits.clone()
     params = SamplingParams(top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=2.0)
@@ -211,7 +211,7 @@ def test_sampling_leaves_the_logits_alone() -> None:
     assert torch.equal(logits, before)
 
 
-def test_draws_depend_on_seed_choice_and_place_alone() -> None:
+def test_draws_depend_only_on_seed_choice_and_position() -> None:
     first = [Draws(1, 0).at(i) for i in range(50)]
     assert first == [Draws(1, 0).at(i) for i in range(50)] and len(set(first)) == 50
     assert first[7] == Draws(1, 0).at(7), "whatever was drawn before"
@@ -222,18 +222,18 @@ def test_draws_depend_on_seed_choice_and_place_alone() -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.999])
-def test_a_large_vocabulary_is_filtered_as_a_small_one(top_p: float) -> None:
+def test_large_vocabulary_filters_like_small_one(top_p: float) -> None:
     """The likeliest thousand first, the whole order only where they don't hold the mass."""
     for spread in (0.05, 3.0):
         logits = (torch.randn(5000, generator=torch.Generator().manual_seed(1)) * spread).tolist()
         params = SamplingParams(temperature=1.0, top_p=top_p)
-        found, expected = ours(logits, params, []), reference(logits, params, [])
+        result, expected = ours(logits, params, []), reference(logits, params, [])
         # The edge of the mass may fall one token further by fp32 rounding of 5,000 summands.
-        assert abs(int((found > 0).sum()) - int((expected > 0).sum())) <= 2
-        np.testing.assert_allclose(found, expected, atol=2e-4)
+        assert abs(int((result > 0).sum()) - int((expected > 0).sum())) <= 2
+        np.testing.assert_allclose(result, expected, atol=2e-4)
 
 
-def test_the_ends_of_the_unit_interval_are_tokens() -> None:
+def test_extreme_uniforms_give_tokens() -> None:
     params = SamplingParams(temperature=1.0, top_k=2)
     logits = torch.tensor([-3.0, 1.0, 0.0, -9.0])
     assert sample(logits, params, None, 0.0) == 1
@@ -242,7 +242,7 @@ def test_the_ends_of_the_unit_interval_are_tokens() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
+def test_non_finite_logits_are_reported(temperature: float, bad: float) -> None:
     with pytest.raises(GenerationError, match="not finite"):
         sample(torch.tensor([0.0, bad]), SamplingParams(temperature=temperature), None, 0.5)
 
@@ -285,10 +285,10 @@ def test_broken_logits_are_explained(temperature: float, bad: float) -> None:
         ("stop", ("a", "x" * 1025)),
     ],
 )
-def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+def test_out_of_range_values_are_rejected_by_name(name: str, value: Any) -> None:
     with pytest.raises(GenerationError, match=f"^{name} must be "):
         SamplingParams(**{name: value})
 
 
-def test_the_largest_seed_works() -> None:
+def test_largest_seed() -> None:
     assert 0 <= Draws(SamplingParams(seed=2**63 - 1).seed, 127).at(0) < 1

@@ -63,26 +63,26 @@ def reference_nats(ids: NDArray[np.int64], window: int = 10_000) -> list[float]:
     return nats
 
 
-def test_bits_per_byte_of_the_reference() -> None:
-    found = score([Document(ids_of(text)) for text in TEXTS])
+def test_bits_per_byte_match_reference() -> None:
+    result = score([Document(ids_of(text)) for text in TEXTS])
     nats = sum(sum(reference_nats(ids_of(text))) for text in TEXTS)
     size = sum(len(text.encode()) for text in TEXTS)
-    assert found.text_bytes == size
-    assert found.tokens == sum(len(ids_of(text)) - 1 for text in TEXTS)
-    assert found.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=FP32)
-    assert found.loss == pytest.approx(nats / found.tokens, rel=FP32)
+    assert result.text_bytes == size
+    assert result.tokens == sum(len(ids_of(text)) - 1 for text in TEXTS)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=FP32)
+    assert result.loss == pytest.approx(nats / result.tokens, rel=FP32)
 
 
-def test_the_end_token_is_a_token_but_no_text() -> None:
+def test_end_token_counts_as_token_without_text() -> None:
     ids = ids_of(TEXTS[0], end=True)
-    found, nats = score([Document(ids)]), reference_nats(ids)
-    assert found.nats == pytest.approx(sum(nats), rel=FP32)
-    assert found.text_nats == pytest.approx(sum(nats[:-1]), rel=FP32)
-    assert found.text_bytes == len(TEXTS[0].encode())
+    result, nats = score([Document(ids)]), reference_nats(ids)
+    assert result.nats == pytest.approx(sum(nats), rel=FP32)
+    assert result.text_nats == pytest.approx(sum(nats[:-1]), rel=FP32)
+    assert result.text_bytes == len(TEXTS[0].encode())
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 64])
-def test_windows_score_every_token_once(window: int) -> None:
+def test_windows_score_each_token_once(window: int) -> None:
     documents = [Document(ids_of(text)) for text in TEXTS]
     scored: Counter[tuple[int, int]] = Counter()
     for ids, labels in _batches(documents, window, rows=3):
@@ -95,26 +95,26 @@ def test_windows_score_every_token_once(window: int) -> None:
     for document in documents:
         pairs.update(zip(document.ids[:-1].tolist(), document.ids[1:].tolist(), strict=True))
     assert scored == pairs
-    found = score(documents, window=window)
+    result = score(documents, window=window)
     nats = sum(sum(reference_nats(ids_of(text), window)) for text in TEXTS)
-    assert found.nats == pytest.approx(nats, rel=FP32)
-    assert found.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert result.nats == pytest.approx(nats, rel=FP32)
+    assert result.text_bytes == sum(len(text.encode()) for text in TEXTS)
 
 
-def test_only_what_the_mask_marks_is_scored() -> None:
+def test_only_masked_in_tokens_are_scored() -> None:
     ids = ids_of(TEXTS[1], end=True)
     mask = np.arange(len(ids)) % 3 == 0  # the first token is marked and yet never a target
-    found = score([Document(ids, mask.astype(np.uint8))], window=16)
+    result = score([Document(ids, mask.astype(np.uint8))], window=16)
     nats = reference_nats(ids, 16)
-    kept = [nat for nat, marked in zip(nats, mask[1:], strict=True) if marked]
-    assert found.tokens == len(kept)
-    assert found.nats == pytest.approx(sum(kept), rel=FP32)
+    saved = [nat for nat, marked in zip(nats, mask[1:], strict=True) if marked]
+    assert result.tokens == len(saved)
+    assert result.nats == pytest.approx(sum(saved), rel=FP32)
     sizes = tokenizer().byte_lengths[ids[1:][mask[1:]]]
-    assert found.text_bytes == int(sizes.sum())
+    assert result.text_bytes == int(sizes.sum())
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
-def test_batching_and_padding_change_nothing(rows: int) -> None:
+def test_batching_and_padding_do_not_change_scores(rows: int) -> None:
     documents = [Document(ids_of(text)) for text in TEXTS * 3]
     alone = sum((score([document], rows=1) for document in documents), Score())
     together = score(documents, rows=rows)
@@ -124,7 +124,7 @@ def test_batching_and_padding_change_nothing(rows: int) -> None:
     assert together.text_nats == pytest.approx(alone.text_nats, rel=1e-6)
 
 
-def test_more_segments_than_are_held_at_once() -> None:
+def test_more_segments_than_one_buffer() -> None:
     documents = [Document(ids_of("a quick dog"))] * 50
     one, all_of_them = score(documents[:1]), score(documents, rows=2)  # 16 * 2 are held
     assert all_of_them.tokens == 50 * one.tokens
@@ -139,7 +139,7 @@ def test_more_tokens_than_one_chunk_of_logits() -> None:
 
 
 @pytest.mark.parametrize("ids", [[], [1]])
-def test_a_document_with_nothing_to_score(ids: list[int]) -> None:
+def test_document_without_scored_tokens(ids: list[int]) -> None:
     empty = Document(np.array(ids, dtype=np.int64))
     assert score([empty]) == Score()
     both = score([empty, Document(ids_of("a"))])
@@ -148,13 +148,13 @@ def test_a_document_with_nothing_to_score(ids: list[int]) -> None:
     assert score([masked]) == Score()
 
 
-def test_nothing_scored_is_not_a_number_rather_than_zero() -> None:
+def test_loss_of_nothing_is_nan() -> None:
     assert math.isnan(Score().loss) and math.isnan(Score().bits_per_byte)
     assert score([]) == Score()
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_in_its_mode(training: bool) -> None:
+def test_model_mode_is_restored(training: bool) -> None:
     model().train(training)
     score([Document(ids_of("a"))])
     assert model().training == training
@@ -178,7 +178,7 @@ def test_token_nats_by_hand() -> None:
     assert nats.tolist() == pytest.approx([uniform, uniform], rel=1e-6)
 
 
-def test_scores_add() -> None:
+def test_scores_are_additive() -> None:
     total = Score(1.0, 2, 0.5, 3) + Score(2.0, 4, 1.5, 5)
     assert total == Score(3.0, 6, 2.0, 8)
     assert (total.loss, total.bits_per_byte) == (0.5, 2.0 / math.log(2) / 8)

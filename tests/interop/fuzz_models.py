@@ -171,7 +171,7 @@ def main(count: int) -> None:
         limit = pages * resource.getpagesize() + (1 << 29)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     warnings.simplefilter("error")
-    begun, slowest, readable = time.perf_counter(), 0.0, 0
+    start, slowest, readable = time.perf_counter(), 0.0, 0
     with tempfile.TemporaryDirectory() as folder:
         # The first model of each kind imports what it needs: that is not its file's time.
         assert read_gguf(valid_gguf()) and read_directory(Path(folder), valid_directory())
@@ -185,7 +185,7 @@ def main(count: int) -> None:
             slowest = max(slowest, time.process_time() - started)
             if seed % 50_000 == 49_999:
                 print(f"{seed + 1:,} files, slowest {slowest:.3f} s", file=sys.stderr)
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     report = {"files": count, "readable": readable, "seconds": seconds, "slowest": slowest}
     print(json.dumps(report))
 

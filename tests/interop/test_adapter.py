@@ -74,14 +74,14 @@ def saved(tmp_path: Path) -> Path:
 def edit(directory: Path, **changes: Any) -> None:
     """Change keys of the configuration; `...` removes one."""
     values = json.loads((directory / CONFIG).read_text(encoding="utf-8")) | changes
-    kept = {key: value for key, value in values.items() if value is not ...}
-    (directory / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
+    remaining = {key: value for key, value in values.items() if value is not ...}
+    (directory / CONFIG).write_text(json.dumps(remaining), encoding="utf-8")
 
 
 def edit_tensors(directory: Path, **changes: Tensor | None) -> None:
     tensors = load_file(directory / WEIGHTS) | changes
-    kept = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    save_file(kept, directory / WEIGHTS)
+    remaining = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    save_file(remaining, directory / WEIGHTS)
 
 
 def refused(directory: Path) -> ModelError:
@@ -104,7 +104,7 @@ def refused(directory: Path) -> ModelError:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, family: str, rslora: bool) -> None:
+def test_saved_adapter_loads_bitwise(tmp_path: Path, family: str, rslora: bool) -> None:
     model = adapted({"dropout": 0.25, "rslora": rslora, "alpha": 6.5}, **FAMILIES[family])
     save_adapter(model, tmp_path / "new" / "adapter", tmp_path)
     again = build(**FAMILIES[family])
@@ -121,7 +121,7 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path: Path, family: str, rslora:
     assert learning == set(mine)
 
 
-def test_an_adapter_on_an_int8_base(tmp_path: Path) -> None:
+def test_adapter_on_int8_base(tmp_path: Path) -> None:
     model = adapted({"base": "int8"})
     save_adapter(model, tmp_path, "base")
     again = build()
@@ -130,7 +130,7 @@ def test_an_adapter_on_an_int8_base(tmp_path: Path) -> None:
     assert torch.equal(our_logits(again), our_logits(model))
 
 
-def test_the_layout_is_pefts(tmp_path: Path) -> None:
+def test_adapter_layout_matches_peft(tmp_path: Path) -> None:
     save_adapter(adapted({"target_modules": ["up_proj", "q_proj"]}), tmp_path, Path("models/a"))
     assert json.loads((tmp_path / CONFIG).read_text(encoding="utf-8")) == {
         "peft_type": "LORA",
@@ -165,7 +165,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("blocked", [WEIGHTS, CONFIG])
-def test_a_failed_save_leaves_the_old_adapter(saved: Path, blocked: str) -> None:
+def test_failed_save_leaves_old_adapter(saved: Path, blocked: str) -> None:
     old = contents(saved)
     (
         saved / f".{blocked}.{os.getpid()}.partial"
@@ -178,7 +178,7 @@ def test_a_failed_save_leaves_the_old_adapter(saved: Path, blocked: str) -> None
     load_adapter(build(), saved)
 
 
-def test_a_crash_between_the_files_leaves_what_is_refused(saved: Path) -> None:
+def test_crash_between_files_leaves_an_adapter_that_is_rejected(saved: Path) -> None:
     (saved / WEIGHTS).unlink()
     (saved / WEIGHTS).mkdir()  # stops the save after the old configuration is gone
     with pytest.raises(ModelError, match="cannot write"):
@@ -186,7 +186,7 @@ def test_a_crash_between_the_files_leaves_what_is_refused(saved: Path) -> None:
     assert str(refused(saved)) == f"{saved}: {CONFIG} not found"
 
 
-def test_a_save_replaces_another_adapter(saved: Path) -> None:
+def test_save_replaces_another_adapter(saved: Path) -> None:
     model = adapted({"rank": 2, "alpha": 3.0})
     save_adapter(model, saved, "base")
     again = build()
@@ -309,9 +309,7 @@ def test_pefts_own_configuration_is_read(saved: Path, changes: dict[str, Any]) -
         ),
     ],
 )
-def test_an_option_we_do_not_compute_is_refused(
-    saved: Path, changes: dict[str, Any], message: str
-) -> None:
+def test_unsupported_option_is_rejected(saved: Path, changes: dict[str, Any], message: str) -> None:
     edit(saved, **changes)
     error = refused(saved)
     assert str(saved) in str(error) and message in str(error)
@@ -332,19 +330,19 @@ def test_an_option_we_do_not_compute_is_refused(
         ),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(
+def test_misshapen_tensor_is_named(
     saved: Path, changes: dict[str, Tensor | None], message: str
 ) -> None:
     edit_tensors(saved, **changes)
     assert message in str(refused(saved))
 
 
-def test_an_adapter_of_a_wider_model_is_refused(tmp_path: Path) -> None:
+def test_adapter_of_wider_model_is_rejected(tmp_path: Path) -> None:
     save_adapter(adapted(hidden_size=40), tmp_path, "base")
     assert "is (4, 40), expected (4, 32)" in str(refused(tmp_path))
 
 
-def test_a_pickle_is_never_read(saved: Path) -> None:
+def test_pickle_is_never_read(saved: Path) -> None:
     (saved / WEIGHTS).rename(saved / PICKLED)
     error = refused(saved)
     assert str(error) == f"{saved}: {WEIGHTS} not found"
@@ -353,7 +351,7 @@ def test_a_pickle_is_never_read(saved: Path) -> None:
     assert refused(saved).hint is None
 
 
-def test_what_is_no_adapter_says_so(tmp_path: Path, saved: Path) -> None:
+def test_directory_without_adapter_is_reported(tmp_path: Path, saved: Path) -> None:
     error = refused(tmp_path / "nowhere")
     assert str(error) == f"{tmp_path / 'nowhere'}: {CONFIG} not found"
     assert error.hint is not None and WEIGHTS in error.hint
@@ -368,7 +366,7 @@ def test_what_is_no_adapter_says_so(tmp_path: Path, saved: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 3000, -1])
-def test_a_file_cut_short_is_refused(saved: Path, length: int) -> None:
+def test_truncated_file_is_rejected(saved: Path, length: int) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     (saved / WEIGHTS).write_bytes(whole[:length])
     assert f"{saved / WEIGHTS}: broken or cut short" in str(refused(saved))
@@ -448,10 +446,10 @@ def test_we_load_pefts(tmp_path: Path, family: str, targets: str | list[str]) ->
     ours = load_model(tmp_path / "base")
     plain = our_logits(ours)
     load_adapter(ours, tmp_path / "adapter")
-    found = our_logits(ours)
-    assert not torch.allclose(found, plain, atol=0.1)
+    result = our_logits(ours)
+    assert not torch.allclose(result, plain, atol=0.1)
     with torch.no_grad():
-        torch.testing.assert_close(theirs(ids()).logits, found, rtol=FP32, atol=FP32)
+        torch.testing.assert_close(theirs(ids()).logits, result, rtol=FP32, atol=FP32)
     save_adapter(ours, tmp_path / "again", tmp_path / "base")
     again, original = (load_file(tmp_path / name / WEIGHTS) for name in ("again", "adapter"))
     assert again.keys() == original.keys()

@@ -24,7 +24,7 @@ from khaosz.interop.sentence_transformers import (
     [EmbedderSettings(), EmbedderSettings("last", "query: ", "passage: ", 128)],
     ids=["plain", "all"],
 )
-def test_what_is_written_is_read(
+def test_written_file_is_read_back(
     tmp_path: Path, tokenizer_dir: Path, settings: EmbedderSettings
 ) -> None:
     assert not is_embedder(tmp_path)
@@ -32,7 +32,7 @@ def test_what_is_written_is_read(
     assert is_embedder(tmp_path) and load_embedder_settings(tmp_path) == settings
 
 
-def test_others_begin_a_text_as_we_do(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_begin_token_matches_transformers(tmp_path: Path, tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
     save_embedder(tmp_path, EmbedderSettings(), 32, tokenizer)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -44,12 +44,12 @@ def test_others_begin_a_text_as_we_do(tmp_path: Path, tokenizer_dir: Path) -> No
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
-def test_a_plain_model_has_the_defaults(tmp_path: Path) -> None:
+def test_plain_model_has_defaults(tmp_path: Path) -> None:
     assert load_embedder_settings(tmp_path) == EmbedderSettings()
     assert load_embedder_settings(tmp_path / "model.gguf") == EmbedderSettings()
 
 
-def test_a_directory_of_other_make(tmp_path: Path) -> None:
+def test_directory_of_another_library(tmp_path: Path) -> None:
     """Qwen3-Embedding's files: no word about lengths, and a prompt for queries."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
     modules = [
@@ -65,11 +65,11 @@ def test_a_directory_of_other_make(tmp_path: Path) -> None:
         "config_sentence_transformers.json": {"prompts": prompts, "similarity_fn_name": "cosine"},
     }.items():
         (tmp_path / name).write_text(json.dumps(values))
-    found = load_embedder_settings(tmp_path)
-    assert found == EmbedderSettings("last", "Instruct: find\nQuery:", "", None)
+    result = load_embedder_settings(tmp_path)
+    assert result == EmbedderSettings("last", "Instruct: find\nQuery:", "", None)
 
 
-def test_a_directory_of_sentence_transformers_6(tmp_path: Path) -> None:
+def test_directory_of_sentence_transformers_6(tmp_path: Path) -> None:
     (tmp_path / "1_Pooling").mkdir()
     kinds = ["base.modules.transformer.Transformer", "modules.pooling.Pooling"]
     for name, values in {
@@ -90,7 +90,7 @@ def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_what_is_not_computed_is_refused(tmp_path: Path, tokenizer_dir: Path) -> None:
+def test_unsupported_features_are_rejected(tmp_path: Path, tokenizer_dir: Path) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)
 
     def fresh() -> Path:

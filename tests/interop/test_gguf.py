@@ -95,7 +95,7 @@ def decode_block(kind: str, raw: bytes) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", [k for k in TENSOR_TYPES if is_affine(k)])
-def test_blocks_are_decoded_as_the_format_says(kind: str) -> None:
+def test_blocks_are_decoded_per_format(kind: str) -> None:
     rng = np.random.default_rng(1)
     _, block, size = TENSOR_TYPES[kind]
     raw = rng.integers(0, 256, (6, 2 * size), dtype=np.uint8)
@@ -103,13 +103,13 @@ def test_blocks_are_decoded_as_the_format_says(kind: str) -> None:
     for at in halves.get(kind, [0]):
         values = rng.normal(size=12).astype("<f2").view(np.uint8).reshape(6, 2, 2)
         raw.reshape(6, 2, size)[:, :, at : at + 2] = values
-    found = dequantize(raw, kind)
+    result = dequantize(raw, kind)
     expected = [
         [v for b in range(2) for v in decode_block(kind, bytes(row[b * size : (b + 1) * size]))]
         for row in raw
     ]
     # Every product fits fp32's 24 bits; the one difference of two rounds once.
-    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(result, np.array(expected), rtol=1e-6, atol=1e-5)
     groups = affine(raw, kind)
     assert groups.codes.max() < 2**groups.bits and groups.codes.shape == (6, 2 * block)
 
@@ -126,7 +126,7 @@ def test_blocks_are_decoded_as_the_format_says(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("search", [False, True])
-def test_quantising_keeps_within_half_a_step(kind: str, worst: float, search: bool) -> None:
+def test_quantising_error_is_within_half_a_step(kind: str, worst: float, search: bool) -> None:
     weights = np.random.default_rng(2).normal(size=(8, 64)).astype(np.float32)
     weights[3] = 0.0
     back = dequantize(quantize(weights, kind), kind)
@@ -134,8 +134,8 @@ def test_quantising_keeps_within_half_a_step(kind: str, worst: float, search: bo
     error = np.abs(back - weights).reshape(8, 2, 32).max(axis=2)
     assert (error <= worst * largest + 1e-7).all()
     if search:
-        found = dequantize(quantize(weights, kind, search=True), kind)
-        assert np.square(found - weights).sum() <= np.square(back - weights).sum()
+        result = dequantize(quantize(weights, kind, search=True), kind)
+        assert np.square(result - weights).sum() <= np.square(back - weights).sum()
 
 
 # ------------------------------------------------------------------------------------------ models
@@ -162,9 +162,7 @@ FAMILIES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", FAMILIES, ids=str)
-def test_a_model_comes_back_as_it_went(
-    tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]
-) -> None:
+def test_model_round_trip(tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any]) -> None:
     before = model(**changes)
     save_gguf(before, tokenizer, tmp_path / "a.gguf", "F32")
     after = load_gguf(tmp_path / "a.gguf")
@@ -175,7 +173,7 @@ def test_a_model_comes_back_as_it_went(
     torch.testing.assert_close(logits(after), logits(before), rtol=1e-5, atol=1e-5)
 
 
-def test_the_llama_rows_are_in_llama_cpps_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_llama_rows_are_in_llama_cpp_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """convert_hf_to_gguf.py's permutation, written out."""
     before = model()
     save_gguf(before, tokenizer, tmp_path / "a.gguf", "F32")
@@ -189,9 +187,7 @@ def test_the_llama_rows_are_in_llama_cpps_order(tmp_path: Path, tokenizer: Token
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])
-def test_quantised_rows_are_carried_over_bit_for_bit(
-    tmp_path: Path, tokenizer: Tokenizer, kind: str
-) -> None:
+def test_quantised_rows_are_copied_bitwise(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
     before = model()
     save_gguf(before, tokenizer, tmp_path / "a.gguf", kind)
     source = GgufModel.open(tmp_path / "a.gguf")
@@ -203,7 +199,7 @@ def test_quantised_rows_are_carried_over_bit_for_bit(
     assert source.kind("embed_tokens.weight") == ("Q8_0" if kind.startswith("Q4") else kind)
 
 
-def test_the_tokenizer_comes_back_as_it_went(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_tokenizer_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_gguf(model(512), tokenizer, tmp_path / "a.gguf")  # rows beyond the vocabulary
     metadata = GgufFile.open(tmp_path / "a.gguf").metadata
     assert metadata["tokenizer.ggml.pre"] == "qwen2"
@@ -221,7 +217,7 @@ def test_the_tokenizer_comes_back_as_it_went(tmp_path: Path, tokenizer: Tokenize
     assert after.begins_with_bos and tokenizer.begins_with_bos
 
 
-def test_converting_there_and_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_conversion_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_gguf(model(), tokenizer, tmp_path / "a.gguf", "F32")
     convert(tmp_path / "a.gguf", tmp_path / "directory")
     convert(tmp_path / "directory", tmp_path / "sub" / "b.gguf", kind="F32")
@@ -233,7 +229,7 @@ def test_converting_there_and_back(tmp_path: Path, tokenizer: Tokenizer) -> None
     assert "{{ .Content }}<|end|>" in written and "num_ctx 128" in written
     with pytest.raises(ModelError, match="exists"):
         convert(tmp_path / "a.gguf", tmp_path / "directory")
-    with pytest.raises(ModelError, match="of one kind"):
+    with pytest.raises(ModelError, match="have the same format"):
         convert(tmp_path / "a.gguf", tmp_path / "c.gguf")
     with pytest.raises(ModelError, match="cannot write tensors of type 'Q3'"):
         convert(tmp_path / "directory", tmp_path / "d.gguf", kind="Q3")
@@ -241,7 +237,7 @@ def test_converting_there_and_back(tmp_path: Path, tokenizer: Tokenizer) -> None
 
 
 @pytest.mark.parametrize("changes", FAMILIES[:5], ids=str)
-def test_shapes_are_those_of_the_module(changes: dict[str, Any]) -> None:
+def test_parameter_shapes_match_module(changes: dict[str, Any]) -> None:
     built = model(**changes)
     shapes = {name: tuple(p.shape) for name, p in built.named_parameters()}
     assert parameter_shapes(built.config) == shapes
@@ -315,7 +311,7 @@ def rewritten(path: Path, name: str, **changes: Any) -> Path:
     ],
     ids=str,
 )
-def test_models_we_cannot_run_are_refused_by_name(
+def test_unsupported_models_are_rejected_by_name(
     tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any], message: str
 ) -> None:
     save_gguf(model(), tokenizer, tmp_path / "a.gguf", "F32")
@@ -335,7 +331,7 @@ def test_models_we_cannot_run_are_refused_by_name(
     ],
     ids=str,
 )
-def test_tokenizers_we_do_not_have_are_refused_by_name(
+def test_unsupported_tokenizers_are_rejected_by_name(
     tmp_path: Path, tokenizer: Tokenizer, changes: dict[str, Any], message: str
 ) -> None:
     save_gguf(model(), tokenizer, tmp_path / "a.gguf", "F32")
@@ -344,7 +340,7 @@ def test_tokenizers_we_do_not_have_are_refused_by_name(
         open_tokenizer(path)
 
 
-def test_files_that_are_not_right_are_refused(tmp_path: Path) -> None:
+def test_malformed_files_are_rejected(tmp_path: Path) -> None:
     good = valid_gguf()
     cases: dict[str, tuple[bytes, str]] = {
         "empty": (b"", "empty"),
@@ -372,13 +368,13 @@ def test_unknown_tensor_types_are_named(tmp_path: Path) -> None:
         GgufFile(memoryview(bytes(good)), "x")
 
 
-def test_mutated_files_are_refused_or_read_within_bounds(tmp_path: Path) -> None:
+def test_mutated_files_are_rejected_or_read_within_bounds(tmp_path: Path) -> None:
     """A few thousand here; `python tests/interop/fuzz_models.py 1000000` for the long run."""
     assert read_gguf(valid_gguf()) and read_directory(tmp_path, valid_directory())
     assert sum(mutated(seed, tmp_path) for seed in range(3000)) > 100, "some are harmless"
 
 
-def test_a_full_disk_leaves_nothing_half_written(
+def test_full_disk_leaves_no_partial_file(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any) -> None:

@@ -60,7 +60,7 @@ TENSORS = st.dictionaries(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(max_size=20), VALUES, max_size=6), TENSORS, st.randoms())
-def test_what_is_written_is_read(
+def test_written_file_is_read_back(
     tmp_path_factory: pytest.TempPathFactory,
     metadata: dict[str, Any],
     tensors: dict[str, tuple[str, int, int]],
@@ -86,7 +86,7 @@ def test_what_is_written_is_read(
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from([0, 4, 8, 24]))
-def test_any_bytes_are_refused_or_read(noise: bytes, keep: int) -> None:
+def test_random_bytes_are_rejected_or_read(noise: bytes, keep: int) -> None:
     """After the first bytes of a good head, so that some of it gets past the first checks."""
     try:
         GgufFile(memoryview(valid_gguf()[:keep] + noise), "noise")
@@ -94,7 +94,7 @@ def test_any_bytes_are_refused_or_read(noise: bytes, keep: int) -> None:
         assert str(error).startswith("noise: ")
 
 
-def test_a_file_cut_anywhere_is_refused() -> None:
+def test_file_truncated_anywhere_is_rejected() -> None:
     whole = valid_gguf()
     for end in [*range(2500), *range(2500, len(whole) - 32, 97), len(whole) - 32]:
         with pytest.raises(ModelError):
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_head_that_lies_is_refused_by_name(name: str) -> None:
+def test_head_that_differs_from_tied_embedding_is_rejected(name: str) -> None:
     content, message = REFUSED[name]
     with pytest.raises(ModelError, match=message):
         GgufFile(memoryview(content), "x")
@@ -201,13 +201,13 @@ def test_version_2_and_other_alignments_are_read() -> None:
     np.testing.assert_array_equal(dequantize(file.raw("t"), "F32"), numbers.reshape(2, 4))
 
 
-def test_raw_rows_are_the_file_itself() -> None:
+def test_raw_rows_are_views_of_the_file() -> None:
     whole = np.frombuffer(valid_gguf(), np.uint8)
     raw = GgufFile(memoryview(whole), "x").raw("token_embd.weight")
     assert np.shares_memory(raw, whole) and not raw.flags.writeable
 
 
-def test_names_out_of_files_are_shown_on_one_short_line() -> None:
+def test_names_from_files_are_quoted_on_one_short_line() -> None:
     evil = "\x1b[2J\n" + "x" * 60_000
     with pytest.raises(ModelError) as caught:
         GgufFile(memoryview(head(pair(evil, 99, bytes(4)), n=(1, 0))), "x")
@@ -219,7 +219,7 @@ def test_names_out_of_files_are_shown_on_one_short_line() -> None:
 # ------------------------------------------------------------------------------------------ blocks
 
 
-def test_rounding_is_that_of_c() -> None:
+def test_rounding_matches_c() -> None:
     """Halves away from zero, and the largest number below a half down."""
     row = np.zeros((1, 32), dtype=np.float32)
     row[0, :6] = [127, 0.5, -0.5, 2.5, np.nextafter(np.float32(0.5), np.float32(0)), -126.5]
@@ -230,9 +230,7 @@ def test_rounding_is_that_of_c() -> None:
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
 @pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-9])
-def test_weights_below_what_a_scale_can_hold_become_zero(
-    kind: str, search: bool, size: float
-) -> None:
+def test_weights_below_smallest_scale_become_zero(kind: str, search: bool, size: float) -> None:
     weights = np.linspace(-size, size, 64, dtype=np.float32)[None]
     back = dequantize(quantize(weights, kind, search=search), kind)
     # The smallest fp16 scale is 6e-8; half of it, 128 codes wide, is the most that can be lost.
@@ -243,7 +241,7 @@ def test_weights_below_what_a_scale_can_hold_become_zero(
     ("kind", "value"),
     [("F16", 7e4), ("Q8_0", 7e4), ("Q4_1", float("nan")), ("F32", float("inf")), ("BF16", 3.4e38)],
 )
-def test_weights_that_a_type_cannot_hold_are_refused(
+def test_weights_out_of_range_of_type_are_rejected(
     tmp_path: Path, tokenizer: Tokenizer, kind: str, value: float
 ) -> None:
     broken = model()
@@ -294,19 +292,19 @@ def changed(tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, Any]) -> Gguf
     ],
     ids=str,
 )
-def test_settings_we_do_not_compute_are_refused_by_name(
+def test_unsupported_settings_are_rejected_by_name(
     tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
         changed(tmp_path, tokenizer, extra)
 
 
-def test_a_window_as_long_as_the_context_is_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_sliding_window_as_long_as_context_is_ignored(tmp_path: Path, tokenizer: Tokenizer) -> None:
     opened = changed(tmp_path, tokenizer, {"llama.attention.sliding_window": 64})
     assert opened.config.max_position_embeddings == 64
 
 
-def test_any_llama3_scaling_of_ours_comes_back(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_llama3_scaling_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None:
     scaling = RopeScaling(
         rope_type="llama3",
         factor=3.0,
@@ -333,7 +331,9 @@ def test_any_llama3_scaling_of_ours_comes_back(tmp_path: Path, tokenizer: Tokeni
     ],
     ids=str,
 )
-def test_hostile_configs_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_hostile_configs_are_rejected(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     save_model(model(), tmp_path)
     values = {**config_to_hf(model().config), **changes}
     (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
@@ -342,7 +342,7 @@ def test_hostile_configs_are_refused(tmp_path: Path, changes: dict[str, Any], me
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"])
-def test_json_that_no_parser_takes_is_refused(tmp_path: Path, content: str) -> None:
+def test_unparsable_json_is_rejected(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(ModelError, match="not valid JSON"):
         load_model(tmp_path)
@@ -354,7 +354,7 @@ def test_json_that_no_parser_takes_is_refused(tmp_path: Path, content: str) -> N
 @pytest.mark.parametrize("name", FOREIGN)
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.characters(codec="utf-8"), max_size=40) | st.text("a 1½²b٣'s\n\t"))
-def test_foreign_tokenizers_go_out_and_come_back(name: str, sample: str) -> None:
+def test_foreign_tokenizers_round_trip(name: str, sample: str) -> None:
     before = FOREIGN[name]()
     metadata = tokenizer_to_metadata(before, before.vocab_size)
     assert metadata["tokenizer.ggml.pre"] == name
@@ -375,21 +375,21 @@ def test_foreign_tokenizers_go_out_and_come_back(name: str, sample: str) -> None
         lambda: foreign(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     ],
 )
-def test_tokenizers_without_a_name_in_llama_cpp_are_refused(make: Any) -> None:
+def test_tokenizers_unknown_to_llama_cpp_are_rejected(make: Any) -> None:
     tokenizer = make()
     with pytest.raises(ModelError, match="no name in llama"):
         tokenizer_to_metadata(tokenizer, tokenizer.vocab_size)
 
 
 @pytest.mark.parametrize("token_id", [-1, 300])
-def test_token_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer, token_id: int) -> None:
+def test_token_ids_outside_vocabulary_are_rejected(tokenizer: Tokenizer, token_id: int) -> None:
     metadata = tokenizer_to_metadata(tokenizer, 300)
     metadata["tokenizer.ggml.bos_token_id"] = token_id
     with pytest.raises(ModelError, match=f"bos_token_id {token_id} is not in the vocabulary"):
         tokenizer_from_metadata(metadata, "x")
 
 
-def test_the_modelfile_says_the_system_prompt_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_modelfile_has_system_prompt_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Ollama gives it twice, in .System and among .Messages."""
     chatml = foreign(GPT2)
     chatml.config["chat_template"] = "{{ '<|im_start|>' }}"
@@ -404,9 +404,7 @@ def test_the_modelfile_says_the_system_prompt_once(tmp_path: Path, tokenizer: To
     assert write_modelfile(tmp_path / "sub" / "x.gguf", chatml, 64) is None
 
 
-def test_a_directory_keeps_its_tokenizer_through_a_gguf(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_tokenizer_survives_conversion_through_gguf(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_model(model(), tmp_path / "a", eos_ids=[tokenizer.eos_id])
     tokenizer.save(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b.gguf")

@@ -127,7 +127,7 @@ def test_we_load_what_transformers_saves(
     torch.testing.assert_close(our_logits(model), their_logits(tmp_path), rtol=FP32, atol=FP32)
 
 
-def test_a_sharded_model_is_loaded_whole(tmp_path: Path) -> None:
+def test_sharded_model_is_loaded(tmp_path: Path) -> None:
     their_model(tmp_path, their_config("qwen3", False, "default"), max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3 and (tmp_path / WEIGHTS_INDEX).exists()
     model = load_model(tmp_path)
@@ -145,7 +145,7 @@ def test_older_files_name_the_scaling_differently() -> None:
     assert scaling is not None and (scaling.rope_type, scaling.factor) == ("linear", 2.0)
 
 
-def test_what_a_config_leaves_out_has_the_family_s_default() -> None:
+def test_missing_config_keys_have_family_defaults() -> None:
     for family in FAMILIES:
         values = {k: SHAPE[k] for k in SHAPE if k not in ("head_dim", "max_position_embeddings")}
         config = config_from_hf({**values, "model_type": family})
@@ -159,7 +159,7 @@ def test_what_a_config_leaves_out_has_the_family_s_default() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_stored_as_they_are_and_loaded_as_asked(
+def test_weights_keep_dtype_on_disk_and_load_in_requested_dtype(
     tmp_path: Path, dtype: torch.dtype
 ) -> None:
     model = build()
@@ -174,7 +174,7 @@ def test_weights_are_stored_as_they_are_and_loaded_as_asked(
     assert loaded.rotary.inverse_frequency.dtype == torch.float32
 
 
-def test_nothing_half_written_is_left(tmp_path: Path) -> None:
+def test_no_partial_file_is_left(tmp_path: Path) -> None:
     save_model(build(), tmp_path, bos_id=1)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["config.json", "generation_config.json", WEIGHTS]
@@ -305,7 +305,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_directory_is_explained(tmp_path: Path, case: str) -> None:
+def test_broken_directories_are_rejected_with_a_reason(tmp_path: Path, case: str) -> None:
     directory = tmp_path / "model"
     save_model(build(), directory)
     (tmp_path / "x.safetensors").write_bytes((directory / WEIGHTS).read_bytes())
@@ -317,7 +317,7 @@ def test_a_broken_directory_is_explained(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such model directory") as caught:
         load_model(tmp_path / "none")
     assert caught.value.hint is not None
@@ -326,7 +326,7 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         load_config(tmp_path / "file")
 
 
-def test_a_tied_head_that_is_written_all_the_same_is_fine(tmp_path: Path) -> None:
+def test_stored_tied_head_is_accepted(tmp_path: Path) -> None:
     model = build()
     save_model(model, tmp_path)
 

@@ -112,14 +112,14 @@ CASES = [(name, "F32") for name in MODELS] + [
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_llama_cpp_computes_the_same(
+def test_llama_cpp_computes_equal_logits(
     tmp_path: Path, tokenizer: Tokenizer, name: str, kind: str
 ) -> None:
     path = tmp_path / "model.gguf"
     save_gguf(random_model(1024, MODELS[name]), tokenizer, path, kind)  # rows beyond the tokens
     ours = load_gguf(path)
     ids = [tokenizer.bos_id, *tokenizer.encode("".join(texts()[1:6]))[:199]]
-    found, theirs = read_by_llama_cpp(path, ids)
+    result, theirs = read_by_llama_cpp(path, ids)
     with torch.no_grad():
         logits = ours.logits(ours(torch.tensor([ids])))[0].numpy()
     apart = np.sqrt(np.square(theirs - logits).mean()) / logits.std()
@@ -127,20 +127,20 @@ def test_llama_cpp_computes_the_same(
     print(f"{name} {kind}: apart {apart:.1e} of the spread, same top token {agreement:.1%}")
     assert apart < APART[kind]
     again = open_tokenizer(path)
-    for text, seen in zip(TEXTS + texts(), found["ids"], strict=True):
+    for text, seen in zip(TEXTS + texts(), result["ids"], strict=True):
         assert tokenizer.encode(text) == seen == again.encode(text), text[:80]
-    assert found["with_bos"] == [tokenizer.bos_id, *tokenizer.encode("x")]
-    assert found["eos"] == tokenizer.eos_id and found["end_of_turn"] == tokenizer.end_id
-    assert found["template"] and "generation %}" not in found["template"]
+    assert result["with_bos"] == [tokenizer.bos_id, *tokenizer.encode("x")]
+    assert result["eos"] == tokenizer.eos_id and result["end_of_turn"] == tokenizer.end_id
+    assert result["template"] and "generation %}" not in result["template"]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_llama_cpp_cuts_words_as_we_do(tmp_path: Path, name: str) -> None:
+def test_llama_cpp_tokenizes_equally(tmp_path: Path, name: str) -> None:
     """Tokenizers of other projects, by the name we give to their pre-tokenizer."""
     tokenizer = FOREIGN[name](texts=texts())
     path = tmp_path / "model.gguf"
     save_gguf(random_model(tokenizer.vocab_size, {}), tokenizer, path)
-    found, _ = read_by_llama_cpp(path, tokenizer.encode("x"))
+    result, _ = read_by_llama_cpp(path, tokenizer.encode("x"))
     again = open_tokenizer(path)
-    for text, seen in zip(TEXTS + texts(), found["ids"], strict=True):
+    for text, seen in zip(TEXTS + texts(), result["ids"], strict=True):
         assert again.encode(text) == seen, text[:80]

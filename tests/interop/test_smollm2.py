@@ -35,7 +35,7 @@ def greedy(model: Transformer, ids: list[int], count: int) -> list[int]:
     return ids
 
 
-def test_its_shape_is_what_its_authors_say() -> None:
+def test_smollm2_shape_is_as_published() -> None:
     config = GgufModel.open(FILE).config
     assert model_type(config) == "llama" and config.tie_word_embeddings
     assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (49_152, 576, 1536)
@@ -45,7 +45,7 @@ def test_its_shape_is_what_its_authors_say() -> None:
     assert config.max_position_embeddings == 8192 and config.parameters() == 134_515_008
 
 
-def test_its_tokens_are_those_that_are_published(tokenizer: Tokenizer) -> None:
+def test_smollm2_tokens_are_as_published(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 49_152
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_id) == (1, 2, 2)
     assert tokenizer.special_ids["<|im_start|>"] == 1 and tokenizer.special_ids["<|im_end|>"] == 2
@@ -57,7 +57,7 @@ def test_its_tokens_are_those_that_are_published(tokenizer: Tokenizer) -> None:
     assert chat.startswith("<|im_start|>system\n")
 
 
-def test_it_knows_the_capital_of_france(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_smollm2_knows_capital_of_france(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = load_gguf(FILE)
     prompt = tokenizer.encode("The capital of France is")
     ids = greedy(model, prompt, 12)

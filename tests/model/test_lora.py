@@ -103,7 +103,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_is_its_formula(bias: bool, rslora: bool) -> None:
+def test_layer_matches_formula(bias: bool, rslora: bool) -> None:
     draw = generator(0)
     linear = nn.Linear(24, 10, bias=bias)
     layer = LoRALinear(linear, config(alpha=6.0, rslora=rslora), generator=draw)
@@ -114,14 +114,14 @@ def test_a_layer_is_its_formula(bias: bool, rslora: bool) -> None:
     wide, weight, a, b = (
         t.detach().double() for t in (x, linear.weight, layer.lora_A, layer.lora_B)
     )
-    wanted = wide @ weight.T + scale * (wide @ a.T @ b.T)
+    expected = wide @ weight.T + scale * (wide @ a.T @ b.T)
     if bias:
-        wanted += linear.bias.detach().double()
+        expected += linear.bias.detach().double()
     # Sums of 24 products of size 1 in fp32.
-    torch.testing.assert_close(layer(x).double(), wanted, rtol=FP32, atol=FP32)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=FP32, atol=FP32)
 
 
-def test_matrices_begin_as_in_peft() -> None:
+def test_initial_matrices_match_peft() -> None:
     layer = LoRALinear(nn.Linear(64, 10), config(rank=200), generator=generator(0))
     assert layer.lora_A.shape == (200, 64) and layer.lora_B.shape == (10, 200)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
@@ -134,7 +134,7 @@ def test_matrices_begin_as_in_peft() -> None:
     assert float(layer.lora_A.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.02)
 
 
-def test_a_generator_decides_and_spares_torchs_own() -> None:
+def test_generator_determines_matrices_and_leaves_global_state() -> None:
     models = [build() for _ in range(3)]
     before = torch.get_rng_state()
     for model, seed in zip(models, (5, 5, 6), strict=True):
@@ -146,7 +146,7 @@ def test_a_generator_decides_and_spares_torchs_own() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", VARIANTS)
-def test_the_first_step_is_the_base(family: str, dtype: torch.dtype) -> None:
+def test_fresh_adapter_matches_base(family: str, dtype: torch.dtype) -> None:
     model = build(**VARIANTS[family])
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         before = logits(model)
@@ -161,21 +161,21 @@ def test_only_the_adapters_learn(base: str) -> None:
     loss(model.train()).backward()
     learning = {name for name, p in model.named_parameters() if p.grad is not None}
     layers = [f"layers.{i}.{part}" for i in range(2) for part in ("self_attn", "mlp")]
-    wanted = {
+    expected = {
         f"{layer}.{name}.lora_{matrix}"
         for layer in layers
         for name in LORA_TARGETS
         for matrix in "AB"
         if (name in ("gate_proj", "up_proj", "down_proj")) == layer.endswith("mlp")
     }
-    assert learning == wanted
+    assert learning == expected
     assert all(bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
     mine = {id(p) for p in lora_parameters(model)}
     assert mine == {id(p) for p in model.parameters() if p.requires_grad}
-    assert mine == {id(p) for name, p in model.named_parameters() if name in wanted}
+    assert mine == {id(p) for name, p in model.named_parameters() if name in expected}
 
 
-def test_targets_choose() -> None:
+def test_target_modules_select_layers() -> None:
     model = build()
     add_lora(model, config(target_modules=["v_proj", "down_proj"]))
     assert list(named_adapters(model)) == [
@@ -187,7 +187,7 @@ def test_targets_choose() -> None:
     assert not model.embed_tokens.weight.requires_grad and not model.norm.weight.requires_grad
 
 
-def test_training_lowers_the_loss_and_leaves_the_base() -> None:
+def test_training_lowers_loss_and_keeps_base() -> None:
     model = build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     add_lora(model, config(), generator(1))
@@ -204,7 +204,7 @@ def test_training_lowers_the_loss_and_leaves_the_base() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_gradients_are_those_of_float64(base: str) -> None:
+def test_gradients_match_float64(base: str) -> None:
     model = adapted(config(base=base), qkv_bias=True)
     loss(model).backward()
     wide = build(qkv_bias=True)
@@ -235,7 +235,7 @@ def test_dropout_is_off_in_evaluation() -> None:
     assert same_bits(logits(model.eval()), first)
 
 
-def test_dropout_touches_the_update_alone() -> None:
+def test_dropout_applies_only_to_update() -> None:
     layer = LoRALinear(nn.Linear(1000, 1, bias=False), config(rank=1, alpha=1.0, dropout=0.25))
     for matrix in (layer.lora_A, layer.lora_B):
         nn.init.ones_(matrix)
@@ -257,16 +257,16 @@ def test_dropout_draws_nothing_without_lora() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_gradient_checkpointing_changes_nothing(base: str) -> None:
+def test_gradient_checkpointing_keeps_results(base: str) -> None:
     model = adapted(config(dropout=0.3, base=base)).train()
-    found = []
+    result = []
     for checkpointing in (False, True):
         model.gradient_checkpointing = checkpointing
         model.zero_grad()
         torch.manual_seed(0)
         loss(model).backward()
-        found.append([p.grad for p in lora_parameters(model)])
-    for plain, again in zip(*found, strict=True):
+        result.append([p.grad for p in lora_parameters(model)])
+    for plain, again in zip(*result, strict=True):
         assert plain is not None and again is not None and same_bits(plain, again)
 
 
@@ -274,7 +274,7 @@ def test_gradient_checkpointing_changes_nothing(base: str) -> None:
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_without_lora_is_the_base(family: str) -> None:
+def test_without_lora_matches_base(family: str) -> None:
     base, model = build(**VARIANTS[family]), adapted(**VARIANTS[family])
     with_lora = logits(model)
     assert not torch.allclose(with_lora, logits(base), atol=0.1)
@@ -283,7 +283,7 @@ def test_without_lora_is_the_base(family: str) -> None:
     assert same_bits(logits(model), with_lora)
 
 
-def test_without_lora_nests_and_survives_exceptions() -> None:
+def test_without_lora_nests_and_restores_after_exceptions() -> None:
     base, model = build(), adapted()
     with_lora, plain = logits(model), logits(base)
     with without_lora(model):
@@ -305,7 +305,7 @@ def test_without_lora_nests_and_survives_exceptions() -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("family", VARIANTS)
-def test_merged_computes_the_same(family: str, base: str, rslora: bool) -> None:
+def test_merged_model_matches_adapted_model(family: str, base: str, rslora: bool) -> None:
     model = adapted(config(base=base, rslora=rslora), **VARIANTS[family])
     before, names = logits(model), list(build(**VARIANTS[family]).state_dict())
     merge_lora(model)
@@ -316,16 +316,16 @@ def test_merged_computes_the_same(family: str, base: str, rslora: bool) -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_the_sum_is_in_fp32_under_autocast_too() -> None:
+def test_weight_sum_is_fp32_under_autocast() -> None:
     layer = named_adapters(adapted())["layers.0.self_attn.q_proj"]
-    wanted = layer.base.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
+    expected = layer.base.weight.double() + 2.0 * layer.lora_B.double() @ layer.lora_A.double()
     with torch.autocast("cpu", torch.bfloat16):
-        found = layer.weight
+        result = layer.weight
     # One rounding of four products and a sum, all below 1.
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=5e-7)
+    torch.testing.assert_close(result.double(), expected, rtol=0, atol=5e-7)
 
 
-def test_a_runner_sees_the_adapters() -> None:
+def test_runner_uses_adapters() -> None:
     """Rollouts read a module's weights as they are: with adapters, and without where asked."""
     base, model = build(qkv_bias=True), adapted(qkv_bias=True)
     runner, row = Runner.from_module(model), ids()[:1]
@@ -341,24 +341,24 @@ def test_a_runner_sees_the_adapters() -> None:
 
 
 @pytest.mark.parametrize("family", VARIANTS)
-def test_the_plain_state_is_the_models_before(family: str) -> None:
+def test_plain_state_matches_original_model(family: str) -> None:
     model, fresh = adapted(**VARIANTS[family]), build(**VARIANTS[family])
-    wanted = {name: value.clone() for name, value in fresh.state_dict().items()}
+    expected = {name: value.clone() for name, value in fresh.state_dict().items()}
     state = plain_state(model)
-    assert state.keys() == wanted.keys()
-    assert all(same_bits(state[name], wanted[name]) for name in wanted)
+    assert state.keys() == expected.keys()
+    assert all(same_bits(state[name], expected[name]) for name in expected)
     assert not any(value.requires_grad for value in state.values())
     fresh.load_state_dict(state)  # strictly
 
 
-def test_the_plain_state_of_int8_computes_the_same() -> None:
+def test_plain_state_of_int8_matches() -> None:
     model, fresh = adapted(config(base="int8"), qkv_bias=True), build(qkv_bias=True)
     fresh.load_state_dict(plain_state(model))
     with without_lora(model):
         torch.testing.assert_close(logits(model), logits(fresh), rtol=FP32, atol=FP32)
 
 
-def test_the_adapters_state_is_live() -> None:
+def test_adapter_state_shares_memory() -> None:
     model = adapted()
     state = adapter_state(model)
     assert list(state)[:2] == [
@@ -406,9 +406,9 @@ def test_int8_is_within_half_a_step() -> None:
     assert used.tolist() == [127, 0, 0, 127, 127, 127]  # the largest of a row is 127 steps
     x = torch.randn(9, 40, generator=generator(1))
     bound = x.double().abs().sum(1, keepdim=True) @ (steps.T / 2)
-    wanted = x.double() @ exact.T + linear.bias.detach().double()
+    expected = x.double() @ exact.T + linear.bias.detach().double()
     rounding = FP32 * x.double().abs() @ exact.abs().T + FP32
-    assert bool(((int8(x).double() - wanted).abs() <= bound * (1 + 1e-4) + rounding).all())
+    assert bool(((int8(x).double() - expected).abs() <= bound * (1 + 1e-4) + rounding).all())
 
 
 def test_int8_rounds_to_nearest() -> None:
@@ -421,26 +421,26 @@ def test_int8_rounds_to_nearest() -> None:
 def test_int8_product_and_its_gradient() -> None:
     int8 = Int8Linear(nn.Linear(12, 7)).double()
     x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    wanted = x.detach() @ (int8.codes.double() * int8.scales.double()).T + int8.bias
-    torch.testing.assert_close(int8(x), wanted)
+    expected = x.detach() @ (int8.codes.double() * int8.scales.double()).T + int8.bias
+    torch.testing.assert_close(int8(x), expected)
     assert torch.autograd.gradcheck(int8, x)
 
 
 def test_int8_keeps_no_dequantised_matrix() -> None:
     model = adapted(config(base="int8"))
-    kept: list[tuple[int, ...]] = []
+    saved: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
-            kept.append(tuple(tensor.shape))
+            saved.append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss(model)
     int8 = [layer.base for layer in named_adapters(model).values()]
     shapes = {tuple(b.codes.shape) for b in int8 if isinstance(b, Int8Linear)}
-    assert len(int8) == 14 and kept
-    assert not {shape for size in kept for shape in (size, size[::-1])} & shapes
+    assert len(int8) == 14 and saved
+    assert not {shape for size in saved for shape in (size, size[::-1])} & shapes
     parameters = {name for name, _ in model.named_parameters()}
     assert not any(".base." in name for name in parameters)  # buffers: no optimizer sees them
 
@@ -452,12 +452,12 @@ def test_int8_in_the_compute_type() -> None:
     int8 = Int8Linear(linear)
     x = torch.randn(9, 40, generator=generator(1), requires_grad=True)
     narrow = x.detach().bfloat16()
-    wanted = F.linear(narrow, int8.weight.bfloat16()) + linear.bias.bfloat16()
-    assert same_bits(int8(narrow), wanted)
+    expected = F.linear(narrow, int8.weight.bfloat16()) + linear.bias.bfloat16()
+    assert same_bits(int8(narrow), expected)
     with torch.autocast("cpu", torch.bfloat16):
-        found = int8(x)
-        assert same_bits(found, wanted)
-    found.float().sum().backward()
+        result = int8(x)
+        assert same_bits(result, expected)
+    result.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.float32
     exact = int8.weight.double().sum(0).expand(9, 40)
     # bf16 keeps 8 bits; six weights of a column are added.
@@ -468,7 +468,7 @@ def test_int8_in_the_compute_type() -> None:
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_adapters_live_where_the_base_does(base: str) -> None:
+def test_adapters_are_on_device_of_base(base: str) -> None:
     model = build().to("meta")
     add_lora(model, config(base=base), generator(1))  # the CPU's generator on any device
     for layer in named_adapters(model).values():
@@ -477,7 +477,7 @@ def test_adapters_live_where_the_base_does(base: str) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_bf16_compute_keeps_fp32_adapters(base: str) -> None:
-    found = {}
+    result = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = adapted(config(base=base))
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -485,15 +485,15 @@ def test_bf16_compute_keeps_fp32_adapters(base: str) -> None:
             value = F.cross_entropy(model.logits(hidden).flatten(0, 1).float(), ids().flatten())
         value.backward()
         assert all(p.dtype == torch.float32 for p in lora_parameters(model))
-        found[dtype] = torch.cat(
+        result[dtype] = torch.cat(
             [p.grad.flatten() for p in lora_parameters(model) if p.grad is not None]
         )
-    a, b = found.values()
+    a, b = result.values()
     # bf16 rounds to 2^-9 of a value, some tens of times in a row.
     assert float((a - b).norm() / a.norm()) < 0.05
 
 
-def test_a_bf16_model_answers_in_bf16() -> None:
+def test_bf16_base_returns_bf16() -> None:
     model = build().bfloat16()
     before = logits(model)
     add_lora(model, config())
@@ -515,13 +515,13 @@ def test_a_bf16_model_answers_in_bf16() -> None:
 def test_blocks_compile_in_one_graph(base: str) -> None:
     model = adapted(config(base=base)).train()
     loss(model).backward()
-    wanted = [p.grad for p in lora_parameters(model)]
+    expected = [p.grad for p in lora_parameters(model)]
     with without_lora(model):
         off = logits(model)
     model.zero_grad()
     model.compiled_blocks = torch.compile(model.blocks, backend="aot_eager", fullgraph=True)
     loss(model).backward()
-    for parameter, grad in zip(lora_parameters(model), wanted, strict=True):
+    for parameter, grad in zip(lora_parameters(model), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad, rtol=FP32, atol=FP32)
     with without_lora(model):
         torch.testing.assert_close(logits(model), off, rtol=FP32, atol=FP32)
@@ -544,7 +544,7 @@ def test_blocks_compile_in_one_graph(base: str) -> None:
         ({"ranks": 4}, "unknown key 'ranks'"),
     ],
 )
-def test_a_wrong_configuration_says_so(changes: dict[str, Any], message: str) -> None:
+def test_wrong_configuration_is_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message.replace("?", "[?]")):
         config(**changes)
 
@@ -557,7 +557,7 @@ def test_defaults() -> None:
     )
 
 
-def test_our_own_mistakes_are_loud() -> None:
+def test_misuse_fails_loudly() -> None:
     plain, model = build(), adapted()
     for call in (merge_lora, adapter_state):
         with pytest.raises(AssertionError, match="no adapters"):

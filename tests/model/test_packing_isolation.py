@@ -51,7 +51,7 @@ def unpack(hidden: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_packed_document_is_as_if_it_were_alone(family: str) -> None:
+def test_packed_document_matches_document_alone(family: str) -> None:
     model, rows = build(**FAMILIES[family]), documents()
     with torch.no_grad():
         packed = unpack(model(*pack(rows)))
@@ -62,7 +62,7 @@ def test_a_packed_document_is_as_if_it_were_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_its_gradients_are_too(family: str) -> None:
+def test_packed_gradients_match_documents_alone(family: str) -> None:
     model, rows = build(**FAMILIES[family]), documents()
     weights = torch.randn(32, generator=torch.Generator().manual_seed(2))
 
@@ -87,7 +87,7 @@ def test_its_gradients_are_too(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_is_never_nan_and_sends_no_gradient(family: str) -> None:
+def test_padding_is_finite_and_has_no_gradient(family: str) -> None:
     model, rows = build(**FAMILIES[family]), documents()
     rows = [*rows, []]  # a row of nothing but padding
     ids, positions, doc_ids = pack(rows)
@@ -123,7 +123,7 @@ def test_no_document_sees_another(changed: int) -> None:
     assert torch.equal(before[1:], after[1:])
 
 
-def test_positions_are_those_given() -> None:
+def test_given_positions_are_used() -> None:
     model, rows = build(), documents()
     ids, positions, doc_ids = pack(rows)
     running = torch.arange(WINDOW).expand_as(ids)

@@ -159,7 +159,7 @@ def reference_logits(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_the_reference(variant: str) -> None:
+def test_logits_match_reference(variant: str) -> None:
     model = build(**VARIANTS[variant])
     ids = random_ids(2, 40)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_logits_are_those_of_the_reference(variant: str) -> None:
         assert error < FP32
 
 
-def test_explicit_positions_are_those_of_the_reference() -> None:
+def test_explicit_positions_match_reference() -> None:
     model = build(qk_norm=True)
     ids = random_ids(1, 5)
     positions = [3, 4, 9, 10, 90]
@@ -182,7 +182,7 @@ def test_explicit_positions_are_those_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_frequencies_are_those_of_the_papers(variant: str) -> None:
+def test_frequencies_match_papers(variant: str) -> None:
     config = ModelConfig.parse({**SHAPE, **VARIANTS[variant]})
     frequencies, amplitude = rotary_frequencies(config)
     expected, temperature = reference_frequencies(config)
@@ -246,7 +246,7 @@ def run_chunks(
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("cuts", [[], [1], [7, 8, 9, 30], list(range(1, 40))])
-def test_cached_chunks_are_the_training_forward(
+def test_cached_chunks_match_training_forward(
     variant: str, cuts: list[int], deterministic: bool
 ) -> None:
     model = build(**VARIANTS[variant])
@@ -260,7 +260,7 @@ def test_cached_chunks_are_the_training_forward(
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_prefill_is_bitwise_the_training_forward(variant: str) -> None:
+def test_prefill_is_bitwise_the_training_forward(variant: str) -> None:
     """One network: the same operations on the same shapes."""
     model = build(**VARIANTS[variant])
     ids = random_ids(1, 40)
@@ -268,7 +268,7 @@ def test_a_prefill_is_bitwise_the_training_forward(variant: str) -> None:
         assert torch.equal(run_chunks(model, ids, [])[0], model(ids))
 
 
-def test_a_cache_grows_past_its_first_allocation() -> None:
+def test_cache_grows_past_first_allocation() -> None:
     model = build(max_position_embeddings=1024)
     ids = random_ids(1, 700)
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_a_cache_grows_past_its_first_allocation() -> None:
     torch.testing.assert_close(cached, whole, rtol=FP32, atol=FP32)
 
 
-def test_a_truncated_cache_has_forgotten() -> None:
+def test_truncated_cache_drops_positions() -> None:
     model = build()
     ids, other = random_ids(1, 30), random_ids(1, 10, seed=9)
     _, [cache] = run_chunks(model, ids, [])
@@ -291,7 +291,7 @@ def test_a_truncated_cache_has_forgotten() -> None:
         cache.truncate(31)
 
 
-def test_the_future_does_not_reach_the_past() -> None:
+def test_attention_is_causal() -> None:
     model = build(qk_norm=True)
     ids = random_ids(1, 20)
     changed = ids.clone()
@@ -309,9 +309,9 @@ def gradients(model: Transformer, ids: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     logits = model.logits(model(ids[:, :-1]))
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
-    found = {name: p.grad for name, p in model.named_parameters()}
-    assert all(grad is not None for grad in found.values())
-    return {name: grad.clone() for name, grad in found.items() if grad is not None}
+    result = {name: p.grad for name, p in model.named_parameters()}
+    assert all(grad is not None for grad in result.values())
+    return {name: grad.clone() for name, grad in result.items() if grad is not None}
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
@@ -325,7 +325,7 @@ def test_gradient_checkpointing_gives_equal_gradients(variant: str) -> None:
         assert torch.equal(grad, saved[name]), name  # the same operations twice: bitwise
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     model = build(qk_norm=True).train()
     ids = random_ids(1, 9)
     analytic = gradients(model, ids)
@@ -358,7 +358,7 @@ def fresh(seed: int, **changes: Any) -> Transformer:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
-def test_a_seed_fixes_every_parameter(variant: str) -> None:
+def test_seed_determines_every_parameter(variant: str) -> None:
     one, same, other = (fresh(seed, **VARIANTS[variant]) for seed in (5, 5, 6))
     for (name, p), q in zip(one.named_parameters(), same.parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -366,20 +366,20 @@ def test_a_seed_fixes_every_parameter(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "untied"])
-def test_a_fresh_block_is_the_identity(variant: str) -> None:
+def test_fresh_block_is_identity(variant: str) -> None:
     model = fresh(0, **VARIANTS[variant])
     ids = random_ids(2, 12)
     with torch.no_grad():
         assert torch.equal(model(ids), model.norm(model.embed_tokens(ids)))
 
 
-def test_a_fresh_untied_model_predicts_every_token_alike() -> None:
+def test_fresh_untied_model_has_zero_logits() -> None:
     model = fresh(0, tie_word_embeddings=False)
     with torch.no_grad():
         assert not model.logits(model(random_ids(1, 4))).any()
 
 
-def test_a_fresh_model_has_the_spread_it_was_told() -> None:
+def test_fresh_model_has_configured_standard_deviation() -> None:
     model = fresh(0, vocab_size=4096, initializer_range=0.5)
     # 131,072 draws: their deviation is within 1% of the true one by five standard errors.
     assert model.embed_tokens.weight.std().item() == pytest.approx(0.5, rel=0.01)
@@ -389,7 +389,7 @@ def test_a_fresh_model_has_the_spread_it_was_told() -> None:
     assert bound * 0.95 < layer.weight.abs().max().item() <= bound
 
 
-def test_the_head_is_the_embedding_or_its_own() -> None:
+def test_head_is_tied_or_separate() -> None:
     tied, untied = build(), build(tie_word_embeddings=False)
     assert tied.lm_head is None and tied.output_weight is tied.embed_tokens.weight
     assert untied.lm_head is not None and untied.output_weight is untied.lm_head.weight

@@ -25,7 +25,7 @@ from khaosz.interop.gguf.model import GgufModel
 from khaosz.model import Transformer
 from khaosz.model.module import MLP, Attention, Block, Linear, RMSNorm
 
-_TOUCHED = 512  # rows read from a map before its pages are given back, 32 MB at most
+_TOUCHED = 512  # rows read from a map before its pages are released, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
 
 
@@ -98,7 +98,7 @@ def gguf_weights(
             columns = sample.codes.shape[1]
             if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
                 return pack(raws, kind)
-        # Of an F32 file these are the map itself, which torch takes only writable: a copy.
+        # For an F32 file these are the map itself; torch takes only writable arrays: a copy.
         rows = [np.require(model.float32(name), requirements="W") for name in names]
         return dense([torch.from_numpy(row) for row in rows], stored)
 
@@ -188,7 +188,7 @@ class Products:
 
 
 class SideBySide:
-    """Matrices of different types whose outputs belong together."""
+    """Matrices of different types, outputs side by side."""
 
     def __init__(self, parts: list[Matrix]) -> None:
         self.parts = parts
@@ -202,7 +202,7 @@ class SideBySide:
 
 
 class MappedRows:
-    """Rows of a matrix in a GGUF file, fp32, read from the map when they are asked for."""
+    """Rows of a matrix in a GGUF file, fp32, read from the map on demand."""
 
     def __init__(self, model: GgufModel, name: str) -> None:
         self._file, self._rows, self._kind = model.file, model.raw(name), model.kind(name)
@@ -210,7 +210,7 @@ class MappedRows:
 
     def __call__(self, ids: Sequence[int] | np.ndarray) -> Tensor:
         rows = torch.from_numpy(dequantize(self._rows[ids], self._kind))
-        # A row brings its neighbours in, up to 64 KB: left alone, the whole table would stay.
+        # A row loads up to 64 KB around it: without this, the whole table would stay in memory.
         self._touched += len(ids)
         if self._touched > _TOUCHED:
             self._file.release()
@@ -222,7 +222,7 @@ class RefinedHead:
     """A quantised head whose likeliest tokens are computed again in fp32, from the file's rows.
 
     The kernel rounds its output to bf16: at a logit of 20 in steps of 1/8, which is coarser than
-    the distance between rivals. That alone turned one greedy token in ninety.
+    the distance between the best tokens. That alone changed one greedy token in ninety.
     """
 
     def __init__(self, coarse: Matrix, rows: MappedRows) -> None:

@@ -1,5 +1,5 @@
-"""Products with quantised matrices as they lie in a GGUF file: `quantised.cpp`, compiled once for
-this processor and kept in the user's cache.
+"""Products with quantised matrices as stored in a GGUF file: `quantised.cpp`, compiled once for
+this processor and stored in the user's cache.
 
 Without a compiler, with one that fails, or with `KHAOSZ_NATIVE=0`, matrices are repacked for
 PyTorch's kernel (`packed.py`).
@@ -29,18 +29,18 @@ from khaosz.interop.gguf.file import TENSOR_TYPES
 SOURCES = [Path(__file__).with_name(name) for name in ("quantised.cpp", "quantised_blocks.h")]
 LEAST_ROWS = 16  # of a matrix that the library takes: its widest tile
 _OPTIONS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread", "-w"]
-_SECONDS = 180  # to compile: two or three as a rule
+_SECONDS = 180  # to compile: usually two or three
 _VECTORS = 1  # the least `khaosz_level` to use: 0 is code for a processor without vectors
 
 
 class MappedMatrix:
-    """Rows of GGUF tensors of one type, one below the other, never copied. An output depends on
-    its row of inputs alone, to the bit: not on the rows beside it, nor on the threads."""
+    """Rows of GGUF tensors of one type, stacked, never copied. An output depends on its row of
+    inputs alone, bitwise: not on other rows, nor on the number of threads."""
 
     def __init__(self, library: ctypes.CDLL, raws: Sequence[np.ndarray], kind: str) -> None:
         number, block, size = TENSOR_TYPES[kind]
         row_bytes = raws[0].shape[1]
-        for raw in raws:  # the library trusts what it is given
+        for raw in raws:  # the library does not check them
             assert len(raw) >= LEAST_ROWS, raw.shape
             assert raw.dtype == np.uint8 and raw.flags.c_contiguous, (raw.dtype, raw.strides)
             assert raw.shape[1] == row_bytes and row_bytes % size == 0, (raw.shape, kind)
@@ -67,34 +67,34 @@ class MappedMatrix:
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there are none, and where they would be slow."""
+    """The compiled kernels; None if they can't be compiled or would be slow."""
     if os.environ.get("KHAOSZ_NATIVE") == "0":
         return None
     try:
         return _library(os.environ.get("CXX", ""), default_cache() / "native")
-    except (RuntimeError, ValueError):  # no home directory; a CXX with half a quotation in it
+    except (RuntimeError, ValueError):  # no home directory; an unbalanced quote in CXX
         return None
 
 
 @cache
 def _library(cxx: str, folder: Path) -> ctypes.CDLL | None:
-    """By the user's compiler, or by the first that can."""
+    """Compiled by the user's compiler, or by the first that can."""
     for command in [shlex.split(cxx)] if cxx.strip() else [["c++"], ["g++"], ["clang++"]]:
         if shutil.which(command[0]) is None:
             continue
         for processor in (["-march=native"], ["-mcpu=native"], []):
             try:
-                found = _compiled([*command, *processor], folder)
+                library = _compiled([*command, *processor], folder)
             except (OSError, subprocess.SubprocessError):
                 continue
-            return found if found.khaosz_level() >= _VECTORS else None
+            return library if library.khaosz_level() >= _VECTORS else None
     return None
 
 
 def _compiled(command: list[str], folder: Path) -> ctypes.CDLL:
     """From the cache, if sources, compiler and processor are the same. Raises OSError and
     SubprocessError."""
-    # What a compiler defines by itself tells its version and what it takes the processor for.
+    # A compiler's predefined macros show its version and the processor it targets.
     traits = _run([*command, "-x", "c++", "-dM", "-E", os.devnull])
     key = hashlib.sha256(repr([command, _OPTIONS]).encode() + traits)
     for source in SOURCES:
@@ -102,10 +102,10 @@ def _compiled(command: list[str], folder: Path) -> ctypes.CDLL:
     suffix = ".dll" if sys.platform == "win32" else ".so"
     path = folder / f"quantised-{key.hexdigest()[:24]}{suffix}"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid"):  # what is loaded from there must be ours
+    if hasattr(os, "getuid"):  # code is loaded from there
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
-            raise OSError(f"{folder} is open to others")
+            raise OSError(f"{folder} is writable by other users")
     try:
         return _opened(path)
     except OSError:  # not there, or broken
@@ -134,16 +134,16 @@ def _opened(path: Path) -> ctypes.CDLL:
 
 @cache
 def _pool() -> ctypes.c_void_p | None:
-    """How PyTorch's own threads are asked to work (GOMP_parallel), if they are OpenMP's. A pool
-    beside them would wait in turn with them, spinning."""
-    at_hand = getattr(os, "RTLD_NOLOAD", None)
-    if at_hand is not None:
+    """GOMP_parallel of PyTorch's own OpenMP threads, if it has them. A second pool would compete
+    with them, both spinning while they wait."""
+    no_load = getattr(os, "RTLD_NOLOAD", None)
+    if no_load is not None:
         home = Path(torch.__file__).parent
         places = [home / "lib", home.parent / "torch.libs"]
         files = [str(f) for place in places for f in sorted(place.glob("lib*omp*"))]
         for name in ["libgomp.so.1", *files]:
             try:
-                opened = ctypes.CDLL(name, mode=at_hand | os.RTLD_NOW)
+                opened = ctypes.CDLL(name, mode=no_load | os.RTLD_NOW)
                 return ctypes.cast(opened.GOMP_parallel, ctypes.c_void_p)
             except (OSError, AttributeError):
                 continue

@@ -1,6 +1,6 @@
 """Quantised matrix products on PyTorch's own CPU kernels: one narrow interface, (M, K) -> (M, N).
 
-GGUF's affine groups are carried over code by code. The kernel computes with
+The codes of GGUF's affine groups are kept as they are. The kernel computes with
 weight = (code - 8) * scale + zero in groups of 32, codes of 4 bits; scales and zeros are rounded to
 bf16, which moves a weight by at most 2**-8 of its scale or zero. Codes of 5 to 8 bits are two
 columns of 4: the high half against 16 * scale and the low half against scale, over the input twice.
@@ -76,7 +76,7 @@ class PackedMatrix:
         packed = self.packed[start:stop].view(lanes, groups, GROUP, _LANES // 2)
         step = self.scales_and_zeros[:, start:stop, 0].float()  # (G, N)
         zero = self.scales_and_zeros[:, start:stop, 1].float() - 8 * step
-        # The largest weight that any code could stand for: no pass over the weights for it.
+        # The largest weight that any code could mean: needs no pass over the weights.
         largest = torch.maximum(zero.abs(), (zero + 15 * step).abs()).amax(0)  # (N,)
         scale = (largest / 127).clamp_min(1e-30)
 
@@ -99,8 +99,8 @@ def packable(rows: int, columns: int, group: int, bits: int) -> bool:
 
 
 def pack(raws: Sequence[np.ndarray], kind: str) -> PackedMatrix:
-    """Packs GGUF tensors of one type `kind`, uint8 (rows, bytes of a row) each, one below the
-    other; every one has whole lanes of rows."""
+    """Packs GGUF tensors of one type `kind`, uint8 (rows, bytes of a row) each, stacked; each has
+    whole lanes of rows."""
     sample = affine(raws[0][:1], kind)
     rows, columns = sum(map(len, raws)), sample.codes.shape[1]
     halves = 1 if sample.bits == 4 else 2

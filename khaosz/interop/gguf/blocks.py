@@ -39,7 +39,7 @@ def is_affine(kind: str) -> bool:
     return kind not in ("F32", "F16", "BF16")
 
 
-@np.errstate(invalid="ignore")  # a broken file's scales may be NaN; it is read all the same
+@np.errstate(invalid="ignore")  # a broken file's scales may be NaN; it is read anyway
 def affine(raw: np.ndarray, kind: str) -> AffineGroups:
     """Codes, scales and offsets of raw rows, uint8 (R, bytes of a row), of a quantised type."""
     size = TENSOR_TYPES[kind][2]

@@ -65,8 +65,8 @@ def gguf_name(name: str) -> str:
 
 
 def config_from_metadata(file: GgufFile) -> ModelConfig:
-    """Raises `ModelError` for an architecture or a feature that we do not compute. The caller
-    checks sizes against tensors, and then asks `with_llama3`."""
+    """Raises `ModelError` for an architecture or a feature that is not supported. The caller
+    checks sizes against tensors, and then calls `with_llama3`."""
     metadata, source = file.metadata, file.source
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in ARCHITECTURES:
@@ -76,23 +76,23 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         )
 
     def value(name: str, kind: type, default: Any = None) -> Any:
-        found = metadata.get(f"{family}.{name}", default)
-        if found is None:
+        entry = metadata.get(f"{family}.{name}", default)
+        if entry is None:
             raise ModelError(f"{source}: key '{family}.{name}' is missing")
-        # Whole numbers may stand for others; arrays, of one number a layer, are not supported.
-        if type(found) is not kind and (kind, type(found)) != (float, int):
+        # Integers may stand for floats; arrays, of one number per layer, are not supported.
+        if type(entry) is not kind and (kind, type(entry)) != (float, int):
             what = {int: "a whole number", float: "a number", str: "a text"}[kind]
-            raise ModelError(f"{source}: {family}.{name} = {quoted(found)} is not {what}")
-        return found
+            raise ModelError(f"{source}: {family}.{name} = {quoted(entry)} is not {what}")
+        return entry
 
     def number(name: str, default: float | None = None) -> float:
         with np.errstate(over="ignore"):
-            # Stored in fp32: 1e-6 is to be 1e-6 again, not 9.99999997e-07.
+            # Stored in fp32: 1e-6 must become 1e-6 again, not 9.99999997e-07.
             return float(str(np.float32(value(name, float, default))))
 
     def count(name: str, default: int | None = None) -> int:
-        found: int = value(name, int, default)
-        return found
+        whole: int = value(name, int, default)
+        return whole
 
     if count("expert_count", 0):
         raise ModelError(f"{source}: mixtures of experts are not supported")
@@ -112,10 +112,10 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         "rope.scaling.attn_factor": 1.0,
         "rope.scaling.yarn_beta_fast": 32.0,
         "rope.scaling.yarn_beta_slow": 1.0,
-        "rope.scale_linear": 1.0,  # what rope.scaling.* was called before
+        "rope.scale_linear": 1.0,  # the older name of rope.scaling.*
     }.items():
-        if (found := number(key, computed)) != computed:
-            raise ModelError(f"{source}: {family}.{key} = {found:g} is not supported")
+        if (stored := number(key, computed)) != computed:
+            raise ModelError(f"{source}: {family}.{key} = {stored:g} is not supported")
     if 0 < count("attention.sliding_window", 0) < context:
         raise ModelError(f"{source}: sliding windows of attention are not supported")
     fields: dict[str, Any] = {
@@ -150,37 +150,37 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
 
 
 def llama3_factors(config: ModelConfig) -> np.ndarray:
-    """What llama.cpp divides each frequency by: float32 (H / 2,)."""
+    """llama.cpp's divisor of each frequency: float32 (H / 2,)."""
     plain, _ = rotary_frequencies(config.model_copy(update={"rope_scaling": None}))
     scaled, _ = rotary_frequencies(config)
     return (plain / scaled).numpy()
 
 
 def with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
-    """llama.cpp keeps the resulting factors only: find the scaling that gives them, ours by a key
-    of our own, others among those that were published. Raises `ModelError` where none does."""
+    """llama.cpp stores the resulting factors only: find the scaling that gives them, ours by a key
+    of our own, others among the published ones. Raises `ModelError` if none does."""
     shape = (config.head_dim // 2,)
     if config.rope_scaling is not None or file.tensors[ROPE_FACTORS].shape != shape:
         raise ModelError(f"{file.source}: '{ROPE_FACTORS}' does not fit the rotation of its heads")
-    given = dequantize(file.raw(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type).ravel()
+    factors = dequantize(file.raw(ROPE_FACTORS), file.tensors[ROPE_FACTORS].type).ravel()
     scalings = [
         RopeScaling(rope_type="llama3", factor=factor, original_max_position_embeddings=original)
-        for factor in (float(given.max()), 8.0, 32.0)
+        for factor in (float(factors.max()), 8.0, 32.0)
         if math.isfinite(factor) and factor >= 1
         for original in (8192, 4096, 16_384)
     ]
-    if isinstance(own := file.metadata.get(_OUR_SCALING), str):
+    if isinstance(ours := file.metadata.get(_OUR_SCALING), str):
         try:
-            scalings.insert(0, RopeScaling.model_validate_json(own))
+            scalings.insert(0, RopeScaling.model_validate_json(ours))
         except ValidationError:
-            raise ModelError(f"{file.source}: '{_OUR_SCALING}' is {quoted(own)}") from None
+            raise ModelError(f"{file.source}: '{_OUR_SCALING}' is {quoted(ours)}") from None
     for scaling in scalings:
         candidate = config.model_copy(update={"rope_scaling": scaling})
         check_rotary(candidate, file.source)
         # Both sides are fp32 formulas in different order: a few parts in 10^6 apart.
-        if np.allclose(llama3_factors(candidate), given, rtol=1e-4):
+        if np.allclose(llama3_factors(candidate), factors, rtol=1e-4):
             return candidate
-    raise ModelError(f"{file.source}: the factors in '{ROPE_FACTORS}' are of no known scaling")
+    raise ModelError(f"{file.source}: the factors in '{ROPE_FACTORS}' match no known scaling")
 
 
 def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:

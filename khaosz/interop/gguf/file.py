@@ -1,8 +1,8 @@
 """The GGUF container, versions 2 and 3: metadata and tensors in one memory-mapped file.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length, offset and
-size is held against the bytes that are there before it is used, so a broken or hostile file costs
-no more memory than it has bytes, and is refused with one `ModelError`.
+size is checked against the bytes of the file before it is used, so a broken or hostile file takes
+no more memory than its size, and is rejected with one `ModelError`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TENSOR_TYPES: dict[str, tuple[int, int, int]] = {
     "BF16": (30, 1, 2),
 }
 _NAME_OF = {number: name for name, (number, _, _) in TENSOR_TYPES.items()}
-# Known to llama.cpp, not to us: named in the refusal.
+# Supported by llama.cpp, not by us: named in the error.
 _FOREIGN = {
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
@@ -203,7 +203,7 @@ class GgufFile:
         return opened
 
     def release(self) -> None:
-        """Give back the pages that were read: the file is still mapped, and read again if asked."""
+        """Release the pages that were read: the file stays mapped, and is read again on demand."""
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
@@ -242,8 +242,8 @@ class GgufFile:
 
 @dataclass(frozen=True)
 class TensorToWrite:
-    """`rows()` yields uint8 arrays that join to the tensor's bytes, so that one is never whole in
-    memory if it need not be."""
+    """`rows()` yields uint8 arrays that join to the tensor's bytes, so that a tensor need not be
+    in memory as a whole."""
 
     name: str
     type: str

@@ -37,7 +37,7 @@ class GgufModel:
     """One model in a GGUF file, tensors under our names and in our row order."""
 
     def __init__(self, file: GgufFile) -> None:
-        """Raises `ModelError` for an architecture or feature we do not compute, and for tensors
+        """Raises `ModelError` for an architecture or feature that is not supported, and for tensors
         that are missing, unexpected or misshapen, by name."""
         self.file = file
         self.config = config_from_metadata(file)
@@ -54,7 +54,7 @@ class GgufModel:
         unexpected = file.tensors.keys() - set(self.names.values()) - {ROPE_FACTORS}
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
-        # Only now are the sizes known to be those of tensors, and what they cost to be bounded.
+        # Only now are the sizes checked against tensors, and their cost bounded.
         if ROPE_FACTORS in file.tensors:
             self.config = with_llama3(self.config, file)
         check_rotary(self.config, file.source)
@@ -90,7 +90,7 @@ class GgufModel:
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
-    """The dequantised model, in evaluation mode: the reference, not the fast path."""
+    """The dequantised model, in evaluation mode: slower than a `Runner`, and its reference."""
     source = GgufModel.open(path)
     with torch.device("meta"):
         model = Transformer(source.config)
@@ -118,28 +118,28 @@ def write_model(
     kind: str,
     search: bool = False,
 ) -> None:
-    """Write a .gguf whose parameters are asked for one at a time, by name. `kind`: F32, F16, BF16,
+    """Write a .gguf; its parameters are requested one at a time, by name. `kind`: F32, F16, BF16,
     Q8_0, Q4_0 or Q4_1; `search` looks for better scales than ggml's reference rounding.
 
-    Vectors stay F32. With 4 bits the embedding and the head are Q8_0: they are few and they are
-    what quality hangs on. Raises `ModelError` for rows that are not whole blocks of 32.
+    Vectors stay F32. With 4 bits the embedding and the head are Q8_0: they are few, and quality
+    depends on them most. Raises `ModelError` for rows that are not whole blocks of 32.
     """
     if kind not in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
         raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
     shapes = parameter_shapes(config)
     tensors = []
     for name, shape in shapes.items():
-        wanted = kind
+        stored = kind
         if len(shape) == 1:
-            wanted = "F32"
+            stored = "F32"
         elif kind.startswith("Q4") and name.startswith(("embed_tokens", "lm_head")):
-            wanted = "Q8_0"
-        if shape[-1] % TENSOR_TYPES[wanted][1]:
+            stored = "Q8_0"
+        if shape[-1] % TENSOR_TYPES[stored][1]:
             raise ModelError(
-                f"{wanted} takes blocks of 32, '{name}' has rows of {shape[-1]}", hint="use F16"
+                f"{stored} takes blocks of 32, '{name}' has rows of {shape[-1]}", hint="use F16"
             )
-        rows = partial(_rows, parameter, name, wanted, _permuted_heads(name, config), search)
-        tensors.append(TensorToWrite(gguf_name(name), wanted, shape, rows))
+        rows = partial(_rows, parameter, name, stored, _permuted_heads(name, config), search)
+        tensors.append(TensorToWrite(gguf_name(name), stored, shape, rows))
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         factors = llama3_factors(config)
         tensors.append(
@@ -168,7 +168,7 @@ def _rows(
     for start in range(0, len(weights), step):
         part = weights[start : start + step].float()
         largest = float(part.abs().max())
-        # Scales are fp16 as well. NaN is no number's lesser.
+        # Scales are fp16 as well. `not <=` is true of NaN, too.
         if not largest <= (_LARGEST_HALF if kind not in ("F32", "BF16") else _LARGEST_SINGLE):
             raise ModelError(f"'{name}' has a weight of {largest:g}, which {kind} cannot hold")
         yield quantize(part.numpy(), kind, search=search)

@@ -31,12 +31,12 @@ _PATTERNS = {
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
-# These take a whole word that is in the vocabulary before they look at merges.
+# These match whole words of the vocabulary before they apply merges.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3")
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
-    """Raises `ModelError` for a kind of tokenizer or pre-tokenizer that we do not have."""
+    """Raises `ModelError` for a kind of tokenizer or pre-tokenizer that is not supported."""
 
     def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = metadata.get(f"tokenizer.ggml.{name}", default)
@@ -125,7 +125,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
 
 
 def _without_marks(template: str) -> str:
-    """`{% generation %}` says what is trained; llama.cpp's Jinja does not know it."""
+    """`{% generation %}` marks what is trained; llama.cpp's Jinja does not support it."""
     return re.sub(r"\{%-? (end)?generation -?%\}", "", template)
 
 

@@ -218,7 +218,7 @@ class TestBadInput:
         other = align("dpo", out=tmp_path / "lm", max_steps=1)
         go(other)
         config = align("ppo", reward_function=None, reward_model=other.out / "last")
-        with pytest.raises(ModelError, match="is no reward model"):
+        with pytest.raises(ModelError, match="is not a reward model"):
             go(config)
 
     def test_refuses_a_reward_model_with_another_tokenizer(
