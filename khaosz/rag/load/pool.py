@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
@@ -63,12 +62,6 @@ class WorkerPool:
         self._threads.shutdown(wait=True)  # queued files see that the pool is closed
         for worker in self._workers:
             worker.close()
-
-    @property
-    def processes(self) -> list[int]:
-        """The workers' process ids."""
-        with self._lock:
-            return sorted(worker.process.pid for worker in self._workers)
 
     def submit(self, file: InputFile) -> Future[Loaded]:
         """The future raises DocumentError if the file cannot be read; this method raises it if the
@@ -139,13 +132,24 @@ class _Worker:
         """The reply. Raises DocumentError if none arrives within `seconds`; the worker is then
         dead."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        with _Deadline(seconds, self.process.kill) as deadline:
-            try:
-                write_frame(self.process.stdin, message)
-                reply = read_frame(self.process.stdout, 16 * self._limits.text_characters + 65536)
-            except (OSError, ValueError):
-                reply = None
-        if deadline.passed:
+        too_late = threading.Event()
+
+        def stop() -> None:
+            too_late.set()
+            self.process.kill()
+
+        timer = threading.Timer(seconds, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            write_frame(self.process.stdin, message)
+            reply = read_frame(self.process.stdout, 16 * self._limits.text_characters + 65536)
+        except (OSError, ValueError):
+            reply = None
+        finally:
+            timer.cancel()
+            timer.join()
+        if too_late.is_set():
             raise DocumentError(
                 f"takes longer than {seconds:g} seconds",
                 code="too_slow",
@@ -172,28 +176,6 @@ class _Worker:
             assert pipe is not None
             with suppress(OSError):
                 pipe.close()
-
-
-class _Deadline:
-    """Calls `action` if the block takes longer than `seconds`."""
-
-    def __init__(self, seconds: float, action: Callable[[], None]) -> None:
-        self.passed = False
-        self._action = action
-        self._timer = threading.Timer(seconds, self._pass)
-        self._timer.daemon = True
-
-    def _pass(self) -> None:
-        self.passed = True
-        self._action()
-
-    def __enter__(self) -> _Deadline:
-        self._timer.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._timer.cancel()
-        self._timer.join()
 
 
 def _exit_text(code: int) -> str:
