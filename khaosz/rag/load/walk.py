@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import DataError
@@ -28,7 +29,7 @@ def walk(
     for a path that does not exist.
     """
     roots = [(path, _stat(path)) for path in map(Path, paths)]
-    return _walk(roots, on_problem, docling)
+    return _Walk(on_problem, docling).files(roots)
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -42,111 +43,101 @@ def _stat(path: Path) -> os.stat_result:
         ) from error
 
 
-def _walk(
-    roots: Sequence[tuple[Path, os.stat_result]], on_problem: OnProblem, docling: bool
-) -> Iterator[InputFile]:
-    seen: set[str] = set()
-    for path, status in roots:
-        real = os.path.realpath(path)
-        if stat.S_ISDIR(status.st_mode):
-            files = _walk_folder(real, on_problem, docling)
-        else:
-            files = _input_file(path, real, path.name, status, docling, on_problem, default="text")
-        for file in files:
-            if str(file.path) in seen:
-                continue
-            seen.add(str(file.path))
-            if clean(file.name) != file.name:
-                on_problem(Problem(file.path, "has a name that is not valid Unicode", "rename it"))
-                continue
-            yield file
+@dataclass
+class _Walk:
+    on_problem: OnProblem
+    docling: bool
 
+    def files(self, roots: Sequence[tuple[Path, os.stat_result]]) -> Iterator[InputFile]:
+        seen: set[str] = set()
+        for path, status in roots:
+            real = os.path.realpath(path)
+            if stat.S_ISDIR(status.st_mode):
+                files = self._folder(real)
+            else:
+                files = self._file(path, real, path.name, status, default="text")
+            for file in files:
+                if str(file.path) in seen:
+                    continue
+                seen.add(str(file.path))
+                if clean(file.name) != file.name:
+                    reason = "has a name that is not valid Unicode"
+                    self.on_problem(Problem(file.path, reason, "rename it"))
+                    continue
+                yield file
 
-def _walk_folder(root: str, on_problem: OnProblem, docling: bool) -> Iterator[InputFile]:
-    """Depth first, with an explicit stack: folders nest deeper than Python's recursion limit."""
-    seen = {root}
-    rules = _with_ignore_file(parse_rules([".*"]), root, (), on_problem)
-    names: tuple[str, ...] = ()
-    stack = [(names, rules, _entries(root, on_problem))]
-    while stack:
-        above, rules, entries = stack[-1]
-        entry = next(entries, None)
-        if entry is None:
-            stack.pop()
-            continue
-        names = (*above, entry.name)
-        real = entry.path
+    def _folder(self, root: str) -> Iterator[InputFile]:
+        """Depth first, with a stack of its own: folders nest deeper than Python may recurse."""
+        seen = {root}
+        rules = self._with_ignore_file(parse_rules([".*"]), root, ())
+        names: tuple[str, ...] = ()
+        stack = [(names, rules, self._entries(root))]
+        while stack:
+            above, rules, entries = stack[-1]
+            entry = next(entries, None)
+            if entry is None:
+                stack.pop()
+                continue
+            names = (*above, entry.name)
+            real = entry.path
+            try:
+                if entry.is_symlink():
+                    real = os.path.realpath(entry.path)
+                status = entry.stat()
+            except OSError as error:
+                if not is_ignored(rules, names, is_folder=False):
+                    reason = "is a broken link" if entry.is_symlink() else _reason(error)
+                    self.on_problem(Problem(Path(entry.path), reason))
+                continue
+            is_folder = stat.S_ISDIR(status.st_mode)
+            if entry.name == ".git" or is_ignored(rules, names, is_folder):
+                continue
+            if entry.is_symlink() and not Path(real).is_relative_to(root):
+                hint = f"add {clean(real)} by itself"
+                self.on_problem(Problem(Path(entry.path), "is a link to outside the folder", hint))
+            elif is_folder:
+                if real not in seen:  # a link may point to a folder above
+                    seen.add(real)
+                    inside = self._with_ignore_file(rules, real, names)
+                    stack.append((names, inside, self._entries(real)))
+            else:
+                yield from self._file(Path(entry.path), real, "/".join(names), status)
+
+    def _file(
+        self, path: Path, real: str, name: str, status: os.stat_result, default: str | None = None
+    ) -> Iterator[InputFile]:
+        """The file, unless it is a problem; `default` is its format if its name says none."""
+        suffix = path.suffix.lower()
+        file_format = format_of(path.name, docling=self.docling)
+        if file_format is None and suffix in INSTEAD:
+            self.on_problem(Problem(path, f"{suffix} files cannot be read", INSTEAD[suffix]))
+            return
+        file_format = file_format or default
+        if file_format and stat.S_ISREG(status.st_mode):
+            yield InputFile(Path(real), name, file_format)
+        elif file_format:
+            self.on_problem(Problem(path, "is neither a file nor a folder"))
+
+    def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:
-            if entry.is_symlink():
-                real = os.path.realpath(entry.path)
-            status = entry.stat()
+            with os.scandir(folder) as entries:
+                return iter(sorted(entries, key=lambda entry: entry.name))
         except OSError as error:
-            if not is_ignored(rules, names, is_folder=False):
-                reason = "is a broken link" if entry.is_symlink() else _reason(error)
-                on_problem(Problem(Path(entry.path), reason))
-            continue
-        is_folder = stat.S_ISDIR(status.st_mode)
-        if entry.name == ".git" or is_ignored(rules, names, is_folder):
-            continue
-        if entry.is_symlink() and not Path(real).is_relative_to(root):
-            hint = f"add {clean(real)} by itself"
-            on_problem(Problem(Path(entry.path), "is a link to outside the folder", hint))
-        elif is_folder:
-            if real not in seen:  # a link may point to a folder above
-                seen.add(real)
-                inside = _with_ignore_file(rules, real, names, on_problem)
-                stack.append((names, inside, _entries(real, on_problem)))
-        else:
-            yield from _input_file(
-                *(Path(entry.path), real, "/".join(names), status, docling, on_problem),
-                default=None,
-            )
+            self.on_problem(Problem(Path(folder), _reason(error)))
+            return iter(())
 
-
-def _input_file(
-    path: Path,
-    real: str,
-    name: str,
-    status: os.stat_result,
-    docling: bool,
-    on_problem: OnProblem,
-    *,
-    default: str | None,
-) -> Iterator[InputFile]:
-    """The file, unless it is a problem; `default` is its format if its name says none."""
-    suffix = path.suffix.lower()
-    file_format = format_of(path.name, docling=docling)
-    if file_format is None and suffix in INSTEAD:
-        on_problem(Problem(path, f"{suffix} files cannot be read", INSTEAD[suffix]))
-        return
-    file_format = file_format or default
-    if file_format and stat.S_ISREG(status.st_mode):
-        yield InputFile(Path(real), name, file_format)
-    elif file_format:
-        on_problem(Problem(path, "is neither a file nor a folder"))
-
-
-def _entries(folder: str, on_problem: OnProblem) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return iter(sorted(entries, key=lambda entry: entry.name))
-    except OSError as error:
-        on_problem(Problem(Path(folder), _reason(error)))
-        return iter(())
-
-
-def _with_ignore_file(
-    rules: list[Rule], folder: str, names: tuple[str, ...], on_problem: OnProblem
-) -> list[Rule]:
-    path = Path(folder, IGNORE_FILE)
-    try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            return rules + parse_rules(file.read(_IGNORE_FILE_BYTES).split("\n"), names)
-    except FileNotFoundError:
-        return rules
-    except OSError as error:
-        on_problem(Problem(path, _reason(error)))
-        return rules
+    def _with_ignore_file(
+        self, rules: list[Rule], folder: str, names: tuple[str, ...]
+    ) -> list[Rule]:
+        path = Path(folder, IGNORE_FILE)
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                return rules + parse_rules(file.read(_IGNORE_FILE_BYTES).split("\n"), names)
+        except FileNotFoundError:
+            return rules
+        except OSError as error:
+            self.on_problem(Problem(path, _reason(error)))
+            return rules
 
 
 def _reason(error: OSError) -> str:
