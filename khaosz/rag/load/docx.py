@@ -47,11 +47,7 @@ def parse(raw: bytes, limits: Limits) -> Parsed:
     try:
         parts = _unpack(raw, limits)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise DocumentError(
-            f"is a damaged DOCX file: {error}",
-            code="damaged",
-            hint="open it in Word and save it again",
-        ) from error
+        raise _damaged(error) from error
     if not any(name.lstrip("/") == "[Content_Types].xml" for name in parts):
         raise DocumentError(
             "is a ZIP file, but not a DOCX document",
@@ -67,6 +63,11 @@ def parse(raw: bytes, limits: Limits) -> Parsed:
         _pack(parts), style_map=_STYLES, convert_image=_no_image, external_file_access=False
     )
     return Parsed(html_to_markdown(html.value).text, title)
+
+
+def _damaged(reason: object) -> DocumentError:
+    hint = "open it in Word and save it again"
+    return DocumentError(f"is a damaged DOCX file: {reason}", code="damaged", hint=hint)
 
 
 def _no_image(image: object) -> list[object]:
@@ -156,11 +157,7 @@ def _check_xml(name: str, part: bytes, max_depth: int) -> str:
     try:
         parser.Parse(part, True)
     except expat.ExpatError as error:
-        raise DocumentError(
-            f"is a damaged DOCX file: {name}: {error}",
-            code="damaged",
-            hint="open it in Word and save it again",
-        ) from error
+        raise _damaged(f"{name}: {error}") from error
     return "".join(title)
 
 

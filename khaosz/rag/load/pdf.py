@@ -53,19 +53,16 @@ def parse(raw: bytes, limits: Limits) -> Parsed:
         for word in _INLINE_HYPHEN.findall(line.text)
     }
     levels = heading_levels(pages)
-    parts: list[str] = []
+    text = ""
     offsets = []
-    length = 0
     for number, page in enumerate(pages):
         body = _page(page, levels, compounds)
-        if body and length:
-            parts.append("\n\n")
-            length += 2
+        if body and text:
+            text += "\n\n"
         if number:
-            offsets.append(length)
-        parts.append(body)
-        length += len(body)
-    return Parsed("".join(parts), title, tuple(offsets))
+            offsets.append(len(text))
+        text += body
+    return Parsed(text, title, tuple(offsets))
 
 
 def _page(lines: list[Line], levels: dict[float, int], compounds: set[str]) -> str:

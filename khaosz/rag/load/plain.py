@@ -99,11 +99,8 @@ def _jsonl_documents(file: InputFile, text: str, on_problem: OnProblem) -> list[
         else:
             documents[document.name] = document
     if skipped:
-        lines = (
-            "1 line is not a document"
-            if len(skipped) == 1
-            else (f"{len(skipped)} lines are not documents")
-        )
+        count = len(skipped)
+        lines = "1 line is not a document" if count == 1 else f"{count} lines are not documents"
         hint = 'each line is a JSON object with a "text" and, for citations, an "id"'
         on_problem(Problem(file.path, f"{lines}; {skipped[0]}", hint))
     return list(documents.values())
