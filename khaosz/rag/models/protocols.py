@@ -18,7 +18,7 @@ class Embedder(Protocol):
     the cosine from which a passage is about a query, or None if it was not measured."""
 
     name: str
-    good_cosine: float | None
+    good_cosine: float | None = None
 
     @property
     def dimension(self) -> int: ...
@@ -28,9 +28,11 @@ class Embedder(Protocol):
 
     def queries(self, texts: Sequence[str]) -> np.ndarray:
         """The same for questions; some models need another prefix for them."""
+        return self.passages(texts)
 
     def tokens(self, texts: Sequence[str]) -> int:
         """Tokens read for passages, with special tokens and prefixes; 0 if unknown."""
+        return 0
 
 
 class Reranker(Protocol):
