@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
+from itertools import takewhile
 from re import Match
 
 from khaosz.rag.split.sentence import CLOSING
@@ -51,15 +52,9 @@ class Layout:
         last = bisect_left(self.starts, end, first + 1) - 1
         while first < last and self.bare[first]:
             first += 1  # a heading with only the next one under it
-        shared = self.paths[first]
-        for path in self.paths[first + 1 : last + 1]:
-            size = 0
-            for first_title, title in zip(shared, path, strict=False):
-                if first_title != title:
-                    break
-                size += 1
-            shared = shared[:size]
-        return shared
+        levels = zip(*self.paths[first : last + 1], strict=False)
+        shared = takewhile(lambda titles: len(set(titles)) == 1, levels)
+        return tuple(titles[0] for titles in shared)
 
     def block_at(self, position: int) -> tuple[int, int] | None:
         """The block that a cut at `position` would divide."""
