@@ -212,24 +212,17 @@ class Store(ABC):
         chunk_rows: list[tuple] = []
         vectors: list[tuple[int, np.ndarray]] = []
         for document_id, document in enumerate(documents, self._next_id("documents")):
+            names = map(self._encode, (collection, document.doc_id, document.name))
+            lists = map(_dumped, (document.pages, document.metadata))
             document_rows.append(
-                (
-                    *(document_id, source_id, self._encode(collection)),
-                    *(self._encode(document.doc_id), self._encode(document.name), document.hash),
-                    *(document.length, _dumped(document.pages), _dumped(document.metadata)),
-                )
+                (document_id, source_id, *names, document.hash, document.length, *lists)
             )
             for chunk in document.chunks:
                 chunk_id = next(chunk_ids)
-                chunk_rows.append(
-                    (
-                        *(chunk_id, document_id, chunk.start, chunk.end, self._encode(chunk.text)),
-                        *(
-                            _dumped(chunk.headings),
-                            *self._count_terms(chunk.headings, chunk.text),
-                        ),
-                    )
-                )
+                place = chunk_id, document_id, chunk.start, chunk.end
+                content = self._encode(chunk.text), _dumped(chunk.headings)
+                counted = self._count_terms(chunk.headings, chunk.text)
+                chunk_rows.append((*place, *content, *counted))
                 if chunk.vector is not None:
                     vectors.append((chunk_id, chunk.vector))
         self._insert_documents(document_rows)
