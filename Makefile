@@ -26,6 +26,7 @@ check: .venv/ready-dev
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
+	$(BIN)/python -m tests.wording
 
 bench: .venv/ready-dev
 	$(BIN)/python -m bench $(ARGS)

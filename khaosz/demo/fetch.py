@@ -61,8 +61,8 @@ PACKAGES = (
 class DemoSources:
     """Paths of the demo's texts: `archives` maps a package's name to its verified file.
 
-    `stdlib` is the running Python's library folder (English documentation, PSF licence), None for
-    none.
+    `stdlib` is the running Python's library folder (English documentation, PSF licence), None to
+    leave it out.
     """
 
     archives: dict[str, Path]

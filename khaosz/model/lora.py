@@ -2,7 +2,7 @@
 
     y = W x + scale * B A dropout(x)        scale = alpha / r; rsLoRA: alpha / sqrt(r)
 
-B starts at zero, so training starts at the base model. With rsLoRA (Kalajdzievski 2023,
+B begins at zero, hence training at the base model. With rsLoRA (Kalajdzievski 2023,
 arXiv:2312.03732) the update keeps its size at any rank. Shapes: I inputs, O outputs, r rank.
 """
 
@@ -97,7 +97,7 @@ class Int8Linear(nn.Module):
 
 
 class _Int8Product(torch.autograd.Function):
-    """x W^T. Autograd's own would keep every dequantised W for backward; this computes it again."""
+    """x W^T. Autograd would keep every dequantised W for backward; this dequantises it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
@@ -111,16 +111,16 @@ class _Int8Product(torch.autograd.Function):
 
 
 def named_adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """The adapted layers, each under the name of the layer it replaces: at least one."""
-    adapters = {name: x for name, x in model.named_modules() if isinstance(x, LoRALinear)}
-    assert adapters, "the model has no adapters"
-    return adapters
+    """The adapted layers, each under the name of the layer it stands for: one at least."""
+    found = {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
+    assert found, "the model has no adapters"
+    return found
 
 
 def add_lora(
     model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Wrap the target layers in place and freeze the rest. `generator`, on the CPU, draws A."""
+    """Wrap the target layers in place and freeze the rest. The CPU's `generator` draws A."""
     adapted = any(isinstance(part, LoRALinear) for part in model.modules())
     assert not adapted, "the model has adapters already"
     model.requires_grad_(False)
@@ -133,7 +133,7 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Fold the updates in, summed in fp32, in place: the model is plain and trainable again."""
+    """Fold the updates in, summed in fp32: a plain model in place, all of it trainable again."""
     for name, layer in named_adapters(model).items():
         assert layer.enabled, "merging within without_lora would drop the adapters"
         weight = nn.Parameter(layer.weight)
@@ -146,8 +146,8 @@ def merge_lora(model: nn.Module) -> None:
 
 @contextmanager
 def without_lora(model: nn.Module) -> Iterator[None]:
-    """Turn the adapters off: the reference of DPO and PPO, from the same weights. May be nested. A
-    backward pass with gradient checkpointing runs the forward again, so it belongs inside too."""
+    """The base model within: the reference of DPO and PPO, from the same weights. Nests. A
+    backward pass that checkpoints gradients computes the forward again, so keep it inside too."""
     before = [(layer, layer.enabled) for layer in named_adapters(model).values()]
     try:
         for layer, _ in before:

@@ -214,8 +214,8 @@ def rotate(out: Path, keep: int) -> None:
 def point(link: Path, target: Path) -> None:
     """Make `link` point at the sibling directory `target`, atomically.
 
-    A symbolic link is replaced by renaming another over it. Windows has no such rename, but needs
-    no privilege for a junction: there the old one is renamed first, and `resolve` completes the
+    A symbolic link is replaced by renaming another over it. Windows cannot do that, but a junction
+    needs no privilege there: the old one is renamed first, and `resolve` completes the
     swap after a crash between the two renames.
     """
     new = link.with_name(f".{link.name}.new")

@@ -40,7 +40,7 @@ def test_offline_uses_the_sample_with_notes(tmp_path: Path, no_network: None) ->
 
 
 def test_without_pip_there_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A folder named pip shadows the real one and is no runnable package.
+    # A folder named pip shadows the real one and is not a runnable package.
     (tmp_path / "pip").mkdir()
     (tmp_path / "pip" / "__init__.py").write_text("")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -81,7 +81,7 @@ def test_every_sentence_has_its_marker() -> None:
 
 
 class Parrot:
-    """Says what it is told, and remembers what it was sent."""
+    """Returns canned answers and records what it was sent."""
 
     context = 2256  # what leaves 2,000 for the prompt
 

@@ -424,7 +424,7 @@ def test_concurrent_writes(service: Service) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_answered_writes_survive_kills(tmp_path: Path, kills: int) -> None:
     """The server is killed during PUTs from four clients, repeatedly. Answered writes are there;
     unanswered ones are complete or absent."""

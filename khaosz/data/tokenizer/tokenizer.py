@@ -319,8 +319,8 @@ def train_tokenizer(
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         # transformers 5 rebuilds the tokenizer of a qwen2 model with an NFC normaliser (lossy)
-        # unless this field makes it load tokenizer.json as it is. No code is loaded: there is no
-        # auto_map, and the user's own `trust_remote_code` argument is not changed.
+        # unless this field makes it load tokenizer.json as it is. No code is loaded, as auto_map
+        # is absent, and the user's own `trust_remote_code` argument is not changed.
         "trust_remote_code": True,
         "chat_template": CHAT_TEMPLATE,
     }

@@ -141,7 +141,7 @@ def test_fill_on_a_real_mixture_of_lengths(tmp_path: Path) -> None:
 
 
 def test_open_windows_are_bounded(tmp_path: Path) -> None:
-    """Pieces of more than half a window never pair up: the fullest is closed, the rest go on."""
+    """Pieces of more than half a window never pair up: the fullest is closed, others stay open."""
     lengths = [7 + i % 2 for i in range(3 * OPEN_BINS)] + [4] * (2 * OPEN_BINS)
     shard = shard_of(tmp_path / "a.tok", lengths)
     plan = load_plan([shard], "pt", 10, tmp_path)
@@ -257,7 +257,7 @@ def test_a_turn_that_ends_with_the_last_label_of_the_window_is_kept(tmp_path: Pa
 def test_conversations_that_cannot_be_trained_are_counted(tmp_path: Path) -> None:
     patterns = ["UUUUUUUUUUAA", "UUUU", "U", "", "A", "AU", "UA", "AUUUUUUUUUA"]
     plan = sft(tmp_path, patterns, 8)
-    # "AU" and the prefix "A" of the last: the only trained token is nobody's label
+    # "AU" and the prefix "A" of the last: the only trained token is not a label
     assert plan.stats.documents == 8
     assert plan.stats.skipped_short == 3
     assert plan.stats.skipped_untrained == 2

@@ -172,7 +172,7 @@ def test_the_longest_shared_beginning_is_the_prompt() -> None:
     # The same whole conversations: the prompt is all but the answer, and the pair says nothing.
     record["rejected"] = record["chosen"]
     assert to_pair(record) == Pair(shared, "chosen", "chosen")
-    # Apart from the second turn on, there is no single answer to compare.
+    # They differ from the second turn on, so no single answer can be compared.
     record["rejected"] = [USER, turn("assistant", "b"), turn("user", "q"), turn("assistant", "c")]
     with pytest.raises(DataError, match="not one assistant turn"):
         to_pair(record)
