@@ -6,12 +6,21 @@ position 0. Embedders (E5, BGE, GTE) and cross-encoders are such models.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class EncoderLayer(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.activation = config.num_attention_heads, config.activation
+        self.heads, self.activation = config.num_attention_heads, _ACTIVATIONS[config.activation]
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
         self.value, self.output = nn.Linear(width, width), nn.Linear(width, width)
         self.attention_norm = nn.LayerNorm(width, eps)
@@ -62,7 +71,7 @@ class EncoderLayer(nn.Module):
         )  # (B, H, T, D / H)
         mixed = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).reshape(x.shape)
         x = self.attention_norm(x + self.output(mixed))
-        return self.mlp_norm(x + self.down(_activated(self.up(x), self.activation)))
+        return self.mlp_norm(x + self.down(self.activation(self.up(x))))
 
 
 class Encoder(nn.Module):
@@ -98,15 +107,3 @@ class Encoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Class logits (B, labels), from the first token of hidden (B, T, D)."""
         return self.classes(torch.tanh(self.dense(hidden[:, 0])))
-
-
-def _activated(x: Tensor, name: str) -> Tensor:
-    match name:
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu":
-            return F.relu(x)
-        case _:
-            return F.silu(x)

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -94,6 +95,7 @@ def calibrate(
     machine lacks.
     """
     batches = [batch.to(parallel.device) for batch in strategy.micro_batches(0)]
+    timing = _Timing(model, config, parallel, strategy, batches)
     problem = compiler_problem(parallel.device)
     if config.compile == "on" and problem:
         raise DeviceError(f"compile=on, but {problem}", hint="install one, or compile=auto")
@@ -102,15 +104,14 @@ def calibrate(
     dtype = torch.float32 if config.dtype != "bf16" else torch.bfloat16
     eager: dict[torch.dtype, float] = {}
     if config.dtype == "auto":
-        supported: list[tuple[torch.dtype, Compute]] = []
+        supported: list[Compute] = []
         for candidate in (torch.float32, torch.bfloat16):
             with contextlib.suppress(RuntimeError):  # raised by a device without bf16 kernels
                 compute = _compute(model, config, candidate, False)
-                _least_seconds(model, strategy, [(None, compute)], batches[0], parallel, rounds=1)
-                supported.append((candidate, compute))
-        plain = [(None, compute) for _, compute in supported]
-        seconds_of = _least_seconds(model, strategy, plain, batches[0], parallel)
-        eager = {name: s for (name, _), s in zip(supported, seconds_of, strict=True)}
+                timing.least_seconds([(None, compute)], rounds=1)
+                supported.append(compute)
+        seconds_of = timing.least_seconds([(None, compute) for compute in supported])
+        eager = {c.dtype: s for c, s in zip(supported, seconds_of, strict=True)}
         dtype = min(eager, key=lambda name: eager[name])
         times = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
         reasons.append(f"dtype {_name(dtype)}: forward and backward take {times}")
@@ -119,7 +120,6 @@ def calibrate(
 
     compiled = config.compile == "on"
     if config.compile == "auto":
-        compiled = False
         expected = _expected_seconds(config, eager.get(dtype), len(batches))
         if problem:
             reasons.append(f"not compiled: {problem}")
@@ -127,11 +127,10 @@ def calibrate(
             reasons.append("not compiled: the run is too short for compilation to pay off")
         else:
             console.print("  [dim]compiling (once; cached for the next run)[/dim]")
-            compiled, reason = _try_compiled(model, config, strategy, dtype, batches[0], parallel)
+            compiled, reason = timing.try_compiled(dtype)
             reasons.append(reason)
 
-    compute = _compute(model, config, dtype, compiled)
-    seconds = _step_seconds(model, config, strategy, compute, batches, parallel)
+    seconds = timing.step_seconds(_compute(model, config, dtype, compiled))
     total = _total_steps(config, strategy, rows, seconds)
     strategy.metric_sums.clear()
     chosen = sum_over_ranks(
@@ -152,31 +151,6 @@ def calibrate(
     )
 
 
-def _try_compiled(
-    model: Transformer,
-    config: TrainConfig,
-    strategy: Strategy,
-    dtype: torch.dtype,
-    batch: Batch,
-    parallel: ParallelContext,
-) -> tuple[bool, str]:
-    eager = _compute(model, config, dtype, False)
-    compute = _compute(model, config, dtype, True)
-    candidates = [(None, eager), (model.compiled_blocks, compute)]
-    started = time.perf_counter()
-    try:
-        _least_seconds(model, strategy, candidates[1:], batch, parallel, rounds=1)
-        took = time.perf_counter() - started
-        plain, fast = _least_seconds(model, strategy, candidates, batch, parallel)
-    except (RuntimeError, OSError) as error:  # dynamo and inductor raise subclasses of RuntimeError
-        first = str(error).strip().splitlines()[0][:100]
-        return False, f"not compiled: the compiler failed ({first})"
-    gain = plain / fast
-    if gain < 1.03:
-        return False, f"not compiled: the gain is {gain - 1:+.0%}"
-    return True, f"compiled: {gain:.2f}x as fast as eager, ready after {took:.0f} s"
-
-
 def _compute(
     model: Transformer, config: TrainConfig, dtype: torch.dtype, compiled: bool
 ) -> Compute:
@@ -188,57 +162,74 @@ def _compute(
     return Compute(dtype, config.loss_chunk, inner)
 
 
-def _least_seconds(
-    model: Transformer,
-    strategy: Strategy,
-    candidates: Sequence[tuple[Any, Compute]],
-    batch: Batch,
-    parallel: ParallelContext,
-    rounds: int = 4,
-) -> list[float]:
-    """The least seconds of a forward and backward with each candidate (compiled blocks, compute).
-    Rounds are interleaved, so that other work on the machine does not slow one candidate alone."""
-    modules = [LossModule(model.train(), strategy, compute) for _, compute in candidates]
-    seconds: list[list[float]] = [[] for _ in candidates]
-    for _ in range(rounds):
-        for (blocks, _), module, times in zip(candidates, modules, seconds, strict=True):
-            model.compiled_blocks = blocks
-            with _timed(parallel, times):
-                module(batch).backward()
-            model.zero_grad(set_to_none=True)
-    return [min(times) for times in seconds]
+@dataclass(frozen=True)
+class _Timing:
+    """Times the forward and backward passes of a model over real micro-batches."""
 
+    model: Transformer
+    config: TrainConfig
+    parallel: ParallelContext
+    strategy: Strategy
+    batches: list[Batch]
 
-def _step_seconds(
-    model: Transformer,
-    config: TrainConfig,
-    strategy: Strategy,
-    compute: Compute,
-    batches: list[Batch],
-    parallel: ParallelContext,
-) -> float:
-    """Seconds of a whole optimizer step, updates with a learning rate of zero included."""
-    module = LossModule(model.train(), strategy, compute)
-    optimizers = build_optimizers(model, config, dtype=compute.dtype)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+    def try_compiled(self, dtype: torch.dtype) -> tuple[bool, str]:
+        """Whether the compiled model is worth it, and why."""
+        eager = _compute(self.model, self.config, dtype, False)
+        compute = _compute(self.model, self.config, dtype, True)
+        candidates = [(None, eager), (self.model.compiled_blocks, compute)]
+        started = time.perf_counter()
+        try:
+            self.least_seconds(candidates[1:], rounds=1)
+            took = time.perf_counter() - started
+            plain, fast = self.least_seconds(candidates)
+        except (RuntimeError, OSError) as error:  # dynamo's and inductor's errors too
+            first = str(error).strip().splitlines()[0][:100]
+            return False, f"not compiled: the compiler failed ({first})"
+        gain = plain / fast
+        if gain < 1.03:
+            return False, f"not compiled: the gain is {gain - 1:+.0%}"
+        return True, f"compiled: {gain:.2f}x as fast as eager, ready after {took:.0f} s"
 
-    def once() -> None:
-        for batch in batches:
-            (module(batch) / 1e3).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    def least_seconds(
+        self, candidates: Sequence[tuple[Any, Compute]], rounds: int = 4
+    ) -> list[float]:
+        """The least seconds of a forward and backward with each candidate (compiled blocks,
+        compute). Rounds are interleaved, so that other work on the machine does not slow one
+        candidate alone."""
+        model = self.model
+        modules = [LossModule(model.train(), self.strategy, compute) for _, compute in candidates]
+        seconds: list[list[float]] = [[] for _ in candidates]
+        for _ in range(rounds):
+            for (blocks, _), module, times in zip(candidates, modules, seconds, strict=True):
+                model.compiled_blocks = blocks
+                with _timed(self.parallel, times):
+                    module(self.batches[0]).backward()
+                model.zero_grad(set_to_none=True)
+        return [min(times) for times in seconds]
+
+    def step_seconds(self, compute: Compute) -> float:
+        """Seconds of a whole optimizer step, updates with a learning rate of zero included."""
+        module = LossModule(self.model.train(), self.strategy, compute)
+        optimizers = build_optimizers(self.model, self.config, dtype=compute.dtype)
         for optimizer in optimizers:
-            optimizer.step()
-        model.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
 
-    runs = 5 if config.max_minutes is not None else 1
-    once()
-    seconds: list[float] = []
-    for _ in range(runs):
-        with _timed(parallel, seconds):
-            once()
-    return statistics.median(seconds)
+        def once() -> None:
+            for batch in self.batches:
+                (module(batch) / 1e3).backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+            for optimizer in optimizers:
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
+
+        runs = 5 if self.config.max_minutes is not None else 1
+        once()
+        seconds: list[float] = []
+        for _ in range(runs):
+            with _timed(self.parallel, seconds):
+                once()
+        return statistics.median(seconds)
 
 
 @contextlib.contextmanager

@@ -80,8 +80,11 @@ def _write(context: TrainContext, directory: Path) -> None:
         pad_id=tokenizer.pad_id,
     )
     if context.config.stage == "embed":
-        width = context.model.config.hidden_size
-        save_embedder(directory, embedder_settings(context.config), width, tokenizer)
+        embed, width = context.config.embed, context.model.config.hidden_size
+        settings = EmbedderSettings(
+            embed.pooling, embed.query_prefix, embed.passage_prefix, embed.max_length
+        )
+        save_embedder(directory, settings, width, tokenizer)
     else:
         tokenizer.save(directory)
     save_config(context.config, directory / "train_config.json")
@@ -98,13 +101,6 @@ def _write(context: TrainContext, directory: Path) -> None:
         if pending.exists():
             shutil.move(pending, state / f"rollout-{rank}.safetensors")
     write_json(state / "state.json", context.state())
-
-
-def embedder_settings(config: TrainConfig) -> EmbedderSettings:
-    """The settings under which an embedder was trained."""
-    embed = config.embed
-    prefixes = embed.query_prefix, embed.passage_prefix
-    return EmbedderSettings(embed.pooling, *prefixes, embed.max_length)
 
 
 def merged(model: Transformer) -> Transformer:

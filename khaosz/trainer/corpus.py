@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -49,66 +50,53 @@ def tokenizer_for(
     return load_tokenizer(directory)
 
 
-def prepared_data(
-    config: TrainConfig, tokenizer: Tokenizer, parallel: ParallelContext, console: Console
-) -> PreparedData:
-    """The data of a run as token shards; raw inputs are prepared into OUT/data.
+@dataclass(frozen=True)
+class Corpus:
+    """The data of a run as token shards; raw inputs are prepared into its output directory."""
 
-    Raises `DataError` when the data was prepared with another tokenizer or for another stage.
-    """
-    data = _opened(
-        config, config.data, config.out / "data", config.val_fraction, tokenizer, parallel, console
-    )
-    if data.stage != config.stage:
-        raise DataError(
-            f"{config.data} holds {data.stage} data, the recipe's stage is {config.stage}",
-            hint="pretraining reads texts, fine-tuning reads conversations",
-        )
-    return data
+    config: TrainConfig
+    tokenizer: Tokenizer
+    parallel: ParallelContext
+    console: Console
 
+    def training_data(self) -> PreparedData:
+        """Raises `DataError` when the data was prepared with another tokenizer or for another
+        stage."""
+        config = self.config
+        data = self._opened(config.data, config.out / "data", config.val_fraction)
+        if data.stage != config.stage:
+            raise DataError(
+                f"{config.data} holds {data.stage} data, the recipe's stage is {config.stage}",
+                hint="pretraining reads texts, fine-tuning reads conversations",
+            )
+        return data
 
-def validation_data(
-    config: TrainConfig,
-    prepared: PreparedData,
-    tokenizer: Tokenizer,
-    parallel: ParallelContext,
-    console: Console,
-) -> tuple[PreparedData, str]:
-    """Held-out data and its split: `val` if the recipe names one, else the part of the training
-    data that preparation held out."""
-    if config.val is None:
-        return prepared, "val"
-    data = _opened(config, config.val, config.out / "val", 0.0, tokenizer, parallel, console)
-    return data, "train"
+    def validation_data(self, prepared: PreparedData) -> tuple[PreparedData, str]:
+        """Held-out data and its split: `val` if the recipe names one, else the part of the training
+        data that preparation held out."""
+        if self.config.val is None:
+            return prepared, "val"
+        return self._opened(self.config.val, self.config.out / "val", 0.0), "train"
 
-
-def _opened(
-    config: TrainConfig,
-    path: Path,
-    out: Path,
-    val_fraction: float,
-    tokenizer: Tokenizer,
-    parallel: ParallelContext,
-    console: Console,
-) -> PreparedData:
-    if not is_prepared(path):
-        if parallel.is_main:
-            with shown_progress(console) as progress:
-                prepare(
-                    [path],
-                    tokenizer,
-                    out,
-                    stage="pt" if config.stage == "pt" else "sft",
-                    val_fraction=val_fraction,
-                    dedup=config.dedup,
-                    progress=progress,
-                )
-        parallel.barrier()
-        path = out
-    data = PreparedData.open(path)
-    if data.fingerprint != tokenizer.fingerprint:
-        raise DataError(
-            f"{path} was prepared with another tokenizer",
-            hint="prepare it again with this one, or leave tokenizer= out",
-        )
-    return data
+    def _opened(self, path: Path, out: Path, val_fraction: float) -> PreparedData:
+        if not is_prepared(path):
+            if self.parallel.is_main:
+                with shown_progress(self.console) as progress:
+                    prepare(
+                        [path],
+                        self.tokenizer,
+                        out,
+                        stage="pt" if self.config.stage == "pt" else "sft",
+                        val_fraction=val_fraction,
+                        dedup=self.config.dedup,
+                        progress=progress,
+                    )
+            self.parallel.barrier()
+            path = out
+        data = PreparedData.open(path)
+        if data.fingerprint != self.tokenizer.fingerprint:
+            raise DataError(
+                f"{path} was prepared with another tokenizer",
+                hint="prepare it again with this one, or leave tokenizer= out",
+            )
+        return data

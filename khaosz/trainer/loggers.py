@@ -83,12 +83,12 @@ class ExternalLogger(Callback):
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         if metrics["step"] % self.every and "val_loss" not in metrics:
             return
-        if self._writer is not None:
-            for key, value in metrics.items():
-                if key != "step":
-                    self._writer.add_scalar(key, value, metrics["step"])
-        else:
-            self._module.log({k: v for k, v in metrics.items() if k != "step"})
+        values = {k: v for k, v in metrics.items() if k != "step"}
+        if self._writer is None:
+            self._module.log(values)
+            return
+        for key, value in values.items():
+            self._writer.add_scalar(key, value, metrics["step"])
 
     def on_end(self, context: TrainContext) -> None:
         if self._writer is not None:

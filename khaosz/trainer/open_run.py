@@ -148,15 +148,10 @@ class OpenRun:
         )
 
     def context(
-        self,
-        plan: Plan,
-        examples: int,
-        *,
-        critic: RewardModel | None = None,
-        rollouts: Rollouts | None = None,
+        self, plan: Plan, strategy: Strategy, examples: int, rollouts: Rollouts | None = None
     ) -> TrainContext:
         """The run at its start, or as its checkpoint left it. `examples`: what an epoch visits."""
-        saved, trained = self.origin.saved, [m for m in (self.model, critic) if m is not None]
+        saved, models = self.origin.saved, (self.model, strategy.critic)
         context = TrainContext(
             config=self.config,
             model=self.model,
@@ -165,12 +160,13 @@ class OpenRun:
             plan=plan,
             optimizers=[
                 optimizer
-                for model in trained
+                for model in models
+                if model is not None
                 for optimizer in build_optimizers(model, self.config, dtype=plan.torch_dtype)
             ],
             windows=examples,
             progress=saved.progress if saved else Progress(),
-            critic=critic,
+            critic=strategy.critic,
             rollouts=rollouts,
         )
         restore_or_seed(context, self.origin.checkpoint)

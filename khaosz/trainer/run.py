@@ -39,11 +39,8 @@ def run(
 
     Raises a `KhaoszError` for everything that can't work; earlier output stays intact.
     """
-    parallel = setup_parallel(config.parallel)
-    try:
-        return _run(config, resume, parallel, console or Console(stderr=True))
-    finally:
-        parallel.close()
+    (context,) = run_stages([config], resume=resume, console=console)
+    return context
 
 
 def run_stages(

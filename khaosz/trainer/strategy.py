@@ -4,6 +4,7 @@ its loss; the loop divides by the global count and steps, and is the same for ev
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,12 @@ from khaosz.config import TrainConfig
 from khaosz.data.batches.batch import Batch
 from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.batches.sampler import draws_for
+from khaosz.data.batches.sequences import (
+    SequenceBatch,
+    TokenSequence,
+    group_into_batches,
+    pack_sequences,
+)
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import ChunkLoss, chunk_loss, cross_entropy_sum
@@ -92,6 +99,18 @@ class BatchLayout:
     pad_id: int
     seed: int
     one_shape: bool = False
+
+    def pack(
+        self, sequences: Sequence[TokenSequence], groups: Sequence[Sequence[int]] | None = None
+    ) -> Iterator[tuple[list[int], SequenceBatch]]:
+        """Micro-batches, each with the numbers of its sequences. Those of a group share one."""
+        if groups is None:
+            groups = [[i] for i in range(len(sequences))]
+        lengths = [len(sequence.ids) for sequence in sequences]
+        rows = self.micro_rows if self.one_shape else None
+        for members in group_into_batches(groups, lengths, self.window, self.micro_rows):
+            picked = [sequences[i] for i in members]
+            yield members, pack_sequences(picked, self.window, self.pad_id, rows=rows)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from khaosz.data.records.preference import load_pairs, load_prompts
 from khaosz.errors import ConfigError, DataError
 from khaosz.model import RewardModel
 from khaosz.trainer.calibration import apply_plan, compiler_problem
-from khaosz.trainer.corpus import prepared_data, validation_data
+from khaosz.trainer.corpus import Corpus
 from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy
@@ -40,7 +40,8 @@ _TEXT_PAIRS = 64
 
 def assemble_text(run: OpenRun) -> Trainer:
     """Pretraining and supervised fine-tuning: packed windows of token files."""
-    prepared = prepared_data(run.config, run.tokenizer, run.parallel, run.console)
+    corpus = Corpus(run.config, run.tokenizer, run.parallel, run.console)
+    prepared = corpus.training_data()
     run.load_model()
     config, tokenizer = run.config, run.tokenizer
     dataset = TokenDataset.open(
@@ -57,9 +58,8 @@ def assemble_text(run: OpenRun) -> Trainer:
     strategy = build_strategy(config, dataset, rows, micro, run.parallel)
     plan = run.plan(strategy, rows, micro)
     compute = apply_plan(plan, run.model, config)
-    context = run.context(plan, dataset.windows)
-    held_out = validation_data(config, prepared, tokenizer, run.parallel, run.console)
-    evaluate = evaluate_on(*held_out, config)
+    context = run.context(plan, strategy, dataset.windows)
+    evaluate = evaluate_on(*corpus.validation_data(prepared), config)
     curve = LossCurve(config.out, run.console)
     callbacks = run.callbacks(context, strategy, curve, evaluate, samples=sample_text)
     return Trainer(context, strategy, compute, callbacks)
@@ -90,7 +90,7 @@ def assemble_pairs(run: OpenRun) -> Trainer:
     compute = apply_plan(plan, run.model, config)
     if isinstance(strategy, DPOStrategy) and config.preference.needs_reference:
         add_references(run, strategy, compute)
-    context = run.context(plan, len(data.pairs))
+    context = run.context(plan, strategy, len(data.pairs))
 
     def evaluate(context: TrainContext) -> dict[str, float]:
         return evaluate_pairs(strategy, context.model, compute)
@@ -128,7 +128,8 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     reference = None
     if config.lora is None or config.reference is not None:
         reference = frozen_reference(run)
-    source = open_reward_source(run, compute, plan.micro_rows)
+    layout = _layout(run, rollout.prompts)
+    source = open_reward_source(run, compute, layout)
     reward = source.model if isinstance(source, ModelReward) else None
     critic = _critic(run, reward) if config.stage == "ppo" else None
     strategy = RLHFStrategy(
@@ -137,15 +138,13 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
         prompts=prompts,
         reward_source=source,
         config=rollout,
-        window=run.window,
-        micro_rows=plan.micro_rows,
-        seed=config.seed,
+        layout=layout,
         parallel=parallel,
         compute=compute,
         reference=reference,
         critic=critic,
     )
-    context = run.context(plan, len(prompts), critic=critic, rollouts=strategy)
+    context = run.context(plan, strategy, len(prompts), strategy)
     callbacks = run.callbacks(
         context,
         strategy,
@@ -188,7 +187,7 @@ def assemble_embedder(run: OpenRun) -> Trainer:
     strategy = EmbedStrategy(data, held_out, _layout(run, per_step), parallel, config.embed)
     plan = plan_packed(run, strategy)
     compute = apply_plan(plan, run.model, config)
-    context = run.context(plan, len(data))
+    context = run.context(plan, strategy, len(data))
 
     def evaluate(context: TrainContext) -> dict[str, float]:
         return evaluate_retrieval(strategy, context.model, compute)

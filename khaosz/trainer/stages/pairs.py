@@ -16,7 +16,6 @@ from khaosz.data.batches.sequences import (
     TokenSequence,
     fit_rows,
     group_into_batches,
-    pack_sequences,
 )
 from khaosz.data.records.preference import EncodedPair
 from khaosz.parallel import ParallelContext
@@ -106,15 +105,9 @@ class PairStrategy(Strategy):
     def batches(self, data: PairSet, draws: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
         """Micro-batches of the given draws."""
         sequences, groups, members = _sequences(data, draws)
-        lengths = [len(sequence.ids) for sequence in sequences]
         of_sequence = {i: d for d, group in enumerate(groups) for i in group}
-        layout = self.layout
-        rows = layout.micro_rows if layout.one_shape else None
-        for packed in group_into_batches(groups, lengths, layout.window, layout.micro_rows):
+        for packed, batch in self.layout.pack(sequences, groups):
             local = {old: new for new, old in enumerate(packed)}
-            batch = pack_sequences(
-                [sequences[i] for i in packed], layout.window, layout.pad_id, rows=rows
-            )
             drawn = sorted({of_sequence[i] for i in packed})
             triples = [triple for d in drawn for triple in members[d]]
             pairs = [data.pairs[i] for i, _, _ in triples]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from khaosz.data.batches.sequences import TokenSequence, group_into_batches, pack_sequences
+from khaosz.data.batches.sequences import TokenSequence
 from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
@@ -21,7 +21,7 @@ from khaosz.interop.huggingface import load_reward_model
 from khaosz.model import RewardModel
 from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.stages.dpo import sequence_rewards
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 RewardFunction = Callable[[list[Message], str, dict[str, Any]], float]
 """(messages of the prompt, the answer's text, the record's other keys) -> reward."""
@@ -74,21 +74,15 @@ class FunctionReward:
 class ModelReward:
     """A reward model, applied to the last token of prompt and answer."""
 
-    def __init__(
-        self, model: RewardModel, compute: Compute, window: int, rows: int, pad_id: int
-    ) -> None:
+    def __init__(self, model: RewardModel, compute: Compute, layout: BatchLayout) -> None:
         self.model, self.compute = model.eval().requires_grad_(False), compute
-        self.window, self.rows, self.pad_id = window, rows, pad_id
+        self.layout = layout
 
     @torch.no_grad()
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         device = self.model.score.weight.device
-        texts = [answer.sequence for answer in answers]
-        lengths = [len(text.ids) for text in texts]
-        scores = [math.nan] * len(texts)
-        singles = [[i] for i in range(len(texts))]
-        for members in group_into_batches(singles, lengths, self.window, self.rows):
-            batch = pack_sequences([texts[i] for i in members], self.window, self.pad_id)
+        scores = [math.nan] * len(answers)
+        for members, batch in self.layout.pack([answer.sequence for answer in answers]):
             rewards = sequence_rewards(self.model, batch.to(device), self.compute).tolist()
             for i, reward in zip(members, rewards, strict=True):
                 scores[i] = reward if math.isfinite(reward) else math.nan
@@ -98,8 +92,8 @@ class ModelReward:
 RewardSource = FunctionReward | ModelReward
 
 
-def open_reward_source(run: OpenRun, compute: Compute, rows: int) -> RewardSource:
-    """The recipe's reward function or reward model; `rows` are the rows of its forward pass.
+def open_reward_source(run: OpenRun, compute: Compute, layout: BatchLayout) -> RewardSource:
+    """The recipe's reward function or reward model; `layout` is that of its forward pass.
     Raises `ConfigError`, `ModelError`."""
     config, tokenizer = run.config, run.tokenizer
     if config.reward_function is not None:
@@ -113,7 +107,7 @@ def open_reward_source(run: OpenRun, compute: Compute, rows: int) -> RewardSourc
             f"the reward model {path} reads {model.config.max_position_embeddings} positions,"
             f" the window is {run.window}"
         )
-    return ModelReward(model, compute, run.window, rows, tokenizer.pad_id)
+    return ModelReward(model, compute, layout)
 
 
 def load_function(name: str) -> RewardFunction:

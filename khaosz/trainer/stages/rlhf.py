@@ -12,7 +12,7 @@ from torch import Tensor
 from khaosz.config import RolloutConfig
 from khaosz.data.batches.batch import IGNORE
 from khaosz.data.batches.sampler import draws_for, example_of, permute
-from khaosz.data.batches.sequences import SequenceBatch, group_into_batches, pack_sequences
+from khaosz.data.batches.sequences import SequenceBatch
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import TrainingError
@@ -34,7 +34,7 @@ from khaosz.trainer.stages.losses import (
 )
 from khaosz.trainer.stages.reward_sources import Answer, RewardSource
 from khaosz.trainer.stages.rollout import PER_TOKEN, Rollout, sample_answers
-from khaosz.trainer.strategy import Compute, Strategy, hidden_states
+from khaosz.trainer.strategy import BatchLayout, Compute, Strategy, hidden_states
 
 
 @dataclass(kw_only=True)
@@ -57,9 +57,7 @@ class RLHFStrategy(Strategy):
     prompts: Sequence[Prompt]
     reward_source: RewardSource
     config: RolloutConfig
-    window: int
-    micro_rows: int
-    seed: int
+    layout: BatchLayout  # of prompts
     parallel: ParallelContext
     compute: Compute
     reference: Transformer | None = None  # None: the policy with its adapters off
@@ -88,20 +86,15 @@ class RLHFStrategy(Strategy):
         """The answers of one update: a new partition of the rollout in every epoch. The first epoch
         keeps their order, the layout in which their old log-probabilities are computed."""
         total = len(rollout.sequences)
-        key = self.seed + 7919 * (rollout.number + 1)
+        key = self.layout.seed + 7919 * (rollout.number + 1)
         order = [permute(i, total, key, epoch) if epoch else i for i in range(total)]
         first, end = (n * total // self.config.minibatches for n in (minibatch, minibatch + 1))
         # A rank with few answers still takes part in every update.
         return order[first:end] or order[:1]
 
     def _batches(self, rollout: Rollout, members: Sequence[int]) -> Iterator[SequenceBatch]:
-        lengths = [len(rollout.sequences[i].ids) for i in members]
-        singles = [[i] for i in range(len(members))]
-        for local in group_into_batches(singles, lengths, self.window, self.micro_rows):
+        for local, batch in self.layout.pack([rollout.sequences[i] for i in members]):
             picked = [members[i] for i in local]
-            batch = pack_sequences(
-                [rollout.sequences[i] for i in picked], self.window, self.tokenizer.pad_id
-            )
             fields = {
                 name: batch.per_token([values[i] for i in picked])
                 for name in PER_TOKEN
@@ -156,13 +149,13 @@ class RLHFStrategy(Strategy):
     def _collect(self, number: int) -> Rollout:
         """Sample answers, and compute their rewards and every number of the updates. Raises
         `TrainingError`."""
-        draws = draws_for(number, self.config.prompts, self.parallel.rank, self.parallel.world)
-        total, group = len(self.prompts), self.config.group
+        seed, total, group = self.layout.seed, len(self.prompts), self.config.group
+        draws = draws_for(number, self.layout.per_step, self.parallel.rank, self.parallel.world)
         picked = []
         seeds = []
         for draw in draws:
-            picked.append(self.prompts[example_of(draw, total, self.seed)])
-            seeds += [(self.seed << 40) + draw * group + i for i in range(group)]
+            picked.append(self.prompts[example_of(draw, total, seed)])
+            seeds += [(seed << 40) + draw * group + i for i in range(group)]
         answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
         rewards = torch.tensor(self.reward_source(answers), dtype=torch.float32)
         penalty = self.config.missing_end_penalty

@@ -23,7 +23,7 @@ from khaosz.trainer.stages import rlhf
 from khaosz.trainer.stages.reward_sources import FunctionReward
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.stages.rollout import Rollout
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 
@@ -64,9 +64,7 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path) -> Make:
             prompts=load_prompts([prompts_file], tokenizer, 64).train,
             reward_source=FunctionReward(length_reward, "length"),
             config=RolloutConfig.parse(values),
-            window=64,
-            micro_rows=2,
-            seed=0,
+            layout=BatchLayout(values["prompts"], 64, 2, tokenizer.pad_id, seed=0),
             parallel=CPU,
             compute=Compute(),
             reference=reference,

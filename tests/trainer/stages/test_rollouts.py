@@ -20,7 +20,7 @@ from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.losses import gae, kl_k1, token_rewards
 from khaosz.trainer.stages.reward_sources import FunctionReward, ModelReward, load_function
 from khaosz.trainer.stages.rlhf import RLHFStrategy
-from khaosz.trainer.strategy import Compute
+from khaosz.trainer.strategy import BatchLayout, Compute
 
 CPU = ParallelContext(torch.device("cpu"))
 
@@ -49,9 +49,7 @@ def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path):  # type:
             prompts=load_prompts([prompts_file], tokenizer, 64).train,
             reward_source=reward_source or FunctionReward(length_reward, "length"),
             config=RolloutConfig.parse(values),
-            window=64,
-            micro_rows=2,
-            seed=0,
+            layout=BatchLayout(values["prompts"], 64, 2, tokenizer.pad_id, seed=0),
             parallel=CPU,
             compute=Compute(),
             reference=reference,
@@ -273,7 +271,7 @@ class TestRewardSources:
     ) -> None:  # type: ignore[no-untyped-def]
         reward = RewardModel.from_transformer(model)
         torch.nn.init.normal_(reward.score.weight)
-        source = ModelReward(reward, Compute(), 64, 2, tokenizer.pad_id)
+        source = ModelReward(reward, Compute(), BatchLayout(4, 64, 2, tokenizer.pad_id, 0))
         strategy = make("ppo", source)
         strategy.micro_batches(0)
         for sequence, score in zip(

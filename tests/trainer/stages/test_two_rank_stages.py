@@ -342,7 +342,10 @@ def test_no_rollout_file_remains_outside_the_checkpoints(align: Any) -> None:
 
 def test_every_answer_is_in_one_minibatch_of_an_epoch() -> None:
     """Six answers of a rank in four updates: not 2, 2, 2 and the first one again."""
-    part = cast(RLHFStrategy, SimpleNamespace(seed=0, config=RolloutConfig(minibatches=4)))
+    part = cast(
+        RLHFStrategy,
+        SimpleNamespace(layout=SimpleNamespace(seed=0), config=RolloutConfig(minibatches=4)),
+    )
     answers = [TokenSequence([1, 2], 1)] * 6
     rollout = Rollout(0, answers, torch.zeros(6), torch.ones(6, dtype=torch.bool))
     for epoch in range(2):
