@@ -25,6 +25,9 @@ from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.models import is_gguf, load_model, open_tokenizer
 from khaosz.model import Transformer, parameter_shapes
 
+_KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
+_REPORT_TOKENS = 20_000  # of each language
+
 
 @dataclass
 class LanguageQuality:
@@ -71,7 +74,7 @@ def compare(
     texts: Iterable[tuple[str, str]],
     *,
     window: int = 512,
-    max_tokens: int = 20_000,
+    max_tokens: int = _REPORT_TOKENS,
 ) -> QualityReport:
     """Both models on (language, text) pairs: each text alone, begin token first, in windows that
     do not overlap, until `max_tokens` of a language are scored."""
@@ -96,10 +99,6 @@ def compare(
             part.tokens += count
             part.bytes += int(lengths[targets].sum())
     return report
-
-
-_KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
-_REPORT_TOKENS = 20_000  # of each language
 
 
 def quantize_model(
@@ -138,7 +137,6 @@ def quantize_model(
                 tokenizer,
                 _texts(data),
                 window=window,
-                max_tokens=_REPORT_TOKENS,
             )
         result["quality"] = quality.as_dict()
     return result
