@@ -20,7 +20,7 @@ import numpy as np
 from psycopg.pq import TransactionStatus
 
 from khaosz.errors import ConfigError, DataError
-from khaosz.rag.store.postgres_server import Database, escape_nul, unescape_nul
+from khaosz.rag.store.postgres_server import Database
 from khaosz.rag.store.records import SourceFile, glob_pattern
 from khaosz.rag.store.sql import VERSION, Store
 
@@ -115,25 +115,25 @@ class PostgresStore(Database, Store):
     # --------------------------------------------------------------------------------------- write
 
     def _encode(self, text: str) -> str:
-        return escape_nul(text)
+        """NUL, which PostgreSQL's text cannot hold, as two characters, the first of them ESC."""
+        return text.replace("\x1b", "\x1be").replace("\0", "\x1b0")
 
     def _decode(self, text: str) -> str:
-        return unescape_nul(text)
+        return text.replace("\x1b0", "\0").replace("\x1be", "\x1b")
 
     def _source_key(self, collection: str, path: str) -> tuple[str, ...]:
         # Of one length, since an index takes no path of several thousand characters.
         return (str(uuid.uuid5(uuid.NAMESPACE_URL, f"{collection}\0{path}")),)
 
     def _name_pattern(self, glob: str) -> str:
-        return f"^(?:{glob_pattern(escape_nul(glob))})$"
+        return f"^(?:{glob_pattern(self._encode(glob))})$"
 
     def _insert_source(self, number: int, collection: str, source: SourceFile) -> None:
+        names = map(self._encode, (collection, source.path))
+        key = self._source_key(collection, source.path)
         self._run(
             "INSERT INTO sources VALUES (?,?,?,?,?,?,?)",
-            (
-                *(number, *self._source_key(collection, source.path), escape_nul(collection)),
-                *(escape_nul(source.path), source.size, source.mtime_ns, source.sha256),
-            ),
+            (number, *key, *names, source.size, source.mtime_ns, source.sha256),
         )
 
     def _insert_documents(self, rows: Sequence[tuple]) -> None:

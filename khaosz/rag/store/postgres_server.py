@@ -101,15 +101,6 @@ def _without_password(url: str) -> str:
     return urlunsplit(parts._replace(netloc=netloc, query=urlencode(query, safe="/")))
 
 
-def escape_nul(text: str) -> str:
-    """PostgreSQL's text cannot hold NUL; it is stored as two characters, the first of them ESC."""
-    return text.replace("\x1b", "\x1be").replace("\0", "\x1b0")
-
-
-def unescape_nul(text: str) -> str:
-    return text.replace("\x1b0", "\0").replace("\x1be", "\x1b")
-
-
 class _VectorDumper(Dumper):
     """The format of pgvector's vector_recv: uint16 dimensions, uint16 zero, float32, big-endian."""
 
