@@ -254,9 +254,10 @@ class KnowledgeBase:
 
     def _remove_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
         folders = [root for root in roots if root.is_dir()]
+        paths = [file.path for owner, file in self.store.sources() if owner == collection]
         missing = [
             path
-            for path in self.store.source_paths(collection)
+            for path in paths
             if any(Path(path).is_relative_to(folder) for folder in folders)
             and not Path(path).exists()
         ]

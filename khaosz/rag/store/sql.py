@@ -301,12 +301,6 @@ class Store(ABC):
         )
         return None if row is None else SourceFile(self._decode(row[0]), *row[1:])
 
-    def source_paths(self, collection: str) -> list[str]:
-        rows = self._run(
-            "SELECT path FROM sources WHERE collection = ?", (self._encode(collection),)
-        )
-        return [self._decode(row[0]) for row in rows]
-
     def sources(self) -> Iterator[tuple[str, SourceFile]]:
         """Collections and files, in the order of writing."""
         for collection, path, *rest in self._run(
