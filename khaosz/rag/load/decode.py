@@ -41,11 +41,7 @@ def decode(raw: bytes) -> tuple[str, str]:
 
 def clean(text: str) -> str:
     """With "\\n" for "\\r\\n", without byte order mark and NUL, surrogates paired or U+FFFD."""
-    text = text.removeprefix("\ufeff")
-    if "\r\n" in text:
-        text = text.replace("\r\n", "\n")
-    if "\0" in text:
-        text = text.replace("\0", "")
+    text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\0", "")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -42,8 +42,7 @@ def parse_rules(lines: Iterable[str], folder: tuple[str, ...] = ()) -> list[Rule
         if not pattern or pattern.startswith("#"):
             continue
         ignores = not pattern.startswith("!")
-        if not ignores:
-            pattern = pattern[1:]
+        pattern = pattern.removeprefix("!")
         if pattern.startswith(("\\#", "\\!")):
             pattern = pattern[1:]
         folders_only = pattern.endswith("/")
