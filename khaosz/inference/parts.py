@@ -2,7 +2,7 @@
 
 Reasoning is between <think> and </think> before everything else, as in DeepSeek-R1 and Qwen3;
 their templates may open it at the end of the prompt. Tool calls are JSON between <tool_call> and
-</tool_call> (Hermes, Qwen, SmolLM2, ours) or, with templates that have no such marker, an answer
+</tool_call> (Hermes, Qwen, SmolLM2, ours) or, with templates without these markers, an answer
 that is one JSON object (Llama 3).
 """
 

@@ -211,7 +211,7 @@ def load_config(directory: Path) -> ModelConfig:
     """The `ModelConfig` in a directory's config.json; raises `ModelError`."""
     path = directory / "config.json"
     if not path.exists():
-        what = "no such model directory" if not directory.exists() else "no config.json"
+        what = "model directory not found" if not directory.exists() else "no config.json"
         raise ModelError(f"{directory}: {what}", hint="name a directory that training wrote")
     return config_from_hf(read_json(path), str(path))
 

@@ -50,7 +50,7 @@ def finish(by: Engine) -> list[Output]:
 
 
 def summary(outputs: Sequence[Output], request_id: int = 0, choice: int = 0) -> tuple[Any, ...]:
-    """Everything that a request was told: ids, log-probabilities, text, reason."""
+    """Everything that a request received: ids, log-probabilities, text, reason."""
     mine = [o for o in outputs if (o.request_id, o.choice) == (request_id, choice)]
     assert [o.finish_reason is None for o in mine] == [True] * (len(mine) - 1) + [False]
     return (

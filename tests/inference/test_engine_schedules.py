@@ -213,8 +213,8 @@ def test_rejected_draft_leaves_cache_unchanged() -> None:
             fresh = by.runner.new_cache()
             by.runner.run([Chunk(sequence.ids[:-1], fresh, 0)])
             length = fresh.length
-            for anew, saved in zip(fresh._stores, sequence.cache._stores, strict=True):
-                assert torch.equal(anew[:, :length], saved[:, :length])
+            for computed, saved in zip(fresh._stores, sequence.cache._stores, strict=True):
+                assert torch.equal(computed[:, :length], saved[:, :length])
     assert drafted, "no draft was wrong"
 
 

@@ -84,7 +84,7 @@ def test_quantize_errors_are_reported(directory: Path, tmp_path: Path) -> None:
         run("quantize", str(directory), "--out", str(tmp_path / "x.bin"))
     with pytest.raises(ModelError, match="type 'int3'"):
         run("quantize", str(directory), "--to", "int3")
-    with pytest.raises(ModelError, match="no such model"):
+    with pytest.raises(ModelError, match="model directory not found"):
         run("quantize", str(tmp_path / "none"))
     assert not list(tmp_path.glob("*partial*"))
 

@@ -176,7 +176,7 @@ def main(count: int) -> None:
         # The first model of each kind imports what it needs: that is not its file's time.
         assert read_gguf(valid_gguf()) and read_directory(Path(folder), valid_directory())
         for seed in range(count):
-            started = time.process_time()  # a pause of the whole process is no slow file
+            started = time.process_time()  # a pause of the whole process is not a slow file
             try:
                 readable += mutated(seed, Path(folder))
             except BaseException:

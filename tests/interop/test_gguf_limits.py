@@ -127,15 +127,15 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         head(b"", entry("t", (1,), 0, 0) * 2 + bytes(64), n=(0, 2)),
         "tensor 't' comes twice",
     ),
-    "a text without end": (
+    "an endless text": (
         head(pair("a", 8, struct.pack("<Q", HUGE)), n=(1, 0)),
         "the text of 'a' needs 18,446,744,073,709,551,615 bytes",
     ),
-    "numbers without end": (
+    "endless numbers": (
         head(pair("a", 9, struct.pack("<IQ", 12, HUGE)), n=(1, 0)),
         "cut short: 'a' needs",
     ),
-    "texts without end": (
+    "endless texts": (
         head(pair("a", 9, struct.pack("<IQ", 8, HUGE)), n=(1, 0)),
         "claims 18,446,744,073,709,551,615 texts",
     ),

@@ -318,7 +318,7 @@ def test_broken_directories_are_rejected_with_a_reason(tmp_path: Path, case: str
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no such model directory") as caught:
+    with pytest.raises(ModelError, match="model directory not found") as caught:
         load_model(tmp_path / "none")
     assert caught.value.hint is not None
     (tmp_path / "file").write_text("x", encoding="utf-8")

@@ -227,7 +227,7 @@ int product(Job& job, Parallel parallel, int threads) {
 extern "C" int khaosz_level() { return LEVEL; }
 
 // y (rows, sum of counts) from x (rows, columns) and matrices (count >= 16, columns) of one type,
-// by its number in GGUF. 0; or 1 for a type that is not known here; or 2 when there is no memory.
+// by its number in GGUF. Returns 0, 1 for an unknown type, 2 when out of memory.
 extern "C" int khaosz_multiply(int type, const float* x, Long rows, Long columns,
                                const Byte* const* data, const Long* counts, int matrices, float* y,
                                Parallel parallel, int threads) {
