@@ -132,7 +132,7 @@ def test_filters_match_reference(
     expected = reference(logits, params, seen, output)
     result = ours(logits, params, seen, output)
     # fp32 softmax: relative rounding of 1e-7 times exponents of at most 60. A filter that decided
-    # otherwise would differ by a whole probability; those below 1e-6 are indistinguishable from rounding.
+    # otherwise would differ by a whole probability; those below 1e-6 are rounding.
     np.testing.assert_allclose(result, expected, rtol=2e-5, atol=1e-6)
 
 
