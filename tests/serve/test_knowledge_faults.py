@@ -376,7 +376,7 @@ def test_late_removal_keeps_newer_file(tmp_path: Path) -> None:
         yield b"A text."
 
     try:
-        _, base = library.create("a", None)
+        base = library.create("a", None)
         old = added()
         assert library._catalogue.mark_removed(old)
         new = added()

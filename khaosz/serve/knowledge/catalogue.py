@@ -90,7 +90,7 @@ class Catalogue:
     """
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         busy = f"{path.parent} is in use by another khaosz serve"
         try:
             with database_errors(path, busy=busy):
@@ -110,6 +110,19 @@ class Catalogue:
     def _writing(self) -> Iterator[None]:
         with self._lock, transaction(self._db):
             yield
+
+    def _change(self, statement: str, *values: object) -> bool:
+        """Whether it changed a row."""
+        with self._writing():
+            return self._db.execute(statement, values).rowcount > 0
+
+    def _files(self, condition: str, *values: object) -> list[FileRow]:
+        with self._lock:
+            rows = self._db.execute(f"{_FILE} WHERE {condition}", values).fetchall()
+        return [FileRow(*row) for row in rows]
+
+    def _file(self, condition: str, *values: object) -> FileRow | None:
+        return next(iter(self._files(f"{condition} LIMIT 1", *values)), None)
 
     # --------------------------------------------------------------------------------------- bases
 
@@ -153,19 +166,11 @@ class Catalogue:
 
     def files(self, base: str, *, removed: bool = False) -> list[FileRow]:
         """In the order of upload."""
-        with self._lock:
-            rows = self._db.execute(
-                f"{_FILE} WHERE base = ? AND (? OR status != 'removed') ORDER BY number",
-                (base, removed),
-            ).fetchall()
-        return [FileRow(*row) for row in rows]
+        condition = "base = ? AND (? OR status != 'removed') ORDER BY number"
+        return self._files(condition, base, removed)
 
     def file(self, base: str, file_id: str) -> FileRow | None:
-        with self._lock:
-            row = self._db.execute(
-                f"{_FILE} WHERE base = ? AND id = ? AND status != 'removed'", (base, file_id)
-            ).fetchone()
-        return None if row is None else FileRow(*row)
+        return self._file("base = ? AND id = ? AND status != 'removed'", base, file_id)
 
     def put(self, base: str, name: str, sha256: str, size: int) -> FileRow | None:
         """Queue a file; it replaces the one of that name. The same bytes under the same name stay
@@ -177,33 +182,27 @@ class Catalogue:
             ).fetchone()
             if exists is None:
                 return None
-            known = self._db.execute(
-                f"{_FILE} WHERE base = ? AND id = ? AND status NOT IN ('failed', 'removed')",
-                (base, file_id),
-            ).fetchone()
+            known = self._file(
+                "base = ? AND id = ? AND status NOT IN ('failed', 'removed')", base, file_id
+            )
             if known is not None:
-                return FileRow(*known)
+                return known
             self._db.execute(
                 "INSERT OR REPLACE INTO files (base, name, id, sha256, size, status, created)"
                 " VALUES (?,?,?,?,?,'queued',?)",
                 (base, name, file_id, sha256, size, int(time.time())),
             )
-            row = self._db.execute(f"{_FILE} WHERE base = ? AND id = ?", (base, file_id))
-            return FileRow(*row.fetchone())
+            return self._file("base = ? AND id = ?", base, file_id)
 
     def next_job(self, base: str) -> FileRow | None:
         """The next file to process: removals first, then uploads in their order."""
-        with self._lock:
-            row = self._db.execute(
-                f"{_FILE} WHERE base = ? AND status IN ('removed', 'queued')"
-                " ORDER BY status = 'queued', number LIMIT 1",
-                (base,),
-            ).fetchone()
-        return None if row is None else FileRow(*row)
+        return self._file(
+            "base = ? AND status IN ('removed', 'queued') ORDER BY status = 'queued', number", base
+        )
 
     def is_still(self, status: Status, row: FileRow) -> bool:
         """Whether it has this status, and was not removed or replaced meanwhile."""
-        return self._any_file("number = ? AND status = ?", row.number, status)
+        return self._file("number = ? AND status = ?", row.number, status) is not None
 
     def settle(
         self,
@@ -215,37 +214,29 @@ class Catalogue:
     ) -> bool:
         """Store the result of a queued file; False if it was removed or replaced meanwhile."""
         code, message = error or (None, None)
-        with self._writing():
-            done = self._db.execute(
-                "UPDATE files SET status = ?, error = ?, code = ?, chunks = ?, embedded = ?"
-                " WHERE number = ? AND status = 'queued'",
-                (status, message, code, chunks, embedded, row.number),
-            )
-            return done.rowcount > 0
+        return self._change(
+            "UPDATE files SET status = ?, error = ?, code = ?, chunks = ?, embedded = ?"
+            " WHERE number = ? AND status = 'queued'",
+            *(status, message, code, chunks, embedded, row.number),
+        )
 
     def queue_again(self, row: FileRow) -> None:
         """A file that the base turns out to lack."""
-        with self._writing():
-            self._db.execute(
-                "UPDATE files SET status = 'queued', error = NULL, code = NULL"
-                " WHERE number = ? AND status = 'ready'",
-                (row.number,),
-            )
+        self._change(
+            "UPDATE files SET status = 'queued', error = NULL, code = NULL"
+            " WHERE number = ? AND status = 'ready'",
+            row.number,
+        )
 
     def mark_removed(self, row: FileRow) -> bool:
-        with self._writing():
-            done = self._db.execute(
-                "UPDATE files SET status = 'removed' WHERE number = ? AND status != 'removed'",
-                (row.number,),
-            )
-            return done.rowcount > 0
+        return self._change(
+            "UPDATE files SET status = 'removed' WHERE number = ? AND status != 'removed'",
+            row.number,
+        )
 
     def forget(self, row: FileRow) -> None:
         """Delete a removed file, once its document is out of the base."""
-        with self._writing():
-            self._db.execute(
-                "DELETE FROM files WHERE number = ? AND status = 'removed'", (row.number,)
-            )
+        self._change("DELETE FROM files WHERE number = ? AND status = 'removed'", row.number)
 
     def uploads(self) -> set[str]:
         """The hashes of all files."""
@@ -254,9 +245,4 @@ class Catalogue:
             return {row[0] for row in rows}
 
     def is_used(self, sha256: str) -> bool:
-        return self._any_file("sha256 = ? AND status != 'removed'", sha256)
-
-    def _any_file(self, condition: str, *values: str | int) -> bool:
-        with self._lock:
-            rows = self._db.execute(f"SELECT 1 FROM files WHERE {condition} LIMIT 1", values)
-            return rows.fetchone() is not None
+        return self._file("sha256 = ? AND status != 'removed'", sha256) is not None

@@ -22,7 +22,7 @@ from khaosz.errors import DataError, DocumentError, KhaoszError
 from khaosz.rag.knowledge_base import DEFAULT_COLLECTION, KnowledgeBase
 from khaosz.rag.load import Document, Limits, Problem, Source, WorkerPool, load_file
 from khaosz.serve.errors import ApiError
-from khaosz.serve.knowledge.catalogue import Catalogue, FileRow, IngestError, Status
+from khaosz.serve.knowledge.catalogue import BaseRow, Catalogue, FileRow, IngestError
 from khaosz.serve.knowledge.uploads import Uploads
 from khaosz.serve.retrieval_models import RetrievalModels, UnknownName
 
@@ -41,16 +41,6 @@ UNEXPECTED = IngestError("unexpected", "unexpected error; see the server's log")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Of the file that is being ingested."""
-
-    number: int
-    status: Status
-    chunks: int = 0
-    embedded: int = 0
-
-
-@dataclass(frozen=True)
 class Shared:
     """What all knowledge bases use."""
 
@@ -65,14 +55,14 @@ class _Stopped(Exception):
 
 
 class Base:
-    """Thread-safe, except `read`, which is for the event loop. `embedder`: its name on this
-    server."""
+    """Thread-safe, except `read`, which is for the event loop."""
 
-    def __init__(self, name: str, embedder: str | None, path: Path, shared: Shared) -> None:
-        self.name, self.embedder, self.path = name, embedder, path
+    def __init__(self, row: BaseRow, path: Path, shared: Shared) -> None:
+        self.name, self.embedder, self.created = row.name, row.embedder, row.created
+        self.path = path
         self.error: IngestError | None = None  # why the base cannot be used
         self._shared = shared
-        self._progress: Progress | None = None
+        self._progress: FileRow | None = None  # of the file that is being ingested
         self._lock = threading.Lock()
         self._writer: threading.Thread | None = None
         self._pool: WorkerPool | None = None
@@ -86,7 +76,7 @@ class Base:
         now = self._progress
         if now is None or now.number != row.number or row.status != "queued":
             return row
-        return replace(row, status=now.status, chunks=now.chunks, embedded=now.embedded)
+        return now
 
     # -------------------------------------------------------------------------------------- search
 
@@ -105,26 +95,32 @@ class Base:
 
     def _read(self, work: Callable[[KnowledgeBase], T], embedder: bool) -> T:
         try:
-            if self._opened is not None and embedder and not self._with_embedder:
-                self._close_reader()
-            if self._opened is None:
-                self._opened = self._open(embedder)
-                self._with_embedder = embedder
-            return work(self._opened)
+            return work(self._reader_base(embedder))
         except (KhaoszError, UnknownName, sqlite3.DatabaseError) as error:
-            raise self._api_error(error) from None
+            code, message = self._failure(error)
+            message = f"knowledge base {self.name!r}: {message}"
+            raise ApiError(409, message, code=code) from None
+
+    def _reader_base(self, embedder: bool) -> KnowledgeBase:
+        if embedder and not self._with_embedder:
+            self._close_reader()
+        if self._opened is None:
+            self._opened = self._open(embedder)
+            self._with_embedder = embedder
+        return self._opened
 
     def _open(self, embedder: bool) -> KnowledgeBase:
         if not embedder or self.embedder is None:
             return KnowledgeBase(self.path)
         return KnowledgeBase(self.path, embedder=self._shared.retrieval.embedder(self.embedder))
 
-    def _api_error(self, error: Exception) -> ApiError:
-        """Without the error's own text, which may name paths."""
+    def _failure(self, error: Exception) -> IngestError:
+        """Without the error's own text, which may name paths; the log has it."""
+        if not isinstance(error, KhaoszError | UnknownName | sqlite3.DatabaseError):
+            _log.exception("knowledge base %r", self.name)
+            return UNEXPECTED
         _log.warning("knowledge base %r: %s", self.name, error)
-        is_file = isinstance(error, DataError | sqlite3.DatabaseError)
-        code, message = UNREADABLE if is_file else UNUSABLE
-        return ApiError(409, f"knowledge base {self.name!r}: {message}", code=code)
+        return UNREADABLE if isinstance(error, DataError | sqlite3.DatabaseError) else UNUSABLE
 
     def _close_reader(self) -> None:
         if self._opened is not None:
@@ -156,14 +152,8 @@ class Base:
         """Remove the document of a file marked as removed: at once if nothing is being written,
         else as the ingesting thread's next job."""
         with suppress(KhaoszError, sqlite3.DatabaseError, ApiError):
-            self._submit(lambda: self._remove_now(row)).result()
+            self._submit(lambda: self._remove(self._reader_base(embedder=False), row)).result()
         self.wake()
-
-    def _remove_now(self, row: FileRow) -> None:
-        if self._opened is None:
-            self._opened = self._open(embedder=False)
-            self._with_embedder = False
-        self._remove(self._opened, row)
 
     def _remove(self, base: KnowledgeBase, row: FileRow) -> None:
         with base.store.writing():
@@ -193,22 +183,13 @@ class Base:
     # ---------------------------------------------------------------------- in the ingesting thread
 
     def _work(self) -> None:
-        failure = None
         try:
             with WorkerPool(Limits(workers=1)) as pool:
                 with self._lock:
                     self._pool = pool
                 self._run_queue(pool)
-        except (DataError, sqlite3.DatabaseError) as error:
-            failure = UNREADABLE
-            _log.warning("knowledge base %r: %s", self.name, error)
-        except (KhaoszError, UnknownName) as error:
-            failure = UNUSABLE
-            _log.warning("knowledge base %r: %s", self.name, error)
-        except Exception:
-            failure = UNEXPECTED
-            _log.exception("knowledge base %r", self.name)
-        if failure is not None:
+        except Exception as error:
+            failure = self._failure(error)
             with self._lock:
                 self.error = failure
                 self._writer = self._pool = None
@@ -241,9 +222,9 @@ class Base:
     def _ingest(self, base: KnowledgeBase, row: FileRow, pool: WorkerPool) -> None:
         def on_chunk(done: int, of: int) -> None:
             self._check(row)
-            self._progress = Progress(row.number, "embedding", of, done)
+            self._progress = replace(row, status="embedding", chunks=of, embedded=done)
 
-        self._progress = Progress(row.number, "reading")
+        self._progress = replace(row, status="reading")
         try:
             source, documents, note = self._load(row, pool)
             self._check(row)

@@ -12,7 +12,6 @@ import sqlite3
 import threading
 import unicodedata
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import ConfigError
@@ -29,14 +28,6 @@ _MAX_FILE_NAME = 255  # characters
 _MAX_NAME_BYTES = 200  # file systems allow 255 for the name and its suffixes
 _BIDI_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _STOP_TIMEOUT = 10.0  # seconds for a base's threads; killed after that, they lose nothing
-
-
-@dataclass(frozen=True)
-class Counts:
-    files: int
-    chunks: int
-    embedded: int
-    bytes: int
 
 
 class Library:
@@ -81,34 +72,24 @@ class Library:
         self._catalogue.close()
 
     def _open_base(self, row: BaseRow) -> Base:
-        path = self._folder / f"{row.name}.kb"
-        return Base(row.name, row.embedder, path, self._shared)
+        return Base(row, self._folder / f"{row.name}.kb", self._shared)
 
     # --------------------------------------------------------------------------------------- bases
 
-    def bases(self) -> list[tuple[BaseRow, Base]]:
+    def bases(self) -> list[Base]:
         with self._lock:
             rows = self._catalogue.bases()
-            return [(row, self._bases[row.name]) for row in rows if not row.deleting]
+            return [self._bases[row.name] for row in rows if not row.deleting]
 
-    def base(self, name: str) -> tuple[BaseRow, Base]:
+    def base(self, name: str) -> Base:
         """Raises `ApiError`."""
         name = unicodedata.normalize("NFC", name)
-        for row, base in self.bases():
-            if row.name == name:
-                return row, base
+        for base in self.bases():
+            if base.name == name:
+                return base
         raise ApiError(404, f"knowledge base {name!r} not found")
 
-    def counts(self, base: Base) -> Counts:
-        files = self.files(base)
-        return Counts(
-            len(files),
-            sum(file.chunks for file in files),
-            sum(file.embedded for file in files),
-            sum(file.size for file in files),
-        )
-
-    def create(self, name: str, embedder: str | None) -> tuple[BaseRow, Base]:
+    def create(self, name: str, embedder: str | None) -> Base:
         """Raises `ApiError`."""
         name = base_name(name)
         if embedder is not None and embedder not in self.retrieval.embedders:
@@ -121,17 +102,17 @@ class Library:
             if row is None:
                 message = f"a knowledge base {name!r} exists already"
                 raise ApiError(409, message, param="name", code="name_taken")
-            self._bases[name] = self._open_base(row)
-            return row, self._bases[name]
+            self._bases[name] = base = self._open_base(row)
+            return base
 
     def delete(self, name: str) -> None:
         """Clients no longer see it; its files are deleted when its threads have ended. Raises
         `ApiError`."""
-        row, base = self.base(name)
+        base = self.base(name)
         with self._lock:
-            hashes = {file.sha256 for file in self._catalogue.files(row.name)}
-            if not self._catalogue.mark_deleting(row.name):
-                raise ApiError(404, f"knowledge base {row.name!r} not found")
+            hashes = {file.sha256 for file in self._catalogue.files(base.name)}
+            if not self._catalogue.mark_deleting(base.name):
+                raise ApiError(404, f"knowledge base {base.name!r} not found")
             self._drop_unused(hashes)
         self._delete(base).join(1.0)
 
@@ -154,7 +135,7 @@ class Library:
 
     def file(self, name: str, file_id: str) -> FileRow:
         """Raises `ApiError`."""
-        _, base = self.base(name)
+        base = self.base(name)
         row = self._catalogue.file(base.name, file_id)
         if row is None:
             raise ApiError(404, f"file {file_id!r} not found in {base.name!r}")
@@ -177,7 +158,7 @@ class Library:
 
     def remove(self, name: str, file_id: str) -> None:
         """Raises `ApiError`."""
-        _, base = self.base(name)
+        base = self.base(name)
         row = self.file(name, file_id)
         with self._lock:
             if not self._catalogue.mark_removed(row):

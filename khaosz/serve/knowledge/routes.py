@@ -15,7 +15,7 @@ from pydantic import Field
 from starlette.requests import ClientDisconnect
 
 from khaosz.serve.errors import ApiError, errors, map_disk_full
-from khaosz.serve.knowledge.catalogue import BaseRow, FileRow
+from khaosz.serve.knowledge.catalogue import FileRow
 from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import MAX_NAME, Library, file_name
 from khaosz.serve.knowledge.search import (
@@ -61,16 +61,16 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.get("", response_model=BaseList, responses=errors())
     def list_bases() -> dict[str, Any]:
-        return {"object": "list", "data": [base_body(*each) for each in library.bases()]}
+        return {"object": "list", "data": [base_body(each) for each in library.bases()]}
 
     @router.post("", status_code=201, response_model=BaseReply, responses=errors(400, 409, 507))
     def create_base(request: NewBase) -> dict[str, Any]:
         with map_disk_full():
-            return base_body(*library.create(request.name, request.embedder))
+            return base_body(library.create(request.name, request.embedder))
 
     @router.get("/{kb}", response_model=BaseReply, responses=errors(404))
     def one_base(kb: str) -> dict[str, Any]:
-        return base_body(*library.base(kb))
+        return base_body(library.base(kb))
 
     @router.delete("/{kb}", response_model=Deleted, responses=errors(404, 507))
     def delete_base(kb: str) -> dict[str, Any]:
@@ -78,13 +78,17 @@ def knowledge_routes(library: Library) -> APIRouter:
             library.delete(kb)
         return {"id": kb, "object": "knowledge_base", "deleted": True}
 
-    def base_body(row: BaseRow, base: Base) -> dict[str, Any]:
+    def base_body(base: Base) -> dict[str, Any]:
+        files = library.files(base)
         return {
-            "id": row.name,
+            "id": base.name,
             "object": "knowledge_base",
-            "created": row.created,
-            "embedder": row.embedder,
-            **asdict(library.counts(base)),
+            "created": base.created,
+            "embedder": base.embedder,
+            "files": len(files),
+            "chunks": sum(file.chunks for file in files),
+            "embedded": sum(file.embedded for file in files),
+            "bytes": sum(file.size for file in files),
             "error": base.error and base.error.message,
             "code": base.error and base.error.code,
         }
@@ -93,7 +97,7 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.get("/{kb}/files", response_model=FileList, responses=errors(404))
     def list_files(kb: str) -> dict[str, Any]:
-        _, base = library.base(kb)
+        base = library.base(kb)
         return {"object": "list", "data": [file_body(each) for each in library.files(base)]}
 
     @router.put(
@@ -121,7 +125,7 @@ def knowledge_routes(library: Library) -> APIRouter:
             await asyncio.to_thread(received.discard)
 
     def check_upload(kb: str, file: str, request: Request) -> tuple[str, Base]:
-        _, base = library.base(kb)
+        base = library.base(kb)
         name = file_name(file)
         if base.embedder is not None and base.embedder not in library.retrieval.embedders:
             message = f"{base.embedder!r}, the embedder of {base.name!r}, is not available"
@@ -166,7 +170,7 @@ def knowledge_routes(library: Library) -> APIRouter:
     @router.post("/{kb}/search", response_model=SearchReply, responses=errors(400, 404, 409))
     async def search(kb: str, request: SearchRequest) -> dict[str, Any]:
         """Passages for a query, best first."""
-        _, base = await asyncio.to_thread(library.base, kb)
+        base = await asyncio.to_thread(library.base, kb)
         checked = await searcher(base, request, library.retrieval)
         hits = await checked.run(request.query, lambda _, hits: hits, request.name)
         return {
@@ -187,26 +191,15 @@ def knowledge_routes(library: Library) -> APIRouter:
         around: Annotated[int, Query(ge=0, le=MAX_AROUND)] = 2000,
     ) -> dict[str, Any]:
         """The text of a document around a passage of it."""
-        _, base = await asyncio.to_thread(library.base, kb)
+        base = await asyncio.to_thread(library.base, kb)
         return await base.read(lambda opened: passage(opened, digest, start, end, around))
 
     return router
 
 
 def file_body(row: FileRow) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "object": "file",
-        "name": row.name,
-        "bytes": row.size,
-        "sha256": row.sha256,
-        "status": row.status,
-        "error": row.error,
-        "code": row.code,
-        "chunks": row.chunks,
-        "embedded": row.embedded,
-        "created": row.created,
-    }
+    body = {"object": "file", "bytes": row.size, **asdict(row)}
+    return {name: body[name] for name in FileReply.model_fields}
 
 
 async def _parts(request: Request) -> AsyncIterator[bytes]:

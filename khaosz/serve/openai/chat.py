@@ -160,7 +160,7 @@ async def chat_context(request: ChatRequest, use: Use, library: Library | None) 
         finally:
             ticket.close()
 
-    _, base = await asyncio.to_thread(library.base, request.knowledge_base)
+    base = await asyncio.to_thread(library.base, request.knowledge_base)
     search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
     messages = [message.for_template() for message in request.messages]
     # Where the request sets no limit, passages may use the context that an answer might.
