@@ -58,11 +58,10 @@ def page_files(root: Traversable | None = None) -> dict[str, PageFile]:
     index = root / "index.html"
     if not index.is_file():
         return {}
-    # Names of assets contain a hash of the content, so they can be cached for ever.
-    assets = {f"/assets/{each.name}": each for each in (root / "assets").iterdir()}
     pages = {"/": _file(index, "no-cache")}
-    for path, each in assets.items():
-        pages[path] = _file(each, "public, max-age=31536000, immutable")
+    # Names of assets contain a hash of the content, so they can be cached for ever.
+    for each in (root / "assets").iterdir():
+        pages[f"/assets/{each.name}"] = _file(each, "public, max-age=31536000, immutable")
     return pages
 
 

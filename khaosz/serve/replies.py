@@ -5,8 +5,10 @@ Most responses are written as plain JSON; the tests validate them against these 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 from khaosz.errors import DocumentCode
@@ -269,3 +271,12 @@ def streamed(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
     event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
     events = {"text/event-stream": {"schema": event}}
     return {200: {"model": model, "description": "The answer.", "content": events}}
+
+
+JSON_LINES = {"application/jsonl": {"schema": {"type": "string"}}}
+
+
+def json_lines(lines: Iterable[str | bytes], name: str) -> StreamingResponse:
+    """A download with this file name."""
+    headers = {"content-disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(lines, 200, headers, "application/jsonl")

@@ -185,16 +185,19 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class SamplingRequest(RequestModel):
-    """Fields of completions and chats."""
-
-    model: str
-    max_tokens: Tokens | None = None
+class Sampling(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    max_tokens: Tokens | None = None
+
+
+class SamplingRequest(Sampling):
+    """Fields of completions and chats."""
+
+    model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None

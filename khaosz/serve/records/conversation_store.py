@@ -16,9 +16,9 @@ import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from khaosz.database import (
     close_on_error,
@@ -29,6 +29,7 @@ from khaosz.database import (
     transaction,
 )
 from khaosz.serve.errors import ApiError, map_disk_full
+from khaosz.serve.replies import Reply
 
 VERSION = 1
 _BUSY_S = 10.0  # a writer waits for one of another process
@@ -46,20 +47,17 @@ CREATE TABLE texts (
 """
 
 
-@dataclass(frozen=True)
-class Summary:
-    """`revision` counts its writes; `created` and `updated` are in seconds."""
+class ConversationSummary(Reply):
+    """`messages` counts all branches; `snippet`: the text around the match of a search."""
 
+    object: Literal["conversation"]
     id: str
     title: str
     created: int
     updated: int
     messages: int
     revision: int
-    snippet: str | None = None  # around the match of a search
-
-    def body(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+    snippet: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class ConversationStore:
 
     # --------------------------------------------------------------------------------------- write
 
-    def put(self, entry: Entry, revision: int | None = None) -> Summary:
+    def put(self, entry: Entry, revision: int | None = None) -> ConversationSummary:
         """Create or replace a conversation. `revision`: the expected one, 0 if it is new, None for
         any. Raises `ApiError` for another revision, unless the content is equal: then the response
         to an earlier request was lost."""
@@ -143,7 +141,7 @@ class ConversationStore:
             now = 0 if row is None else row[5]
             if revision not in (None, now):
                 if row and (row[1], row[6]) == (entry.title, _dumped(entry.body)):
-                    return Summary(*row[:6])
+                    return _summary(row)
                 raise ApiError(
                     409,
                     f"the conversation is at revision {now}, not {revision}",
@@ -172,7 +170,7 @@ class ConversationStore:
             ).fetchone()
         if row is None:
             raise _not_found()
-        return {**Summary(*row[:6]).body(), **json.loads(row[6])}
+        return {**_summary(row).model_dump(exclude_unset=True), **json.loads(row[6])}
 
     def ids(self) -> list[str]:
         """Sorted by time of change, the latest last."""
@@ -184,7 +182,7 @@ class ConversationStore:
 
     def page(
         self, query: str = "", limit: int = 50, after: str | None = None
-    ) -> tuple[list[Summary], bool]:
+    ) -> tuple[list[ConversationSummary], bool]:
         """Newest first, starting after the conversation `after`; and whether there are more."""
         with self._reading() as db:
             start: tuple[int, int] = (1 << 62, 0)
@@ -209,15 +207,15 @@ class ConversationStore:
             ).fetchall()
             summaries = []
             for *columns, at in rows[:limit]:
-                summary = Summary(*columns)
+                summary = _summary(columns)
                 if needle:
                     text = summary.title if at == summary.messages else _text(db, summary.id, at)
-                    summary = replace(summary, snippet=_snippet(text, needle))
+                    summary.snippet = _snippet(text, needle)
                 summaries.append(summary)
         return summaries, len(rows) > limit
 
 
-def _write(db: sqlite3.Connection, entry: Entry) -> Summary:
+def _write(db: sqlite3.Connection, entry: Entry) -> ConversationSummary:
     """Inside `_writing`."""
     now = int(time.time())
     row = db.execute(
@@ -225,26 +223,27 @@ def _write(db: sqlite3.Connection, entry: Entry) -> Summary:
     ).fetchone()
     created, revision = row or (now, 0)
     texts = [node["content"] for node in entry.body["nodes"]]
-    summary = Summary(
-        entry.id,
-        entry.title,
-        created if entry.created is None else entry.created,
-        now if entry.updated is None else entry.updated,
-        len(texts),
-        revision + 1,
-    )
+    created = created if entry.created is None else entry.created
+    updated = now if entry.updated is None else entry.updated
+    columns = (entry.id, entry.title, created, updated, len(texts), revision + 1)
     db.execute("DELETE FROM conversations WHERE id = ?", (entry.id,))
     db.execute(
         f"INSERT INTO conversations ({_COLUMNS}, written, body) VALUES (?,?,?,?,?,?,"
         " (SELECT coalesce(max(written), 0) + 1 FROM conversations), ?)",
-        (*list(asdict(summary).values())[:6], _dumped(entry.body)),
+        (*columns, _dumped(entry.body)),
     )
     # The title last: a message with the same words is the better snippet.
     db.executemany(
         "INSERT INTO texts VALUES (?,?,?)",
         [(entry.id, at, folded(text)) for at, text in enumerate([*texts, entry.title])],
     )
-    return summary
+    return _summary(columns)
+
+
+def _summary(row: Sequence[Any]) -> ConversationSummary:
+    """Of a row that starts with `_COLUMNS`."""
+    columns = dict(zip(_COLUMNS.split(", "), row, strict=False))
+    return ConversationSummary(object="conversation", **columns)
 
 
 def _text(db: sqlite3.Connection, id: str, at: int) -> str:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.serve.errors import ApiError, errors
-from khaosz.serve.records.conversation_store import ConversationStore, Entry
-from khaosz.serve.replies import Reply
+from khaosz.serve.records.conversation_store import ConversationStore, ConversationSummary, Entry
+from khaosz.serve.replies import JSON_LINES, Reply, json_lines
 from khaosz.serve.schema import RequestModel
 
 MAX_NODES = 4096
@@ -83,19 +83,6 @@ class ListQuery(BaseModel):
     after: Id | None = None
 
 
-class ConversationSummary(Reply):
-    """`messages` counts all branches; `snippet`: the text around the match of a search."""
-
-    object: Literal["conversation"]
-    id: str
-    title: str
-    created: int
-    updated: int
-    messages: int
-    revision: int
-    snippet: str | None = None
-
-
 class StoredConversation(ConversationSummary):
     system: str | None
     settings: dict[str, Any]
@@ -141,8 +128,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         """Newest first. `q` searches titles and messages; `after`: the last id of the previous
         page."""
         summaries, more = store.page(request.q, request.limit, request.after)
-        data = [{"object": "conversation", **summary.body()} for summary in summaries]
-        return {"object": "list", "data": data, "has_more": more}
+        return {"object": "list", "data": summaries, "has_more": more}
 
     @router.get(
         "/v1/conversations/export",
@@ -150,15 +136,14 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         responses={
             200: {
                 "description": "One conversation per line, in the format of an import.",
-                "content": {"application/jsonl": {"schema": {"type": "string"}}},
+                "content": JSON_LINES,
             },
             **errors(),
         },
     )
     def export_conversations() -> StreamingResponse:
         """All of them, as JSON lines."""
-        headers = {"content-disposition": 'attachment; filename="conversations.jsonl"'}
-        return StreamingResponse(_lines(store), 200, headers, "application/jsonl")
+        return json_lines(_lines(store), "conversations.jsonl")
 
     @router.post(
         "/v1/conversations/import", response_model=ImportDone, responses=errors(400, 503, 507)
@@ -178,19 +163,16 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         responses=errors(400, 404),
     )
     def get_conversation(conversation: UUID) -> Response:
-        body = {"object": "conversation", **store.get(str(conversation))}
-        return Response(_json(body), media_type="application/json")
+        return Response(_json(store.get(str(conversation))), media_type="application/json")
 
     @router.put(
         "/v1/conversations/{conversation:uuid}",
-        response_model=ConversationSummary,
         response_model_exclude_unset=True,
         responses=errors(400, 404, 409, 503, 507),
     )
-    def put_conversation(conversation: UUID, request: PutConversation) -> dict[str, Any]:
+    def put_conversation(conversation: UUID, request: PutConversation) -> ConversationSummary:
         """Create or replace a conversation. It is on the disk when this returns."""
-        summary = store.put(_entry(str(conversation), request), request.revision)
-        return {"object": "conversation", **summary.body()}
+        return store.put(_entry(str(conversation), request), request.revision)
 
     @router.delete(
         "/v1/conversations/{conversation:uuid}",
@@ -254,10 +236,9 @@ def _check_tree(nodes: Sequence[Node], prefix: str) -> None:
 def _lines(store: ConversationStore) -> Iterator[str]:
     for id in store.ids():
         try:
-            body = store.get(id)
+            yield _json(store.get(id)) + "\n"
         except ApiError:  # deleted meanwhile
             continue
-        yield _json({"object": "conversation", **body}) + "\n"
 
 
 def _json(value: Any) -> str:

@@ -25,8 +25,8 @@ from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import append
 from khaosz.serve.errors import ApiError, errors, map_disk_full
-from khaosz.serve.replies import Reply
-from khaosz.serve.schema import MAX_MESSAGES, RequestModel
+from khaosz.serve.replies import JSON_LINES, Reply, json_lines
+from khaosz.serve.schema import MAX_MESSAGES, RequestModel, Sampling
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
@@ -41,15 +41,8 @@ class PromptMessage(RequestModel):
     content: Text
 
 
-class SampledWith(RequestModel):
+class SampledWith(Sampling):
     """How the answers were sampled: parameters of /v1/chat/completions."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
 
 
 class PreferenceRequest(RequestModel):
@@ -236,15 +229,14 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
         responses={
             200: {
                 "description": "One record per line, in the format of `khaosz train`.",
-                "content": {"application/jsonl": {"schema": {"type": "string"}}},
+                "content": JSON_LINES,
             },
             **errors(),
         },
     )
     def export_preferences() -> StreamingResponse:
         """All of them, as JSON lines."""
-        headers = {"content-disposition": f'attachment; filename="{FILE}"'}
-        return StreamingResponse(file.lines(), 200, headers, "application/jsonl")
+        return json_lines(file.lines(), FILE)
 
     return router
 

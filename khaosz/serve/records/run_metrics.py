@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, Any
@@ -32,8 +33,6 @@ def rows_after(path: Path, after: int) -> tuple[list[Row], bool]:
     """At most `MAX_ROWS` rows of later steps, and whether some were left out. The first, the last
     and those of validations are included, unless these are too many."""
     with _opened(path) as file:
-        if file is None:
-            return [], False
         start, end = _start_after(file, after), _end(file)
         # Two passes, since the rows of a long run would not fit into memory.
         validated = [b'"val_' in line for line in _lines(file, start, end)]
@@ -45,11 +44,9 @@ def rows_after(path: Path, after: int) -> tuple[list[Row], bool]:
     return rows, len(chosen) < len(validated)
 
 
-def last_row(path: Path) -> Row | None:
+def last_row(path: Path) -> Row:
     """The newest value of every metric, from the last row and the last validation."""
     with _opened(path) as file:
-        if file is None:
-            return None
         end = _end(file)
         values: Row = {}
         # The last validation may be far back: there, only rows of validations are parsed.
@@ -60,14 +57,12 @@ def last_row(path: Path) -> Row | None:
         for line in _lines(file, tail, end):
             if (row := _row(line)) is not None:
                 values |= row
-    return values or None
+    return values
 
 
 def curve(path: Path) -> list[float | None]:
     """The loss at up to `CURVE` positions, evenly spaced in the file."""
     with _opened(path) as file:
-        if file is None:
-            return []
         end, losses = _end(file), {}
         for i in range(CURVE):
             start = _line_start(file, end * i // CURVE)
@@ -82,8 +77,6 @@ def read_samples(path: Path, after: int) -> list[dict[str, Any]]:
     """The newest samples after a step, oldest first."""
     samples: list[dict[str, Any]] = []
     with _opened(path) as file:
-        if file is None:
-            return []
         end = _end(file)
         for line in _lines(file, _line_start(file, max(0, end - MAX_SAMPLE_BYTES)), end):
             match _row(line):
@@ -98,15 +91,15 @@ def read_samples(path: Path, after: int) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes] | None]:
-    """A regular file; None if it is missing, or a link or a pipe."""
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A regular file; an empty one if it is missing, or a link or a pipe."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | _PLAIN), "rb")
     except OSError:
-        yield None
+        yield BytesIO()
         return
     with file:
-        yield file if S_ISREG(os.fstat(file.fileno()).st_mode) else None
+        yield file if S_ISREG(os.fstat(file.fileno()).st_mode) else BytesIO()
 
 
 def _lines(file: IO[bytes], start: int, end: int) -> Iterator[bytes]:

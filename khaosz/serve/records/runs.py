@@ -111,13 +111,8 @@ def run_routes(folder: Path) -> APIRouter:
         the first, the last and those of validations."""
         path = _run(folder, run)
         rows, thinned = rows_after(path / "metrics.jsonl", query.after)
-        last = last_row(path / "metrics.jsonl") or {}
-        return {
-            "object": "run.metrics",
-            "rows": rows,
-            "thinned": thinned,
-            "step": last.get("step"),
-        }
+        step = last_row(path / "metrics.jsonl").get("step")
+        return {"object": "run.metrics", "rows": rows, "thinned": thinned, "step": step}
 
     @router.get(
         "/v1/runs/{run:path}/samples",
@@ -197,11 +192,9 @@ def _run(folder: Path, id: str) -> Path:
 
 def _summary(id: str, path: Path) -> dict[str, Any]:
     metrics = path / "metrics.jsonl"
-    config, plan = (
-        _read_object(path / "train_config.json") or {},
-        _read_object(path / "plan.json") or {},
-    )
-    last = last_row(metrics) or {}
+    config = _read_object(path / "train_config.json") or {}
+    plan = _read_object(path / "plan.json") or {}
+    last = last_row(metrics)
     steps = plain(plan.get("total_steps") or config.get("max_steps"))
     updated = max(map(_changed, (metrics, path / "samples.jsonl", path / "train_config.json")))
     return {
