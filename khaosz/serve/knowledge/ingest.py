@@ -116,9 +116,6 @@ class Base:
 
     def _failure(self, error: Exception) -> IngestError:
         """Without the error's own text, which may name paths; the log has it."""
-        if not isinstance(error, KhaoszError | UnknownName | sqlite3.DatabaseError):
-            _log.exception("knowledge base %r", self.name)
-            return UNEXPECTED
         _log.warning("knowledge base %r: %s", self.name, error)
         return UNREADABLE if isinstance(error, DataError | sqlite3.DatabaseError) else UNUSABLE
 
@@ -183,13 +180,18 @@ class Base:
     # ---------------------------------------------------------------------- in the ingesting thread
 
     def _work(self) -> None:
+        failure = None
         try:
             with WorkerPool(Limits(workers=1)) as pool:
                 with self._lock:
                     self._pool = pool
                 self._run_queue(pool)
-        except Exception as error:
+        except (KhaoszError, UnknownName, sqlite3.DatabaseError) as error:
             failure = self._failure(error)
+        except Exception:
+            failure = UNEXPECTED
+            _log.exception("knowledge base %r", self.name)
+        if failure is not None:
             with self._lock:
                 self.error = failure
                 self._writer = self._pool = None
