@@ -65,13 +65,9 @@ def build_app(
     )
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
-    app.include_router(chat_routes(models, meters, timeout, library))
-    app.include_router(token_routes(models))
-    app.include_router(vector_routes(retrieval))
-    if library is not None:
-        app.include_router(knowledge_routes(library))
-    app.include_router(page_routes())
-    for router in routers:
+    openai = chat_routes(models, meters, timeout, library), token_routes(models)
+    knowledge = [] if library is None else [knowledge_routes(library)]
+    for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
         app.include_router(router)
 
     @app.get("/v1/models", response_model=ModelList, responses=errors())

@@ -273,7 +273,10 @@ def streamed(model: type[Reply]) -> dict[int | str, dict[str, Any]]:
     return {200: {"model": model, "description": "The answer.", "content": events}}
 
 
-JSON_LINES = {"application/jsonl": {"schema": {"type": "string"}}}
+def exported(description: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's responses of a route that answers with JSON lines."""
+    content = {"application/jsonl": {"schema": {"type": "string"}}}
+    return {200: {"description": description, "content": content}}
 
 
 def json_lines(lines: Iterable[str | bytes], name: str) -> StreamingResponse:

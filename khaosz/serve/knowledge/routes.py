@@ -18,13 +18,7 @@ from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.knowledge.catalogue import FileRow
 from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import MAX_NAME, Library, file_name
-from khaosz.serve.knowledge.search import (
-    MAX_AROUND,
-    SearchRequest,
-    hit_bodies,
-    passage,
-    searcher,
-)
+from khaosz.serve.knowledge.search import MAX_AROUND, SearchRequest, hit_bodies, passage, searcher
 from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
 from khaosz.serve.replies import (
     BaseList,

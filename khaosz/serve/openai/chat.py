@@ -101,10 +101,7 @@ def chat_routes(
             )
             if (refusal := prepared.refusal) is not None:
                 outputs = canned_output(refusal, prepared.params.n)
-                if request.stream:
-                    events = formatter.events(outputs, request.include_usage)
-                    return EventStream(events, lambda: None)
-                return JSONResponse(await formatter.whole(outputs))
+                return await respond(request, formatter, outputs, lambda: None)
             _check_context(prepared, use.generator)
             async with asyncio.timeout_at(deadline):
                 ticket = await use.worker.submit(prepared.prompt, prepared.params, use.adapter)
@@ -121,16 +118,25 @@ def chat_routes(
 
         timer = loop.call_at(deadline, expire)
         cleanup.callback(timer.cancel)
-        if request.stream:
-            events = formatter.events(ticket.outputs(), request.include_usage)
-            return EventStream(events, cleanup.close)
-        try:
-            body = await formatter.whole(ticket.outputs())
-        finally:
-            cleanup.close()
-        return Response(status_code=499) if body is None else JSONResponse(body)
+        return await respond(request, formatter, ticket.outputs(), cleanup.close)
 
     return router
+
+
+async def respond(
+    request: ChatRequest | CompletionRequest,
+    formatter: Answer,
+    outputs: AsyncIterator[Output],
+    done: Callable[[], None],
+) -> Response:
+    """The answer, streamed or whole; `done` is called however it ends."""
+    if request.stream:
+        return EventStream(formatter.events(outputs, request.include_usage), done)
+    try:
+        body = await formatter.whole(outputs)
+    finally:
+        done()
+    return Response(status_code=499) if body is None else JSONResponse(body)
 
 
 async def canned_output(text: str, choices: int) -> AsyncIterator[Output]:

@@ -135,9 +135,7 @@ class ConversationStore:
         any. Raises `ApiError` for another revision, unless the content is equal: then the response
         to an earlier request was lost."""
         with self._writing() as db:
-            row = db.execute(
-                f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (entry.id,)
-            ).fetchone()
+            row = _row(db, entry.id)
             now = 0 if row is None else row[5]
             if revision not in (None, now):
                 if row and (row[1], row[6]) == (entry.title, _dumped(entry.body)):
@@ -165,9 +163,7 @@ class ConversationStore:
 
     def get(self, id: str) -> dict[str, Any]:
         with self._reading() as db:
-            row = db.execute(
-                f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?", (id,)
-            ).fetchone()
+            row = _row(db, id)
         if row is None:
             raise _not_found()
         return {**_summary(row).model_dump(exclude_unset=True), **json.loads(row[6])}
@@ -175,10 +171,8 @@ class ConversationStore:
     def ids(self) -> list[str]:
         """Sorted by time of change, the latest last."""
         with self._reading() as db:
-            return [
-                row[0]
-                for row in db.execute("SELECT id FROM conversations ORDER BY updated, written")
-            ]
+            rows = db.execute("SELECT id FROM conversations ORDER BY updated, written")
+            return [row[0] for row in rows]
 
     def page(
         self, query: str = "", limit: int = 50, after: str | None = None
@@ -251,6 +245,12 @@ def _text(db: sqlite3.Connection, id: str, at: int) -> str:
     row = db.execute("SELECT body FROM conversations WHERE id = ?", (id,)).fetchone()
     text: str = json.loads(row[0])["nodes"][at]["content"]
     return text
+
+
+def _row(db: sqlite3.Connection, id: str) -> Any:
+    """`_COLUMNS` and the body; None if it does not exist."""
+    query = f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?"
+    return db.execute(query, (id,)).fetchone()
 
 
 def _dumped(body: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.records.conversation_store import ConversationStore, ConversationSummary, Entry
-from khaosz.serve.replies import JSON_LINES, Reply, json_lines
+from khaosz.serve.replies import Reply, exported, json_lines
 from khaosz.serve.schema import RequestModel
 
 MAX_NODES = 4096
@@ -134,10 +134,7 @@ def conversation_routes(store: ConversationStore) -> APIRouter:
         "/v1/conversations/export",
         response_class=StreamingResponse,
         responses={
-            200: {
-                "description": "One conversation per line, in the format of an import.",
-                "content": JSON_LINES,
-            },
+            **exported("One conversation per line, in the format of an import."),
             **errors(),
         },
     )

@@ -25,7 +25,7 @@ from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import append
 from khaosz.serve.errors import ApiError, errors, map_disk_full
-from khaosz.serve.replies import JSON_LINES, Reply, json_lines
+from khaosz.serve.replies import Reply, exported, json_lines
 from khaosz.serve.schema import MAX_MESSAGES, RequestModel, Sampling
 
 FILE = "preferences.jsonl"
@@ -226,13 +226,7 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
     @router.get(
         "/v1/preferences/export",
         response_class=StreamingResponse,
-        responses={
-            200: {
-                "description": "One record per line, in the format of `khaosz train`.",
-                "content": JSON_LINES,
-            },
-            **errors(),
-        },
+        responses={**exported("One record per line, in the format of `khaosz train`."), **errors()},
     )
     def export_preferences() -> StreamingResponse:
         """All of them, as JSON lines."""

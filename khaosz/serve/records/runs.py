@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from stat import S_ISREG
 from typing import Annotated, Any, Literal
@@ -159,17 +160,14 @@ def _listing(path: Path) -> tuple[set[str], set[str]]:
     """Names of the folders and the files in a folder, without links and hidden ones."""
     folders: set[str] = set()
     files: set[str] = set()
-    try:
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.is_symlink():
-                    continue
-                if entry.is_dir(follow_symlinks=False):
-                    folders.add(entry.name)
-                elif entry.is_file(follow_symlinks=False):
-                    files.add(entry.name)
-    except OSError:  # not readable, or deleted meanwhile
-        pass
+    with suppress(OSError), os.scandir(path) as entries:  # not readable, or deleted meanwhile
+        for entry in entries:
+            if entry.name.startswith(".") or entry.is_symlink():
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                folders.add(entry.name)
+            elif entry.is_file(follow_symlinks=False):
+                files.add(entry.name)
     return folders, files
 
 
