@@ -143,16 +143,14 @@ class Answer:
                     retrieval = {}
         except Failed:
             yield event(ApiError(500, "the answer failed").body)
-            return
         except TimeoutError as error:
             yield event(as_api_error(error).body)
-            return
         except KhaoszError as error:
             yield event(ApiError(500, str(error)).body)
-            return
-        if include_usage:
-            yield event(self._chunk([], {"usage": self.usage.body()}))
-        yield DONE
+        else:
+            if include_usage:
+                yield event(self._chunk([], {"usage": self.usage.body()}))
+            yield DONE
 
     def _take(self, output: Output) -> tuple[list[dict[str, Any]], str | None]:
         self.usage.count(output)

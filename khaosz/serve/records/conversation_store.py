@@ -242,8 +242,7 @@ def _summary(row: Sequence[Any]) -> ConversationSummary:
 
 def _text(db: sqlite3.Connection, id: str, at: int) -> str:
     # Not SQLite's JSON functions, which end a text at a NUL.
-    row = db.execute("SELECT body FROM conversations WHERE id = ?", (id,)).fetchone()
-    text: str = json.loads(row[0])["nodes"][at]["content"]
+    text: str = json.loads(_row(db, id)[6])["nodes"][at]["content"]
     return text
 
 

@@ -181,7 +181,7 @@ def _run(folder: Path, id: str) -> Path:
     path = folder
     for part in id.split("/")[:MAX_DEPTH]:
         if part not in _listing(path)[0]:
-            raise ApiError(404, "run not found", param="run")
+            break
         path = path / part
     if path.relative_to(folder).as_posix() != id or not _is_run(_listing(path)[1]):
         raise ApiError(404, "run not found", param="run")
