@@ -222,12 +222,6 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=label)
-def test_files_stay_readable(path: Path) -> None:
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= 500, f"{label(path)} has {lines} lines: split it"
-
-
-@pytest.mark.parametrize("path", FILES, ids=label)
 def test_nothing_is_swallowed(path: Path) -> None:
     """No `except Exception` or bare `except`, unless all it does is to raise an error of ours in
     its place (a user's function may raise anything), or it logs the error with its trace, where a
