@@ -41,7 +41,8 @@ def write_models(folder: Path) -> list[Path]:
 
     from khaosz.config import ModelConfig
     from khaosz.data.tokenizer import train_tokenizer
-    from khaosz.interop import save_gguf, save_model
+    from khaosz.interop.gguf.model import save_gguf
+    from khaosz.interop.huggingface import save_model
     from khaosz.model import Transformer
 
     tokenizer = train_tokenizer(iter(["to be or not to be", "学而时习之，不亦说乎"]), 300)

@@ -1,4 +1,4 @@
-"""Every name that the guides import and every `module:NAME` of the recipes can be imported."""
+"""Every name that guides and benches import and every `module:NAME` of the recipes exists."""
 
 from __future__ import annotations
 
@@ -65,14 +65,24 @@ def names_in_recipes() -> set[str]:
     return {name for path in recipes for name in _RECIPE_NAME.findall(path.read_text("utf-8"))}
 
 
+def names_in_benches() -> set[str]:
+    """Benches import inside functions, and no test runs them."""
+    names = [imported_names(path.read_text("utf-8")) for path in (ROOT / "bench").glob("*.py")]
+    return set().union(*names)
+
+
 def test_collects_imports_of_khaosz_only() -> None:
     code = "import torch\nimport khaosz.a as b\nfrom khaosz.c import (\n    d,\n    e as f,\n)\n"
     assert imported_names(code) == {"khaosz.a:", "khaosz.c:d", "khaosz.c:e"}
     assert "khaosz:generate" in names_in_guides()
     assert "khaosz.rewards:brevity" in names_in_recipes()
+    assert "khaosz.rag:KnowledgeBase" in names_in_benches()
 
 
-@pytest.mark.parametrize("name", sorted({*PUBLISHED, *names_in_guides(), *names_in_recipes()}))
+NAMES = {*PUBLISHED, *names_in_guides(), *names_in_recipes(), *names_in_benches()}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
 def test_public_name_can_be_imported(name: str) -> None:
     module, _, attribute = name.partition(":")
     imported = importlib.import_module(module)
