@@ -1,7 +1,7 @@
 """Checkpoints: a model directory that can be served as it is, and the training state.
 
     OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
-                        and the settings of an embedder (interop/embedder.py)
+                        and the settings of an embedder (interop/sentence_transformers.py)
     OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
     OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
                               learning critic.safetensors and each rank's rollout-R.safetensors

@@ -33,6 +33,8 @@ def step_gradients(recipe: Path, out: Path) -> None:
         gradients = {n: p.grad for n, p in context.model.named_parameters() if p.grad is not None}
         save_file({**gradients, "loss": torch.tensor(total)}, out)
     parallel.barrier()
+    # Else DDP's reducer would own the last process group and join gloo's threads under the GIL.
+    del trainer, context, loss
     parallel.close()
 
 
