@@ -27,7 +27,7 @@ BUDGET = {
     "files": 116,
     "inference": 2_125,
     "interop": 1_942,
-    "model": 536,
+    "model": 546,
     "parallel": 103,
     "rag": 4_714,
     "rewards": 2,
