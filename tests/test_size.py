@@ -29,7 +29,7 @@ BUDGET = {
     "interop": 1_942,
     "model": 546,
     "parallel": 103,
-    "rag": 4_714,
+    "rag": 4_716,
     "rewards": 2,
     "serve": 3_909,
     "trainer": 3_327,

@@ -187,6 +187,21 @@ def test_revision_is_stored_as_generation(opener: Open) -> None:
     assert opener().revision == store.revision == int(store.get("generation") or 0) > 7
 
 
+def test_vectors_of_removed_chunks_are_skipped(opener: Open) -> None:
+    store = opener()
+    with store.writing():
+        store.set("dimension", "3")
+        for path in ("removed", "stays"):
+            store.replace("c", SourceFile(path, 1, 2, "s"), [document("字 word")])
+        store.forget_vectors()
+    numbers = [chunk.id for chunk in store.unembedded()]
+    with store.writing():
+        store.remove_source("c", "removed")
+    with store.writing():
+        store.set_vectors((number, np.ones(3, np.float32)) for number in numbers)
+    assert store.vector_count == len(numbers) // 2 > 0
+
+
 def test_two_writers_at_once_lose_nothing(opener: Open) -> None:
     store = opener()
 

@@ -285,7 +285,10 @@ class Store(ABC):
 
     def set_vectors(self, vectors: Iterable[tuple[int, np.ndarray]]) -> None:
         """float32 (D,) per chunk number."""
-        self._put_vectors([(int(number), vector) for number, vector in vectors])
+        rows = [(int(number), vector) for number, vector in vectors]
+        # A file may be removed while its chunks are embedded.
+        existing = {chunk.id for chunk in self.chunks([number for number, _ in rows])}
+        self._put_vectors([row for row in rows if row[0] in existing])
         self._counts["generation"] += 1
 
     def forget_vectors(self) -> None:
