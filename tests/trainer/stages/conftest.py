@@ -17,6 +17,25 @@ Align = Callable[..., TrainConfig]
 Embed = Callable[..., TrainConfig]
 
 
+# Of every tiny run of these stages.
+SHORT_RUN: dict[str, Any] = {
+    "size": "nano",
+    "model": TINY_MODEL,
+    "max_steps": 6,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "embedding_lr": 1e-3,
+    "dtype": "fp32",
+    "compile": "off",
+    "eval_every": 3,
+    "save_every": 2,
+    "log_every": 1,
+    "keep": 10,
+    "val_fraction": 0.2,
+    "schedule": {"name": "constant", "warmup_steps": 0},
+}
+
+
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> Path:
     """Sixteen pairs of ragged length in both languages."""
@@ -51,27 +70,14 @@ def align(tmp_path: Path, tokenizer_dir: Path, pairs_file: Path, prompts_file: P
 
     def build(stage: str, **changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
+            **SHORT_RUN,
             "stage": stage,
             "data": pairs_file if stage in ("rm", "dpo") else prompts_file,
             "out": tmp_path / "run",
             "tokenizer": tokenizer_dir,
-            "size": "nano",
-            "model": TINY_MODEL,
             "window": 128,
             "batch_pairs": 4,
             "micro_batch": 2,
-            "max_steps": 6,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "embedding_lr": 1e-3,
-            "dtype": "fp32",
-            "compile": "off",
-            "eval_every": 3,
-            "save_every": 2,
-            "log_every": 1,
-            "keep": 10,
-            "val_fraction": 0.2,
-            "schedule": {"name": "constant", "warmup_steps": 0},
         }
         if stage in ("ppo", "grpo"):
             values |= {
@@ -100,28 +106,15 @@ def embedder(tmp_path: Path, tokenizer_dir: Path, text_pairs_file: Path) -> Embe
 
     def build(**changes: Any) -> TrainConfig:
         values: dict[str, Any] = {
+            **SHORT_RUN,
             "stage": "embed",
             "data": text_pairs_file,
             "out": tmp_path / "run",
             "tokenizer": tokenizer_dir,
-            "size": "nano",
-            "model": TINY_MODEL,
             "window": 64,
             "batch_pairs": 8,
             "micro_batch": 1,
-            "max_steps": 6,
-            "optimizer": "adamw",
-            "lr": 1e-3,
-            "embedding_lr": 1e-3,
-            "dtype": "fp32",
-            "compile": "off",
-            "eval_every": 3,
-            "save_every": 2,
-            "log_every": 1,
-            "keep": 10,
-            "val_fraction": 0.2,
             "embed": {"query_prefix": "q: ", "passage_prefix": "p: ", "max_length": 48},
-            "schedule": {"name": "constant", "warmup_steps": 0},
         }
         return TrainConfig.parse({**values, **changes})
 
