@@ -18,22 +18,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bench.contenders import Runs, in_turns, rows_of, run_json
 from bench.machine import as_markdown, describe, peak_rss_mb
 
-_ROOT = Path(__file__).resolve().parent.parent
 _SPECIAL = 16  # ids below are special tokens and occur in no chat
 _STAGES = ("sft", "dpo")
 
@@ -45,21 +43,13 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A process to start. `setting` is one of `TRL_SETTINGS`, or None for us."""
-
-    name: str
-    setting: str | None = None
-
-
-OURS = Contender("khaosz, defaults")
-CONTENDERS = (
-    Contender("TRL, defaults", "defaults"),
-    OURS,
-    Contender("TRL, fp32, no checkpointing", "fp32"),
-    Contender("TRL, bf16, no checkpointing", "bf16"),
-)
+OURS = "khaosz, defaults"
+CONTENDERS = {  # one of `TRL_SETTINGS`, or None for us
+    "TRL, defaults": "defaults",
+    OURS: None,
+    "TRL, fp32, no checkpointing": "fp32",
+    "TRL, bf16, no checkpointing": "bf16",
+}
 
 
 # -- the data, the same for both ---------------------------------------------------------------
@@ -94,10 +84,10 @@ def ragged(args: argparse.Namespace) -> list[Sequences]:
 
 def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The real `Trainer.step` as calibration chooses it, batch assembly included."""
-    from khaosz.config import ModelConfig, ParallelConfig, TrainConfig
+    from bench.ours import random_model
+    from khaosz.config import ParallelConfig, TrainConfig
     from khaosz.config.presets import nearest_size, preset
     from khaosz.data.tokenizer import train_tokenizer
-    from khaosz.model import Transformer
     from khaosz.parallel import setup_parallel
 
     size = nearest_size(args.d)
@@ -119,20 +109,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         max_minutes=10,
         parallel=ParallelConfig(device="cpu"),
     )
-    model = Transformer(
-        ModelConfig(
-            vocab_size=args.vocab,
-            hidden_size=args.d,
-            intermediate_size=args.ffn,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.heads,
-            head_dim=args.d // args.heads,
-            max_position_embeddings=numbers.window,
-            qk_norm=True,
-        )
-    )
-    model.initialise(_generator(args.seed))
+    model = random_model(args, numbers.window)
     # Only its ids are used; no step reads text.
     tokenizer = train_tokenizer(iter(["to be or not to be", "学而时习之，不亦说乎"]), 300)
     parallel = setup_parallel(config.parallel)
@@ -234,27 +211,15 @@ def _our_steps(
     reference: float = 0.0,
 ) -> dict[str, Any]:
     """`reference`: seconds for the reference's numbers of one step's pairs."""
-    from khaosz.trainer.calibration import apply_plan
-    from khaosz.trainer.optimizer import build_optimizers
-    from khaosz.trainer.train_context import TrainContext
-    from khaosz.trainer.trainer import Trainer
+    from bench.ours import open_trainer
 
-    compute = apply_plan(plan, model, config)
-    context = TrainContext(
-        config=config,
-        model=model.train(),
-        tokenizer=tokenizer,
-        parallel=parallel,
-        plan=plan,
-        optimizers=build_optimizers(model, config, dtype=compute.dtype),
-    )
-    trainer = Trainer(context, strategy, compute)
+    trainer = open_trainer(config, model, tokenizer, parallel, plan, strategy)
     seconds, tokens, cells, loss = 0.0, 0, 0, 0.0
     for step in range(args.warmups + args.steps):
         before = time.perf_counter()
         metrics = trainer.step(step)
         took = time.perf_counter() - before
-        assert metrics is not None, context.stopping
+        assert metrics is not None, trainer.context.stopping
         if step >= args.warmups:
             batches = strategy.micro_batches(step)  # a function of the step: the same once more
             seconds += took
@@ -270,12 +235,6 @@ def _our_steps(
         "parameters": model.config.parameters(),
         "reasons": plan.reasons,
     }
-
-
-def _generator(seed: int) -> Any:
-    import torch
-
-    return torch.Generator().manual_seed(seed)
 
 
 # -- TRL ---------------------------------------------------------------------------------------
@@ -427,65 +386,28 @@ def _result(
     }
 
 
-def run_contender(contender: Contender, stage: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The JSON line of one fresh process. Raises SystemExit with its last output."""
+def run_contender(name: str, stage: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The JSON line of one fresh process."""
     names = ("vocab", "d", "layers", "heads", "ffn", "batch", "shortest", "longest", "seed")
     options = [
         part for n in (*names, "steps", "warmups") for part in (f"--{n}", str(vars(args)[n]))
     ]
-    python = sys.executable if contender.setting is None else args.peer_python
-    command = [python, "-m", "bench.align", "--stage", stage, *options]
-    if contender.setting is not None:
-        command += ["--setting", contender.setting]
-    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        command,
-        cwd=_ROOT,
-        env={**os.environ, **quiet},
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
+    setting = CONTENDERS[name]
+    if setting is not None:
+        options += ["--setting", setting]
+    python = sys.executable if setting is None else args.peer_python
+    return run_json(
+        name,
+        [python, "-m", "bench.align", "--stage", stage, *options],
+        HF_HUB_OFFLINE="1",
+        TOKENIZERS_PARALLELISM="false",
     )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-3:]
-        raise SystemExit(f"error: {contender.name} exited {done.returncode}: {' / '.join(last)}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
-def compare(stage: str, args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Run every contender once per round, alternating."""
-    results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in CONTENDERS}
-    for number in range(args.rounds):
-        for contender in CONTENDERS:
-            result = run_contender(contender, stage, args)
-            results[contender.name].append(result)
-            print(
-                f"  {stage} round {number + 1}/{args.rounds}  {contender.name}:"
-                f" {result['tokens_per_s']:,.0f} tokens/s, {result['peak_rss_mb']:,.0f} MB",
-                file=sys.stderr,
-                flush=True,
-            )
-    return results
-
-
-def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per contender: medians over rounds, and ours relative to it in the same rounds."""
-    rows = []
-    for name, runs in results.items():
-        row: dict[str, Any] = {"name": name, "runs": runs}
-        for key in ("tokens_per_s", "later_tokens_per_s", "peak_rss_mb", "useful", "ready_s"):
-            row[key] = round(statistics.median(run[key] for run in runs), 4)
-        for key, ratio in (("tokens_per_s", "ours_speed"), ("peak_rss_mb", "ours_memory")):
-            # Ratios per round: what slows a whole round cancels out.
-            pairs = zip(results[OURS.name], runs, strict=True)
-            row[ratio] = round(statistics.median(own[key] / run[key] for own, run in pairs), 3)
-        row["dtype"] = sorted({run["dtype"] for run in runs})
-        row["compiled"] = sorted({run["compiled"] for run in runs})
-        row["parameters"] = runs[0]["parameters"]
-        rows.append(row)
-    return rows
+def summarise(results: Runs) -> list[dict[str, Any]]:
+    """`rows_of`, with ours relative to each."""
+    keys = ("tokens_per_s", "later_tokens_per_s", "peak_rss_mb", "useful", "ready_s")
+    return rows_of(results, OURS, keys, inverse=True)
 
 
 def table(stage: str, rows: list[dict[str, Any]]) -> str:
@@ -498,25 +420,24 @@ def table(stage: str, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        how = "/".join("compiled" if value else "eager" for value in row["compiled"])
         lines.append(
-            f"| {row['name']} | {how} {'/'.join(row['dtype'])} | {row['tokens_per_s']:,.0f}"
-            f" ({row['later_tokens_per_s']:,.0f}) | {row['ours_speed']:.2f} | {row['useful']:.0%}"
-            f" | {row['peak_rss_mb']:,.0f} | {row['ours_memory']:.2f} | {row['ready_s']:.0f} |"
+            f"| {row['name']} | {row['computes']} | {row['tokens_per_s']:,.0f}"
+            f" ({row['later_tokens_per_s']:,.0f}) | {row['speed_ratio']:.2f} | {row['useful']:.0%}"
+            f" | {row['peak_rss_mb']:,.0f} | {row['memory_ratio']:.2f} | {row['ready_s']:.0f} |"
         )
     return "\n".join(lines)
 
 
 def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Ours against the fastest, and against the smallest, of TRL's settings."""
-    peers = [row for row in rows if row["name"] != OURS.name]
+    peers = [row for row in rows if row["name"] != OURS]
     fastest = max(peers, key=lambda row: float(row["tokens_per_s"]))
     smallest = min(peers, key=lambda row: float(row["peak_rss_mb"]))
     return {
         "fastest_peer": fastest["name"],
-        "speed": fastest["ours_speed"],
+        "speed": fastest["speed_ratio"],
         "smallest_peer": smallest["name"],
-        "memory": smallest["ours_memory"],
+        "memory": smallest["memory_ratio"],
     }
 
 
@@ -534,7 +455,6 @@ def arguments() -> argparse.ArgumentParser:
     lengths = {"batch": 8, "shortest": 32, "longest": 512, "seed": 0}
     for name, value in (shape | lengths).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     one = parser.add_argument_group("one process of the comparison")
     one.add_argument("--stage", choices=_STAGES, help="run this alone, ours unless --setting")
     one.add_argument("--setting", choices=tuple(TRL_SETTINGS), help="of TRL")
@@ -558,7 +478,8 @@ def main() -> None:
     report: dict[str, Any] = {"bench": "align", "machine": machine}
     print(as_markdown(machine) + "\n", flush=True)
     for stage in (args.only,) if args.only else _STAGES:
-        rows = summarise(compare(stage, args))
+        measured = in_turns(CONTENDERS, args.rounds, partial(run_contender, stage=stage, args=args))
+        rows = summarise(measured)
         found = verdict(rows)
         report[stage] = {"rows": rows, **found}
         print(table(stage, rows))
@@ -567,11 +488,7 @@ def main() -> None:
             f" {found['memory']:.2f}x the memory of the smallest ({found['smallest_peer']})\n",
             flush=True,
         )
-    line = json.dumps(report, ensure_ascii=False)
-    print(line)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(line + "\n", encoding="utf-8")
+    print(json.dumps(report, ensure_ascii=False))
 
 
 if __name__ == "__main__":

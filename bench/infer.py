@@ -9,13 +9,12 @@ each; medians of the rounds and of their ratios are printed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 from statistics import median
 from typing import Any
 
+from bench.contenders import run_json
 from bench.machine import as_markdown, describe
 
 PEER = """
@@ -46,14 +45,6 @@ print(json.dumps({"prefill_tokens_per_s": max(prefill[1:]), "decode_tokens_per_s
 """
 
 
-def measured(command: list[str]) -> dict[str, Any]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed: {done.stderr.strip()[-500:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench infer", description=__doc__)
     parser.add_argument("model")
@@ -66,8 +57,8 @@ def main() -> None:
     ours_command = [sys.executable, "-m", "khaosz", "bench", "infer", options.model, "--json"]
     rounds: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for _ in range(options.rounds):
-        theirs = measured([peer, "-c", PEER, options.model])
-        ours = measured(ours_command)
+        theirs = run_json("llama.cpp", [peer, "-c", PEER, options.model])
+        ours = run_json("khaosz", ours_command)
         rounds.append((theirs, ours))
         print(f"  llama.cpp {theirs}\n  khaosz    {ours}", file=sys.stderr)
     print("| | llama.cpp | khaosz | khaosz / llama.cpp |\n|---|---|---|---|")

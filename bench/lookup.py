@@ -31,30 +31,27 @@ def main() -> None:
     generator = Generator.from_directory(options.model)
     params = SamplingParams(temperature=0.0, max_tokens=128)
     speeds: dict[bool, list[float]] = {False: [], True: []}
+    texts: dict[bool, list[str]] = {}
     for _ in range(options.rounds + 1):  # the first one warms up
         for lookup in (False, True):
             generator.engine.prompt_lookup = lookup
             generator.engine.prefixes.clear()
-            tokens, seconds = 0, 0.0
+            tokens, seconds, texts[lookup] = 0, 0.0, []
             for paragraph in paragraphs:
                 ask = f"Repeat this paragraph word for word:\n\n{paragraph}"
                 ids = generator.chat_ids([{"role": "user", "content": ask}])
-                first = 0.0
+                first, text = 0.0, ""
                 for piece in generator.stream(ids, params):
+                    text += piece.text
                     if not first:  # decoding only: the prompt is the same work for both
                         first = time.perf_counter()
                         before = piece.tokens
                     last = piece.tokens
                 seconds += time.perf_counter() - first
+                texts[lookup].append(text)
                 tokens += last - before
             speeds[lookup].append(tokens / seconds)
     plain, drafted = (median(speeds[x][1:]) for x in (False, True))
-    texts = {}
-    for lookup in (False, True):
-        generator.engine.prompt_lookup = lookup
-        asks = [f"Repeat this paragraph word for word:\n\n{p}" for p in paragraphs]
-        chats = [[{"role": "user", "content": ask}] for ask in asks]
-        texts[lookup] = [generator.chat(chat, params).text for chat in chats]
     same = sum(a == b for a, b in zip(texts[False], texts[True], strict=True))
     answer = {
         "plain_tokens_per_s": round(plain, 1),

@@ -7,10 +7,11 @@ right after the other, the order alternating; what is printed are medians and, o
 tree / other tree, the median with a 95 % bootstrap interval over the pairs. A change that must not
 slow the network down keeps the interval's lower end at 0.97 or above.
 
-Engine: a fresh process each time, default settings, a random model of 61M parameters as a
-directory (fp32), a BF16 and a Q4_0 .gguf. Training: the nano preset's shape by `bench.ours`, which
-calibrates as a run does (compiled where that pays); calibration takes a minute, so each tree keeps
-one process, which takes a few steps when it is its turn.
+Engine: default settings, a random model of 61M parameters as a directory (fp32), a BF16 and a Q4_0
+.gguf. Each pair has fresh processes, because a process's memory layout alone moves decoding by 3 %;
+within a pair the two take turns, because the machine drifts. Training: the nano preset's shape by
+`bench.ours`, which calibrates as a run does (compiled where that pays); calibration takes a minute,
+so each tree keeps one process, which takes a few steps when it is its turn.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,8 +31,9 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent.parent
-PROMPT, ANSWER, ROUNDS = 256, 32, 3
+PROMPT, ANSWER, TURNS = 256, 32, 6
 STEPS, WARMUPS = 2, 3  # training steps of a measurement, and before the first
+Pair = tuple[dict[str, float], dict[str, float]]  # (this tree, other tree): tokens/s by quantity
 NANO = {"d": 256, "layers": 6, "heads": 4, "ffn": 704, "vocab": 4096, "window": 256, "batch": 8}
 
 
@@ -70,26 +72,24 @@ def write_models(folder: Path) -> list[Path]:
     return paths
 
 
-def measure_engine(paths: list[str]) -> dict[str, float]:
-    """Tokens per second of each model's prefill and decode, the best of a few rounds."""
+def generate_in_turns(paths: list[str]) -> None:
+    """For each line read, the tokens per second of every model's prefill and decode, once."""
     from khaosz.inference.generator import Generator
     from khaosz.inference.sampling import SamplingParams
 
-    speeds: dict[str, float] = {}
-    for path in paths:
-        generator = Generator.from_directory(path)
-        never = dict.fromkeys(generator.engine.end_ids, -100.0)
-        one = SamplingParams(temperature=0.0, max_tokens=1, logit_bias=never)
-        many = SamplingParams(temperature=0.0, max_tokens=ANSWER, logit_bias=never)
-        for start in range(ROUNDS):  # no prompt begins as the one before
-            prompt = [start + 20 + i % 200 for i in range(PROMPT)]
-            for name, params, tokens in (("prefill", one, PROMPT), ("decode", many, ANSWER)):
+    generators = {Path(path).stem: Generator.from_directory(path) for path in paths}
+    for turn, _ in enumerate(sys.stdin):
+        speeds: dict[str, float] = {}
+        prompt = [turn + 20 + i % 200 for i in range(PROMPT)]  # begins as none before it
+        for model, generator in generators.items():
+            never = dict.fromkeys(generator.engine.end_ids, -100.0)
+            # The second request finds the prompt in the cache.
+            for name, answer, tokens in (("prefill", 1, PROMPT), ("decode", ANSWER, ANSWER)):
+                params = SamplingParams(temperature=0.0, max_tokens=answer, logit_bias=never)
                 begin = time.perf_counter()
-                generator.generate(prompt, params)  # the second finds the prompt in the cache
-                speed = tokens / (time.perf_counter() - begin)
-                key = f"{name} {Path(path).stem}"
-                speeds[key] = max(speeds.get(key, 0.0), speed)
-    return speeds
+                generator.generate(prompt, params)
+                speeds[f"{name} {model}"] = tokens / (time.perf_counter() - begin)
+        print(json.dumps(speeds), flush=True)
 
 
 def train_in_turns(pairs: int) -> None:
@@ -100,79 +100,97 @@ def train_in_turns(pairs: int) -> None:
         def step(self, number: int) -> Any:
             timed = number - WARMUPS
             if timed >= 0 and timed % STEPS == 0:
-                print(json.dumps({"ready": True}), flush=True)
+                if timed:
+                    print(json.dumps({"train nano": max(self.speeds)}), flush=True)
+                self.speeds: list[float] = []
                 sys.stdin.readline()
             metrics = super().step(number)
             if timed >= 0:
-                print(json.dumps({"train nano": metrics["tokens_per_s"]}), flush=True)
+                self.speeds.append(metrics["tokens_per_s"])
             return metrics
 
     vars(ours)["Trainer"] = Paced
-    sys.argv = ["ours", "--warmups", str(WARMUPS), "--steps", str(STEPS * pairs)]
+    steps = STEPS * (pairs + 1) + 1  # a turn to warm up; the last step prints the last turn
+    sys.argv = ["ours", "--warmups", str(WARMUPS), "--steps", str(steps)]
     sys.argv += [text for name, value in NANO.items() for text in (f"--{name}", str(value))]
     ours.main()
 
 
-class Trainee:
-    """A tree's training process, stopped between its turns."""
+class Worker:
+    """A process on a tree's modules, which measures when it is its turn."""
 
-    def __init__(self, tree: Path, pairs: int) -> None:
-        command, settings = worker(tree, "train", str(pairs))
+    def __init__(self, tree: Path, *arguments: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), "--worker", *arguments]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **settings
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tree,
+            env=environment,
         )
-        self._line()  # calibrated, compiled and warm
 
-    def _line(self) -> dict[str, float]:
-        assert self.process.stdout is not None
+    def measure(self) -> dict[str, float]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line.startswith("{"):
-            raise SystemExit(f"training stopped with status {self.process.wait()}: {line}")
+            raise SystemExit(f"a worker stopped with status {self.process.wait()}: {line}")
         values: dict[str, float] = json.loads(line)
         return values
 
-    def measure(self) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        speeds = [self._line()["train nano"] for _ in range(STEPS)]
-        self._line()  # ready for the next turn, or the result at the end
-        return {"train nano": max(speeds)}
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def worker(tree: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
-    """The command that runs this file on a tree's modules, and settings of its process."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-P", str(Path(__file__).resolve()), "--worker", *arguments]
-    return command, {"cwd": tree, "env": environment}
+def best_of_turns(ours: Worker, other: Worker, turns: int) -> Pair:
+    """The best speeds of both, which take turns; a warm-up before."""
+    ours.measure(), other.measure()
+    best: Pair = ({}, {})
+    for turn in range(turns):
+        order = ((0, ours), (1, other)) if turn % 2 else ((1, other), (0, ours))
+        for side, worker in order:
+            for name, speed in worker.measure().items():
+                best[side][name] = max(best[side].get(name, 0.0), speed)
+    return best
 
 
-def engine_speeds(tree: Path, paths: list[Path]) -> dict[str, float]:
-    command, settings = worker(tree, "engine", *map(str, paths))
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **settings)
-    speeds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return speeds
+def engine_pairs(against: Path, paths: list[Path], pairs: int) -> Iterator[Pair]:
+    for _ in range(pairs):
+        trees = (HERE, against)
+        ours, other = (Worker(tree, "engine", *map(str, paths)) for tree in trees)
+        yield best_of_turns(ours, other, TURNS)
+        ours.close()
+        other.close()
 
 
-def measure_pairs(
-    ours: Callable[[], dict[str, float]], other: Callable[[], dict[str, float]], pairs: int
-) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """(this tree, other tree), measured in turns."""
-    results = []
+def training_pairs(against: Path, pairs: int) -> Iterator[Pair]:
+    ours, other = (Worker(tree, "train", str(pairs)) for tree in (HERE, against))
+    ours.measure(), other.measure()  # calibrated, compiled and warm
     for number in range(pairs):
         if number % 2:
-            second = other()
-            first = ours()
+            second = other.measure()
+            yield ours.measure(), second
         else:
-            first = ours()
-            second = other()
-        ratios = ", ".join(f"{name} {first[name] / second[name]:.3f}" for name in first)
-        print(f"  pair {number + 1}/{pairs}: {ratios}", file=sys.stderr, flush=True)
-        results.append((first, second))
+            yield ours.measure(), other.measure()
+    ours.close()
+    other.close()
+
+
+def shown(pairs: Iterator[Pair], count: int) -> list[Pair]:
+    """The pairs, each printed as it comes."""
+    results = []
+    for number, (ours, other) in enumerate(pairs, start=1):
+        ratios = ", ".join(f"{name} {ours[name] / other[name]:.3f}" for name in ours)
+        print(f"  pair {number}/{count}: {ratios}", file=sys.stderr, flush=True)
+        results.append((ours, other))
     return results
 
 
-def summarise(results: list[tuple[dict[str, float], dict[str, float]]]) -> list[dict[str, Any]]:
+def summarise(results: list[Pair]) -> list[dict[str, Any]]:
     """One row per quantity; `low` and `high` bound the median ratio, by bootstrap over pairs."""
     rows = []
     for name in results[0][0]:
@@ -209,7 +227,7 @@ def main() -> None:
         if kind == "train":
             train_in_turns(int(rest[0]))
         else:
-            print(json.dumps(measure_engine(rest)))
+            generate_in_turns(rest)
         return
     if options.against is None:
         parser.error("--against DIR is required")
@@ -221,14 +239,9 @@ def main() -> None:
     if options.only != "train":
         with tempfile.TemporaryDirectory() as folder:
             paths = write_models(Path(folder))
-            rows += summarise(
-                measure_pairs(
-                    lambda: engine_speeds(HERE, paths), lambda: engine_speeds(against, paths), pairs
-                )
-            )
+            rows += summarise(shown(engine_pairs(against, paths, pairs), pairs))
     if options.only != "engine":
-        trainees = [Trainee(tree, pairs) for tree in (HERE, against)]
-        rows += summarise(measure_pairs(trainees[0].measure, trainees[1].measure, pairs))
+        rows += summarise(shown(training_pairs(against, pairs), pairs))
     print("| tokens/s | this tree | other tree | ratio | 95 % |\n|---|---|---|---|---|")
     for row in rows:
         print(

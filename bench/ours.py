@@ -28,11 +28,11 @@ from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.shards.mmap import MmapFileHandler, TokenFileWriter
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.model import Transformer
-from khaosz.parallel import setup_parallel
+from khaosz.parallel import ParallelContext, setup_parallel
 from khaosz.trainer.calibration import apply_plan, calibrate, rows_per_step
 from khaosz.trainer.optimizer import build_optimizers
-from khaosz.trainer.strategy import PTStrategy
-from khaosz.trainer.train_context import TrainContext
+from khaosz.trainer.strategy import PTStrategy, Strategy
+from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 
 _SPECIAL = 16  # ids below are special tokens and occur in no document
@@ -95,6 +95,44 @@ def train_config(folder: Path, args: argparse.Namespace) -> TrainConfig:
     )
 
 
+def random_model(args: argparse.Namespace, window: int, *, qk_norm: bool = True) -> Transformer:
+    model = Transformer(
+        ModelConfig(
+            vocab_size=args.vocab,
+            hidden_size=args.d,
+            intermediate_size=args.ffn,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            num_key_value_heads=args.heads,
+            head_dim=args.d // args.heads,
+            max_position_embeddings=window,
+            qk_norm=qk_norm,
+        )
+    )
+    model.initialise(torch.Generator().manual_seed(args.seed))
+    return model
+
+
+def open_trainer(
+    config: TrainConfig,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    parallel: ParallelContext,
+    plan: Plan,
+    strategy: Strategy,
+) -> Trainer:
+    compute = apply_plan(plan, model, config)
+    context = TrainContext(
+        config=config,
+        model=model.train(),
+        tokenizer=tokenizer,
+        parallel=parallel,
+        plan=plan,
+        optimizers=build_optimizers(model, config, dtype=compute.dtype),
+    )
+    return Trainer(context, strategy, compute)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Time whole optimizer steps, batch assembly included."""
     # Only its ids are used; no step reads text.
@@ -112,40 +150,18 @@ def _measure_on(
     dataset: TokenDataset, tokenizer: Tokenizer, config: TrainConfig, args: argparse.Namespace
 ) -> dict[str, Any]:
     parallel = setup_parallel(config.parallel)
-    model = Transformer(
-        ModelConfig(
-            vocab_size=args.vocab,
-            hidden_size=args.d,
-            intermediate_size=args.ffn,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            num_key_value_heads=args.heads,
-            head_dim=args.d // args.heads,
-            max_position_embeddings=args.window,
-            qk_norm=args.qk_norm,
-        )
-    )
-    model.initialise(torch.Generator().manual_seed(args.seed))
+    model = random_model(args, args.window, qk_norm=args.qk_norm)
     rows, micro = rows_per_step(config, parallel, model.config.hidden_size)
     strategy = PTStrategy(dataset, rows, micro, parallel)
     started = time.perf_counter()
     plan = calibrate(model, config, parallel, strategy, rows, micro, Console(stderr=True))
     ready = time.perf_counter() - started
-    compute = apply_plan(plan, model, config)
-    context = TrainContext(
-        config=config,
-        model=model.train(),
-        tokenizer=tokenizer,
-        parallel=parallel,
-        plan=plan,
-        optimizers=build_optimizers(model, config, dtype=compute.dtype),
-    )
-    trainer = Trainer(context, strategy, compute)
+    trainer = open_trainer(config, model, tokenizer, parallel, plan, strategy)
     seconds, rates, loss = [], [], 0.0
     for step in range(args.warmups + args.steps):
         before = time.perf_counter()
         metrics = trainer.step(step)
-        assert metrics is not None, context.stopping
+        assert metrics is not None, trainer.context.stopping
         if step >= args.warmups:
             seconds.append(time.perf_counter() - before)
             rates.append(metrics["tokens_per_s"])

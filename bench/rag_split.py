@@ -216,7 +216,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--megabytes", type=float, default=12, help="of each language, for speed")
     parser.add_argument("--documents", type=int, default=200, help="spliced, of each language")
     parser.add_argument("--seed", type=int, default=0, help="of the spliced documents")
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     one = parser.add_argument_group("one process of the comparison")
     one.add_argument("--contender")
     one.add_argument("--part", choices=_PARTS)
@@ -267,11 +266,7 @@ def main() -> None:
         print(flush=True)
         report[part] = results
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
-    line = json.dumps(report, ensure_ascii=False)
-    print(line)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(line + "\n", encoding="utf-8")
+    print(json.dumps(report, ensure_ascii=False))
 
 
 if __name__ == "__main__":

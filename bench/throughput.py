@@ -14,112 +14,48 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from bench.contenders import Runs, in_turns, rows_of, run_json
 from bench.machine import as_markdown, describe
 
 _PEER, _OURS = "bench.peer_transformers", "bench.ours"
 _DEFAULTS = "transformers, eager fp32 (defaults)"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A process to start; `options` come before the shape."""
-
-    name: str
-    module: str
-    options: tuple[str, ...]
-
-    @property
-    def ours(self) -> bool:
-        return self.module == _OURS
-
-
-def _peer(name: str, *options: str) -> Contender:
-    return Contender(name, _PEER, options)
-
-
-def _our(name: str, *options: str) -> Contender:
-    return Contender(name, _OURS, options)
+# A module to start and its options, which come before the shape.
+SPEED = {
+    _DEFAULTS: [_PEER, "--dtype", "fp32", "--no-fused"],
+    "khaosz, AdamW": [_OURS, "--optimizer", "adamw"],
+    "transformers, compiled fp32": [_PEER, "--dtype", "fp32", "--compile"],
+    "khaosz, Muon": [_OURS, "--optimizer", "muon"],
+    "transformers, compiled bf16": [_PEER, "--dtype", "bf16", "--compile"],
+}
+MEMORY = {
+    _DEFAULTS: [_PEER, "--dtype", "fp32", "--no-fused"],
+    "khaosz, eager fp32, AdamW": [_OURS, "--dtype=fp32", "--compile=off", "--optimizer=adamw"],
+    "transformers, compiled bf16": [_PEER, "--dtype", "bf16", "--compile"],
+    "khaosz, calibrated, AdamW": [_OURS, "--optimizer", "adamw"],
+    "khaosz, calibrated, Muon": [_OURS, "--optimizer", "muon"],
+}
 
 
-SPEED = (
-    _peer(_DEFAULTS, "--dtype", "fp32", "--no-fused"),
-    _our("khaosz, AdamW", "--optimizer", "adamw"),
-    _peer("transformers, compiled fp32", "--dtype", "fp32", "--compile"),
-    _our("khaosz, Muon", "--optimizer", "muon"),
-    _peer("transformers, compiled bf16", "--dtype", "bf16", "--compile"),
-)
-MEMORY = (
-    _peer(_DEFAULTS, "--dtype", "fp32", "--no-fused"),
-    _our("khaosz, eager fp32, AdamW", "--dtype=fp32", "--compile=off", "--optimizer=adamw"),
-    _peer("transformers, compiled bf16", "--dtype", "bf16", "--compile"),
-    _our("khaosz, calibrated, AdamW", "--optimizer", "adamw"),
-    _our("khaosz, calibrated, Muon", "--optimizer", "muon"),
-)
+def compare(contenders: dict[str, list[str]], shape: list[str], steps: int, rounds: int) -> Runs:
+    def measure(name: str) -> dict[str, Any]:
+        module, *options = contenders[name]
+        length = "--steps" if module == _OURS else "--time-only"
+        command = [sys.executable, "-m", module, *options, *shape, length, str(steps)]
+        return run_json(name, command)
+
+    return in_turns(contenders, rounds, measure)
 
 
-def run_contender(contender: Contender, shape: list[str], steps: int) -> dict[str, Any]:
-    """The JSON line of one fresh process. Raises SystemExit with its last output."""
-    length = ["--steps", str(steps)] if contender.ours else ["--time-only", str(steps)]
-    command = [sys.executable, "-m", contender.module, *contender.options, *shape, *length]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-3:]
-        raise SystemExit(f"error: {contender.name} exited {done.returncode}: {' / '.join(last)}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def compare(
-    contenders: tuple[Contender, ...], shape: list[str], steps: int, rounds: int
-) -> dict[str, list[dict[str, Any]]]:
-    """Run every contender once per round, alternating."""
-    results: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
-    for number in range(rounds):
-        for contender in contenders:
-            result = run_contender(contender, shape, steps)
-            results[contender.name].append(result)
-            print(
-                f"  round {number + 1}/{rounds}  {contender.name}:"
-                f" {result['tokens_per_s']:,.0f} tokens/s, {result['peak_rss_mb']:,.0f} MB",
-                file=sys.stderr,
-                flush=True,
-            )
-    return results
-
-
-def summarise(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One row per contender: medians over rounds, and ratios to the defaults of the same rounds."""
-    rows = []
-    for name, runs in results.items():
-        speeds = [run["tokens_per_s"] for run in runs]
-        pairs = list(zip(runs, results[_DEFAULTS], strict=True))
-        rows.append(
-            {
-                "name": name,
-                "tokens_per_s": round(statistics.median(speeds), 1),
-                "best_tokens_per_s": max(run["best_tokens_per_s"] for run in runs),
-                "medians": speeds,
-                # Ratios per round: what slows a whole round cancels out.
-                "speed_ratio": round(
-                    statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs), 3
-                ),
-                "peak_rss_mb": round(statistics.median(run["peak_rss_mb"] for run in runs), 1),
-                "memory_ratio": round(
-                    statistics.median(a["peak_rss_mb"] / b["peak_rss_mb"] for a, b in pairs), 3
-                ),
-                "first_step_s": round(statistics.median(run["first_step_s"] for run in runs), 1),
-                "dtype": sorted({run["dtype"] for run in runs}),
-                "compiled": sorted({run["compiled"] for run in runs}),
-                "parameters": runs[0]["parameters"],
-            }
-        )
+def summarise(results: Runs) -> list[dict[str, Any]]:
+    """`rows_of`, with ratios to transformers' defaults."""
+    rows = rows_of(results, _DEFAULTS, ("tokens_per_s", "peak_rss_mb", "first_step_s"))
+    for row in rows:
+        row["best_tokens_per_s"] = max(run["best_tokens_per_s"] for run in row["runs"])
     return rows
 
 
@@ -132,10 +68,8 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        dtype = "/".join(row["dtype"])
-        how = "/".join("compiled" if value else "eager" for value in row["compiled"])
         lines.append(
-            f"| {row['name']} | {how} {dtype} | {row['tokens_per_s']:,.0f}"
+            f"| {row['name']} | {row['computes']} | {row['tokens_per_s']:,.0f}"
             f" ({row['best_tokens_per_s']:,.0f}) | {row['speed_ratio']:.2f}"
             f" | {row['peak_rss_mb']:,.0f} | {row['memory_ratio']:.2f}"
             f" | {row['first_step_s']:.0f} |"
@@ -169,7 +103,6 @@ def arguments() -> argparse.ArgumentParser:
     shape = {"vocab": 8192, "d": 384, "layers": 8, "heads": 6, "ffn": 1024}
     for name, value in (shape | {"window": 512, "batch": 8}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     return parser
 
 
@@ -196,11 +129,7 @@ def main() -> None:
         print(
             f"\nleast against least: {found['ours']} takes {found['ratio']:.2f}x {found['peer']}\n"
         )
-    line = json.dumps(report, ensure_ascii=False)
-    print(line)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(line + "\n", encoding="utf-8")
+    print(json.dumps(report, ensure_ascii=False))
 
 
 if __name__ == "__main__":

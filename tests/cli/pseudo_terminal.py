@@ -41,6 +41,7 @@ class PseudoTerminal:
         self._read = 0
 
     def __enter__(self) -> PseudoTerminal:
+        self.until(">")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -57,6 +58,10 @@ class PseudoTerminal:
 
     def type(self, keys: str) -> None:
         os.write(self._ours, keys.encode())
+
+    def send(self, keys: str, then: str) -> str:
+        self.type(keys)
+        return self.until(then)
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)

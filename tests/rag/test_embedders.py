@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import SHAPE
 
 from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
@@ -122,14 +123,7 @@ def test_folder_in_the_layout_of_qwen3_embedding(tmp_path: Path, pooling: str) -
     torch.manual_seed(0)
     body = transformers.Qwen3Model(
         transformers.Qwen3Config(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            max_position_embeddings=64,
+            **{**SHAPE, "vocab_size": tokenizer.vocab_size},
             tie_word_embeddings=True,
             initializer_range=0.3,
         )

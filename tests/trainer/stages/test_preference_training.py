@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from strategies import shifted
 from torch import Tensor
 
 from khaosz.config import LoRAConfig, PreferenceConfig, RewardConfig
@@ -54,14 +55,6 @@ def dpo(
         PairSet(train), PairSet(held_out or []), BatchLayout(per_step, WINDOW, micro_rows, 0, 0),
         parallel, config=PreferenceConfig.parse(config), by_adapters=by_adapters,
     )  # fmt: skip
-
-
-def shifted(module: Transformer, seed: int = 2, by: float = 0.02) -> Transformer:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
-    return module
 
 
 def alone(model: Transformer, prompt: np.ndarray, answer: np.ndarray) -> float:

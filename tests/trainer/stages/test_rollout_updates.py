@@ -4,74 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from strategies import CPU, Make, rlhf_strategies, shifted
 from torch import Tensor, nn
 
-from khaosz.config import LoRAConfig, RolloutConfig, TrainConfig
-from khaosz.data.records.preference import load_prompts
+from khaosz.config import LoRAConfig, TrainConfig
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.model import RewardModel, Transformer
+from khaosz.model import Transformer
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.stages import rlhf
-from khaosz.trainer.stages.reward_sources import FunctionReward
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.stages.rollout import Rollout
-from khaosz.trainer.strategy import BatchLayout, Compute
+from khaosz.trainer.strategy import Compute
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
-
-CPU = ParallelContext(torch.device("cpu"))
-Make = Callable[..., RLHFStrategy]
-
-
-def length_reward(messages: list[Any], answer: str, extra: dict[str, Any]) -> float:
-    return float(len(answer))
-
-
-def shifted(module: Transformer, seed: int, by: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
 
 
 @pytest.fixture
 def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path) -> Make:
-    """`make("ppo", key=value)`: a strategy whose reference is not its policy."""
-
-    def build(stage: str, by_adapters: bool = False, **config: Any) -> RLHFStrategy:
-        values = {
-            "prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 2, "minibatches": 1, **config
-        }  # fmt: skip
-        reference, critic = None, None
-        if not by_adapters:
-            reference = copy.deepcopy(model).requires_grad_(False).eval()
-            shifted(reference, 4, 0.05)
-        if stage == "ppo":
-            critic = RewardModel.from_transformer(model)
-            generator = torch.Generator().manual_seed(3)
-            nn.init.normal_(critic.score.weight, std=0.1, generator=generator)
-        return RLHFStrategy(
-            policy=model,
-            tokenizer=tokenizer,
-            prompts=load_prompts([prompts_file], tokenizer, 64).train,
-            reward_source=FunctionReward(length_reward, "length"),
-            config=RolloutConfig.parse(values),
-            layout=BatchLayout(values["prompts"], 64, 2, tokenizer.pad_id, seed=0),
-            parallel=CPU,
-            compute=Compute(),
-            reference=reference,
-            critic=critic,
-        )
-
-    return build
+    """Strategies whose reference is not their policy."""
+    strategies = rlhf_strategies(model, tokenizer, prompts_file)
+    return partial(strategies, reference_shift=0.05, minibatches=1)
 
 
 def rollout_of(strategy: RLHFStrategy) -> Rollout:

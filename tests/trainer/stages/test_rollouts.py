@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from strategies import Make, rlhf_strategies
 
-from khaosz.config import RolloutConfig
-from khaosz.data.records.preference import load_prompts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError, TrainingError
 from khaosz.model import RewardModel, Transformer
-from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.logprobs import batch_logprobs
 from khaosz.trainer.stages.losses import gae, kl_k1, token_rewards
 from khaosz.trainer.stages.reward_sources import FunctionReward, ModelReward, load_function
 from khaosz.trainer.stages.rlhf import RLHFStrategy
 from khaosz.trainer.strategy import BatchLayout, Compute
 
-CPU = ParallelContext(torch.device("cpu"))
-
-
-def length_reward(messages: list[Any], answer: str, extra: dict[str, Any]) -> float:
-    return float(len(answer))
-
 
 @pytest.fixture
-def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path):  # type: ignore[no-untyped-def]
-    """`make("ppo", key=value)`: a strategy on the tiny random policy."""
-
-    def build(stage: str, reward_source: Any = None, **config: Any) -> RLHFStrategy:
-        values = {
-            "prompts": 4, "group": 3, "max_new_tokens": 8, "epochs": 2, "minibatches": 2, **config
-        }  # fmt: skip
-        reference = copy.deepcopy(model).requires_grad_(False).eval()
-        critic = None
-        if stage == "ppo":
-            critic = RewardModel.from_transformer(model)
-            generator = torch.Generator().manual_seed(3)
-            torch.nn.init.normal_(critic.score.weight, std=0.1, generator=generator)
-        return RLHFStrategy(
-            policy=model,
-            tokenizer=tokenizer,
-            prompts=load_prompts([prompts_file], tokenizer, 64).train,
-            reward_source=reward_source or FunctionReward(length_reward, "length"),
-            config=RolloutConfig.parse(values),
-            layout=BatchLayout(values["prompts"], 64, 2, tokenizer.pad_id, seed=0),
-            parallel=CPU,
-            compute=Compute(),
-            reference=reference,
-            critic=critic,
-        )
-
-    return build
+def make(model: Transformer, tokenizer: Tokenizer, prompts_file: Path) -> Make:
+    return rlhf_strategies(model, tokenizer, prompts_file)
 
 
 def step_loss(strategy: RLHFStrategy, step: int) -> torch.Tensor:
