@@ -292,20 +292,75 @@ def test_no_kernel_without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert native.library() is None
 
 
-def test_kernel_is_compiled_once_and_again_when_broken(
-    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+COMPILER = ["c++", "-march=native"]
+_LOAD = """
+import sys
+from pathlib import Path
+from khaosz.inference.linear import native
+native._OPTIONS.remove("-O3")  # sooner compiled
+native._compiled(["c++", "-march=native"], Path(sys.argv[1]))
+"""
+
+
+def test_kernel_is_compiled_once(library: ctypes.CDLL, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "native"
-    native._compiled(["c++", "-march=native"], folder)
+    native._compiled(COMPILER, folder)
     (file,) = folder.iterdir()
     before = file.stat().st_mtime_ns, file.stat().st_ino
     assert folder.stat().st_mode & 0o777 == 0o700
-    native._compiled(["c++", "-march=native"], folder)
+    native._compiled(COMPILER, folder)
     assert (file.stat().st_mtime_ns, file.stat().st_ino) == before
-    broken = tmp_path / "other"
-    broken.mkdir(mode=0o700)
-    (broken / file.name).write_bytes(b"half a library")
-    assert native._compiled(["c++", "-march=native"], broken).khaosz_level() >= 0
-    broken.chmod(0o777)
-    with pytest.raises(OSError, match="writable by other users"):
-        native._compiled(["c++", "-march=native"], broken)
+
+
+def test_damaged_kernel_is_compiled_again(
+    library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Loading it would end the process, so nothing may be loaded before the hash is right."""
+    monkeypatch.setattr(native, "_OPTIONS", [o for o in native._OPTIONS if o != "-O3"])
+    native._compiled(COMPILER, tmp_path)
+    (file,) = tmp_path.iterdir()
+    good = file.read_bytes()
+    for damaged in (
+        good[: len(good) // 2],
+        good[:4096] + bytes(len(good) - 4096),
+        bytes([*good[:-900], good[-900] ^ 1, *good[-899:]]),
+        b"half a library",
+        b"",
+    ):
+        file.unlink()  # the process keeps the library that it has mapped
+        file.write_bytes(damaged)
+        assert native._compiled(COMPILER, tmp_path).khaosz_level() >= 0
+        (again,) = tmp_path.iterdir()
+        assert again.read_bytes() == good
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+@pytest.mark.parametrize("obstacle", ["writable by others", "a file", "no folder above"])
+def test_kernel_is_used_uncached_where_the_cache_is_not_usable(
+    library: ctypes.CDLL,
+    obstacle: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(native, "_OPTIONS", [o for o in native._OPTIONS if o != "-O3"])
+    folder = tmp_path / "cache"
+    match obstacle:
+        case "writable by others":
+            folder.mkdir()
+            folder.chmod(0o777)
+        case "a file":
+            folder.touch()
+        case _:
+            folder = Path("/dev/null/native")
+    assert native._compiled(COMPILER, folder).khaosz_level() >= 0
+    assert "the compiled kernel is not cached" in caplog.text
+    assert not folder.is_dir() or not [*folder.iterdir()]
+
+
+def test_kernel_compiled_by_two_processes_at_once(library: ctypes.CDLL, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _LOAD, str(tmp_path)]
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [each.wait(120) for each in both] == [0, 0]
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_size > 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +27,8 @@ from torch import Tensor
 
 from khaosz.files import default_cache, publish
 from khaosz.interop.gguf.file import TENSOR_TYPES
+
+_log = logging.getLogger("khaosz.inference")
 
 SOURCES = [Path(__file__).with_name(name) for name in ("quantised.cpp", "quantised_blocks.h")]
 LEAST_ROWS = 16  # of a matrix that the library takes: its widest tile
@@ -92,7 +96,8 @@ def _library(cxx: str, folder: Path) -> ctypes.CDLL | None:
 
 
 def _compiled(command: list[str], folder: Path) -> ctypes.CDLL:
-    """From the cache, if sources, compiler and processor are the same. Raises OSError and
+    """From the cache, if sources, compiler and processor are the same, and the file's name has the
+    hash of its content: loading a damaged one would kill the process. Raises OSError and
     SubprocessError."""
     # A compiler's predefined macros show its version and the processor it targets.
     traits = _run([*command, "-x", "c++", "-dM", "-E", os.devnull])
@@ -100,20 +105,46 @@ def _compiled(command: list[str], folder: Path) -> ctypes.CDLL:
     for source in SOURCES:
         key.update(source.read_bytes())
     suffix = ".dll" if sys.platform == "win32" else ".so"
-    path = folder / f"quantised-{key.hexdigest()[:24]}{suffix}"
+    name = f"quantised-{key.hexdigest()[:24]}"
+    try:
+        _check_private(folder)
+    except OSError as error:
+        _log.warning("the compiled kernel is not cached: %s", error)
+        place = None
+    else:
+        place = folder
+        for path in sorted(folder.glob(f"{name}*{suffix}")):
+            with suppress(OSError):
+                if path.name == f"{name}-{_digest(path)}{suffix}":
+                    return _opened(path)
+            with suppress(OSError):  # damaged, or from another system
+                path.unlink()
+    with tempfile.TemporaryDirectory(dir=place, ignore_cleanup_errors=True) as temporary:
+        out = Path(temporary) / f"{name}{suffix}"
+        _run([*command, *_OPTIONS, "-o", str(out), str(SOURCES[0])])
+        library = _opened(out)  # before others can see or remove it
+        if place is not None:
+            try:
+                publish(out, place / f"{name}-{_digest(out)}{suffix}")
+            except OSError as error:
+                _log.warning("the compiled kernel is not cached: %s", error)
+    return library
+
+
+def _check_private(folder: Path) -> None:
+    """Code is loaded from `folder`. Raises OSError where it cannot be created or written, or other
+    users can write it."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if hasattr(os, "getuid"):  # code is loaded from there
+    if hasattr(os, "getuid"):
         status = folder.stat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise OSError(f"{folder} is writable by other users")
-    try:
-        return _opened(path)
-    except OSError:  # not there, or broken
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            out = Path(temporary) / path.name
-            _run([*command, *_OPTIONS, "-o", str(out), str(SOURCES[0])])
-            publish(out, path)
-        return _opened(path)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"{folder} is not writable")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:24]
 
 
 def _run(command: list[str]) -> bytes:
