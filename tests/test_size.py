@@ -25,7 +25,7 @@ BUDGET = {
     "errors": 69,
     "evaluation": 338,
     "files": 116,
-    "inference": 2_125,
+    "inference": 2_180,
     "interop": 1_942,
     "model": 546,
     "parallel": 103,

@@ -12,7 +12,13 @@ from khaosz.errors import KhaoszError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.grammar import Matcher
 from khaosz.inference.prompt_lookup import PromptLookup
-from khaosz.inference.sampling import Draws, SamplingParams, TokenCounts, needs_counts, sample
+from khaosz.inference.sampling import (
+    GumbelNoise,
+    SamplingParams,
+    TokenCounts,
+    needs_counts,
+    sample,
+)
 from khaosz.inference.text_stream import TextStream
 from khaosz.model.kv_cache import SequenceCache
 
@@ -64,7 +70,7 @@ class Sequence:
     cache: SequenceCache
     ids: list[int]
     text: TextStream
-    draws: Draws
+    noise: GumbelNoise
     counts: TokenCounts | None
     matcher: Matcher | None
     prompt_lookup: PromptLookup | None
@@ -92,7 +98,7 @@ class Sequence:
             cache=cache,
             ids=list(request.prompt),
             text=TextStream(tokenizer, params.stop),
-            draws=Draws(params.seed, choice),
+            noise=GumbelNoise(params.seed, choice),
             counts=counts,
             matcher=None if request.matcher is None else request.matcher.copy(),
             prompt_lookup=PromptLookup(request.prompt) if request.prompt_lookup else None,
@@ -139,10 +145,8 @@ class Sequence:
     def _choose(self, logits: Tensor) -> int:
         if self.matcher is not None:
             logits = self.matcher.mask(logits)
-        uniform = 0.0
-        if self.request.params.temperature > 0:
-            uniform = self.draws.at(self.generated)
-        token = sample(logits, self.request.params, self.counts, uniform)
+        # By position in the whole sequence: an answer continued with its seed has the same noise.
+        token = sample(logits, self.request.params, self.counts, self.noise, len(self.ids))
         if self.matcher is not None:
             self.matcher.accept(token)
         return token

@@ -252,14 +252,18 @@ class Flat(Runner):
         return [torch.zeros_like(rows) for rows in super().run(chunks)]
 
 
-def test_draw_depends_only_on_position_in_answer() -> None:
+def test_continued_answer_draws_the_same_tokens() -> None:
+    """Noise belongs to positions: what a seed draws after half of its answer is the other half."""
     by = Engine(Flat.from_module(MODEL), tokenizer())
-    ids = [by.add(prompt, replace(SAMPLED, max_tokens=5)) for prompt in PROMPTS]
-    outputs = []
+    by.end_ids = set()
+    whole = by.add(PROMPTS[1], replace(SAMPLED, max_tokens=12))
     while by.unfinished:
         by.step()
-        outputs += by.take()
-    assert len({tuple(summary(outputs, i, 0)[0]) for i in ids}) == 1
+    tokens = summary(by.take(), whole, 0)[0]
+    rest = by.add([*PROMPTS[1], *tokens[:5]], replace(SAMPLED, max_tokens=7))
+    while by.unfinished:
+        by.step()
+    assert summary(by.take(), rest, 0)[0] == tokens[5:]
 
 
 class Bounded(Runner):

@@ -61,7 +61,7 @@ class PreferenceRequest(RequestModel):
     ) = None
     finish_reasons: Annotated[list[Finish], Field(max_length=MAX_ANSWERS)] | None = None
     model: Annotated[str, Field(max_length=512)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
     sampling: SampledWith | None = None
 
     @model_validator(mode="after")
