@@ -7,13 +7,16 @@ process left behind is removed by the next writer of the same target.
 from __future__ import annotations
 
 import errno
+import functools
 import glob
 import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +24,10 @@ from typing import Any, BinaryIO
 from khaosz.errors import FetchError
 
 SAMPLE_DIR = Path(__file__).parent / "data" / "sample"
+_BLOCK = 32 << 20
+_PIECE = 1 << 20
+# What a file system without locks answers, as some network file systems are.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def default_cache() -> Path:
@@ -48,8 +55,108 @@ def verify_sha256(path: Path, expected: str) -> None:
         )
 
 
+def digest(path: Path) -> str:
+    """A BLAKE2b hash of a file's content: the hash of those of its 32 MiB blocks, which threads
+    read side by side (1 GB/s per core, so that the disk is the limit). Raises OSError."""
+    blocks = range(0, max(path.stat().st_size, 1), _BLOCK)
+    with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1, 8)) as pool:
+        parts = pool.map(functools.partial(_block_digest, path), blocks)
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def _block_digest(path: Path, start: int) -> bytes:
+    hashed = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while (at := file.tell()) < start + _BLOCK and (piece := file.read(_PIECE)):
+            hashed.update(piece[: start + _BLOCK - at])
+    return hashed.digest()
+
+
+# ---- Locking ----------------------------------------------------------------------------------
+
+
+class FolderInUse(Exception):
+    """Another process, or another thread of this one, holds the lock; the text says which."""
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[bool]:
+    """Hold the lock of an output folder, which is created if necessary, for the block.
+
+    The operating system holds it, in `folder/.lock`, and releases it when the process ends, also
+    by SIGKILL. Yields False where the file system has no locks: then nothing is excluded. NFS has
+    them if its lock service runs. Raises `FolderInUse`, and OSError where nothing can be written.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    descriptor, is_held = _lock(path)
+    try:
+        yield is_held
+    finally:
+        if is_held and os.name != "nt":  # Windows removes no file that is open
+            # Removed while it is held: whoever waits for this file sees that it is gone.
+            with suppress(OSError):
+                path.unlink()
+        os.close(descriptor)
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _lock(path: Path) -> tuple[int, bool]:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            _take(descriptor)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor, False
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise
+            raise FolderInUse(holder) from None
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor, True
+        os.close(descriptor)  # the holder before removed it
+
+
+def _take(descriptor: int) -> None:
+    """Raises OSError when the lock is held. Not a POSIX record lock, which any `close` of the file
+    in this process would release."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a locked byte can't be read, so one beyond
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _holder(descriptor: int) -> str:
+    with suppress(OSError):
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if name := os.read(descriptor, 300).decode(errors="replace").strip():
+            return name
+    return "another process"
+
+
 # ---- Writing ----------------------------------------------------------------------------------
 # All of these raise OSError when the disk refuses; the target then stays as it was.
+
+
+def disk_error(error: OSError, place: Path) -> str:
+    """One line for people: the file (by default the `place` that was worked on) and the reason."""
+    reason = error.strerror or str(error)
+    return f"{error.filename or place}: {reason[:1].lower()}{reason[1:]}"
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -88,17 +195,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder; it is renamed to `path`, which must not exist, when the block ends
-    without an error."""
-    partial = path.with_name(f".{path.name}.partial")
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder; it is renamed to `path` when the block ends without an error. `path`
+    must not exist, or with `replace` is renamed and removed first."""
+    partial, stale = (path.with_name(f".{path.name}.{state}") for state in ("partial", "stale"))
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
+        if replace and path.exists():
+            os.replace(path, stale)
         publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that others read: it is gone at once, not file by file."""
+    doomed = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def publish(partial: Path, path: Path) -> None:
@@ -114,17 +233,18 @@ def publish(partial: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def append(path: Path, data: bytes) -> None:
-    """Add `data` to the end of a file: all of it, synced, or nothing."""
+def append(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Add `data` to the end of a file: all of it, synced if it has to be `durable`, or nothing."""
     with path.open("ab", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         try:
             write_all(file, data)
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise
-    if not size:
+    if durable and not size:
         sync(path.parent)
 
 

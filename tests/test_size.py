@@ -24,7 +24,7 @@ BUDGET = {
     "doctor": 72,
     "errors": 69,
     "evaluation": 338,
-    "files": 116,
+    "files": 200,
     "inference": 2_180,
     "interop": 1_942,
     "model": 546,
@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_716,
     "rewards": 2,
     "serve": 3_909,
-    "trainer": 3_327,
+    "trainer": 3_490,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from khaosz.trainer.checkpoint import point, rotate, save_checkpoint, write_rollout
+from khaosz.trainer.random_state import random_state
 from khaosz.trainer.train_context import TrainContext
 
 Evaluate = Callable[[TrainContext], dict[str, float]]
@@ -62,6 +63,9 @@ class Checkpointing(Callback):
         self.every = every
         self._saved = -1
 
+    def on_start(self, context: TrainContext) -> None:
+        self._saved = context.progress.step  # what was resumed is saved
+
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         progress = context.progress
         gained = "val_loss" in metrics and progress.best_step == progress.step
@@ -76,6 +80,7 @@ class Checkpointing(Callback):
     def _save(self, context: TrainContext, gained: bool) -> None:
         self._saved = context.progress.step
         write_rollout(context)
+        context.random_state = random_state(context.parallel)
         context.parallel.barrier()
         if context.parallel.is_main:
             directory = save_checkpoint(context)
@@ -162,7 +167,8 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
     Model FLOP utilisation is relative to this: a data sheet does not know the number of threads.
     """
-    a = torch.randn(1024, 1024, device=device, dtype=dtype)
+    generator = torch.Generator(device).manual_seed(0)  # the global one is the run's
+    a = torch.randn(1024, 1024, device=device, dtype=dtype, generator=generator)
     a @ a
     best, end = 0.0, time.perf_counter() + 0.2
     while time.perf_counter() < end:

@@ -4,7 +4,8 @@
                         and the settings of an embedder (interop/sentence_transformers.py)
     OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
     OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
-                              learning critic.safetensors and each rank's rollout-R.safetensors
+                              learning critic.safetensors and each rank's rollout-R.safetensors;
+                              files.json has the size and a hash of each file that a resume reads
     OUT/last, OUT/best        links to such a directory, replaced atomically
 
 A checkpoint is written under a temporary name and renamed when it is complete: a kill or a full
@@ -16,27 +17,35 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from khaosz.config import TrainConfig, save_config
-from khaosz.errors import CheckpointError, TrainingError
-from khaosz.files import atomic_folder, sync, write_json
+from khaosz.errors import CheckpointError, TrainingError, one_line
+from khaosz.files import atomic_folder, digest, remove_folder, sync, write_json
 from khaosz.interop.adapter import save_adapter
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora
+from khaosz.trainer.random_state import random_state, restore_random_state
 from khaosz.trainer.train_context import Plan, Progress, TrainContext
 
 ADAPTER = "adapter"
+_FILES = "state/files.json"
+_LINKS = ("last", "best")
+# What a resume reads beside the folders `adapter` and `state`.
+_READ = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+         "train_config.json")  # fmt: skip
 
 # Keys that may differ between a run and its resumption: they do not change the training.
 _FREE = {
@@ -47,21 +56,22 @@ _FREE = {
 
 def save_checkpoint(context: TrainContext) -> Path:
     """Write OUT/step-N for the current step and point OUT/last at it; returns the directory.
+    Several ranks have set `context.random_state` before.
 
-    Raises `TrainingError` when it can't be written (a full disk), leaving nothing half-written.
+    A directory of that name is another run's, or was never linked: it is replaced. Raises
+    `TrainingError` when it can't be written (a full disk), leaving nothing half-written.
     """
     out = context.config.out
     final = out / f"step-{context.progress.step:06d}"
-    if not final.exists():
-        try:
-            with atomic_folder(final) as partial:
-                _write(context, partial)
-        except (OSError, SafetensorError) as error:
-            raise TrainingError(
-                f"could not write checkpoint {final}: {error}",
-                hint="free some space; earlier checkpoints are intact; continue with --resume",
-            ) from None
-    point(out / "last", final)
+    try:
+        with atomic_folder(final, replace=True) as partial:
+            _write(context, partial)
+        point(out / "last", final)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"could not write checkpoint {final}: {error}",
+            hint="free some space; earlier checkpoints are intact; continue with --resume",
+        ) from None
     return final
 
 
@@ -92,7 +102,8 @@ def _write(context: TrainContext, directory: Path) -> None:
         k: v.detach().cpu().contiguous() for k, v in context.named_optimizer_tensors().items()
     }
     save_file(tensors, str(state / "optimizer.safetensors"))
-    save_file(_rng_state(context), str(state / "rng.safetensors"))
+    rng = context.random_state or random_state(context.parallel)
+    save_file(rng, str(state / "rng.safetensors"))
     if context.critic is not None:
         critic = {n: p.detach().cpu() for n, p in context.critic.named_parameters()}
         save_file(critic, str(state / "critic.safetensors"))
@@ -101,6 +112,47 @@ def _write(context: TrainContext, directory: Path) -> None:
         if pending.exists():
             shutil.move(pending, state / f"rollout-{rank}.safetensors")
     write_json(state / "state.json", context.state())
+    folders = (directory / ADAPTER, state)
+    paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
+    paths += [path for name in _READ if (path := directory / name).exists()]
+    files = {
+        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "hash": digest(path)}
+        for path in sorted(paths)
+    }
+    write_json(directory / _FILES, files)
+
+
+def verify(directory: Path) -> None:
+    """Raises `CheckpointError`, which names the file, unless every file that a resume reads is as
+    it was saved. Checkpoints of earlier versions list no files."""
+    path = directory / _FILES
+    if not path.exists():
+        return
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))
+        for name, saved in files.items():
+            path = directory / name
+            size = path.stat().st_size
+            if size != saved["bytes"]:
+                raise _broken(path, f"it has {size:,} bytes, {saved['bytes']:,} were saved")
+            if digest(path) != saved["hash"]:
+                raise _broken(path, "it is not what was saved")
+    except FileNotFoundError:
+        raise _broken(path, "it is missing") from None
+    except OSError as error:
+        raise _broken(path, str(error.strerror)) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, str(error)) from None
+
+
+def _broken(path: Path, why: str) -> CheckpointError:
+    directory = next(parent for parent in path.parents if step_of(parent) is not None)
+    earlier = [step for step in steps(directory.parent) if step < (step_of(directory) or 0)]
+    hint = "start again with another out="
+    if earlier:
+        name = steps(directory.parent)[max(earlier)].name
+        hint = f"go back to an earlier checkpoint: ln -sfn {name} {directory.parent / 'last'}"
+    return CheckpointError(f"{path} is broken: {why}", hint=hint)
 
 
 def merged(model: Transformer) -> Transformer:
@@ -155,22 +207,24 @@ def load_state(directory: Path) -> SavedState:
 
 def restore(context: TrainContext, directory: Path) -> None:
     """Load optimizer, random state, critic and rollout of a checkpoint; the model is already
-    loaded. Raises `CheckpointError`."""
-    state = directory / "state"
-    try:
-        context.load_optimizer_tensors(load_file(str(state / "optimizer.safetensors")))
-        rng = load_file(str(state / "rng.safetensors"))
-        if context.critic is not None:
-            context.critic.load_state_dict(load_file(str(state / "critic.safetensors")))
-        rollout = state / f"rollout-{context.parallel.rank}.safetensors"
-        if context.rollouts is not None:
-            context.rollouts.load_state_tensors(load_file(str(rollout)))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{state}: broken or cut short: {error}") from None
-    torch.set_rng_state(rng["cpu"])
-    kind = context.parallel.device.type
-    if kind in rng and kind != "cpu":
-        getattr(torch, kind).set_rng_state(rng[kind])
+    loaded. Raises `CheckpointError`, which names the file."""
+    parallel, progress = context.parallel, context.progress
+
+    def read(name: str, load: Callable[[dict[str, Tensor]], object]) -> None:
+        path = directory / "state" / f"{name}.safetensors"
+        try:
+            load(load_file(str(path)))
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{path}: broken or cut short: {one_line(str(error))}") from None
+
+    read("optimizer", context.load_optimizer_tensors)
+    if context.critic is not None:
+        read("critic", context.critic.load_state_dict)
+    if context.rollouts is not None:
+        read(f"rollout-{parallel.rank}", context.rollouts.load_state_tensors)
+    # Last: nothing may draw between this and the first step.
+    seed, step = context.config.seed, progress.step
+    read("rng", lambda states: restore_random_state(states, parallel, seed, step))
 
 
 def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
@@ -198,13 +252,36 @@ def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
     return stored.updated(**free)
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint, by its name, or None for another name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    return int(match[1]) if match else None
+
+
+def steps(out: Path) -> dict[int, Path]:
+    """The checkpoints in an output directory by step, in order."""
+    paths = {step: path for path in out.glob("step-*") if (step := step_of(path)) is not None}
+    return {step: paths[step] for step in sorted(paths) if paths[step].is_dir()}
+
+
+def has_checkpoints(out: Path) -> bool:
+    """Whether there are checkpoints, or links to some that are gone."""
+    names = (name for link in _LINKS for name in (link, f".{link}.new", f".{link}.old"))
+    return bool(steps(out)) or any(os.path.lexists(out / name) for name in names)
+
+
 def rotate(out: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and the targets of last and best."""
-    steps = sorted(path for path in out.glob("step-*") if path.is_dir())
-    linked = {resolve(out / name) for name in ("last", "best")}
-    for path in steps[:-keep]:
-        if path.resolve() not in linked:
-            shutil.rmtree(path)
+    """Remove all but the newest `keep` checkpoints and the targets of last and best. Later ones
+    than `last` are not this run's: they stay until it gets there and replaces them."""
+    linked = {name: resolve(out / name) for name in _LINKS}
+    newest = step_of(linked["last"]) if linked["last"] else None
+    mine = [path for step, path in steps(out).items() if newest is None or step <= newest]
+    for path in mine[:-keep]:
+        if path.resolve() not in linked.values():
+            remove_folder(path)
+    for pattern in (".step-*.partial", ".step-*.stale"):  # of processes that were killed
+        for path in out.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def point(link: Path, target: Path) -> None:
@@ -252,14 +329,6 @@ def _remove_link(link: Path) -> None:
     if os.path.lexists(link):
         # A junction is removed like an empty directory; its target is untouched.
         os.unlink(link) if link.is_symlink() else os.rmdir(link)
-
-
-def _rng_state(context: TrainContext) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    kind = context.parallel.device.type
-    if kind != "cpu":
-        state[kind] = getattr(torch, kind).get_rng_state()
-    return state
 
 
 def stored_window(directory: Path) -> int | None:

@@ -34,6 +34,7 @@ from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
 from khaosz.trainer.corpus import tokenizer_for
 from khaosz.trainer.loggers import ExternalLogger, JsonLines, Sample, Samples
 from khaosz.trainer.optimizer import build_optimizers
+from khaosz.trainer.random_state import seed_random_state
 from khaosz.trainer.strategy import Strategy
 from khaosz.trainer.train_context import Plan, Progress, Rollouts, TrainContext
 
@@ -219,7 +220,7 @@ def restore_or_seed(context: TrainContext, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         restore(context, checkpoint)
     else:
-        torch.manual_seed(context.config.seed)
+        seed_random_state(context.config.seed, context.parallel)
     if context.parallel.is_main:
         save_config(context.config, context.config.out / "train_config.json")
         write_json(context.config.out / "plan.json", asdict(context.plan))

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from khaosz.config import TrainConfig
-from khaosz.errors import CheckpointError
+from khaosz.errors import CheckpointError, TrainingError
+from khaosz.files import FolderInUse, disk_error, exclusive
 from khaosz.parallel import ParallelContext, setup_parallel
-from khaosz.trainer.checkpoint import check_same_run, load_state, resolve
+from khaosz.trainer.checkpoint import (
+    check_same_run,
+    has_checkpoints,
+    load_state,
+    resolve,
+    step_of,
+    steps,
+    verify,
+)
 from khaosz.trainer.open_run import RunOrigin, open_run
 from khaosz.trainer.stages.assembly import (
     assemble_embedder,
@@ -30,6 +41,11 @@ _ASSEMBLE = {
     "grpo": assemble_rollouts,
     "embed": assemble_embedder,
 }
+# What a run writes before its first checkpoint.
+_BEFORE_CHECKPOINTS = {
+    "data", "val", "tokenizer", "tensorboard", "train_config.json", "plan.json", "metrics.jsonl",
+    "samples.jsonl", "reference.safetensors", "reference-val.safetensors", "wandb", "swanlog",
+}  # fmt: skip
 
 
 def run(
@@ -48,7 +64,8 @@ def run_stages(
 ) -> Iterator[TrainContext]:
     """Run stages one after the other and yield the context of each when it is done.
 
-    With `resume`, finished stages are skipped, an interrupted stage continues and the others start.
+    With `resume`, finished stages are skipped, an interrupted stage continues, and one whose
+    output directory is absent or empty starts.
     A stop requested during one stage ends all of them.
     """
     console = console or Console(stderr=True)
@@ -57,8 +74,9 @@ def run_stages(
         for config in configs:
             # All stages share one process group: it can be left once, but not joined again.
             parallel = setup_parallel(config.parallel)
-            interrupted = resolve(config.out / "last") is not None
-            context = _run(config, resume and (interrupted or len(configs) == 1), parallel, console)
+            console.quiet = console.quiet or not parallel.is_main
+            with _output(config.out, parallel, console):
+                context = _run(config, resume, parallel, console)
             yield context
             if context.stopping:
                 return
@@ -70,8 +88,7 @@ def run_stages(
 def _run(
     config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
 ) -> TrainContext:
-    console.quiet = console.quiet or not parallel.is_main
-    origin = _origin(config, resume)
+    origin = _origin(config, resume, parallel, console)
     if origin.saved is not None:
         torch.set_num_threads(origin.saved.plan.threads)
     trainer = assemble(origin, parallel, console)
@@ -82,18 +99,67 @@ def _run(
     return trainer.run()
 
 
-def _origin(config: TrainConfig, resume: bool) -> RunOrigin:
-    last = resolve(config.out / "last")
-    if not resume:
-        if last is not None:
-            raise CheckpointError(
-                f"{config.out} already contains a run",
-                hint="continue it with --resume, or choose another out=",
-            )
+@contextmanager
+def _output(out: Path, parallel: ParallelContext, console: Console) -> Iterator[None]:
+    """Keep other processes out of the run's directory. A disk that refuses to be read or written
+    is a `TrainingError`."""
+    try:
+        if not parallel.is_main:
+            yield
+            return
+        with exclusive(out) as is_held:
+            if not is_held:
+                console.print(f"  {out}: this file system has no locks; start no second run there")
+            yield
+    except FolderInUse as error:
+        raise TrainingError(
+            f"{out} is in use: {error} trains there", hint="wait for it, or choose another out="
+        ) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise TrainingError(
+            disk_error(error, out),
+            hint="checkpoints that were written are intact: continue with --resume",
+        ) from error
+
+
+def _origin(
+    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
+) -> RunOrigin:
+    out = config.out
+    last = resolve(out / "last")
+    if not has_checkpoints(out):
+        if resume:
+            _require_fresh(out)
+            console.print(f"nothing to resume in {out}: starting from the beginning")
         return RunOrigin(config)
-    if last is None:
-        raise CheckpointError(f"{config.out}: nothing to resume", hint="start without --resume")
+    if not resume:
+        raise CheckpointError(
+            f"{out} already contains a run",
+            hint="continue it with --resume, or choose another out=",
+        )
+    if last is None or last.parent != out.resolve() or step_of(last) is None:
+        what = "is missing or leads nowhere" if last is None else f"is not a link to one: {last}"
+        hint = "choose another out="
+        if names := [path.name for path in steps(out).values()]:
+            hint = f"say where to continue: ln -sfn {names[-1]} {out / 'last'}"
+        raise CheckpointError(f"{out / 'last'}, the newest checkpoint, {what}", hint=hint)
+    if parallel.local_rank == 0:
+        verify(last)
     return RunOrigin(check_same_run(config, last), last, load_state(last))
+
+
+def _require_fresh(out: Path) -> None:
+    """Raises `CheckpointError` unless a directory has at most what a run writes before its first
+    checkpoint."""
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    for name in names:
+        if name not in _BEFORE_CHECKPOINTS and not name.startswith("."):
+            raise CheckpointError(
+                f"{out}: nothing to resume, yet it is not empty: it holds {name}",
+                hint="start without --resume, or choose another out=",
+            )
 
 
 def assemble(origin: RunOrigin, parallel: ParallelContext, console: Console) -> Trainer:

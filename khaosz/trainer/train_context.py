@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from khaosz.config import TrainConfig
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.errors import quoted
 from khaosz.model import RewardModel, Transformer
 from khaosz.parallel import ParallelContext
 
@@ -82,6 +83,7 @@ class TrainContext:
     stopping: str | None = None  # why the run ends early
     critic: RewardModel | None = None
     rollouts: Rollouts | None = None
+    random_state: dict[str, torch.Tensor] | None = None  # of all ranks, gathered for a checkpoint
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is stored as JSON."""
@@ -111,7 +113,8 @@ class TrainContext:
         }
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `named_optimizer_tensors`, on the parameters' devices."""
+        """The inverse of `named_optimizer_tensors`, on the parameters' devices. Raises `ValueError`
+        for a tensor of another shape or of an unknown name, and for one that is missing."""
         parameters = self.trained()
         owner = {
             id(p): optimizer
@@ -119,9 +122,22 @@ class TrainContext:
             for group in optimizer.param_groups
             for p in group["params"]
         }
+        keys: dict[str, set[str]] = {name: set() for name in parameters}
         for full, value in tensors.items():
             name, _, key = full.rpartition("/")
+            if name not in parameters:
+                raise ValueError(f"{quoted(full)} belongs to no parameter of this model")
             parameter = parameters[name]
             # AdamW keeps its step count as a CPU tensor unless it is fused on an accelerator.
             device = parameter.device if value.ndim else value.device
+            if value.ndim and value.shape != parameter.shape:
+                shapes = f"{tuple(value.shape)}, expected {tuple(parameter.shape)}"
+                raise ValueError(f"{quoted(full)} is {shapes}")
             owner[id(parameter)].state[parameter][key] = value.to(device)
+            keys[name].add(key)
+        for optimizer in self.optimizers:
+            names = [name for name, p in parameters.items() if owner[id(p)] is optimizer]
+            expected = set().union(*(keys[name] for name in names))
+            for name in names:
+                for key in sorted(expected - keys[name]):
+                    raise ValueError(f"{quoted(f'{name}/{key}')} is missing")

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import Recipe, tiny_recipe, write_recipe
 
 from khaosz.config import TrainConfig
@@ -136,8 +136,6 @@ def test_signal_saves_exits_cleanly_and_resumes(
 
 
 def test_resume_refuses_another_run(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nothing to resume"):
-        run(recipe(), resume=True, console=QUIET)
     run(recipe(max_steps=2), console=QUIET)
     before = sorted(p.name for p in (tmp_path / "run").iterdir())
     with pytest.raises(CheckpointError, match="window"):
@@ -157,6 +155,41 @@ def test_resume_of_a_finished_run_does_nothing(recipe: Recipe, finished: TrainCo
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_dropout_of_a_resumed_run_is_that_of_an_unbroken_one(
+    recipe: Recipe, finished: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, optimizer and random state to the bit; at the start of the loop the random state is
+    that of the checkpoint, so nothing drew from it in between."""
+    settings: dict[str, Any] = {
+        "size": None, "model": {}, "init_from": finished.out / "last", "prompts": ["The"],
+        "lora": {"rank": 2, "dropout": 0.2}, "lr": 1e-2, "max_steps": 6, "save_every": 2,
+    }  # fmt: skip
+    starts: list[torch.Tensor] = []
+    step = Trainer.step
+
+    def recording(self: Trainer, number: int) -> Any:
+        if number in (0, 3):
+            starts.append(torch.get_rng_state())
+        return step(self, number)
+
+    monkeypatch.setattr(Trainer, "step", recording)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(recipe(**settings, out=whole), console=QUIET)
+    assert torch.equal(starts[0], torch.Generator().manual_seed(0).get_state())
+    config = recipe(**settings, out=parts)
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3, None)
+        run(config, console=QUIET)
+    torch.manual_seed(12345)
+    run(config, resume=True, console=QUIET)
+    assert_identical(whole, parts)
+    saved = load_file(str(parts / "step-000003/state/rng.safetensors"))
+    assert torch.equal(starts[-1], saved["cpu"])
+    for name in ("step-000004", "step-000006"):
+        one, two = (load_file(str(out / name / "state/rng.safetensors")) for out in (whole, parts))
+        assert one.keys() == two.keys() == {"cpu"} and torch.equal(one["cpu"], two["cpu"])
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> TrainConfig:
     """The recipe of a finished run of two steps, not to be changed."""
@@ -165,14 +198,45 @@ def finished(tmp_path_factory: pytest.TempPathFactory, prepared_dir: Path) -> Tr
     return config
 
 
-@pytest.mark.parametrize("name", ["state/state.json", "state/optimizer.safetensors",
-                                  "model.safetensors", "train_config.json"])  # fmt: skip
-def test_refuses_a_truncated_checkpoint(recipe: Recipe, finished: TrainConfig, name: str) -> None:
+READ_BY_RESUME = ["state/state.json", "state/optimizer.safetensors", "state/rng.safetensors",
+                  "state/files.json", "model.safetensors", "train_config.json", "config.json",
+                  "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_BY_RESUME)
+def test_refuses_a_damaged_checkpoint(recipe: Recipe, finished: TrainConfig, name: str) -> None:
+    """Cut short, missing, or with one bit flipped anywhere: the file is named."""
     config = recipe(max_steps=2)
     shutil.copytree(finished.out, config.out, symlinks=True)
-    last = resolve(config.out / "last")
-    assert last is not None
-    content = (last / name).read_bytes()
-    (last / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ModelError, match=r"broken|cut short|JSON"):
-        run(config, resume=True, console=QUIET)
+    path = config.out / "step-000002" / name
+    content = path.read_bytes()
+    flipped = [bytearray(content) for _ in range(3)]
+    for copy, place in zip(flipped, (0, len(content) // 2, len(content) - 1), strict=True):
+        copy[place] ^= 0x40
+    for damaged in (*flipped, content[: len(content) // 2], None):
+        if damaged is None and name == "state/files.json":
+            continue  # as in a checkpoint of an earlier version
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"broken") as caught:
+            run(config, resume=True, console=QUIET)
+        assert str(path) in str(caught.value) or name == "state/files.json"
+
+
+def test_refuses_optimizer_tensors_that_do_not_fit(recipe: Recipe, finished: TrainConfig) -> None:
+    """Of a checkpoint without hashes, as earlier versions wrote them."""
+    config = recipe(max_steps=2)
+    shutil.copytree(finished.out, config.out, symlinks=True)
+    state = config.out / "step-000002/state"
+    (state / "files.json").unlink()
+    run(config, resume=True, console=QUIET)
+    tensors = load_file(str(state / "optimizer.safetensors"))
+    name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+    rest = {key: tensor for key, tensor in tensors.items() if key != name}
+    for wrong, what in [
+        ({**rest, name: tensors[name].T.contiguous()}, "expected"),
+        ({**tensors, "other/exp_avg": torch.zeros(1)}, "belongs to no parameter"),
+        (rest, "is missing"),
+    ]:
+        save_file(wrong, str(state / "optimizer.safetensors"))
+        with pytest.raises(CheckpointError, match=f"optimizer.safetensors: broken .*{what}"):
+            run(config, resume=True, console=QUIET)

@@ -299,6 +299,25 @@ def test_stopped_run_of_two_ranks_resumes_exactly(
         }
 
 
+def test_each_rank_draws_its_own_dropout_and_resumes_it(
+    align: Any, reward_dir: Path, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    config = align(
+        "rm", **COMMON, init_from=reward_dir, batch_pairs=4, max_steps=4, save_every=100,
+        lora={"rank": 2, "dropout": 0.3},
+    )  # fmt: skip
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    two_ranks("run", str(written(config, whole)))
+    two_ranks("run", str(written(config, parts)), "2")
+    two_ranks("run", str(written(config, parts)))
+    one, two = resolve(whole / "last"), resolve(parts / "last")
+    assert one is not None and two is not None and one.name == two.name == "step-000004"
+    for file in ("adapter/adapter_model", "state/optimizer", "state/rng"):
+        a, b = (load_file(path / f"{file}.safetensors") for path in (one, two))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
+    assert a.keys() == {"cpu", "cpu.1"} and not torch.equal(a["cpu"], a["cpu.1"])
+
+
 def test_fewer_held_out_pairs_than_ranks(
     align: Any, start: Path, pairs_file: Path, one_and_two: OneAndTwo, tmp_path: Path
 ) -> None:
