@@ -11,6 +11,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -161,7 +162,20 @@ def disk_error(error: OSError, place: Path) -> str:
 
 def write_json(path: Path, values: Any) -> None:
     """Replace `path` by `values` as indented JSON in UTF-8."""
-    write_atomic(path, [json.dumps(values, indent=2, ensure_ascii=False).encode(), b"\n"])
+    text = json.dumps(finite(values), indent=2, ensure_ascii=False)
+    write_atomic(path, [text.encode(), b"\n"])
+
+
+def finite(values: Any) -> Any:
+    """`values` with None for NaN and infinities, which JSON has no way to write."""
+    match values:
+        case float():
+            return values if math.isfinite(values) else None
+        case dict():
+            return {key: finite(value) for key, value in values.items()}
+        case list() | tuple():
+            return [finite(value) for value in values]
+    return values
 
 
 def write_atomic(path: Path, parts: Iterable[bytes]) -> None:

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 3,
-    "cli": 1_895,
+    "cli": 1_903,
     "config": 579,
     "data": 3_749,
     "database": 88,
@@ -24,7 +24,7 @@ BUDGET = {
     "doctor": 72,
     "errors": 69,
     "evaluation": 338,
-    "files": 200,
+    "files": 211,
     "inference": 2_180,
     "interop": 1_942,
     "model": 546,
@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_716,
     "rewards": 2,
     "serve": 3_909,
-    "trainer": 3_490,
+    "trainer": 3_690,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

@@ -53,4 +53,6 @@ def print_result(as_json: bool, values: Any, text: str) -> None:
 
 
 def print_json(values: Any) -> None:
-    typer.echo(json.dumps(values, ensure_ascii=False, default=str))
+    from khaosz.files import finite
+
+    typer.echo(json.dumps(finite(values), ensure_ascii=False, default=str))

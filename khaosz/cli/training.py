@@ -36,11 +36,18 @@ def train(
 ) -> None:
     """Train with a recipe: `khaosz train recipes/pt.toml data=texts.jsonl`."""
     from khaosz.config import load_stages
+    from khaosz.trainer.outcome import next_commands
     from khaosz.trainer.run import run_stages
 
+    context = None
     for context in run_stages(load_stages(recipe, overrides), resume=resume):
+        if context.signal:
+            raise typer.Exit(128 + context.signal)
         if context.parallel.is_main:
             typer.echo(str(context.config.out / "last"))
+    if context is not None and context.parallel.is_main and context.complete:
+        for command in next_commands(context):
+            typer.echo(f"next:  {command}", err=True)
 
 
 @eval_app.command("bpb")

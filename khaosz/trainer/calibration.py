@@ -6,6 +6,7 @@ Its result is a `Plan`, stored in every checkpoint: a resumed run computes the s
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import statistics
@@ -218,9 +219,11 @@ class _Timing:
         def once() -> None:
             for batch in self.batches:
                 (module(batch) / 1e3).backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
-            for optimizer in optimizers:
-                optimizer.step()
+            parameters = self.model.parameters()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.grad_clip)
+            if math.isfinite(float(norm)):  # 0 times NaN would be added to the weights
+                for optimizer in optimizers:
+                    optimizer.step()
             self.model.zero_grad(set_to_none=True)
 
         runs = 5 if self.config.max_minutes is not None else 1

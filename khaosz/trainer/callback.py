@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from khaosz.trainer.checkpoint import point, rotate, save_checkpoint, write_rollout
+from khaosz.errors import TrainingError
+from khaosz.trainer.checkpoint import point, resolve, rotate, save_checkpoint, write_rollout
+from khaosz.trainer.outcome import collapse_signs, run_warnings
 from khaosz.trainer.random_state import random_state
 from khaosz.trainer.train_context import TrainContext
 
@@ -52,7 +55,7 @@ class EarlyStop(Callback):
         self.patience = patience
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
-        if "val_loss" in metrics and context.progress.evaluations_without_gain >= self.patience:
+        if "val_loss" in metrics and context.early_stopped:
             context.stopping = f"no gain in {self.patience} evaluations"
 
 
@@ -78,6 +81,12 @@ class Checkpointing(Callback):
             self._save(context, gained=False)
 
     def _save(self, context: TrainContext, gained: bool) -> None:
+        for name, parameter in context.trained().items():
+            if not bool(parameter.isfinite().all()):
+                raise TrainingError(
+                    f"step {context.progress.step}: {name} is not finite, so nothing is saved",
+                    hint="lower lr, or try dtype=fp32; earlier checkpoints are intact",
+                )
         self._saved = context.progress.step
         write_rollout(context)
         context.random_state = random_state(context.parallel)
@@ -119,6 +128,9 @@ class ProgressLine(Callback):
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         plan, progress = context.plan, context.progress
+        for name in ("logprob_chosen", "val_logprob_chosen"):
+            if math.isfinite(value := metrics.get(name, math.nan)):
+                progress.start.setdefault(name, value)
         per_step = progress.seconds / max(1, progress.step)
         left = (plan.total_steps - progress.step) * per_step
         metrics["elapsed_s"] = round(progress.seconds, 3)
@@ -151,14 +163,38 @@ class ProgressLine(Callback):
             parts.append(f"[cyan]{', '.join(scores)}[/cyan]")
         if context.progress.skipped:
             parts.append(f"[red]{context.progress.skipped} steps skipped[/red]")
-        parts.append(f"{_duration(left)} left")
+        parts += [f"[red]{sign}[/red]" for sign in collapse_signs(progress.start, metrics)]
+        parts.append(f"{duration(left)} left")
         self.console.print("  ".join(parts), highlight=False, soft_wrap=True)
 
+
+class Summary(Callback):
+    """The last lines of a run: how it ended, and warnings."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
     def on_end(self, context: TrainContext) -> None:
+        progress = context.progress
+        saved = resolve(context.config.out / "last") is not None
+        if not context.signal or is_last(context):
+            parts = [f"{progress.step:,} steps in {duration(progress.seconds)}"]
+            if "loss" in context.last:
+                parts.append(f"loss {context.last['loss']:.3f}")
+            if progress.last_val is not None and progress.best is not None:
+                best = f" (lowest {progress.best:.3f} at step {progress.best_step:,})"
+                parts.append(f"validation {progress.last_val:.3f}{best}")
+            if saved:
+                parts.append(str(context.config.out / "last"))
+            self.console.print(f"  {plain(', '.join(parts))}", highlight=False, soft_wrap=True)
+        for line in run_warnings(context):
+            self.console.print(f"  [yellow]warning: {plain(line)}[/yellow]", soft_wrap=True)
         if context.stopping and not is_last(context):
+            end = "; continue with --resume" if context.signal else ""
+            if not saved:
+                end = "; nothing was saved"
             self.console.print(
-                f"[yellow]{context.stopping} at step {context.progress.step:,}[/yellow];"
-                " continue with --resume"
+                f"[yellow]{context.stopping} at step {progress.step:,}[/yellow]{end}"
             )
 
 
@@ -178,7 +214,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from khaosz.errors import ConfigError
-from khaosz.files import write_atomic
+from khaosz.files import finite, write_atomic
 from khaosz.trainer.callback import Callback, is_last, plain
 from khaosz.trainer.train_context import TrainContext
 
@@ -98,33 +99,46 @@ class ExternalLogger(Callback):
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average with the bias of its first values removed."""
-    average, result = 0.0, []
-    for i, value in enumerate(values, start=1):
+    """Exponential moving average with the bias of its first values removed. A value that is not
+    finite is left out, and is NaN in the result."""
+    average, count, result = 0.0, 0, []
+    for value in values:
+        if not math.isfinite(value):
+            result.append(math.nan)
+            continue
+        count += 1
         average = weight * average + (1 - weight) * value
-        result.append(average / (1 - weight**i))
+        result.append(average / (1 - weight**count))
     return result
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a metrics file; a line cut short by a kill is skipped."""
+    """The complete rows of a metrics file, with NaN for what was not finite: null, and in files of
+    earlier versions NaN and Infinity. A line cut short by a kill is skipped."""
     if not path.exists():
         return []
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            rows.append({name: math.nan if v is None else v for name, v in row.items()})
     return rows
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a line of JSON; a number that is not finite is written as null."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(_line(row))
 
 
 def drop_later_rows(path: Path, step: int) -> None:
     """Remove the rows after the checkpoint that a run continues from: it writes them again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    write_atomic(path, [(json.dumps(row) + "\n").encode() for row in rows])
+    write_atomic(path, [_line(row).encode() for row in rows])
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(finite(row), allow_nan=False) + "\n"

@@ -27,6 +27,7 @@ from khaosz.trainer.callback import (
     EarlyStop,
     Evaluate,
     ProgressLine,
+    Summary,
     Validation,
     matmul_peak,
 )
@@ -204,15 +205,15 @@ class OpenRun:
                 every = config.sample_every or eval_every(context)
                 path = out / "samples.jsonl"
                 callbacks.append(Samples(path, samples, config.prompts, every, console))
-        callbacks.append(Checkpointing(config.save_every or max(5, plan.total_steps // 10)))
+        callbacks.append(Checkpointing(config.save_every or plan.tenth))
         if self.parallel.is_main:
-            callbacks.append(curve)
+            callbacks += [curve, Summary(console)]
         return callbacks
 
 
 def eval_every(context: TrainContext) -> int:
     """A tenth of the run, at least 5 steps: a short run is for training, not for evaluation."""
-    return context.config.eval_every or max(5, context.plan.total_steps // 10)
+    return context.config.eval_every or context.plan.tenth
 
 
 def restore_or_seed(context: TrainContext, checkpoint: Path | None) -> None:

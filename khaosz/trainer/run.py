@@ -23,6 +23,7 @@ from khaosz.trainer.checkpoint import (
     verify,
 )
 from khaosz.trainer.open_run import RunOrigin, open_run
+from khaosz.trainer.outcome import check_outcome
 from khaosz.trainer.stages.assembly import (
     assemble_embedder,
     assemble_pairs,
@@ -66,7 +67,7 @@ def run_stages(
 
     With `resume`, finished stages are skipped, an interrupted stage continues, and one whose
     output directory is absent or empty starts.
-    A stop requested during one stage ends all of them.
+    A stop requested during one stage ends all of them; an early stop ends its stage only.
     """
     console = console or Console(stderr=True)
     parallel: ParallelContext | None = None
@@ -78,7 +79,7 @@ def run_stages(
             with _output(config.out, parallel, console):
                 context = _run(config, resume, parallel, console)
             yield context
-            if context.stopping:
+            if context.stopping and not context.complete:
                 return
     finally:
         if parallel is not None:
@@ -93,7 +94,8 @@ def _run(
         torch.set_num_threads(origin.saved.plan.threads)
     trainer = assemble(origin, parallel, console)
     context = trainer.context
-    if context.progress.step >= context.plan.total_steps:
+    if context.complete:
+        check_outcome(context)
         console.print(f"nothing left to do: {config.out} is trained to its last step")
         return context
     return trainer.run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -24,14 +25,25 @@ class Progress:
     tokens: int = 0  # tokens trained on (labels), all ranks
     seconds: float = 0.0  # time spent in optimizer steps
     skipped: int = 0  # steps without an update, because the gradient was not finite
+    idle: int = 0  # steps whose gradient was zero
+    finite: bool = True  # whether the loss of the last step is finite
     best: float | None = None  # lowest validation loss so far
     best_step: int = 0
+    evaluations: int = 0
     evaluations_without_gain: int = 0
+    first_val: float | None = None  # validation losses; None if they were not finite
+    last_val: float | None = None
+    start: dict[str, float] = field(default_factory=dict)  # first values that a collapse shows in
 
     def evaluated(self, loss: float) -> None:
-        """Record the validation loss of this step."""
-        if self.best is None or loss < self.best:
-            self.best, self.best_step = loss, self.step
+        """Record the validation loss of this step. One that is not finite is never the best."""
+        known = loss if math.isfinite(loss) else None
+        if not self.evaluations:
+            self.first_val = known
+        self.last_val = known
+        self.evaluations += 1
+        if known is not None and (self.best is None or known < self.best):
+            self.best, self.best_step = known, self.step
             self.evaluations_without_gain = 0
         else:
             self.evaluations_without_gain += 1
@@ -40,7 +52,8 @@ class Progress:
 @dataclass(frozen=True)
 class Plan:
     """The result of calibration. It is stored and reused by `--resume`, so that both parts of a run
-    compute the same numbers."""
+    compute the same numbers. A run with `max_minutes` may be given another `total_steps` on the
+    way (`calibration.replanned`); `planned_steps` stays: intervals are derived from it."""
 
     total_steps: int
     dtype: str  # "fp32" | "bf16"
@@ -50,6 +63,14 @@ class Plan:
     micro_rows: int
     seconds_per_step: float
     reasons: list[str] = field(default_factory=list)
+    planned_steps: int | None = None  # at the start; None in checkpoints of earlier versions
+    most_steps: int | None = None  # those of `epochs`
+
+    @property
+    def tenth(self) -> int:
+        """A tenth of the run as it was planned at first, at least 5 steps: how often it is
+        evaluated and saved by default."""
+        return max(5, (self.planned_steps or self.total_steps) // 10)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -81,9 +102,21 @@ class TrainContext:
     windows: int = 0  # examples of the training data, which a resumed run checks
     progress: Progress = field(default_factory=Progress)
     stopping: str | None = None  # why the run ends early
+    signal: int = 0  # the signal that stopped it
+    last: dict[str, Any] = field(default_factory=dict)  # metrics of the last step
     critic: RewardModel | None = None
     rollouts: Rollouts | None = None
     random_state: dict[str, torch.Tensor] | None = None  # of all ranks, gathered for a checkpoint
+
+    @property
+    def early_stopped(self) -> bool:
+        """Whether `early_stop` evaluations in a row were without gain: the run is complete."""
+        patience = self.config.early_stop
+        return patience is not None and self.progress.evaluations_without_gain >= patience
+
+    @property
+    def complete(self) -> bool:
+        return self.progress.step >= self.plan.total_steps or self.early_stopped
 
     def state(self) -> dict[str, Any]:
         """The part of a checkpoint that is stored as JSON."""

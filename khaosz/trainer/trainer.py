@@ -18,11 +18,13 @@ from khaosz.errors import TrainingError
 from khaosz.parallel import data_parallel, sum_over_ranks
 from khaosz.parallel.module import loss_divisor, no_sync
 from khaosz.trainer.callback import Callback
+from khaosz.trainer.outcome import check_outcome
 from khaosz.trainer.schedule import lr_factor
 from khaosz.trainer.strategy import Compute, LossModule, Strategy
 from khaosz.trainer.train_context import TrainContext
 
 _MOST_SKIPPED = 10  # non-finite gradients in a row before the run gives up
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Trainer:
@@ -44,7 +46,8 @@ class Trainer:
         """Train to the planned number of steps, or until something asks to stop.
 
         A signal or an early stop ends the run when the current step is either finished or dropped
-        as a whole, so a checkpoint is always between two steps. Raises `TrainingError`.
+        as a whole, so a checkpoint is always between two steps. Raises `TrainingError`, also for a
+        run that ends without having learned anything.
         """
         context, progress = self.context, self.context.progress
         context.model.train()
@@ -57,10 +60,13 @@ class Trainer:
                 if metrics is None:
                     break
                 progress.seconds += time.perf_counter() - started
+                context.last = metrics
                 for callback in self.callbacks:
                     callback.on_step(context, metrics)
             for callback in self.callbacks:
                 callback.on_end(context)
+        if not context.signal:
+            check_outcome(context)
         return context
 
     def step(self, step: int) -> dict[str, Any] | None:
@@ -70,11 +76,13 @@ class Trainer:
         batches = self.strategy.micro_batches(step)
         mine = float(sum(map(self.strategy.count, batches)))
         labels = float(sum(batch.tokens for batch in batches))
-        count, tokens, stop = sum_over_ranks(
-            [mine, labels, float(context.stopping is not None)], parallel
-        )
+        stopping = [float(context.stopping is not None)]
+        stopping += [float(context.signal == number) for number in _STOPS]
+        count, tokens, stop, *signals = sum_over_ranks([mine, labels, *stopping], parallel)
         if stop:
             context.stopping = context.stopping or "stopped by another rank"
+            received = [number for number, ranks in zip(_STOPS, signals, strict=True) if ranks]
+            context.signal = context.signal or next(iter(received), 0)
             return None
         if count == 0:
             raise TrainingError(f"step {step}: nothing to train on")
@@ -92,12 +100,15 @@ class Trainer:
         progress = context.progress
         progress.step += 1
         progress.tokens += int(tokens)
+        progress.idle += grad_norm == 0
         loss_sum, *totals = sum_over_ranks(mine_summed, parallel)
+        loss_mean = loss_sum / count
+        progress.finite = math.isfinite(loss_mean)
         seconds = time.perf_counter() - started
         return {
             "step": progress.step,
             "tokens": progress.tokens,
-            "loss": loss_sum / count,
+            "loss": loss_mean,
             "lr": (context.config.lr or 0.0) * factor,
             "grad_norm": grad_norm,
             "tokens_per_s": tokens / seconds,
@@ -135,7 +146,7 @@ class Trainer:
             if self._skipped_in_a_row >= _MOST_SKIPPED:
                 raise TrainingError(
                     f"step {step}: the gradient was not finite {_MOST_SKIPPED} times in a row",
-                    hint="lower lr, or try dtype=fp32; the last checkpoint is intact",
+                    hint="lower lr, or try dtype=fp32; earlier checkpoints are intact",
                 )
         self._clear_gradients()
 
@@ -153,9 +164,10 @@ class Trainer:
 
         def request_stop(number: int, frame: FrameType | None) -> None:
             self.context.stopping = f"stopped by {signal.Signals(number).name}"
+            self.context.signal = number
             signal.signal(number, before[number])
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOPS:
             before[number] = signal.getsignal(number)
             signal.signal(number, request_stop)
         try:

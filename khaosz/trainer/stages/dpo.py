@@ -108,12 +108,14 @@ class DPOStrategy(PairStrategy):
         self.add_metrics(
             logprob_chosen=chosen.mean.sum(),  # per token, so that a collapse shows
             logprob_rejected=rejected.mean.sum(),
+            answer_tokens=(chosen.tokens + rejected.tokens).sum() / 2,
         )
         if chosen.reference is not None and rejected.reference is not None:
             # The mean log-ratio of the data's answers: not an expectation under the policy, but a
             # measure of how far the policy has moved on this data.
             ratios = chosen.ratio(False) + rejected.ratio(False)
-            self.add_metrics(kl=ratios.sum() / 2)
+            shift = chosen.ratio(False) / chosen.tokens
+            self.add_metrics(kl=ratios.sum() / 2, chosen_shift=shift.sum())
 
 
 @torch.no_grad()

@@ -201,6 +201,8 @@ def test_metrics_are_the_implicit_rewards(model: Transformer, loaded: list[Encod
         "logprob_chosen": float((after / tokens)[:, 0].sum()),
         "logprob_rejected": float((after / tokens)[:, 1].sum()),
         "kl": float((after - before).sum() / 2),
+        "answer_tokens": float(tokens.sum() / 2),
+        "chosen_shift": float(((after - before) / tokens)[:, 0].sum()),
     }
     assert strategy.metric_sums.keys() == expected.keys()
     assert 0 < expected["accuracy"] < 8, "a case in which some are right and some are wrong"
