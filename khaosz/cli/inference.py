@@ -198,7 +198,10 @@ def serve(
     ] = None,
     origin: Annotated[
         list[str] | None,
-        typer.Option(help="Additional allowed origin (CORS), such as https://chat.example.org."),
+        typer.Option(
+            help="Additional allowed origin (CORS), such as https://chat.example.org or"
+            " app://obsidian.md."
+        ),
     ] = None,
     max_queue: Annotated[
         int, typer.Option(help="Maximum requests per model, running and queued.", min=1)

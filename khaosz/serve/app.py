@@ -7,8 +7,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from khaosz import __version__
 from khaosz.serve.errors import ApiError, errors, explain_errors
@@ -65,6 +66,7 @@ def build_app(
     )
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
+    app.add_middleware(HeadAsGet)
     openai = chat_routes(models, meters, timeout, library), token_routes(models)
     knowledge = [] if library is None else [knowledge_routes(library)]
     for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
@@ -95,11 +97,18 @@ def build_app(
         """Whether the process answers."""
         return {"status": "live"}
 
-    @app.get("/health/ready", response_model=Ready, responses=errors(503))
-    async def ready() -> dict[str, Any]:
-        """Whether every loaded model can answer; `models` says which are loaded."""
+    @app.get(
+        "/health/ready",
+        response_model=Ready,
+        response_model_exclude_unset=True,
+        responses=errors(503),
+    )
+    async def ready(request: Request) -> dict[str, Any]:
+        """Whether every loaded model can answer; with the key, `models` says which are loaded."""
         if not all(model.loaded.worker.alive for model in models.all if model.loaded):
             raise ApiError(503, "an engine has ended")
+        if not getattr(request.state, "has_key", True):
+            return {"status": "ready"}
         loaded = {model.name: model.loaded is not None for model in models.all}
         return {"status": "ready", "models": loaded}
 
@@ -122,6 +131,25 @@ def build_app(
     }
     patch_openapi(app.openapi(), names)
     return app
+
+
+class HeadAsGet:
+    """ASGI middleware: HEAD answers as GET does, without the body (RFC 9110, section 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 def patch_openapi(document: dict[str, Any], names: dict[str, list[str]]) -> None:

@@ -23,10 +23,12 @@ _DRAINED = 32 << 20  # bytes read of a body too large, so that its sender reads 
 # These routes stream the body, and have a limit of their own.
 _STREAMED = re.compile(r"PUT /v1/knowledge_bases/[^/]+/files/[^/]+")
 _PREFLIGHT = {
-    "access-control-allow-methods": "GET, POST, PUT, DELETE",
-    "access-control-allow-headers": "authorization, content-type",
+    "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE",
     "access-control-max-age": "600",
 }
+# What a browser may ask for: names of headers, separated by commas.
+_HEADER_NAMES = re.compile(r"[\w!#$%&'*+.^`|~-]+(?:[ \t]*,[ \t]*[\w!#$%&'*+.^`|~-]+)*", re.ASCII)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -42,11 +44,13 @@ class Guard:
         origins: Sequence[str] = (),
     ) -> None:
         """`key` None: no key is needed. `hosts`: accepted names of this server; None: any.
-        `origins`: SCHEME://HOST[:PORT] of other pages that may use it, and of proxies in front of
-        it. Raises `ConfigError` for an invalid one."""
+        `origins`: SCHEME://HOST[:PORT] of other pages that may use it, of any scheme (desktop
+        applications and browser extensions have their own), and of proxies in front of it. Raises
+        `ConfigError` for an invalid one."""
         self.app = app
         self.origins = frozenset(map(_origin, origins))
-        names = [_hostname(origin.partition(":")[2]) or "" for origin in self.origins]
+        proxies = [origin for origin in self.origins if origin.startswith(("http:", "https:"))]
+        names = [_hostname(origin.partition(":")[2]) or "" for origin in proxies]
         self.hosts = None if hosts is None else (*hosts, *names)
         self._key = None if key is None else key.encode()
 
@@ -58,12 +62,14 @@ class Guard:
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), value)
         origin = headers.get("origin", b"").decode("latin-1")
-        if origin in self.origins:
+        if origin.lower() in self.origins:
             send = _allow_origin(origin, send)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send)
+                await Response(status_code=204, headers=_preflight(headers))(scope, receive, send)
                 return
-        error = self._check(scope["path"], headers)
+        has_key = self._has_key(headers)
+        error = self._check(scope["path"], headers, has_key)
+        scope = {**scope, "state": {**scope.get("state", {}), "has_key": has_key}}
         if error is None and _STREAMED.fullmatch(f"{scope['method']} {scope['path']}"):
             await self.app(scope, receive, send)
             return
@@ -77,21 +83,25 @@ class Guard:
         # Closed: the rest of the body is not read.
         await error.response({"connection": "close"})(scope, receive, send)
 
-    def _check(self, path: str, headers: dict[str, bytes]) -> ApiError | None:
+    def _has_key(self, headers: dict[str, bytes]) -> bool:
+        if self._key is None:
+            return True
+        scheme, _, key = headers.get("authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
+
+    def _check(self, path: str, headers: dict[str, bytes], has_key: bool) -> ApiError | None:
         """None for a request that may pass."""
         host = headers.get("host", b"").decode("latin-1")
         if self.hosts is not None and _hostname(f"//{host}") not in self.hosts:
             message = "the name in the Host header is not a name of this server"
             return ApiError(403, message, code="host_not_allowed")
         origin = headers.get("origin", b"").decode("latin-1")
-        if origin and origin not in self.origins and origin.partition("://")[2] != host:
+        known = origin.lower() in self.origins
+        if origin and not known and origin.partition("://")[2] != host:
             message = "pages of other origins may not use this server"
             return ApiError(403, message, code="origin_not_allowed")
         # The page itself is public: it asks for the key.
-        if self._key is None or path == "/" or path.startswith(("/health/", "/assets/")):
-            return None
-        scheme, _, key = headers.get("authorization", b"").partition(b" ")
-        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key):
+        if has_key or path == "/" or path.startswith(("/health/", "/assets/")):
             return None
         message = "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
         return ApiError(401, message, code="invalid_api_key")
@@ -101,12 +111,28 @@ def _origin(text: str) -> str:
     try:
         parts = urlsplit(text)
         whole = f"{parts.scheme}://{parts.netloc}"
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        usable = _SCHEME.fullmatch(parts.scheme) and parts.hostname and parts.port != 0
     except ValueError:
         usable = whole = ""
-    if not usable or text.rstrip("/") != whole or "@" in whole:
-        raise ConfigError(f"--origin {text!r} is not SCHEME://HOST[:PORT]")
+    # `urlsplit` gives the scheme in lower case.
+    if not usable or text.rstrip("/").lower() != whole.lower() or "@" in whole:
+        raise ConfigError(
+            f"--origin {text!r} is not SCHEME://HOST[:PORT]",
+            hint="for example https://chat.example.org or app://obsidian.md",
+        )
     return whole.lower()
+
+
+def _preflight(headers: dict[str, bytes]) -> dict[str, str]:
+    """What an allowed page may send: the headers it asks for, since clients add their own (such as
+    OpenAI's x-stainless-*), and requests from a public page to this private address."""
+    names = headers.get("access-control-request-headers", b"").decode("latin-1").strip()
+    allowed = dict(_PREFLIGHT)
+    if _HEADER_NAMES.fullmatch(names):
+        allowed["access-control-allow-headers"] = names
+    if headers.get("access-control-request-private-network") == b"true":
+        allowed["access-control-allow-private-network"] = "true"
+    return allowed
 
 
 def _allow_origin(origin: str, send: Send) -> Send:

@@ -44,7 +44,7 @@ class Live(Reply):
 
 class Ready(Reply):
     status: Literal["ready"]
-    models: dict[str, bool]
+    models: dict[str, bool] | None = None  # which are loaded; only with the key
 
 
 # ------------------------------------------------------------------------------- knowledge bases

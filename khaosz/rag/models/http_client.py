@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import ipaddress
 import json
 import os
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPException, HTTPResponse
+from itertools import chain
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -16,6 +18,7 @@ from urllib.parse import urlsplit
 from khaosz.errors import ConfigError, ServerError
 
 KEYS = ("KHAOSZ_API_KEY", "OPENAI_API_KEY")  # environment variables; see `_authorization`
+_CHUNK = 1 << 16  # bytes of a stream that are read together at most
 _MAX_ERROR = 1 << 20  # bytes of an error's body that are read
 
 
@@ -85,26 +88,72 @@ def read_events(
     address: str, body: dict[str, Any], *, seconds: float = 300
 ) -> Iterator[dict[str, Any]]:
     """Server-sent events up to [DONE], each a JSON object; `seconds` is how long one may take.
-    Raises `ServerError` for an event with an error, and for a stream that ends early."""
+
+    A stream that ends without [DONE] is complete if every choice has its finish reason. A server
+    that ignores `stream` sends one JSON object, which is yielded. Raises `ServerError` for an
+    event with an error, and for a stream that ends early."""
+    open_choices: set[Any] = {None}  # unknown until the first event
     with open_url(address, body, seconds=seconds) as response:
-        for line in response:
-            name, _, data = line.decode("utf-8").strip().partition(":")
-            if name != "data" or not data.strip():
-                continue
+        if "json" in (response.headers.get_content_type() or ""):
+            yield _event(address, response.read())
+            return
+        for data in event_data(iter(lambda: response.read1(_CHUNK), b"")):
             if data.strip() == "[DONE]":
                 return
-            event = json.loads(data)
-            if event.get("error"):
-                raise ServerError(f"{address}: {_message(event)}")
+            event = _event(address, data)
+            for choice in event.get("choices") or ():
+                if isinstance(choice, dict):
+                    open_choices.discard(None)
+                    index = choice.get("index", 0)
+                    ended = bool(choice.get("finish_reason"))  # some servers send ""
+                    (open_choices.discard if ended else open_choices.add)(index)
             yield event
-        raise ServerError(f"{address}: the answer broke off", hint="is the server still running?")
+        if open_choices:
+            raise ServerError(
+                f"{address}: the answer broke off", hint="is the server still running?"
+            )
+
+
+def event_data(chunks: Iterable[bytes]) -> Iterator[str]:
+    """The data of each server-sent event, its `data` lines joined by line feeds
+    (https://html.spec.whatwg.org/multipage/server-sent-events.html). Lines end with CR LF, LF or
+    CR; chunks may end anywhere. An event without its blank line at the end of the stream counts,
+    since servers forget it."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    rest, data, after_cr = "", list[str](), False
+    for chunk in chain(chunks, (None,)):
+        text = decoder.decode(chunk or b"", final=chunk is None)
+        if text:
+            part = text.removeprefix("\n") if after_cr else text  # CR LF is one line end
+            after_cr = text.endswith("\r")
+            rest += part.replace("\r\n", "\n").replace("\r", "\n")
+        *lines, rest = rest.split("\n")
+        if chunk is None:
+            lines += [rest, ""]
+        for line in lines:
+            name, _, value = line.partition(":")
+            if name == "data":
+                data.append(value.removeprefix(" "))
+            elif not line:
+                if any(map(str.strip, data)):
+                    yield "\n".join(data)
+                data = []
+
+
+def _event(address: str, data: str | bytes) -> dict[str, Any]:
+    event = json.loads(data)
+    if not isinstance(event, dict):
+        raise ServerError(f"{address}: an event is not a JSON object")
+    if event.get("error"):
+        raise ServerError(f"{address}: {_message(event)}")
+    return event
 
 
 def deltas(event: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str | None]]:
-    """(delta, finish reason) of the choices in an event of a chat."""
+    """(delta, finish reason) of the choices in an event of a chat, or in a whole answer."""
     for choice in event.get("choices") or ():
         if isinstance(choice, dict):
-            yield choice.get("delta") or {}, choice.get("finish_reason")
+            yield choice.get("delta") or choice.get("message") or {}, choice.get("finish_reason")
 
 
 def _authorization(local: bool) -> dict[str, str]:
