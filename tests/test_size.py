@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 3,
-    "cli": 1_903,
+    "cli": 1_906,
     "config": 579,
     "data": 3_749,
     "database": 88,
@@ -29,9 +29,9 @@ BUDGET = {
     "interop": 1_942,
     "model": 546,
     "parallel": 103,
-    "rag": 4_716,
+    "rag": 4_754,
     "rewards": 2,
-    "serve": 3_909,
+    "serve": 3_948,
     "trainer": 3_690,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
