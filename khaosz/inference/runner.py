@@ -101,9 +101,10 @@ class Runner:
         """A model directory or a .gguf file, its weights laid out for inference.
 
         `dtype` is that of activations and, without a `cache_dtype` (int8, bf16), of caches. The
-        default is fp32, but bf16 for .gguf files on a CPU that are not quantised, or where the
-        compiled kernel is not used: PyTorch's kernels need it. With an explicit fp32 a quantised
-        file is dequantised. Raises `ModelError`.
+        default is fp32, but on a CPU bf16 for .gguf files whose matrices are all BF16, and for
+        quantised ones where the compiled kernel is not used: PyTorch's kernels need it. Matrices
+        that a .gguf file stores as F32 or F16 are computed in fp32. An explicit `dtype` holds for
+        all that is not quantised; with fp32 a quantised file is dequantised. Raises `ModelError`.
         """
         if is_gguf(path) and torch.device(device).type == "cpu":
             source = GgufModel.open(path)
@@ -132,12 +133,15 @@ class Runner:
         deterministic: bool = False,
     ) -> Runner:
         """On the CPU; `dtype` as for `open`."""
-        native = None
-        if not deterministic and dtype != torch.float32:
-            quantised = any(is_affine(source.kind(name)) for name in source.names)
-            native = library() if quantised else None
-        dtype = dtype or (torch.bfloat16 if native is None else torch.float32)
-        weights = gguf_weights(source, dtype, native)
+        kinds = source.matrix_kinds
+        quantised = any(map(is_affine, kinds))
+        native = library() if quantised and dtype != torch.float32 else None
+        # What is stored with more bits than bf16 has is not rounded unless asked for.
+        unquantised = dtype or (torch.bfloat16 if kinds == {"BF16"} else torch.float32)
+        if dtype is None:
+            packed = quantised and native is None
+            dtype = torch.bfloat16 if packed else unquantised
+        weights = gguf_weights(source, dtype, unquantised, native)
         return cls(
             source.config,
             lambda: weights,

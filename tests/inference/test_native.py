@@ -261,9 +261,23 @@ def test_native_kernel_can_be_disabled(model_file: Path, monkeypatch: pytest.Mon
     assert isinstance(matrices(runner)[0], PackedMatrix)
 
 
-def test_deterministic_and_dequantised_runners_do_not_use_it(model_file: Path) -> None:
+@pytest.mark.parametrize("cut", [1, 5, 16, 23])
+def test_deterministic_runner_is_bitwise_independent_of_chunks(
+    library: ctypes.CDLL, model_file: Path, cut: int
+) -> None:
     runner = Runner.open(model_file, deterministic=True)
-    assert isinstance(matrices(runner)[0], PackedMatrix)
+    assert isinstance(matrices(runner)[0], MappedMatrix) and runner.dtype == torch.float32
+    ids = list(range(20, 60))
+    whole = runner.run([Chunk(ids, runner.new_cache(), 40)])[0]
+    cache, other, rows = runner.new_cache(), runner.new_cache(), []
+    for start in range(0, 40, cut):
+        part = ids[start : start + cut]
+        neighbour = Chunk([7, 8, 9], other, 1)
+        rows.append(runner.run([neighbour, Chunk(part, cache, len(part))])[1])
+    assert torch.equal(torch.cat(rows), whole)
+
+
+def test_dequantised_runner_does_not_use_it(model_file: Path) -> None:
     runner = Runner.open(model_file, dtype=torch.float32)
     assert isinstance(matrices(runner)[0], DenseMatrix)
 

@@ -75,7 +75,10 @@ def test_matrices_of_unsupported_shape_are_not_packed() -> None:
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_packed_model_is_close_to_dequantised_model(tmp_path: Path, kind: str, tied: bool) -> None:
+def test_packed_model_is_close_to_dequantised_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, tied: bool
+) -> None:
+    monkeypatch.setenv("KHAOSZ_NATIVE", "0")
     model = random_model(
         320,
         hidden_size=128,
@@ -100,7 +103,11 @@ def test_packed_model_is_close_to_dequantised_model(tmp_path: Path, kind: str, t
     torch.testing.assert_close(c, b, rtol=1e-4, atol=1e-4)  # fp32, in another order
 
 
-def test_quantised_model_is_deterministic(tmp_path: Path) -> None:
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_quantised_model_is_deterministic(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: str
+) -> None:
+    monkeypatch.setenv("KHAOSZ_NATIVE", native)
     model = random_model(320, hidden_size=128, intermediate_size=192, head_dim=32)
     save_gguf(model, tokenizer(), tmp_path / "a.gguf", "Q4_0")
     source = GgufModel.open(tmp_path / "a.gguf")

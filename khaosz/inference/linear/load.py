@@ -76,14 +76,17 @@ def fused_weights(model: Transformer, dtype: torch.dtype) -> Weights:
 
 
 def gguf_weights(
-    model: GgufModel, dtype: torch.dtype, library: ctypes.CDLL | None = None
+    model: GgufModel,
+    dtype: torch.dtype,
+    unquantised: torch.dtype,
+    library: ctypes.CDLL | None = None,
 ) -> Weights:
     """Matrices of a GGUF file for activations of `dtype`. With a library they stay in the memory
-    map; without, they are packed where PyTorch's kernel takes them, else dense.
+    map; without, they are packed where PyTorch's kernel takes them, else dense. F32, F16 and BF16
+    are dense, in the dtype `unquantised`.
 
     The embedding is read row by row from the memory map: a token needs one row.
     """
-    stored = dtype if library is None else torch.bfloat16  # what is not quantised
 
     def matrix(*names: str) -> Matrix:
         kinds = {model.kind(name) for name in names}
@@ -100,6 +103,8 @@ def gguf_weights(
                 return pack(raws, kind)
         # For an F32 file these are the map itself; torch takes only writable arrays: a copy.
         rows = [np.require(model.float32(name), requirements="W") for name in names]
+        whole = torch.float32 if library is not None else dtype
+        stored = whole if is_affine(kind) else unquantised
         return dense([torch.from_numpy(row) for row in rows], stored)
 
     def vector(name: str) -> Tensor:
@@ -111,7 +116,9 @@ def gguf_weights(
     tied = model.config.tie_word_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
-    if isinstance(head, PackedMatrix):
+    if isinstance(head, PackedMatrix) or (
+        isinstance(head, DenseMatrix) and head.weight.dtype == torch.bfloat16
+    ):
         head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
     return Weights(blocks, norm, products, MappedRows(model, "embed_tokens.weight"), head)
@@ -219,9 +226,9 @@ class MappedRows:
 
 
 class RefinedHead:
-    """A quantised head whose likeliest tokens are computed again in fp32, from the file's rows.
+    """A head whose likeliest tokens are computed again in fp32, from the file's rows.
 
-    The kernel rounds its output to bf16: at a logit of 20 in steps of 1/8, which is coarser than
+    Its products are rounded to bf16: at a logit of 20 in steps of 1/8, which is coarser than
     the distance between the best tokens. That alone changed one greedy token in ninety.
     """
 

@@ -76,6 +76,12 @@ class GgufModel:
         """The tensor type that one of our parameters is stored as."""
         return self.file.tensors[self.names[name]].type
 
+    @property
+    def matrix_kinds(self) -> set[str]:
+        """The tensor types of all matrices; vectors are F32 in any file."""
+        tensors = (self.file.tensors[stored] for stored in self.names.values())
+        return {tensor.type for tensor in tensors if len(tensor.shape) > 1}
+
     def raw(self, name: str) -> np.ndarray:
         """uint8 (rows, bytes of a row): a view of the file, except for queries and keys that are
         stored in pairs, whose rows are copied into our order (no row is requantised)."""
