@@ -17,8 +17,8 @@ BUDGET = {
     "__init__": 33,
     "__main__": 3,
     "cli": 1_906,
-    "config": 579,
-    "data": 3_749,
+    "config": 960,
+    "data": 3_751,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,
@@ -28,11 +28,11 @@ BUDGET = {
     "inference": 2_200,
     "interop": 1_946,
     "model": 546,
-    "parallel": 103,
+    "parallel": 108,
     "rag": 4_754,
     "rewards": 2,
     "serve": 3_948,
-    "trainer": 3_690,
+    "trainer": 3_975,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

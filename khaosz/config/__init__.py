@@ -17,13 +17,8 @@ from khaosz.config.recipe import (
     save_config,
     shipped_recipe,
 )
-from khaosz.config.train_config import (
-    PAIR_STAGES,
-    ROLLOUT_STAGES,
-    ParallelConfig,
-    ScheduleConfig,
-    TrainConfig,
-)
+from khaosz.config.stages import PAIR_STAGES, ROLLOUT_STAGES
+from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
     "LORA_TARGETS",

@@ -29,25 +29,31 @@ class Closed(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _config_error(cls, error, source) from None
+            raise _config_error(cls, error, source, values) from None
+
+    @classmethod
+    def hint_for(cls, path: list[str], values: dict[str, Any]) -> str:
+        """A hint about the unknown key at `path` of `values`: the nearest key, or all."""
+        owner = _owner(cls, path[:-1])
+        if guess := nearest(path[-1], owner.model_fields):
+            return f"did you mean '{'.'.join([*path[:-1], guess])}'?"
+        return f"known keys: {', '.join(sorted(owner.model_fields))}"
 
     def updated(self, **changes: Any) -> Self:
         """A validated copy with `changes`; raises `ConfigError`."""
         return type(self).parse({**self.model_dump(exclude_unset=True), **changes})
 
 
-def _config_error(cls: type[BaseModel], error: ValidationError, source: str) -> ConfigError:
+def _config_error(
+    cls: type[Closed], error: ValidationError, source: str, values: dict[str, Any]
+) -> ConfigError:
     # A misspelled required key is also reported as missing; the misspelling explains both.
     errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        owner = _owner(cls, path[:-1])
-        hint = f"known keys: {', '.join(sorted(owner.model_fields))}"
-        if guess := nearest(path[-1], owner.model_fields):
-            hint = f"did you mean '{'.'.join([*path[:-1], guess])}'?"
-        return ConfigError(f"{source}: unknown key '{key}'", hint=hint)
+        return ConfigError(f"{source}: unknown key '{key}'", hint=cls.hint_for(path, values))
     reason = first["msg"].removeprefix("Value error, ")
     value = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
     others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

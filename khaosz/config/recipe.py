@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import tomllib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from khaosz.config.closed import Closed
+from khaosz.config.effects import Ineffective, ineffective
+from khaosz.config.stages import TABLES
 from khaosz.config.train_config import TrainConfig
 from khaosz.errors import ConfigError
 from khaosz.files import write_json
@@ -33,22 +37,81 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainCon
     tables = values.pop("stages", [{}])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigError(f"{path}: stages must be [[stages]] tables")
+    if not tables:
+        raise ConfigError(f"{path}: stages is empty", hint="add [[stages]] tables, or remove it")
     parsed = parse_overrides(overrides or [])
     names = [table.get("stage", values.get("stage")) for table in tables]
-    configs = []
+    configs, origins = [], []
     for name, table in zip(names, tables, strict=True):
         merged = copy.deepcopy({**values, **table})
+        origin = _Origin(_keys(table), _keys(values) - _keys(table))
         for dotted, value in parsed.items():
             owner, _, rest = dotted.partition(".")
-            if owner not in names:
-                _assign(merged, dotted, value)
-            elif owner == name:
-                # `embed` is a stage and a table: a name that is not a recipe key is the table's.
-                keys = TrainConfig.model_fields
-                in_table = owner in keys and rest.partition(".")[0] not in keys
-                _assign(merged, dotted if in_table else rest, value)
+            if owner in names and owner != name:
+                continue
+            # `embed` is a stage and a table: a name that is not a recipe key is the table's.
+            keys = TrainConfig.model_fields
+            in_table = owner in keys and rest.partition(".")[0] not in keys
+            key = dotted if owner not in names or in_table else rest
+            _assign(merged, key, value)
+            origin.override(key, own=owner in names)
         configs.append(TrainConfig.parse(merged, source=str(path)))
+        origins.append(origin)
+    _check_effects(str(path), configs, origins)
     return configs
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where the keys of a stage come from: from its own table or overrides, or from what all stages
+    share. Those of tables are written `table.key`."""
+
+    own: set[str]
+    shared: set[str]
+    overridden: set[str] = field(default_factory=set)
+
+    def override(self, key: str, own: bool) -> None:
+        if key.partition(".")[0] not in TABLES:
+            key = key.partition(".")[0]  # `model.head_dim` is `model`
+        self.overridden.add(key)
+        (self.own if own else self.shared).add(key)
+
+    def replaced(self, cause: str | None) -> bool:
+        """Whether an override gives the key `cause`."""
+        return any(key == cause or key.startswith(f"{cause}.") for key in self.overridden)
+
+
+def _keys(values: dict[str, Any]) -> set[str]:
+    keys: set[str] = set()
+    for key, value in values.items():
+        inner = value if key in TABLES and isinstance(value, dict) else {}
+        keys |= {f"{key}.{name}" for name in inner} or {key}
+    return keys
+
+
+def _check_effects(source: str, configs: list[TrainConfig], origins: list[_Origin]) -> None:
+    """Raises `ConfigError` for a key without effect in its stage, and for one that all stages share
+    without effect in any. An override may disable a key of the recipe: it takes its place."""
+    common: dict[str, Ineffective] | None = None
+    for config, origin in zip(configs, origins, strict=True):
+        own = origin.own if len(configs) > 1 else origin.own | origin.shared
+        given = {key for key in own | origin.shared if _value(config, key) is not None}
+        vain = {
+            each.key: each
+            for each in ineffective(config, given)
+            if each.key in origin.overridden or not origin.replaced(each.cause)
+        }
+        for key in sorted(vain.keys() & own):
+            raise _without_effect(source, vain[key])
+        common = {key: vain[key] for key in vain if common is None or key in common}
+    for each in (common or {}).values():
+        raise _without_effect(source, each)
+
+
+def _value(config: Closed, key: str) -> Any:
+    name, _, inner = key.partition(".")
+    value = getattr(config, name)
+    return _value(value, inner) if inner else value
 
 
 def shipped_recipe(name: str) -> Path:
@@ -56,6 +119,11 @@ def shipped_recipe(name: str) -> Path:
     package = Path(__file__).resolve().parent.parent
     inside = package / "recipes" / name
     return inside if inside.exists() else package.parent / "recipes" / name
+
+
+def _without_effect(source: str, each: Ineffective) -> ConfigError:
+    hint = each.hint or "remove it, or change the key that disables it"
+    return ConfigError(f"{source}: {each.shown} has no effect {each.reason}", hint=hint)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

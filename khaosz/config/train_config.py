@@ -16,12 +16,11 @@ from khaosz.config.align_config import (
 from khaosz.config.closed import Closed
 from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
+from khaosz.config.names import meant_by
 from khaosz.config.presets import SIZES
+from khaosz.config.stages import ROLLOUT_STAGES, STAGES, Stage
 from khaosz.errors import did_you_mean
 
-Stage = Literal["pt", "sft", "rm", "dpo", "ppo", "grpo", "embed"]
-PAIR_STAGES = ("rm", "dpo")
-ROLLOUT_STAGES = ("ppo", "grpo")
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,7 +59,7 @@ class TrainConfig(Closed):
     val: Path | None = None
     tokenizer: Path | None = None
     init_from: Path | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     size: str | None = None
     model: dict[str, Any] = Field(default_factory=dict, description="ModelConfig keys to override")
@@ -115,6 +114,24 @@ class TrainConfig(Closed):
         default_factory=list
     )
 
+    @classmethod
+    def hint_for(cls, path: list[str], values: dict[str, Any]) -> str:
+        stage = values.get("stage")
+        hint = meant_by(path, stage if stage in STAGES else None, ModelConfig.model_fields)
+        return hint or super().hint_for([*path[:-1], ""], values)
+
+    @field_validator("val", "tokenizer", "init_from", "reference", "reward_model", mode="before")
+    @classmethod
+    def _unset_path(cls, value: Any) -> Any:
+        return None if value == "" else value  # an override can unset a recipe's
+
+    @field_validator("data", "out", mode="before")
+    @classmethod
+    def _named_path(cls, value: Any) -> Any:
+        if value == "":
+            raise ValueError("is empty, a path is expected")
+        return value
+
     @field_validator("size")
     @classmethod
     def _known_size(cls, value: str | None) -> str | None:
@@ -130,7 +147,8 @@ class TrainConfig(Closed):
         for key in value:
             if key not in ModelConfig.model_fields:
                 known = f"known keys: {', '.join(sorted(ModelConfig.model_fields))}"
-                hint = did_you_mean(key, ModelConfig.model_fields, known)
+                hint = meant_by(("model", key), None, ModelConfig.model_fields) or known
+                hint = hint.replace("'model.", "'")
                 raise ValueError(f"unknown key '{key}', {hint}")
         return value
 
@@ -175,3 +193,9 @@ class TrainConfig(Closed):
         if self.model and self.init_from is not None:
             raise ValueError("[model] is for a new model and excludes init_from")
         return self
+
+    @property
+    def validates(self) -> bool:
+        """Whether the stage scores held-out data, if the data is enough for a part of it."""
+        held_out = self.val is not None or self.val_fraction > 0
+        return held_out and self.stage not in ROLLOUT_STAGES

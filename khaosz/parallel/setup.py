@@ -26,18 +26,29 @@ def available_devices() -> list[str]:
     return [name for name in _DEVICES if name == "cpu" or _is_available(name)]
 
 
-def setup_parallel(config: ParallelConfig) -> ParallelContext:
-    """Set up this process: alone, or one of many under `torchrun` (RANK and WORLD_SIZE are set).
-
-    Raises `DeviceError` if this machine lacks the configured device or backend.
-    """
+def device_type(config: ParallelConfig) -> str:
+    """The type of the configured device. Raises `DeviceError` if this machine lacks it."""
     devices = available_devices()
     kind = devices[0] if config.device == "auto" else config.device
     if kind not in devices:
         raise DeviceError(
             f"device '{kind}' is not available here", hint=f"this machine has: {', '.join(devices)}"
         )
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return kind
+
+
+def world_size() -> int:
+    """The number of processes, which `torchrun` puts into the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def setup_parallel(config: ParallelConfig) -> ParallelContext:
+    """Set up this process: alone, or one of many under `torchrun` (RANK and WORLD_SIZE are set).
+
+    Raises `DeviceError` if this machine lacks the configured device or backend.
+    """
+    kind = device_type(config)
+    rank, world = int(os.environ.get("RANK", 0)), world_size()
     local = int(os.environ.get("LOCAL_RANK", 0))
     threads = config.threads or cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if config.threads is not None or world > 1:

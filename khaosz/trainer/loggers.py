@@ -59,19 +59,23 @@ class Samples(Callback):
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
+def logger_module(name: str) -> Any:
+    """The module of an external logger. Raises `ConfigError` if it can't be imported."""
+    try:
+        return importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+    except ImportError:
+        raise ConfigError(
+            f"logger '{name}' is not installed", hint=f"pip install {name}, or drop it"
+        ) from None
+
+
 class ExternalLogger(Callback):
     """The same metrics to TensorBoard, trackio, SwanLab or Weights & Biases (all of them can work
     offline; none is imported unless the recipe names it)."""
 
     def __init__(self, name: str, out: Path, every: int) -> None:
         self.name, self.out, self.every = name, out, every
-        module = "torch.utils.tensorboard" if name == "tensorboard" else name
-        try:
-            self._module = importlib.import_module(module)
-        except ImportError:
-            raise ConfigError(
-                f"logger '{name}' is not installed", hint=f"pip install {name}, or drop it"
-            ) from None
+        self._module = logger_module(name)
         self._writer: Any = None
 
     def on_start(self, context: TrainContext) -> None:

@@ -227,9 +227,11 @@ def restore_or_seed(context: TrainContext, checkpoint: Path | None) -> None:
         write_json(context.config.out / "plan.json", asdict(context.plan))
 
 
-def with_size(config: TrainConfig, parallel: ParallelContext) -> tuple[TrainConfig, list[Derived]]:
+def with_size(
+    config: TrainConfig, parallel: ParallelContext, initial: ModelConfig | None = None
+) -> tuple[TrainConfig, list[Derived]]:
     """The configuration with its size: the recipe's, the nearest to the initial model's, or the one
-    for `max_minutes`."""
+    for `max_minutes`. `initial`: that model's shape, by default read from `init_from`."""
     derived: list[Derived] = []
     size = config.size
     if size == "auto" or (size is None and config.init_from is None):
@@ -237,7 +239,7 @@ def with_size(config: TrainConfig, parallel: ParallelContext) -> tuple[TrainConf
         derived = [size_for_minutes(config.max_minutes or 10.0, accelerator=accelerated)]
         size = str(derived[0].value)
     if config.init_from is not None:
-        size = nearest_size(load_config(config.init_from).hidden_size)
+        size = nearest_size((initial or load_config(config.init_from)).hidden_size)
     assert size is not None
     return config.updated(size=size), derived
 
@@ -259,14 +261,35 @@ def initial_model(
                 hint="leave tokenizer= out: the model brings its own",
             )
         return model
-    shape = preset(config.size, vocab_size=tokenizer.vocab_size, stage=config.stage).model
-    if config.window is not None and config.window > shape.max_position_embeddings:
-        shape = shape.updated(max_position_embeddings=config.window)
-    if config.model:
-        shape = ModelConfig.parse({**shape.model_dump(), **config.model}, source="[model]")
-    model = Transformer(shape)
+    model = Transformer(new_shape(config, tokenizer.vocab_size))
     model.initialise(torch.Generator().manual_seed(config.seed))
     return model.to(parallel.device)
+
+
+def new_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
+    """The shape of a new model: that of its size, with the recipe's [model]. Raises
+    `ConfigError`."""
+    assert config.size is not None
+    shape = preset(config.size, vocab_size=vocab_size, stage=config.stage).model
+    if config.window is not None and config.window > shape.max_position_embeddings:
+        shape = shape.updated(max_position_embeddings=config.window)
+    if not config.model:
+        return shape
+    shape = ModelConfig.parse({**shape.model_dump(), **config.model}, source="[model]")
+    width, heads = shape.hidden_size, shape.num_attention_heads
+    changed = config.model.keys() & {"hidden_size", "num_attention_heads", "head_dim"}
+    if changed and "head_dim" not in changed and width % heads:
+        raise ConfigError(
+            f"[model]: hidden_size ({width}) is not a multiple of num_attention_heads ({heads})",
+            hint="choose a multiple, or set head_dim too",
+        )
+    if shape.vocab_size < vocab_size:
+        raise ConfigError(
+            f"[model]: vocab_size={shape.vocab_size} is less than the {vocab_size} tokens of the"
+            " tokenizer",
+            hint="leave vocab_size out of [model]: it is the tokenizer's",
+        )
+    return shape
 
 
 def with_training_numbers(

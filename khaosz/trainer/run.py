@@ -22,6 +22,7 @@ from khaosz.trainer.checkpoint import (
     steps,
     verify,
 )
+from khaosz.trainer.checks import check_stages
 from khaosz.trainer.open_run import RunOrigin, open_run
 from khaosz.trainer.outcome import check_outcome
 from khaosz.trainer.stages.assembly import (
@@ -70,6 +71,7 @@ def run_stages(
     A stop requested during one stage ends all of them; an early stop ends its stage only.
     """
     console = console or Console(stderr=True)
+    check_stages(configs, resume=resume)
     parallel: ParallelContext | None = None
     try:
         for config in configs:

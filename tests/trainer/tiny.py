@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from khaosz.config import ModelConfig, TrainConfig
+from khaosz.config.effects import ineffective
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.model import Transformer
 from khaosz.trainer.callback import Callback
@@ -54,8 +55,12 @@ def tiny_recipe(data: Path, out: Path, **changes: Any) -> TrainConfig:
 
 
 def write_recipe(config: TrainConfig, path: Path) -> Path:
+    """The recipe of a configuration, without keys that the tiny runs of all stages share and this
+    one does not read."""
     lines = []
     values = config.model_dump(mode="json", exclude_unset=True)
+    for vain in list(ineffective(config, set(values))):
+        del values[vain.key]
     tables = {k: v for k, v in values.items() if isinstance(v, dict)}
     for key, value in values.items():
         if key not in tables:

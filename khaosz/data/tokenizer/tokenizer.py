@@ -272,6 +272,15 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         raise TokenizerError(f"{directory}: {error}", hint=error.hint) from error
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises TokenizerError for a vocabulary without room for a merge."""
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise TokenizerError(
+            f"vocab_size {vocab_size} is too small, the least is {MIN_VOCAB_SIZE}",
+            hint="16 special tokens + 256 bytes + 1 merge; 8192 suits a small model",
+        )
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_bytes: int = 48_000_000
 ) -> Tokenizer:
@@ -282,11 +291,7 @@ def train_tokenizer(
     Raises TokenizerError for a `vocab_size` below the 16 special tokens, 256 bytes and one merge,
     without any text, and for lone surrogates.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise TokenizerError(
-            f"vocab_size {vocab_size} is too small, the least is {MIN_VOCAB_SIZE}",
-            hint="16 special tokens + 256 bytes + 1 merge; 8192 suits a small model",
-        )
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=False, ignore_merges=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -10,7 +10,7 @@ from khaosz.config import TrainConfig
 from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
-from khaosz.errors import ConfigError, DataError
+from khaosz.errors import DataError
 from khaosz.model import RewardModel
 from khaosz.trainer.calibration import apply_plan, compiler_problem
 from khaosz.trainer.corpus import Corpus
@@ -19,6 +19,14 @@ from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy
 from khaosz.trainer.stages.embed import EmbedStrategy
 from khaosz.trainer.stages.embed_validation import RETRIEVAL_PANELS, evaluate_retrieval
+from khaosz.trainer.stages.limits import (
+    PREFERENCE_PAIRS,
+    TEXT_PAIRS,
+    check_pairs_per_step,
+    check_room,
+    check_texts_per_step,
+    embedded_length,
+)
 from khaosz.trainer.stages.pairs import PairSet, PairStrategy
 from khaosz.trainer.stages.reference import add_references, frozen_reference
 from khaosz.trainer.stages.reward_sources import ModelReward, open_reward_source
@@ -33,9 +41,6 @@ from khaosz.trainer.strategy import BatchLayout, build_strategy
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
-
-_PREFERENCE_PAIRS = 16  # per step, where the recipe has no batch_pairs
-_TEXT_PAIRS = 64
 
 
 def assemble_text(run: OpenRun) -> Trainer:
@@ -70,12 +75,8 @@ def assemble_pairs(run: OpenRun) -> Trainer:
     run.load_model()
     config, parallel = run.config, run.parallel
     data, held_out = _preference_pairs(run)
-    per_step = config.batch_pairs or _PREFERENCE_PAIRS
-    if per_step < parallel.world:
-        raise ConfigError(
-            f"batch_pairs={per_step} is fewer than the {parallel.world} processes",
-            hint=f"batch_pairs={parallel.world} or more",
-        )
+    per_step = config.batch_pairs or PREFERENCE_PAIRS
+    check_pairs_per_step(per_step, parallel.world)
     run.check_data(len(data.pairs), "pairs")
     layout = _layout(run, per_step)
     strategy: PairStrategy
@@ -110,13 +111,7 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     """PPO or GRPO: policy, reference, reward source and critic."""
     run.load_model()
     config, parallel, rollout = run.config, run.parallel, run.config.rollout
-    if rollout.max_new_tokens >= run.window:
-        raise ConfigError(
-            f"rollout.max_new_tokens={rollout.max_new_tokens} leaves no room for a prompt"
-            f" in a window of {run.window}"
-        )
-    if rollout.prompts < parallel.world:
-        raise ConfigError(f"rollout.prompts={rollout.prompts}, but {parallel.world} processes")
+    check_room(config, run.window, parallel.world)
     # A prompt must leave room for the longest answer: one token more than it has itself.
     loaded = load_prompts([config.data], run.tokenizer, run.window - rollout.max_new_tokens + 1)
     _print_lines(run, loaded.report.lines())
@@ -160,12 +155,7 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
 def assemble_embedder(run: OpenRun) -> Trainer:
     """An embedder. Raises `DataError` when no pair is left to train on, or none has a negative."""
     run.load_model()
-    longest = run.config.embed.max_length or run.window
-    if longest > run.window:
-        raise ConfigError(
-            f"embed.max_length={longest} is longer than the window of {run.window}",
-            hint=f"window={longest}, if the model's context is as long",
-        )
+    longest = embedded_length(run.config, run.window)
     run.config = run.config.updated(embed={**run.config.embed.model_dump(), "max_length": longest})
     config, parallel = run.config, run.parallel
     if run.model.lm_head is not None:
@@ -176,13 +166,8 @@ def assemble_embedder(run: OpenRun) -> Trainer:
             f"{config.data}: {len(data):,} pairs, and all have one passage",
             hint="a query needs the passage of another one as a negative",
         )
-    per_step = config.batch_pairs or _TEXT_PAIRS
-    if per_step < max(2, parallel.world):
-        raise ConfigError(
-            f"batch_pairs={per_step}: a query needs the passage of another one as a negative, and"
-            f" each of {parallel.world} processes needs a query",
-            hint=f"batch_pairs={_TEXT_PAIRS}, or more",
-        )
+    per_step = config.batch_pairs or TEXT_PAIRS
+    check_texts_per_step(per_step, parallel.world)
     run.check_data(len(data), "pairs")
     strategy = EmbedStrategy(data, held_out, _layout(run, per_step), parallel, config.embed)
     plan = plan_packed(run, strategy)

@@ -21,6 +21,7 @@ from khaosz.interop.huggingface import load_reward_model
 from khaosz.model import RewardModel
 from khaosz.trainer.open_run import OpenRun
 from khaosz.trainer.stages.dpo import sequence_rewards
+from khaosz.trainer.stages.limits import check_context
 from khaosz.trainer.strategy import BatchLayout, Compute
 
 RewardFunction = Callable[[list[Message], str, dict[str, Any]], float]
@@ -102,11 +103,7 @@ def open_reward_source(run: OpenRun, compute: Compute, layout: BatchLayout) -> R
     assert path is not None
     check_same_tokenizer(tokenizer, load_tokenizer(path), path)
     model = load_reward_model(path, device=run.parallel.device)
-    if model.config.max_position_embeddings < run.window:
-        raise ConfigError(
-            f"the reward model {path} reads {model.config.max_position_embeddings} positions,"
-            f" the window is {run.window}"
-        )
+    check_context(model.config, path, run.window)
     return ModelReward(model, compute, layout)
 
 

@@ -1,0 +1,281 @@
+"""What can be refused before any work: the checks of all stages of a recipe, in their order.
+
+A recipe of several stages may run for hours before the last one starts, and each stage reads and
+prepares its data before it computes. So everything that is known from the recipe, from files that
+exist and from this machine is checked first. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, ModelConfig, TrainConfig, preset
+from khaosz.config.presets import Derived
+from khaosz.data.records.readers import expand_inputs
+from khaosz.data.shards.manifest import PreparedData
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
+from khaosz.data.tokenizer.tokenizer import check_vocab_size
+from khaosz.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    KhaoszError,
+    ModelError,
+)
+from khaosz.interop.huggingface import (
+    check_rotary,
+    is_reward_model,
+    load_config,
+    weight_files,
+)
+from khaosz.parallel import ParallelContext
+from khaosz.parallel.setup import device_type, world_size
+from khaosz.trainer.calibration import compiler_problem, rows_per_step
+from khaosz.trainer.checkpoint import has_checkpoints
+from khaosz.trainer.corpus import is_prepared
+from khaosz.trainer.loggers import logger_module
+from khaosz.trainer.open_run import new_shape, with_size, with_training_numbers
+from khaosz.trainer.stages.limits import (
+    PREFERENCE_PAIRS,
+    TEXT_PAIRS,
+    check_context,
+    check_pairs_per_step,
+    check_room,
+    check_texts_per_step,
+    embedded_length,
+)
+from khaosz.trainer.stages.reward_sources import check_same_tokenizer, load_function
+
+
+@dataclass(frozen=True)
+class CheckedStage:
+    """A stage that passed its checks, as far as it is known before work.
+
+    config     with every number that the recipe leaves open
+    derived    those numbers, each with its reason
+    shape      the network; its vocabulary is the recipe's if the tokenizer is still to be trained
+    tokenizer  None if this stage or an earlier one still has to train it
+    parallel   device and world size, without a process group
+    """
+
+    config: TrainConfig
+    derived: list[Derived] = field(repr=False)
+    shape: ModelConfig
+    tokenizer: Tokenizer | None = field(repr=False)
+    parallel: ParallelContext
+
+
+def check_stages(configs: Sequence[TrainConfig], *, resume: bool = False) -> list[CheckedStage]:
+    """Check all stages of a recipe before any of them does any work, and return what is known of
+    each. Stages that `resume` will skip or continue are left out.
+
+    Raises the `KhaoszError` that the stage would end with later. Writes nothing.
+    """
+    checked: list[CheckedStage] = []
+    for i, config in enumerate(configs):
+        with _named(config, several=len(configs) > 1):
+            checked += _check(config, _Earlier(configs[:i], checked), resume)
+    return checked
+
+
+@contextmanager
+def _named(config: TrainConfig, several: bool) -> Iterator[None]:
+    try:
+        yield
+    except KhaoszError as error:
+        if several:
+            error.args = (f"stage {config.stage}: {error}",)
+        raise
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """The stages before one, from whose models it may start although they do not exist yet."""
+
+    configs: Sequence[TrainConfig]
+    checked: Sequence[CheckedStage]
+
+    def under(self, path: Path) -> TrainConfig | None:
+        """The stage in whose output directory `path` lies."""
+        place = Path(os.path.abspath(path))
+        return next((c for c in self.configs if place.is_relative_to(_absolute(c.out))), None)
+
+    def writer(self, path: Path) -> CheckedStage | None:
+        """The stage that will write the model at `path`, None if it exists already. Raises
+        `ModelError` if no stage does."""
+        config = None if path.exists() else self.under(path)
+        if config is None:
+            return None
+        name = str(_absolute(path).relative_to(_absolute(config.out)))
+        last = f"use {config.out / 'last'}"
+        if name not in ("last", "best"):
+            raise ModelError(f"{path}: model directory not found", hint=last)
+        if name == "best" and not config.validates:
+            raise ModelError(
+                f"{path}: stage {config.stage} has no held-out data, so it writes no best"
+                " checkpoint",
+                hint=f"{last}, or set val or val_fraction",
+            )
+        return next((one for one in self.checked if one.config.out == config.out), None)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[CheckedStage]:
+    parallel = ParallelContext(torch.device(device_type(config.parallel)), world=world_size())
+    if config.compile == "on" and (problem := compiler_problem(parallel.device)):
+        raise DeviceError(f"compile=on, but {problem}", hint="install one, or compile=auto")
+    for name in config.loggers:
+        logger_module(name)
+    if config.reward_function is not None:
+        load_function(config.reward_function)
+    same = [c for c in earlier.configs if _absolute(c.out) == _absolute(config.out)]
+    if same:
+        raise ConfigError(
+            f"out={config.out} is also that of stage {same[0].stage}",
+            hint="give every stage a directory of its own",
+        )
+    _check_out(config.out)
+    if has_checkpoints(config.out):
+        in_use = not earlier.configs and (config.out / ".lock").exists()
+        if resume or in_use:  # the run itself sees whether another process holds the lock
+            return []
+        raise CheckpointError(
+            f"{config.out} already contains a run",
+            hint="continue it with --resume, or choose another out=",
+        )
+    for path in (config.data, config.val):
+        if path is not None and earlier.under(path) is None:
+            _check_data(config, path)
+    initial, tokenizer = _initial(config, earlier)
+    sized, derived = with_size(config, parallel, initial)
+    assert sized.size is not None
+    guess = initial.vocab_size if initial else config.vocab_size
+    vocab_size = tokenizer.vocab_size if tokenizer else guess or preset(sized.size).model.vocab_size
+    shape = initial or new_shape(sized, vocab_size)
+    check_rotary(shape, "[model]" if initial is None else str(config.init_from))
+    sized, numbers = with_training_numbers(sized, shape, vocab_size, loaded=initial is not None)
+    _check_sizes(sized, shape, parallel)
+    _check_other_models(sized, shape, tokenizer, earlier)
+    return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel)]
+
+
+def _check_out(out: Path) -> None:
+    """Raises `ConfigError` if `out` cannot become a directory that this process writes to."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"out={out}: {existing} is a file", hint="name a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"out={out}: {existing} is not writable")
+
+
+def _check_data(config: TrainConfig, path: Path) -> None:
+    """Raises `DataError` for data that is missing, and for prepared data of another stage."""
+    text = config.stage in ("pt", "sft")
+    if not (text and is_prepared(path)):
+        expand_inputs([path])
+        return
+    prepared = PreparedData.open(path)
+    prepared.close()
+    if prepared.stage != config.stage:
+        raise DataError(
+            f"{path} holds {prepared.stage} data, the recipe's stage is {config.stage}",
+            hint="pretraining reads texts, fine-tuning reads conversations",
+        )
+
+
+def _initial(config: TrainConfig, earlier: _Earlier) -> tuple[ModelConfig | None, Tokenizer | None]:
+    """The shape of the initial model, None for a new one, and the tokenizer if it exists."""
+    if config.init_from is None:
+        return None, _own_tokenizer(config)
+    shape, tokenizer = _model(
+        config.init_from, earlier, reward=None if config.stage == "rm" else False
+    )
+    if config.tokenizer is not None:
+        tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer is not None and tokenizer.vocab_size > shape.vocab_size:
+        raise ConfigError(
+            f"{config.init_from} has a vocabulary of {shape.vocab_size}, the tokenizer"
+            f" {tokenizer.vocab_size}",
+            hint="leave tokenizer= out: the model brings its own",
+        )
+    return shape, tokenizer
+
+
+def _model(
+    path: Path, earlier: _Earlier, *, reward: bool | None
+) -> tuple[ModelConfig, Tokenizer | None]:
+    """Shape and tokenizer of a model that exists or that an earlier stage will write. `reward`:
+    whether it must be a reward model, None if it may be one. Raises `ModelError`."""
+    made = earlier.writer(path)
+    is_reward = is_reward_model(path) if made is None else made.config.stage == "rm"
+    shape = load_config(path) if made is None else made.shape
+    if reward is not None and is_reward != reward:
+        if reward:
+            raise ModelError(
+                f"{path} is not a reward model",
+                hint="train one with stage=rm, or name a one-label sequence classifier",
+            )
+        raise ModelError(
+            f"{path} is a reward model, which does not generate text",
+            hint="name it as reward_model=, or in `khaosz eval preference`",
+        )
+    if made is not None:
+        return shape, made.tokenizer
+    weight_files(path)  # raises for missing ones
+    return shape, load_tokenizer(path)
+
+
+def _own_tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer of a new model, None if it is still to be trained."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    if is_prepared(config.data):
+        return load_tokenizer(PreparedData.open(config.data).tokenizer_dir)
+    if config.vocab_size is not None:
+        check_vocab_size(config.vocab_size)
+    return None
+
+
+def _check_sizes(config: TrainConfig, shape: ModelConfig, parallel: ParallelContext) -> None:
+    """Raises `ConfigError` for a window or batch that the stage cannot work with."""
+    assert config.window is not None
+    window, world = config.window, parallel.world
+    rows_per_step(config, parallel, shape.hidden_size)
+    if config.stage in ROLLOUT_STAGES:
+        check_room(config, window, world)
+    elif config.stage in PAIR_STAGES:
+        check_pairs_per_step(config.batch_pairs or PREFERENCE_PAIRS, world)
+    elif config.stage == "embed":
+        embedded_length(config, window)
+        check_texts_per_step(config.batch_pairs or TEXT_PAIRS, world)
+
+
+def _check_other_models(
+    config: TrainConfig, shape: ModelConfig, tokenizer: Tokenizer | None, earlier: _Earlier
+) -> None:
+    """Raises `ConfigError` or `ModelError` for a reference or reward model that does not fit."""
+    assert config.window is not None
+    if config.reference is not None:
+        other, its = _model(config.reference, earlier, reward=False)
+        if other.vocab_size != shape.vocab_size and None not in (tokenizer, its):
+            raise ConfigError(
+                f"the reference {config.reference} has a vocabulary of {other.vocab_size},"
+                f" the policy {shape.vocab_size}"
+            )
+        if tokenizer is not None and its is not None:
+            check_same_tokenizer(tokenizer, its, config.reference)
+    if config.reward_model is not None:
+        other, its = _model(config.reward_model, earlier, reward=True)
+        if tokenizer is not None and its is not None:
+            check_same_tokenizer(tokenizer, its, config.reward_model)
+        check_context(other, config.reward_model, config.window)
