@@ -19,10 +19,10 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ModelError
 from khaosz.files import SAMPLE_DIR
 from khaosz.inference.runner import Chunk, Runner
-from khaosz.interop.gguf.model import save_gguf, write_model
+from khaosz.interop.gguf.model import write_model
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.modelfile import write_modelfile
-from khaosz.interop.models import is_gguf, load_model, open_tokenizer
+from khaosz.interop.models import is_gguf, open_model, open_tokenizer
 from khaosz.model import Transformer, parameter_shapes
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
@@ -117,11 +117,11 @@ def quantize_model(
     if out.exists() or not is_gguf(out):
         problem = "exists" if out.exists() else "does not end in .gguf"
         raise ModelError(f"{out} {problem}", hint="name another file with --out")
-    source, tokenizer = load_model(model), open_tokenizer(model)
+    source, tokenizer = open_model(model), open_tokenizer(model)
     with console.status(f"quantising to {kind}"):
-        save_gguf(source, tokenizer, out, kind, search=True)
+        write_model(source.config, source.read, tokenizer, out, kind, search=True)
         write_modelfile(out, tokenizer, source.config.max_position_embeddings)
-    parameters = sum(p.numel() for p in source.parameters())
+    parameters = source.config.parameters()
     result: dict[str, Any] = {
         "out": str(out),
         "type": kind,
@@ -132,7 +132,7 @@ def quantize_model(
         window = min(512, source.config.max_position_embeddings)
         with console.status("comparing on held-out text"):
             quality = compare(
-                Runner.from_module(source),
+                Runner.open(model, dtype=torch.float32),
                 Runner.open(out),
                 tokenizer,
                 _texts(data),

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.inference.adapter import Adapter, Spans, adapted
-from khaosz.inference.linear.load import Weights, fused_weights, gguf_weights, live_weights
+from khaosz.inference.linear.load import Weights, dense_weights, gguf_weights, live_weights
 from khaosz.inference.linear.native import library
 from khaosz.interop.gguf.blocks import is_affine
 from khaosz.interop.gguf.model import GgufModel
-from khaosz.interop.models import is_gguf, load_model
+from khaosz.interop.models import is_gguf, open_model
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import Rotary
@@ -112,8 +112,8 @@ class Runner:
                 source, dtype=dtype, cache_dtype=cache_dtype, deterministic=deterministic
             )
         dtype = dtype or torch.float32
-        model = load_model(path, device=device)
-        weights = fused_weights(model, dtype)
+        model = open_model(path)
+        weights = dense_weights(model, dtype, device)
         return cls(
             model.config,
             lambda: weights,

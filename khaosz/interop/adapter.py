@@ -17,10 +17,10 @@ from torch import Tensor
 from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
-from khaosz.interop.huggingface import read_json, save_model
-from khaosz.interop.models import load_model, open_tokenizer
+from khaosz.interop.huggingface import read_json
+from khaosz.interop.models import open_model, open_tokenizer, write_served
 from khaosz.model import RewardModel, Transformer, parameter_shapes
-from khaosz.model.lora import adapter_state, add_lora, merge_lora, named_adapters
+from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -152,12 +152,17 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
                 f"{directory}: base model {quoted(name)} not found on this machine",
                 hint="give it with --base DIR",
             )
-    model, tokenizer = load_model(base), open_tokenizer(base)
-    load_adapter(model, directory)
-    merge_lora(model)
-    tokenizer.save(out)
-    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
-    save_model(model, out, bos_id=tokenizer.bos_id, eos_ids=ends, pad_id=tokenizer.pad_id)
+    model, tokenizer = open_model(base), open_tokenizer(base)
+    lora, tensors = read_adapter(model.config, directory)
+
+    def merged(name: str) -> Tensor:
+        weight, layer = model.read(name, torch.float32), name.removesuffix(".weight")
+        if f"{layer}.lora_A" not in tensors:
+            return weight
+        a, b = (tensors[f"{layer}.{part}"].float() for part in ("lora_A", "lora_B"))
+        return merged_weight(weight, a, b, lora)
+
+    write_served(out, model.config, merged, tokenizer)
     return out
 
 

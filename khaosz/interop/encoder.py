@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from khaosz.errors import ModelError, one_line, quoted
+from khaosz.errors import ModelError, quoted
 from khaosz.interop.huggingface import read_json, weight_files
+from khaosz.interop.tensor_file import DTYPES, TensorFile
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -56,16 +56,17 @@ def load_encoder(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
     for path in weight_files(directory):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    plain = _plain(name)
-                    if plain in names:
-                        loaded[names[plain]] = file.get_tensor(name).to(device, torch.float32)
-                    elif not plain.startswith(_UNUSED):
-                        raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
+        file = TensorFile(path)
+        for name, entry in file.entries.items():
+            plain = _plain(name)
+            if plain in names:
+                if entry.type not in DTYPES:
+                    raise ModelError(
+                        f"{path}: tensor {quoted(name)} is {quoted(entry.type_name)[1:-1]}"
+                    )
+                loaded[names[plain]] = file.read(name, torch.float32, device)
+            elif not plain.startswith(_UNUSED):
+                raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
     for theirs, name in names.items():
         if name not in loaded:
             raise ModelError(f"{directory}: tensor '{theirs}' is missing")

@@ -7,24 +7,22 @@ those families, we load. A feature that is not supported is rejected by name, ne
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.config.model_config import SWITCHES
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
-from khaosz.files import atomic_path, write_json
+from khaosz.files import write_json
+from khaosz.interop.tensor_file import DTYPES, TensorFile, write_tensors
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.module import Rotary, rotary_frequencies
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_ALIGNMENT = 64  # bytes
 _MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
 WEIGHTS = "model.safetensors"
@@ -70,20 +68,45 @@ def save_model(
     """Write `config.json`, `generation_config.json` and `model.safetensors` (the parameters as
     they are: fp32 masters stay fp32), each file atomically. A `RewardModel` is written as a
     sequence classifier of one label."""
+    write_directory(
+        directory,
+        model.config,
+        dict(model.named_parameters()).__getitem__,
+        dtype=model.embed_tokens.weight.dtype,
+        rewards=isinstance(model, RewardModel),
+        token_ids={"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id},
+    )
+
+
+def write_directory(
+    directory: Path,
+    config: ModelConfig,
+    parameter: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    rewards: bool = False,
+    token_ids: dict[str, Any],
+) -> None:
+    """`save_model` for parameters that are requested one at a time, by name; `token_ids` are keys
+    of config.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    tokens = {"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id}
-    token_ids = {name: value for name, value in tokens.items() if value is not None}
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    values = {**config_to_hf(model.config), **token_ids, "dtype": dtype}
-    if isinstance(model, RewardModel):
-        values["architectures"] = [FAMILIES[model_type(model.config)].reward_architecture]
+    token_ids = {name: value for name, value in token_ids.items() if value is not None}
+    dtype_name = str(dtype).removeprefix("torch.")
+    values = {**config_to_hf(config), **token_ids, "dtype": dtype_name}
+    if rewards:
+        values["architectures"] = [FAMILIES[model_type(config)].reward_architecture]
         values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     else:
         write_json(directory / "generation_config.json", {**token_ids, "do_sample": True})
     write_json(directory / "config.json", values)
-    tensors = {_hf_name(name): p.detach().cpu() for name, p in model.named_parameters()}
-    with atomic_path(directory / WEIGHTS) as partial:
-        save_file(tensors, str(partial), metadata={"format": "pt"})
+    shapes = (reward_shapes if rewards else parameter_shapes)(config)
+    names = {_hf_name(name): name for name in shapes}
+    write_tensors(
+        directory / WEIGHTS,
+        {theirs: shapes[name] for theirs, name in names.items()},
+        dtype,
+        lambda theirs: parameter(names[theirs]),
+    )
 
 
 def load_model(
@@ -98,18 +121,17 @@ def load_model(
     unexpected or misshapen tensor (each by name).
     """
     directory = Path(directory)
-    config = _loadable_config(directory)
     if is_reward_model(directory):
-        raise ModelError(
-            f"{directory} is a reward model, which does not generate text",
-            hint="name it as reward_model=, or in `khaosz eval preference`",
-        )
-    loaded, head = _read_parameters(directory, config, parameter_shapes(config), device, dtype)
-    if head is not None and not torch.equal(head.to(device, dtype), loaded["embed_tokens.weight"]):
-        raise ModelError(
-            f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
-        )
-    return _assembled(Transformer, config, loaded, device)
+        raise not_generating(directory)
+    return _assembled(Transformer, ModelDirectory(directory), device, dtype)
+
+
+def not_generating(directory: str | Path) -> ModelError:
+    """The error for a reward model where a language model is expected."""
+    return ModelError(
+        f"{directory} is a reward model, which does not generate text",
+        hint="name it as reward_model=, or in `khaosz eval preference`",
+    )
 
 
 def load_reward_model(
@@ -123,14 +145,13 @@ def load_reward_model(
     Raises `ModelError` as `load_model` does, and for a directory that is not a reward model.
     """
     directory = Path(directory)
-    config = _loadable_config(directory)
-    if not is_reward_model(directory):
+    source = ModelDirectory(directory)
+    if not source.rewards:
         raise ModelError(
             f"{directory} is not a reward model",
             hint="train one with stage=rm, or name a one-label sequence classifier",
         )
-    loaded, _ = _read_parameters(directory, config, reward_shapes(config), device, dtype)
-    return _assembled(RewardModel, config, loaded, device)
+    return _assembled(RewardModel, source, device, dtype)
 
 
 def is_reward_model(directory: str | Path) -> bool:
@@ -143,66 +164,96 @@ def is_reward_model(directory: str | Path) -> bool:
         return False
 
 
-def _loadable_config(directory: Path) -> ModelConfig:
-    config = load_config(directory)
-    if config.num_hidden_layers > _MAX_LAYERS:  # before their names are listed
-        raise ModelError(f"{directory}: {config.num_hidden_layers} layers are not supported")
-    return config
+class ModelDirectory:
+    """The parameters of a model directory under our names, read one at a time.
 
-
-def _read_parameters(
-    directory: Path,
-    config: ModelConfig,
-    shapes: dict[str, tuple[int, ...]],
-    device: str | torch.device,
-    dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Every parameter by our name, and a tied head if it is stored."""
-    expected = {_hf_name(name): (name, shape) for name, shape in shapes.items()}
-    loaded: dict[str, Tensor] = {}
-    head: Tensor | None = None
-    for path in weight_files(directory):
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118  (safe_open is not a mapping)
-                    # A body saved without its head (Qwen3-Embedding) omits "model.".
-                    name = f"model.{stored}" if f"model.{stored}" in expected else stored
-                    if name in expected:
-                        tensor = file.get_tensor(stored)
-                        if tensor.dtype not in _DTYPES:
-                            raise ModelError(f"{path}: tensor '{name}' is {tensor.dtype}")
-                        loaded[expected[name][0]] = _aligned(tensor.to(device, dtype))
-                    elif name == "lm_head.weight" and "lm_head.weight" not in shapes:
-                        head = file.get_tensor(name)
-                        if head.dtype not in _DTYPES:
-                            raise ModelError(f"{path}: tensor '{name}' is {head.dtype}")
-                    elif not name.endswith("rotary_emb.inv_freq"):
-                        raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
-    for hf_name, (name, shape) in expected.items():
-        if name not in loaded:
-            raise ModelError(f"{directory}: tensor '{hf_name}' is missing")
-        if (actual := tuple(loaded[name].shape)) != shape:
-            raise ModelError(f"{directory}: tensor '{hf_name}' is {actual}, expected {shape}")
-    check_rotary(config, str(directory))
-    return loaded, head
-
-
-def _aligned(tensor: Tensor) -> Tensor:
-    """Aligned as PyTorch allocates: a file's tensors are at any multiple of eight bytes, where
-    kernels may sum in another order, so that a resumed run differs in its last bit (seen on AMD).
+    rewards    whether it is a reward model
+    shapes     by name
     """
-    return tensor.clone() if tensor.data_ptr() % _ALIGNMENT else tensor
+
+    def __init__(self, directory: str | Path) -> None:
+        """Reads headers only. Raises `ModelError` for a missing or cut file, an unsupported family
+        or feature, a missing, unexpected or misshapen tensor (each by name), and for a stored head
+        that is not the embedding where the two are tied."""
+        directory = Path(directory)
+        self.config = load_config(directory)
+        if self.config.num_hidden_layers > _MAX_LAYERS:  # before their names are listed
+            count = self.config.num_hidden_layers
+            raise ModelError(f"{directory}: {count} layers are not supported")
+        self.rewards = is_reward_model(directory)
+        self.shapes = (reward_shapes if self.rewards else parameter_shapes)(self.config)
+        self._stored: dict[str, tuple[TensorFile, str]] = {}
+        head = self._locate(directory)
+        for name, shape in self.shapes.items():
+            if name not in self._stored:
+                raise ModelError(f"{directory}: tensor '{_hf_name(name)}' is missing")
+            file, stored = self._stored[name]
+            if (actual := file.entries[stored].shape) != shape:
+                raise ModelError(
+                    f"{directory}: tensor '{_hf_name(name)}' is {actual}, expected {shape}"
+                )
+        if head is not None and not self.rewards and not self._is_embedding(*head):
+            raise ModelError(
+                f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
+            )
+        check_rotary(self.config, str(directory))
+
+    def _locate(self, directory: Path) -> tuple[TensorFile, str] | None:
+        """Fill `_stored`; the head of tied embeddings, if there is one."""
+        expected = {_hf_name(name): name for name in self.shapes}
+        head = None
+        for path in weight_files(directory):
+            file = TensorFile(path)
+            for stored, entry in file.entries.items():
+                # A body saved without its head (Qwen3-Embedding) omits "model.".
+                name = f"model.{stored}" if f"model.{stored}" in expected else stored
+                is_head = name == "lm_head.weight" and name not in self.shapes
+                if (name in expected or is_head) and entry.type not in DTYPES:
+                    raise ModelError(f"{path}: tensor '{name}' is {quoted(entry.type_name)[1:-1]}")
+                if name in expected:
+                    self._stored[expected[name]] = file, stored
+                elif is_head:
+                    head = file, stored
+                elif not name.endswith("rotary_emb.inv_freq"):
+                    raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
+        return head
+
+    def _is_embedding(self, file: TensorFile, stored: str) -> bool:
+        other, name = self._stored["embed_tokens.weight"]
+        if file.entries[stored].shape != other.entries[name].shape:
+            return False
+        pairs = zip(file.chunks(stored), other.chunks(name), strict=True)
+        return all(torch.equal(one.float(), two.float()) for one, two in pairs)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that a parameter is stored in."""
+        file, stored = self._stored[name]
+        return DTYPES[file.entries[stored].type]
+
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Tensor:
+        """A parameter, by default in the type that it is stored in."""
+        file, stored = self._stored[name]
+        return file.read(stored, dtype, device)
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Read a parameter into `out`, contiguous and of its shape."""
+        file, stored = self._stored[name]
+        file.fill(stored, out)
 
 
 def _assembled(
-    kind: type[M], config: ModelConfig, loaded: dict[str, Tensor], device: str | torch.device
+    kind: type[M], source: ModelDirectory, device: str | torch.device, dtype: torch.dtype
 ) -> M:
     with torch.device("meta"):
-        model = kind(config)
+        model = kind(source.config)
+    loaded = {name: source.read(name, dtype, device) for name in source.shapes}
     model.load_state_dict(loaded, assign=True)
-    model.rotary = Rotary(config).to(device)  # derived, so not in the file
+    model.rotary = Rotary(source.config).to(device)  # derived, so not in the file
     model.requires_grad_(True)
     return model.eval()
 

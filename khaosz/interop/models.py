@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ModelError
+from khaosz.files import atomic_folder
 from khaosz.interop import huggingface
-from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
+from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.model import Transformer
+
+ModelSource = GgufModel | huggingface.ModelDirectory
 
 
 def default_name(model: Path) -> str:
@@ -39,6 +45,15 @@ def load_model(
     return huggingface.load_model(path, device=device, dtype=dtype)
 
 
+def open_model(path: str | Path) -> ModelSource:
+    """The parameters of a model in either format, read one at a time. Raises `ModelError`."""
+    if is_gguf(path):
+        return GgufModel.open(path)
+    if huggingface.is_reward_model(path):
+        raise huggingface.not_generating(path)
+    return huggingface.ModelDirectory(path)
+
+
 def open_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer inside a .gguf file or a model directory."""
     return GgufModel.open(path).tokenizer() if is_gguf(path) else load_tokenizer(path)
@@ -58,15 +73,32 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None) 
         )
     if target.exists():
         raise ModelError(f"{target} exists", hint="name another output, or remove it")
-    model, tokenizer = load_model(source), open_tokenizer(source)
+    if kind is not None and not is_gguf(target):
+        raise ModelError("--to is for .gguf outputs", hint="a directory is always fp32")
+    model, tokenizer = open_model(source), open_tokenizer(source)
     if is_gguf(target):
-        save_gguf(model, tokenizer, target, kind or "F16")
+        write_model(model.config, model.read, tokenizer, target, kind or "F16")
         write_modelfile(target, tokenizer, model.config.max_position_embeddings)
         return target
-    if kind is not None:
-        raise ModelError("--to is for .gguf outputs", hint="a directory is always fp32")
-    tokenizer.save(target)
-    ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
-    huggingface.save_model(model, target, eos_ids=ends, **ids)
+    write_served(target, model.config, lambda name: model.read(name, torch.float32), tokenizer)
     return target
+
+
+def write_served(
+    directory: Path,
+    config: ModelConfig,
+    parameter: Callable[[str], Tensor],
+    tokenizer: Tokenizer,
+) -> None:
+    """Write a model directory in fp32 with its tokenizer; its parameters are requested one at a
+    time, by name. Raises `ModelError` when the disk refuses."""
+    ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
+    try:
+        with atomic_folder(directory) as partial:
+            tokenizer.save(partial)
+            huggingface.write_directory(
+                partial, config, parameter, token_ids={**ids, "eos_token_id": ends}
+            )
+    except OSError as error:
+        raise ModelError(f"cannot write {directory}: {error.strerror or error}") from error

@@ -25,6 +25,14 @@ def scale_of(config: LoRAConfig) -> float:
     return config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
 
 
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, config: LoRAConfig) -> Tensor:
+    """W + scale * B A (O, I), summed in fp32 and returned in the type of `weight`."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        update = b.to(wide) @ a.to(wide)
+    return (weight.to(wide) + scale_of(config) * update).to(weight.dtype)
+
+
 class LoRALinear(nn.Module):
     """A frozen layer `base`, its update `lora_A` (r, I) and `lora_B` (O, r), both fp32."""
 
@@ -50,14 +58,11 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + scale * B A (O, I), summed in fp32: what a `Runner` multiplies by."""
+        """`merged_weight` of the layer: what a `Runner` multiplies by."""
         base = self.base.weight
         if not self.enabled:
             return base
-        wide = torch.promote_types(base.dtype, torch.float32)
-        with torch.autocast(base.device.type, enabled=False):
-            update = self.lora_B.to(wide) @ self.lora_A.to(wide)
-        return (base.to(wide) + self.scale * update).to(base.dtype)
+        return merged_weight(base, self.lora_A, self.lora_B, self.config)
 
     @property
     def bias(self) -> nn.Parameter | None:

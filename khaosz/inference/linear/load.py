@@ -22,6 +22,7 @@ from khaosz.inference.linear.native import LEAST_ROWS, MappedMatrix
 from khaosz.inference.linear.packed import PackedMatrix, pack, packable
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine
 from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.models import ModelSource
 from khaosz.model import Transformer
 from khaosz.model.module import MLP, Attention, Block, Linear, RMSNorm
 
@@ -63,16 +64,26 @@ def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
     return Weights(model.layers, model.norm, linear, partial(_rows, table), head)
 
 
-def fused_weights(model: Transformer, dtype: torch.dtype) -> Weights:
-    """Dense matrices of a module that will not change, side by side and in `dtype`."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+def dense_weights(
+    source: ModelSource, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> Weights:
+    """Dense matrices in `dtype` of a model that will not change, those with one input side by side.
+    They are read straight into their places, so nothing is in memory twice."""
 
     def matrix(*names: str) -> Matrix:
-        return dense([parameters[name] for name in names], dtype)
+        return dense(source, names, dtype, device)
 
-    blocks, products = _frozen(model.config, matrix, parameters.__getitem__, dtype)
-    table, head = model.embed_tokens.weight.detach(), dense([model.output_weight.detach()], dtype)
-    return Weights(blocks, model.norm, products, partial(_rows, table), head)
+    def vector(name: str) -> Tensor:
+        return source.read(name, torch.float32, device)
+
+    blocks, products = _frozen(source.config, matrix, vector, dtype)
+    embedding, tied = "embed_tokens.weight", source.config.tie_word_embeddings
+    head = dense(source, (embedding if tied else "lm_head.weight",), dtype, device)
+    stored = source.dtype(embedding)
+    # The rows are as exact as they are stored, and the head's own where those are.
+    exact = tied and torch.promote_types(dtype, stored) == dtype
+    table = head.weight if exact else source.read(embedding, stored, device)
+    return Weights(blocks, _norm(source, device), products, partial(_rows, table), head)
 
 
 def gguf_weights(
@@ -101,18 +112,13 @@ def gguf_weights(
             columns = sample.codes.shape[1]
             if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
                 return pack(raws, kind)
-        # For an F32 file these are the map itself; torch takes only writable arrays: a copy.
-        rows = [np.require(model.float32(name), requirements="W") for name in names]
         whole = torch.float32 if library is not None else dtype
-        stored = whole if is_affine(kind) else unquantised
-        return dense([torch.from_numpy(row) for row in rows], stored)
+        return dense(model, names, whole if is_affine(kind) else unquantised)
 
     def vector(name: str) -> Tensor:
-        return torch.from_numpy(np.array(model.float32(name)))
+        return model.read(name, torch.float32)
 
     blocks, products = _frozen(model.config, matrix, vector, dtype)
-    norm = RMSNorm(model.config.hidden_size, model.config.rms_norm_eps)
-    norm.weight = nn.Parameter(vector("norm.weight"), requires_grad=False)
     tied = model.config.tie_word_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
@@ -121,7 +127,15 @@ def gguf_weights(
     ):
         head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
-    return Weights(blocks, norm, products, MappedRows(model, "embed_tokens.weight"), head)
+    rows = MappedRows(model, "embed_tokens.weight")
+    return Weights(blocks, _norm(model, "cpu"), products, rows, head)
+
+
+def _norm(source: ModelSource, device: str | torch.device) -> RMSNorm:
+    norm = RMSNorm(source.config.hidden_size, source.config.rms_norm_eps)
+    weight = source.read("norm.weight", torch.float32, device)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm
 
 
 def _frozen(
@@ -263,5 +277,15 @@ class DenseMatrix:
         return self.weight.nbytes
 
 
-def dense(parts: list[Tensor], dtype: torch.dtype) -> DenseMatrix:
-    return DenseMatrix(torch.cat([part.to(dtype) for part in parts]))
+def dense(
+    source: ModelSource,
+    names: Sequence[str],
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+) -> DenseMatrix:
+    """Matrices of one width, one below the other."""
+    rows = [source.shapes[name][0] for name in names]
+    weight = torch.empty(sum(rows), source.shapes[names[0]][1], dtype=dtype, device=device)
+    for name, part in zip(names, weight.split(rows), strict=True):
+        source.fill(name, part)
+    return DenseMatrix(weight)

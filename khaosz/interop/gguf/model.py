@@ -29,7 +29,8 @@ from khaosz.interop.huggingface import check_rotary
 from khaosz.model import Transformer, parameter_shapes
 from khaosz.model.module import Rotary
 
-_SLICE = 1 << 24  # weights converted at a time
+# Weights converted at a time: looking for scales takes about ten fp32 copies of them.
+_CHUNK = 1 << 20
 _LARGEST_HALF, _LARGEST_SINGLE = 65_504.0, 3.3e38  # what rounds to a finite number
 
 
@@ -41,7 +42,7 @@ class GgufModel:
         that are missing, unexpected or misshapen, by name."""
         self.file = file
         self.config = config_from_metadata(file)
-        shapes = parameter_shapes(self.config)
+        self.shapes = shapes = parameter_shapes(self.config)
         self.names = {name: gguf_name(name) for name in shapes}
         for name, shape in shapes.items():
             tensor = file.tensors.get(self.names[name])
@@ -90,9 +91,34 @@ class GgufModel:
         return raw if heads is None else _to_halves(raw, heads)
 
     def float32(self, name: str) -> np.ndarray:
-        """The dequantised parameter."""
-        tensor = self.file.tensors[self.names[name]]
-        return dequantize(self.raw(name), tensor.type).reshape(tensor.shape)
+        """The dequantised parameter, in memory of its own."""
+        return self.read(name, torch.float32).numpy()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The smallest type that holds a parameter: fp32 for what is quantised."""
+        return {"F16": torch.float16, "BF16": torch.bfloat16}.get(self.kind(name), torch.float32)
+
+    def read(
+        self,
+        name: str,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> torch.Tensor:
+        """A dequantised parameter, by default in `dtype(name)`; read pages are released."""
+        out = torch.empty(self.shapes[name], dtype=dtype or self.dtype(name), device=device)
+        self.fill(name, out)
+        self.file.release()
+        return out
+
+    def fill(self, name: str, out: torch.Tensor) -> None:
+        """Dequantise a parameter into `out`, contiguous and of its shape, some rows at a time."""
+        raw, kind = self.raw(name), self.kind(name)
+        rows = out.view(len(raw), -1)
+        step = max(1, _CHUNK // rows.shape[1])
+        for start in range(0, len(raw), step):
+            part = dequantize(raw[start : start + step], kind)
+            # Of an F32 file this is the map itself: read-only, which torch does not take.
+            rows[start : start + step] = torch.from_numpy(np.require(part, requirements="W"))
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -100,9 +126,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transf
     source = GgufModel.open(path)
     with torch.device("meta"):
         model = Transformer(source.config)
-    loaded = {
-        name: torch.from_numpy(np.array(source.float32(name))).to(dtype) for name in source.names
-    }
+    loaded = {name: source.read(name, dtype) for name in source.names}
     model.load_state_dict(loaded, assign=True)
     model.rotary = Rotary(source.config)
     return model.requires_grad_(True).eval()
@@ -113,7 +137,7 @@ def save_gguf(
 ) -> None:
     """Write a model for llama.cpp and for us; `kind` and `search` as for `write_model`."""
     parameters = dict(model.named_parameters())
-    write_model(model.config, lambda name: parameters[name].detach(), tokenizer, path, kind, search)
+    write_model(model.config, parameters.__getitem__, tokenizer, path, kind, search)
 
 
 def write_model(
@@ -165,12 +189,12 @@ def _rows(
     heads: int | None,
     search: bool,
 ) -> Iterator[np.ndarray]:
-    weights = parameter(name).cpu()
+    weights = parameter(name).detach().cpu()
     if weights.dim() == 1:
         weights = weights[None]
     if heads is not None:
         weights = torch.from_numpy(_to_pairs(weights.float().numpy(), heads))
-    step = max(1, _SLICE // weights.shape[1])
+    step = max(1, _CHUNK // weights.shape[1])
     for start in range(0, len(weights), step):
         part = weights[start : start + step].float()
         largest = float(part.abs().max())
