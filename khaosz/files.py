@@ -58,7 +58,7 @@ def verify_sha256(path: Path, expected: str) -> None:
 
 def digest(path: Path) -> str:
     """A BLAKE2b hash of a file's content: the hash of those of its 32 MiB blocks, which threads
-    read side by side (1 GB/s per core, so that the disk is the limit). Raises OSError."""
+    read side by side (0.6 GB/s per core, so that the disk is the limit). Raises OSError."""
     blocks = range(0, max(path.stat().st_size, 1), _BLOCK)
     with ThreadPoolExecutor(min(len(blocks), os.cpu_count() or 1, 8)) as pool:
         parts = pool.map(functools.partial(_block_digest, path), blocks)

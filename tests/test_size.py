@@ -16,9 +16,9 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 3,
-    "cli": 1_906,
+    "cli": 1_914,
     "config": 960,
-    "data": 3_751,
+    "data": 3_817,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,
@@ -26,13 +26,13 @@ BUDGET = {
     "evaluation": 338,
     "files": 211,
     "inference": 2_213,
-    "interop": 2_144,
-    "model": 551,
+    "interop": 2_182,
+    "model": 583,
     "parallel": 108,
     "rag": 4_754,
     "rewards": 2,
     "serve": 3_948,
-    "trainer": 3_975,
+    "trainer": 4_009,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

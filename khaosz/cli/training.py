@@ -188,8 +188,11 @@ def lora_merge(
     base: Annotated[
         Path | None, typer.Option(help="Base model; default: the one the adapter names.")
     ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Merge into other weights than it was trained on.")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base model and write a model directory."""
     from khaosz.interop.adapter import merge_adapter
 
-    typer.echo(merge_adapter(adapter, out, base=base))
+    typer.echo(merge_adapter(adapter, out, base=base, any_base=any_base))

@@ -15,11 +15,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.config import LoRAConfig, ModelConfig
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
 from khaosz.interop.huggingface import read_json
-from khaosz.interop.models import open_model, open_tokenizer, write_served
-from khaosz.model import RewardModel, Transformer, parameter_shapes
+from khaosz.interop.models import ModelSource, open_model, open_tokenizer, write_served
+from khaosz.model import RewardModel, Transformer, parameter_shapes, parameters_fingerprint
 from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters
 
 CONFIG = "adapter_config.json"
@@ -37,8 +38,16 @@ _ALLOWED = {
 }
 
 
-def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
-    """Write the model's adapters; `base` is the model that they belong to.
+def save_adapter(
+    model: Transformer,
+    directory: Path,
+    base: Path | str,
+    *,
+    base_weights: str | None = None,
+    base_tokenizer: str | None = None,
+) -> None:
+    """Write the model's adapters; `base` is the model that they belong to. The fingerprints of its
+    weights and of its tokenizer go into the metadata of the tensors, which other readers ignore.
 
     Both files are on the disk before they take their names, the old configuration gone first: a
     crash in between leaves what is refused, never old weights with a new scale. Raises
@@ -54,6 +63,8 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
         "target_modules": list(config.target_modules),
         "bias": "none",
     }
+    metadata = {"format": "pt", "base_weights": base_weights, "base_tokenizer": base_tokenizer}
+    known = {name: value for name, value in metadata.items() if value is not None}
     state = adapter_state(model).items()
     tensors = {f"{_PREFIX}{name}.weight": tensor.cpu() for name, tensor in state}
     try:
@@ -62,7 +73,7 @@ def save_adapter(model: Transformer, directory: Path, base: Path | str) -> None:
             atomic_path(directory / CONFIG) as settings,  # published last
             atomic_path(directory / WEIGHTS) as weights,
         ):
-            save_file(tensors, str(weights), metadata={"format": "pt"})
+            save_file(tensors, str(weights), metadata=known)
             write_json(settings, values)
             sync(weights)
             (directory / CONFIG).unlink(missing_ok=True)
@@ -130,11 +141,13 @@ def read_adapter(
     return config, loaded
 
 
-def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Path:
+def merge_adapter(
+    directory: Path, out: Path, *, base: Path | None = None, any_base: bool = False
+) -> Path:
     """Merge the adapter into its base model and write it to `out`, with the base's tokenizer.
 
     `base` is by default the one that adapter_config.json names. Raises `ModelError`, also if `out`
-    exists.
+    exists, and unless `any_base` for another model than the adapter was trained on, where it says.
     """
     if out.exists():
         raise ModelError(f"{out} exists", hint="choose another output, or remove it")
@@ -153,6 +166,8 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
                 hint="give it with --base DIR",
             )
     model, tokenizer = open_model(base), open_tokenizer(base)
+    if not any_base:
+        _require_base(directory, base, model, tokenizer)
     lora, tensors = read_adapter(model.config, directory)
 
     def merged(name: str) -> Tensor:
@@ -164,6 +179,33 @@ def merge_adapter(directory: Path, out: Path, *, base: Path | None = None) -> Pa
 
     write_served(out, model.config, merged, tokenizer)
     return out
+
+
+def _require_base(directory: Path, base: Path, model: ModelSource, tokenizer: Tokenizer) -> None:
+    path = directory / WEIGHTS
+    known: dict[str, str] = {}
+    if path.exists():  # else it is reported later
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                known = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
+    wrong = None
+    if known.get("base_tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        wrong = "its tokenizer differs"
+    if "base_weights" in known and known["base_weights"] != base_fingerprint(model):
+        wrong = "its weights differ"
+    if wrong is not None:
+        raise ModelError(
+            f"{base} is another model than {directory} was trained on: {wrong}",
+            hint="name the right one with --base, or merge all the same with --any-base",
+        )
+
+
+def base_fingerprint(model: ModelSource) -> str:
+    """`weights_fingerprint` of a model that is not loaded; one parameter is in memory."""
+    names = parameter_shapes(model.config)
+    return parameters_fingerprint(names, lambda name: model.read(name, torch.float32), threads=1)
 
 
 def _read_values(path: Path) -> dict[str, Any]:

@@ -1,7 +1,16 @@
 """The network: one decoder-only Transformer, readable top to bottom. It does not depend on
 devices, ranks or losses."""
 
+from khaosz.model.fingerprint import parameters_fingerprint, weights_fingerprint
 from khaosz.model.reward import RewardModel, reward_shapes
 from khaosz.model.transformer import Transformer, evaluating, parameter_shapes
 
-__all__ = ["RewardModel", "Transformer", "evaluating", "parameter_shapes", "reward_shapes"]
+__all__ = [
+    "RewardModel",
+    "Transformer",
+    "evaluating",
+    "parameter_shapes",
+    "parameters_fingerprint",
+    "reward_shapes",
+    "weights_fingerprint",
+]

@@ -81,7 +81,14 @@ def _write(context: TrainContext, directory: Path) -> None:
     state.mkdir()
     if context.config.lora is not None:
         base = context.config.init_from or "a model of its own"
-        save_adapter(context.model, directory / ADAPTER, base)
+        origin = {name: context.fingerprints[name]["hash"] for name in context.fingerprints}
+        save_adapter(
+            context.model,
+            directory / ADAPTER,
+            base,
+            base_weights=origin.get("init_from"),
+            base_tokenizer=origin.get("tokenizer"),
+        )
     save_model(
         merged(context.model) if context.config.lora else context.model,
         directory,
@@ -181,6 +188,7 @@ class SavedState:
     plan: Plan
     world: int
     windows: int
+    fingerprints: dict[str, dict[str, str]]  # empty in checkpoints of earlier versions
 
 
 def load_state(directory: Path) -> SavedState:
@@ -195,6 +203,7 @@ def load_state(directory: Path) -> SavedState:
             Plan(**values["plan"]),
             int(values["world"]),
             int(values["windows"]),
+            values.get("fingerprints", {}),
         )
     except FileNotFoundError:
         raise CheckpointError(

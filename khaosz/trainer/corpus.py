@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from khaosz.config import TrainConfig, preset
+from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.texts import read_interleaved
-from khaosz.data.shards.manifest import PreparedData
-from khaosz.data.shards.prepare import prepare, shown_progress
+from khaosz.data.shards.manifest import PreparedData, identity
+from khaosz.data.shards.prepare import prepare, prepared_from, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
+from khaosz.files import write_atomic
 from khaosz.parallel import ParallelContext
 
 # Bytes of text per merge; more text only takes longer.
@@ -35,19 +38,35 @@ def tokenizer_for(
     if is_prepared(config.data):
         return load_tokenizer(PreparedData.open(config.data).tokenizer_dir)
     directory = config.out / "tokenizer"
-    if parallel.is_main and not (directory / "tokenizer.json").exists():
-        assert config.size is not None
-        vocab_size = config.vocab_size or preset(config.size).model.vocab_size
-        with console.status(f"training a tokenizer of {vocab_size:,} tokens on {config.data}"):
-            trained = train_tokenizer(
-                read_interleaved([config.data]),
-                vocab_size,
-                max_bytes=min(48_000_000, _BYTES_PER_MERGE * vocab_size),
-            )
-        trained.save(directory)
-        console.print(f"  tokenizer of {trained.vocab_size:,} tokens: {directory}", highlight=False)
+    if parallel.is_main:
+        _train_tokenizer(config, directory, console)
     parallel.barrier()
     return load_tokenizer(directory)
+
+
+def _train_tokenizer(config: TrainConfig, directory: Path, console: Console) -> None:
+    """Unless there is one of the same data and size: a start that was interrupted may have had
+    others."""
+    assert config.size is not None
+    vocab_size = config.vocab_size or preset(config.size).model.vocab_size
+    origin = directory / "trained_on.json"
+    is_there = (directory / "tokenizer.json").exists()
+    if is_there and not config.data.exists():
+        return
+    inputs = [identity(path) for path in expand_inputs([config.data])]
+    facts = {"vocab_size": vocab_size, "inputs": inputs}
+    if is_there and origin.exists() and origin.read_text("utf-8") == json.dumps(facts):
+        return
+    with console.status(f"training a tokenizer of {vocab_size:,} tokens on {config.data}"):
+        trained = train_tokenizer(
+            read_interleaved([config.data]),
+            vocab_size,
+            max_bytes=min(48_000_000, _BYTES_PER_MERGE * vocab_size),
+        )
+    origin.unlink(missing_ok=True)
+    trained.save(directory)
+    write_atomic(origin, [json.dumps(facts).encode()])
+    console.print(f"  tokenizer of {trained.vocab_size:,} tokens: {directory}", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Corpus:
     tokenizer: Tokenizer
     parallel: ParallelContext
     console: Console
+    resumed: bool = False  # then its checkpoint says whether the prepared data is the same
 
     def training_data(self) -> PreparedData:
         """Raises `DataError` when the data was prepared with another tokenizer or for another
@@ -80,7 +100,10 @@ class Corpus:
 
     def _opened(self, path: Path, out: Path, val_fraction: float) -> PreparedData:
         if not is_prepared(path):
-            if self.parallel.is_main:
+            if self.resumed and is_prepared(out) and prepared_from(out, path):
+                if not path.exists():
+                    self.console.print(f"  {path} is gone: using {out}, which was prepared from it")
+            elif self.parallel.is_main:
                 with shown_progress(self.console) as progress:
                     prepare(
                         [path],

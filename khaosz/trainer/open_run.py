@@ -11,13 +11,13 @@ from rich.console import Console
 
 from khaosz.config import ModelConfig, TrainConfig, preset, save_config, size_for_minutes
 from khaosz.config.presets import Derived, nearest_size, training_numbers
-from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import CheckpointError, ConfigError
 from khaosz.files import write_json
 from khaosz.interop.adapter import load_adapter
 from khaosz.interop.huggingface import is_reward_model, load_config, load_reward_model
 from khaosz.interop.models import load_model
-from khaosz.model import RewardModel, Transformer
+from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.calibration import calibrate, rows_per_step
@@ -72,9 +72,20 @@ def open_run(origin: RunOrigin, parallel: ParallelContext, console: Console) -> 
             f"lora.dropout={config.lora.dropout:g} with stage={config.stage}",
             hint=_NO_DROPOUT[config.stage],
         )
-    config, derived = with_size(config, parallel)
-    tokenizer = tokenizer_for(config, origin.checkpoint or config.init_from, parallel, console)
-    return OpenRun(origin, parallel, console, config, tokenizer, derived)
+    derived: list[Derived] = []
+    if origin.saved is None:
+        config, derived = with_size(config, parallel)
+        tokenizer = tokenizer_for(config, config.init_from, parallel, console)
+    else:  # the checkpoint has both, wherever the others went
+        assert origin.checkpoint is not None
+        tokenizer = load_tokenizer(origin.checkpoint)
+    run = OpenRun(origin, parallel, console, config, tokenizer, derived)
+    run.record("tokenizer", tokenizer.fingerprint)
+    named, began = config.tokenizer, run.fingerprints["tokenizer"]["hash"]
+    resumed = origin.saved is not None
+    if resumed and named and named.exists() and load_tokenizer(named).fingerprint != began:
+        console.print(f"  {named} is another tokenizer now: using the checkpoint's own")
+    return run
 
 
 @dataclass
@@ -87,7 +98,30 @@ class OpenRun:
     config: TrainConfig
     tokenizer: Tokenizer
     derived: list[Derived] = field(default_factory=list)
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     model: Transformer = field(init=False)
+
+    def record(self, name: str, fingerprint: str, place: Path | None = None) -> bool:
+        """Note what the run depends on, for its checkpoints. False if a resumed run began with
+        something else."""
+        now = (
+            {"hash": fingerprint, "path": str(place.resolve())} if place else {"hash": fingerprint}
+        )
+        before = self.origin.saved.fingerprints.get(name, now) if self.origin.saved else now
+        self.fingerprints[name] = before
+        return before["hash"] == fingerprint
+
+    def record_model(self, name: str, path: Path | None, model: Transformer) -> None:
+        """`record` the weights of a model that a resumed run loads again, from the recipe's key
+        `name`. Raises `CheckpointError` for other weights than those that the run began with."""
+        if name in self.fingerprints or self.parallel.local_rank:
+            return
+        if not self.record(name, weights_fingerprint(model), path):
+            was = self.fingerprints[name].get("path")
+            raise CheckpointError(
+                f"{name}: {path} is another model than the one that the run began with",
+                hint=f"name that one with {name}= (it was {was}; a link such as last moves)",
+            )
 
     @property
     def window(self) -> int:
@@ -99,6 +133,8 @@ class OpenRun:
         number that the recipe leaves open. Raises `ConfigError`, `ModelError`."""
         origin = self.origin
         model = initial_model(self.config, origin.model, self.tokenizer, self.parallel)
+        if self.config.lora is not None:
+            self.record_model("init_from", self.config.init_from, model)
         self.config, derived = with_training_numbers(
             self.config, model.config, self.tokenizer.vocab_size, loaded=origin.model is not None
         )
@@ -113,15 +149,23 @@ class OpenRun:
                 line = f"  {number.name} = {number.value}  [dim]{number.reason}[/dim]"
                 self.console.print(line, highlight=False)
 
-    def check_data(self, examples: int, unit: str, *, same_world: bool = False) -> None:
+    def check_data(
+        self, examples: int, unit: str, fingerprint: str, *, same_world: bool = False
+    ) -> None:
         """Raises `CheckpointError` when a resumed run reads other data than before, or with
         `same_world` runs on another number of processes."""
         saved, world = self.origin.saved, self.parallel.world
+        is_same = self.record("data", fingerprint, self.config.data)
         if saved is None:
             return
         if saved.windows != examples:
             raise CheckpointError(
                 f"the data holds {examples:,} {unit}, the run began with {saved.windows:,}",
+                hint="resume with the data it was started with",
+            )
+        if not is_same:
+            raise CheckpointError(
+                f"{self.config.data} holds other {unit} than those that the run began with",
                 hint="resume with the data it was started with",
             )
         if saved.world != world and same_world:
@@ -167,6 +211,7 @@ class OpenRun:
                 for optimizer in build_optimizers(model, self.config, dtype=plan.torch_dtype)
             ],
             windows=examples,
+            fingerprints=self.fingerprints,
             progress=saved.progress if saved else Progress(),
             critic=strategy.critic,
             rollouts=rollouts,

@@ -104,6 +104,8 @@ class TrainContext:
     stopping: str | None = None  # why the run ends early
     signal: int = 0  # the signal that stopped it
     last: dict[str, Any] = field(default_factory=dict)  # metrics of the last step
+    # Of what a resumed run reads again: name -> {"hash": ..., and where it was}
+    fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)
     critic: RewardModel | None = None
     rollouts: Rollouts | None = None
     random_state: dict[str, torch.Tensor] | None = None  # of all ranks, gathered for a checkpoint
@@ -126,6 +128,7 @@ class TrainContext:
             "plan": asdict(self.plan),
             "world": self.parallel.world,
             "windows": self.windows,
+            "fingerprints": self.fingerprints,
         }
 
     def trained(self) -> dict[str, nn.Parameter]:

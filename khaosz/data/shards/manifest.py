@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from khaosz.data.fingerprint import fingerprint
 from khaosz.data.records.readers import RawBatch
 from khaosz.data.records.report import InputReport
 from khaosz.data.shards.encode import EncodedBatch
@@ -99,6 +100,12 @@ def format_report(report: PrepareReport) -> str:
     return "\n".join(lines)
 
 
+def identity(path: Path) -> list[Any]:
+    """Name, size and time of an input."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest as a dict. Raises DataError when it is missing, broken or of another format."""
     path = directory / "manifest.json"
@@ -153,6 +160,18 @@ class PreparedData:
     @property
     def tokenizer_dir(self) -> Path:
         return self.directory / "tokenizer"
+
+    def content(self, split: str) -> str:
+        """A hash of a split's tokens by the checksums in the shards' headers: of shards that were
+        damaged later, only `khaosz data verify` knows."""
+        return fingerprint(
+            [
+                (group.source, group.lang, shard.header)
+                for group in self.groups
+                if group.split == split
+                for shard in group.shards
+            ]
+        )
 
     @classmethod
     def open(cls, directory: str | Path) -> PreparedData:

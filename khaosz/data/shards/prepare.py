@@ -26,12 +26,13 @@ from khaosz.data.records.readers import expand_inputs, records_of
 from khaosz.data.records.report import worst_reason
 from khaosz.data.shards.dedup import PrepareState
 from khaosz.data.shards.encode import record_stage
-from khaosz.data.shards.manifest import PrepareReport, read_manifest
+from khaosz.data.shards.manifest import PrepareReport, identity, read_manifest
 from khaosz.data.shards.mmap import Stage
 from khaosz.data.shards.writer import Preparation, PrepareProgress
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
+from khaosz.files import digest
 
 
 def prepare(
@@ -53,6 +54,9 @@ def prepare(
     needs the usual `if __name__ == "__main__"`. A document belongs to "val" when its hash, read as
     a number in [0, 1), is below `val_fraction`: the same text always falls on the same side.
 
+    A complete `out` is left as it is where its inputs were moved, touched or removed since; where
+    they changed, it is another directory's.
+
     Raises DataError for inputs that cannot be read or have no usable record, for an `out` that
     holds something else, and when the disk is full (finished work is kept).
     """
@@ -62,12 +66,17 @@ def prepare(
         raise DataError(f"val_fraction is {val_fraction}, not in [0, 1)")
     if shard_tokens < 1 or (max_documents is not None and max_documents < 1):
         raise DataError("shard_tokens and max_documents must be at least 1")
-    paths = expand_inputs(inputs)
-    if not paths:
+    out, inputs = Path(out), list(inputs)
+    try:
+        paths = expand_inputs(inputs)
+    except DataError:
+        if not ((out / "manifest.json").exists() and prepared_from(out, *inputs)):
+            raise
+        paths = None
+    if paths == []:
         raise DataError("no inputs", hint="give files, directories or globs")
-    out = Path(out)
     configuration = {
-        "inputs": [_identity(path) for path in paths],
+        "inputs": [identity(path) for path in paths or []],
         "tokenizer": tokenizer.fingerprint,
         "stage": stage,
         "val_fraction": val_fraction,
@@ -75,9 +84,9 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_documents": max_documents,
     }
-    finished = _finished_report(out, configuration)
-    if finished is not None:
+    if (finished := _finished_report(out, configuration, paths)) is not None:
         return finished
+    assert paths is not None
     state = _open_state(out, configuration)
     try:
         run = Preparation(out, state, tokenizer, paths, configuration, progress)
@@ -113,21 +122,38 @@ def _cannot_write(error: OSError, out: Path) -> DataError:
     )
 
 
-def _identity(path: Path) -> list[Any]:
-    status = path.stat()
-    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+def prepared_from(out: Path, *inputs: str | Path) -> bool:
+    """Whether a prepared directory was made from these files and folders, going by their names."""
+    places = [Path(path).resolve() for path in inputs]
+    earlier = [Path(entry[0]) for entry in read_manifest(out)["configuration"]["inputs"]]
+    return all(any(path == p or p in path.parents for p in places) for path in earlier)
 
 
-def _finished_report(out: Path, configuration: dict[str, Any]) -> PrepareReport | None:
+def _finished_report(
+    out: Path, configuration: dict[str, Any], paths: list[Path] | None
+) -> PrepareReport | None:
     if not (out / "manifest.json").exists():
         return None
     manifest = read_manifest(out)
-    if manifest["configuration"] != configuration:
-        raise _different(out, manifest["configuration"], configuration)
+    earlier = manifest["configuration"]
+    if paths is None or _same_content(manifest, configuration["inputs"], paths):
+        configuration = {**configuration, "inputs": earlier["inputs"]}
+    if earlier != configuration:
+        raise _different(out, earlier, configuration)
     shutil.rmtree(out / ".prepare", ignore_errors=True)  # killed just before its removal
     report = PrepareReport.from_dict(manifest["report"])
     report.already_prepared = True
     return report
+
+
+def _same_content(manifest: dict[str, Any], inputs: list[Any], paths: list[Path]) -> bool:
+    """Whether the inputs, where their names or times differ, hold what they held before."""
+    earlier = manifest["configuration"]["inputs"]
+    digests = manifest.get("digests", [None] * len(earlier))  # earlier versions wrote none
+    return len(earlier) == len(inputs) and all(
+        now == before or (now[1] == before[1] and known is not None and digest(path) == known)
+        for before, now, known, path in zip(earlier, inputs, digests, paths, strict=True)
+    )
 
 
 def _different(out: Path, earlier: dict[str, Any], current: dict[str, Any]) -> DataError:

@@ -26,11 +26,16 @@ from khaosz.data.shards.encode import (
     encode_records,
     start_worker,
 )
-from khaosz.data.shards.manifest import GROUP_FIELDS, MANIFEST_FORMAT, PrepareReport
+from khaosz.data.shards.manifest import (
+    GROUP_FIELDS,
+    MANIFEST_FORMAT,
+    PrepareReport,
+    identity,
+)
 from khaosz.data.shards.mmap import Stage, TokenFileWriter, remove_parts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
-from khaosz.files import write_json
+from khaosz.files import digest, write_json
 
 MAX_GROUPS = 64
 OTHER_SOURCE = "other"
@@ -165,6 +170,7 @@ class Preparation:
             self._set_full(group)
         self.commit()
         self.tokenizer.save(self.out / "tokenizer")
+        inputs = self.configuration["inputs"]
         manifest = {
             "format": MANIFEST_FORMAT,
             "stage": self.stage,
@@ -173,6 +179,11 @@ class Preparation:
             "groups": [group.as_dict() for group in self.groups.values()],
             "configuration": self.configuration,
             "report": asdict(self.report),
+            # None: changed meanwhile, so what was read is not known.
+            "digests": [
+                digest(path) if path.exists() and identity(path) == before else None
+                for path, before in zip(self.paths, inputs, strict=True)
+            ],
         }
         write_json(self.out / "manifest.json", manifest)
 

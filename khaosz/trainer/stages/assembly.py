@@ -8,6 +8,7 @@ import torch
 
 from khaosz.config import TrainConfig
 from khaosz.data.batches.dataset import TokenDataset
+from khaosz.data.fingerprint import fingerprint
 from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
 from khaosz.errors import DataError
@@ -45,7 +46,8 @@ from khaosz.trainer.validation import evaluate_on, sample_text
 
 def assemble_text(run: OpenRun) -> Trainer:
     """Pretraining and supervised fine-tuning: packed windows of token files."""
-    corpus = Corpus(run.config, run.tokenizer, run.parallel, run.console)
+    resumed = run.origin.saved is not None
+    corpus = Corpus(run.config, run.tokenizer, run.parallel, run.console, resumed)
     prepared = corpus.training_data()
     run.load_model()
     config, tokenizer = run.config, run.tokenizer
@@ -58,7 +60,7 @@ def assemble_text(run: OpenRun) -> Trainer:
         plan_dir=config.out / ".plans",
     )
     _print_lines(run, _packing_lines(dataset))
-    run.check_data(dataset.windows, "windows")
+    run.check_data(dataset.windows, "windows", prepared.content("train"))
     rows, micro = run.rows()
     strategy = build_strategy(config, dataset, rows, micro, run.parallel)
     plan = run.plan(strategy, rows, micro)
@@ -77,7 +79,8 @@ def assemble_pairs(run: OpenRun) -> Trainer:
     data, held_out = _preference_pairs(run)
     per_step = config.batch_pairs or PREFERENCE_PAIRS
     check_pairs_per_step(per_step, parallel.world)
-    run.check_data(len(data.pairs), "pairs")
+    ids = [(p.prompt_ids, p.chosen_ids, p.rejected_ids, p.margin) for p in data.pairs]
+    run.check_data(len(data.pairs), "pairs", fingerprint(ids, data.draws))
     layout = _layout(run, per_step)
     strategy: PairStrategy
     if config.stage == "rm":
@@ -116,7 +119,8 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     loaded = load_prompts([config.data], run.tokenizer, run.window - rollout.max_new_tokens + 1)
     _print_lines(run, loaded.report.lines())
     prompts = loaded.train
-    run.check_data(len(prompts), "prompts", same_world=True)
+    content = fingerprint([vars(prompt) for prompt in prompts])
+    run.check_data(len(prompts), "prompts", content, same_world=True)
     saved = run.origin.saved
     plan = saved.plan if saved else _rollout_plan(run, len(prompts))
     compute = apply_plan(plan, run.model, config)
@@ -168,7 +172,8 @@ def assemble_embedder(run: OpenRun) -> Trainer:
         )
     per_step = config.batch_pairs or TEXT_PAIRS
     check_texts_per_step(per_step, parallel.world)
-    run.check_data(len(data), "pairs")
+    content = fingerprint(data.queries, data.passages, data.positive, data.negatives)
+    run.check_data(len(data), "pairs", content)
     strategy = EmbedStrategy(data, held_out, _layout(run, per_step), parallel, config.embed)
     plan = plan_packed(run, strategy)
     compute = apply_plan(plan, run.model, config)

@@ -7,7 +7,6 @@ file, or loads that model again.
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 
 import torch
@@ -19,11 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from khaosz.data.batches.sampler import permute
+from khaosz.data.fingerprint import fingerprint as digest
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import ConfigError
 from khaosz.files import atomic_path
 from khaosz.interop.models import load_model
-from khaosz.model import Transformer
+from khaosz.model import Transformer, weights_fingerprint
 from khaosz.trainer.open_run import OpenRun, initial_model
 from khaosz.trainer.stages.dpo import DPOStrategy, reference_logprobs
 from khaosz.trainer.stages.pairs import PairSet
@@ -35,7 +35,9 @@ def frozen_reference(run: OpenRun) -> Transformer:
     """A frozen copy of the model that the run started from, or of `reference`: never of a policy
     from a checkpoint. Raises `ConfigError` for another vocabulary or tokenizer."""
     config, parallel = run.config, run.parallel
+    name, path = "init_from", config.init_from
     if config.reference is not None:
+        name, path = "reference", config.reference
         frozen = load_model(config.reference, device=parallel.device)
         if frozen.config.vocab_size != run.model.config.vocab_size:
             raise ConfigError(
@@ -48,6 +50,7 @@ def frozen_reference(run: OpenRun) -> Transformer:
         frozen.compiled_blocks = None
     else:
         frozen = initial_model(config, config.init_from, run.tokenizer, parallel)
+    run.record_model(name, path, frozen)
     return frozen.requires_grad_(False).eval()
 
 
@@ -59,6 +62,8 @@ def add_references(run: OpenRun, strategy: DPOStrategy, compute: Compute) -> Non
     config, frozen = run.config, run.model
     if config.reference is not None or run.origin.checkpoint is not None:
         frozen = frozen_reference(run)
+    else:
+        run.record_model("init_from", config.init_from, frozen)
     for name, data in (("reference", strategy.data), ("reference-val", strategy.held_out)):
         if data.pairs:
             path = config.out / f"{name}.safetensors"
@@ -67,15 +72,8 @@ def add_references(run: OpenRun, strategy: DPOStrategy, compute: Compute) -> Non
 
 def fingerprint(model: Transformer, data: PairSet) -> str:
     """A hash of the reference's weights and of the pairs, on which the log-probabilities depend."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    for pair in data.pairs:
-        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids):
-            digest.update(len(ids).to_bytes(8, "little"))
-            digest.update(ids.tobytes())
-    return digest.hexdigest()
+    ids = [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in data.pairs]
+    return digest(weights_fingerprint(model), ids)
 
 
 def add_reference(

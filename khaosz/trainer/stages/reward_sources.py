@@ -103,6 +103,7 @@ def open_reward_source(run: OpenRun, compute: Compute, layout: BatchLayout) -> R
     assert path is not None
     check_same_tokenizer(tokenizer, load_tokenizer(path), path)
     model = load_reward_model(path, device=run.parallel.device)
+    run.record_model("reward_model", path, model)
     check_context(model.config, path, run.window)
     return ModelReward(model, compute, layout)
 
