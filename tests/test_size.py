@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 3,
     "cli": 1_914,
     "config": 960,
-    "data": 3_817,
+    "data": 3_979,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,
@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 108,
     "rag": 4_754,
     "rewards": 2,
-    "serve": 3_948,
+    "serve": 3_966,
     "trainer": 4_009,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

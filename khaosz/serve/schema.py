@@ -9,7 +9,15 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    field_validator,
+    model_validator,
+)
 
 from khaosz.inference.sampling import (
     MAX_BIASES,
@@ -68,16 +76,27 @@ class ToolCall(RequestModel):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-class InputMessage(RequestModel):
+class ChatMessage(RequestModel):
+    """`name`: of the participant or the tool; few templates read it."""
+
+    name: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The fields that the request gives, as transformers hands them to the chat template."""
+        hidden = {"refusal", "citations", "tool_calls"}
+        return self.model_dump(exclude_unset=True, exclude=hidden)
+
+
+class InputMessage(ChatMessage):
     role: Literal["system", "developer", "user"]
     content: Content
 
     def for_template(self) -> dict[str, Any]:
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": _text(self.content)}
+        return {**super().for_template(), "role": role}
 
 
-class AssistantMessage(RequestModel):
+class AssistantMessage(ChatMessage):
     """`refusal` and `citations` exist so that a client can send an answer back unchanged; the model
     does not see them."""
 
@@ -95,25 +114,16 @@ class AssistantMessage(RequestModel):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": _text(self.content or "")}
-        if self.reasoning_content is not None:
-            message["reasoning_content"] = self.reasoning_content
+        message = super().for_template()
         if self.tool_calls:
             message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
-class ToolMessage(RequestModel):
+class ToolMessage(ChatMessage):
     role: Literal["tool"]
     content: Content
     tool_call_id: str
-
-    def for_template(self) -> dict[str, Any]:
-        return {
-            "role": "tool",
-            "content": _text(self.content),
-            "tool_call_id": self.tool_call_id,
-        }
 
 
 Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
@@ -129,13 +139,18 @@ class Function(RequestModel):
 class Tool(RequestModel):
     type: Literal["function"]
     function: Function
+    _sent: dict[str, Any] = PrivateAttr()
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, value: Any, validate: ModelWrapValidatorHandler[Tool]) -> Tool:
+        tool = validate(value)
+        tool._sent = value
+        return tool
 
     def for_template(self) -> dict[str, Any]:
-        function: dict[str, Any] = {"name": self.function.name}
-        if self.function.description is not None:
-            function["description"] = self.function.description
-        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
-        return {"type": "function", "function": function}
+        """As it was sent, in the order of its keys: templates print the whole object."""
+        return self._sent
 
 
 class FunctionName(RequestModel):
@@ -318,7 +333,3 @@ class ChatRequest(SamplingRequest):
             case JsonSchema(json_schema=named):
                 return json.dumps(named.schema_)
         return None
-
-
-def _text(content: Content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)

@@ -28,6 +28,15 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.messages import (
+    Forms,
+    Message,
+    Tools,
+    check_messages,
+    for_template,
+    probe,
+    tools_for_template,
+)
 from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
 from khaosz.errors import DataError
 
@@ -113,17 +122,37 @@ def render_chat(
             "this tokenizer has no chat template",
             hint="use a chat model, or add chat_template to its tokenizer_config.json",
         )
-    _check(messages)
-    template = _compile(tokenizer.chat_template)
-    variables = {**tokenizer.template_variables, _START: start_mark, _END: end_mark}
+    check_messages(messages)
+    template, variables = tokenizer.chat_template, tokenizer.template_variables
+
+    def forms() -> Forms:
+        return _forms(template, tuple(variables.items()))
+
+    return _render(
+        template,
+        for_template(messages, forms),
+        None if tools is None else tools_for_template(tools, forms),
+        add_generation_prompt,
+        {**variables, _START: start_mark, _END: end_mark},
+    )
+
+
+def _render(
+    template: str,
+    messages: list[Message],
+    tools: Tools,
+    add_generation_prompt: bool,
+    variables: dict[str, str],
+) -> str:
+    compiled = _compile(template)
     # Our own template is trusted, and `data prepare` renders it a million times.
-    limit = nullcontext() if tokenizer.chat_template == CHAT_TEMPLATE else time_limit()
+    limit = nullcontext() if template == CHAT_TEMPLATE else time_limit()
     try:
         with limit:
             parts, size = [], 0
-            for part in template.generate(
-                messages=list(messages),
-                tools=list(tools) if tools else None,
+            for part in compiled.generate(
+                messages=messages,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **variables,
@@ -133,10 +162,17 @@ def render_chat(
                 if size > MAX_TEXT:
                     raise DataError(f"the chat template renders more than {MAX_TEXT:,} characters")
             return "".join(parts)
+    except DataError:
+        raise
     # A template raises TemplateError or OverflowError for rejected chats, undefined names and
-    # sandbox limits, and Python's errors for values of a shape that it does not expect.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    # sandbox limits, and any of Python's errors for values of a shape that it does not expect.
+    except Exception as error:
         raise DataError(f"the chat template refuses this chat: {error}") from error
+
+
+@lru_cache(maxsize=8)
+def _forms(template: str, variables: tuple[tuple[str, str], ...]) -> Forms:
+    return probe(lambda messages, tools: _render(template, messages, tools, False, dict(variables)))
 
 
 def encode_chat(
@@ -153,7 +189,7 @@ def encode_chat(
     Special tokens written inside messages are text. Raises DataError for a bad chat, and with
     `need_mask` for a template without `{% generation %}`.
     """
-    _check(messages)
+    check_messages(messages)
     nonce = secrets.token_hex(16)
     literals: list[str] = []
 
@@ -165,7 +201,7 @@ def encode_chat(
     rendered = render_chat(
         tokenizer,
         [_replace_strings(message, pattern, mark) for message in messages],
-        [_replace_strings(tool, pattern, mark) for tool in tools] if tools else None,
+        None if tools is None else [_replace_strings(tool, pattern, mark) for tool in tools],
         add_generation_prompt,
         start_mark=f"{nonce}S",
         end_mark=f"{nonce}E",
@@ -226,20 +262,6 @@ def _marks(special: str) -> re.Pattern[str]:
     other hexadecimal digits is found too: it is exactly 32 of them before a letter that is not
     one."""
     return re.compile(rf"[0-9a-f]{{32}}(?:S|E|L\d+\.)|{special}")
-
-
-def _check(messages: Sequence[dict[str, Any]]) -> None:
-    if not messages:
-        raise DataError("the chat has no messages")
-    for n, message in enumerate(messages, start=1):
-        if not isinstance(message.get("role"), str):
-            raise DataError(f"message {n} has no role")
-        content = message.get("content")
-        if isinstance(content, str) or (content is None and message.get("tool_calls")):
-            continue
-        raise DataError(
-            f"message {n} ({message['role']}): content is {type(content).__name__}, not text"
-        )
 
 
 def _replace_strings(value: Any, pattern: re.Pattern[str], mark: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from jinja2 import nodes
 from jinja2.compiler import CodeGenerator, Frame
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import FilterArgumentError, SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_TEMPLATE = 1 << 17  # characters
@@ -26,7 +26,6 @@ MAX_SECONDS = 5.0
 # Filters that no chat template needs and that make long texts of short ones.
 _WITHOUT = (
     "center",
-    "format",
     "wordwrap",
     "urlize",
     "xmlattr",
@@ -58,6 +57,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.globals.pop("lipsum", None)
         self.filters["replace"] = _replace
         self.filters["indent"] = _indent
+        self.filters["format"] = _format
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         match operator:
@@ -71,8 +71,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 if not (isinstance(right, int | float) and abs(right) <= 1024):
                     raise SecurityError("an exponent beyond 1024")
             case "%" if isinstance(left, str):
-                if re.search(r"\d{4}|\*", left):
-                    raise SecurityError("a format of more than 999 characters")
+                _check_format(left)
         return super().call_binop(context, operator, left, right)
 
     def join_limited(self, parts: Iterable[Any]) -> str:
@@ -86,19 +85,34 @@ def _allow(size: int) -> None:
         raise SecurityError(f"a text or list of more than {MAX_TEXT:,}")
 
 
-def _replace(value: Any, old: str, new: str, count: int | None = None) -> str:
+def _check_format(text: str) -> None:
+    """Refuses a width or precision of four digits and one that an argument gives."""
+    for spec in re.findall(r"%(?:\([^)]*\))?([-#0 +]*[*.\d]*)", text):
+        if re.search(r"\d{4}|\*", spec):
+            raise SecurityError("a format of more than 999 characters")
+
+
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+    if args and kwargs:
+        raise FilterArgumentError("can't handle positional and keyword arguments at the same time")
     text = str(value)
+    _check_format(text)
+    return text % (kwargs or args)
+
+
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+    text, old, new = str(value), str(old), str(new)
     _allow(len(text) + text.count(old) * len(new))
     return text.replace(old, new, -1 if count is None else count)
 
 
 def _indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     prefix = width if isinstance(width, str) else " " * min(width, 256)
-    text = str(value)
-    _allow(len(text) + (text.count("\n") + 1) * len(prefix))
-    lines = text.split("\n")
-    rest = [prefix + line if line or blank else line for line in lines[1:]]
-    return "\n".join([(prefix if first else "") + lines[0], *rest])
+    text = str(value) + "\n"  # as Jinja's filter, which so keeps a line end at the end
+    _allow(len(text) + (len(text.splitlines()) + 1) * len(prefix))
+    head, *rest = text.splitlines()
+    rest = [prefix + line if line or blank else line for line in rest]
+    return "\n".join([(prefix if first else "") + head, *rest])
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.inference.generator import Generator
 from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
@@ -168,10 +169,15 @@ async def chat_context(request: ChatRequest, use: Use, library: Library | None) 
 
     base = await asyncio.to_thread(library.base, request.knowledge_base)
     search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
-    messages = [message.for_template() for message in request.messages]
+    messages = [_in_one_text(message.for_template()) for message in request.messages]
     # Where the request sets no limit, passages may use the context that an answer might.
     answer = request.token_limit or min(DEFAULT_MAX_TOKENS, generator.context // 4)
     return await retrieve_context(messages, search, count, generator.context - answer, ask_model)
+
+
+def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": text_of_parts(content)} if isinstance(content, list) else message
 
 
 def _prompt_without_reasoning(messages: list[dict[str, Any]], generator: Generator) -> list[int]:

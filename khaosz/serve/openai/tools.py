@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.inference.parts import CALL, CALLED, Calls
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would continue to its last token
@@ -38,24 +39,28 @@ def add_tools(
     """Messages and tools for the chat template. A template without tools would silently ignore
     them, so they become part of the system message, and earlier calls and their results become
     texts of the roles that every template has."""
-    if not tools or "tools" in (tokenizer.chat_template or ""):
+    template = tokenizer.chat_template or ""
+    if "tools" in template or (not tools and "tool_calls" in template):
         return list(messages), list(tools) or None
+    turns = [_plain(message) for message in messages]
+    if not tools:
+        return turns, None
     lines = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
     text = _INTRODUCTION.format(tools=lines)
-    turns = [_plain(message) for message in messages]
     if turns and turns[0]["role"] == "system":
-        text = f"{turns.pop(0)['content']}\n\n{text}"
+        text = f"{text_of_parts(turns.pop(0)['content'])}\n\n{text}"
     return [{"role": "system", "content": text}, *turns], None
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
     if message["role"] == "tool":
-        text = f"<tool_response>\n{message['content']}\n</tool_response>"
+        text = f"<tool_response>\n{text_of_parts(message['content'])}\n</tool_response>"
         return {"role": "user", "content": text}
     calls = [call["function"] for call in message.get("tool_calls", ())]
     if not calls:
         return message
-    texts = [message["content"]] if message["content"] else []
+    content = text_of_parts(message.get("content"))
+    texts = [content] if content else []
     texts += [f"{CALL}\n{json.dumps(call, ensure_ascii=False)}\n{CALLED}" for call in calls]
     return {"role": "assistant", "content": "\n".join(texts)}
 
