@@ -51,6 +51,10 @@ def test_eval_generate_show(trained: Path, corpus_file: Path) -> None:
     first = one_json_line(khaosz("generate", model, "--prompt", "中国", *options))
     assert first == one_json_line(khaosz("generate", model, "--prompt", "中国", *options))
     assert first.keys() == {"text", "tokens", "finish_reason"}
+    for seed in ("-1", str(2**64), "9" * 400):
+        refused = khaosz("generate", model, "--prompt", "x", "--seed", seed, ok=False)
+        assert refused.returncode == 1 and refused.stderr.startswith("error: seed must be ")
+        assert refused.stderr.count("\n") == 1
     answer = one_json_line(khaosz("generate", model, "--chat", "你好 <|end|>", *options))
     assert answer["finish_reason"] in ("stop", "length")
     records = khaosz("data", "show", trained / "data", "-n", "2")
@@ -69,6 +73,7 @@ def test_eval_generate_show(trained: Path, corpus_file: Path) -> None:
         (["train", "recipes/pt.toml", "data=gone.jsonl"], "gone.jsonl", ""),
         (["generate", "nowhere", "--prompt", "x"], "model directory not found", "training"),
         (["generate", "nowhere"], "--prompt", ""),
+        (["chat", "--url", "http://127.0.0.1:9/v1", "--deterministic"], "--url", "the server"),
         (["eval", "bpb", "nowhere", "x.jsonl"], "model directory not found", ""),
         (["data", "get", "everything"], "not found", "demo"),
         (["tokenizer", "train", "gone.txt", "--out", "t"], "gone.txt", ""),

@@ -25,6 +25,10 @@ from khaosz.cli.output import (
 
 model_app = typer.Typer()
 bench_app = typer.Typer(help="Benchmark a model on this machine.", no_args_is_help=True)
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="The same bits alone, in a batch or cached; slower."),
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 
 
@@ -52,9 +56,7 @@ def generate(
             "--prompt-lookup", "--lookup", help="Draft tokens from the prompt: faster for quotes."
         ),
     ] = False,
-    deterministic: Annotated[
-        bool, typer.Option("--deterministic", help="The same bits in any batch; slower.")
-    ] = False,
+    deterministic: Deterministic = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -125,6 +127,7 @@ def chat(
     max_tokens: MaxTokens = 256,
     seed: Seed = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    deterministic: Deterministic = False,
     device: Device = "auto",
 ) -> None:
     """Chat with a model in the terminal; /help lists the commands."""
@@ -135,6 +138,10 @@ def chat(
     if model is not None and (url is not None or name is not None):
         other = "--model" if url is None else "--url"
         raise ConfigError(f"give a model path or {other}, not both")
+    if url is not None and deterministic:
+        raise ConfigError(
+            "--deterministic has no effect with --url", hint="start the server with it"
+        )
     if repetition_penalty is None:
         repetition_penalty = 1.1 if url is None else 1.0
     settings = Settings(
@@ -149,7 +156,9 @@ def chat(
         from khaosz.cli.terminal.local_backend import LocalBackend
 
         path = model or (find_model(name) if name else default_model())
-        backend = LocalBackend.from_path(path, device=resolve_device(device))
+        backend = LocalBackend.from_path(
+            path, device=resolve_device(device), deterministic=deterministic
+        )
     with closing(backend):
         backend.check(settings)
         if docs is not None:
@@ -214,6 +223,7 @@ def serve(
         float | None,
         typer.Option(help="GB for weights and prefix caches; idle models are unloaded to fit."),
     ] = None,
+    deterministic: Deterministic = False,
     device: Device = "auto",
 ) -> None:
     """Serve models to local programs over an HTTP API compatible with OpenAI's."""
@@ -232,6 +242,7 @@ def serve(
         max_upload=max_upload << 20,
         address=Address(host, port, api_key, tuple(origin or ())),
         device=resolve_device(device),
+        deterministic=deterministic,
         limits=Limits(max_queue, max_batch, memory),
         timeout=request_timeout,
         announce=typer.echo,

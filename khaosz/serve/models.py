@@ -78,9 +78,16 @@ class UnknownModel(Exception):
 class Models:
     """All methods are for one event loop."""
 
-    def __init__(self, models: Sequence[Model], limits: Limits, *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        models: Sequence[Model],
+        limits: Limits,
+        *,
+        device: str = "cpu",
+        deterministic: bool = False,
+    ) -> None:
         """Raises `ConfigError` for a duplicate name, and for a model larger than the limit."""
-        self.limits, self.device = limits, device
+        self.limits, self.device, self.deterministic = limits, device, deterministic
         self.started = int(time.time())
         self._by_name: dict[str, Model] = {}
         for model in models:
@@ -179,7 +186,9 @@ class Models:
         return (model.loaded for model in self.all if model.loaded is not None)
 
     def _load(self, model: Model) -> Loaded:
-        generator = Generator.from_directory(model.source, device=self.device)
+        generator = Generator.from_directory(
+            model.source, device=self.device, deterministic=self.deterministic
+        )
         runner = generator.engine.runner
         generator.engine = Engine(runner, generator.tokenizer, max_batch=self.limits.max_batch)
         adapters = {

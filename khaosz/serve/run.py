@@ -36,6 +36,7 @@ def serve(
     max_upload: int,
     address: Address,
     device: str,
+    deterministic: bool = False,
     limits: Limits,
     timeout: float,
     announce: Callable[[str], None],
@@ -44,7 +45,8 @@ def serve(
     NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
     `rerankers` as `RetrievalModels` takes them. `data`: the folder for documents, conversations and
     preferences; `runs`: that of training runs; `max_upload`: bytes of a document. `timeout`:
-    seconds for a request. `announce` gets a line per address when the first model is loaded.
+    seconds for a request. `deterministic`: answers do not depend on other requests or caches.
+    `announce` gets a line per address when the first model is loaded.
 
     Raises `ConfigError` for a port in use, an address that is not local, a missing key off
     loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
@@ -74,7 +76,8 @@ def serve(
         ) from None
 
     with listen(host, port) as listener:
-        served = Models(named_models(models, loras), limits, device=device)
+        described = named_models(models, loras)
+        served = Models(described, limits, device=device, deterministic=deterministic)
         retrieval = RetrievalModels(embedders, rerankers)
         if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")

@@ -116,7 +116,7 @@ def test_rankings_become_records(session: Session, tmp_path: Path) -> None:
 def test_prompt_and_answers_are_shown_before_the_ranking(session: Session, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     # Some answers stop, some reach the limit.
-    params = SamplingParams(max_tokens=8, temperature=1.0, logit_bias={tokenizer().end_id: 5.0})
+    params = SamplingParams(max_tokens=8, temperature=1.0, logit_bias={tokenizer().end_id: 4.0})
     session.collect("a>b>c>d>e>f\n", out, n=6, params=params)
     (record,) = read(out)
     shown = session.output.split("ranking> ")[0]

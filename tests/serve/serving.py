@@ -187,6 +187,7 @@ def served(
     key: str | None = None,
     origins: Sequence[str] = (),
     limits: Limits | None = None,
+    deterministic: bool = False,
     timeout: float = 60.0,
     step_tokens: int | None = None,
     retrieval: RetrievalModels | None = None,
@@ -194,7 +195,8 @@ def served(
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
     """`models` and `loras` as the command's arguments."""
-    all_models = Models(named_models([str(each) for each in models], loras), limits or Limits(64))
+    described = named_models([str(each) for each in models], loras)
+    all_models = Models(described, limits or Limits(64), deterministic=deterministic)
     all_models.preload()
     if step_tokens is not None:
         service = Service(0, all_models)

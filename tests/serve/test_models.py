@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,35 @@ def test_models_load_on_first_use(tiny: Path, taught: Path) -> None:
         assert answer_of(service, "other") == alone(taught)
         assert answer_of(service, "tiny") == alone(tiny)
         assert loaded(service) == {"tiny": True, "other": True}
+
+
+def seeded(service: Service, model: str) -> dict[str, Any]:
+    """Texts and log-probabilities of two choices drawn with a seed."""
+    answer = service.client().chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": "the quick brown fox 春眠 " * 4}],
+        max_tokens=24,
+        temperature=1,
+        seed=2**64 - 1,
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    choices: list[Any] = answer.model_dump()["choices"]
+    return {str(i): choice for i, choice in enumerate(choices)}
+
+
+def test_deterministic_service_gives_the_same_bits_again(tiny: Path, tuned: Path) -> None:
+    """Alone, with its prompt cached, and among other requests."""
+    with served(tiny, loras=[f"tuned={tuned}"], deterministic=True) as service:
+        for name in ("tiny", "tuned"):
+            first = seeded(service, name)
+            assert first["0"] != first["1"]
+            assert seeded(service, name) == first
+            with ThreadPoolExecutor(4) as pool:
+                for i in range(3):
+                    pool.submit(answer_of, service, "tiny", seed=i)
+                assert pool.submit(seeded, service, name).result() == first
 
 
 def test_adapter_is_served_by_its_name(tiny: Path, tuned: Path, tmp_path: Path) -> None:

@@ -401,7 +401,7 @@ def test_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
 def test_command_serves_and_drains(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "khaosz", "serve", str(tiny), "--port", "0", "--device", "cpu"]
-    command += ["--data", str(tmp_path)]
+    command += ["--data", str(tmp_path), "--deterministic"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

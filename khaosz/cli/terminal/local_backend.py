@@ -29,13 +29,19 @@ DEFAULT_BASE = "khaosz.kb"
 
 
 class LocalBackend:
-    def __init__(self, generator: Generator, name: str, *, device: str = "cpu") -> None:
-        self.generator, self.name, self._device = generator, name, device
+    def __init__(
+        self, generator: Generator, name: str, *, device: str = "cpu", deterministic: bool = False
+    ) -> None:
+        self.generator, self.name = generator, name
+        self._device, self._deterministic = device, deterministic
         self._base: tuple[str, KnowledgeBase] | None = None
 
     @classmethod
-    def from_path(cls, model: Path, *, device: str = "cpu") -> LocalBackend:
-        return cls(Generator.from_directory(model, device=device), str(model), device=device)
+    def from_path(
+        cls, model: Path, *, device: str = "cpu", deterministic: bool = False
+    ) -> LocalBackend:
+        generator = Generator.from_directory(model, device=device, deterministic=deterministic)
+        return cls(generator, str(model), device=device, deterministic=deterministic)
 
     @property
     def about(self) -> str:
@@ -46,7 +52,9 @@ class LocalBackend:
 
     def choose(self, name: str) -> None:
         path = find_model(name)
-        self.generator = Generator.from_directory(path, device=self._device)
+        self.generator = Generator.from_directory(
+            path, device=self._device, deterministic=self._deterministic
+        )
         self.name = str(path)
 
     def knowledge_bases(self) -> list[str]:
