@@ -38,6 +38,8 @@ class Family:
     switches: frozenset[str] = frozenset()
     context: int = 32_768
     head_dim: int | None = None  # by default the width over the heads
+    key_value_heads: int | None = None  # by default the heads
+    sliding_window: int | None = None
     extra: tuple[tuple[str, Any], ...] = (("use_sliding_window", False),)
 
     @property
@@ -51,10 +53,13 @@ class Family:
 
 FAMILIES = {
     "llama": Family("Llama", context=2048, extra=(("mlp_bias", False),)),
-    "qwen2": Family("Qwen2", frozenset({"qkv_bias"})),
-    "qwen3": Family("Qwen3", frozenset({"qk_norm"}), head_dim=128),
+    "qwen2": Family("Qwen2", frozenset({"qkv_bias"}), key_value_heads=32),
+    "qwen3": Family("Qwen3", frozenset({"qk_norm"}), head_dim=128, key_value_heads=32),
 }
-_SAME_AS = {"mistral": "llama"}  # without its sliding window
+# Read as Llama, without its sliding window.
+_READ_ONLY = {"mistral": Family("Mistral", context=131_072, key_value_heads=8, sliding_window=4096)}
+# Names of one setting. transformers takes the first that is given, and for some of them a default.
+_SPELLINGS = (("dtype", "torch_dtype"), ("hidden_act", "hidden_activation"))
 
 
 def save_model(
@@ -341,51 +346,43 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a config.json; raises `ModelError` for what is not supported."""
     name = values.get("model_type")
-    if name == "mistral" and (window := values.get("sliding_window")):
-        context = values.get("max_position_embeddings", 131_072)
-        if not isinstance(window, int) or not isinstance(context, int) or window < context:
-            raise ModelError(f"{source}: sliding_window={quoted(window)} is not supported")
-    family = FAMILIES.get(_SAME_AS.get(name, name)) if isinstance(name, str) else None
+    family = (FAMILIES | _READ_ONLY).get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
             f"{source}: model_type {quoted(name)} is not supported",
-            hint=f"supported: {', '.join([*FAMILIES, *_SAME_AS])}",
+            hint=f"supported: {', '.join([*FAMILIES, *_READ_ONLY])}",
         )
+    for names in _SPELLINGS:
+        _same({name: values.get(name) for name in names}, source)
     for key, harmless in {
-        "hidden_act": ("silu",),
+        "hidden_act": ("silu", "swish"),
+        "hidden_activation": (None, "silu", "swish"),
         "attention_bias": (False, None),
         "mlp_bias": (False, None),
         "use_sliding_window": (False, None),
         "quantization_config": (None,),
-        "partial_rotary_factor": (1.0, None),
+        "text_config": (None,),
     }.items():
         if values.get(key, harmless[0]) not in harmless:
             raise ModelError(f"{source}: {key}={quoted(values[key])} is not supported")
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise ModelError(f"{source}: layer_types other than full_attention are not supported")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{source}: rope_parameters={quoted(rope)} is not a table")
-    rope = dict(rope)
-    if rope.pop("partial_rotary_factor", None) not in (1.0, None):
-        raise ModelError(f"{source}: partial_rotary_factor is not supported")
-    theta = rope.pop("rope_theta", None) or values.get("rope_theta") or 10_000.0
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
+    context = values.get("max_position_embeddings", family.context)
+    window = values.get("sliding_window", family.sliding_window)
+    wide = type(window) is int and type(context) is int and window >= context
+    if family.sliding_window and window is not None and not wide:
+        raise ModelError(f"{source}: sliding_window={quoted(window)} is not supported")
     heads, head_dim = values.get("num_attention_heads"), values.get("head_dim")
     if head_dim is None:
         head_dim = family.head_dim
     if head_dim is None and isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
         head_dim = values["hidden_size"] // max(1, heads)
+    groups = values.get("num_key_value_heads", family.key_value_heads)
+    theta, scaling = _read_rope(values, context, source)
     try:
-        scaling = None
-        if kind != "default":
-            fields = {"rope_type": kind, **rope}
-            scaling = RopeScaling.parse(fields, source=f"{source}: rope_scaling")
-        elif rope.keys() - RopeScaling.model_fields:
-            names = ", ".join(sorted(rope.keys() - RopeScaling.model_fields))
-            raise ModelError(f"{source}: rope_parameters with {one_line(names)} are not supported")
+        if scaling is not None:
+            scaling = RopeScaling.parse(scaling, source=f"{source}: rope_scaling")
         return ModelConfig.parse(
             {
                 "vocab_size": values.get("vocab_size"),
@@ -393,9 +390,9 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
                 "intermediate_size": values.get("intermediate_size"),
                 "num_hidden_layers": values.get("num_hidden_layers"),
                 "num_attention_heads": heads,
-                "num_key_value_heads": values.get("num_key_value_heads") or heads,
+                "num_key_value_heads": heads if groups is None else groups,
                 "head_dim": head_dim,
-                "max_position_embeddings": values.get("max_position_embeddings", family.context),
+                "max_position_embeddings": context,
                 "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
                 "rope_theta": theta,
                 "rope_scaling": scaling,
@@ -407,6 +404,83 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         )
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None
+
+
+def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, Any]:
+    """The base and the keys of the scaling, None if there is none.
+
+    They stand in `rope_parameters` (transformers 5), `rope_scaling` (before) or beside them, the
+    type as "rope_type" or "type". Of two tables transformers reads `rope_scaling` alone, so
+    `rope_parameters` may hold nothing that is not there. Raises `ModelError` for a contradiction,
+    naming both places, and for a scaling that is not supported or only in part given.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        table = values.get(name) or {}
+        if not isinstance(table, dict):
+            raise ModelError(f"{source}: {name}={quoted(table)} is not a table")
+        given = {f"{name}.{key}": value for key, value in table.items() if value is not None}
+        kind = _same(
+            {key: given.pop(key, None) for key in (f"{name}.rope_type", f"{name}.type")}, source
+        )
+        given = {key.partition(".")[2]: value for key, value in given.items()}
+        if given or kind is not None:
+            tables[name] = {"rope_type": "default" if kind is None else kind, **given}
+    rope = dict(next(iter(tables.values()), {"rope_type": "default"}))
+    if len(tables) == 2:
+        older, newer = tables["rope_scaling"], dict(tables["rope_parameters"])
+        if newer["rope_type"] == "default":  # as transformers 5 writes it
+            newer.pop("rope_type")
+        theta = values.get("rope_theta")
+        used = {"rope_theta": 10_000.0 if theta is None else theta, **older}
+        for key, value in newer.items():
+            _same({f"rope_scaling.{key}": older.get(key), f"rope_parameters.{key}": value}, source)
+            if used.get(key) != value:
+                raise ModelError(
+                    f"{source}: rope_parameters.{one_line(key)}={quoted(value)} is absent from"
+                    f" rope_scaling, beside which rope_parameters is not read",
+                    hint=f"write {one_line(key)} into rope_scaling as well",
+                )
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        places = {
+            f"{next(iter(tables), 'rope_parameters')}.{key}": rope.get(key),
+            key: values.get(key),
+        }
+        if (value := _same(places, source)) is not None:
+            rope[key] = value
+    theta, part = rope.pop("rope_theta", 10_000.0), rope.pop("partial_rotary_factor", 1.0)
+    if part != 1.0:
+        raise ModelError(f"{source}: partial_rotary_factor={quoted(part)} is not supported")
+    kind = rope["rope_type"]
+    if kind == "default":
+        rope = {key: value for key, value in rope.items() if (key, value) != ("factor", 1.0)}
+        left = sorted(rope.keys() - {"rope_type", "original_max_position_embeddings"})
+        if left:
+            raise ModelError(
+                f"{source}: {one_line(left[0])}={quoted(rope[left[0]])} without a rope_type",
+                hint="name the kind of scaling as rope_type: linear, llama3 or yarn",
+            )
+        return theta, None
+    if kind == "llama3":
+        rope.setdefault("original_max_position_embeddings", context)
+        if not {"low_freq_factor", "high_freq_factor"} <= rope.keys():
+            what = "llama3 scaling requires low_freq_factor and high_freq_factor"
+            raise ModelError(f"{source}: {what}")
+    return theta, rope
+
+
+def _same(places: dict[str, Any], source: str) -> Any:
+    """The value of a setting that may stand in several places; None if it stands in none. Raises
+    `ModelError` where they contradict each other."""
+    given = [(place, value) for place, value in places.items() if value is not None]
+    for place, value in given[1:]:
+        if value != given[0][1]:
+            raise ModelError(
+                f"{source}: {one_line(given[0][0])}={quoted(given[0][1])} contradicts"
+                f" {one_line(place)}={quoted(value)}",
+                hint="write the setting once, or the same value in both places",
+            )
+    return given[0][1] if given else None
 
 
 def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:

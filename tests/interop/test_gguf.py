@@ -251,6 +251,7 @@ def test_mistral_is_llama_without_a_window() -> None:
         "intermediate_size": 96,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "sliding_window": None,
     }

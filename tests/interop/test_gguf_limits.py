@@ -275,7 +275,13 @@ def changed(tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, Any]) -> Gguf
         ({"llama.attention.head_count": 2**31}, r"value_length = 16|not \("),
         ({"llama.attention.value_length": 8}, r"value_length = 8 is not supported"),
         ({"llama.attention.sliding_window": 16}, "sliding windows"),
-        ({"llama.rope.scale_linear": 2.0}, r"scale_linear = 2 is not supported"),
+        (
+            {"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0},
+            r"scaling.factor = 4 contradicts llama.rope.scale_linear = 2",
+        ),
+        ({"llama.rope.scaling.type": "linear"}, r"scaling.factor' is missing"),
+        ({"llama.rope.scaling.yarn_attn_factor": 2.0}, r"yarn_attn_factor = 2 is not supported"),
+        ({"llama.vocab_size": 7}, r"vocab_size = 7 is not supported"),
         ({"llama.rope.scaling.attn_factor": 0.5}, r"attn_factor = 0.5 is not supported"),
         ({"llama.block_count": True}, "block_count = True is not a whole number"),
         ({"llama.context_length": np.array([1, 2], dtype=np.int32)}, "is not a whole number"),
@@ -297,6 +303,22 @@ def test_unsupported_settings_are_rejected_by_name(
 ) -> None:
     with pytest.raises(ModelError, match=message):
         changed(tmp_path, tokenizer, extra)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"llama.rope.scale_linear": 2.0},  # the older name
+        {"llama.rope.scaling.factor": 2.0},  # linear where no type is given, as in llama.cpp
+        {"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 2.0},
+    ],
+    ids=str,
+)
+def test_linear_scaling_by_every_name(
+    tmp_path: Path, tokenizer: Tokenizer, extra: dict[str, Any]
+) -> None:
+    scaling = changed(tmp_path, tokenizer, extra).config.rope_scaling
+    assert scaling == RopeScaling(rope_type="linear", factor=2.0)
 
 
 def test_sliding_window_as_long_as_context_is_ignored(tmp_path: Path, tokenizer: Tokenizer) -> None:

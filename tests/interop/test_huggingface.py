@@ -145,13 +145,106 @@ def test_older_files_name_the_scaling_differently() -> None:
     assert scaling is not None and (scaling.rope_type, scaling.factor) == ("linear", 2.0)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": PLAIN, "rope_scaling": YARN},  # as model cards say
+        {"rope_parameters": PLAIN, "rope_scaling": {**YARN, "type": "yarn"}},
+        {"rope_parameters": YARN, "rope_scaling": YARN, "rope_theta": 500.0},
+        {"rope_parameters": YARN, "rope_scaling": {}},
+        {"rope_parameters": {**PLAIN, "rope_theta": 500.0}, "rope_theta": 500.0},
+        {"rope_scaling": {**YARN, "rope_theta": 500.0}, "rope_parameters": {"rope_theta": 500.0}},
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": None}},
+        {"rope_scaling": LLAMA3, "rope_parameters": None},
+        {"dtype": "float32", "torch_dtype": "float32", "hidden_act": "swish"},
+    ],
+    ids=str,
+)
+def test_settings_in_two_places(tmp_path: Path, changes: dict[str, Any]) -> None:
+    their_model(tmp_path, their_config("qwen3", False, "default"))
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+    torch.testing.assert_close(
+        our_logits(load_model(tmp_path)), their_logits(tmp_path), rtol=FP32, atol=FP32
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"rope_parameters": {**YARN, "factor": 2.0}, "rope_scaling": YARN},
+            r"rope_scaling.factor=4.0 contradicts rope_parameters.factor=2.0",
+        ),
+        (
+            {"rope_parameters": YARN, "rope_scaling": {"rope_type": "default"}},
+            "rope_scaling.rope_type='default' contradicts rope_parameters.rope_type='yarn'",
+        ),
+        # transformers computes these with a base of 10,000, and beta_fast of 32.
+        (
+            {"rope_parameters": {"rope_theta": 1e6}, "rope_scaling": YARN},
+            "rope_parameters.rope_theta=1000000.0 is absent from rope_scaling",
+        ),
+        (
+            {"rope_parameters": {**YARN, "beta_fast": 16.0}, "rope_scaling": YARN},
+            "rope_parameters.beta_fast=16.0 is absent from rope_scaling",
+        ),
+        (
+            {"rope_theta": 1e6, "rope_parameters": PLAIN},
+            "rope_parameters.rope_theta=10000.0 contradicts rope_theta=1000000.0",
+        ),
+        (
+            {"rope_scaling": {**YARN, "type": "linear"}},
+            "rope_scaling.rope_type='yarn' contradicts rope_scaling.type='linear'",
+        ),
+        (
+            {"rope_scaling": YARN, "original_max_position_embeddings": 32},
+            "rope_scaling.original_max_position_embeddings=16 contradicts original",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 without a rope_type"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor: Field required"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, "requires low_freq_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+        ({"rope_scaling": {**YARN, "mscale": 1.0}}, "unknown key 'mscale'"),
+        ({"rope_parameters": {**PLAIN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' is not a table"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "contradicts torch_dtype='bfloat16'"),
+        ({"hidden_activation": "gelu"}, "hidden_act='silu' contradicts hidden_activation='gelu'"),
+        ({"text_config": {"rope_theta": 1e6}}, "text_config="),
+        ({"model_type": "mistral"}, "sliding_window=4096 is not supported"),
+    ],
+    ids=str,
+)
+def test_contradictions_and_halves_are_rejected(changes: dict[str, Any], message: str) -> None:
+    values = {**config_to_hf(build(qk_norm=True).config), "max_position_embeddings": 8192}
+    del values["rope_theta"]
+    with pytest.raises(ModelError, match=message):
+        config_from_hf({**values, **changes})
+
+
 def test_missing_config_keys_have_family_defaults() -> None:
-    for family in FAMILIES:
-        values = {k: SHAPE[k] for k in SHAPE if k not in ("head_dim", "max_position_embeddings")}
-        config = config_from_hf({**values, "model_type": family})
+    for family in [*FAMILIES, "mistral"]:
+        left = ("head_dim", "max_position_embeddings", "num_key_value_heads")
+        values = {k: SHAPE[k] for k in SHAPE if k not in left} | {
+            "num_attention_heads": 32,
+            "hidden_size": 64,
+        }
+        window = {"sliding_window": None} if family == "mistral" else {}
+        config = config_from_hf({**values, **window, "model_type": family})
         theirs = transformers.AutoConfig.for_model(family, **values)
         assert config.max_position_embeddings == theirs.max_position_embeddings
-        assert config.head_dim == (128 if family == "qwen3" else 32 // 4)
+        assert config.num_key_value_heads == theirs.num_key_value_heads
+        assert config.head_dim == (128 if family == "qwen3" else 64 // 32)
         assert getattr(theirs, "head_dim", None) in (None, config.head_dim)
         assert config.rms_norm_eps == theirs.rms_norm_eps
         assert config.rope_theta == theirs.rope_parameters["rope_theta"]

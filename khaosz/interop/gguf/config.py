@@ -110,9 +110,12 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,  # rotation of a part of each head
         "rope.scaling.attn_factor": 1.0,
+        "rope.scaling.yarn_ext_factor": 1.0,
+        "rope.scaling.yarn_attn_factor": 1.0,
+        "rope.scaling.yarn_log_multiplier": 0.0,
         "rope.scaling.yarn_beta_fast": 32.0,
         "rope.scaling.yarn_beta_slow": 1.0,
-        "rope.scale_linear": 1.0,  # the older name of rope.scaling.*
+        "vocab_size": float(table.shape[0]),
     }.items():
         if (stored := number(key, computed)) != computed:
             raise ModelError(f"{source}: {family}.{key} = {stored:g} is not supported")
@@ -133,11 +136,21 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         **dict.fromkeys(ARCHITECTURES[family].switches, True),
     }
     try:
-        match value("rope.scaling.type", str, "none"):
+        # As in llama.cpp, a factor without a type is linear; it may have its older name.
+        kind, older = value("rope.scaling.type", str, ""), number("rope.scale_linear", 0.0)
+        factor = number(
+            "rope.scaling.factor", older or (None if kind in ("linear", "yarn") else 1.0)
+        )
+        if older not in (0.0, factor):
+            raise ModelError(
+                f"{source}: {family}.rope.scaling.factor = {factor:g} contradicts"
+                f" {family}.rope.scale_linear = {older:g}"
+            )
+        match kind or ("none" if factor in (0.0, 1.0) else "linear"):
             case "none":
                 pass
             case "linear" | "yarn" as kind:
-                scaling = {"rope_type": kind, "factor": number("rope.scaling.factor")}
+                scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
                 if kind == "yarn":
                     original = count("rope.scaling.original_context_length")
                     scaling["original_max_position_embeddings"] = original
