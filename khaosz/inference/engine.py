@@ -56,7 +56,7 @@ class Engine:
         assert step_tokens >= 1 and max_batch >= 1, (step_tokens, max_batch)
         self.runner, self.tokenizer = runner, tokenizer
         self.context = runner.config.max_position_embeddings
-        self.end_ids = {tokenizer.eos_id, tokenizer.end_id}
+        self.end_ids = set(tokenizer.end_ids)
         self.max_batch, self.step_tokens = max_batch, step_tokens
         self.cache_bytes, self.prompt_lookup = cache_bytes, prompt_lookup or lookup
         self.prefixes = PrefixCache(prefix_bytes)

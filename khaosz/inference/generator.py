@@ -87,9 +87,10 @@ class Generator:
         return self.engine.context
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Ids of a text to continue; the begin token first where documents are trained so."""
-        ids = self.tokenizer.encode(text)
-        return [self.tokenizer.bos_id, *ids] if self.tokenizer.begins_with_bos else ids
+        """Ids of a text to continue, with what the tokenizer adds before and after a text: the
+        begin token where documents are trained so."""
+        by = self.tokenizer
+        return [*by.begin_ids, *by.encode(text), *by.finish_ids]
 
     def chat_ids(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None

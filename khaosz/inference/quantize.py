@@ -194,5 +194,6 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
             model = Transformer(config)
         model.load_state_dict({name: draw(name) for name in shapes}, assign=True)
         tokenizer.save(out)
-        save_model(model, out, bos_id=tokenizer.bos_id, eos_ids=[tokenizer.eos_id])
+        ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
+        save_model(model, out, eos_ids=list(tokenizer.end_ids), **ids)
     return out

@@ -97,7 +97,7 @@ class Sequence:
             choice=choice,
             cache=cache,
             ids=list(request.prompt),
-            text=TextStream(tokenizer, params.stop),
+            text=TextStream(tokenizer, params.stop, after=request.prompt),
             noise=GumbelNoise(params.seed, choice),
             counts=counts,
             matcher=None if request.matcher is None else request.matcher.copy(),

@@ -8,10 +8,17 @@ from khaosz.data.tokenizer.tokenizer import StreamDecoder, Tokenizer
 
 
 class TextStream:
-    """Holds back what may be the start of a stop string; O(longest stop) per token."""
+    """Holds back what may be the start of a stop string; O(longest stop) per token.
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(tokenizer)
+    The text continues `after`, a prompt. A SentencePiece tokenizer writes a space before the first
+    word: it belongs to a text that goes on, and not to one that follows a control token.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, stops: Sequence[str], *, after: Sequence[int] | None = None
+    ) -> None:
+        begins = after is not None and (not after or tokenizer.is_special(after[-1]))
+        self._decoder = StreamDecoder(tokenizer, continues=not begins)
         self._stops = stops
         self._pending = ""
 

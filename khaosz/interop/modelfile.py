@@ -38,8 +38,7 @@ def write_modelfile(gguf: Path, tokenizer: Tokenizer, context: int) -> Path | No
         go = _CHATML
     else:
         return None
-    stops = {tokenizer.end_id, tokenizer.eos_id}
-    names = [name for name, token_id in tokenizer.special_ids.items() if token_id in stops]
+    names = [name for name, i in tokenizer.special_ids.items() if i in tokenizer.end_ids]
     lines = [
         f"FROM ./{gguf.name}",
         f'TEMPLATE """{go}"""',

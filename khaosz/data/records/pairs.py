@@ -84,8 +84,8 @@ class TextPairs:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Texts to ids as an embedder reads them: prefix, begin token where documents have one, and at
-    most `max_length` tokens."""
+    """Texts to ids as an embedder reads them: prefix, what the tokenizer adds before and after a
+    text, and at most `max_length` tokens."""
 
     tokenizer: Tokenizer
     max_length: int
@@ -100,11 +100,14 @@ class TextEncoder:
         return self._ids(self.passage_prefix + text)
 
     def cut(self, ids: np.ndarray) -> np.ndarray:
-        return ids[: self.max_length]
+        finish = self.tokenizer.finish_ids
+        if len(ids) <= self.max_length or not finish:
+            return ids[: self.max_length]
+        return np.array([*ids[: self.max_length - len(finish)], *finish], np.int32)
 
     def _ids(self, text: str) -> np.ndarray:
-        begin = [self.tokenizer.bos_id] if self.tokenizer.begins_with_bos else []
-        return np.array([*begin, *self.tokenizer.encode(text)], np.int32)
+        by = self.tokenizer
+        return np.array([*by.begin_ids, *by.encode(text), *by.finish_ids], np.int32)
 
 
 @dataclass

@@ -260,7 +260,7 @@ def _answer_ids(
     # Where tokens merge across the border, training would differ from generation.
     if not np.array_equal(start, prompt_ids):
         raise DataError("with an answer the chat does not begin with the tokens of its prompt")
-    ends = np.flatnonzero((answer == tokenizer.end_id) | (answer == tokenizer.eos_id))
+    ends = np.flatnonzero(np.isin(answer, tokenizer.end_ids))
     if not ends.size:
         raise DataError("the chat template does not end an answer with a control token")
     return answer[: ends[0] + 1]

@@ -6,9 +6,9 @@ llama.cpp; `{% generation %}` marks the assistant's text (transformers' conventi
 with limits on time and size (sandbox.py).
 
 Control tokens come from the template alone. One written inside a message is text: it is replaced by
-a random marker before rendering and restored after the rendered chat has been split at its special
-tokens. Every run of text is encoded by itself, which equals encoding the whole, because merges
-never cross special tokens.
+a random marker before rendering, and restored after the template's own have got their aliases
+(control.py). The chat is then encoded in one piece, so its ids are those of transformers wherever
+no message holds the name of a control token.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from khaosz.data.tokenizer.messages import (
     tools_for_template,
 )
 from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
+from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 
 if TYPE_CHECKING:
@@ -117,13 +118,14 @@ def render_chat(
     end_mark: str = "",
 ) -> str:
     """The chat as the model reads it. Raises DataError for a chat that the template rejects."""
-    if tokenizer.chat_template is None:
+    template = tokenizer.chat_template_for(tools)
+    if template is None:
         raise DataError(
             "this tokenizer has no chat template",
             hint="use a chat model, or add chat_template to its tokenizer_config.json",
         )
     check_messages(messages)
-    template, variables = tokenizer.chat_template, tokenizer.template_variables
+    variables = tokenizer.template_variables
 
     def forms() -> Forms:
         return _forms(template, tuple(variables.items()))
@@ -206,38 +208,20 @@ def encode_chat(
         start_mark=f"{nonce}S",
         end_mark=f"{nonce}E",
     )
-    ids: list[int] = []
-    loss_mask: list[int] = []
-    text = ""  # the run since the last special token
+    encoder = tokenizer.control_encoder
+    text = ""
     spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
-    generated_from: int | None = None  # start of the open generation block in `text`
-
-    def flush() -> None:
-        nonlocal text, generated_from
-        if generated_from is not None:
-            spans.append((generated_from, len(text)))
-            generated_from = 0
-        run_ids, offsets = tokenizer.encode_with_offsets(text)
-        ids.extend(run_ids)
-        # A token that overlaps a span counts as generated, as in transformers.
-        loss_mask.extend(
-            int(any(start < b and a < end for a, b in spans)) for start, end in offsets
-        )
-        text = ""
-        spans.clear()
-
+    generated_from: int | None = None  # start of the open generation block
     position = 0
     for match in _marks(pattern.pattern).finditer(rendered):
-        control = match[0] in tokenizer.special_ids
+        control = match[0] in encoder.aliases
         if not control and not match[0].startswith(nonce):
             continue  # text that looks like a mark
         text += rendered[position : match.start()]
         position = match.end()
-        kind = match[0] if control else match[0].removeprefix(nonce)
+        kind = match[0].removeprefix(nonce)
         if control:  # of the template
-            flush()
-            ids.append(tokenizer.special_ids[kind])
-            loss_mask.append(int(generated_from is not None))
+            text += encoder.aliases[match[0]]
         elif kind == "S":
             generated_from = len(text)
         elif kind == "E":
@@ -247,7 +231,15 @@ def encode_chat(
         else:
             text += literals[int(kind[1:-1])]
     text += rendered[position:]
-    flush()
+    if generated_from is not None:
+        spans.append((generated_from, len(text)))
+    refuse_surrogates(text)
+    generated = bytearray(len(text))
+    for start, end in spans:
+        generated[start:end] = b"\1" * (end - start)
+    ids, offsets = encoder.encode(text)
+    # A token that overlaps a span counts as generated, as in transformers.
+    loss_mask = [int(generated.find(1, start, max(end, start + 1)) >= 0) for start, end in offsets]
     if need_mask and not any(loss_mask):
         raise DataError(
             "the chat template has no {% generation %} markers, so no token would be trained on",

@@ -4,10 +4,10 @@ Text is not normalised and each of the 256 bytes is a token, so `decode(encode(t
 all text that UTF-8 can encode. Text is split by the Qwen2 pattern (llama.cpp names it "qwen2": one
 digit a token, letters with one leading mark, punctuation with the line ends after it) before the
 merges of Sennrich et al. 2016 (arXiv:1508.07909) are applied. Files have the Hugging Face layout:
-`tokenizer.json` and `tokenizer_config.json` with the chat template.
+`tokenizer.json` and `tokenizer_config.json` with the chat template; files.py reads the others.
 
 `encode` never yields a special token, not even for the text "<|end|>": callers place control tokens
-by id.
+by id. (A foreign Unigram vocabulary holds their names as pieces of text, as in transformers.)
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.control import ControlEncoder
+from khaosz.data.tokenizer.files import read_directory
 from khaosz.data.tokenizer.training_text import refuse_surrogates, training_sample
-from khaosz.errors import TokenizerError
+from khaosz.errors import DataError, TokenizerError
 from khaosz.files import write_atomic, write_json
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -49,7 +51,9 @@ QWEN2_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Names of the end of a turn in different model families; the first one present is used.
-_END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>")
+_END_OF_TURN = ("<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_turn|>")
+# Where a saved tokenizer keeps the ids of the model's files: they are not beside every copy.
+_MODEL_IDS = "model_token_ids"
 
 
 class Tokenizer:
@@ -59,7 +63,14 @@ class Tokenizer:
     which `save` writes back unchanged so that `fingerprint` survives a round trip.
     """
 
-    def __init__(self, serialized: bytes, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        serialized: bytes,
+        config: dict[str, Any],
+        model_ids: dict[str, list[int]] | None = None,
+    ) -> None:
+        """`model_ids`: ids of "bos", "eos" and "pad" in the model's files. Those of "eos" end a
+        text as well; the others stand in where the tokenizer names none."""
         try:
             backend = tokenizers.Tokenizer.from_buffer(serialized)
         except ValueError as error:
@@ -71,22 +82,37 @@ class Tokenizer:
         self.serialized = serialized
         self.config = config
         self.fingerprint = hashlib.sha256(serialized).hexdigest()
+        model_ids = {**(config.get(_MODEL_IDS) or {}), **(model_ids or {})}
         added = backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
-        # tokenizer_config.json names these as control tokens, whatever their `special` flag.
-        for key in ("bos_token", "eos_token", "pad_token"):
-            name = self._configured(key)
+        # These are control tokens, whatever their `special` flag.
+        names = [self._configured(key) for key in ("bos_token", "eos_token", "pad_token")]
+        names += [added[i].content for i in model_ids.get("eos", ()) if i in added]
+        for name in names:
             token_id = None if name is None else backend.token_to_id(name)
             if name is not None and token_id is not None:
                 self.special_ids[name] = token_id
-        self.eos_id = self._find("<|eos|>", "eos_token")
-        self.bos_id = self._find("<|bos|>", "bos_token", self.eos_id)
-        self.pad_id = self._find("<|pad|>", "pad_token", self.eos_id)
+                if token_id in added and not added[token_id].special:
+                    added[token_id].special = True
+                    backend.add_tokens([added[token_id]])
+        self._marks = self._post_processor_ids()
+        eos = model_ids.get("eos", [])
+        self.eos_id = self._find("<|eos|>", "eos_token", *eos[:1])
+        self.bos_id = self._find(
+            "<|bos|>", "bos_token", *self._marks[0][:1], *model_ids.get("bos", []), self.eos_id
+        )
+        self.pad_id = self._find("<|pad|>", "pad_token", *model_ids.get("pad", []), self.eos_id)
         self.end_id = next(
             (self.special_ids[name] for name in _END_OF_TURN if name in self.special_ids),
             self.eos_id,
         )
+        ends = {self.end_id, *eos} - {self.eos_id}
+        self.end_ids: tuple[int, ...] = (self.eos_id, *sorted(ends))  # any of them ends an answer
+        keys = [key for key in model_ids if self._named(f"<|{key}|>", f"{key}_token") is None]
+        if keys or not set(eos) <= {self.eos_id, self.end_id}:
+            self.config = {**config, _MODEL_IDS: model_ids}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        _ = self.chat_templates  # raises where they are broken
 
     def _configured(self, key: str) -> str | None:
         value = self.config.get(key)
@@ -94,36 +120,90 @@ class Tokenizer:
             value = value.get("content")
         return value if isinstance(value, str) else None
 
-    def _find(self, ours: str, key: str, fallback: int | None = None) -> int:
-        """The id of our name, else of the token named in tokenizer_config.json, else `fallback`."""
+    def _named(self, ours: str, key: str) -> int | None:
+        """The id of our name, else of the token that `key` names."""
         for name in (ours, self._configured(key)):
             if name is not None and name in self.special_ids:
                 return self.special_ids[name]
-        if fallback is None:
+        return None
+
+    def _find(self, ours: str, key: str, *fallbacks: int) -> int:
+        token_id = self._named(ours, key)
+        if token_id is not None:
+            return token_id
+        if not fallbacks:
             raise TokenizerError(
                 f"the tokenizer has no {ours} token and its tokenizer_config.json names no {key}",
                 hint="copy tokenizer_config.json from the same model beside tokenizer.json",
             )
-        return fallback
+        return fallbacks[0]
+
+    def _post_processor_ids(self) -> tuple[list[int], list[int]]:
+        """Ids that tokenizer.json adds before and after a text."""
+        for probe in ("a", "0", "."):
+            plain: list[int] = self._backend.encode(probe, add_special_tokens=False).ids
+            marked: list[int] = self._backend.encode(probe).ids
+            for first in range(len(marked) - len(plain) + 1) if plain else ():
+                if marked[first : first + len(plain)] == plain:
+                    return marked[:first], marked[first + len(plain) :]
+        return [], []
+
+    @property
+    def begin_ids(self) -> list[int]:
+        """Ids before a text, as transformers adds them: of tokenizer.json's post-processor, and bos
+        for ours, whose chat template writes it. `encode` adds none."""
+        ours = "<|bos|>" in self.special_ids and not any(self._marks)
+        return [self.bos_id] if ours else list(self._marks[0])
+
+    @property
+    def finish_ids(self) -> list[int]:
+        """Ids after a text, as transformers adds them."""
+        return list(self._marks[1])
 
     @property
     def begins_with_bos(self) -> bool:
-        """Whether a text to continue begins with bos: always for ours, else by `add_bos_token`."""
-        return "<|bos|>" in self.special_ids or bool(self.config.get("add_bos_token"))
+        """Whether a text to continue begins with bos."""
+        return self.bos_id in self.begin_ids
+
+    @property
+    def chat_templates(self) -> dict[str, str]:
+        """The chat templates by name; the only one is "default"."""
+        value = self.config.get("chat_template") or {}
+        if isinstance(value, str):
+            return {"default": value}
+        try:
+            if isinstance(value, list):
+                value = {entry["name"]: entry["template"] for entry in value}
+            if all(isinstance(text, str) for item in value.items() for text in item):
+                return dict(value)
+        except (AttributeError, KeyError, TypeError):
+            pass
+        raise TokenizerError("chat_template is neither a text nor a list of named templates")
+
+    def chat_template_for(self, tools: object) -> str | None:
+        """The template of a chat, named "tool_use" unless `tools` is None; None without any."""
+        templates = self.chat_templates
+        if tools is not None and "tool_use" in templates:
+            return templates["tool_use"]
+        if templates and "default" not in templates:
+            raise DataError(
+                f"of the chat templates {', '.join(templates)} none is named default",
+                hint="name one of them default in tokenizer_config.json",
+            )
+        return templates.get("default")
 
     @property
     def chat_template(self) -> str | None:
-        template = self.config.get("chat_template")
-        if isinstance(template, list):  # several named templates
-            named = {entry["name"]: entry["template"] for entry in template}
-            template = named.get("default")
-        return template if isinstance(template, str) else None
+        """The template of a chat without tools."""
+        return self.chat_templates.get("default")
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """Variables of a chat template: bos_token, eos_token, pad_token, unk_token."""
-        keys = ("bos_token", "eos_token", "pad_token", "unk_token")
-        return {key: name for key in keys if (name := self._configured(key)) is not None}
+        """Variables of a chat template: bos_token, eos_token and all others that have a name."""
+        extra = self.config.get("extra_special_tokens")
+        keys = [*self.config, *(extra if isinstance(extra, dict) else ())]
+        named = {key: self._configured(key) for key in keys if key.endswith("_token")}
+        return {key: name for key, name in named.items() if name is not None}
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
@@ -140,20 +220,10 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def marks(self) -> tuple[list[int], list[int]]:
-        """Ids that tokenizer.json adds before and after a text; `encode` does not add them."""
-        plain = self.encode("a")
-        marked: list[int] = self._backend.encode("a").ids
-        if len(marked) == len(plain):
-            return [], []
-        first = next(i for i in range(len(marked)) if marked[i : i + len(plain)] == plain)
-        return marked[:first], marked[first + len(plain) :]
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids as of `encode`, and the character range [start, end) of each in `text`."""
-        refuse_surrogates(text)
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        return encoding.ids, encoding.offsets
+    @cached_property
+    def control_encoder(self) -> ControlEncoder:
+        """Encodes rendered chats; see `ControlEncoder`."""
+        return ControlEncoder(self.serialized, self.special_ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]` on all cores and without offsets."""
@@ -218,10 +288,13 @@ class StreamDecoder:
     output equals `decode` of all ids, and incomplete characters give no U+FFFD.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = False, continues: bool = False
+    ) -> None:
+        """`continues`: other text came before, so a space in front of the first word is kept."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
-        self._strip_space = tokenizer._decoder[1]
+        self._strip_space = tokenizer._decoder[1] and not continues
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def _bytes_of(self, token_id: int) -> bytes:
@@ -254,21 +327,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
             f"tokenizer directory {directory} does not exist",
             hint="train one, or give the directory that holds tokenizer.json",
         )
-    path = directory / "tokenizer.json"
-    if not path.is_file():
-        raise TokenizerError(
-            f"{path} does not exist", hint="is this a tokenizer or model directory?"
-        )
-    serialized = path.read_bytes()
-    _read_json(path, serialized)  # reports where JSON is broken; the backend does not
-    config_path = directory / "tokenizer_config.json"
-    config = _read_json(config_path, config_path.read_bytes()) if config_path.is_file() else {}
-    template_path = directory / "chat_template.jinja"
-    if template_path.is_file():  # takes precedence, as in transformers
-        config["chat_template"] = template_path.read_text(encoding="utf-8")
     try:
-        return Tokenizer(serialized, config)
+        return Tokenizer(*read_directory(directory))
     except TokenizerError as error:
+        if str(directory) in str(error):
+            raise
         raise TokenizerError(f"{directory}: {error}", hint=error.hint) from error
 
 
@@ -330,18 +393,6 @@ def train_tokenizer(
         "chat_template": CHAT_TEMPLATE,
     }
     return Tokenizer(backend.to_str(pretty=True).encode(), config)
-
-
-def _read_json(path: Path, raw: bytes) -> dict[str, Any]:
-    try:
-        content = json.loads(raw)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise TokenizerError(
-            f"{path} is not valid JSON: {error}", hint="the file is cut short or damaged"
-        ) from error
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
 
 
 def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[bytes], bool]:

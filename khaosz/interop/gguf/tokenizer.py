@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError, quoted
 
@@ -33,6 +34,13 @@ _PATTERNS = {
 }
 # These match whole words of the vocabulary before they apply merges.
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3")
+# A control token of one of these names ends an answer in llama.cpp, whatever the keys say.
+_END_NAMES = (
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|eom_id|>",
+    "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
+)  # fmt: skip
+_END_IDS, _FLAGS = "khaosz.end_token_ids", "khaosz.token_flags"  # what llama.cpp has no key for
+_STRIPS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
 def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
@@ -43,6 +51,12 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         if value is not default and not isinstance(value, kind):
             raise ModelError(f"{source}: tokenizer.ggml.{name} is a {type(value).__name__}")
         return value
+
+    def get_ids(key: str) -> list[int] | None:
+        value = metadata.get(key)
+        if value is not None and not (isinstance(value, np.ndarray) and value.dtype.kind in "iu"):
+            raise ModelError(f"{source}: {key} is not a list of ids")
+        return None if value is None else value.tolist()
 
     model, pre = get("model", str), get("pre", str, "default")
     if model != "gpt2":
@@ -69,8 +83,9 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
         pairs.append([left, right])
+    flags = _stored_flags(metadata.get(_FLAGS), source)
     added = [
-        _added_token(i, token, kind == _CONTROL)
+        _added_token(i, token, kind == _CONTROL) | flags.get(token, {})
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]
@@ -89,7 +104,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
             "type": "Sequence",
             "pretokenizers": [*steps, {**byte_level, "use_regex": False}],
         },
-        "post_processor": None,
+        "post_processor": None,  # below, once the ids are checked
         "decoder": {**byte_level, "use_regex": True},
         "model": {
             "type": "BPE",
@@ -107,21 +122,65 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": get("add_bos_token", bool, pre in _IGNORE_MERGES),
+        "add_eos_token": get("add_eos_token", bool, False),
         "clean_up_tokenization_spaces": False,
+        "trust_remote_code": True,  # as `train_tokenizer` says: tokenizer.json is read as it is
     }
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+    ids: dict[str, int] = {}
+    for key, name in _ID_KEYS.items():
         token_id = get(f"{name}_token_id", int)
         if token_id is not None:
             if not 0 <= token_id < len(tokens):
                 raise ModelError(f"{source}: {name}_token_id {token_id} is not in the vocabulary")
-            config[f"{key}_token"] = tokens[token_id]
-    if "eos_token" not in config:
+            ids[key] = token_id
+    if "eos" not in ids:
         raise ModelError(f"{source}: tokenizer.ggml.eos_token_id is missing")
-    template = metadata.get("tokenizer.chat_template")
-    if isinstance(template, str):
-        ours = template == _without_marks(CHAT_TEMPLATE)
-        config["chat_template"] = CHAT_TEMPLATE if ours else template
-    return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config)
+    config |= {f"{key}_token": tokens[i] for key, i in ids.items() if key not in ("eot", "eom")}
+    if "<|bos|>" not in vocab:  # the chat template of ours writes it
+        around = {"bos": config["add_bos_token"] and "bos" in ids, "eos": config["add_eos_token"]}
+        begin, finish = (
+            [(tokens[ids[key]], ids[key])] if added else [] for key, added in around.items()
+        )
+        spec["post_processor"] = template_processing(begin, finish)
+    if templates := _templates(metadata):
+        config["chat_template"] = templates
+    ends = [ids[key] for key in ("eos", "eot", "eom") if key in ids]
+    named = [vocab[name] for name in _END_NAMES if name in vocab]
+    named = [i for i in named if types[i] == _CONTROL]
+    stored = get_ids(_END_IDS)
+    model_ids = {"eos": list(dict.fromkeys([*ends, *(named if stored is None else stored)]))}
+    return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config, model_ids)
+
+
+_ID_KEYS = {
+    "bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom",
+    "pad": "padding", "unk": "unknown", "sep": "seperator", "mask": "mask",
+}  # fmt: skip
+
+
+def _stored_flags(stored: Any, source: str) -> dict[str, dict[str, bool]]:
+    try:
+        flags = json.loads(stored or "{}")
+        return {
+            name: {key: bool(row[key]) for key in _STRIPS if key in row}
+            for name, row in flags.items()
+        }
+    except (ValueError, TypeError, AttributeError):
+        raise ModelError(f"{source}: '{_FLAGS}' is {quoted(stored)}") from None
+
+
+def _templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
+    """The chat template, or several by name."""
+    named = {"default": metadata.get("tokenizer.chat_template")}
+    names = metadata.get("tokenizer.chat_templates")
+    for name in names if isinstance(names, list) else []:
+        named[str(name)] = metadata.get(f"tokenizer.chat_template.{name}")
+    texts = {name: text for name, text in named.items() if isinstance(text, str)}
+    if texts.get("default") == _without_marks(CHAT_TEMPLATE):
+        texts["default"] = CHAT_TEMPLATE
+    if texts.keys() <= {"default"}:
+        return texts.get("default")
+    return [{"name": name, "template": text} for name, text in texts.items()]
 
 
 def _without_marks(template: str) -> str:
@@ -178,7 +237,15 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         tokens[i], types[i] = token, _NORMAL
     for added in spec["added_tokens"]:
         tokens[added["id"]] = added["content"]
-        types[added["id"]] = _CONTROL if added["special"] else _USER_DEFINED
+        types[added["id"]] = _USER_DEFINED
+    types[list(tokenizer.special_ids.values())] = _CONTROL
+    begin, finish = tokenizer.begin_ids, tokenizer.finish_ids
+    if begin not in ([], [tokenizer.bos_id]) or finish not in ([], [tokenizer.eos_id]):
+        raise ModelError(
+            f"the tokenizer adds {begin} before a text and {finish} after it; GGUF has keys for the"
+            f" begin token {tokenizer.bos_id} and the end token {tokenizer.eos_id} only",
+            hint="name these tokens as bos_token and eos_token in tokenizer_config.json",
+        )
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": names[0],
@@ -190,11 +257,23 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
-        "tokenizer.ggml.add_bos_token": tokenizer.begins_with_bos,
+        "tokenizer.ggml.add_bos_token": bool(begin),
+        "tokenizer.ggml.add_eos_token": bool(finish),
     }
     if tokenizer.end_id != tokenizer.eos_id:
         metadata["tokenizer.ggml.eot_token_id"] = tokenizer.end_id
-    if tokenizer.chat_template is not None:
-        template = _without_marks(tokenizer.chat_template)
-        metadata["tokenizer.chat_template"] = template
-    return metadata
+    if (eom := tokenizer.special_ids.get("<|eom_id|>")) in tokenizer.end_ids:
+        metadata["tokenizer.ggml.eom_token_id"] = eom
+    metadata[_END_IDS] = np.array(tokenizer.end_ids, np.int32)
+    flags = {
+        added["content"]: {key: added[key] for key in _STRIPS if added.get(key)}
+        for added in spec["added_tokens"]
+    }
+    if any(flags.values()):
+        metadata[_FLAGS] = json.dumps({name: row for name, row in flags.items() if row})
+    templates = {n: _without_marks(text) for n, text in tokenizer.chat_templates.items()}
+    if "default" in templates:
+        metadata["tokenizer.chat_template"] = templates.pop("default")
+    if templates:
+        metadata["tokenizer.chat_templates"] = list(templates)
+    return metadata | {f"tokenizer.chat_template.{n}": text for n, text in templates.items()}

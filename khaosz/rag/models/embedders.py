@@ -42,11 +42,8 @@ class EngineEmbedder:
         self._pooling = self._settings.pooling
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer
-        # An embedder has its special tokens in tokenizer.json: a begin token, or an end token.
-        self._prefix_ids, self._suffix_ids = tokenizer.marks()
-        if not is_embedder(model):
-            self._prefix_ids = [tokenizer.bos_id] if tokenizer.begins_with_bos else []
-            self._suffix_ids = []
+        self._prefix_ids = tokenizer.begin_ids
+        self._suffix_ids = tokenizer.finish_ids if is_embedder(model) else []
         self.name = str(Path(model).resolve())
 
     @property

@@ -29,7 +29,7 @@ For each call, return a JSON object with its name and arguments within <tool_cal
 
 def call_format(tokenizer: Tokenizer) -> Calls:
     """How this model writes tool calls."""
-    template = tokenizer.chat_template or ""
+    template = tokenizer.chat_template_for(tools=True) or ""
     return "bare" if "tools" in template and CALL not in template else "marked"
 
 
@@ -39,7 +39,7 @@ def add_tools(
     """Messages and tools for the chat template. A template without tools would silently ignore
     them, so they become part of the system message, and earlier calls and their results become
     texts of the roles that every template has."""
-    template = tokenizer.chat_template or ""
+    template = tokenizer.chat_template_for(tools or None) or ""
     if "tools" in template or (not tools and "tool_calls" in template):
         return list(messages), list(tools) or None
     turns = [_plain(message) for message in messages]

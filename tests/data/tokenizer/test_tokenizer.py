@@ -90,7 +90,7 @@ def test_encode_is_lossless_and_never_yields_control_tokens(
     assert all(i >= len(SPECIAL_TOKENS) for i in ids)
     assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
     assert tokenizer.encode_batch([text, "x", text]) == [ids, tokenizer.encode("x"), ids]
-    offset_ids, offsets = tokenizer.encode_with_offsets(text)
+    offset_ids, offsets = tokenizer.control_encoder.encode(text)
     assert offset_ids == ids
     assert all(0 <= start < end <= len(text) for start, end in offsets)
 

@@ -1,0 +1,93 @@
+"""Encodes a rendered chat whole, as transformers does, with the control tokens of its template."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any
+
+import tokenizers
+
+_MARK = "\ue0f0"  # a private-use character, at both ends of an alias
+
+
+class ControlEncoder:
+    """A tokenizer that knows each control token by an unguessable alias in place of its name.
+
+    Whoever writes the alias of a token, the chat template, gets that token, with its flags (lstrip,
+    rstrip, single_word, normalized); its name is text like any other. So a chat is encoded in one
+    piece, and a pre-tokenizer that treats the start of a text differently sees one start.
+    """
+
+    def __init__(self, serialized: bytes, special_ids: dict[str, int]) -> None:
+        spec = json.loads(serialized)
+        # A private-use character: no normaliser changes the rest, no other token contains it.
+        nonce = f"{_MARK}{secrets.token_hex(16)}"
+        self.aliases = {name: f"{nonce}.{i}{_MARK}" for i, name in enumerate(special_ids)}
+        self._names = {alias: name for name, alias in self.aliases.items()}
+        self._pattern = re.compile(rf"{nonce}\.\d+{_MARK}")
+        self._control = frozenset(special_ids.values())
+        self._may_miss = any(t["single_word"] or t["normalized"] for t in spec["added_tokens"])
+        _rename(spec["model"], self.aliases)
+        for token in spec["added_tokens"]:
+            token["content"] = self.aliases.get(token["content"], token["content"])
+        spec |= dict.fromkeys(("post_processor", "truncation", "padding"))
+        self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        present = {token["content"] for token in spec["added_tokens"]}
+        absent = [alias for alias in self.aliases.values() if alias not in present]
+        self._backend.add_special_tokens(absent)
+        # Added tokens get ids in turn, and those that a merge makes keep their names there.
+        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        ids |= {self.aliases[name]: i for name, i in special_ids.items()}
+        places = {self._backend.token_to_id(content): i for content, i in ids.items()}
+        self._ids = {theirs: ours for theirs, ours in places.items() if theirs != ours}
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the character range [start, end) of each in `text`."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, offsets = [self._ids.get(i, i) for i in encoding.ids], encoding.offsets
+        if not self._may_miss:
+            return ids, offsets
+        hits = {
+            text.find(_MARK, *place)
+            for i, place in zip(ids, offsets, strict=True)
+            if i in self._control
+        }
+        at, plain, origin = 0, "", list[int]()
+        for match in self._pattern.finditer(text):
+            if match.start() not in hits:  # its flags forbid the token here: its name is text
+                name = self._names[match[0]]
+                plain += text[at : match.start()] + name
+                origin += [*range(at, match.start()), *[match.start()] * len(name)]
+                at = match.end()
+        if not at:
+            return ids, offsets
+        origin += range(at, len(text) + 1)
+        ids, offsets = self.encode(plain + text[at:])
+        return ids, [(origin[start], origin[end]) for start, end in offsets]
+
+
+def _rename(model: dict[str, Any], aliases: dict[str, str]) -> None:
+    """Unigram and WordPiece find a piece by its name in any text: those of control tokens too."""
+    vocab = model["vocab"]
+    if isinstance(vocab, list):  # Unigram: pairs of piece and score
+        model["vocab"] = [[aliases.get(piece, piece), score] for piece, score in vocab]
+        return
+    merged = _parts(model.get("merges") or [])
+    renamed = {
+        name: alias for name, alias in aliases.items() if name in vocab and name not in merged
+    }
+    model["vocab"] = {renamed.get(piece, piece): i for piece, i in vocab.items()}
+    if model.get("unk_token") in renamed:
+        model["unk_token"] = renamed[model["unk_token"]]
+
+
+def _parts(merges: Iterable[str | list[str]]) -> set[str]:
+    """Every token that a merge reads or makes."""
+    parts: set[str] = set()
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        parts |= {left, right, left + right}
+    return parts
