@@ -9,6 +9,7 @@ that is one JSON object (Llama 3).
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from khaosz.inference.text_stream import possible_stop
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
+_TOKEN = re.compile(rf'\\.|"|{CALLED}', re.DOTALL)  # of JSON, in or outside strings
+_JSON = re.compile(r"\s*([\[{]|$)")
+_BARE_CALL = re.compile(r'\s*\{\s*("(name|parameters|arguments|type)|"?$)')
 
 Calls = Literal["none", "marked", "bare"]
 
@@ -57,6 +61,8 @@ class PartStream:
         )
         self._trim = thinking  # templates put line breaks after their markers
         self._gap = ""  # white space before a call
+        self._at = 0  # up to where a call has been searched for its end
+        self._quoted: bool | None = False  # whether that is in a string; None: strings are ignored
 
     def feed(self, text: str) -> list[Part | ToolCall]:
         self._pending += text
@@ -65,20 +71,31 @@ class PartStream:
             pass
         return parts
 
-    def finish(self) -> list[Part | ToolCall]:
-        """The rest; an incomplete marker or call is text."""
+    def finish(self, *, cut: bool = False) -> list[Part | ToolCall]:
+        """The rest. A call without its end marker counts if it is complete. Another incomplete
+        marker or call is text, or nothing if the output was `cut` at its limit."""
         parts: list[Part | ToolCall] = []
+        while self._state == "call" and CALLED in self._pending and not _calls_of(self._pending):
+            self._at, self._quoted = 0, None  # a quotation mark is missing
+            while self._step(parts):
+                pass
         rest, self._pending = self._pending, ""
         match self._state:
             case "reasoning":
-                self._emit(parts, "reasoning", rest.rstrip(_SPACE))
+                self._emit(parts, "reasoning", _without_marker(rest, THOUGHT, cut).rstrip(_SPACE))
             case "call":
-                self._emit(parts, "content", self._gap + CALL + rest)
+                calls = _calls_of(_without_marker(rest, CALLED, cut=True))
+                if not calls and not (cut and _JSON.match(rest)):
+                    self._emit(parts, "content", self._gap + CALL + rest)
+                parts += calls
             case "object":
                 calls = _calls_of(rest)
-                parts += calls or [Part("content", rest)]
-            case _:
-                self._emit(parts, "content", rest)
+                if not calls and not (cut and _BARE_CALL.match(rest)):
+                    parts.append(Part("content", rest))
+                parts += calls
+            case state:
+                marker = THINK if state == "begin" else CALL if self._calls == "marked" else ""
+                self._emit(parts, "content", _without_marker(rest, marker, cut))
         return parts
 
     def _step(self, parts: list[Part | ToolCall]) -> bool:
@@ -105,9 +122,10 @@ class PartStream:
                 self._pending = ""
                 return False
             case "call":
-                body, mark, rest = self._pending.partition(CALLED)
-                if not mark:
+                end = self._end_of_call()
+                if end is None:
                     return False
+                body, rest = self._pending[:end], self._pending[end + len(CALLED) :]
                 calls = _calls_of(body)
                 if not calls:
                     self._emit(parts, "content", self._gap + CALL + body + CALLED)
@@ -131,6 +149,7 @@ class PartStream:
             body = text.rstrip(_SPACE)
             self._emit(parts, kind, body)
             self._state, self._pending, self._gap = then, rest, text[len(body) :]
+            self._at, self._quoted = 0, False
             self._trim = self._trim or then == "content"
             return True
         keep = possible_stop(text, (mark,))
@@ -138,6 +157,18 @@ class PartStream:
         self._emit(parts, kind, ready)
         self._pending = text[len(ready) :]
         return False
+
+    def _end_of_call(self) -> int | None:
+        """Where the end marker begins. A string of the JSON may hold the same text."""
+        for token in _TOKEN.finditer(self._pending, self._at):
+            if token[0] == CALLED and not self._quoted:
+                return token.start()
+            if token[0] == '"' and self._quoted is not None:
+                self._quoted = not self._quoted
+            self._at = token.end()
+        # The end may be a part of a token.
+        self._at = max(self._at, len(self._pending) - len(CALLED) + 1)
+        return None
 
     def _emit(
         self, parts: list[Part | ToolCall], kind: Literal["reasoning", "content"], text: str
@@ -148,10 +179,17 @@ class PartStream:
             parts.append(Part(kind, text))
 
 
+def _without_marker(text: str, marker: str, cut: bool) -> str:
+    """Without the beginning of a marker, two characters or more, at the end of a `cut` output."""
+    keep = possible_stop(text, (marker,)) if cut and marker else 0
+    return text[:-keep] if keep > 1 else text
+
+
 def _calls_of(text: str) -> list[ToolCall]:
-    """Of a JSON object with a name and arguments (or parameters), or a list of such; else none."""
+    """Of a JSON object with a name and arguments (or parameters), or a list of such; else none.
+    Strings may hold raw line breaks and tabs, as small models write them."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return []
     calls = [_call_of(each) for each in (value if isinstance(value, list) else [value])]
@@ -164,7 +202,7 @@ def _call_of(value: Any) -> ToolCall | None:
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some encode the JSON twice
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments, strict=False)
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):

@@ -15,9 +15,11 @@ WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</
 TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 
 
-def summary(pieces: list[str], calls: Calls = "marked", thinking: bool = False) -> dict[str, Any]:
+def summary(
+    pieces: list[str], calls: Calls = "marked", thinking: bool = False, cut: bool = False
+) -> dict[str, Any]:
     stream = PartStream(calls, thinking=thinking)
-    result = [part for piece in pieces for part in stream.feed(piece)] + stream.finish()
+    result = [part for piece in pieces for part in stream.feed(piece)] + stream.finish(cut=cut)
     output: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
     for part in result:
         if isinstance(part, ToolCall):
@@ -59,6 +61,20 @@ CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
      {"calls": [("a?", {"x": "?"})]}),
     ('<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>', "marked", False,
      {"content": '<tool_call>{"name": "a", "arguments": {"x": NaN}}</tool_call>'}),
+    ('<tool_call>{"name": "a", "arguments": {"x": "</tool_call> \\" </tool_call>"}}</tool_call>b',
+     "marked", False, {"calls": [("a", {"x": '</tool_call> " </tool_call>'})], "content": "b"}),
+    ('<tool_call>{"name": "a", "arguments": {"x": "\\\\"}}</tool_call>', "marked", False,
+     {"calls": [("a", {"x": "\\"})]}),
+    ('<tool_call>{"name": "a", "arguments": {"x": "a\n\tb\r\n"}}</tool_call>', "marked", False,
+     {"calls": [("a", {"x": "a\n\tb\r\n"})]}),
+    ('<tool_call>{"name": "a", "arguments": "{\\"x\\": \\"a\n\\"}"}</tool_call>', "marked", False,
+     {"calls": [("a", {"x": "a\n"})]}),
+    # The end marker is missing.
+    ('on <tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}\n', "marked", False,
+     {"content": "on", "calls": [("a", {"x": "</tool_call>"})]}),
+    # A quotation mark is missing.
+    (f'<tool_call>{{"name: 1}}</tool_call> b {TIME}', "marked", False,
+     {"content": '<tool_call>{"name: 1}</tool_call> b', "calls": [("time", {})]}),
     ('{"name": "a", "parameters": {"x": 1}}', "bare", False, {"calls": [("a", {"x": 1})]}),
     ('{"other": 1}', "bare", False, {"content": '{"other": 1}'}),
     ("no {", "bare", False, {"content": "no {"}),
@@ -76,13 +92,47 @@ def test_parts_whole_or_in_pieces(
         assert summary([text[:cut], text[cut:]], calls, thinking) == target, cut
 
 
-@given(st.lists(st.sampled_from(
-    ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}', " ", "\n", "x", "<"]
-), max_size=12), st.sampled_from(["none", "marked", "bare"]), st.booleans())  # fmt: skip
-def test_streamed_parts_join_to_whole(pieces: list[str], calls: Calls, thinking: bool) -> None:
-    whole = summary(["".join(pieces)], calls, thinking)
-    assert summary(pieces, calls, thinking) == whole
-    assert summary(list("".join(pieces)), calls, thinking) == whole
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}', " ", "\n", "x",
+          "<", '"', "\\", '{"name": "a", "arguments": {"x": "</tool_call>"}}']  # fmt: skip
+
+
+@given(
+    st.lists(st.sampled_from(PIECES), max_size=12),
+    st.sampled_from(["none", "marked", "bare"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_streamed_parts_join_to_whole(
+    pieces: list[str], calls: Calls, thinking: bool, cut: bool
+) -> None:
+    whole = summary(["".join(pieces)], calls, thinking, cut)
+    assert summary(pieces, calls, thinking, cut) == whole
+    assert summary(list("".join(pieces)), calls, thinking, cut) == whole
+
+
+CUT: list[tuple[str, Calls, bool, dict[str, Any]]] = [
+    ('so <tool_call>\n{"name": "a", "argum', "marked", False, {"content": "so"}),
+    ("so <tool_call>\n", "marked", False, {"content": "so"}),
+    ("so <tool_c", "marked", False, {"content": "so "}),
+    ("a <", "marked", False, {"content": "a <"}),
+    ("<tool_call> is a marker of", "marked", False, {"content": "<tool_call> is a marker of"}),
+    (f"{TIME}\n<tool_call>[", "marked", False, {"calls": [("time", {})]}),
+    ('<tool_call>{"name": "a", "arguments": {}}\n</tool', "marked", False, {"calls": [("a", {})]}),
+    ("hm</thi", "none", True, {"reasoning": "hm"}),
+    (" <thi", "none", False, {"content": " "}),
+    ('{"name": "a", "para', "bare", False, {}),
+    ('{"na', "bare", False, {"content": '{"na'}),
+    ('{"other": "x', "bare", False, {"content": '{"other": "x'}),
+]
+
+
+@pytest.mark.parametrize(("text", "calls", "thinking", "expected"), CUT)
+def test_output_cut_at_its_limit_shows_no_markup(
+    text: str, calls: Calls, thinking: bool, expected: dict[str, Any]
+) -> None:
+    target = {"reasoning": "", "content": "", "calls": [], **expected}
+    for at in range(len(text)):
+        assert summary([text[:at], text[at:]], calls, thinking, cut=True) == target, at
 
 
 def test_text_is_held_only_while_it_may_be_a_marker() -> None:

@@ -58,7 +58,7 @@ class Choice:
             return ([{"content": output.text}] if output.text else []), reason
         parts = self._parts.feed(output.text)
         if reason is not None:
-            parts += self._parts.finish()
+            parts += self._parts.finish(cut=reason == "length")
         deltas = [delta for part in parts for delta in self._delta(part)]
         if reason is not None:
             deltas += self._held_back()
