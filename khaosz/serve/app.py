@@ -29,6 +29,7 @@ from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
 from khaosz.serve.retrieval_models import RetrievalModels
 
 TIMEOUT = 600.0  # seconds that a request may take
+HEARTBEAT = 5.0  # seconds after which a silent stream sends a comment
 
 
 def record_routes(data: Path, runs: Path) -> list[APIRouter]:
@@ -47,10 +48,12 @@ def build_app(
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
     timeout: float = TIMEOUT,
+    heartbeat: float = HEARTBEAT,
     routers: Sequence[APIRouter] = (),
 ) -> FastAPI:
     """The service of these models; it stops their threads when it ends. `library`: knowledge bases;
-    `routers`: further routes, such as `record_routes`."""
+    `routers`: further routes, such as `record_routes`. `timeout` and
+    `heartbeat` are in seconds."""
     retrieval = retrieval or RetrievalModels()
     meters = Meters(models)
 
@@ -67,7 +70,7 @@ def build_app(
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
     app.add_middleware(HeadAsGet)
-    openai = chat_routes(models, meters, timeout, library), token_routes(models)
+    openai = chat_routes(models, meters, timeout, library, heartbeat), token_routes(models)
     knowledge = [] if library is None else [knowledge_routes(library)]
     for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
         app.include_router(router)

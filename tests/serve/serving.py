@@ -189,6 +189,7 @@ def served(
     limits: Limits | None = None,
     deterministic: bool = False,
     timeout: float = 60.0,
+    heartbeat: float = 5.0,
     step_tokens: int | None = None,
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
@@ -202,7 +203,12 @@ def served(
         service = Service(0, all_models)
         service.engine.step_tokens = step_tokens
     inner = build_app(
-        all_models, retrieval=retrieval, library=library, timeout=timeout, routers=routers
+        all_models,
+        retrieval=retrieval,
+        library=library,
+        timeout=timeout,
+        heartbeat=heartbeat,
+        routers=routers,
     )
     app = Guard(inner, key=key, hosts=LOOPBACK, origins=origins)
     config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")

@@ -81,6 +81,52 @@ def block_steps(service: Service) -> tuple[list[int], threading.Event]:
     return steps, resume
 
 
+def test_silent_streams_send_comments(tiny: Path) -> None:
+    """The engine is blocked in the first request's prompt, and cannot add the second one."""
+    short = {**LONG, "max_tokens": 4, "stream": True}
+    with served(tiny, heartbeat=0.02) as service:
+        steps, resume = block_steps(service)
+        connections = [raw_request(service, short)]
+        wait_until(lambda: bool(steps))
+        connections.append(raw_request(service, short))
+        texts = []
+        for connection in connections:
+            text = b""
+            while text.count(b": waiting\n\n") < 3:
+                text += connection.recv(1 << 16)
+            texts.append(text)
+        assert all(b"data:" not in text for text in texts)
+        resume.set()
+        for connection, text in zip(connections, texts, strict=True):
+            while not text.endswith(b"0\r\n\r\n"):
+                text += connection.recv(1 << 16)
+            assert text.startswith(b"HTTP/1.1 200") and b"data: [DONE]" in text
+            connection.close()
+        wait_until(lambda: open_requests(service) == 0)
+        # Clients skip the comments.
+        stream = service.client().chat.completions.create(**short)
+        whole = service.client().chat.completions.create(**{**short, "stream": False})
+        joined = "".join(c.choices[0].delta.content or "" for c in stream)
+        assert joined == whole.choices[0].message.content
+
+
+def test_error_after_the_stream_began_is_an_event(tiny: Path) -> None:
+    with served(tiny, heartbeat=0.001) as service:
+        long = [{"role": "user", "content": "春 fox " * 20_000}]  # encoding takes longer
+        with pytest.raises(openai.APIError, match="the model's context is"):
+            list(
+                service.client().chat.completions.create(
+                    **{**LONG, "messages": long, "stream": True}
+                )
+            )
+        with pytest.raises(openai.BadRequestError, match="the model's context is"):
+            service.client().chat.completions.create(**{**LONG, "messages": long})
+        wait_until(lambda: open_requests(service) == 0)
+        loaded = service.models.all[0].loaded
+        assert loaded is not None
+        wait_until(lambda: loaded.users == 0)
+
+
 def test_disconnect_during_prefill_frees_slot(tiny: Path) -> None:
     """The engine is blocked in the first part of the prompt until the client has disconnected."""
     with served(tiny, step_tokens=16) as service:

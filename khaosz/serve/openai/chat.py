@@ -18,17 +18,16 @@ from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITE_TOKENS
-from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.errors import ApiError, as_api_error, errors
 from khaosz.serve.knowledge.grounding import RetrievalContext, retrieve_context
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
-from khaosz.serve.openai.completion_output import Answer, ResponseFormat
+from khaosz.serve.openai.completion_output import Answer, ResponseFormat, event
 from khaosz.serve.openai.tools import add_tools, call_format, call_grammar
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
 from khaosz.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Retrieval
-from khaosz.serve.worker import Ticket
 
 
 @dataclass(frozen=True)
@@ -47,10 +46,14 @@ class EngineRequest:
 
 
 def chat_routes(
-    models: Models, meters: Meters, timeout: float, library: Library | None
+    models: Models,
+    meters: Meters,
+    timeout: float,
+    library: Library | None,
+    heartbeat: float,
 ) -> APIRouter:
     """`timeout`: seconds that a request may take, waiting included. `library`: the knowledge bases
-    that a chat may use."""
+    that a chat may use; `heartbeat`: seconds after which a silent stream sends a comment."""
     router = APIRouter()
 
     @router.post(
@@ -87,8 +90,46 @@ def chat_routes(
         raw_request: Request,
         prepare: Callable[[Use], Awaitable[EngineRequest]],
     ) -> Response:
-        """Takes the model and gives it back, however it ends."""
         models.check_capacity(request.model)
+        opening = asyncio.create_task(open_answer(request, prepare))
+
+        def leave() -> None:
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                opening.result().close()
+            opening.cancel()
+
+        watcher = asyncio.create_task(_disconnected(raw_request))
+        watcher.add_done_callback(lambda _: leave())
+
+        def done() -> None:
+            watcher.cancel()  # which leaves
+
+        try:
+            # Errors have a status of their own if they are found before the stream must begin.
+            wait = heartbeat if request.stream else None
+            await asyncio.wait({opening, watcher}, timeout=wait, return_when="FIRST_COMPLETED")
+            if request.stream and not opening.done() and not watcher.done():
+                return EventStream(with_comments(late_events(opening, request), heartbeat), done)
+            opened = await opening
+            if request.stream:
+                events = opened.formatter.events(opened.outputs, request.include_usage)
+                return EventStream(with_comments(events, heartbeat), done)
+            body = await opened.formatter.whole(opened.outputs)
+        except asyncio.CancelledError:
+            done()
+            if not watcher.done():
+                raise
+            body = None  # the client left
+        except BaseException:
+            done()
+            raise
+        done()
+        return Response(status_code=499) if body is None else JSONResponse(body)
+
+    async def open_answer(
+        request: ChatRequest | CompletionRequest, prepare: Callable[[Use], Awaitable[EngineRequest]]
+    ) -> OpenAnswer:
+        """Takes the model; closing the answer gives it back."""
         use = await models.take(request.model)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -102,7 +143,7 @@ def chat_routes(
             )
             if (refusal := prepared.refusal) is not None:
                 outputs = canned_output(refusal, prepared.params.n)
-                return await respond(request, formatter, outputs, lambda: None)
+                return OpenAnswer(formatter, outputs, lambda: None)
             _check_context(prepared, use.generator)
             async with asyncio.timeout_at(deadline):
                 ticket = await use.worker.submit(prepared.prompt, prepared.params, use.adapter)
@@ -110,8 +151,6 @@ def chat_routes(
             cleanup = undo.pop_all()
         started = time.perf_counter()
         cleanup.callback(lambda: meters.answered(use.name, formatter.usage, started))
-        watcher = asyncio.create_task(_close_on_disconnect(raw_request, ticket))
-        cleanup.callback(watcher.cancel)
 
         def expire() -> None:
             ticket.expire()
@@ -119,25 +158,48 @@ def chat_routes(
 
         timer = loop.call_at(deadline, expire)
         cleanup.callback(timer.cancel)
-        return await respond(request, formatter, ticket.outputs(), cleanup.close)
+        return OpenAnswer(formatter, ticket.outputs(), cleanup.close)
 
     return router
 
 
-async def respond(
-    request: ChatRequest | CompletionRequest,
-    formatter: Answer,
-    outputs: AsyncIterator[Output],
-    done: Callable[[], None],
-) -> Response:
-    """The answer, streamed or whole; `done` is called however it ends."""
-    if request.stream:
-        return EventStream(formatter.events(outputs, request.include_usage), done)
+@dataclass(frozen=True)
+class OpenAnswer:
+    """An answer that the engine generates; `close` ends it, and may be called again."""
+
+    formatter: Answer
+    outputs: AsyncIterator[Output]
+    close: Callable[[], None]
+
+
+async def late_events(
+    opening: asyncio.Task[OpenAnswer], request: ChatRequest | CompletionRequest
+) -> AsyncIterator[str]:
+    """The events of an answer that is not open yet; an error becomes an event."""
     try:
-        body = await formatter.whole(outputs)
+        opened = await opening
+    except Exception as error:
+        yield event(as_api_error(error).body)
+        return
+    async for each in opened.formatter.events(opened.outputs, request.include_usage):
+        yield each
+
+
+async def with_comments(events: AsyncIterator[str], seconds: float) -> AsyncIterator[str]:
+    """The events, and a comment line after so many silent seconds: proxies and clients close
+    silent connections, some after 50 seconds, and clients skip comments."""
+    pending = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            if not (await asyncio.wait({pending}, timeout=seconds))[0]:
+                yield ": waiting\n\n"
+                continue
+            if (each := pending.result()) is None:
+                return
+            yield each
+            pending = asyncio.ensure_future(anext(events, None))
     finally:
-        done()
-    return Response(status_code=499) if body is None else JSONResponse(body)
+        pending.cancel()
 
 
 async def canned_output(text: str, choices: int) -> AsyncIterator[Output]:
@@ -254,8 +316,7 @@ class EventStream(StreamingResponse):
             self._done()
 
 
-async def _close_on_disconnect(request: Request, ticket: Ticket) -> None:
+async def _disconnected(request: Request) -> None:
     """While a prompt is processed nothing is sent, so only receiving shows that the client left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-    ticket.close()
