@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from khaosz.data.tokenizer.messages import text_of_parts
+from khaosz.errors import KhaoszError
 from khaosz.inference.generator import Generator
 from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
@@ -28,6 +30,9 @@ from khaosz.serve.openai.completion_output import Answer, ResponseFormat, event
 from khaosz.serve.openai.tools import add_tools, call_format, call_grammar
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
 from khaosz.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Retrieval
+from khaosz.serve.worker import Busy, Failed
+
+_log = logging.getLogger("khaosz.serve")
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,11 @@ async def late_events(
     """The events of an answer that is not open yet; an error becomes an event."""
     try:
         opened = await opening
+    except (ApiError, KhaoszError, Busy, Failed, TimeoutError, RecursionError) as error:
+        yield event(as_api_error(error).body)
+        return
     except Exception as error:
+        _log.exception("opening an answer failed")
         yield event(as_api_error(error).body)
         return
     async for each in opened.formatter.events(opened.outputs, request.include_usage):
