@@ -25,13 +25,13 @@ BUDGET = {
     "errors": 69,
     "evaluation": 338,
     "files": 211,
-    "inference": 2_223,
+    "inference": 2_237,
     "interop": 2_325,
     "model": 583,
     "parallel": 108,
     "rag": 4_754,
     "rewards": 2,
-    "serve": 4_000,
+    "serve": 4_057,
     "trainer": 4_009,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
