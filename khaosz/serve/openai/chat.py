@@ -109,26 +109,25 @@ def chat_routes(
         def done() -> None:
             watcher.cancel()  # which leaves
 
-        try:
-            # Errors have a status of their own if they are found before the stream must begin.
-            wait = heartbeat if request.stream else None
-            await asyncio.wait({opening, watcher}, timeout=wait, return_when="FIRST_COMPLETED")
-            if request.stream and not opening.done() and not watcher.done():
-                return EventStream(with_comments(late_events(opening, request), heartbeat), done)
-            opened = await opening
-            if request.stream:
-                events = opened.formatter.events(opened.outputs, request.include_usage)
-                return EventStream(with_comments(events, heartbeat), done)
-            body = await opened.formatter.whole(opened.outputs)
-        except asyncio.CancelledError:
-            done()
-            if not watcher.done():
-                raise
-            body = None  # the client left
-        except BaseException:
-            done()
-            raise
-        done()
+        with ExitStack() as undo:
+            undo.callback(done)
+            try:
+                # Errors have a status of their own if they are found before the stream must begin.
+                wait = heartbeat if request.stream else None
+                await asyncio.wait({opening, watcher}, timeout=wait, return_when="FIRST_COMPLETED")
+                if request.stream and not opening.done() and not watcher.done():
+                    events = late_events(opening, request)
+                else:
+                    opened = await opening
+                    events = opened.formatter.events(opened.outputs, request.include_usage)
+                if request.stream:
+                    undo.pop_all()  # done when it ends
+                    return EventStream(with_comments(events, heartbeat), done)
+                body = await opened.formatter.whole(opened.outputs)
+            except asyncio.CancelledError:
+                if not watcher.done():
+                    raise
+                body = None  # the client left
         return Response(status_code=499) if body is None else JSONResponse(body)
 
     async def open_answer(
