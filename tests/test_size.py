@@ -23,7 +23,7 @@ BUDGET = {
     "demo": 1_138,
     "doctor": 72,
     "errors": 69,
-    "evaluation": 338,
+    "evaluation": 350,
     "files": 211,
     "inference": 2_237,
     "interop": 2_325,
@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_754,
     "rewards": 2,
     "serve": 4_057,
-    "trainer": 4_009,
+    "trainer": 4_063,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

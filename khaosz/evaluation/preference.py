@@ -33,7 +33,9 @@ class PreferenceAccuracy:
 
     judged_by    "reward" (a reward model), "implicit" (a policy's log-ratio to its reference),
                  "likelihood" (a policy's log-probability per token)
+    accuracy     over pairs and rankings: the pairs of a ranking count as one pair
     interval     95 % confidence interval of the accuracy (Wilson 1927)
+    examples     pairs and rankings
     calibration  (confidence, accuracy, pairs) per bin, for reward models
     """
 
@@ -44,11 +46,13 @@ class PreferenceAccuracy:
     pairs: int
     skipped: int
     calibration: list[tuple[float, float, int]]
+    examples: int
 
     def format(self) -> str:
         low, high = self.interval
+        once = f" in {self.examples:,} rankings and pairs" if self.examples < self.pairs else ""
         lines = [
-            f"agrees with {self.accuracy:.1%} of {self.pairs:,} pairs (95 %: {low:.1%} to"
+            f"agrees with {self.accuracy:.1%} of {self.pairs:,} pairs{once} (95 %: {low:.1%} to"
             f" {high:.1%}), judged by {self.judged_by}, mean margin {self.margin:+.3f}"
         ]
         if self.skipped:
@@ -68,7 +72,7 @@ def preference_accuracy(
     window: int | None = None,
     device: str = "cpu",
 ) -> PreferenceAccuracy:
-    """Judge every pair of `file` with the model in `model_dir`.
+    """Judge every pair of `file` with the model in `model_dir`; a ranking counts as one pair.
 
     A reward model is judged by its reward; a policy by its implicit reward log pi - log ref, where
     `reference` is the model it started from; a policy without a reference by its log-probability
@@ -100,18 +104,20 @@ def preference_accuracy(
         config = PreferenceConfig(beta=1.0)
         strategy = DPOStrategy(PairSet([]), data, layout, parallel, config=config)
         data.reference = _reference_table(strategy, frozen, compute)
-    gaps = pair_gaps(strategy, model, compute)
-    correct = float(preferred(gaps, torch.zeros_like(gaps)).sum())
+    gaps, weights = pair_gaps(strategy, model, compute)
+    correct = float(preferred(gaps, torch.zeros_like(gaps)) @ weights)
+    examples = len(data.draws)
     return PreferenceAccuracy(
         judged_by="reward" if is_reward else "likelihood" if reference is None else "implicit",
-        accuracy=correct / len(gaps),
-        interval=wilson(correct, len(gaps)),
-        margin=float(gaps.mean()),
+        accuracy=correct / examples,
+        interval=wilson(correct, examples),
+        margin=float(gaps @ weights) / examples,
         pairs=len(gaps),
         skipped=sum(
             reason["count"] for entry in loaded.report.inputs for reason in entry.skipped.values()
         ),
-        calibration=calibration_table(gaps) if isinstance(model, RewardModel) else [],
+        calibration=calibration_table(gaps, weights) if isinstance(model, RewardModel) else [],
+        examples=examples,
     )
 
 

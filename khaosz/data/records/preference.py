@@ -142,7 +142,7 @@ def to_pairs(record: dict[str, Any]) -> list[Pair]:
     indices = list(chain(*levels))
     if not all(type(i) is int for i in indices) or sorted(indices) != list(range(len(texts))):
         raise DataError("ranking does not name every answer once", hint="such as [2, [0, 3], 1]")
-    group = text_hash(json.dumps([prompt, texts])).hex()
+    group = text_hash(json.dumps([prompt, texts, ranking])).hex()
     return [
         Pair(prompt, texts[better], texts[worse], group=group)
         for above, below in combinations(levels, 2)

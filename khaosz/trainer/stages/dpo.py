@@ -33,15 +33,17 @@ def sequence_rewards(model: RewardModel, batch: SequenceBatch, compute: Compute)
 @dataclass
 class RMStrategy(PairStrategy):
     """L_RM = -E log sigma(r(x, y_chosen) - r(x, y_rejected) - margin), Bradley and Terry's model
-    of choice (Ouyang et al. 2022, arXiv:2203.02155, equation 1)."""
+    of choice, as a mean over the pairs of each ranking (Ouyang et al. 2022, arXiv:2203.02155,
+    equation 1)."""
 
     config: RewardConfig = field(default_factory=RewardConfig)
 
     def loss(self, model: RewardModel, batch: SequenceBatch, compute: Compute) -> Tensor:
         chosen, rejected = self.rewards(model, batch, compute)
         margin = batch.fields["margin"] if self.config.use_margins else None
-        self.add_reward_metrics(chosen, rejected)
-        return reward_loss(chosen, rejected, margin, self.config.centre).sum()
+        self.add_reward_metrics(batch, chosen, rejected)
+        losses = reward_loss(chosen, rejected, margin, self.config.centre)
+        return self.total(batch, losses)
 
     def rewards(
         self, model: RewardModel, batch: SequenceBatch, compute: Compute
@@ -65,8 +67,9 @@ class DPOStrategy(PairStrategy):
 
     def loss(self, model: Transformer, batch: SequenceBatch, compute: Compute) -> Tensor:
         chosen, rejected = self.answers(model, batch, compute)
-        self._report(chosen, rejected)
-        return preference_loss(chosen, rejected, self.config).sum()
+        self._report(batch, chosen, rejected)
+        losses = preference_loss(chosen, rejected, self.config)
+        return self.total(batch, losses)
 
     def rewards(
         self, model: Transformer, batch: SequenceBatch, compute: Compute
@@ -102,20 +105,21 @@ class DPOStrategy(PairStrategy):
             raise TrainingError("a pair has no reference log-probabilities")
         return table
 
-    def _report(self, chosen: Answers, rejected: Answers) -> None:
+    def _report(self, batch: SequenceBatch, chosen: Answers, rejected: Answers) -> None:
         won, lost = implicit_rewards(chosen, self.config), implicit_rewards(rejected, self.config)
-        self.add_reward_metrics(won, lost)
-        self.add_metrics(
-            logprob_chosen=chosen.mean.sum(),  # per token, so that a collapse shows
-            logprob_rejected=rejected.mean.sum(),
-            answer_tokens=(chosen.tokens + rejected.tokens).sum() / 2,
+        self.add_reward_metrics(batch, won, lost)
+        self.add_pair_metrics(
+            batch,
+            logprob_chosen=chosen.mean,  # per token, so that a collapse shows
+            logprob_rejected=rejected.mean,
+            answer_tokens=(chosen.tokens + rejected.tokens) / 2,
         )
         if chosen.reference is not None and rejected.reference is not None:
             # The mean log-ratio of the data's answers: not an expectation under the policy, but a
             # measure of how far the policy has moved on this data.
             ratios = chosen.ratio(False) + rejected.ratio(False)
             shift = chosen.ratio(False) / chosen.tokens
-            self.add_metrics(kl=ratios.sum() / 2, chosen_shift=shift.sum())
+            self.add_pair_metrics(batch, kl=ratios / 2, chosen_shift=shift)
 
 
 @torch.no_grad()

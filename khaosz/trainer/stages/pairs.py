@@ -29,7 +29,8 @@ _STEPS_TO_FIT = 16
 class PairSet:
     """Encoded pairs, and with a frozen reference the log-probabilities it gives their answers.
 
-    A draw is one pair, or all pairs of one ranking, which share the forward passes of its answers.
+    A draw is one pair, or all pairs of one ranking, which share the forward passes of its answers
+    and count as one pair.
     reference: (pairs, 2) fp32, chosen and rejected; NaN where it is not computed.
     """
 
@@ -38,21 +39,25 @@ class PairSet:
     draws: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
-        by_group: dict[str, list[int]] = {}
+        draw_of: dict[str, list[int]] = {}
+        compared: dict[str, set[frozenset[bytes]]] = {}
         self.draws = []
         for i, pair in enumerate(self.pairs):
             if pair.group is None:
                 self.draws.append([i])
-            elif pair.group in by_group:
-                by_group[pair.group].append(i)
-            else:
-                self.draws.append(by_group.setdefault(pair.group, [i]))
+                continue
+            answers = frozenset((pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()))
+            if answers in compared.get(pair.group, {answers}):  # the ranking, or the same again
+                draw_of[pair.group], compared[pair.group] = [], set()
+                self.draws.append(draw_of[pair.group])
+            draw_of[pair.group].append(i)
+            compared[pair.group].add(answers)
 
 
 @dataclass
 class PairStrategy(Strategy):
     """Micro-batches of pairs: a step's pairs are packed into rows of `window` tokens, both answers
-    of a pair in one forward pass. The loss is summed over pairs and counted in pairs."""
+    of a pair in one forward pass. The loss is summed over draws and counted in draws."""
 
     data: PairSet
     held_out: PairSet
@@ -66,12 +71,23 @@ class PairStrategy(Strategy):
     def rewards(self, model: Any, batch: SequenceBatch, compute: Compute) -> tuple[Tensor, Tensor]:
         """Rewards of the chosen and the rejected answers (P,), (P,): with DPO the implicit ones."""
 
-    def add_reward_metrics(self, chosen: Tensor, rejected: Tensor) -> None:
-        self.add_metrics(
-            accuracy=preferred(chosen, rejected).sum(),
-            margin=(chosen - rejected).sum(),
-            reward_chosen=chosen.sum(),
-            reward_rejected=rejected.sum(),
+    def total(self, batch: SequenceBatch, values: Tensor) -> Tensor:
+        """The sum over the batch's draws of the means of `values` (P,) over the pairs of each: the
+        pairs of K ranked answers have the weight 1 / (K choose 2) (Ouyang et al. 2022,
+        arXiv:2203.02155, equation 1)."""
+        return (values * batch.fields["weight"].to(values.dtype)).sum()
+
+    def add_pair_metrics(self, batch: SequenceBatch, **values: Tensor) -> None:
+        """Add values (P,) to the metrics, weighted as in the loss."""
+        self.add_metrics(**{name: self.total(batch, value) for name, value in values.items()})
+
+    def add_reward_metrics(self, batch: SequenceBatch, chosen: Tensor, rejected: Tensor) -> None:
+        self.add_pair_metrics(
+            batch,
+            accuracy=preferred(chosen, rejected),
+            margin=chosen - rejected,
+            reward_chosen=chosen,
+            reward_rejected=rejected,
         )
 
     def micro_batches(self, step: int) -> list[SequenceBatch]:
@@ -116,6 +132,8 @@ class PairStrategy(Strategy):
                 "chosen": torch.tensor([local[c] for _, c, _ in triples]),
                 "rejected": torch.tensor([local[r] for _, _, r in triples]),
                 "margin": torch.tensor([pair.margin or 0.0 for pair in pairs]),
+                "weight": torch.tensor([1 / len(members[d]) for d in drawn for _ in members[d]]),
+                "draws": torch.tensor(len(drawn)),
             }
             if data.reference is not None:
                 fields["reference"] = data.reference[fields["pair"]]
@@ -126,7 +144,7 @@ class PairStrategy(Strategy):
         return len(self.data.draws)
 
     def count(self, batch: SequenceBatch) -> int:
-        return len(batch.fields["pair"])
+        return int(batch.fields["draws"])
 
 
 Triple = tuple[int, int, int]  # a pair, and the sequences of its chosen and rejected answer

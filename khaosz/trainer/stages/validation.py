@@ -49,7 +49,7 @@ def held_out_batches(strategy: PairStrategy) -> list[SequenceBatch]:
 
 @torch.no_grad()
 def evaluate_pairs(strategy: PairStrategy, model: Any, compute: Compute) -> dict[str, float]:
-    """Loss and every metric of the strategy, as means over all held-out pairs."""
+    """Loss and every metric of the strategy, as means over all held-out pairs and rankings."""
     before, strategy.metric_sums = strategy.metric_sums, {}
     total = torch.zeros(())
     count = 0
@@ -97,26 +97,33 @@ class RolloutSamples(Callback):
 
 
 @torch.no_grad()
-def pair_gaps(strategy: PairStrategy, model: Any, compute: Compute) -> Tensor:
-    """reward(chosen) - reward(rejected) of every held-out pair of this rank (P,): the reward
-    model's, or the policy's implicit one."""
-    gaps = []
+def pair_gaps(strategy: PairStrategy, model: Any, compute: Compute) -> tuple[Tensor, Tensor]:
+    """reward(chosen) - reward(rejected) of every held-out pair of this rank (P,), the reward
+    model's or the policy's implicit one, and the weight of each pair (P,): those of a ranking sum
+    to 1."""
+    gaps, weights = [], []
     for batch in held_out_batches(strategy):
         moved = batch.to(strategy.parallel.device)
         chosen, rejected = strategy.rewards(model, moved, compute)
         gaps.append((chosen - rejected).cpu())
-    return torch.cat(gaps)
+        weights.append(batch.fields["weight"])
+    return torch.cat(gaps), torch.cat(weights)
 
 
-def calibration_table(gaps: Tensor, bins: int = 5) -> list[tuple[float, float, int]]:
-    """Accuracy by confidence: (mean confidence, accuracy, pairs) of equally filled bins. Confidence
-    is sigma(|gap|), the model's own probability of the answer it prefers."""
+def calibration_table(
+    gaps: Tensor, weights: Tensor | None = None, bins: int = 5
+) -> list[tuple[float, float, int]]:
+    """Accuracy by confidence: (mean confidence, accuracy, pairs) of bins with equally many pairs.
+    Confidence is sigma(|gap|), the model's own probability of the answer it prefers. `weights`
+    (P,) of the pairs in both means, by default equal."""
     order = gaps.abs().argsort()
+    weights = torch.ones_like(gaps) if weights is None else weights
     table = []
     for part in torch.tensor_split(order, min(bins, len(order))):
-        bin_gaps = gaps[part]
-        right = preferred(bin_gaps, torch.zeros_like(bin_gaps)).mean()
-        table.append((float(bin_gaps.abs().sigmoid().mean()), float(right), len(bin_gaps)))
+        bin_gaps, shares = gaps[part], weights[part] / weights[part].sum()
+        right = preferred(bin_gaps, torch.zeros_like(bin_gaps))
+        confidence = bin_gaps.abs().sigmoid()
+        table.append((float(confidence @ shares), float(right @ shares), len(bin_gaps)))
     return table
 
 
@@ -133,7 +140,7 @@ class PreferenceCurve(LossCurve):
         super().on_end(context)
         enough = len(self.strategy.held_out.pairs) >= 5 and context.parallel.world == 1
         if context.config.stage == "rm" and enough and can_draw():
-            gaps = pair_gaps(self.strategy, context.model, self.compute)
+            gaps, weights = pair_gaps(self.strategy, context.model, self.compute)
             path = self.out / "calibration.png"
-            draw_calibration(calibration_table(gaps), path, self.title(context))
+            draw_calibration(calibration_table(gaps, weights), path, self.title(context))
             self.console.print(f"  calibration: {path}")
