@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_754,
     "rewards": 2,
     "serve": 4_057,
-    "trainer": 4_063,
+    "trainer": 4_162,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

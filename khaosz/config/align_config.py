@@ -120,3 +120,13 @@ class RolloutConfig(Closed):
     )
     kl_loss: Literal["k2", "k3"] = Field(default="k3", description="GRPO's KL term")
     scale_by_std: bool = Field(default=True, description="GRPO; False: Dr. GRPO")
+
+    @model_validator(mode="after")
+    def _check_minibatches(self) -> RolloutConfig:
+        answers = self.prompts * self.group
+        if self.minibatches > answers:
+            raise ValueError(
+                f"minibatches={self.minibatches} is more than the {answers} answers of a rollout"
+                " (prompts * group)"
+            )
+        return self

@@ -66,6 +66,12 @@ def example_of(draw: int, total: int, seed: int) -> int:
     return permute(within, total, seed, epoch)
 
 
+def answer_seed(seed: int, number: int) -> int:
+    """The seed of the `number`-th sampled answer of a run, from 0 to 2^63 - 1: distinct within the
+    run, and unrelated to the answers of a run with another seed."""
+    return (_mix((seed + _GOLDEN) & _MASK) + number) & (_MASK >> 1)
+
+
 def allocate_slots(weights: list[float]) -> list[int]:
     """Whole slots of a cycle in proportion to `weights`, by the largest remainder.
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
+import inspect
 import math
-from collections.abc import Callable, Sequence
+import numbers
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 from khaosz.data.batches.sequences import TokenSequence
 from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
-from khaosz.errors import ConfigError, TrainingError
+from khaosz.errors import ConfigError, TrainingError, did_you_mean, one_line, quoted
 from khaosz.interop.huggingface import load_reward_model
 from khaosz.model import RewardModel
 from khaosz.trainer.open_run import OpenRun
@@ -45,6 +55,10 @@ class Answer:
         return TokenSequence([*prompt, *self.ids], len(prompt))
 
 
+# The largest reward: fp32 holds its square, which GRPO's deviation and PPO's value loss compute.
+MAX_REWARD = 1e15
+
+
 class FunctionReward:
     """A Python function of every answer."""
 
@@ -52,24 +66,76 @@ class FunctionReward:
         self.function, self.name = function, name
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
-        """One reward per answer; NaN where the function returns no finite number.
+        """One reward per answer; NaN where the function returns NaN or infinity.
 
-        Raises `TrainingError` when the function raises: it is the user's code, and any substitute
-        reward would be learned.
+        Each call gets its own copy of the messages and the record's other keys, and PyTorch's and
+        the process's settings are afterwards as they were before. Raises `TrainingError` when the
+        function raises or returns anything but a number within `MAX_REWARD`: it is the user's
+        code, and any substitute reward would be learned.
         """
-        scores = []
-        for answer in answers:
-            prompt = answer.prompt
-            try:
-                score = float(self.function(prompt.prompt, answer.text, prompt.extra))
-            except Exception as error:
-                raise TrainingError(
-                    f"reward_function {self.name} failed on {answer.text[:60]!r}:"
-                    f" {type(error).__name__}: {error}",
-                    hint="the last checkpoint is intact; correct the function and --resume",
-                ) from error
-            scores.append(score if math.isfinite(score) else math.nan)
-        return scores
+        with _unchanged_process():
+            return [self._score(answer) for answer in answers]
+
+    def _score(self, answer: Answer) -> float:
+        prompt = answer.prompt
+        try:
+            returned = self.function(
+                copy.deepcopy(prompt.prompt), answer.text, copy.deepcopy(prompt.extra)
+            )
+        except (Exception, SystemExit) as error:
+            reason = one_line(f"{type(error).__name__}: {error}")
+            raise self._failed(answer, f"failed on {quoted(answer.text)}: {reason}") from error
+        score = _number(returned)
+        if score is None:
+            kind = type(returned).__name__
+            if isinstance(returned, Coroutine):
+                returned.close()  # it never ran, which Python would warn of
+            what = f"returned {quoted(returned)} ({kind}) for {quoted(answer.text)}, not one number"
+            raise self._failed(answer, what)
+        if not math.isfinite(score):
+            return math.nan  # left out of the update
+        if abs(score) > MAX_REWARD:
+            what = f"returned {score:g} for {quoted(answer.text)}, beyond +-{MAX_REWARD:g}"
+            raise self._failed(answer, what)
+        return score
+
+    def _failed(self, answer: Answer, what: str) -> TrainingError:
+        question = quoted(str(answer.prompt.prompt[-1]["content"]))
+        return TrainingError(
+            f"reward_function {self.name} {what}, an answer to {question}",
+            hint="checkpoints that were written are intact; correct the function and --resume",
+        )
+
+
+def _number(returned: Any) -> float | None:
+    """A number or bool of Python, numpy or PyTorch, or None for anything else."""
+    if isinstance(returned, torch.Tensor | np.ndarray):
+        if math.prod(returned.shape) != 1:
+            return None
+        returned = returned.item()
+    elif isinstance(returned, np.generic):
+        returned = returned.item()
+    try:
+        return float(returned) if isinstance(returned, numbers.Real | Decimal) else None
+    except OverflowError:  # an integer of 400 digits
+        return sys.float_info.max if returned > 0 else -sys.float_info.max
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Undo what the user's code changes in PyTorch's global state and in the process."""
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if os.getcwd() != folder:
+            os.chdir(folder)
 
 
 class ModelReward:
@@ -109,31 +175,72 @@ def open_reward_source(run: OpenRun, compute: Compute, layout: BatchLayout) -> R
 
 
 def load_function(name: str) -> RewardFunction:
-    """The function that `module:name` or `path/to/file.py:name` names. Raises `ConfigError`."""
+    """The function that `module:name` or `path/to/file.py:name` names. Raises `ConfigError`, also
+    for a function that can't be called with the three arguments of a reward function."""
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         raise ConfigError(
             f"reward_function='{name}' does not name a function",
             hint="module:name or file.py:name",
         )
+    path = Path(place)
+    if path.suffix == ".py" and not path.is_file():
+        raise ConfigError(f"reward_function: {place} can't be loaded: file not found")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except Exception as error:
-        raise ConfigError(
-            f"reward_function: {place} can't be loaded: {type(error).__name__}: {error}"
-        ) from error
+        with _unchanged_process():
+            if path.suffix == ".py":
+                module = _module_at(path.resolve(), path.stat().st_mtime_ns)
+            else:
+                module = importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        reason = one_line(f"{type(error).__name__}: {error}")
+        raise ConfigError(f"reward_function: {place} can't be loaded: {reason}") from error
     function = getattr(module, attribute, None)
     if function is None:
-        raise ConfigError(f"reward_function: {place} has no '{attribute}'")
+        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
+        functions = f"its functions: {', '.join(known)}" if known else "it has no functions"
+        hint = did_you_mean(attribute, known, functions)
+        raise ConfigError(f"reward_function: {place} has no '{attribute}'", hint=hint)
     if not callable(function):
         raise ConfigError(f"reward_function: {name} is not a function")
+    _check_signature(function, name)
     return function
+
+
+@lru_cache(maxsize=8)
+def _module_at(path: Path, changed: int) -> ModuleType:
+    """The module in a file. It runs once until it is `changed`: it may load a model."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _check_signature(function: Callable[..., Any], name: str) -> None:
+    expected = "def NAME(messages, answer, extra): return a number"
+    called = type(function).__call__  # of an object with that method
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "an async function": inspect.iscoroutinefunction,
+        "a generator": inspect.isgeneratorfunction,
+        "an async generator": inspect.isasyncgenfunction,
+    }
+    for kind, holds in kinds.items():
+        if holds(function) or holds(called):
+            raise ConfigError(f"reward_function: {name} is {kind}", hint=expected)
+    if inspect.isclass(function):
+        raise ConfigError(f"reward_function: {name} is a class", hint=expected)
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return
+    try:
+        signature.bind([], "", {})
+    except TypeError as error:
+        raise ConfigError(
+            f"reward_function: {name}{signature} does not take (messages, answer, extra): {error}",
+            hint=expected,
+        ) from None
 
 
 def check_same_tokenizer(policy: Tokenizer, other: Tokenizer, path: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from khaosz.config import RolloutConfig
 from khaosz.data.batches.batch import IGNORE
-from khaosz.data.batches.sampler import draws_for, example_of, permute
-from khaosz.data.batches.sequences import SequenceBatch
+from khaosz.data.batches.sampler import answer_seed, draws_for, example_of, permute
+from khaosz.data.batches.sequences import SequenceBatch, TokenSequence
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import TrainingError
@@ -80,7 +80,12 @@ class RLHFStrategy(Strategy):
         if self.rollout is None or self.rollout.number != number:
             self.rollout = self._collect(number)
         epoch, minibatch = divmod(within, self.config.minibatches)
-        return list(self._batches(self.rollout, self._members(self.rollout, epoch, minibatch)))
+        if members := self._members(self.rollout, epoch, minibatch):
+            return list(self._batches(self.rollout, members))
+        # A rank without answers takes part in the update with one of which nothing is scored.
+        ids = self.rollout.sequences[0].ids
+        ((_, batch),) = self.layout.pack([TokenSequence(ids, len(ids))])
+        return [batch.with_fields(**{name: torch.zeros(0) for name in PER_TOKEN})]
 
     def _members(self, rollout: Rollout, epoch: int, minibatch: int) -> list[int]:
         """The answers of one update: a new partition of the rollout in every epoch. The first epoch
@@ -89,8 +94,7 @@ class RLHFStrategy(Strategy):
         key = self.layout.seed + 7919 * (rollout.number + 1)
         order = [permute(i, total, key, epoch) if epoch else i for i in range(total)]
         first, end = (n * total // self.config.minibatches for n in (minibatch, minibatch + 1))
-        # A rank with few answers still takes part in every update.
-        return order[first:end] or order[:1]
+        return order[first:end]
 
     def _batches(self, rollout: Rollout, members: Sequence[int]) -> Iterator[SequenceBatch]:
         for local, batch in self.layout.pack([rollout.sequences[i] for i in members]):
@@ -155,7 +159,7 @@ class RLHFStrategy(Strategy):
         seeds = []
         for draw in draws:
             picked.append(self.prompts[example_of(draw, total, seed)])
-            seeds += [(seed << 40) + draw * group + i for i in range(group)]
+            seeds += [answer_seed(seed, draw * group + i) for i in range(group)]
         answers = sample_answers(self.policy, self.tokenizer, picked, self.config, seeds)
         rewards = torch.tensor(self.reward_source(answers), dtype=torch.float32)
         penalty = self.config.missing_end_penalty
@@ -167,6 +171,7 @@ class RLHFStrategy(Strategy):
         indices = valid.nonzero()[:, 0].tolist()
         sequences = [answers[i].sequence for i in indices]
         rollout = Rollout(number, sequences, rewards[valid], finished[valid])
+        self._check_minibatches(rollout)
         self._forward(rollout)
         if self.critic is None:
             self._group_advantages(rollout, rewards, valid, group)
@@ -202,6 +207,18 @@ class RLHFStrategy(Strategy):
             "without_reward": total - rewarded,
         }
 
+    def _check_minibatches(self, rollout: Rollout) -> None:
+        """Raises `TrainingError` if an update would have no answer on any rank."""
+        updates = range(self.config.minibatches)
+        sizes = [float(len(self._members(rollout, 0, i))) for i in updates]
+        *sizes, answers = sum_over_ranks([*sizes, float(len(rollout.sequences))], self.parallel)
+        if not all(sizes):
+            raise TrainingError(
+                f"rollout.minibatches={self.config.minibatches}, but only {answers:.0f} answers of"
+                f" the rollout have a reward",
+                hint="lower it, sample more answers, or return NaN for fewer of them",
+            )
+
     @torch.no_grad()
     def _forward(self, rollout: Rollout) -> None:
         """Old and reference log-probabilities and values, in the batches of the first epoch: its
@@ -214,13 +231,9 @@ class RLHFStrategy(Strategy):
         device = self.parallel.device
         self.policy.train()
         plain = Rollout(rollout.number, rollout.sequences, rollout.scores, rollout.finished)
-        done: set[int] = set()
         for minibatch in range(self.config.minibatches):
             for batch in self._batches(plain, self._members(rollout, 0, minibatch)):
                 members = batch.fields["answer"].tolist()
-                if done.issuperset(members):
-                    continue
-                done.update(members)
                 moved = batch.to(device)
                 computed = {"old": self._logprobs(self.policy, moved)}
                 if self.reference is not None:

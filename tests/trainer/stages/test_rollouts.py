@@ -227,6 +227,47 @@ class TestRewardSources:
             assert len(strategy.rollout.sequences) == 7
             assert strategy.step_metrics["without_reward"] == 5
 
+    def test_refuses_more_minibatches_than_answers(self, make) -> None:  # type: ignore[no-untyped-def]
+        """They repeated the first answer."""
+        with pytest.raises(ConfigError, match="minibatches=13 is more than the 12 answers"):
+            make("grpo", minibatches=13)
+        answers = iter(range(99))
+
+        def two(messages: Any, answer: str, extra: Any) -> float:
+            return 1.0 if next(answers) < 2 else math.nan
+
+        strategy = make("grpo", FunctionReward(two, "mine:two"), minibatches=3)
+        with pytest.raises(TrainingError, match="minibatches=3, but only 2 answers"):
+            strategy.micro_batches(0)
+
+    @pytest.mark.parametrize("stage", ["ppo", "grpo"])
+    def test_rank_without_answers_adds_nothing(
+        self, make, stage: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:  # type: ignore[no-untyped-def]
+        """With one rewarded answer here and others on another rank, one update of two is empty."""
+        answers = iter(range(99))
+
+        def one(messages: Any, answer: str, extra: Any) -> float:
+            return 1.0 if next(answers) < 1 else math.nan
+
+        strategy = make(stage, FunctionReward(one, "mine:one"), minibatches=2)
+        # The other rank has answers for both.
+        monkeypatch.setattr(RLHFStrategy, "_check_minibatches", lambda *_: None)
+        counts = []
+        for step in range(2):
+            batches = strategy.micro_batches(step)
+            counts.append(sum(map(strategy.count, batches)))
+            strategy.policy.zero_grad()
+            loss = torch.stack(
+                [strategy.loss(strategy.policy, batch, Compute()) for batch in batches]
+            ).sum()
+            loss.backward()
+            gradients = [p.grad for p in strategy.policy.parameters() if p.requires_grad]
+            assert all(gradient is not None for gradient in gradients)  # DDP waits for all
+            if not counts[-1]:
+                assert loss.item() == 0.0 and not any(float(g.abs().sum()) for g in gradients)
+        assert sorted(map(bool, counts)) == [False, True]
+
     def test_refuses_a_rollout_without_rewards(self, make) -> None:  # type: ignore[no-untyped-def]
         strategy = make("ppo", FunctionReward(lambda *_: math.nan, "nothing"))
         with pytest.raises(TrainingError, match="no finite reward"):
@@ -254,7 +295,12 @@ class TestRewardSources:
             ("khaosz.rewards:nothing", "has no 'nothing'"),
             ("no.such.module:f", "can't be loaded"),
             ("khaosz.rewards:__all__", "is not a function"),
-            ("/no/such/file.py:f", "can't be loaded"),
+            ("/no/such/file.py:f", "file not found"),
+            ("khaosz.rewards:brevitie", "has no 'brevitie'"),
+            ("asyncio:sleep", "is an async function"),
+            ("glob:iglob", "does not take"),
+            ("math:sqrt", "does not take"),
+            ("fractions:Fraction", "is a class"),
         ],
     )
     def test_refuses_unknown_function(self, name: str, message: str) -> None:

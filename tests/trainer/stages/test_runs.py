@@ -189,6 +189,12 @@ def test_ppo_with_a_reward_model(align: Any, tmp_path: Path) -> None:
     assert all(math.isfinite(v) for v in last.values())
 
 
+def test_largest_seed(align: Any) -> None:
+    """Seeds of answers were seed * 2^40: above 8,388,607 they left the range of a seed."""
+    context = go(align("grpo", seed=2**63 - 1, max_steps=1))
+    assert context.progress.step == 1
+
+
 class TestBadInput:
     def test_refuses_a_missing_reward_source(self, align: Any) -> None:
         with pytest.raises(ConfigError, match="needs a reward"):
