@@ -26,12 +26,12 @@ BUDGET = {
     "evaluation": 350,
     "files": 211,
     "inference": 2_237,
-    "interop": 2_325,
+    "interop": 2_370,
     "model": 583,
     "parallel": 108,
-    "rag": 4_754,
+    "rag": 4_825,
     "rewards": 2,
-    "serve": 4_057,
+    "serve": 4_107,
     "trainer": 4_162,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

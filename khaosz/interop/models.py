@@ -13,6 +13,7 @@ from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ModelError
 from khaosz.files import atomic_folder
 from khaosz.interop import huggingface
+from khaosz.interop.encoder import is_encoder
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.model import Transformer
@@ -52,6 +53,19 @@ def open_model(path: str | Path) -> ModelSource:
     if huggingface.is_reward_model(path):
         raise huggingface.not_generating(path)
     return huggingface.ModelDirectory(path)
+
+
+def check_model(path: str | Path) -> None:
+    """Raises `ModelError` or `TokenizerError` for a model directory (a decoder or an encoder) or
+    .gguf file that is missing, incomplete or of an unknown kind. Reads no weights."""
+    path = Path(path)
+    if is_gguf(path):
+        GgufModel.open(path)
+        return
+    if not is_encoder(path):
+        huggingface.load_config(path)
+    huggingface.weight_files(path)
+    load_tokenizer(path)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from khaosz.errors import ConfigError, DataError
+from khaosz.errors import ConfigError, DataError, KhaoszError
 from khaosz.rag.load import Document, Loaded, Problem, Source, count_files, load_paths
 from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
@@ -103,7 +103,14 @@ class KnowledgeBase:
     def embedder(self) -> Embedder | None:
         """Opened when it is first needed, so that lexical search loads no model."""
         if self._embedder is None and (name := self.store.get("embedder")) is not None:
-            self._embedder = open_embedder(name)
+            try:
+                self._embedder = open_embedder(name)
+            except KhaoszError as error:
+                raise ConfigError(
+                    f"{self.store.where} was embedded by {name}: {error}",
+                    hint=f"{error.hint or 'restore it'}; --mode lexical searches without it,"
+                    " khaosz rag reindex --embedder NAME embeds again",
+                ) from error
         return self._embedder
 
     def close(self) -> None:

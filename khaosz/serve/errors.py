@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from khaosz.database import is_full
 from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
 from khaosz.serve.models import UnknownModel
-from khaosz.serve.retrieval_models import UnknownName
+from khaosz.serve.retrieval_models import UnknownName, Unusable
 from khaosz.serve.worker import Busy, Failed
 
 _log = logging.getLogger("khaosz.serve")
@@ -144,8 +144,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"{field} {error.reason}", param=field)
         case GenerationError() | DataError() | TokenizerError():
             return ApiError(400, str(error))
-        case KhaoszError():
+        case Unusable(kind=kind, name=name):
             _log.error("%s", error)  # it may name paths, so it is not sent
+            message = f"{kind} {name!r} cannot be opened; the log of this server says why"
+            return ApiError(503, message, param="model", code="model_unusable")
+        case KhaoszError():
+            _log.error("%s", error)
         case RequestValidationError():
             return _invalid_request(error)
         case RecursionError():

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from khaosz.errors import ConfigError
-from khaosz.rag.models.embedders import open_embedder
+from khaosz.errors import ConfigError, KhaoszError, ModelError
+from khaosz.rag.models.embedders import check_embedder, open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
-from khaosz.rag.models.rerankers import open_reranker
+from khaosz.rag.models.rerankers import check_reranker, open_reranker
 
 
 class SharedEmbedder:
@@ -61,6 +62,22 @@ class UnknownName(Exception):
         self.kind, self.name, self.known = kind, name, list(known)
 
 
+class Unusable(ModelError):
+    """A model that cannot be opened. `kind`: "embedder" or "reranker"."""
+
+    def __init__(self, kind: str, name: str, error: KhaoszError) -> None:
+        super().__init__(f"{kind} {name!r}: {error}", hint=error.hint)
+        self.kind, self.name = kind, name
+
+
+@contextmanager
+def _usable(kind: str, name: str) -> Iterator[None]:
+    try:
+        yield
+    except KhaoszError as error:
+        raise Unusable(kind, name, error) from error
+
+
 class RetrievalModels:
     """Embedders and rerankers by name. Thread-safe."""
 
@@ -75,13 +92,27 @@ class RetrievalModels:
         self._embedders: dict[str, SharedEmbedder] = {}
         self._rerankers: dict[str, SharedReranker] = {}
 
+    def check(self) -> None:
+        """Raises `ConfigError` for a model that could not be opened on first use. Loads none."""
+        for option, sources, check in (
+            ("--embedder", self.embedders, check_embedder),
+            ("--reranker", self.rerankers, check_reranker),
+        ):
+            for name, source in sources.items():
+                try:
+                    check(source)
+                except KhaoszError as error:
+                    shown = source if name == Path(source).name else f"{name}={source}"
+                    raise ConfigError(f"{option} {shown}: {error}", hint=error.hint) from error
+
     def embedder(self, name: str) -> SharedEmbedder:
-        """Raises `UnknownName`, and `ConfigError` or `ModelError` when it cannot be opened."""
+        """Raises `UnknownName`, and `Unusable` when it cannot be opened."""
         if name not in self.embedders:
             raise UnknownName("embedder", name, list(self.embedders))
         with self._lock:  # concurrent first requests open it once
             if name not in self._embedders:
-                self._embedders[name] = SharedEmbedder(open_embedder(self.embedders[name]))
+                with _usable("embedder", name):
+                    self._embedders[name] = SharedEmbedder(open_embedder(self.embedders[name]))
             return self._embedders[name]
 
     def reranker(self, name: str) -> SharedReranker:
@@ -90,7 +121,8 @@ class RetrievalModels:
             raise UnknownName("reranker", name, list(self.rerankers))
         with self._lock:
             if name not in self._rerankers:
-                self._rerankers[name] = SharedReranker(open_reranker(self.rerankers[name]))
+                with _usable("reranker", name):
+                    self._rerankers[name] = SharedReranker(open_reranker(self.rerankers[name]))
             return self._rerankers[name]
 
 

@@ -79,15 +79,17 @@ def serve(
         described = named_models(models, loras)
         served = Models(described, limits, device=device, deterministic=deterministic)
         retrieval = RetrievalModels(embedders, rerankers)
+        retrieval.check()
         if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
         with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        library = Library(data, retrieval, max_upload=max_upload)
         app = build_app(
             served,
             retrieval=retrieval,
-            library=Library(data, retrieval, max_upload=max_upload),
+            library=library,
             timeout=timeout,
             routers=record_routes(data, runs),
         )
@@ -106,6 +108,12 @@ def serve(
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
         announce(f"{', '.join(served.names)}: {url}/v1")
         announce(f"page: {url}/")
+        for base in library.bases():
+            if base.embedder is not None and base.embedder not in retrieval.embedders:
+                announce(
+                    f"knowledge base {base.name!r}: its embedder {base.embedder!r} is not available"
+                    f" (--embedder {base.embedder}=SOURCE), so it is searched lexically only"
+                )
         uvicorn.Server(config).run([listener])
 
 

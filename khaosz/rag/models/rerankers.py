@@ -10,6 +10,7 @@ import numpy as np
 from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.interop.encoder import is_encoder
+from khaosz.interop.models import check_model
 from khaosz.rag.models.encoder_models import CrossEncoder
 from khaosz.rag.models.http_client import split_address
 from khaosz.rag.models.protocols import Reranker, flatten
@@ -72,13 +73,22 @@ class ChatReranker:
         return [*self._generator.chat_ids(messages), *self._prefix]
 
 
-def open_reranker(name: str, *, device: str = "cpu") -> Reranker:
-    """A folder with a cross-encoder (bge-reranker), or a model directory or .gguf file of a chat
-    model. Raises `ConfigError` and `ModelError`."""
+def check_reranker(name: str) -> None:
+    """Raise what `open_reranker` would raise for an address or a missing file, without loading the
+    weights."""
     if split_address(name):
         raise ConfigError(
             "a reranker is a local folder or file", hint="use a cross-encoder or a chat model"
         )
+    if not Path(name).exists():
+        raise ModelError(f"reranker {name} not found", hint="a model directory or a .gguf file")
+    check_model(name)
+
+
+def open_reranker(name: str, *, device: str = "cpu") -> Reranker:
+    """A folder with a cross-encoder (bge-reranker), or a model directory or .gguf file of a chat
+    model. Raises `ConfigError` and `ModelError`."""
+    check_reranker(name)
     if is_encoder(name):
         return CrossEncoder(name, device=device)
     return ChatReranker(name, device=device)
