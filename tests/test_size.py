@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_107,
-    "trainer": 4_162,
+    "trainer": 4_289,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

@@ -33,6 +33,9 @@ def train(
         list[str] | None, typer.Argument(help="key=value, overrides the recipe.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from OUT/last.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Continue a finished run to a greater length.")
+    ] = False,
 ) -> None:
     """Train with a recipe: `khaosz train recipes/pt.toml data=texts.jsonl`."""
     from khaosz.config import load_stages
@@ -40,7 +43,7 @@ def train(
     from khaosz.trainer.run import run_stages
 
     context = None
-    for context in run_stages(load_stages(recipe, overrides), resume=resume):
+    for context in run_stages(load_stages(recipe, overrides), resume=resume, extend=extend):
         if context.signal:
             raise typer.Exit(128 + context.signal)
         if context.parallel.is_main:

@@ -29,7 +29,7 @@ STAGES_OF: dict[str, Stages] = {
         " schedule.min_ratio schedule.cycles schedule.cycle_growth"
         " parallel.device parallel.backend parallel.threads dtype compile gradient_checkpointing"
         " lora.rank lora.alpha lora.dropout lora.target_modules lora.rslora lora.base"
-        " log_every eval_every save_every keep loggers",
+        " log_every eval_every save_every save_minutes keep loggers",
     ),
     **_keys(_VALIDATED, "val val_fraction early_stop max_minutes"),
     **_keys(TEXT_STAGES, "batch_tokens mix dedup eval_tokens"),

@@ -104,6 +104,7 @@ class TrainConfig(Closed):
     eval_every: int | None = Field(default=None, ge=1)
     eval_tokens: int = Field(default=100_000, ge=1)
     save_every: int | None = Field(default=None, ge=1)
+    save_minutes: float = Field(default=10.0, gt=0, description="minutes between checkpoints")
     keep: int = Field(default=2, ge=1)
     sample_every: int | None = Field(default=None, ge=1)
     prompts: list[str] = Field(default_factory=list)

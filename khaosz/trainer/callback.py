@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from khaosz.errors import TrainingError
+from khaosz.parallel import sum_over_ranks
 from khaosz.trainer.checkpoint import point, resolve, rotate, save_checkpoint, write_rollout
 from khaosz.trainer.outcome import collapse_signs, run_warnings
 from khaosz.trainer.random_state import random_state
@@ -60,20 +61,26 @@ class EarlyStop(Callback):
 
 
 class Checkpointing(Callback):
-    """Saves every `every` steps, at a new best, at the end and when the run is stopped."""
+    """Saves every `every` steps or `seconds`, at a new best, at the end and when the run is
+    stopped. A checkpoint changes nothing in the run, so that the clock may decide."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, seconds: float = math.inf) -> None:
+        self.every, self.seconds = every, seconds
         self._saved = -1
+        self._saved_at = math.inf
 
     def on_start(self, context: TrainContext) -> None:
         self._saved = context.progress.step  # what was resumed is saved
+        self._saved_at = time.monotonic()
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         progress = context.progress
         gained = "val_loss" in metrics and progress.best_step == progress.step
         due = progress.step % self.every == 0
-        if due or gained or is_last(context):
+        late = time.monotonic() - self._saved_at >= self.seconds
+        # The clock of rank 0, for all of them.
+        late = sum_over_ranks([float(late and context.parallel.is_main)], context.parallel)[0] > 0
+        if due or late or gained or is_last(context):
             self._save(context, gained)
 
     def on_end(self, context: TrainContext) -> None:
@@ -97,6 +104,7 @@ class Checkpointing(Callback):
                 point(context.config.out / "best", directory)
             rotate(context.config.out, context.config.keep)
         context.parallel.barrier()
+        self._saved_at = time.monotonic()
 
 
 class ProgressLine(Callback):

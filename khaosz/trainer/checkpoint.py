@@ -37,6 +37,7 @@ from khaosz.interop.huggingface import save_model
 from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora
+from khaosz.trainer.extension import LENGTHS
 from khaosz.trainer.random_state import random_state, restore_random_state
 from khaosz.trainer.train_context import Plan, Progress, TrainContext
 
@@ -49,7 +50,8 @@ _READ = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config
 
 # Keys that may differ between a run and its resumption: they do not change the training.
 _FREE = {
-    "out", "log_every", "eval_every", "eval_tokens", "save_every", "keep", "sample_every",
+    "out", "log_every", "eval_every", "eval_tokens", "save_every", "save_minutes", "keep",
+    "sample_every",
     "prompts", "early_stop", "loggers", "val", "init_from", "tokenizer", "data", "parallel",
 }  # fmt: skip
 
@@ -236,9 +238,12 @@ def restore(context: TrainContext, directory: Path) -> None:
     read("rng", lambda states: restore_random_state(states, parallel, seed, step))
 
 
-def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
+def check_same_run(
+    config: TrainConfig, directory: Path, *, extend: bool = False, extended: bool = False
+) -> TrainConfig:
     """The stored configuration, if `config` describes the same run. Raises `CheckpointError` with
-    the first key that differs. Keys that `config` leaves open take the stored value."""
+    the first key that differs. Keys that `config` leaves open take the stored value, with `extend`
+    the length too. A run that was `extended` has one length, whatever others its recipe has."""
     path = directory / "train_config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -252,13 +257,15 @@ def check_same_run(config: TrainConfig, directory: Path) -> TrainConfig:
             same = all(before.get(name) == inner for name, inner in value.items())
         else:
             same = value is None or value == before or (key == "size" and value == "auto")
+        if key in LENGTHS:
+            same = same or extend or (extended and before is None)
         if key not in _FREE and not same:
             raise CheckpointError(
                 f"{directory} was trained with {key}={before}, the recipe has {value}",
                 hint="resume with the recipe it was started with, or choose another out=",
             )
-    free = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k in _FREE}
-    return stored.updated(**free)
+    changed = {k: v for k, v in config.model_dump(exclude_unset=True).items() if k in _FREE}
+    return stored.updated(**changed)
 
 
 def step_of(path: Path) -> int | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from khaosz.interop.models import load_model
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
-from khaosz.trainer.calibration import calibrate, rows_per_step
+from khaosz.trainer.calibration import _total_steps, calibrate, rows_per_step
 from khaosz.trainer.callback import (
     Callback,
     Checkpointing,
@@ -33,6 +34,7 @@ from khaosz.trainer.callback import (
 )
 from khaosz.trainer.checkpoint import ADAPTER, SavedState, restore
 from khaosz.trainer.corpus import tokenizer_for
+from khaosz.trainer.extension import extended_plan, with_lengths
 from khaosz.trainer.loggers import ExternalLogger, JsonLines, Sample, Samples
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.random_state import seed_random_state
@@ -54,6 +56,7 @@ class RunOrigin:
     config: TrainConfig
     checkpoint: Path | None = None
     saved: SavedState | None = None
+    lengths: dict[str, float] = field(default_factory=dict)  # what a finished run is extended to
 
     @property
     def model(self) -> Path | None:
@@ -185,10 +188,26 @@ class OpenRun:
             return self.origin.saved.plan.rows, self.origin.saved.plan.micro_rows
         return rows_per_step(self.config, self.parallel, self.model.config.hidden_size)
 
+    def saved_plan(self, total_steps: Callable[[TrainConfig, float], int]) -> Plan | None:
+        """The checkpoint's plan, extended if the run is, or None. `total_steps`: those of a recipe,
+        with the seconds that a step has taken so far."""
+        saved, lengths = self.origin.saved, self.origin.lengths
+        if saved is None or not lengths:
+            return saved.plan if saved else None
+        done = saved.progress
+        seconds = done.seconds / max(1, done.step)
+        self.config = with_lengths(self.config, lengths)
+        return extended_plan(
+            saved.plan, done.step, self.config, lambda config: total_steps(config, seconds)
+        )
+
     def plan(self, strategy: Strategy, rows: int, micro: int) -> Plan:
         """The checkpoint's plan, or a calibrated one."""
-        if self.origin.saved is not None:
-            return self.origin.saved.plan
+        saved = self.saved_plan(
+            lambda config, seconds: _total_steps(config, strategy, rows, seconds)
+        )
+        if saved is not None:
+            return saved
         return calibrate(
             self.model, self.config, self.parallel, strategy, rows, micro, self.console
         )
@@ -216,6 +235,8 @@ class OpenRun:
             critic=strategy.critic,
             rollouts=rollouts,
         )
+        if self.origin.lengths:
+            context.progress.evaluations_without_gain = 0
         restore_or_seed(context, self.origin.checkpoint)
         return context
 
@@ -250,7 +271,8 @@ class OpenRun:
                 every = config.sample_every or eval_every(context)
                 path = out / "samples.jsonl"
                 callbacks.append(Samples(path, samples, config.prompts, every, console))
-        callbacks.append(Checkpointing(config.save_every or plan.tenth))
+        every, seconds = config.save_every or plan.tenth, 60 * config.save_minutes
+        callbacks.append(Checkpointing(every, seconds))
         if self.parallel.is_main:
             callbacks += [curve, Summary(console)]
         return callbacks

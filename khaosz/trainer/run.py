@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from khaosz.config import TrainConfig
-from khaosz.errors import CheckpointError, TrainingError
+from khaosz.errors import CheckpointError, ConfigError, TrainingError
 from khaosz.files import FolderInUse, disk_error, exclusive
 from khaosz.parallel import ParallelContext, setup_parallel
 from khaosz.trainer.checkpoint import (
@@ -23,6 +23,7 @@ from khaosz.trainer.checkpoint import (
     verify,
 )
 from khaosz.trainer.checks import check_stages
+from khaosz.trainer.extension import greater_lengths, require_optimizer
 from khaosz.trainer.open_run import RunOrigin, open_run
 from khaosz.trainer.outcome import check_outcome
 from khaosz.trainer.stages.assembly import (
@@ -51,18 +52,27 @@ _BEFORE_CHECKPOINTS = {
 
 
 def run(
-    config: TrainConfig, *, resume: bool = False, console: Console | None = None
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    extend: bool = False,
+    console: Console | None = None,
 ) -> TrainContext:
-    """Train as `config` says and return the finished context; progress goes to `console`.
+    """Train as `config` says and return the finished context; progress goes to `console`. With
+    `extend` a finished run goes on to the greater length that `config` has now.
 
     Raises a `KhaoszError` for everything that can't work; earlier output stays intact.
     """
-    (context,) = run_stages([config], resume=resume, console=console)
+    (context,) = run_stages([config], resume=resume, extend=extend, console=console)
     return context
 
 
 def run_stages(
-    configs: list[TrainConfig], *, resume: bool = False, console: Console | None = None
+    configs: list[TrainConfig],
+    *,
+    resume: bool = False,
+    extend: bool = False,
+    console: Console | None = None,
 ) -> Iterator[TrainContext]:
     """Run stages one after the other and yield the context of each when it is done.
 
@@ -71,7 +81,12 @@ def run_stages(
     A stop requested during one stage ends all of them; an early stop ends its stage only.
     """
     console = console or Console(stderr=True)
-    check_stages(configs, resume=resume)
+    if extend and len(configs) != 1:
+        raise ConfigError(
+            f"--extend continues one run, the recipe has {len(configs)} stages",
+            hint="write the stage to extend as a recipe of its own",
+        )
+    check_stages(configs, resume=resume or extend)
     parallel: ParallelContext | None = None
     try:
         for config in configs:
@@ -79,7 +94,7 @@ def run_stages(
             parallel = setup_parallel(config.parallel)
             console.quiet = console.quiet or not parallel.is_main
             with _output(config.out, parallel, console):
-                context = _run(config, resume, parallel, console)
+                context = _run(config, resume, extend, parallel, console)
             yield context
             if context.stopping and not context.complete:
                 return
@@ -89,9 +104,9 @@ def run_stages(
 
 
 def _run(
-    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
+    config: TrainConfig, resume: bool, extend: bool, parallel: ParallelContext, console: Console
 ) -> TrainContext:
-    origin = _origin(config, resume, parallel, console)
+    origin = _origin(config, resume, extend, parallel, console)
     if origin.saved is not None:
         torch.set_num_threads(origin.saved.plan.threads)
     trainer = assemble(origin, parallel, console)
@@ -129,16 +144,18 @@ def _output(out: Path, parallel: ParallelContext, console: Console) -> Iterator[
 
 
 def _origin(
-    config: TrainConfig, resume: bool, parallel: ParallelContext, console: Console
+    config: TrainConfig, resume: bool, extend: bool, parallel: ParallelContext, console: Console
 ) -> RunOrigin:
     out = config.out
     last = resolve(out / "last")
     if not has_checkpoints(out):
+        if extend:
+            raise CheckpointError(f"{out}: no run to extend", hint="train without --extend first")
         if resume:
             _require_fresh(out)
             console.print(f"nothing to resume in {out}: starting from the beginning")
         return RunOrigin(config)
-    if not resume:
+    if not resume and not extend:
         raise CheckpointError(
             f"{out} already contains a run",
             hint="continue it with --resume, or choose another out=",
@@ -149,9 +166,15 @@ def _origin(
         if names := [path.name for path in steps(out).values()]:
             hint = f"say where to continue: ln -sfn {names[-1]} {out / 'last'}"
         raise CheckpointError(f"{out / 'last'}, the newest checkpoint, {what}", hint=hint)
+    if extend:
+        require_optimizer(last)
     if parallel.local_rank == 0:
         verify(last)
-    return RunOrigin(check_same_run(config, last), last, load_state(last))
+    saved = load_state(last)
+    extended = saved.plan.extended_at > 0
+    stored = check_same_run(config, last, extend=extend, extended=extended)
+    lengths = greater_lengths(config, stored, saved.plan, saved.progress) if extend else {}
+    return RunOrigin(stored, last, saved, lengths)
 
 
 def _require_fresh(out: Path) -> None:

@@ -13,12 +13,16 @@ def warmup_steps(config: ScheduleConfig, total: int) -> int:
     return round(config.warmup_fraction * total)
 
 
-def lr_factor(config: ScheduleConfig, step: int, total: int) -> float:
-    """The factor on the base learning rate for optimizer step `step` (0-based) of `total`.
+def lr_factor(config: ScheduleConfig, step: int, total: int, start: int = 0) -> float:
+    """The factor on the base learning rate for optimizer step `step` (0-based) of `total`. A run
+    that was finished at step `start` and extended begins a new cycle there, unless it is constant.
 
     Warm-up is linear and its first step is not zero; the formulas are listed at `ScheduleConfig`.
     The last step of a decaying schedule is the last one above `min_ratio`.
     """
+    if start and config.name == "constant":
+        return 1.0
+    step, total = step - start, total - start
     warmup = warmup_steps(config, total)
     if step < warmup:
         return (step + 1) / (warmup + 1)

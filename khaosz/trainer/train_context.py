@@ -65,6 +65,7 @@ class Plan:
     reasons: list[str] = field(default_factory=list)
     planned_steps: int | None = None  # at the start; None in checkpoints of earlier versions
     most_steps: int | None = None  # those of `epochs`
+    extended_at: int = 0  # the step where the run was finished before, and the schedule starts
 
     @property
     def tenth(self) -> int:

@@ -90,7 +90,8 @@ class Trainer:
         if loss is None:
             return None
         norm = torch.nn.utils.clip_grad_norm_(self._trained, context.config.grad_clip)
-        factor = lr_factor(context.config.schedule, step, context.plan.total_steps)
+        plan = context.plan
+        factor = lr_factor(context.config.schedule, step, plan.total_steps, plan.extended_at)
         # One transfer per step: the norm, which is the same on all ranks, and this rank's sums.
         names = list(self.strategy.metric_sums)
         sums = [norm.to(loss.device), loss, *self.strategy.metric_sums.values()]

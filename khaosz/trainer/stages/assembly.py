@@ -121,8 +121,9 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     prompts = loaded.train
     content = fingerprint([vars(prompt) for prompt in prompts])
     run.check_data(len(prompts), "prompts", content, same_world=True)
-    saved = run.origin.saved
-    plan = saved.plan if saved else _rollout_plan(run, len(prompts))
+    new_plan = _rollout_plan(run, len(prompts))
+    plan = run.saved_plan(lambda config, _: rollout_steps(config, len(prompts))) or new_plan
+    config = run.config
     compute = apply_plan(plan, run.model, config)
     reference = None
     if config.lora is None or config.reference is not None:
@@ -217,16 +218,10 @@ def plan_packed(run: OpenRun, strategy: PairStrategy | EmbedStrategy) -> Plan:
 def _rollout_plan(run: OpenRun, prompts: int) -> Plan:
     """A plan without calibration: most of the time of such a run goes to sampling."""
     config, rollout = run.config, run.config.rollout
-    limits = []
-    if config.max_steps is not None:
-        limits.append(config.max_steps)
-    if config.epochs is not None:
-        rollouts = -(-round(prompts * config.epochs) // rollout.prompts)
-        limits.append(max(1, rollouts) * rollout.epochs * rollout.minibatches)
     # bf16 log-probabilities differ by 1e-2, which is as much as a step moves them.
     dtype = "fp32" if config.dtype == "auto" else config.dtype
     return Plan(
-        total_steps=min(limits),
+        total_steps=rollout_steps(config, prompts),
         dtype=dtype,
         compiled=config.compile == "on",
         threads=torch.get_num_threads(),
@@ -235,6 +230,17 @@ def _rollout_plan(run: OpenRun, prompts: int) -> Plan:
         seconds_per_step=0.0,
         reasons=[f"dtype {dtype}: ratios of probabilities need full precision"],
     )
+
+
+def rollout_steps(config: TrainConfig, prompts: int) -> int:
+    """Optimizer steps of a recipe of rollouts."""
+    limits, rollout = [], config.rollout
+    if config.max_steps is not None:
+        limits.append(config.max_steps)
+    if config.epochs is not None:
+        rollouts = -(-round(prompts * config.epochs) // rollout.prompts)
+        limits.append(max(1, rollouts) * rollout.epochs * rollout.minibatches)
+    return min(limits)
 
 
 def _critic(run: OpenRun, reward: RewardModel | None) -> RewardModel:
