@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.huggingface import read_json, weight_files
+from khaosz.interop.huggingface import read_json, same_value, weight_files
 from khaosz.interop.tensor_file import DTYPES, TensorFile
 from khaosz.model.encoder import Encoder, EncoderConfig
 
@@ -110,13 +110,18 @@ def _config(values: dict[str, Any], source: str, head: bool) -> EncoderConfig:
     # transformers starts RoBERTa's positions at the padding id + 1.
     padding = values.get("pad_token_id")
     first = 0 if family == "bert" else (1 if padding is None else int(padding)) + 1
-    labels = len(values.get("id2label") or {"0": "", "1": ""}) if head else 0
+    names = values.get("id2label")
+    places = {
+        "num_labels": values.get("num_labels"),
+        "id2label": None if names is None else len(names),
+    }
+    labels = same_value(places, source) if head else 0
     return EncoderConfig(
         **sizes,
         layer_norm_eps=float(values.get("layer_norm_eps", 1e-12)),
         activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
         first_position=first,
-        labels=labels,
+        labels=2 if labels is None else labels,
         pooler=family == "bert",
     )
 

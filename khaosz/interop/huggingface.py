@@ -353,7 +353,7 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
             hint=f"supported: {', '.join([*FAMILIES, *_READ_ONLY])}",
         )
     for names in _SPELLINGS:
-        _same({name: values.get(name) for name in names}, source)
+        same_value({name: values.get(name) for name in names}, source)
     for key, harmless in {
         "hidden_act": ("silu", "swish"),
         "hidden_activation": (None, "silu", "swish"),
@@ -420,7 +420,7 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
         if not isinstance(table, dict):
             raise ModelError(f"{source}: {name}={quoted(table)} is not a table")
         given = {f"{name}.{key}": value for key, value in table.items() if value is not None}
-        kind = _same(
+        kind = same_value(
             {key: given.pop(key, None) for key in (f"{name}.rope_type", f"{name}.type")}, source
         )
         given = {key.partition(".")[2]: value for key, value in given.items()}
@@ -434,11 +434,13 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
         theta = values.get("rope_theta")
         used = {"rope_theta": 10_000.0 if theta is None else theta, **older}
         for key, value in newer.items():
-            _same({f"rope_scaling.{key}": older.get(key), f"rope_parameters.{key}": value}, source)
+            same_value(
+                {f"rope_scaling.{key}": older.get(key), f"rope_parameters.{key}": value}, source
+            )
             if used.get(key) != value:
                 raise ModelError(
                     f"{source}: rope_parameters.{one_line(key)}={quoted(value)} is absent from"
-                    f" rope_scaling, beside which rope_parameters is not read",
+                    " rope_scaling, and of the two transformers reads rope_scaling alone",
                     hint=f"write {one_line(key)} into rope_scaling as well",
                 )
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
@@ -446,7 +448,7 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
             f"{next(iter(tables), 'rope_parameters')}.{key}": rope.get(key),
             key: values.get(key),
         }
-        if (value := _same(places, source)) is not None:
+        if (value := same_value(places, source)) is not None:
             rope[key] = value
     theta, part = rope.pop("rope_theta", 10_000.0), rope.pop("partial_rotary_factor", 1.0)
     if part != 1.0:
@@ -469,7 +471,7 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
     return theta, rope
 
 
-def _same(places: dict[str, Any], source: str) -> Any:
+def same_value(places: dict[str, Any], source: str) -> Any:
     """The value of a setting that may stand in several places; None if it stands in none. Raises
     `ModelError` where they contradict each other."""
     given = [(place, value) for place, value in places.items() if value is not None]

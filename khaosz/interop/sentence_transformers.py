@@ -47,6 +47,7 @@ class EmbedderSettings:
     query_prefix: str = ""
     passage_prefix: str = ""
     max_length: int | None = None
+    lower_case: bool = False  # of texts, before they are encoded
 
 
 def is_embedder(directory: str | Path) -> bool:
@@ -86,7 +87,7 @@ def save_embedder(
     )
     write_json(
         directory / "sentence_bert_config.json",
-        {"max_seq_length": settings.max_length, "do_lower_case": False},
+        {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case},
     )
     # Last: `is_embedder` looks for it.
     write_json(directory / _MODULES, modules)
@@ -118,7 +119,14 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
     pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
     if "pooling_mode" in pooling:  # sentence-transformers 6
-        modes = {str(pooling["pooling_mode"])}
+        named = str(pooling["pooling_mode"])
+        if any(_POOLINGS.get(mode) != _POOLINGS.get(named) for mode in modes):
+            raise ModelError(
+                f"{directory / folder / 'config.json'}: pooling_mode={quoted(named)} contradicts"
+                f" pooling_mode_{sorted(modes)[0]}=true",
+                hint="write the setting once",
+            )
+        modes = {named}
     if (
         len(modes) != 1
         or not modes <= _POOLINGS.keys()
@@ -130,7 +138,8 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
             hint="supported: mean over all tokens with the prompt, first token, last token",
         )
     prompts = _read(directory / "config_sentence_transformers.json").get("prompts") or {}
-    max_length = _read(directory / "sentence_bert_config.json").get("max_seq_length")
+    transformer = _read(directory / "sentence_bert_config.json")
+    max_length = transformer.get("max_seq_length")
     if max_length is None and has_modules:
         max_length = _read(directory / "tokenizer_config.json").get("model_max_length")
         if isinstance(max_length, float) or (
@@ -149,7 +158,8 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
         raise ModelError(
             f"{directory / 'sentence_bert_config.json'}: max_seq_length={quoted(max_length)}"
         )
-    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, max_length)
+    lower_case = bool(transformer.get("do_lower_case"))
+    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, max_length, lower_case)
 
 
 def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:

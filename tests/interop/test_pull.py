@@ -38,13 +38,17 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(f"{self.path} {self.headers.get('Range', '')}".strip())
-        names = [path.name for path in self.folder.iterdir()]
+        paths = [path for path in self.folder.rglob("*") if path.is_file()]
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
         if self.path.startswith("/api/models/me/tiny"):
             self._json({"siblings": [{"rfilename": name} for name in names]})
         elif self.path.startswith("/api/v1/models/me/tiny/repo/files"):
             self._json({"Data": {"Files": [{"Path": name, "Type": "blob"} for name in names]}})
-        elif "/resolve/" in self.path and (file := self.folder / self.path.split("/")[-1]).exists():
-            self._file(file)
+        elif (
+            "/resolve/" in self.path
+            and (name := self.path.split("/resolve/")[1].partition("/")[2]) in names
+        ):
+            self._file(self.folder / name)
         else:
             self.send_error(404)
 
@@ -102,6 +106,17 @@ def test_repository_is_fetched_once_and_runs(hub: list[str], host: str) -> None:
     before = len(hub)
     assert pull(f"{host}:me/tiny") == path and len(hub) == before + 1, "only the list is asked for"
     assert pulled_models() == [path]
+
+
+def test_every_file_of_a_tokenizer_is_fetched(hub: list[str], folder: Path) -> None:
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|eos|>"}')
+    (folder / "added_tokens.json").write_text("{}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("T")
+    (folder / "chat_template.jinja").write_text("D")
+    path = pull("hf:me/tiny")
+    assert open_tokenizer(path).chat_templates == {"default": "D", "tool_use": "T"}
+    assert (path / "special_tokens_map.json").exists() and (path / "added_tokens.json").exists()
 
 
 def test_interrupted_download_resumes(hub: list[str]) -> None:

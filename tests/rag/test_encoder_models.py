@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from tokenizers import models, pre_tokenizers, processors
+from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from khaosz.errors import ConfigError, ModelError
 from khaosz.rag import KnowledgeBase
@@ -202,6 +202,64 @@ def test_refuses_unsupported_models_by_name(
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ModelError, match=message):
         EncoderEmbedder(tmp_path)
+
+
+def test_texts_are_lower_cased_where_the_folder_says_so(tmp_path: Path) -> None:
+    folder_of("bert", tmp_path)
+    plain = EncoderEmbedder(tmp_path).passages(["the cat", "THE CAT"])
+    settings = {"max_seq_length": 20, "do_lower_case": True}
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps(settings))
+    lower = EncoderEmbedder(tmp_path).passages(["the cat", "THE CAT"])
+    assert (lower == plain[0]).all() and (plain[0] != plain[1]).any()
+
+
+def test_special_tokens_of_other_files(tmp_path: Path) -> None:
+    """transformers adds the tokens that tokenizer_config.json alone names."""
+    folder_of("bert", tmp_path)
+    entry = {"content": "cat", "lstrip": True, "special": False}
+    config = {"added_tokens_decoder": {"9": entry}, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = EncoderEmbedder(tmp_path)
+    assert ours.tokens(["the  cats"]) == len(theirs("the  cats")["input_ids"])
+    assert ours.tokens(["the  cats"]) == 5  # without the file, "cats" is one unknown word
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", {"num_labels": 3}, "num_labels=3 contradicts id2label=1"),
+        (
+            "1_Pooling/config.json",
+            {"pooling_mode": "mean", "pooling_mode_cls_token": True},
+            "pooling_mode='mean' contradicts pooling_mode_cls_token=true",
+        ),
+        ("tokenizer_config.json", {"do_lower_case": False}, "do_lower_case=False contradicts"),
+    ],
+)
+def test_refuses_contradictions(
+    name: str, content: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder_of("bert", tmp_path, labels=1)
+    made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**before, **content}))
+    with pytest.raises(ModelError, match=message):
+        (CrossEncoder if name == "config.json" else EncoderEmbedder)(tmp_path)
+
+
+def test_number_of_labels_without_their_names(tmp_path: Path) -> None:
+    folder_of("bert", tmp_path, labels=1)
+    expected = CrossEncoder(tmp_path).scores("the cat", TEXTS)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["id2label"]
+    path.write_text(json.dumps({**values, "num_labels": 1}))
+    assert (CrossEncoder(tmp_path).scores("the cat", TEXTS) == expected).all()
 
 
 def test_refuses_folders_that_are_incomplete(tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ class ControlEncoder:
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the character range [start, end) of each in `text`."""
         encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, offsets = [self._ids.get(i, i) for i in encoding.ids], encoding.offsets
+        ids, offsets = encoding.ids, encoding.offsets
+        if self._ids:
+            ids = [self._ids.get(i, i) for i in ids]
         if not self._may_miss:
             return ids, offsets
         hits = {

@@ -41,6 +41,8 @@ class EngineEmbedder:
         self._settings = load_embedder_settings(model)
         if self._settings.pooling == "cls":
             raise ModelError(f"{model}: the first token of a causal model sees no other token")
+        if self._settings.lower_case:
+            raise ModelError(f"{model}: do_lower_case=true is not supported for a causal model")
         self._pooling = self._settings.pooling
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer

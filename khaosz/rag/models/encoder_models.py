@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from tokenizers import normalizers
 from torch import Tensor
 
+from khaosz.data.tokenizer.files import read_directory
 from khaosz.errors import ModelError
 from khaosz.interop.encoder import load_encoder
+from khaosz.interop.huggingface import read_json
 from khaosz.interop.sentence_transformers import load_embedder_settings
 from khaosz.rag.models.protocols import flatten, unit
 
@@ -113,12 +116,17 @@ class _WindowTokenizer:
         if not path.exists():
             raise ModelError(f"{path} is missing")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no other type
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(read_directory(folder)[0])
+        except ValueError as error:
             raise ModelError(f"{path} is broken ({error})") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._longest = min(longest, load_embedder_settings(folder).max_length or longest)
+        settings = load_embedder_settings(folder)
+        _check_case(folder, self._tokenizer.normalizer)
+        if settings.lower_case:
+            steps = [normalizers.Lowercase(), self._tokenizer.normalizer]
+            self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
+        self._longest = min(longest, settings.max_length or longest)
 
     def windows(self, text: str) -> Iterator[Any]:
         marks = len(self._tokenizer.encode("").ids)
@@ -154,6 +162,20 @@ class _WindowTokenizer:
         if len(encoding.ids) > self._longest:  # cutting the text changed its tokens
             encoding.truncate(self._longest)
         return encoding
+
+
+def _check_case(folder: Path, normalizer: Any) -> None:
+    """Raises `ModelError` where tokenizer_config.json contradicts tokenizer.json, of which
+    transformers reads one or the other, by the class of the tokenizer."""
+    path = folder / "tokenizer_config.json"
+    lower = read_json(path).get("do_lower_case") if path.is_file() else None
+    bert = isinstance(normalizer, normalizers.BertNormalizer)
+    if bert and lower is not None and lower != normalizer.lowercase:
+        raise ModelError(
+            f"{path}: do_lower_case={lower} contradicts lowercase={normalizer.lowercase} in the"
+            " normalizer of tokenizer.json",
+            hint="write the value that the model was trained with in both files",
+        )
 
 
 @torch.no_grad()
