@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from khaosz import __version__
+from khaosz.cli import app
 
 
 def khaosz(*arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -89,6 +93,24 @@ def test_user_error_is_one_line_and_exit_1(
     assert done.returncode == 1
     assert message in done.stderr and hint in done.stderr
     assert done.stderr.startswith("error: ") and done.stdout == ""
+
+
+def test_version_and_short_help() -> None:
+    assert khaosz("--version").stdout == f"khaosz {__version__}\n"
+    short, long = (khaosz("rag", "add", option).stdout for option in ("-h", "--help"))
+    assert short == long and "--kb" in short
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """The script for the shell, and what it gets for `khaosz da<Tab>`."""
+    result = CliRunner().invoke(app, ["--show-completion", shell], prog_name="khaosz")
+    if result.exit_code == 0:  # some versions of typer detect the shell only
+        assert "_KHAOSZ_COMPLETE" in result.output
+    words = {"_KHAOSZ_COMPLETE": f"complete_{shell}", "COMP_WORDS": "khaosz da", "COMP_CWORD": "1"}
+    words |= {"_TYPER_COMPLETE_ARGS": "khaosz da", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    result = CliRunner().invoke(app, [], prog_name="khaosz", env=words)
+    assert "data" in result.output and "chat" not in result.output
 
 
 def test_truncated_model(trained: Path, tmp_path: Path) -> None:

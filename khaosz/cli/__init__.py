@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from khaosz import __version__
 from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.inference import bench_app, model_app
 from khaosz.cli.rag import rag_app
@@ -16,7 +17,7 @@ from khaosz.errors import KhaoszError
 app = typer.Typer(
     help="A private, local, bilingual language model: train it, align it, talk to it.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,8 +32,27 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(rag_app, name="rag")
 
 
+def _show_version(shown: bool) -> None:
+    if shown:
+        typer.echo(f"khaosz {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
 def main() -> None:
-    """Entry point: a `KhaoszError` is printed as one line and a hint; the exit status is 1."""
+    """A `KhaoszError` is printed as one line and a hint; the exit status is 1. The entry point is
+    `khaosz.__main__.main`, which handles signals."""
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):  # a Windows console may not use UTF-8
             stream.reconfigure(encoding="utf-8", errors=errors)
@@ -41,13 +61,13 @@ def main() -> None:
     except KhaoszError as error:
         _fail(f"error: {error}", error.hint)
     except KeyboardInterrupt:
-        _fail("interrupted", None, status=130)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
 
 
-def _fail(message: str, hint: str | None, status: int = 1) -> NoReturn:
+def _fail(message: str, hint: str | None) -> NoReturn:
     print(message, file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 
 from rich.console import Console
@@ -39,6 +40,8 @@ def run_chat(backend: ChatBackend, conversation: Conversation) -> None:
             console.print()
             return
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():  # no one is there to read the hint
+                raise
             console.print("  (Ctrl-D or /exit to quit)")
             continue
         except UnicodeDecodeError as error:

@@ -16,9 +16,10 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,17 @@ def check_vocab_size(vocab_size: int) -> None:
         )
 
 
+def _interruptibly(work: Callable[[], object]) -> None:
+    """Call compiled code that does not look at signals for minutes in a thread, so that Ctrl-C
+    ends the wait; the process does not wait for the thread."""
+    pool = ThreadPool(1)
+    result = pool.apply_async(work)
+    pool.close()
+    while not result.ready():
+        result.wait(0.1)  # without a limit, Windows ignores signals
+    result.get()
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, *, max_bytes: int = 48_000_000
 ) -> Tokenizer:
@@ -375,7 +387,7 @@ def train_tokenizer(
     first = next(sample, None)
     if first is None:
         raise TokenizerError("no text to train a tokenizer on", hint="the input is empty or blank")
-    backend.train_from_iterator(chain([first], sample), trainer)
+    _interruptibly(partial(backend.train_from_iterator, chain([first], sample), trainer))
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|bos|>",
