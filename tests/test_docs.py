@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from khaosz.cli import app
 from khaosz.config import (
+    ColumnsConfig,
     EmbedConfig,
     LoRAConfig,
     ModelConfig,
@@ -222,6 +223,7 @@ def test_every_key_stands_there_with_its_default(language: str) -> None:
 
     for page, owners in {
         "training.md": (TrainConfig, ScheduleConfig, ParallelConfig, EmbedConfig),
+        "data.md": (ColumnsConfig,),
         "models.md": (ModelConfig,),
         "alignment.md": (LoRAConfig, RewardConfig, PreferenceConfig, RolloutConfig),
     }.items():

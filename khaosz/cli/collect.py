@@ -20,10 +20,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from khaosz.data.records.chat import Message
+from khaosz.config import ColumnsConfig
 from khaosz.data.records.preference import Paths, load_prompts, prompt_key, to_prompt
 from khaosz.data.records.readers import Skip, parse_line
 from khaosz.data.records.report import text_hash
+from khaosz.data.records.turns import Message
 from khaosz.errors import DataError, GenerationError
 from khaosz.files import append
 from khaosz.inference.generator import Completion, Generator
@@ -58,6 +59,8 @@ def collect(
     params: SamplingParams | None = None,
     device: str = "cpu",
     console: Console | None = None,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> Collected:
     """Ask for a ranking of up to `n` different answers to each prompt, appended to `out` (.jsonl).
 
@@ -75,7 +78,13 @@ def collect(
     console, out = console or Console(highlight=False, emoji=False), Path(out)
     seen = ranked_prompts(out, console)
     generator = Generator.from_directory(model, device=device)
-    data = load_prompts(prompts, generator.tokenizer, generator.context)
+    data = load_prompts(
+        prompts,
+        generator.tokenizer,
+        generator.context,
+        columns=columns,
+        allow_unread=allow_unread,
+    )
     console.print(Text("\n".join(data.report.lines())), soft_wrap=True)
     result = Collected()
     try:
@@ -178,7 +187,7 @@ def _append(out: Path, line: bytes) -> None:
 
 
 def _print_answers(console: Console, prompt: list[Message], answers: list[Completion]) -> None:
-    rows = [(turn["role"], "bold", turn["content"], "") for turn in prompt]
+    rows = [(turn["role"], "bold", turn.get("content", ""), "") for turn in prompt]
     for letter, answer in zip(string.ascii_uppercase, answers, strict=False):
         reason = "" if answer.finish_reason == "stop" else f" [{answer.finish_reason}]"
         rows.append((letter, "bold cyan", answer.text, reason))

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from khaosz.cli.output import Json, OutFolder, check_choice, print_result, progress_console
+from khaosz.cli.output import (
+    AllowUnread,
+    Columns,
+    Json,
+    OutFolder,
+    check_choice,
+    parse_columns,
+    print_notes,
+    print_result,
+    progress_console,
+)
 
 if TYPE_CHECKING:
     from khaosz.rag.load import Problem
@@ -26,25 +36,37 @@ data_app = typer.Typer(help="Fetch, prepare, show and verify data.", no_args_is_
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: Annotated[
-        list[Path], typer.Argument(help="Texts: jsonl, jsonl.zst, json, parquet, txt.")
+        list[Path], typer.Argument(help="Texts: jsonl, json, csv, parquet, txt; .gz or .zst.")
     ],
     out: OutFolder,
     vocab_size: Annotated[int, typer.Option(help="Tokens, with 16 special ones.")] = 16_384,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on mixed Chinese and English text."""
     from khaosz.data.records.readers import expand_inputs
+    from khaosz.data.records.report import InputReport, refuse_unread, summary
     from khaosz.data.records.texts import read_interleaved
     from khaosz.data.tokenizer import train_tokenizer
 
+    columns, reports = parse_columns(column), list[InputReport]()
     with progress_console().status(f"training {vocab_size:,} tokens"):
-        tokenizer = train_tokenizer(read_interleaved(inputs), vocab_size)
+        tokenizer = train_tokenizer(
+            read_interleaved(inputs, reports, columns),
+            vocab_size,
+            after_reading=lambda: refuse_unread(reports, allow_unread),
+        )
         tokenizer.save(out)
-        rates = _characters_per_token(expand_inputs(inputs), tokenizer)
+        rates = _characters_per_token(expand_inputs(inputs), tokenizer, columns)
+    print_notes(summary(reports))
     by_language = ", ".join(f"{lang} {rate:.2f}" for lang, rate in rates.items())
+    names = ("records", "kept", "unread")
+    counts = {name: sum(getattr(entry, name) for entry in reports) for name in names}
     print_result(
         as_json,
-        {"out": str(out), "vocab_size": tokenizer.vocab_size, "characters_per_token": rates},
+        {"out": str(out), "vocab_size": tokenizer.vocab_size, "characters_per_token": rates}
+        | counts,
         f"{out}: {tokenizer.vocab_size:,} tokens; characters per token: {by_language}",
     )
 
@@ -155,6 +177,8 @@ def data_prepare(
     ] = None,
     val_fraction: Annotated[float, typer.Option(help="Fraction held out for validation.")] = 0.0,
     dedup: Annotated[bool, typer.Option(help="Remove exact duplicates.")] = True,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     as_json: Json = False,
 ) -> None:
     """Tokenize texts or conversations into memory-mapped shards; run again to resume."""
@@ -175,6 +199,8 @@ def data_prepare(
             val_fraction=val_fraction,
             dedup=dedup,
             progress=progress,
+            columns=parse_columns(column),
+            allow_unread=allow_unread,
         )
     print_result(as_json, asdict(report), format_report(report))
 
@@ -185,6 +211,7 @@ def data_show(
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer directory.")] = None,
     n: Annotated[int, typer.Option("-n", help="Number of records.")] = 3,
     seed: Annotated[int, typer.Option(help="Selects the records.")] = 0,
+    column: Columns = None,
 ) -> None:
     """Print records as training sees them, with token boundaries and the loss mask."""
     from rich.console import Console
@@ -196,7 +223,14 @@ def data_show(
     default = data / "tokenizer"
     if tokenizer is None and not default.exists():
         raise DataError(f"{data} has no tokenizer", hint="give one with --tokenizer DIR")
-    show(data, load_tokenizer(tokenizer or default), n=n, seed=seed, console=Console())
+    show(
+        data,
+        load_tokenizer(tokenizer or default),
+        n=n,
+        seed=seed,
+        console=Console(),
+        columns=parse_columns(column),
+    )
 
 
 @data_app.command("verify")
@@ -245,7 +279,7 @@ def _write_records(
     print_result(as_json, values, f"{count:,} {kind}, {len(problems):,} files not read; {out}")
 
 
-def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]:
+def _characters_per_token(paths: list[Path], tokenizer: Any, columns: Any) -> dict[str, float]:
     """Characters per token by language, over the first 500 documents of each input."""
     from itertools import islice
 
@@ -254,7 +288,7 @@ def _characters_per_token(paths: list[Path], tokenizer: Any) -> dict[str, float]
     chars: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for path in paths:
-        for lang, text in islice(read_texts(path), 500):
+        for lang, text in islice(read_texts(path, columns=columns), 500):
             chars[lang] += len(text)
             tokens[lang] += len(tokenizer.encode(text))
     return {lang: round(chars[lang] / max(1, tokens[lang]), 3) for lang in sorted(chars)}

@@ -11,6 +11,7 @@ import typer
 
 from khaosz.cli.local_models import default_model, find_model
 from khaosz.cli.output import (
+    AllowUnread,
     Device,
     Json,
     MaxTokens,
@@ -296,13 +297,20 @@ def quantize(
         Path | None, typer.Option(help="Held-out texts; default: the built-in sample.")
     ] = None,
     report: Annotated[bool, typer.Option(help="Measure the loss of quality.")] = True,
+    allow_unread: AllowUnread = False,
     as_json: Json = False,
 ) -> None:
     """Write a quantised .gguf file, and measure its loss of quality on held-out text."""
     from khaosz.inference.quantize import format_quality, quantize_model
 
     result = quantize_model(
-        model, to=to, out=out, data=data, report=report, console=progress_console()
+        model,
+        to=to,
+        out=out,
+        data=data,
+        report=report,
+        console=progress_console(),
+        allow_unread=allow_unread,
     )
     print_result(as_json, result, format_quality(result))
 

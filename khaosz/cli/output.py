@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,16 @@ OutFolder = Annotated[Path, typer.Option(help="Output directory.")]
 Window = Annotated[int | None, typer.Option(help="Tokens; default: the training length.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum new tokens.")]
+AllowUnread = Annotated[
+    bool,
+    typer.Option("--allow-unread", help="Continue if over 1 % of the records cannot be read."),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column", help="NAME=COLUMN as in [columns] of a recipe, such as prompt=ask; repeatable."
+    ),
+]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")]
 
 
@@ -33,6 +44,23 @@ def resolve_device(name: str) -> str:
 
     config = ParallelConfig.parse({"device": name}, source="--device")
     return str(setup_parallel(config).device)
+
+
+def parse_columns(entries: list[str] | None) -> Any:
+    """The `ColumnsConfig` of `--column` options, or None. Raises `ConfigError`."""
+    from khaosz.config import ColumnsConfig, parse_overrides
+
+    values: dict[str, Any] = {}
+    for key, value in parse_overrides(entries or []).items():
+        table, dot, name = key.partition(".")
+        (values.setdefault(table, {}) if dot else values)[name or table] = value
+    return ColumnsConfig.parse(values, source="--column") if values else None
+
+
+def print_notes(lines: Iterable[str]) -> None:
+    """Print `lines` on standard error."""
+    for line in lines:
+        typer.echo(line, err=True)
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from khaosz.cli.output import (
+    AllowUnread,
+    Columns,
     Device,
     Json,
     MaxTokens,
@@ -15,6 +17,8 @@ from khaosz.cli.output import (
     OutFolder,
     TopP,
     Window,
+    parse_columns,
+    print_notes,
     print_result,
     progress_console,
     resolve_device,
@@ -36,6 +40,7 @@ def train(
     extend: Annotated[
         bool, typer.Option("--extend", help="Continue a finished run to a greater length.")
     ] = False,
+    allow_unread: AllowUnread = False,
 ) -> None:
     """Train with a recipe: `khaosz train recipes/pt.toml data=texts.jsonl`."""
     from khaosz.config import load_stages
@@ -43,6 +48,8 @@ def train(
     from khaosz.trainer.run import run_stages
 
     context = None
+    if allow_unread:
+        overrides = [*(overrides or []), "allow_unread=true"]
     for context in run_stages(load_stages(recipe, overrides), resume=resume, extend=extend):
         if context.signal:
             raise typer.Exit(128 + context.signal)
@@ -56,9 +63,11 @@ def train(
 @eval_app.command("bpb")
 def eval_bpb(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
-    file: Annotated[Path, typer.Argument(help="Texts: jsonl, jsonl.zst, txt, ...")],
+    file: Annotated[Path, typer.Argument(help="Texts: jsonl, csv, parquet, txt, ...")],
     window: Window = None,
     limit: Annotated[int | None, typer.Option(help="Maximum documents to score.")] = None,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -67,8 +76,15 @@ def eval_bpb(
 
     with progress_console().status("scoring"):
         result = bits_per_byte(
-            model, file, window=window, limit=limit, device=resolve_device(device)
+            model,
+            file,
+            window=window,
+            limit=limit,
+            device=resolve_device(device),
+            columns=parse_columns(column),
+            allow_unread=allow_unread,
         )
+    print_notes(result.report)
     by_lang = ", ".join(f"{lang} {value:.4f}" for lang, value in result.by_lang.items())
     print_result(
         as_json,
@@ -111,6 +127,8 @@ def preference_collect(
     top_p: TopP = 0.95,
     max_tokens: MaxTokens = 256,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     device: Device = "auto",
 ) -> None:
     """Sample answers and rank them blind; run again to continue."""
@@ -118,7 +136,17 @@ def preference_collect(
     from khaosz.inference.sampling import SamplingParams
 
     params = SamplingParams(max_tokens, temperature, top_p=top_p)
-    collect(model, prompts, out, n, seed, params=params, device=resolve_device(device))
+    collect(
+        model,
+        prompts,
+        out,
+        n,
+        seed,
+        params=params,
+        device=resolve_device(device),
+        columns=parse_columns(column),
+        allow_unread=allow_unread,
+    )
 
 
 @eval_app.command("preference")
@@ -129,6 +157,8 @@ def eval_preference(
         Path | None, typer.Option(help="Model the policy started from; default: use likelihoods.")
     ] = None,
     window: Window = None,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -138,8 +168,15 @@ def eval_preference(
 
     with progress_console().status("scoring"):
         result = preference_accuracy(
-            model, file, reference=reference, window=window, device=resolve_device(device)
+            model,
+            file,
+            reference=reference,
+            window=window,
+            device=resolve_device(device),
+            columns=parse_columns(column),
+            allow_unread=allow_unread,
         )
+    print_notes(result.report)
     print_result(as_json, vars(result), result.format())
 
 
@@ -147,6 +184,8 @@ def eval_preference(
 def eval_retrieval(
     file: Annotated[Path, typer.Argument(help="Pairs as for stage=embed: jsonl, json, parquet.")],
     embedder: Annotated[str | None, typer.Option(help="As for `rag add`; default: BM25.")] = None,
+    column: Columns = None,
+    allow_unread: AllowUnread = False,
     as_json: Json = False,
 ) -> None:
     """Measure how often a query retrieves its passage from all passages of the file."""
@@ -154,7 +193,13 @@ def eval_retrieval(
     from khaosz.rag.models.embedders import open_embedder
 
     with progress_console().status("searching"):
-        result = retrieval_accuracy(file, open_embedder(embedder) if embedder else None)
+        result = retrieval_accuracy(
+            file,
+            open_embedder(embedder) if embedder else None,
+            columns=parse_columns(column),
+            allow_unread=allow_unread,
+        )
+    print_notes(result.report)
     print_result(
         as_json,
         vars(result),

@@ -7,6 +7,7 @@ from khaosz.config.align_config import (
     RewardConfig,
     RolloutConfig,
 )
+from khaosz.config.columns_config import ColumnsConfig
 from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig, RopeScaling
 from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minutes
@@ -25,6 +26,7 @@ __all__ = [
     "PAIR_STAGES",
     "ROLLOUT_STAGES",
     "SIZES",
+    "ColumnsConfig",
     "Derived",
     "EmbedConfig",
     "LoRAConfig",

@@ -29,6 +29,9 @@ STAGES_OF: dict[str, Stages] = {
         " schedule.min_ratio schedule.cycles schedule.cycle_growth"
         " parallel.device parallel.backend parallel.threads dtype compile gradient_checkpointing"
         " lora.rank lora.alpha lora.dropout lora.target_modules lora.rslora lora.base"
+        " columns.text columns.messages columns.prompt columns.response columns.system"
+        " columns.tools columns.chosen columns.rejected columns.label columns.score columns.query"
+        " columns.positive columns.negative columns.role columns.content columns.roles allow_unread"
         " log_every eval_every save_every save_minutes keep loggers",
     ),
     **_keys(_VALIDATED, "val val_fraction early_stop max_minutes"),

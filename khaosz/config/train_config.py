@@ -14,6 +14,7 @@ from khaosz.config.align_config import (
     RolloutConfig,
 )
 from khaosz.config.closed import Closed
+from khaosz.config.columns_config import ColumnsConfig
 from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
 from khaosz.config.names import meant_by
@@ -99,6 +100,8 @@ class TrainConfig(Closed):
     mix: dict[str, float] | None = None
     val_fraction: float = Field(default=0.005, ge=0, lt=1)
     dedup: bool = True
+    columns: ColumnsConfig = ColumnsConfig()
+    allow_unread: bool = Field(default=False, description="even if over 1 % of records are unread")
 
     log_every: int = Field(default=10, ge=1)
     eval_every: int | None = Field(default=None, ge=1)

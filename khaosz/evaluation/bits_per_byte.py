@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.report import InputReport, refuse_unread, summary
 from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import DataError
@@ -26,12 +28,16 @@ _BATCH = 256  # documents tokenised together
 
 @dataclass(frozen=True)
 class BitsPerByte:
-    """The result for a file; `by_lang` has the bits per byte of each language in it."""
+    """The result for a file; `by_lang` has the bits per byte of each language in it. `records` were
+    read, of which `unread` could not be; `report` has the reasons as lines."""
 
     bits_per_byte: float
     bytes: int
     tokens: int
     by_lang: dict[str, float]
+    records: int
+    unread: int
+    report: tuple[str, ...]
 
 
 def bits_per_byte(
@@ -42,17 +48,24 @@ def bits_per_byte(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     limit: int | None = None,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> BitsPerByte:
     """Score `file` (jsonl, jsonl.zst, txt, ...) with the model in `model_dir`.
 
     `window` defaults to the training length, else the whole context. `limit` is a number of
-    documents. Raises `ModelError`, `DataError`.
+    documents. Raises `ModelError`, `DataError`; the latter also when more than 1 % of the records
+    cannot be read, unless they are allowed.
     """
     model = load_model(model_dir, device=device, dtype=dtype)
     tokenizer = open_tokenizer(model_dir)
     window = window or stored_window(model_dir) or model.config.max_position_embeddings
+    report = InputReport(str(file))
+    for _ in islice(read_texts(file, report, columns), limit):
+        pass  # reading is fast, scoring is not: refuse the file before
+    refuse_unread([report], allow_unread)
     by_lang: dict[str, Score] = {}
-    texts = islice(read_texts(file), limit)
+    texts = islice(read_texts(file, columns=columns), limit)
     for lang, documents in _by_language(texts, tokenizer):
         score = score_documents(
             model, documents, window=window, byte_lengths=tokenizer.byte_lengths, dtype=dtype
@@ -66,6 +79,9 @@ def bits_per_byte(
         total.text_bytes,
         total.tokens,
         {lang: round(score.bits_per_byte, 5) for lang, score in sorted(by_lang.items())},
+        report.records,
+        report.unread,
+        tuple(summary([report])),
     )
 
 

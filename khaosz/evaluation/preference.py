@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from khaosz.config import PreferenceConfig
+from khaosz.config import ColumnsConfig, PreferenceConfig
 from khaosz.data.records.preference import load_pairs
 from khaosz.errors import ModelError
 from khaosz.interop.huggingface import is_reward_model, load_reward_model
@@ -37,6 +37,7 @@ class PreferenceAccuracy:
     interval     95 % confidence interval of the accuracy (Wilson 1927)
     examples     pairs and rankings
     calibration  (confidence, accuracy, pairs) per bin, for reward models
+    skipped      records that were not used; `report` has the reasons as lines
     """
 
     judged_by: Literal["reward", "implicit", "likelihood"]
@@ -47,6 +48,7 @@ class PreferenceAccuracy:
     skipped: int
     calibration: list[tuple[float, float, int]]
     examples: int
+    report: tuple[str, ...] = ()
 
     def format(self) -> str:
         low, high = self.interval
@@ -71,12 +73,15 @@ def preference_accuracy(
     reference: Path | None = None,
     window: int | None = None,
     device: str = "cpu",
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> PreferenceAccuracy:
     """Judge every pair of `file` with the model in `model_dir`; a ranking counts as one pair.
 
     A reward model is judged by its reward; a policy by its implicit reward log pi - log ref, where
     `reference` is the model it started from; a policy without a reference by its log-probability
-    per token. Raises `ModelError`, `DataError`, `ConfigError` (a reference with another tokenizer).
+    per token. Raises `ModelError`, `DataError` (also when more than 1 % of the records cannot be
+    read, unless they are allowed), `ConfigError` (a reference with another tokenizer).
     """
     is_reward = is_reward_model(model_dir)
     if is_reward and reference is not None:
@@ -87,7 +92,7 @@ def preference_accuracy(
     model = (load_reward_model if is_reward else load_model)(model_dir, device=device)
     tokenizer = open_tokenizer(model_dir)
     window = window or stored_window(model_dir) or model.config.max_position_embeddings
-    loaded = load_pairs([file], tokenizer, window)
+    loaded = load_pairs([file], tokenizer, window, columns=columns, allow_unread=allow_unread)
     data = PairSet(loaded.train)
     parallel = ParallelContext(torch.device(device))
     layout = BatchLayout(1, window, _ROWS, tokenizer.pad_id, seed=0)
@@ -118,6 +123,7 @@ def preference_accuracy(
         ),
         calibration=calibration_table(gaps, weights) if isinstance(model, RewardModel) else [],
         examples=examples,
+        report=tuple(loaded.report.lines()),
     )
 
 

@@ -11,9 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from khaosz.config import ColumnsConfig
 from khaosz.data.records.pairs import Texts, to_texts
 from khaosz.data.records.readers import expand_inputs
-from khaosz.data.records.report import InputReport, usable_records, worst_reason
+from khaosz.data.records.report import (
+    InputReport,
+    refuse_unread,
+    summary,
+    usable_records,
+    worst_reason,
+)
 from khaosz.errors import DataError
 from khaosz.rag.models.protocols import Embedder
 from khaosz.rag.search.bm25 import lexical_search
@@ -26,7 +33,8 @@ _BATCH = 64  # texts per call of an embedder
 @dataclass(frozen=True)
 class RetrievalAccuracy:
     """accuracy: fraction of queries whose passage ranks first. mrr: mean of 1 / its rank. Other
-    passages that answer the query are ignored; passages with an equal score rank before it."""
+    passages that answer the query are ignored; passages with an equal score rank before it.
+    skipped: records that were not used; `report` has the reasons as lines."""
 
     found_by: str
     accuracy: float
@@ -34,18 +42,27 @@ class RetrievalAccuracy:
     queries: int
     passages: int
     skipped: int
+    report: tuple[str, ...] = ()
 
 
-def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> RetrievalAccuracy:
+def retrieval_accuracy(
+    file: Path,
+    embedder: Embedder | None = None,
+    *,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
+) -> RetrievalAccuracy:
     """Rank by cosine with an embedder, by a knowledge base's BM25 without one.
 
-    Raises `DataError` when the file has no pairs.
+    Raises `DataError` when the file has no pairs, and when more than 1 % of its records cannot be
+    read, unless they are allowed.
     """
     inputs = [InputReport(str(path)) for path in expand_inputs([file])]
-    records = [record for entry in inputs for record in _records(entry)]
+    records = [record for entry in inputs for record in _records(entry, columns)]
     read = sum(entry.records for entry in inputs)
     if not records:
         raise DataError(f"no pairs in {read} records of {file}{worst_reason(inputs)}")
+    refuse_unread(inputs, allow_unread)
     numbers: dict[str, int] = {}
     for text in chain.from_iterable((*r.positives, *r.negatives) for r in records):
         numbers.setdefault(text, len(numbers))
@@ -72,13 +89,16 @@ def retrieval_accuracy(file: Path, embedder: Embedder | None = None) -> Retrieva
         len(ranks),
         len(passages),
         read - len(records),
+        tuple(summary(inputs)),
     )
 
 
-def _records(entry: InputReport) -> Iterator[Texts]:
-    for line, record in usable_records(entry):
+def _records(entry: InputReport, columns: ColumnsConfig | None) -> Iterator[Texts]:
+    for line, record in usable_records(entry, columns):
         with entry.skipping(line):
-            yield to_texts(record)
+            texts = to_texts(record, columns)
+            entry.kept += 1
+            yield texts
 
 
 def _cosine_scores(

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from khaosz.config.presets import preset
+from khaosz.data.records.report import InputReport, refuse_unread, summary
 from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ModelError
@@ -109,6 +110,7 @@ def quantize_model(
     data: Path | None,
     report: bool,
     console: Console,
+    allow_unread: bool = False,
 ) -> dict[str, Any]:
     """Write `model` quantised; the file's path and size and, with `report`, its quality against
     the unquantised model on `data`. Raises `ModelError`, also when `out` exists."""
@@ -117,6 +119,12 @@ def quantize_model(
     if out.exists() or not is_gguf(out):
         problem = "exists" if out.exists() else "does not end in .gguf"
         raise ModelError(f"{out} {problem}", hint="name another file with --out")
+    if report and data is not None:
+        counts = InputReport(str(data))
+        for _ in read_texts(data, counts):
+            pass
+        refuse_unread([counts], allow_unread)
+        console.print("\n".join(summary([counts])), highlight=False, markup=False, soft_wrap=True)
     source, tokenizer = open_model(model), open_tokenizer(model)
     with console.status(f"quantising to {kind}"):
         write_model(source.config, source.read, tokenizer, out, kind, search=True)

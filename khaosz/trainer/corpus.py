@@ -10,8 +10,9 @@ from rich.console import Console
 
 from khaosz.config import TrainConfig, preset
 from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.report import InputReport, refuse_unread, summary
 from khaosz.data.records.texts import read_interleaved
-from khaosz.data.shards.manifest import PreparedData, identity
+from khaosz.data.shards.manifest import PreparedData, PrepareReport, identity, read_manifest
 from khaosz.data.shards.prepare import prepare, prepared_from, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
@@ -57,11 +58,13 @@ def _train_tokenizer(config: TrainConfig, directory: Path, console: Console) -> 
     facts = {"vocab_size": vocab_size, "inputs": inputs}
     if is_there and origin.exists() and origin.read_text("utf-8") == json.dumps(facts):
         return
+    reports: list[InputReport] = []
     with console.status(f"training a tokenizer of {vocab_size:,} tokens on {config.data}"):
         trained = train_tokenizer(
-            read_interleaved([config.data]),
+            read_interleaved([config.data], reports, config.columns),
             vocab_size,
             max_bytes=min(48_000_000, _BYTES_PER_MERGE * vocab_size),
+            after_reading=lambda: refuse_unread(reports, config.allow_unread),
         )
     origin.unlink(missing_ok=True)
     trained.save(directory)
@@ -113,9 +116,12 @@ class Corpus:
                         val_fraction=val_fraction,
                         dedup=self.config.dedup,
                         progress=progress,
+                        columns=self.config.columns,
+                        allow_unread=self.config.allow_unread,
                     )
             self.parallel.barrier()
             path = out
+        self._print(summary(PrepareReport.from_dict(read_manifest(path)["report"]).inputs))
         data = PreparedData.open(path)
         if data.fingerprint != self.tokenizer.fingerprint:
             raise DataError(
@@ -123,3 +129,7 @@ class Corpus:
                 hint="prepare it again with this one, or leave tokenizer= out",
             )
         return data
+
+    def _print(self, lines: list[str]) -> None:
+        for line in lines:
+            self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

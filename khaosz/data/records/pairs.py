@@ -9,41 +9,31 @@ of unlabelled text.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.layouts import Texts, read_record
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import (
     InputReport,
     LoadReport,
     in_validation,
     nothing_to_train_on,
+    refuse_unread,
     usable_records,
 )
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import DataError
 
-_QUERY = ("query", "anchor")
-_POSITIVE = ("positive", "positives", "pos")
-_NEGATIVE = re.compile(r"negatives?|neg|negative_\d+")
+__all__ = ["TextEncoder", "TextPairs", "Texts", "inverse_cloze", "load_text_pairs", "to_texts"]
+
 LEAST_QUERY, LEAST_PASSAGE = 8, 16  # characters; shorter texts are ambiguous
 MOST_QUERY = 300  # characters; longer ones are tables or code
 KEPT = 0.1  # share of the sentences that stay in their passage
-
-
-@dataclass(frozen=True)
-class Texts:
-    """One record: a query, the passages that answer it, and hard negatives that do not."""
-
-    query: str
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
 
 
 @dataclass
@@ -132,25 +122,11 @@ class TextPairsReport(LoadReport):
         return out
 
 
-def to_texts(record: dict[str, Any]) -> Texts:
+def to_texts(record: Any, columns: ColumnsConfig | None = None) -> Texts:
     """Raises DataError with a short reason for an unknown layout, for values that are not text, and
     for a negative that is also a positive."""
-    fields = {key: value for key, value in record.items() if value is not None}
-    query = next((fields[key] for key in _QUERY if key in fields), None)
-    positive_key = next((key for key in _POSITIVE if key in fields), None)
-    if query is None or positive_key is None:
-        missing = "query" if query is None else "positive"
-        raise DataError(f"no {missing} among the keys ({', '.join(map(str, fields))})")
-    if not isinstance(query, str) or not query.strip():
-        raise DataError("query is empty" if isinstance(query, str) else "query is not text")
-    positives = _listed(positive_key, fields[positive_key])
-    if not positives:
-        raise DataError(f"{positive_key} is empty")
-    negative_keys = [key for key in fields if _NEGATIVE.fullmatch(str(key))]
-    negatives = tuple(dict.fromkeys(chain(*(_listed(key, fields[key]) for key in negative_keys))))
-    if set(positives) & set(negatives):
-        raise DataError("a negative is the positive")
-    return Texts(query, positives, negatives)
+    texts: Texts = read_record(record, ("passages",), columns)
+    return texts
 
 
 def load_text_pairs(
@@ -160,21 +136,24 @@ def load_text_pairs(
     negatives: int = 4,
     val_fraction: float = 0.0,
     seed: int = 0,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> tuple[TextPairs, TextPairs, TextPairsReport]:
     """Training pairs, validation pairs and a report. The hash of a positive and `seed` decide
     whether its pairs are held out, so no held-out passage answers a training query. At most the
     first `negatives` of a record are used.
 
-    Raises DataError when no pair is left to train on.
+    Raises DataError when no pair is left to train on, and when more than 1 % of the records cannot
+    be read, unless they are allowed.
     """
     assert 0.0 <= val_fraction < 1.0, val_fraction
     inputs = [InputReport(str(path)) for path in expand_inputs(paths)]
     report = TextPairsReport(inputs, max_length=encoder.max_length)
     train, held_out = TextPairs(), TextPairs()
     for entry in report.inputs:
-        for line, record in usable_records(entry):
+        for line, record in usable_records(entry, columns):
             with entry.skipping(line):
-                texts = to_texts(record)
+                texts = to_texts(record, columns)
                 query = encoder.query(texts.query)
                 against = [encoder.passage(text) for text in texts.negatives[:negatives]]
                 for text in texts.positives:
@@ -195,19 +174,9 @@ def load_text_pairs(
         raise nothing_to_train_on(
             report, 'a record is {"query": ..., "positive": ..., "negatives": [...]}'
         )
+    refuse_unread(report.inputs, allow_unread)
     report.kept, report.validation = len(train) + len(held_out), len(held_out)
     return train, held_out, report
-
-
-def _listed(key: str, value: Any) -> tuple[str, ...]:
-    """One text or a list of them."""
-    texts = value if isinstance(value, list) else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise DataError(f"{key} is neither text nor a list of texts")
-        if not text.strip():
-            raise DataError(f"{key} has an empty text")
-    return tuple(dict.fromkeys(texts))
 
 
 def inverse_cloze(parts: Sequence[str], glue: str, rng: random.Random) -> tuple[str, str] | None:

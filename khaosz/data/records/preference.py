@@ -1,9 +1,8 @@
-"""Preference records of the common layouts, converted to pairs of answers and to token ids.
+"""Preference records of every layout, as pairs of answers and token ids.
 
-Understood are our own `{"prompt", "chosen", "rejected"}` and `{"prompt", "answers", "ranking"}`,
-LLaMA-Factory's ShareGPT and Alpaca layouts, and TRL's: standard, conversational, and without a
-prompt, where `chosen` and `rejected` are whole conversations. A prompt that is text is one user
-turn; a null counts as absent. Unusable records are skipped with a reason and line numbers.
+Comparisons give pairs at once. Labelled or scored answers (KTO, HelpSteer) are compared with the
+other answers to the same prompt, wherever in the data these are. Records that are not used are
+skipped with a reason and line numbers.
 """
 
 from __future__ import annotations
@@ -12,43 +11,45 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, combinations, product
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from khaosz.data.records.chat import Message, text_of, to_messages
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.layouts import (
+    SYSTEMS,
+    Pair,
+    Rated,
+    column_names,
+    fitting,
+    levels_of,
+    named,
+    prompt_of,
+    ranked_pairs,
+    read_record,
+    refuse_tools,
+)
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import (
     InputReport,
     LoadReport,
     in_validation,
     nothing_to_train_on,
+    refuse_unread,
     text_hash,
     usable_records,
 )
+from khaosz.data.records.turns import LeftOut, Message
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 
+__all__ = ["Pair", "load_pairs", "load_prompts", "to_pair", "to_pairs", "to_prompt"]
+
 Paths = str | Path | Iterable[str | Path]
 IDENTICAL = "chosen and rejected are the same"
-_PROMPT_KEYS = ("prompt", "messages", "conversations")
-_ALPACA_KEYS = ("instruction", "input", "history")
-_STAND_IN = {"role": "assistant", "content": "."}  # `to_messages` reads chats that were answered
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one prompt. Pairs of one ranking share a `group` and belong in one batch
-    (Ouyang et al. 2022, arXiv:2203.02155, section 3.5)."""
-
-    prompt: list[Message]
-    chosen: str
-    rejected: str
-    margin: float | None = None
-    group: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,63 +105,46 @@ class PreferenceData(Generic[Item]):
     report: PreferenceReport
 
 
-def to_pair(record: dict[str, Any]) -> Pair:
-    """The pair of one record. Raises DataError with a short reason for an unknown layout, and for
-    an answer that is not one assistant turn of text."""
-    record = _fields(record)
-    if "chosen" not in record or "rejected" not in record:
-        raise DataError(f"no chosen and rejected among the keys ({', '.join(record)})")
-    chosen, rejected = (_turns(record[key], key, "assistant") for key in ("chosen", "rejected"))
-    whole = any(turns and turns[0]["role"] != "assistant" for turns in (chosen, rejected))
-    if whole or not record.keys() & {*_PROMPT_KEYS, *_ALPACA_KEYS}:
-        n = 0
-        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
-            n += 1
-        # Some datasets repeat the prompt in a field of its own.
-        prompt = next((_turns(record[key], key) for key in _PROMPT_KEYS if key in record), [])
-        if prompt and prompt != chosen[:n][-len(prompt) :]:
-            raise DataError("chosen and rejected do not begin with the prompt")
-        record["prompt"], chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-    margin = record.get("margin")
-    if margin is not None and (type(margin) not in (int, float) or not abs(margin) < 1e30):  # NaN
-        raise DataError("margin is not a finite number")
-    margin = None if margin is None else float(margin)
-    return Pair(_prompt(record), _answer(chosen, "chosen"), _answer(rejected, "rejected"), margin)
+def to_pair(record: Any, columns: ColumnsConfig | None = None) -> Pair:
+    """The pair of one record that compares two answers. Raises DataError as `to_pairs` does."""
+    pairs = to_pairs(record, columns)
+    if len(pairs) != 1:
+        raise DataError(f"{len(pairs)} pairs, not one")
+    return pairs[0]
 
 
-def to_pairs(record: dict[str, Any]) -> list[Pair]:
-    """K(K-1)/2 pairs of a ranking of K answers, fewer where some are equal; one pair of any other
-    record. Raises DataError."""
-    record = _fields(record)
-    if "ranking" not in record:
-        return [to_pair(record)]
-    prompt, answers, ranking = _prompt(record), record.get("answers"), record["ranking"]
-    if not isinstance(answers, list) or not isinstance(ranking, list):
-        raise DataError("answers or ranking is not a list")
-    texts = [_answer(_turns(answer, "an answer", "assistant"), "an answer") for answer in answers]
-    levels = [level if isinstance(level, list) else [level] for level in ranking]
-    indices = list(chain(*levels))
-    if not all(type(i) is int for i in indices) or sorted(indices) != list(range(len(texts))):
-        raise DataError("ranking does not name every answer once", hint="such as [2, [0, 3], 1]")
-    group = text_hash(json.dumps([prompt, texts, ranking])).hex()
-    return [
-        Pair(prompt, texts[better], texts[worse], group=group)
-        for above, below in combinations(levels, 2)
-        for better, worse in product(above, below)
-    ]
+def to_pairs(record: Any, columns: ColumnsConfig | None = None) -> list[Pair]:
+    """K(K-1)/2 pairs of K ranked answers, fewer where some are equal; one pair of two answers.
+
+    Raises DataError with a short reason for an unknown layout, and for an answer that is not one
+    assistant turn of text; `LeftOut` for two answers that are rated equal.
+    """
+    pairs: list[Pair] = read_record(record, ("comparison",), columns)
+    return pairs
 
 
-def to_prompt(record: dict[str, Any]) -> Prompt:
+def to_prompt(record: Any, columns: ColumnsConfig | None = None) -> Prompt:
     """The prompt of a record of any layout, without trailing assistant turns. Raises DataError."""
-    record = _fields(record)
-    used = next(([key] for key in _PROMPT_KEYS if key in record), _ALPACA_KEYS)
-    extra = {key: value for key, value in record.items() if key not in (*used, "system", "tools")}
-    return Prompt(_prompt(record, answered=True), extra)
+    fields = named(record, columns)
+    refuse_tools(fields)
+    try:
+        prompt, used = prompt_of(fields, answered=True)
+    except DataError:
+        if (row := fitting(record, ("comparison",), columns)) is None:
+            raise
+        # Whole conversations: the prompt is their common beginning.
+        prompt, used = row.read(fields)[0].prompt, list(chain(*row.keys))
+    sources = {} if columns is None else column_names(columns)
+    known = {*(sources.get(key, key) for key in used), "history", "tools", *SYSTEMS}
+    extra = {k: v for k, v in record.items() if v is not None and k not in known}
+    return Prompt(prompt, extra)
 
 
 def prompt_key(prompt: Sequence[Message]) -> str:
     """A hash; equal for prompts that differ only in white space around their messages."""
-    turns = [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in prompt]
+    turns = [
+        (turn["role"], turn.get("content", "").strip(), turn.get("tool_calls")) for turn in prompt
+    ]
     return text_hash(json.dumps(turns)).hex()
 
 
@@ -169,70 +153,117 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
     at least up to where the window cuts them, a prompt that leaves no room for an answer, and a
     template that does not render a chat as the prompt, then the answer, then an end token."""
     if not pair.chosen.strip() or not pair.rejected.strip():
-        raise DataError("empty answer")
+        raise LeftOut("empty answer")
     if pair.chosen == pair.rejected:
-        raise DataError(IDENTICAL)
+        raise LeftOut(IDENTICAL)
     ids = _prompt_ids(tokenizer, pair.prompt, window)
     chosen = _answer_ids(tokenizer, pair.prompt, ids, pair.chosen)
     rejected = _answer_ids(tokenizer, pair.prompt, ids, pair.rejected)
     room = window - len(ids)
     if np.array_equal(chosen[:room], rejected[:room]):
-        raise DataError(f"{IDENTICAL} within the window")
+        raise LeftOut(f"{IDENTICAL} within the window")
     cut = (len(chosen) > room) + (len(rejected) > room)
     return EncodedPair(ids, chosen[:room], rejected[:room], cut, pair.margin, pair.group)
 
 
 def load_pairs(
-    paths: Paths, tokenizer: Tokenizer, window: int, *, val_fraction: float = 0.0, seed: int = 0
+    paths: Paths,
+    tokenizer: Tokenizer,
+    window: int,
+    *,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> PreferenceData[EncodedPair]:
     """Every usable pair, in at most `window` tokens. The hash of a prompt and `seed` decide whether
-    it is for validation. Raises DataError when no pair is left to train on."""
-    encode = partial(encode_pair, tokenizer, window=window)
-    return _load(paths, window, val_fraction, seed, to_pairs, encode)
+    it is for validation. Raises DataError when no pair is left to train on, and when more than 1 %
+    of the records cannot be read, unless they are allowed."""
+    read = partial(read_record, kinds=("comparison", "rated"), columns=columns)
+    data = _opened(paths, window, val_fraction)
+    rated: dict[str, list[tuple[InputReport, int, Rated]]] = {}
+    keep = partial(_keep, data, partial(encode_pair, tokenizer, window=window), val_fraction, seed)
+    for entry in data.report.inputs:
+        for line, record in usable_records(entry, columns):
+            with entry.skipping(line):
+                item = read(record)
+                if isinstance(item, Rated):
+                    rated.setdefault(prompt_key(item.prompt), []).append((entry, line, item))
+                    continue
+                if not item:
+                    raise LeftOut("all answers are ranked equal")
+                for pair in item:
+                    keep(entry, line, pair)
+    for answers in rated.values():
+        levels = levels_of(answer.score for _, _, answer in answers)
+        if len(levels) < 2:
+            for entry, line, _ in answers:
+                entry.skip(line, "no other answer to its prompt to compare with", unread=False)
+            continue
+        texts = [answer.answer for _, _, answer in answers]
+        entry, line, first = answers[0]
+        for pair in ranked_pairs(first.prompt, texts, levels):
+            keep(entry, line, pair)
+    return _loaded(data, allow_unread)
 
 
 def load_prompts(
-    paths: Paths, tokenizer: Tokenizer, window: int, *, val_fraction: float = 0.0, seed: int = 0
+    paths: Paths,
+    tokenizer: Tokenizer,
+    window: int,
+    *,
+    val_fraction: float = 0.0,
+    seed: int = 0,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> PreferenceData[Prompt]:
     """Every prompt that leaves room for an answer in `window` tokens; otherwise as `load_pairs`."""
 
     def encode(item: Prompt) -> Prompt:
         return replace(item, prompt_ids=_prompt_ids(tokenizer, item.prompt, window))
 
-    return _load(paths, window, val_fraction, seed, lambda record: [to_prompt(record)], encode)
+    data: PreferenceData[Prompt] = _opened(paths, window, val_fraction)
+    for entry in data.report.inputs:
+        for line, record in usable_records(entry, columns, every_column=True):
+            with entry.skipping(line):
+                _keep(data, encode, val_fraction, seed, entry, line, to_prompt(record, columns))
+    return _loaded(data, allow_unread)
 
 
-def _load(
-    paths: Paths,
-    window: int,
-    val_fraction: float,
-    seed: int,
-    read: Callable[[dict[str, Any]], list[Any]],
-    encode: Callable[[Any], Item],
-) -> PreferenceData[Item]:
+def _opened(paths: Paths, window: int, val_fraction: float) -> PreferenceData[Any]:
     if not 0.0 <= val_fraction < 1.0:
         raise DataError(f"val_fraction is {val_fraction}, not in [0, 1)")
     files = expand_inputs([paths] if isinstance(paths, str | Path) else paths)
     report = PreferenceReport([InputReport(str(path)) for path in files], window=window)
-    data: PreferenceData[Item] = PreferenceData([], [], report)
-    for entry in report.inputs:
-        for line, record in usable_records(entry):
-            items: list[Any] = []
-            with entry.skipping(line):
-                items = read(record)
-                if not items:
-                    raise DataError("all answers are ranked equal")
-            for item in items:
-                with entry.skipping(line):
-                    encoded = encode(item)
-                    held_out = in_validation(prompt_key(item.prompt), seed, val_fraction)
-                    (data.validation if held_out else data.train).append(encoded)
-                    entry.kept += 1
+    return PreferenceData([], [], report)
+
+
+def _keep(
+    data: PreferenceData[Item],
+    encode: Callable[[Any], Item],
+    val_fraction: float,
+    seed: int,
+    entry: InputReport,
+    line: int,
+    item: Any,
+) -> None:
+    """Encode an item and add it to its part of the data, or count why it is skipped."""
+    with entry.skipping(line):
+        encoded = encode(item)
+        held_out = in_validation(prompt_key(item.prompt), seed, val_fraction)
+        (data.validation if held_out else data.train).append(encoded)
+        entry.kept += 1
+
+
+def _loaded(data: PreferenceData[Item], allow_unread: bool) -> PreferenceData[Item]:
+    """The data with its report. Raises DataError as `load_pairs` does."""
+    report = data.report
     if not data.train:
         raise nothing_to_train_on(
             report,
             "a record is a prompt, with chosen and rejected or answers and ranking for pairs",
         )
+    refuse_unread(report.inputs, allow_unread)
     items = data.train + data.validation
     report.kept, report.validation = len(items), len(data.validation)
     report.truncated = sum(getattr(item, "truncated", 0) > 0 for item in items)
@@ -247,7 +278,7 @@ def _load(
 def _prompt_ids(tokenizer: Tokenizer, prompt: list[Message], window: int) -> np.ndarray:
     ids = encode_chat(tokenizer, prompt, add_generation_prompt=True)[0]
     if len(ids) >= window:
-        raise DataError(f"the prompt leaves no room for an answer in the window of {window} tokens")
+        raise LeftOut(f"the prompt leaves no room for an answer in the window of {window} tokens")
     return np.array(ids, np.int32)
 
 
@@ -264,52 +295,3 @@ def _answer_ids(
     if not ends.size:
         raise DataError("the chat template does not end an answer with a control token")
     return answer[: ends[0] + 1]
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    """The keys of a record that are not null."""
-    if not isinstance(record, dict):
-        raise DataError(f"record is a {type(record).__name__}, not an object")
-    if to_messages({"messages": [_STAND_IN], "tools": record.get("tools")}).tools:
-        raise DataError("tools are not read from preference records")
-    return {key: value for key, value in record.items() if value is not None}
-
-
-def _turns(value: Any, key: str, role: str = "user") -> list[Message]:
-    """One turn or several in OpenAI's or ShareGPT's layout; a text is one turn of `role`."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    turns = value if isinstance(value, list) else [value]
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise DataError(f"{key} is neither text nor messages")
-    if any("from" in turn for turn in turns):
-        return to_messages({"conversations": [*turns, {"from": "gpt", "value": "."}]}).messages[:-1]
-    return to_messages({"messages": [*turns, _STAND_IN]}).messages[:-1]
-
-
-def _prompt(record: dict[str, Any], answered: bool = False) -> list[Message]:
-    """Messages that end with a user or tool turn; trailing assistant turns are dropped if it is
-    `answered`."""
-    if key := next((key for key in _PROMPT_KEYS if key in record), None):
-        prompt = _turns(record[key], key)
-        if record.get("system") and [turn["role"] for turn in prompt[:1]] != ["system"]:
-            prompt.insert(0, {"role": "system", "content": text_of(record["system"])})
-    elif "instruction" in record or "input" in record:
-        prompt = to_messages({**record, "output": "."}).messages[:-1]
-    else:
-        raise DataError(f"no prompt among the keys ({', '.join(record)})")
-    while answered and prompt and prompt[-1]["role"] == "assistant":
-        prompt.pop()
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
-        raise DataError("the prompt does not end with a user or tool turn")
-    if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
-        raise DataError("empty prompt")
-    return prompt
-
-
-def _answer(turns: list[Message], key: str) -> str:
-    if len(turns) != 1 or turns[0]["role"] != "assistant":
-        raise DataError(f"{key} is not one assistant turn after the prompt")
-    if turns[0].get("tool_calls"):
-        raise DataError(f"{key} calls a tool, and only text is compared")
-    return str(turns[0]["content"])

@@ -1,4 +1,5 @@
-"""Text sources as a stream of raw record batches: JSON Lines (plain or zstd), JSON, Parquet, text.
+"""Text sources as a stream of raw record batches: JSON Lines, JSON, CSV, Parquet and text, plain
+or compressed with gzip or zstd.
 
 The reading process only splits a file into records; workers decode and parse them. A batch holds
 about a megabyte at any file size, so memory does not depend on the input. Records are UTF-8,
@@ -17,24 +18,19 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal
 
-import zstandard
-
+from khaosz.config import ColumnsConfig
 from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, detect_encoding
+from khaosz.data.records.compressed import COMPRESSED, decompressed
+from khaosz.data.records.tables import Row, csv_rows, parquet_rows, plain
 from khaosz.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".json", ".parquet", ".txt")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+SUPPORTED = f"{' '.join(SUFFIXES)} (all but .parquet also with {' or '.join(COMPRESSED)})"
 BATCH_BYTES = 1 << 20
 BATCH_LINES = 8192
 MAX_LINE_BYTES = 64 << 20
 _CHUNK = 1 << 16
 _WINDOW = 1 << 16  # characters
-_PARQUET_COLUMNS = (
-    *("text", "lang", "source", "messages", "conversations", "instruction", "input", "output"),
-    *("system", "history", "tools"),
-    *("prompt", "chosen", "rejected", "margin", "answers", "ranking", "answer"),
-    *("query", "anchor", "positive", "positives", "pos", "negative", "negatives", "neg"),
-    *(f"negative_{i}" for i in range(1, 17)),
-)
 _HAN = bytes(range(0xE4, 0xEA))  # first bytes of U+4000..U+9FFF, most of them Han characters
 _LETTERS = (
     bytes(range(0x41, 0x5B))
@@ -48,7 +44,7 @@ _LETTERS = (
 class RawBatch:
     """Some consecutive records of one file.
 
-    `first_line` numbers `lines[0]`, from 1; for json, parquet and txt the number counts records.
+    `first_line` numbers `lines[0]`, from 1; for json, tables and txt the number counts records.
     Lines are JSON (`kind` "json") or plain text, UTF-8, without line end; empty lines are not
     records. `skipped` are records that could not become lines, as (line number, reason).
     `file_position` is the number of bytes of the file read so far.
@@ -96,13 +92,17 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
             raise DataError(f"input {path} does not exist")
         matches = sorted(p for p in inside if p.is_file() and _suffix_of(p))
         if not matches:
-            raise DataError(f"{pattern} {verb} no {' '.join(SUFFIXES)} file")
+            raise DataError(f"{pattern} {verb} no {SUPPORTED} file")
         files.update(dict.fromkeys(matches))
     return list(files)
 
 
 def _suffix_of(path: Path) -> str | None:
-    return next((s for s in SUFFIXES if path.name.lower().endswith(s)), None)
+    """The kind of file, without that of its compression."""
+    name = path.name.lower()
+    inner = next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)
+    suffix = next((s for s in SUFFIXES if inner.endswith(s)), None)
+    return None if suffix == ".parquet" and inner != name else suffix
 
 
 def _require_suffix(path: Path) -> str:
@@ -110,36 +110,50 @@ def _require_suffix(path: Path) -> str:
     if suffix is None:
         raise DataError(
             f"{path}: unsupported file type",
-            hint="supported are " + " ".join(SUFFIXES),
+            hint=f"supported are {SUPPORTED}",
         )
     return suffix
 
 
-def open_source(path: str | Path) -> Iterator[RawBatch]:
-    """Stream a file. Raises DataError for a missing, damaged or unsupported file."""
+def open_source(
+    path: str | Path, columns: ColumnsConfig | None = None, *, every_column: bool = False
+) -> Iterator[RawBatch]:
+    """Stream a file. Of a table the columns that a layout or `columns` knows are read, or every
+    one. Raises DataError for a missing, damaged or unsupported file."""
     path = Path(path)
     suffix = _require_suffix(path)
     try:
         if suffix == ".parquet":
-            yield from _read_parquet(path)
+            rows, position = parquet_rows(path, columns, every_column)
+            yield from _batches(path, _as_json(rows), position)
             return
         with open(path, "rb") as file:
-            raw: Iterator[bytes] = iter(lambda: file.read(_CHUNK), b"")
-            if suffix == ".jsonl.zst":
-                raw = _zstd_chunks(raw, path)
+            raw = decompressed(iter(lambda: file.read(_CHUNK), b""), path)
             head, raw = _peek(raw)
             encoding = detect_encoding(head)
             if suffix == ".txt":
                 yield from _read_text(path, file, _lines(raw, encoding, check=True), encoding)
                 return
             records: Iterable[bytes | Skip]
-            if suffix == ".json" and starts_array(head, encoding):
+            if suffix in (".csv", ".tsv"):
+                texts = decode_chunks(raw, encoding)
+                records = _as_json(csv_rows(path, texts, columns, every_column, MAX_LINE_BYTES))
+            elif suffix == ".json" and starts_array(head, encoding):
                 records = array_elements(path, decode_chunks(raw, encoding), MAX_LINE_BYTES)
             else:  # parsing in a worker checks UTF-8
                 records = _lines(raw, encoding, check=encoding != "utf-8")
             yield from _batches(path, records, file.tell, encoding)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _as_json(rows: Iterable[Row]) -> Iterator[bytes | Skip]:
+    for row in rows:
+        if isinstance(row, str):
+            yield Skip(row)
+        else:
+            text = json.dumps(row, ensure_ascii=False, default=plain)
+            yield text.encode("utf-8", errors="surrogatepass")
 
 
 def parse_line(line: bytes) -> dict[str, Any] | Skip:
@@ -167,17 +181,6 @@ def parsed(batch: RawBatch) -> Iterator[tuple[int, dict[str, Any] | Skip]]:
             yield number, {"text": line.decode("utf-8")} if text else parse_line(line)
 
 
-def records_of(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects and texts of a file with their numbers; other records are passed over.
-
-    Raises DataError for a file that cannot be read.
-    """
-    for batch in open_source(path):
-        for number, record in parsed(batch):
-            if not isinstance(record, Skip):
-                yield number, record
-
-
 def detect_language(text: str) -> Literal["zh", "en"]:
     """ "zh" when at least a fifth of the letters are Han characters, else "en".
 
@@ -188,35 +191,6 @@ def detect_language(text: str) -> Literal["zh", "en"]:
     han = len(raw) - len(raw.translate(None, _HAN))
     letters = len(raw) - len(raw.translate(None, _LETTERS))
     return "zh" if han and han * 5 >= letters else "en"
-
-
-def _zstd_chunks(raw: Iterable[bytes], path: Path) -> Iterator[bytes]:
-    # Not stream_reader: it does not detect a file that is cut short.
-    decompressor = zstandard.ZstdDecompressor()
-    frame = None
-    done = 0
-    try:
-        for chunk in raw:
-            while chunk:
-                if frame is None:
-                    frame = decompressor.decompressobj()
-                text = frame.decompress(chunk)
-                done += len(text)
-                if text:
-                    yield text
-                chunk = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = None
-    except zstandard.ZstdError as error:
-        raise DataError(
-            f"{path}: damaged zstd data after {done} bytes of text: {error}",
-            hint="download or compress the file again",
-        ) from error
-    if frame is not None:
-        raise DataError(
-            f"{path}: zstd data is cut short after {done} bytes of text",
-            hint="download or compress the file again",
-        )
 
 
 def _peek(chunks: Iterator[bytes]) -> tuple[bytes, Iterator[bytes]]:
@@ -406,45 +380,3 @@ def _read_text(
     if piece or skipped or n == 0:
         n += 1
         yield finish()
-
-
-def _read_parquet(path: Path) -> Iterator[RawBatch]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise DataError(
-            f"{path}: reading Parquet needs pyarrow", hint="pip install 'khaosz[train]'"
-        ) from error
-    total = path.stat().st_size
-    done = 0
-
-    def lines() -> Iterator[bytes]:
-        nonlocal done
-        for rows in file.iter_batches(batch_size=256, columns=columns, use_threads=False):
-            for row in rows.to_pylist():
-                done += 1
-                yield json.dumps(row, ensure_ascii=False, default=_plain).encode("utf-8")
-
-    try:
-        with parquet.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
-            names = file.schema_arrow.names
-            columns = [name for name in names if name in _PARQUET_COLUMNS]
-            if not columns:
-                raise DataError(
-                    f"{path}: no known column among {', '.join(names[:20])}",
-                    hint="expected text, or messages, conversations, instruction and output",
-                )
-            n_rows = file.metadata.num_rows
-            yield from _batches(path, lines(), lambda: total * done // n_rows if n_rows else total)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path}: damaged Parquet after {done} records: {error}", hint="download the file again"
-        ) from error
-
-
-def _plain(value: Any) -> str:
-    # Dates and decimals become text; bytes would become "b'...'".
-    if isinstance(value, bytes):
-        raise DataError("a text column has binary values", hint="store text as strings")
-    return str(value)

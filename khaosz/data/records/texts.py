@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from khaosz.data.records.chat import Message, to_messages
-from khaosz.data.records.pairs import to_texts
-from khaosz.data.records.preference import to_pairs, to_prompt
-from khaosz.data.records.readers import detect_language, expand_inputs, records_of
-from khaosz.errors import DataError
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.layouts import Conversation, Kind, Rated, Texts, read_record
+from khaosz.data.records.readers import detect_language, expand_inputs
+from khaosz.data.records.report import InputReport, usable_records
+from khaosz.data.records.turns import LeftOut
+
+_KINDS: tuple[Kind, ...] = ("text", "chat", "comparison", "rated", "passages", "prompt")
 
 
-def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(language, text) of every usable record: a document's text, or a conversation's turns.
+def read_texts(
+    path: Path, report: InputReport | None = None, columns: ColumnsConfig | None = None
+) -> Iterator[tuple[str, str]]:
+    """(language, text) of every usable record: a document's text, or all texts of a conversation,
+    of answers that are compared, or of a query and its passages.
 
-    Unusable records are passed over; `data prepare` reports them. Raises `DataError` for a file
-    that can't be read.
+    `report` counts the records that were read, and says why others are skipped. Raises `DataError`
+    for a file that can't be read.
     """
-    for _, record in records_of(path):
-        if text := _text_of(record):
+    report = report or InputReport(str(path))
+    for line, record in usable_records(report, columns):
+        text = ""
+        with report.skipping(line):
+            text = _text_of(record, columns)
+            if not text or text.isspace():
+                raise LeftOut("empty text")
+            report.kept += 1
+        if text and not text.isspace():
             lang = record.get("lang")
             yield (lang if isinstance(lang, str) else detect_language(text)), text
 
 
-def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
-    """Texts of all inputs, round-robin over the files."""
-    sources = [read_texts(path) for path in expand_inputs(paths)]
+def read_interleaved(
+    paths: Sequence[Path],
+    reports: list[InputReport] | None = None,
+    columns: ColumnsConfig | None = None,
+) -> Iterator[str]:
+    """Texts of all inputs, round-robin over the files; `reports` gets one of each file."""
+    files = expand_inputs(paths)
+    entries = [InputReport(str(path)) for path in files]
+    if reports is not None:
+        reports += entries
+    sources = [read_texts(path, entry, columns) for path, entry in zip(files, entries, strict=True)]
     while sources:
         for source in list(sources):
             item = next(source, None)
@@ -38,31 +58,31 @@ def read_interleaved(paths: Sequence[Path]) -> Iterator[str]:
                 yield item[1]
 
 
-def _text_of(record: dict[str, Any]) -> str | None:
-    text = record.get("text")
-    if text is None:
-        messages = _messages_of(record)
-        if messages is None:
-            return None
-        text = "\n".join(message["content"] for message in messages if message.get("content"))
+def _text_of(record: dict[str, Any], columns: ColumnsConfig | None) -> str:
+    text = record.get("text") if columns is None else None
     if not isinstance(text, str):
-        return None
+        text = _texts_in(read_record(record, _KINDS, columns))
     # A lone surrogate can't be encoded as UTF-8, tokenised or counted in bytes.
     return text.encode("utf-8", errors="ignore").decode("utf-8")
 
 
-def _messages_of(record: dict[str, Any]) -> list[Message] | None:
-    """All texts of a record: a chat, a pair of answers, a prompt alone, or a query with its
-    passages."""
-    with suppress(DataError):
-        return to_messages(record).messages
-    with suppress(DataError):
-        pairs = to_pairs(record)
-        answers = [{"content": text} for pair in pairs for text in (pair.chosen, pair.rejected)]
-        return [*pairs[0].prompt, *answers] if pairs else None
-    with suppress(DataError):
-        return to_prompt(record).prompt
-    with suppress(DataError):
-        texts = to_texts(record)
-        return [{"content": text} for text in (texts.query, *texts.positives, *texts.negatives)]
-    return None
+def _texts_in(item: Any) -> str:
+    """All texts that a record holds, each on lines of its own."""
+    match item:
+        case str():
+            return item
+        case Conversation():
+            parts = [message.get("content") for message in item.messages]
+        case Rated():
+            parts = [message.get("content") for message in item.prompt] + [item.answer]
+        case Texts():
+            parts = [item.query, *item.positives, *item.negatives]
+        case [{}, *_]:  # the messages of a prompt
+            parts = [message.get("content") for message in item]
+        case [first, *_]:
+            answers = chain.from_iterable((pair.chosen, pair.rejected) for pair in item)
+            parts = [message.get("content") for message in first.prompt]
+            parts += dict.fromkeys(answers)
+        case _:
+            parts = []
+    return "\n".join(part for part in parts if part)

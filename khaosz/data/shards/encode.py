@@ -26,9 +26,12 @@ from typing import Any
 
 import numpy as np
 
-from khaosz.data.records.chat import to_messages
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.chat import to_messages, weighted_mask
+from khaosz.data.records.layouts import fitting, read_record
 from khaosz.data.records.readers import RawBatch, Skip, detect_language, parsed
 from khaosz.data.records.report import HASH_BYTES, text_hash
+from khaosz.data.records.turns import LeftOut
 from khaosz.data.shards.mmap import Stage, token_dtype
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer, load_tokenizer
@@ -58,7 +61,8 @@ class EncodedBatch:
 
     tokens: (sum of lengths,) uint16 or uint32; loss_mask: like tokens, uint8, None for PT;
     lengths, n_bytes, n_characters, group: (documents,) int64, group indexing `groups`, which are
-    (source, language) pairs; hashes: (documents, 16) uint8. `skipped`: (line number, reason).
+    (source, language) pairs; hashes: (documents, 16) uint8. `skipped`: (line number, reason,
+    whether the record could not be read; the others are left out on purpose).
     """
 
     groups: list[tuple[str, str]]
@@ -70,19 +74,22 @@ class EncodedBatch:
     group: np.ndarray
     hashes: np.ndarray
     n_records: int
-    skipped: list[tuple[int, str]]
+    skipped: list[tuple[int, str, bool]]
 
 
 @dataclass
-class _Columns:
+class _Documents:
     stem: str  # the source of records that name none
     groups: dict[tuple[str, str], int] = field(default_factory=dict)
     n_bytes: list[int] = field(default_factory=list)
     n_characters: list[int] = field(default_factory=list)
     group: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    skipped: list[tuple[int, str, bool]] = field(default_factory=list)
     n_records: int = 0
+
+    def skip(self, number: int, reason: str, *, unread: bool = True) -> None:
+        self.skipped.append((number, reason, unread))
 
     def add(self, record: dict[str, Any], text: str, n_bytes: int, identity: str) -> None:
         language = _language(record.get("lang")) or detect_language(text)
@@ -99,9 +106,11 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
 
 
-def encode_in_worker(directory: Path, batch: RawBatch, stage: Stage) -> EncodedBatch:
+def encode_in_worker(
+    directory: Path, batch: RawBatch, stage: Stage, columns: ColumnsConfig | None = None
+) -> EncodedBatch:
     """`encode_records` with the tokenizer of `directory`, read once per process."""
-    return encode_records(_loaded(directory), batch, stage)
+    return encode_records(_loaded(directory), batch, stage, columns)
 
 
 @lru_cache(maxsize=1)
@@ -109,64 +118,72 @@ def _loaded(directory: Path) -> PieceEncoder:
     return PieceEncoder(load_tokenizer(directory))
 
 
-def record_stage(record: dict[str, Any]) -> Stage | None:
-    """The stage of a record: "sft" for a chat or an instruction, "pt" for text, else None."""
-    chat = record.get("messages") or record.get("conversations")
-    if chat or ("output" in record and ("instruction" in record or "input" in record)):
+def record_stage(record: dict[str, Any], columns: ColumnsConfig | None = None) -> Stage | None:
+    """The stage of a record: "sft" for a chat or a prompt with its answer, "pt" for text, else
+    None."""
+    if fitting(record, ("chat",), columns):
         return "sft"
-    return "pt" if isinstance(record.get("text"), str) else None
+    return "pt" if fitting(record, ("text",), columns) else None
 
 
-def encode_records(encoder: PieceEncoder, batch: RawBatch, stage: Stage) -> EncodedBatch:
+def encode_records(
+    encoder: PieceEncoder, batch: RawBatch, stage: Stage, columns: ColumnsConfig | None = None
+) -> EncodedBatch:
     """Parse, check and tokenise every record. Unusable records are in `skipped`, with a reason.
 
     A PT document is bos, text, eos; an SFT document is the chat as its template renders it.
     """
     stem = batch.path.name.split(".")[0]
-    columns = _Columns(stem, skipped=list(batch.skipped), n_records=len(batch.skipped))
+    documents = _Documents(stem, n_records=len(batch.skipped))
+    documents.skipped = [(number, reason, True) for number, reason in batch.skipped]
+    if columns is not None and not any(vars(columns).values()):
+        columns = None
     if stage == "pt":
-        texts = list(_texts(batch, columns))
+        texts = list(_texts(batch, documents, columns))
         tokens, lengths = _encode_texts(encoder, texts)
         loss_mask = None
     else:
-        tokens, lengths, loss_mask = _encode_chats(encoder.tokenizer, batch, columns)
-    columns.skipped.sort()
-    hashes = np.frombuffer(b"".join(columns.hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
+        tokens, lengths, loss_mask = _encode_chats(encoder.tokenizer, batch, documents, columns)
+    documents.skipped.sort()
+    hashes = np.frombuffer(b"".join(documents.hashes), dtype=np.uint8).reshape(-1, HASH_BYTES)
     return EncodedBatch(
-        groups=list(columns.groups),
+        groups=list(documents.groups),
         tokens=tokens,
         loss_mask=loss_mask,
         lengths=lengths,
-        n_bytes=np.array(columns.n_bytes, dtype=np.int64),
-        n_characters=np.array(columns.n_characters, dtype=np.int64),
-        group=np.array(columns.group, dtype=np.int64),
+        n_bytes=np.array(documents.n_bytes, dtype=np.int64),
+        n_characters=np.array(documents.n_characters, dtype=np.int64),
+        group=np.array(documents.group, dtype=np.int64),
         hashes=hashes,
-        n_records=columns.n_records,
-        skipped=columns.skipped,
+        n_records=documents.n_records,
+        skipped=documents.skipped,
     )
 
 
-def _records(batch: RawBatch, columns: _Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+def _records(batch: RawBatch, documents: _Documents) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, record in parsed(batch):
-        columns.n_records += 1
+        documents.n_records += 1
         if isinstance(record, Skip):
-            columns.skipped.append((number, record.reason))
+            documents.skip(number, record.reason)
         else:
             yield number, record
 
 
-def _texts(batch: RawBatch, columns: _Columns) -> Iterator[str]:
-    for number, record in _records(batch, columns):
-        text = record.get("text")
+def _texts(batch: RawBatch, documents: _Documents, columns: ColumnsConfig | None) -> Iterator[str]:
+    for number, record in _records(batch, documents):
+        text = record.get("text") if columns is None else None
         if not isinstance(text, str):
-            reason = "text is not a string" if "text" in record else "no field text"
-            columns.skipped.append((number, reason))
-        elif not text or text.isspace():
-            columns.skipped.append((number, "empty text"))
+            try:
+                text = str(read_record(record, ("text",), columns))
+            except DataError as error:
+                documents.skip(number, str(error))
+                continue
+        if not text or text.isspace():
+            documents.skip(number, "empty text", unread=False)
         elif (n_bytes := _utf8_length(text)) is None:
-            columns.skipped.append((number, "lone surrogate in a JSON escape"))
+            documents.skip(number, "lone surrogate in a JSON escape")
         else:
-            columns.add(record, text, n_bytes, text)
+            documents.add(record, text, n_bytes, text)
             yield text
 
 
@@ -222,26 +239,28 @@ def _encode_texts(encoder: PieceEncoder, texts: list[str]) -> tuple[np.ndarray, 
 
 
 def _encode_chats(
-    tokenizer: Tokenizer, batch: RawBatch, columns: _Columns
+    tokenizer: Tokenizer, batch: RawBatch, documents: _Documents, columns: ColumnsConfig | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     dtype = token_dtype(tokenizer.vocab_size)
     tokens: list[np.ndarray] = [np.empty(0, dtype=dtype)]
     masks: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]
-    for number, record in _records(batch, columns):
+    for number, record in _records(batch, documents):
         try:
-            chat = to_messages(record)
-            text = "\n".join(message["content"] for message in chat.messages)
-            identity = json.dumps([chat.messages, chat.tools], ensure_ascii=False, sort_keys=True)
+            chat = to_messages(record, columns)
+            text = "\n".join(message.get("content", "") for message in chat.messages)
+            parts = [chat.messages, chat.tools, chat.weights][: 2 + (chat.weights is not None)]
+            identity = json.dumps(parts, ensure_ascii=False, sort_keys=True)
             if _utf8_length(identity) is None:
                 raise DataError("lone surrogate in a JSON escape")
             ids, loss_mask = encode_chat(tokenizer, chat.messages, chat.tools or None)
+            loss_mask = weighted_mask(loss_mask, chat.weights)
         except DataError as error:
-            columns.skipped.append((number, str(error)))
+            documents.skip(number, str(error), unread=not isinstance(error, LeftOut))
             continue
         except RecursionError:
-            columns.skipped.append((number, "nested too deeply"))
+            documents.skip(number, "nested too deeply")
             continue
-        columns.add(record, text, len(text.encode("utf-8")), identity)
+        documents.add(record, text, len(text.encode("utf-8")), identity)
         tokens.append(np.array(ids, dtype=dtype))
         masks.append(np.array(loss_mask, dtype=np.uint8))
     lengths = np.array([len(ids) for ids in tokens[1:]], dtype=np.int64)

@@ -62,8 +62,8 @@ class PrepareReport:
         entry.bytes += int(encoded.n_bytes[keep].sum())
         entry.tokens += int(encoded.lengths[keep].sum())
         entry.characters += int(encoded.n_characters[keep].sum())
-        for line, reason in encoded.skipped:
-            entry.skip(line, reason)
+        for line, reason, unread in encoded.skipped:
+            entry.skip(line, reason, unread=unread)
         for number, (_, language) in enumerate(encoded.groups):
             chosen = keep & (encoded.group == number)
             counts = self.languages.setdefault(

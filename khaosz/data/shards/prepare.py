@@ -22,8 +22,9 @@ from typing import Any, Literal, cast
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from khaosz.data.records.readers import expand_inputs, records_of
-from khaosz.data.records.report import worst_reason
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.report import InputReport, refuse_unread, usable_records, worst_reason
 from khaosz.data.shards.dedup import PrepareState
 from khaosz.data.shards.encode import record_stage
 from khaosz.data.shards.manifest import PrepareReport, identity, read_manifest
@@ -33,6 +34,8 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 from khaosz.files import digest
+
+_REFUSED = "refused"  # in the state: complete, but with too many unread records
 
 
 def prepare(
@@ -47,6 +50,8 @@ def prepare(
     shard_tokens: int = 1 << 28,
     progress: Callable[[PrepareProgress], None] | None = None,
     max_documents: int | None = None,
+    columns: ColumnsConfig | None = None,
+    allow_unread: bool = False,
 ) -> PrepareReport:
     """Tokenise `inputs` (files, directories, globs) into `out`, resuming an interrupted call.
 
@@ -58,7 +63,8 @@ def prepare(
     they changed, it is another directory's.
 
     Raises DataError for inputs that cannot be read or have no usable record, for an `out` that
-    holds something else, and when the disk is full (finished work is kept).
+    holds something else, when the disk is full (finished work is kept), and without `allow_unread`
+    when more than 1 % of the records cannot be read: the same call with it completes `out` at once.
     """
     if stage not in ("pt", "sft", "auto"):
         raise DataError(f"stage {stage!r} is unknown", hint="use pt, sft or auto")
@@ -75,7 +81,7 @@ def prepare(
         paths = None
     if paths == []:
         raise DataError("no inputs", hint="give files, directories or globs")
-    configuration = {
+    configuration: dict[str, Any] = {
         "inputs": [identity(path) for path in paths or []],
         "tokenizer": tokenizer.fingerprint,
         "stage": stage,
@@ -84,19 +90,27 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_documents": max_documents,
     }
+    if columns is not None and any(vars(columns).values()):
+        configuration["columns"] = columns.model_dump(exclude_defaults=True)
     if (finished := _finished_report(out, configuration, paths)) is not None:
         return finished
     assert paths is not None
     state = _open_state(out, configuration)
     try:
-        run = Preparation(out, state, tokenizer, paths, configuration, progress)
+        run = Preparation(out, state, tokenizer, paths, configuration, progress, columns)
         if run.stage is None:
-            run.stage = _choose_stage(stage, paths)
+            run.stage = _choose_stage(stage, paths, columns)
         if run.stage == "sft":
             _require_generation_marks(tokenizer)
         try:
             run.consume(workers)
             if run.report.documents:
+                try:
+                    refuse_unread(run.report.inputs, allow_unread)
+                except DataError:
+                    state.put(_REFUSED, True)
+                    run.commit()
+                    raise
                 run.finish()
         except OSError as error:
             raise _cannot_write(error, out) from error
@@ -183,18 +197,25 @@ def _open_state(out: Path, configuration: dict[str, Any]) -> PrepareState:
         state.put("configuration", configuration)
         state.commit()
     elif earlier != configuration:
+        refused = state.get(_REFUSED)
         state.close()
-        raise _different(out, earlier, configuration)
+        if not refused:
+            raise _different(out, earlier, configuration)
+        # The data was mended, or is read otherwise: nothing of it has been used.
+        shutil.rmtree(work)
+        for path in out.glob("*.tok*"):
+            path.unlink()
+        return _open_state(out, configuration)
     return state
 
 
-def _choose_stage(stage: str, paths: list[Path]) -> Stage:
+def _choose_stage(stage: str, paths: list[Path], columns: ColumnsConfig | None) -> Stage:
     """The requested stage, or with "auto" that of the first record of a known layout."""
     if stage != "auto":
         return cast(Stage, stage)
     for path in paths:
-        for _, record in records_of(path):
-            if (known := record_stage(record)) is not None:
+        for _, record in usable_records(InputReport(str(path)), columns):
+            if (known := record_stage(record, columns)) is not None:
                 return known
     return "pt"  # no record is usable; reading the files as PT reports why
 

@@ -19,8 +19,10 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from khaosz.data.records.chat import to_messages
-from khaosz.data.records.readers import records_of
+from khaosz.config import ColumnsConfig
+from khaosz.data.records.chat import to_messages, weighted_mask
+from khaosz.data.records.layouts import fitting, read_record
+from khaosz.data.records.report import InputReport, summary, usable_records, worst_reason
 from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
@@ -44,10 +46,12 @@ def show(
     n: int = 3,
     seed: int = 0,
     console: Console | None = None,
+    columns: ColumnsConfig | None = None,
 ) -> None:
     """Print `n` records of a prepared directory or a raw file, sampled with `seed`.
 
-    Records of a raw file come from its first 20,000. Raises DataError for a path that is missing,
+    Records of a raw file come from its first 20,000; those that cannot be parsed are counted below
+    them. Raises DataError for a path that is missing,
     has no record or was prepared with another tokenizer.
     """
     source = Path(source)
@@ -57,15 +61,21 @@ def show(
     if n < 1:
         raise DataError(f"cannot show {n} records, the minimum is 1")
     rng = np.random.default_rng(seed)
-    read = _from_prepared if (source / "manifest.json").is_file() else _from_raw
     colour = console.color_system is not None and not console.no_color
-    for record in read(source, tokenizer, n, rng):
+    report = InputReport(str(source))
+    if (source / "manifest.json").is_file():
+        records = _from_prepared(source, tokenizer, n, rng)
+    else:
+        records = _from_raw(report, tokenizer, n, rng, columns)
+    for record in records:
         trained = len(record.ids) if record.loss_mask is None else int(np.sum(record.loss_mask))
         console.rule(Text(record.title))
         console.print(
             render_tokens(tokenizer, record.ids, record.loss_mask, colour=colour), soft_wrap=True
         )
         console.print(Text(f"{len(record.ids)} tokens, {trained} trained on"))
+    for line in summary([report])[1:]:
+        console.print(Text(line), soft_wrap=True)
 
 
 def render_tokens(
@@ -152,27 +162,32 @@ def _from_prepared(
 
 
 def _from_raw(
-    path: Path, tokenizer: Tokenizer, n: int, rng: np.random.Generator
+    report: InputReport,
+    tokenizer: Tokenizer,
+    n: int,
+    rng: np.random.Generator,
+    columns: ColumnsConfig | None,
 ) -> Iterator[_Record]:
+    path = Path(report.path)
     chosen: list[tuple[int, dict[str, Any]]] = []
     # Reservoir sampling (Vitter 1985, algorithm R): one pass, n records kept.
-    for seen, numbered in enumerate(islice(records_of(path), _RAW_WINDOW)):
+    for seen, numbered in enumerate(islice(usable_records(report, columns), _RAW_WINDOW)):
         if len(chosen) < n:
             chosen.append(numbered)
         elif (slot := int(rng.integers(seen + 1))) < n:
             chosen[slot] = numbered
     if not chosen:
-        raise DataError(f"{path} holds no records")
+        raise DataError(f"{path} holds no records{worst_reason([report])}")
     for line, record in chosen:
         title = f"{path.name}, record {line}"
-        text = record.get("text")
-        if isinstance(text, str):
-            ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-            yield _Record(title, ids, None)
-        else:
-            try:
-                chat = to_messages(record)
+        try:
+            if fitting(record, ("text",), columns):
+                text = read_record(record, ("text",), columns)
+                ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+                yield _Record(title, ids, None)
+            else:
+                chat = to_messages(record, columns)
                 ids, mask = encode_chat(tokenizer, chat.messages, chat.tools, need_mask=True)
-            except DataError as error:
-                raise DataError(f"{path}, record {line}: {error}", hint=error.hint) from error
-            yield _Record(title, ids, mask)
+                yield _Record(title, ids, weighted_mask(mask, chat.weights))
+        except DataError as error:
+            raise DataError(f"{path}, record {line}: {error}", hint=error.hint) from error

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from khaosz.config import ColumnsConfig
 from khaosz.data.records.readers import RawBatch, open_source
 from khaosz.data.records.report import InputReport
 from khaosz.data.shards.dedup import PrepareState
@@ -91,6 +92,7 @@ class Preparation:
     paths: list[Path]
     configuration: dict[str, Any]
     progress: Callable[[PrepareProgress], None] | None
+    columns: ColumnsConfig | None = None
 
     def __post_init__(self) -> None:
         self.sizes = [entry[1] for entry in self.configuration["inputs"]]
@@ -229,7 +231,7 @@ class Preparation:
     def _batches(self) -> Iterator[tuple[int, RawBatch]]:
         first, done = self.position
         for index in range(first, len(self.paths)):
-            for batch in open_source(self.paths[index]):
+            for batch in open_source(self.paths[index], self.columns):
                 consumed = done + 1 - batch.first_line if index == first else 0
                 if consumed > 0:
                     if consumed >= len(batch.lines):
@@ -251,7 +253,7 @@ class Preparation:
         if workers == 0:
             encoder = PieceEncoder(self.tokenizer)
             for index, batch in self._batches():
-                yield index, batch, encode_records(encoder, batch, self.stage)
+                yield index, batch, encode_records(encoder, batch, self.stage, self.columns)
             return
         directory = self.out / ".prepare" / "tokenizer"
         self.tokenizer.save(directory)
@@ -270,7 +272,7 @@ class Preparation:
                     oldest, earlier, n_bytes, future = waiting.popleft()
                     in_flight -= n_bytes
                     yield oldest, earlier, future.result()
-                future = pool.submit(encode_in_worker, directory, batch, self.stage)
+                future = pool.submit(encode_in_worker, directory, batch, self.stage, self.columns)
                 waiting.append((index, batch, size, future))
                 in_flight += size
             while waiting:

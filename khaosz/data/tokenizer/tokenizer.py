@@ -357,9 +357,14 @@ def _interruptibly(work: Callable[[], object]) -> None:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, max_bytes: int = 48_000_000
+    texts: Iterable[str],
+    vocab_size: int,
+    *,
+    max_bytes: int = 48_000_000,
+    after_reading: Callable[[], None] | None = None,
 ) -> Tokenizer:
-    """Learn the merges from the first `max_bytes` of UTF-8 in `texts`.
+    """Learn the merges from the first `max_bytes` of UTF-8 in `texts`. `after_reading` is called
+    when they were read, before the merges are learned; what it raises ends the training.
 
     Interleave languages: text beyond `max_bytes` is not read. The result is deterministic, to the
     byte. Too little text gives fewer tokens than `vocab_size`: the result has the real number.
@@ -383,7 +388,7 @@ def train_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    sample = training_sample(texts, max_bytes)
+    sample = training_sample(texts, max_bytes, after_reading)
     first = next(sample, None)
     if first is None:
         raise TokenizerError("no text to train a tokenizer on", hint="the input is empty or blank")

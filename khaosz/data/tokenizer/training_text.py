@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from khaosz.errors import TokenizerError
 
@@ -12,8 +12,17 @@ _LONG_RUN = re.compile(r"[^\W\d_]{256}|(?:[^\w\s]|_){256}|\s{256}")
 _TRAINING_CUT = 1 << 20  # characters: longer documents are trained on in pieces
 
 
-def training_sample(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
-    """At most `max_bytes` of text; long documents are split, for training only."""
+def training_sample(
+    texts: Iterable[str], max_bytes: int, after_reading: Callable[[], None] | None = None
+) -> Iterator[str]:
+    """At most `max_bytes` of text; long documents are split, for training only. `after_reading` is
+    called when the last of it was taken: what it raises ends the training."""
+    yield from _limited(texts, max_bytes)
+    if after_reading is not None:
+        after_reading()
+
+
+def _limited(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
         refuse_surrogates(text)

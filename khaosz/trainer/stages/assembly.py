@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import torch
 
@@ -49,6 +50,7 @@ def assemble_text(run: OpenRun) -> Trainer:
     resumed = run.origin.saved is not None
     corpus = Corpus(run.config, run.tokenizer, run.parallel, run.console, resumed)
     prepared = corpus.training_data()
+    validation = corpus.validation_data(prepared)
     run.load_model()
     config, tokenizer = run.config, run.tokenizer
     dataset = TokenDataset.open(
@@ -66,7 +68,7 @@ def assemble_text(run: OpenRun) -> Trainer:
     plan = run.plan(strategy, rows, micro)
     compute = apply_plan(plan, run.model, config)
     context = run.context(plan, strategy, dataset.windows)
-    evaluate = evaluate_on(*corpus.validation_data(prepared), config)
+    evaluate = evaluate_on(*validation, config)
     curve = LossCurve(config.out, run.console)
     callbacks = run.callbacks(context, strategy, curve, evaluate, samples=sample_text)
     return Trainer(context, strategy, compute, callbacks)
@@ -116,7 +118,13 @@ def assemble_rollouts(run: OpenRun) -> Trainer:
     config, parallel, rollout = run.config, run.parallel, run.config.rollout
     check_room(config, run.window, parallel.world)
     # A prompt must leave room for the longest answer: one token more than it has itself.
-    loaded = load_prompts([config.data], run.tokenizer, run.window - rollout.max_new_tokens + 1)
+    loaded = load_prompts(
+        [config.data],
+        run.tokenizer,
+        run.window - rollout.max_new_tokens + 1,
+        columns=config.columns,
+        allow_unread=config.allow_unread,
+    )
     _print_lines(run, loaded.report.lines())
     prompts = loaded.train
     content = fingerprint([vars(prompt) for prompt in prompts])
@@ -258,13 +266,20 @@ def _critic(run: OpenRun, reward: RewardModel | None) -> RewardModel:
 def _preference_pairs(run: OpenRun) -> tuple[PairSet, PairSet]:
     """Pairs to train on and held-out pairs: those of `val`, or a part of the data by prompt."""
     config, tokenizer = run.config, run.tokenizer
-    loaded = load_pairs(
-        [config.data], tokenizer, run.window, val_fraction=_val_fraction(config), seed=config.seed
+    load = partial(
+        load_pairs,
+        tokenizer=tokenizer,
+        window=run.window,
+        columns=config.columns,
+        allow_unread=config.allow_unread,
     )
+    loaded = load([config.data], val_fraction=_val_fraction(config), seed=config.seed)
     _print_lines(run, loaded.report.lines())
     held_out = loaded.validation
     if config.val is not None:
-        held_out = load_pairs([config.val], tokenizer, run.window).train
+        validation = load([config.val])
+        _print_lines(run, ["validation:", *validation.report.lines()])
+        held_out = validation.train
     return PairSet(loaded.train), PairSet(held_out)
 
 
@@ -273,17 +288,20 @@ def _text_pairs(run: OpenRun) -> tuple[TextPairs, TextPairs]:
     config, embed = run.config, run.config.embed
     assert embed.max_length is not None
     encoder = TextEncoder(run.tokenizer, embed.max_length, embed.query_prefix, embed.passage_prefix)
-    data, held_out, report = load_text_pairs(
-        [config.data],
-        encoder,
+    load = partial(
+        load_text_pairs,
+        encoder=encoder,
         negatives=embed.negatives,
-        val_fraction=_val_fraction(config),
-        seed=config.seed,
+        columns=config.columns,
+        allow_unread=config.allow_unread,
+    )
+    data, held_out, report = load(
+        [config.data], val_fraction=_val_fraction(config), seed=config.seed
     )
     _print_lines(run, report.lines())
     if config.val is not None:
-        held_out, _, report = load_text_pairs([config.val], encoder, negatives=embed.negatives)
-        _print_lines(run, report.lines())
+        held_out, _, report = load([config.val])
+        _print_lines(run, ["validation:", *report.lines()])
     return data, held_out
 
 
@@ -307,4 +325,4 @@ def _val_fraction(config: TrainConfig) -> float:
 
 def _print_lines(run: OpenRun, lines: list[str]) -> None:
     for line in lines:
-        run.console.print(f"  {line}", highlight=False, markup=False)
+        run.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from khaosz.data.batches.sequences import TokenSequence
-from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
+from khaosz.data.records.turns import Message
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ConfigError, TrainingError, did_you_mean, one_line, quoted
 from khaosz.interop.huggingface import load_reward_model

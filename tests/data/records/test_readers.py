@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from khaosz.config import ColumnsConfig
 from khaosz.data.records import readers
 from khaosz.data.records.charset import HEAD_BYTES, detect_encoding
+from khaosz.data.records.chat import to_messages
 from khaosz.data.records.readers import (
     RawBatch,
     Skip,
@@ -213,6 +217,141 @@ def test_parquet_gives_known_columns_in_batches(tmp_path: Path) -> None:
         records_of(path)
 
 
+def test_parquet_structs_lists_maps_and_nulls(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    part = pyarrow.struct([("type", pyarrow.string()), ("text", pyarrow.string())])
+    # A union as writers store it: a struct of which one member is set.
+    content = pyarrow.struct([("string", pyarrow.string()), ("parts", pyarrow.list_(part))])
+    arguments = pyarrow.struct([("x", pyarrow.int64()), ("y", pyarrow.int64())])
+    call = pyarrow.struct([("name", pyarrow.string()), ("arguments", arguments)])
+    message = pyarrow.struct(
+        [("role", pyarrow.string()), ("content", content), ("tool_calls", pyarrow.list_(call))]
+    )
+    text = {"string": "Hi", "parts": None}
+    parts = {
+        "string": None,
+        "parts": [{"type": "text", "text": "Hello"}, {"type": "text", "text": "."}],
+    }
+    table = pyarrow.table(
+        {
+            "text": pyarrow.nulls(1, pyarrow.string()),
+            "messages": pyarrow.array(
+                [
+                    [
+                        {"role": "user", "content": text, "tool_calls": None},
+                        {"role": "assistant", "content": parts, "tool_calls": None},
+                        {
+                            "role": "assistant",
+                            "content": None,
+                            "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}],
+                        },
+                    ]
+                ],
+                pyarrow.list_(message),
+            ),
+            "tools": pyarrow.array(
+                [[("name", "f")]], pyarrow.map_(pyarrow.string(), pyarrow.string())
+            ),
+            "ground_truth": ["42"],
+            "picture": [b"\x89PNG"],
+        }
+    )
+    path = tmp_path / "a.parquet"
+    parquet.write_table(table, path)
+    (record,) = records_of(path)
+    chat = to_messages(record)
+    call_of_f = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert chat.messages == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "assistant", "tool_calls": [call_of_f]},
+    ]
+    assert chat.tools == [{"name": "f"}]
+    # Reward functions get every column; other readers those of known layouts.
+    assert set(record) == {"messages", "tools"}
+    (batch,) = open_source(path, every_column=True)
+    assert set(json.loads(batch.lines[0])) == {"messages", "tools", "ground_truth"}
+    parquet.write_table(pyarrow.table({"body": ["x"]}), path)
+    (batch,) = open_source(path, ColumnsConfig.parse({"text": "body"}))
+    assert json.loads(batch.lines[0]) == {"body": "x"}
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "gb18030"])
+def test_csv_rows_are_records(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [
+        ["", "prompt", "completion", "label", "unknown"],
+        ["0", POEM, 'a "quoted" line\r\nand; another, one\t|', "true", "x"],
+        ["1", "empty next", "", "false", "x"],
+    ]
+    path = tmp_path / "a.csv"
+    with open(path, "w", encoding=encoding, newline="") as file:
+        csv.writer(file, delimiter=delimiter).writerows(rows)
+    assert records_of(path) == [
+        {"prompt": rows[1][1], "completion": rows[1][2], "label": "true"},
+        {"prompt": "empty next", "label": "false"},
+    ]
+    assert skipped_of(path) == []
+    (batch,) = open_source(path, every_column=True)
+    assert json.loads(batch.lines[0])["unknown"] == "x"
+
+
+def test_damaged_csv_costs_the_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text('prompt\tcompletion\nq\ta\nonly one\n"x"y\tb\nq\tc\n"never closed\tz\n')
+    assert records_of(path) == [
+        {"prompt": "q", "completion": "a"},
+        {"prompt": "q", "completion": "c"},
+    ]
+    assert [number for number, _ in skipped_of(path)] == [2, 3, 5]
+    assert skipped_of(path)[0][1] == "not valid CSV: 1 cells, the header has 2"
+    path.write_text("body\tid\nx\t1\n")
+    with pytest.raises(DataError, match="no known column among body, id"):
+        records_of(path)
+    path.write_text("")
+    assert records_of(path) == []
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with open(path, "w", newline="") as file:
+        csv.writer(file, delimiter="\t").writerows([["messages"], [json.dumps(chat)]])
+    assert to_messages(records_of(path)[0]).messages == chat
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt"])
+def test_compressed_files_read_as_the_plain_ones(tmp_path: Path, suffix: str) -> None:
+    text = POEM if suffix == ".txt" else as_lines([{"text": POEM}])
+    if suffix in (".csv", ".tsv"):
+        text = f'text\n"{POEM}"\n'
+    raw = text.encode()
+    plain = tmp_path / f"a{suffix}"
+    plain.write_bytes(raw)
+    half = len(raw) // 2
+    for end, content in (
+        (".gz", gzip.compress(raw)),
+        (".GZ", gzip.compress(raw[:half]) + gzip.compress(raw[half:]) + bytes(512)),
+        (".zst", zstandard.compress(raw)),
+    ):
+        path = tmp_path / f"a{suffix}{end}"
+        path.write_bytes(content)
+        assert texts_of(path) == texts_of(plain)
+    assert len(expand_inputs([tmp_path])) == 4
+
+
+def test_gzip_cut_short_or_damaged_names_file_and_place(tmp_path: Path) -> None:
+    whole = gzip.compress(as_lines([{"text": f"{i * 7919} {POEM}"} for i in range(5000)]).encode())
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz: gzip data is cut short after \d+ bytes"):
+        records_of(path)
+    path.write_bytes(b"hello")
+    with pytest.raises(DataError, match="damaged gzip data after 0 bytes"):
+        records_of(path)
+    path.write_bytes(whole + b"trailing")
+    with pytest.raises(DataError, match="damaged gzip data"):
+        records_of(path)
+
+
 def test_parquet_without_pyarrow_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +456,7 @@ def test_inputs_expand_sorted_and_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         expand_inputs([tmp_path / "missing.jsonl"])
     with pytest.raises(DataError, match="matches no"):
-        expand_inputs([str(tmp_path / "*.csv")])
+        expand_inputs([str(tmp_path / "*.tsv")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
         expand_inputs([tmp_path / "empty"])

@@ -44,8 +44,8 @@ def test_layouts(record: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"text": "q"}, "no query among the keys"),
-        ({"query": "q"}, "no positive among the keys"),
+        ({"text": "q"}, "a text .*, with keys text, is not read by this stage"),
+        ({"query": "q"}, "keys query; nearest is a query and its passages, without positive"),
         ({"query": " ", "pos": ["p"]}, "query is empty"),
         ({"query": 3, "pos": ["p"]}, "query is not text"),
         ({"query": "q", "pos": []}, "pos is empty"),
@@ -62,12 +62,18 @@ def test_rejects_records_without_a_pair(record: dict[str, Any], reason: str) -> 
 def test_bad_records_are_named_by_line(tmp_path: Path, encoder: TextEncoder) -> None:
     good = {"query": "a", "positive": "b"}
     path = lines(tmp_path / "pairs.jsonl", good, "{", {"query": "a"}, good, {"query": "a"})
-    data, held_out, report = load_text_pairs([path], encoder)
+    with pytest.raises(DataError, match="3 of 5 records cannot be read: 2: unknown layout"):
+        load_text_pairs([path], encoder)
+    data, held_out, report = load_text_pairs([path], encoder, allow_unread=True)
     assert (len(data), len(held_out)) == (2, 0)
     said = report.lines()
-    assert said[0].endswith("pairs.jsonl: 5 records, 2 kept")
-    assert "  skipped 2: no positive among the keys (query) (line 3, 5)" in said
-    assert any("not valid JSON" in line and "(line 2)" in line for line in said)
+    assert said[0].endswith("pairs.jsonl: 5 records, 2 kept, 3 not read")
+    assert any(
+        line.startswith("  skipped 2: unknown layout with keys query; nearest is a query")
+        and line.endswith("(pairs.jsonl:3, pairs.jsonl:5)")
+        for line in said
+    )
+    assert any("not valid JSON" in line and "(pairs.jsonl:2)" in line for line in said)
     with pytest.raises(DataError, match=r"nothing to train on in 1 records.*bad\.jsonl line 1"):
         load_text_pairs([lines(tmp_path / "bad.jsonl", {"query": "a"})], encoder)
 

@@ -133,15 +133,15 @@ def test_skipped_records_have_line_and_reason(tmp_path: Path, tokenizer: Tokeniz
         {"text": "fine", "lang": "zh-Hans", "source": "../../etc/passwd"},
     ]
     path = write_lines(tmp_path / "a.jsonl", lines + ["{"] * 30)
-    report = prepare([path], tokenizer, tmp_path / "out", workers=0)
+    report = prepare([path], tokenizer, tmp_path / "out", workers=0, allow_unread=True)
     (entry,) = report.inputs
-    assert (entry.records, entry.kept) == (38, 2)
+    assert (entry.records, entry.kept, entry.unread) == (38, 2, 35)
     reasons = {reason: (s["count"], s["lines"]) for reason, s in entry.skipped.items()}
     broken = reasons.pop("not valid JSON: Expecting property name enclosed in double quotes")
     assert broken[0] == 31 and broken[1] == [2, *range(10, 29)]
     assert reasons == {
         "not a JSON object but list": (1, [3]),
-        "no field text": (1, [4]),
+        "unknown layout with keys body; nearest is a text (text), without text": (1, [4]),
         "text is not a string": (1, [5]),
         "empty text": (1, [6]),
         "lone surrogate in a JSON escape": (1, [7]),
@@ -206,7 +206,7 @@ def test_chats_become_ids_and_masks(tmp_path: Path, tokenizer: Tokenizer) -> Non
     ]
     path = tmp_path / "chat.json"
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    report = prepare([path], tokenizer, tmp_path / "out", workers=0)
+    report = prepare([path], tokenizer, tmp_path / "out", workers=0, allow_unread=True)
     (entry,) = report.inputs
     assert (entry.kept, entry.duplicates) == (3, 1)
     assert entry.skipped == {"no assistant turn": {"count": 1, "lines": [4]}}
@@ -489,7 +489,7 @@ def test_prepared_data_refuses_inconsistent_shards(tmp_path: Path, tokenizer: To
 
 def test_report_survives_json(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [record(1), "{"])
-    report = prepare([path], tokenizer, tmp_path / "out", workers=0)
+    report = prepare([path], tokenizer, tmp_path / "out", workers=0, allow_unread=True)
     assert PrepareReport.from_dict(json.loads(json.dumps(asdict(report)))) == report
 
 
@@ -497,7 +497,8 @@ def test_reasons_do_not_grow_with_the_input(tmp_path: Path, tokenizer: Tokenizer
     records: list[Any] = [{"messages": [{"role": f"r{i}", "content": "x"}]} for i in range(200)]
     records.append({"instruction": "a", "output": "b"})
     path = write_lines(tmp_path / "a.jsonl", records)
-    (entry,) = prepare([path], tokenizer, tmp_path / "out", workers=0).inputs
+    report = prepare([path], tokenizer, tmp_path / "out", workers=0, allow_unread=True)
+    (entry,) = report.inputs
     assert len(entry.skipped) <= 51
     assert sum(skipped["count"] for skipped in entry.skipped.values()) == 200
 

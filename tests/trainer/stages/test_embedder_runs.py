@@ -197,7 +197,7 @@ def test_bad_data_is_one_line_and_a_hint(
         main()
     assert leaving.value.code == 1
     *_, error, hint = capsys.readouterr().err.strip().splitlines()
-    assert error.startswith("error: nothing to train on in 1 records: 1 records skipped as no pos")
+    assert error.startswith("error: nothing to train on in 1 records: 1 records skipped as unknown")
     assert error.endswith("bad.jsonl line 1") and hint.startswith('hint: a record is {"query"')
     with pytest.raises(DataError):
         go(config)
