@@ -21,17 +21,24 @@ from khaosz.serve.models import Models
 class Usage:
     """Tokens of a request, counted from its outputs."""
 
-    prompt: int = 0
-    cached: int = 0
+    prompts: dict[int, tuple[int, int]] = field(default_factory=dict)  # by prompt: tokens, cached
     generated: dict[int, int] = field(default_factory=dict)  # by choice
     first: float | None = None  # time of the first output, by `time.perf_counter`
 
     def count(self, output: Output) -> None:
         if self.first is None:
             self.first = time.perf_counter()
-        self.prompt = output.prompt_tokens
-        self.cached = max(self.cached, output.cached_tokens)
+        _, cached = self.prompts.get(output.request_id, (0, 0))
+        self.prompts[output.request_id] = output.prompt_tokens, max(cached, output.cached_tokens)
         self.generated[output.choice] = output.generated
+
+    @property
+    def prompt(self) -> int:
+        return sum(tokens for tokens, _ in self.prompts.values())
+
+    @property
+    def cached(self) -> int:
+        return sum(cached for _, cached in self.prompts.values())
 
     def body(self) -> dict[str, Any]:
         generated = sum(self.generated.values())

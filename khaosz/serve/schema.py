@@ -9,15 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    PrivateAttr,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from khaosz.inference.sampling import (
     MAX_BIASES,
@@ -27,143 +19,26 @@ from khaosz.inference.sampling import (
     MAX_STOPS,
     SamplingParams,
 )
+from khaosz.serve.messages import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    AllowedTools,
+    Ignored,
+    Message,
+    RequestModel,
+    Tool,
+    ToolChoice,
+    Unsupported,
+)
 
-MAX_MESSAGES = 4096
-MAX_TOOLS = 128
 MAX_HITS = 100
+MAX_PROMPTS = 64  # of one completion
 DEFAULT_MAX_TOKENS = 1024  # of an answer, where the request sets no limit
 
 
-class RequestModel(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextPart(RequestModel):
-    type: Literal["text"]
-    text: str
-
-
-Content = str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
-
-
-class FunctionCall(RequestModel):
-    name: str
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _is_json(cls, text: str) -> str:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return text
-
-
-class ToolCall(RequestModel):
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-    def for_template(self) -> dict[str, Any]:
-        # As an object: templates turn it into JSON themselves, and would quote a text.
-        function = {
-            "name": self.function.name,
-            "arguments": json.loads(self.function.arguments),
-        }
-        return {"id": self.id, "type": self.type, "function": function}
-
-
-class ChatMessage(RequestModel):
-    """`name`: of the participant or the tool; few templates read it."""
-
-    name: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The fields that the request gives, as transformers hands them to the chat template."""
-        hidden = {"refusal", "citations", "tool_calls"}
-        return self.model_dump(exclude_unset=True, exclude=hidden)
-
-
-class InputMessage(ChatMessage):
-    role: Literal["system", "developer", "user"]
-    content: Content
-
-    def for_template(self) -> dict[str, Any]:
-        role = "system" if self.role == "developer" else self.role
-        return {**super().for_template(), "role": role}
-
-
-class AssistantMessage(ChatMessage):
-    """`refusal` and `citations` exist so that a client can send an answer back unchanged; the model
-    does not see them."""
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    reasoning_content: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    refusal: None = None
-    citations: list[dict[str, Any]] | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> AssistantMessage:
-        if self.content is None and not self.tool_calls:
-            raise ValueError("an assistant message needs content or tool_calls")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        message = super().for_template()
-        if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return message
-
-
-class ToolMessage(ChatMessage):
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-
-Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class Function(RequestModel):
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None  # forced calls fit their schema in either case
-
-
-class Tool(RequestModel):
-    type: Literal["function"]
-    function: Function
-    _sent: dict[str, Any] = PrivateAttr()
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _keep(cls, value: Any, validate: ModelWrapValidatorHandler[Tool]) -> Tool:
-        tool = validate(value)
-        tool._sent = value
-        return tool
-
-    def for_template(self) -> dict[str, Any]:
-        """As it was sent, in the order of its keys: templates print the whole object."""
-        return self._sent
-
-
-class FunctionName(RequestModel):
-    name: str
-
-
-class ToolChoice(RequestModel):
-    type: Literal["function"]
-    function: FunctionName
-
-
 class StreamOptions(RequestModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Ignored = None
 
 
 class PlainText(RequestModel):
@@ -177,6 +52,7 @@ class JsonObject(RequestModel):
 class NamedSchema(RequestModel):
     name: Annotated[str, Field(max_length=64)]
     schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    description: str | None = None
     strict: bool | None = None  # the answer fits the schema in either case
 
 
@@ -202,7 +78,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 class Sampling(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
@@ -225,17 +101,12 @@ class SamplingRequest(Sampling):
         | None
     ) = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-
-    @model_validator(mode="after")
-    def _needs_stream(self) -> SamplingRequest:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream: true")
-        return self
+    stream_options: StreamOptions | None = None  # without effect unless `stream`
+    user: Ignored = None
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def params(self) -> SamplingParams:
         """Raises `GenerationError` for a value out of range."""
@@ -248,6 +119,8 @@ class SamplingRequest(Sampling):
             "presence_penalty", "frequency_penalty",
         }  # fmt: skip
         values = {"temperature": 1.0, **self.model_dump(include=same_names, exclude_none=True)}
+        if self.top_p == 0:  # the smallest nucleus: the most likely token
+            values["top_p"] = 1e-9
         return SamplingParams(
             max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             stop=tuple(stop or ()),
@@ -257,8 +130,29 @@ class SamplingRequest(Sampling):
         )
 
 
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Prompt = str | Ids
+
+
 class CompletionRequest(SamplingRequest):
-    prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    """`prompt`: a text or ids, or a list of such, whose choices follow one another. `suffix`: the
+    text after the gap to fill, for models that were trained to."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    suffix: str | None = None
+    best_of: Unsupported = None
+    echo: Unsupported = None
+    logprobs: Unsupported = None
+
+    @field_validator("best_of", mode="before")
+    @classmethod
+    def _best_of_one(cls, value: Any) -> Any:
+        return None if value == 1 else value
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        many = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return self.prompt if many else [self.prompt]  # type: ignore[list-item, return-value]
 
 
 class ChatRequest(SamplingRequest):
@@ -269,9 +163,25 @@ class ChatRequest(SamplingRequest):
     response_format: (
         Annotated[PlainText | JsonObject | JsonSchema, Field(discriminator="type")] | None
     ) = None
-    tools: Annotated[list[Tool], Field(min_length=1, max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    metadata: Ignored = None
+    moderation: Ignored = None
+    prediction: Ignored = None
+    prompt_cache_key: Ignored = None
+    prompt_cache_options: Ignored = None
+    prompt_cache_retention: Ignored = None
+    reasoning_effort: Ignored = None
+    safety_identifier: Ignored = None
+    service_tier: Ignored = None
+    store: Ignored = None
+    verbosity: Ignored = None
+    audio: Unsupported = None
+    function_call: Unsupported = None
+    functions: Unsupported = None
+    web_search_options: Unsupported = None
     knowledge_base: str | None = None
     retrieval: Retrieval | None = None
 
@@ -279,34 +189,41 @@ class ChatRequest(SamplingRequest):
     def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens mean the same: give one")
-        if self.tools is None and (self.tool_choice or self.parallel_tool_calls) is not None:
-            raise ValueError("tool_choice and parallel_tool_calls need tools")
+        if self.must_call and not self.tools:
+            raise ValueError("tool_choice needs tools")
         if self.must_call and self._json_schema() is not None:
             raise ValueError("response_format cannot be combined with a required tool call")
         if self.retrieval is not None and self.knowledge_base is None:
             raise ValueError("retrieval needs knowledge_base")
-        if isinstance(self.tool_choice, ToolChoice) and not self.allowed_tools:
-            raise ValueError(
-                f"tool_choice names a tool that is not in tools: {self.tool_choice.function.name!r}"
-            )
+        known = {tool.function.name for tool in self.tools or ()}
+        for name in self._chosen or ():
+            if name not in known:
+                raise ValueError(f"tool_choice names a tool that is not in tools: {name!r}")
         return self
 
     @property
+    def _chosen(self) -> list[str] | None:
+        """The names that `tool_choice` restricts the tools to."""
+        match self.tool_choice:
+            case ToolChoice(function=chosen):
+                return [chosen.name]
+            case AllowedTools(allowed_tools=allowed):
+                return [each.function.name for each in allowed.tools]
+        return None
+
+    @property
     def must_call(self) -> bool:
+        match self.tool_choice:
+            case AllowedTools(allowed_tools=allowed):
+                return allowed.mode == "required"
         return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
 
     @property
     def allowed_tools(self) -> list[dict[str, Any]]:
         """Tools for the chat template; empty with `tool_choice: none`."""
-        tools = [tool.for_template() for tool in self.tools or ()]
-        match self.tool_choice:
-            case "none":
-                return []
-            case ToolChoice(function=chosen):
-                return [tool for tool in tools if tool["function"]["name"] == chosen.name]
-        return tools
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        chosen = self._chosen
+        return [t.for_template() for t in tools if chosen is None or t.function.name in chosen]
 
     @property
     def one_call(self) -> bool:
@@ -314,7 +231,7 @@ class ChatRequest(SamplingRequest):
 
     @property
     def token_limit(self) -> int | None:
-        limit = self.max_completion_tokens
+        limit = self.max_completion_tokens  # the newer name, where both are given
         return self.max_tokens if limit is None else limit
 
     def params(self, lark: str | None = None) -> SamplingParams:

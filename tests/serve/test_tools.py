@@ -152,17 +152,17 @@ def test_required_tool_call(tiny: Path, service: Service, choice: str, seed: int
     ("more", "param"),
     [
         ({"tool_choice": "required"}, None),
-        ({"tools": []}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, None),
         ({"tools": [TIME], "tool_choice": "always"}, "tool_choice"),
         ({"tools": [{"type": "function", "function": {"name": "x", "parameters": {
             "type": "nonsense"}}}], "tool_choice": "required"}, "tools"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages.0"),
         ({"messages": [{"role": "assistant", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "x", "arguments": "{"}}]}]},
+            {"id": "1", "type": "function", "function": {"name": "x", "arguments": {}}}]}]},
          "messages.0.tool_calls.0.function.arguments"),
+        ({"tools": [TIME], "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "auto", "tools": [{"type": "function", "function": {"name": "x"}}]}}}, None),
     ],
 )  # fmt: skip
 def test_error_names_tool_field(service: Service, more: dict[str, Any], param: str | None) -> None:

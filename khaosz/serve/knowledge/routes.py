@@ -20,6 +20,7 @@ from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import MAX_NAME, Library, file_name
 from khaosz.serve.knowledge.search import MAX_AROUND, SearchRequest, hit_bodies, passage, searcher
 from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
+from khaosz.serve.messages import RequestModel
 from khaosz.serve.replies import (
     BaseList,
     BaseReply,
@@ -29,7 +30,6 @@ from khaosz.serve.replies import (
     PassageReply,
     SearchReply,
 )
-from khaosz.serve.schema import RequestModel
 
 IDLE_TIMEOUT = 60.0  # seconds between two parts of a body
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}

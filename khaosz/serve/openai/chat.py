@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -29,17 +29,27 @@ from khaosz.serve.models import Models, Use
 from khaosz.serve.openai.completion_output import Answer, ResponseFormat, event
 from khaosz.serve.openai.tools import add_tools, call_format, call_grammar
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
-from khaosz.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest, CompletionRequest, Retrieval
-from khaosz.serve.worker import Busy, Failed
+from khaosz.serve.schema import (
+    DEFAULT_MAX_TOKENS,
+    ChatRequest,
+    CompletionRequest,
+    Prompt,
+    Retrieval,
+)
+from khaosz.serve.worker import Busy, Failed, Ticket
 
+_FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
 _log = logging.getLogger("khaosz.serve")
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request in the engine's terms."""
+    """A request in the engine's terms; the choices of its prompts follow one another."""
 
-    prompt: list[int]
+    prompts: list[list[int]]
     params: SamplingParams
     format: ResponseFormat
 
@@ -149,20 +159,24 @@ def chat_routes(
                 outputs = canned_output(refusal, prepared.params.n)
                 return OpenAnswer(formatter, outputs, lambda: None)
             _check_context(prepared, use.generator)
+            tickets: list[Ticket] = []
             async with asyncio.timeout_at(deadline):
-                ticket = await use.worker.submit(prepared.prompt, prepared.params, use.adapter)
-            undo.callback(ticket.close)
+                for prompt in prepared.prompts:
+                    tickets.append(await use.worker.submit(prompt, prepared.params, use.adapter))
+                    undo.callback(tickets[-1].close)
             cleanup = undo.pop_all()
         started = time.perf_counter()
         cleanup.callback(lambda: meters.answered(use.name, formatter.usage, started))
 
         def expire() -> None:
-            ticket.expire()
+            for ticket in tickets:
+                ticket.expire()
             cleanup.close()  # a client that stops reading would keep its slot for ever
 
         timer = loop.call_at(deadline, expire)
         cleanup.callback(timer.cancel)
-        return OpenAnswer(formatter, ticket.outputs(), cleanup.close)
+        outputs = tickets[0].outputs() if len(tickets) == 1 else merged_outputs(tickets)
+        return OpenAnswer(formatter, outputs, cleanup.close)
 
     return router
 
@@ -208,6 +222,22 @@ async def with_comments(events: AsyncIterator[str], seconds: float) -> AsyncIter
             pending = asyncio.ensure_future(anext(events, None))
     finally:
         pending.cancel()
+
+
+async def merged_outputs(tickets: list[Ticket]) -> AsyncIterator[Output]:
+    """The outputs of several prompts as they come, choices numbered across them."""
+    iterators = [ticket.outputs() for ticket in tickets]
+    waiting = {asyncio.ensure_future(anext(each, None)): i for i, each in enumerate(iterators)}
+    try:
+        while waiting:
+            for ready in (await asyncio.wait(waiting, return_when="FIRST_COMPLETED"))[0]:
+                i = waiting.pop(ready)
+                if (output := ready.result()) is not None:
+                    yield replace(output, choice=i * tickets[i].params.n + output.choice)
+                    waiting[asyncio.ensure_future(anext(iterators[i], None))] = i
+    finally:
+        for each in waiting:
+            each.cancel()
 
 
 async def canned_output(text: str, choices: int) -> AsyncIterator[Output]:
@@ -289,21 +319,36 @@ def chat_request(
         one_call=request.one_call,
         context=context,
     )
-    return EngineRequest(prompt, params, response_format)
+    return EngineRequest([prompt], params, response_format)
 
 
 def text_request(request: CompletionRequest, generator: Generator) -> EngineRequest:
     """Raises `GenerationError` and `TokenizerError` for an invalid request."""
-    prompt = generator.ids(request.prompt)
-    return EngineRequest(prompt, request.params(), ResponseFormat(chat=False))
+    if request.suffix:
+        prompts = [_gap_ids(each, request.suffix, generator) for each in request.prompts]
+    else:
+        prompts = [generator.ids(each) for each in request.prompts]
+    return EngineRequest(prompts, request.params(), ResponseFormat(chat=False))
+
+
+def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:
+    """A prompt whose continuation fits before `suffix`: arXiv:2207.14255, in the order prefix,
+    suffix, middle, with the tokens of Qwen's and StarCoder's models."""
+    tokenizer = generator.tokenizer
+    for names in _FILL_IN_THE_MIDDLE:
+        if all(name in tokenizer.special_ids for name in names):
+            before, after, middle = (tokenizer.special_ids[name] for name in names)
+            text = tokenizer.encode(prompt) if isinstance(prompt, str) else generator.ids(prompt)
+            return [before, *text, after, *tokenizer.encode(suffix), middle]
+    raise ApiError(400, "suffix: this model cannot fill in a gap", param="suffix")
 
 
 def _check_context(request: EngineRequest, generator: Generator) -> None:
-    if len(request.prompt) >= generator.context:
+    length = max(map(len, request.prompts))
+    if length >= generator.context:
         raise ApiError(
             400,
-            f"the prompt has {len(request.prompt)} tokens, the model's context is"
-            f" {generator.context}",
+            f"the prompt has {length} tokens, the model's context is {generator.context}",
             param="messages" if request.format.chat else "prompt",
             code="context_length_exceeded",
         )

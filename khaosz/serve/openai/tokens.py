@@ -10,9 +10,9 @@ from pydantic import Field, model_validator
 
 from khaosz.inference.generator import Generator
 from khaosz.serve.errors import errors
+from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
 from khaosz.serve.replies import Reply
-from khaosz.serve.schema import MAX_MESSAGES, Message, RequestModel
 
 
 class TokenizeRequest(RequestModel):

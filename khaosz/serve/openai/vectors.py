@@ -14,9 +14,9 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.messages import Ignored, RequestModel
 from khaosz.serve.replies import Reply
 from khaosz.serve.retrieval_models import RetrievalModels, SharedEmbedder
-from khaosz.serve.schema import RequestModel
 
 MAX_INPUTS = 2048
 
@@ -33,6 +33,7 @@ class EmbeddingRequest(RequestModel):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     input_type: Literal["passage", "query"] | None = None
+    user: Ignored = None
 
 
 class Embedding(Reply):

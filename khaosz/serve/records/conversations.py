@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.messages import RequestModel
 from khaosz.serve.records.conversation_store import ConversationStore, ConversationSummary, Entry
 from khaosz.serve.replies import Reply, exported, json_lines
-from khaosz.serve.schema import RequestModel
 
 MAX_NODES = 4096
 MAX_TITLE = 512

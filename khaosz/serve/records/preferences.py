@@ -25,8 +25,9 @@ from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import append
 from khaosz.serve.errors import ApiError, errors, map_disk_full
+from khaosz.serve.messages import MAX_MESSAGES, RequestModel
 from khaosz.serve.replies import Reply, exported, json_lines
-from khaosz.serve.schema import MAX_MESSAGES, RequestModel, Sampling
+from khaosz.serve.schema import Sampling
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
