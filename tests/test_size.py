@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 108,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 4_107,
+    "serve": 4_208,
     "trainer": 4_314,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
