@@ -17,8 +17,8 @@ import torch
 
 import khaosz.rewards
 from khaosz.data.batches.sampler import answer_seed
-from khaosz.data.records.chat import Message
 from khaosz.data.records.preference import Prompt
+from khaosz.data.records.turns import Message
 from khaosz.errors import ConfigError, TrainingError
 from khaosz.inference.sampling import SamplingParams
 from khaosz.trainer.stages.reward_sources import Answer, FunctionReward, load_function
