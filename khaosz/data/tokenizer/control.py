@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-_MARK = "\ue0f0"  # a private-use character, at both ends of an alias
+_MARK = "\u2056"  # at both ends of an alias: a sign that no normaliser changes or removes
 
 
 class ControlEncoder:
@@ -21,14 +21,14 @@ class ControlEncoder:
     piece, and a pre-tokenizer that treats the start of a text differently sees one start.
     """
 
-    def __init__(self, serialized: bytes, special_ids: dict[str, int]) -> None:
+    def __init__(self, serialized: bytes, added: dict[str, int], special: dict[str, int]) -> None:
+        """Ids by name: of all added tokens, and of control tokens."""
         spec = json.loads(serialized)
-        # A private-use character: no normaliser changes the rest, no other token contains it.
         nonce = f"{_MARK}{secrets.token_hex(16)}"
-        self.aliases = {name: f"{nonce}.{i}{_MARK}" for i, name in enumerate(special_ids)}
+        self.aliases = {name: f"{nonce}.{i}{_MARK}" for i, name in enumerate(special)}
         self._names = {alias: name for name, alias in self.aliases.items()}
+        self._special = special
         self._pattern = re.compile(rf"{nonce}\.\d+{_MARK}")
-        self._control = frozenset(special_ids.values())
         self._may_miss = any(t["single_word"] or t["normalized"] for t in spec["added_tokens"])
         _rename(spec["model"], self.aliases)
         for token in spec["added_tokens"]:
@@ -39,9 +39,10 @@ class ControlEncoder:
         absent = [alias for alias in self.aliases.values() if alias not in present]
         self._backend.add_special_tokens(absent)
         # Added tokens get ids in turn, and those that a merge makes keep their names there.
-        ids = {token["content"]: token["id"] for token in spec["added_tokens"]}
-        ids |= {self.aliases[name]: i for name, i in special_ids.items()}
-        places = {self._backend.token_to_id(content): i for content, i in ids.items()}
+        places = {
+            self._backend.token_to_id(self.aliases.get(name, name)): i
+            for name, i in (added | special).items()
+        }
         self._ids = {theirs: ours for theirs, ours in places.items() if theirs != ours}
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -52,15 +53,11 @@ class ControlEncoder:
             ids = [self._ids.get(i, i) for i in ids]
         if not self._may_miss:
             return ids, offsets
-        hits = {
-            text.find(_MARK, *place)
-            for i, place in zip(ids, offsets, strict=True)
-            if i in self._control
-        }
+        hits = {(text.find(_MARK, *place), i) for i, place in zip(ids, offsets, strict=True)}
         at, plain, origin = 0, "", list[int]()
         for match in self._pattern.finditer(text):
-            if match.start() not in hits:  # its flags forbid the token here: its name is text
-                name = self._names[match[0]]
+            name = self._names[match[0]]
+            if (match.start(), self._special[name]) not in hits:  # its flags forbid the token here
                 plain += text[at : match.start()] + name
                 origin += [*range(at, match.start()), *[match.start()] * len(name)]
                 at = match.end()

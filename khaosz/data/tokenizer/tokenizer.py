@@ -224,7 +224,8 @@ class Tokenizer:
     @cached_property
     def control_encoder(self) -> ControlEncoder:
         """Encodes rendered chats; see `ControlEncoder`."""
-        return ControlEncoder(self.serialized, self.special_ids)
+        added = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items()}
+        return ControlEncoder(self.serialized, added, self.special_ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]` on all cores and without offsets."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,47 @@ def test_generated_tokens(ours: Tokenizer, theirs: Any) -> None:
             chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )["assistant_masks"]
         assert encode_chat(ours, chat)[1] == list(mask)
+
+
+FLAGS = ("lstrip", "rstrip", "single_word", "normalized")
+TIGHT = (
+    "{% for m in messages %}{{ m.role + '<|im_start|>' + m.content }}"
+    "{{ '<|eom_id|><|im_end|>' }}{% endfor %}{{ 'x<|im_end|>_' }}"
+)
+LOOSE = "{% for m in messages %}{{ '<|im_start|> ' + m.content + ' <|im_end|> ' }}{% endfor %}"
+WORDS = [
+    "hello",
+    " ",
+    "\n",
+    "你好",
+    "é",
+    "▁",
+    "user",
+    "ﬁ",
+    "😀",
+    "_",
+    "9",
+    "<",
+    "|>",
+    "\t",
+    "\u3000",
+]
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_flags(tmp_path: Path, seed: int) -> None:
+    rnd = random.Random(seed)
+    write(rnd.choice(list(FAMILIES)), tmp_path, chat_template=rnd.choice([TIGHT, LOOSE]))
+    path = tmp_path / "tokenizer.json"
+    spec = json.loads(path.read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token |= {flag: rnd.random() < 0.25 for flag in FLAGS}
+    path.write_text(json.dumps(spec), encoding="utf-8")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(tmp_path))
+    ours = load_tokenizer(tmp_path)
+    for _ in range(12):
+        for chat in chats("".join(rnd.choices(WORDS, k=rnd.randint(0, 6)))):
+            assert encode_chat(ours, chat)[0] == their_ids(theirs, chat, False)
 
 
 def test_names_of_control_tokens_in_messages_are_text(ours: Tokenizer) -> None:
