@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from khaosz.errors import FetchError
+from khaosz.errors import FetchError, one_line
 
 SAMPLE_DIR = Path(__file__).parent / "data" / "sample"
 _BLOCK = 32 << 20
@@ -121,8 +121,11 @@ def _lock(path: Path) -> tuple[int, bool]:
             raise FolderInUse(holder) from None
         with suppress(FileNotFoundError):
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                with suppress(OSError):  # a full disk: the lock holds, only its name is missing
+                    os.ftruncate(descriptor, 0)
+                    os.write(
+                        descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode()
+                    )
                 return descriptor, True
         os.close(descriptor)  # the holder before removed it
 
@@ -154,10 +157,28 @@ def _holder(descriptor: int) -> str:
 # All of these raise OSError when the disk refuses; the target then stays as it was.
 
 
-def disk_error(error: OSError, place: Path) -> str:
+def disk_error(error: Exception, place: Path | None = None) -> str:
     """One line for people: the file (by default the `place` that was worked on) and the reason."""
-    reason = error.strerror or str(error)
-    return f"{error.filename or place}: {reason[:1].lower()}{reason[1:]}"
+    reason = getattr(error, "strerror", None) or one_line(str(error))
+    file = getattr(error, "filename", None) or place
+    reason = f"{reason[:1].lower()}{reason[1:]}"
+    return reason if file is None else f"{file}: {reason}"
+
+
+def disk_hint(error: OSError) -> str | None:
+    """What to do about an error of `disk_error`, or None."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space, and run the command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose another place, or change its permissions"
+    return None
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """A write to an open file does not know its name."""
+    if error.filename is None and error.errno is not None:
+        return OSError(error.errno, error.strerror, str(path))
+    return error
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -204,6 +225,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.copymode(path, partial)
         yield partial
         publish(partial, path)
+    except OSError as error:
+        raise _named(error, path) from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -255,9 +278,9 @@ def append(path: Path, data: bytes, *, durable: bool = True) -> None:
             write_all(file, data)
             if durable:
                 os.fsync(file.fileno())
-        except OSError:
+        except OSError as error:
             file.truncate(size)
-            raise
+            raise _named(error, path) from None
     if durable and not size:
         sync(path.parent)
 

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_070,
+    "cli": 2_081,
     "config": 990,
     "data": 5_014,
     "database": 88,
@@ -24,7 +24,7 @@ BUDGET = {
     "doctor": 72,
     "errors": 69,
     "evaluation": 386,
-    "files": 211,
+    "files": 231,
     "inference": 2_241,
     "interop": 2_370,
     "model": 583,

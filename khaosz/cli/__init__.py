@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Annotated, NoReturn
 
 import typer
@@ -57,13 +58,25 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a Windows console may not use UTF-8
             stream.reconfigure(encoding="utf-8", errors=errors)
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # else the interpreter reports a full disk when it ends
     except KhaoszError as error:
         _fail(f"error: {error}", error.hint)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:
+        from khaosz.files import disk_error, disk_hint
+
+        try:
+            sys.stdout.flush()
+        except OSError:
+            with suppress(OSError):
+                sys.stdout.close()
+        _fail(f"error: {disk_error(error)}", disk_hint(error))
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:

@@ -21,10 +21,9 @@ from khaosz.errors import ModelError
 from khaosz.files import SAMPLE_DIR
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.interop.gguf.model import write_model
-from khaosz.interop.huggingface import save_model
 from khaosz.interop.modelfile import write_modelfile
-from khaosz.interop.models import is_gguf, open_model, open_tokenizer
-from khaosz.model import Transformer, parameter_shapes
+from khaosz.interop.models import is_gguf, open_model, open_tokenizer, write_served
+from khaosz.model import parameter_shapes
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
 _REPORT_TOKENS = 20_000  # of each language
@@ -198,10 +197,6 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
         if is_gguf(out):
             write_model(config, draw, tokenizer, out, kind)
             return out
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict({name: draw(name) for name in shapes}, assign=True)
-        tokenizer.save(out)
-        ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-        save_model(model, out, eos_ids=list(tokenizer.end_ids), **ids)
+        tensors = {name: draw(name) for name in shapes}
+        write_served(out, config, tensors.__getitem__, tokenizer)
     return out

@@ -71,8 +71,9 @@ def save_checkpoint(context: TrainContext) -> Path:
             _write(context, partial)
         point(out / "last", final)
     except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise TrainingError(
-            f"could not write checkpoint {final}: {error}",
+            f"could not write checkpoint {final}: {reason or error}",
             hint="free some space; earlier checkpoints are intact; continue with --resume",
         ) from None
     return final

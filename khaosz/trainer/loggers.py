@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from khaosz.errors import ConfigError
-from khaosz.files import finite, write_atomic
+from khaosz.files import append, finite, write_atomic
 from khaosz.trainer.callback import Callback, is_last, plain
 from khaosz.trainer.train_context import TrainContext
 
@@ -134,8 +134,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a line of JSON; a number that is not finite is written as null."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(_line(row))
+    append(path, _line(row).encode(), durable=False)
 
 
 def drop_later_rows(path: Path, step: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from khaosz.files import atomic_path, disk_error
 from khaosz.trainer.callback import Callback
 from khaosz.trainer.loggers import read_metrics, smoothed
 from khaosz.trainer.train_context import TrainContext
@@ -35,11 +36,15 @@ class LossCurve(Callback):
             self.console.print("  no loss curve: pip install 'khaosz\\[train]' adds matplotlib")
             return
         path = self.out / "loss.png"
-        if self.panels is None:
-            draw_curve(rows, path, self.title(context))
+        try:
+            if self.panels is None:
+                draw_curve(rows, path, self.title(context))
+            else:
+                draw_panels(rows, self.panels, path, self.title(context))
+        except OSError as error:  # the run is complete without its picture
+            self.console.print(f"  no loss curve: {disk_error(error, path)}")
         else:
-            draw_panels(rows, self.panels, path, self.title(context))
-        self.console.print(f"  loss curve: {path}")
+            self.console.print(f"  loss curve: {path}")
 
 
 def can_draw() -> bool:
@@ -134,9 +139,8 @@ def draw_calibration(table: list[tuple[float, float, int]], path: Path, title: s
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, dpi=120, format="png")
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _points(rows: list[Row], metric: str) -> tuple[list[float], list[float]]:

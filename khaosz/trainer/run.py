@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, TrainingError
@@ -136,7 +137,7 @@ def _output(out: Path, parallel: ParallelContext, console: Console) -> Iterator[
         ) from None
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise TrainingError(
             disk_error(error, out),
             hint="checkpoints that were written are intact: continue with --resume",

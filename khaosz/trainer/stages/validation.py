@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from khaosz.data.batches.sequences import SequenceBatch
+from khaosz.files import disk_error
 from khaosz.model import evaluating
 from khaosz.parallel import sum_over_ranks
 from khaosz.trainer.callback import Callback, is_last
@@ -142,5 +143,9 @@ class PreferenceCurve(LossCurve):
         if context.config.stage == "rm" and enough and can_draw():
             gaps, weights = pair_gaps(self.strategy, context.model, self.compute)
             path = self.out / "calibration.png"
-            draw_calibration(calibration_table(gaps, weights), path, self.title(context))
-            self.console.print(f"  calibration: {path}")
+            try:
+                draw_calibration(calibration_table(gaps, weights), path, self.title(context))
+            except OSError as error:
+                self.console.print(f"  no calibration: {disk_error(error, path)}")
+            else:
+                self.console.print(f"  calibration: {path}")
