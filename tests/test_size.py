@@ -17,7 +17,7 @@ BUDGET = {
     "__init__": 33,
     "__main__": 37,
     "cli": 2_081,
-    "config": 990,
+    "config": 1_111,
     "data": 5_014,
     "database": 88,
     "demo": 1_138,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from khaosz.config.closed import Closed
+from khaosz.config.closed import MOST_TOKENS, Closed
 from khaosz.errors import did_you_mean
 
 LORA_TARGETS = (
@@ -21,8 +21,8 @@ class LoRAConfig(Closed):
     alpha / rank. `base="int8"` stores the frozen weights in 8 bits during training.
     """
 
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
+    rank: int = Field(default=16, ge=1, le=65_536)
+    alpha: float = Field(default=32.0, gt=0, le=1e6)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = Field(default=LORA_TARGETS, min_length=1)
     rslora: bool = False
@@ -47,7 +47,7 @@ class RewardConfig(Closed):
     """
 
     use_margins: bool = True
-    centre: float = Field(default=0.0, ge=0)
+    centre: float = Field(default=0.0, ge=0, le=1e4)
 
 
 class PreferenceConfig(Closed):
@@ -69,11 +69,11 @@ class PreferenceConfig(Closed):
     """
 
     loss: Literal["sigmoid", "robust", "ipo", "hinge", "simpo", "orpo"] = "sigmoid"
-    beta: float = Field(default=0.1, gt=0)
+    beta: float = Field(default=0.1, ge=1e-6, le=1e4)
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    gamma: float = Field(default=0.5, ge=0)
+    gamma: float = Field(default=0.5, ge=0, le=1e4)
     length_normalised: bool = False
-    sft_weight: float = Field(default=0.0, ge=0)
+    sft_weight: float = Field(default=0.0, ge=0, le=1e4)
 
     @model_validator(mode="after")
     def _check_unused(self) -> PreferenceConfig:
@@ -97,26 +97,34 @@ class RolloutConfig(Closed):
     over them, each in `minibatches` optimizer steps.
     """
 
-    prompts: int = Field(default=16, ge=1, description="prompts per rollout, all ranks")
-    group: int = Field(default=1, ge=1, description="answers per prompt; 4 or more for GRPO")
-    max_new_tokens: int = Field(default=64, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
-    epochs: int = Field(default=2, ge=1)
-    minibatches: int = Field(default=2, ge=1)
+    prompts: int = Field(default=16, ge=1, le=2**20, description="prompts per rollout, all ranks")
+    group: int = Field(
+        default=1, ge=1, le=2**16, description="answers per prompt; 4 or more for GRPO"
+    )
+    max_new_tokens: int = Field(default=64, ge=1, le=MOST_TOKENS)
+    temperature: float = Field(default=1.0, ge=0.01, le=100)
+    epochs: int = Field(default=2, ge=1, le=10_000)
+    minibatches: int = Field(default=2, ge=1, le=2**20)
 
-    clip: float = Field(default=0.2, gt=0, description="of the probability ratio, on both sides")
-    value_clip: float = Field(default=0.2, gt=0)
-    value_weight: float = Field(default=0.5, gt=0)
-    entropy: float = Field(default=0.0, ge=0, description="weight of the entropy bonus")
+    clip: float = Field(
+        default=0.2, gt=0, lt=1, description="of the probability ratio, on both sides"
+    )
+    value_clip: float = Field(default=0.2, gt=0, le=1e6)
+    value_weight: float = Field(default=0.5, gt=0, le=1e4)
+    entropy: float = Field(default=0.0, ge=0, le=1e4, description="weight of the entropy bonus")
     gamma: float = Field(default=1.0, gt=0, le=1)
     lam: float = Field(default=0.95, ge=0, le=1)
     whiten: bool = True
 
-    kl: float = Field(default=0.05, ge=0, description="weight of the KL penalty")
-    kl_target: float | None = Field(default=None, gt=0, description="adapt `kl` towards this")
-    kl_horizon: float = Field(default=2_000.0, gt=0, description="answers until `kl` has adapted")
+    kl: float = Field(default=0.05, ge=0, le=1e4, description="weight of the KL penalty")
+    kl_target: float | None = Field(
+        default=None, gt=0, le=1e6, description="adapt `kl` towards this"
+    )
+    kl_horizon: float = Field(
+        default=2_000.0, ge=1, le=1e12, description="answers until `kl` has adapted"
+    )
     missing_end_penalty: float = Field(
-        default=0.0, ge=0, description="subtracted for an unfinished answer"
+        default=0.0, ge=0, le=1e6, description="subtracted for an unfinished answer"
     )
     kl_loss: Literal["k2", "k3"] = Field(default="k3", description="GRPO's KL term")
     scale_by_std: bool = Field(default=True, description="GRPO; False: Dr. GRPO")

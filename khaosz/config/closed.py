@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from types import NoneType
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
-from khaosz.errors import ConfigError, nearest
+from khaosz.errors import ConfigError, nearest, quoted
+
+MOST_TOKENS = 2**24  # of a window or an answer
 
 
 class Closed(BaseModel):
@@ -22,6 +25,15 @@ class Closed(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,  # TOML has `inf`; no field accepts it
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic would take `true` for 1.
+        kinds = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and {*(get_args(kinds) or (kinds,))} <= {int, float, NoneType}:
+            raise ValueError("is a boolean, not a number")
+        return value
 
     @classmethod
     def parse(cls, values: dict[str, Any], *, source: str = "configuration") -> Self:
@@ -53,9 +65,11 @@ def _config_error(
     path = [str(part) for part in first["loc"]]
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        return ConfigError(f"{source}: unknown key '{key}'", hint=cls.hint_for(path, values))
+        return ConfigError(f"{source}: unknown key {quoted(key)}", hint=cls.hint_for(path, values))
     reason = first["msg"].removeprefix("Value error, ")
-    value = f" (got {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
+    value = (
+        f" (got {quoted(first['input'])})" if key and not isinstance(first["input"], dict) else ""
+    )
     others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     place = f"{source}: {key}: " if key else f"{source}: "
     return ConfigError(f"{place}{reason}{value}{others}")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from khaosz.config.closed import Closed
+from khaosz.config.closed import MOST_TOKENS, Closed
 
 
 class EmbedConfig(Closed):
@@ -19,11 +19,14 @@ class EmbedConfig(Closed):
     """
 
     pooling: Literal["mean", "last"] = "mean"
-    temperature: float = Field(default=0.05, gt=0)
+    temperature: float = Field(default=0.05, ge=1e-3, le=100)
     symmetric: bool = False
     query_prefix: str = ""
     passage_prefix: str = ""
     max_length: int | None = Field(
-        default=None, ge=2, description="tokens of a text, with its prefix; None: the window"
+        default=None,
+        ge=2,
+        le=MOST_TOKENS,
+        description="tokens of a text, with its prefix; None: the window",
     )
-    negatives: int = Field(default=4, ge=0, description="hard negatives used per record")
+    negatives: int = Field(default=4, ge=0, le=10_000, description="hard negatives used per record")

@@ -20,13 +20,13 @@ class RopeScaling(Closed):
     """
 
     rope_type: Literal["linear", "llama3", "yarn"]
-    factor: float = Field(ge=1.0)
-    original_max_position_embeddings: int | None = Field(default=None, ge=1)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = Field(default=None, gt=0)
+    factor: float = Field(ge=1.0, le=1e6)
+    original_max_position_embeddings: int | None = Field(default=None, ge=1, le=2**31)
+    low_freq_factor: float = Field(default=1.0, gt=0, le=1e6)
+    high_freq_factor: float = Field(default=4.0, gt=0, le=1e6)
+    beta_fast: float = Field(default=32.0, gt=0, le=1e6)
+    beta_slow: float = Field(default=1.0, gt=0, le=1e6)
+    attention_factor: float | None = Field(default=None, gt=0, le=1e6)
     truncate: bool = True
 
     @model_validator(mode="after")
@@ -45,21 +45,21 @@ class ModelConfig(Closed):
     formats that use them, in `khaosz.interop`.
     """
 
-    vocab_size: int = Field(ge=1)
-    hidden_size: int = Field(ge=2)
-    intermediate_size: int = Field(ge=1)
-    num_hidden_layers: int = Field(ge=1)
-    num_attention_heads: int = Field(ge=1)
-    num_key_value_heads: int = Field(ge=1)
-    head_dim: int = Field(ge=2)
-    max_position_embeddings: int = Field(default=2048, ge=1)
-    rms_norm_eps: float = Field(default=1e-6, gt=0)
-    rope_theta: float = Field(default=10_000.0, gt=0)
+    vocab_size: int = Field(ge=1, le=2**31)
+    hidden_size: int = Field(ge=2, le=2**31)
+    intermediate_size: int = Field(ge=1, le=2**31)
+    num_hidden_layers: int = Field(ge=1, le=2**31)
+    num_attention_heads: int = Field(ge=1, le=2**31)
+    num_key_value_heads: int = Field(ge=1, le=2**31)
+    head_dim: int = Field(ge=2, le=2**31)
+    max_position_embeddings: int = Field(default=2048, ge=1, le=2**31)
+    rms_norm_eps: float = Field(default=1e-6, gt=0, le=1)
+    rope_theta: float = Field(default=10_000.0, gt=0, le=1e15)
     rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     qk_norm: bool = False
     qkv_bias: bool = False
-    initializer_range: float = Field(default=0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +14,7 @@ from khaosz.config.align_config import (
     RewardConfig,
     RolloutConfig,
 )
-from khaosz.config.closed import Closed
+from khaosz.config.closed import MOST_TOKENS, Closed
 from khaosz.config.columns_config import ColumnsConfig
 from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
@@ -22,6 +23,13 @@ from khaosz.config.presets import SIZES
 from khaosz.config.stages import ROLLOUT_STAGES, STAGES, Stage
 from khaosz.errors import did_you_mean
 
+MOST_STEPS = 10**12
+_LOG_RATIO = "a log-ratio compares two models, not two draws of a dropout mask; set it to 0"
+# Stages in which adapters must not drop anything, and why.
+_NO_DROPOUT = {
+    "embed": "texts are embedded twice and must be the same both times; set it to 0",
+    **dict.fromkeys(("dpo", "ppo", "grpo"), _LOG_RATIO),
+}
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -35,12 +43,38 @@ class ScheduleConfig(Closed):
     """
 
     name: Literal["cosine", "wsd", "sgdr", "constant"] = "wsd"
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
     warmup_fraction: float = Field(default=0.02, ge=0, lt=1)
     decay_fraction: float = Field(default=0.6, gt=0, le=1)
     min_ratio: float = Field(default=0.0, ge=0, le=1)
-    cycles: int = Field(default=4, ge=1)
-    cycle_growth: float = Field(default=1.0, ge=1)
+    cycles: int = Field(default=4, ge=1, le=1000)
+    cycle_growth: float = Field(default=1.0, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ScheduleConfig:
+        warmup = self.warmup_fraction if self.warmup_steps is None else 0.0
+        if self.name == "wsd" and warmup + self.decay_fraction > 1 + 1e-9:
+            raise ValueError(
+                f"warmup_fraction={warmup:g} and decay_fraction={self.decay_fraction:g} are more"
+                " than the whole run together"
+            )
+        if self.cycles * math.log10(self.cycle_growth) > 12:
+            raise ValueError(
+                f"cycle_growth={self.cycle_growth:g} over {self.cycles} cycles leaves the first"
+                " ones no step"
+            )
+        return self
+
+    def check_steps(self, total: int) -> None:
+        """Raises ValueError if the warm-up, or with the decay, is longer than `total` steps."""
+        warmup = self.warmup_steps or 0
+        decay = round(self.decay_fraction * total) if self.name == "wsd" else 0
+        if warmup and warmup + decay > total:
+            raise ValueError(
+                f"schedule: {warmup:,} steps of warm-up"
+                + (f" and {decay:,} of decay" if decay else "")
+                + f" do not fit into {total:,} steps"
+            )
 
 
 class ParallelConfig(Closed):
@@ -48,7 +82,9 @@ class ParallelConfig(Closed):
 
     device: Literal["auto", "cpu", "cuda", "npu", "mps", "xpu"] = "auto"
     backend: Literal["auto", "gloo", "nccl", "hccl", "xccl"] = "auto"
-    threads: int | None = Field(default=None, ge=1, description="CPU threads; None: all cores")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads; None: all cores"
+    )
 
 
 class TrainConfig(Closed):
@@ -64,31 +100,39 @@ class TrainConfig(Closed):
 
     size: str | None = None
     model: dict[str, Any] = Field(default_factory=dict, description="ModelConfig keys to override")
-    vocab_size: int | None = Field(default=None, ge=1)
-    window: int | None = Field(default=None, ge=8, description="tokens per row")
+    vocab_size: int | None = Field(default=None, ge=1, le=2**20)
+    window: int | None = Field(default=None, ge=8, le=MOST_TOKENS, description="tokens per row")
 
-    max_minutes: float | None = Field(default=None, gt=0)
-    max_steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
+    max_minutes: float | None = Field(default=None, gt=0, le=1e7)
+    max_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    epochs: float | None = Field(default=None, gt=0, le=1e6)
 
-    batch_tokens: int | None = Field(default=None, ge=1, description="tokens per optimizer step")
-    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward, per rank")
+    batch_tokens: int | None = Field(
+        default=None, ge=1, le=2**31, description="tokens per optimizer step"
+    )
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=2**20, description="rows per forward, per rank"
+    )
     optimizer: Literal["muon", "adamw"] = "muon"
-    lr: float | None = Field(default=None, gt=0)
-    embedding_lr: float | None = Field(default=None, gt=0)
+    lr: float | None = Field(default=None, ge=1e-20, le=1e30)
+    embedding_lr: float | None = Field(default=None, ge=1e-20, le=1e30)
     betas: tuple[_Beta, _Beta] = (0.9, 0.95)
-    weight_decay: float | None = Field(default=None, ge=0)
-    grad_clip: float = Field(default=1.0, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0, le=1e4)
+    grad_clip: float = Field(default=1.0, ge=1e-12, le=1e30)
     schedule: ScheduleConfig = ScheduleConfig()
     parallel: ParallelConfig = ParallelConfig()
 
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = False
-    loss_chunk: int = Field(default=1024, ge=1, description="tokens per logits chunk")
+    loss_chunk: int = Field(
+        default=1024, ge=1, le=MOST_TOKENS, description="tokens per logits chunk"
+    )
 
     lora: LoRAConfig | None = None
-    batch_pairs: int | None = Field(default=None, ge=1, description="pairs per optimizer step")
+    batch_pairs: int | None = Field(
+        default=None, ge=1, le=2**20, description="pairs per optimizer step"
+    )
     reward: RewardConfig = RewardConfig()
     preference: PreferenceConfig = PreferenceConfig()
     rollout: RolloutConfig = RolloutConfig()
@@ -103,16 +147,18 @@ class TrainConfig(Closed):
     columns: ColumnsConfig = ColumnsConfig()
     allow_unread: bool = Field(default=False, description="even if over 1 % of records are unread")
 
-    log_every: int = Field(default=10, ge=1)
-    eval_every: int | None = Field(default=None, ge=1)
-    eval_tokens: int = Field(default=100_000, ge=1)
-    save_every: int | None = Field(default=None, ge=1)
-    save_minutes: float = Field(default=10.0, gt=0, description="minutes between checkpoints")
-    keep: int = Field(default=2, ge=1)
-    sample_every: int | None = Field(default=None, ge=1)
+    log_every: int = Field(default=10, ge=1, le=MOST_STEPS)
+    eval_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    eval_tokens: int = Field(default=100_000, ge=1, le=10**12)
+    save_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
+    save_minutes: float = Field(
+        default=10.0, gt=0, le=1e7, description="minutes between checkpoints"
+    )
+    keep: int = Field(default=2, ge=1, le=MOST_STEPS)
+    sample_every: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     prompts: list[str] = Field(default_factory=list)
     early_stop: int | None = Field(
-        default=None, ge=1, description="evaluations without improvement"
+        default=None, ge=1, le=MOST_STEPS, description="evaluations without improvement"
     )
     loggers: list[Literal["tensorboard", "trackio", "swanlab", "wandb"]] = Field(
         default_factory=list
@@ -164,9 +210,27 @@ class TrainConfig(Closed):
     @field_validator("mix")
     @classmethod
     def _weights(cls, value: dict[str, float] | None) -> dict[str, float] | None:
-        if value is not None and (min(value.values(), default=-1) < 0 or not sum(value.values())):
-            raise ValueError("mix weights must be >= 0 and not all 0")
+        if value is None:
+            return None
+        weights = value.values()
+        if min(weights, default=-1) < 0 or not sum(weights) or max(weights) > 1e6:
+            raise ValueError("mix weights must be from 0 to 1e6 and not all 0")
+        smallest = min(weight for weight in weights if weight)
+        if smallest < sum(weights) * 1e-6:
+            raise ValueError("mix weights must be 0, or a millionth of their sum or more")
         return value
+
+    @field_validator("prompts")
+    @classmethod
+    def _not_empty(cls, value: list[str]) -> list[str]:
+        if not all(prompt.strip() for prompt in value):
+            raise ValueError("a prompt is empty")
+        return value
+
+    @field_validator("loggers")
+    @classmethod
+    def _once(cls, value: list[Any]) -> list[Any]:
+        return list(dict.fromkeys(value))
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -194,6 +258,10 @@ class TrainConfig(Closed):
             raise ValueError(
                 f"reward_model and reward_function are for ppo and grpo, not {self.stage}"
             )
+        if self.max_steps is not None:
+            self.schedule.check_steps(self.max_steps)
+        if self.lora is not None and self.lora.dropout and self.stage in _NO_DROPOUT:
+            raise ValueError(f"lora.dropout={self.lora.dropout:g}: {_NO_DROPOUT[self.stage]}")
         if self.model and self.init_from is not None:
             raise ValueError("[model] is for a new model and excludes init_from")
         return self

@@ -52,6 +52,7 @@ from khaosz.trainer.stages.limits import (
     embedded_length,
 )
 from khaosz.trainer.stages.reward_sources import check_same_tokenizer, load_function
+from khaosz.trainer.validation import check_prompts
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
     check_rotary(shape, "[model]" if initial is None else str(config.init_from))
     sized, numbers = with_training_numbers(sized, shape, vocab_size, loaded=initial is not None)
     _check_sizes(sized, shape, parallel)
+    if tokenizer is not None:
+        check_prompts(sized, tokenizer, shape.max_position_embeddings)
     _check_other_models(sized, shape, tokenizer, earlier)
     return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel)]
 

@@ -40,13 +40,7 @@ from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.random_state import seed_random_state
 from khaosz.trainer.strategy import Strategy
 from khaosz.trainer.train_context import Plan, Progress, Rollouts, TrainContext
-
-_LOG_RATIO = "a log-ratio compares two models, not two draws of a dropout mask: set it to 0"
-# Stages in which adapters must not drop anything, and why.
-_NO_DROPOUT = {
-    "embed": "texts are embedded twice and must be the same both times: set it to 0",
-    **dict.fromkeys(("dpo", "ppo", "grpo"), _LOG_RATIO),
-}
+from khaosz.trainer.validation import check_prompts
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,6 @@ def open_run(origin: RunOrigin, parallel: ParallelContext, console: Console) -> 
     """A run with its output directory, size and tokenizer. Raises `ConfigError`."""
     config = origin.config
     config.out.mkdir(parents=True, exist_ok=True)
-    if config.lora is not None and config.lora.dropout and config.stage in _NO_DROPOUT:
-        raise ConfigError(
-            f"lora.dropout={config.lora.dropout:g} with stage={config.stage}",
-            hint=_NO_DROPOUT[config.stage],
-        )
     derived: list[Derived] = []
     if origin.saved is None:
         config, derived = with_size(config, parallel)
@@ -141,6 +130,7 @@ class OpenRun:
         self.config, derived = with_training_numbers(
             self.config, model.config, self.tokenizer.vocab_size, loaded=origin.model is not None
         )
+        check_prompts(self.config, self.tokenizer, model.config.max_position_embeddings)
         if self.config.stage == "rm":
             model = _as_reward_model(model, self.config.seed)
         _add_adapters(model, origin, self.config)
@@ -258,6 +248,11 @@ class OpenRun:
             callbacks.append(Validation(evaluate, eval_every(context)))
             if config.early_stop is not None:
                 callbacks.append(EarlyStop(config.early_stop))
+        elif config.early_stop is not None:
+            raise ConfigError(
+                f"early_stop={config.early_stop}, but no data was held out",
+                hint="name held-out data with val=, or raise val_fraction",
+            )
         if self.parallel.is_main:
             flops = self.model.config.flops_per_token(self.window)
             peak = matmul_peak(self.parallel.device, plan.torch_dtype)

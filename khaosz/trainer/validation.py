@@ -6,7 +6,11 @@ from collections.abc import Iterator
 from itertools import islice
 
 from khaosz.config import TrainConfig
+from khaosz.config.stages import STAGES_OF
 from khaosz.data.shards.manifest import Group, PreparedData
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.errors import ConfigError, quoted
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.inference.scoring import Document, Score, score_documents
@@ -93,3 +97,21 @@ def sample_text(context: TrainContext, prompt: str) -> str:
         ids = generator.chat_ids([{"role": "user", "content": prompt}])
     with evaluating(model):
         return generator.generate(ids, _SAMPLE).text
+
+
+def check_prompts(config: TrainConfig, tokenizer: Tokenizer, context: int) -> None:
+    """Raises `ConfigError` for one of the recipe's `prompts` that fills the context, which would
+    end the run at its first sample."""
+    if config.stage not in STAGES_OF["prompts"]:
+        return
+    for prompt in config.prompts:
+        if config.stage == "pt":
+            ids = [*tokenizer.begin_ids, *tokenizer.encode(prompt), *tokenizer.finish_ids]
+        else:
+            turn = {"role": "user", "content": prompt}
+            ids = encode_chat(tokenizer, [turn], add_generation_prompt=True)[0]
+        if len(ids) >= context:
+            raise ConfigError(
+                f"prompts: {quoted(prompt)} has {len(ids):,} tokens, which fills the context of"
+                f" {context:,}"
+            )

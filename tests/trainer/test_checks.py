@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from tiny import TINY_MODEL, Recipe
 
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, DataError, KhaoszError, ModelError
 from khaosz.trainer.checks import check_stages
+from khaosz.trainer.run import run
 
 
 @pytest.fixture
@@ -160,3 +162,21 @@ def test_what_this_machine_lacks(
 
 def test_prepared_data_of_another_stage(recipe: Recipe) -> None:
     assert "holds pt data" in str(refused(recipe(stage="sft")))
+
+
+def test_sample_prompts_that_fill_the_context(recipe: Recipe, stage: Any) -> None:
+    """Their first sample ended the run."""
+    error = refused(stage("sft", prompts=["Hi", "long " * 600]))
+    assert "fills the context of 512" in str(error) and len(str(error)) < 300
+    for changes in ({"window": 256}, {"tokenizer": None, "vocab_size": 300}):  # is trained first
+        config = recipe(prompts=["很长" * 300], **changes)
+        with pytest.raises(ConfigError, match="fills the context"):
+            run(config, console=Console(quiet=True))
+        assert not (config.out / "metrics.jsonl").exists()
+
+
+def test_early_stop_without_held_out_data(recipe: Recipe, stage: Any) -> None:
+    """A fraction of a few documents may hold out none: it is known when the data is read."""
+    config = stage("rm", early_stop=2, val_fraction=0.001, window=64)
+    with pytest.raises(ConfigError, match="early_stop=2, but no data was held out"):
+        run(config, console=Console(quiet=True))

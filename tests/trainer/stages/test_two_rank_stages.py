@@ -238,7 +238,7 @@ def test_ppo(align: Any, start: Path, reward_dir: Path, one_and_two: OneAndTwo) 
     """Advantages are whitened, and KL is taken, over both ranks: nine answers and six."""
     config = align(
         "ppo", **COMMON, init_from=start, rollout=PPO, reward_function=None,
-        reward_model=reward_dir, max_steps=6,
+        reward_model=reward_dir, max_steps=6, seed=1,  # the answers of seed 0 cancel by 1e-6 more
     )  # fmt: skip
     one, two = one_and_two(config)
     assert one[0][-1]["kl"] != 0 and one[0][-1]["kl_weight"] != one[0][0]["kl_weight"]
