@@ -115,10 +115,14 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         "rope.scaling.yarn_log_multiplier": 0.0,
         "rope.scaling.yarn_beta_fast": 32.0,
         "rope.scaling.yarn_beta_slow": 1.0,
-        "vocab_size": float(table.shape[0]),
     }.items():
         if (stored := number(key, computed)) != computed:
             raise ModelError(f"{source}: {family}.{key} = {stored:g} is not supported")
+    if (stored := count("vocab_size", table.shape[0])) != table.shape[0]:
+        raise ModelError(
+            f"{source}: {family}.vocab_size = {stored} contradicts the {table.shape[0]} rows of"
+            " token_embd.weight"
+        )
     if 0 < count("attention.sliding_window", 0) < context:
         raise ModelError(f"{source}: sliding windows of attention are not supported")
     fields: dict[str, Any] = {

@@ -36,7 +36,7 @@ class EngineEmbedder:
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
-        from khaosz.interop.sentence_transformers import is_embedder, load_embedder_settings
+        from khaosz.interop.sentence_transformers import load_embedder_settings
 
         self._settings = load_embedder_settings(model)
         if self._settings.pooling == "cls":
@@ -47,7 +47,7 @@ class EngineEmbedder:
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer
         self._prefix_ids = tokenizer.begin_ids
-        self._suffix_ids = tokenizer.finish_ids if is_embedder(model) else []
+        self._suffix_ids = tokenizer.finish_ids
         self.name = str(Path(model).resolve())
 
     @property
