@@ -343,8 +343,8 @@ def test_llama3_scaling_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None
     ("changes", "message"),
     [
         ({"num_hidden_layers": 10**9}, "1000000000 layers"),
-        ({"hidden_size": 10**30}, "expected"),
-        ({"vocab_size": 2**62}, "expected"),
+        ({"hidden_size": 10**30}, "hidden_size"),
+        ({"vocab_size": 2**62}, "vocab_size"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"layer_types": 5}, "layer_types"),
         ({"rms_norm_eps": [[]]}, "rms_norm_eps"),
