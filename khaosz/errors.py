@@ -11,7 +11,8 @@
     │   ├── CheckpointError     training state that is missing, torn or from another configuration
     │   └── ServerError         a server that is unreachable, refuses, or replies unexpectedly
     ├── DeviceError             a device, compute type or backend that this machine does not have
-    ├── GenerationError         a request out of range: prompt too long, temperature below zero, ...
+    ├── GenerationError         a request out of range: temperature below zero, ...
+    │   └── ContextLengthError  a prompt that is longer than the model's context
     └── TrainingError           a failed run: loss not finite, disk full, data exhausted
 
 Programming mistakes raise `AssertionError` or `TypeError`: they are bugs, not the user's mistakes.
@@ -106,6 +107,14 @@ class GenerationError(KhaoszError):
     def __init__(self, reason: str, *, param: str | None = None, hint: str | None = None) -> None:
         super().__init__(f"{param} {reason}" if param else reason, hint=hint)
         self.param, self.reason = param, reason
+
+
+class ContextLengthError(GenerationError):
+    """`limit`: the tokens that the prompt exceeds."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the prompt has more than {limit} tokens, the model's context")
+        self.limit = limit
 
 
 class TrainingError(KhaoszError):

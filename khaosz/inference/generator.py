@@ -86,22 +86,28 @@ class Generator:
         """Positions a prompt and its answer may fill together."""
         return self.engine.context
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str, *, limit: int | None = None) -> list[int]:
         """Ids of a text to continue, with what the tokenizer adds before and after a text: the
-        begin token where documents are trained so."""
+        begin token where documents are trained so. For `limit` see `Tokenizer.encode`."""
         by = self.tokenizer
-        return [*by.begin_ids, *by.encode(text), *by.finish_ids]
+        return [*by.begin_ids, *by.encode(text, limit=limit), *by.finish_ids]
 
     def chat_ids(
-        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        limit: int | None = None,
     ) -> list[int]:
         """Ids of a conversation, with the marker that starts the assistant's turn."""
-        return encode_chat(self.tokenizer, list(messages), tools, add_generation_prompt=True)[0]
+        return encode_chat(
+            self.tokenizer, list(messages), tools, add_generation_prompt=True, limit=limit
+        )[0]
 
-    def ids(self, prompt: Prompt) -> list[int]:
+    def ids(self, prompt: Prompt, *, limit: int | None = None) -> list[int]:
         """A text to continue, messages to answer, or ids as they are."""
         if isinstance(prompt, str):
-            return self.prompt_ids(prompt)
+            return self.prompt_ids(prompt, limit=limit)
         if len(prompt) and isinstance(prompt[0], dict):
             return self.chat_ids(prompt)  # type: ignore[arg-type]
         return list(prompt)  # type: ignore[arg-type]

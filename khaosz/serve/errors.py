@@ -17,7 +17,13 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from khaosz.database import is_full
-from khaosz.errors import DataError, GenerationError, KhaoszError, TokenizerError
+from khaosz.errors import (
+    ContextLengthError,
+    DataError,
+    GenerationError,
+    KhaoszError,
+    TokenizerError,
+)
 from khaosz.serve.models import UnknownModel
 from khaosz.serve.retrieval_models import UnknownName, Unusable
 from khaosz.serve.worker import Busy, Failed
@@ -139,6 +145,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, message, param="model", code="model_not_found")
         case TimeoutError():
             return ApiError(504, TIMED_OUT, code="request_timeout")
+        case ContextLengthError():
+            return ApiError(400, str(error), code="context_length_exceeded")
         case GenerationError(param=str(param)):
             field = _FIELDS.get(param, param)
             return ApiError(400, f"{field} {error.reason}", param=field)

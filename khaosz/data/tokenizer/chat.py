@@ -39,7 +39,7 @@ from khaosz.data.tokenizer.messages import (
 )
 from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
 from khaosz.data.tokenizer.training_text import refuse_surrogates
-from khaosz.errors import DataError
+from khaosz.errors import ContextLengthError, DataError
 
 if TYPE_CHECKING:
     from khaosz.data.tokenizer.tokenizer import Tokenizer
@@ -184,12 +184,14 @@ def encode_chat(
     add_generation_prompt: bool = False,
     *,
     need_mask: bool = False,
+    limit: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a chat, both of the same length. The mask is 1 on the assistant's text,
     its tool calls and the end of its turn.
 
     Special tokens written inside messages are text. Raises DataError for a bad chat, and with
-    `need_mask` for a template without `{% generation %}`.
+    `need_mask` for a template without `{% generation %}`; ContextLengthError early for a long chat
+    that has more than `limit` tokens.
     """
     check_messages(messages)
     nonce = secrets.token_hex(16)
@@ -234,6 +236,8 @@ def encode_chat(
     if generated_from is not None:
         spans.append((generated_from, len(text)))
     refuse_surrogates(text)
+    if limit is not None and encoder.exceeds(text, limit):
+        raise ContextLengthError(limit)
     generated = bytearray(len(text))
     for start, end in spans:
         generated[start:end] = b"\1" * (end - start)

@@ -67,6 +67,25 @@ class ControlEncoder:
         ids, offsets = self.encode(plain + text[at:])
         return ids, [(origin[start], origin[end]) for start, end in offsets]
 
+    def exceeds(self, text: str, limit: int) -> bool:
+        return exceeds(self._backend, text, limit)
+
+
+_PART = 1 << 14  # characters
+_SLACK = 32  # tokens that cutting a text in two may add, with a wide margin
+
+
+def exceeds(backend: tokenizers.Tokenizer, text: str, limit: int) -> bool:
+    """Whether a text certainly has more than `limit` tokens. Its parts are encoded one by one, no
+    more of them than the answer needs: a text of megabytes takes no longer than one of `limit`
+    tokens."""
+    count = 0
+    for at in range(0, len(text) if len(text) > _PART else 0, _PART):
+        count += len(backend.encode(text[at : at + _PART], add_special_tokens=False).ids) - _SLACK
+        if count > limit:
+            return True
+    return False
+
 
 def _rename(model: dict[str, Any], aliases: dict[str, str]) -> None:
     """Unigram and WordPiece find a piece by its name in any text: those of control tokens too."""

@@ -28,10 +28,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
-from khaosz.data.tokenizer.control import ControlEncoder
+from khaosz.data.tokenizer.control import ControlEncoder, exceeds
 from khaosz.data.tokenizer.files import read_directory
 from khaosz.data.tokenizer.training_text import refuse_surrogates, training_sample
-from khaosz.errors import DataError, TokenizerError
+from khaosz.errors import ContextLengthError, DataError, TokenizerError
 from khaosz.files import write_atomic, write_json
 
 SPECIAL_TOKENS: tuple[str, ...] = (
@@ -212,12 +212,15 @@ class Tokenizer:
         names = sorted(self.special_ids, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, limit: int | None = None) -> list[int]:
         """Ids of `text` without bos, eos or other special tokens.
 
-        Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot encode.
+        Raises TokenizerError for lone surrogates, the only str content that UTF-8 cannot encode,
+        and ContextLengthError early for a long text that has more than `limit` tokens.
         """
         refuse_surrogates(text)
+        if limit is not None and exceeds(self._backend, text, limit):
+            raise ContextLengthError(limit)
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 

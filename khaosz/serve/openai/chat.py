@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from khaosz.data.tokenizer.messages import text_of_parts
-from khaosz.errors import KhaoszError
+from khaosz.errors import ContextLengthError, KhaoszError
 from khaosz.inference.generator import Generator
 from khaosz.inference.parts import THOUGHT, opens_thought
 from khaosz.inference.request import Output
@@ -70,6 +71,16 @@ def chat_routes(
     """`timeout`: seconds that a request may take, waiting included. `library`: the knowledge bases
     that a chat may use; `heartbeat`: seconds after which a silent stream sends a comment."""
     router = APIRouter()
+    # A pool of their own: long prompts take no thread from other routes, and one whose client left
+    # is not begun.
+    encoders = ThreadPoolExecutor(2, thread_name_prefix="khaosz-prompts")
+
+    async def encode(work: Callable[[], EngineRequest], field: str) -> EngineRequest:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(encoders, work)
+        except ContextLengthError as error:
+            code = "context_length_exceeded"
+            raise ApiError(400, str(error), param=field, code=code) from None
 
     @router.post(
         "/v1/chat/completions",
@@ -83,7 +94,7 @@ def chat_routes(
             context = None
             if request.knowledge_base is not None:
                 context = await chat_context(request, use, library)
-            return await asyncio.to_thread(chat_request, request, use.generator, context)
+            return await encode(lambda: chat_request(request, use.generator, context), "messages")
 
         return await answer(request, raw_request, prepare)
 
@@ -96,7 +107,7 @@ def chat_routes(
         """Continue a text, as OpenAI's older API does."""
 
         async def prepare(use: Use) -> EngineRequest:
-            return await asyncio.to_thread(text_request, request, use.generator)
+            return await encode(lambda: text_request(request, use.generator), "prompt")
 
         return await answer(request, raw_request, prepare)
 
@@ -303,7 +314,7 @@ def chat_request(
     messages = (
         context.messages if context else [message.for_template() for message in request.messages]
     )
-    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer))
+    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=generator.context)
     lark = None
     if request.must_call:
         lark = call_grammar(tools, tokenizer, several=not request.one_call)
@@ -327,7 +338,7 @@ def text_request(request: CompletionRequest, generator: Generator) -> EngineRequ
     if request.suffix:
         prompts = [_gap_ids(each, request.suffix, generator) for each in request.prompts]
     else:
-        prompts = [generator.ids(each) for each in request.prompts]
+        prompts = [generator.ids(each, limit=generator.context) for each in request.prompts]
     return EngineRequest(prompts, request.params(), ResponseFormat(chat=False))
 
 
@@ -338,8 +349,9 @@ def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:
     for names in _FILL_IN_THE_MIDDLE:
         if all(name in tokenizer.special_ids for name in names):
             before, after, middle = (tokenizer.special_ids[name] for name in names)
-            text = tokenizer.encode(prompt) if isinstance(prompt, str) else generator.ids(prompt)
-            return [before, *text, after, *tokenizer.encode(suffix), middle]
+            limit = generator.context
+            text = tokenizer.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt
+            return [before, *text, after, *tokenizer.encode(suffix, limit=limit), middle]
     raise ApiError(400, "suffix: this model cannot fill in a gap", param="suffix")
 
 

@@ -14,6 +14,8 @@ from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
 from khaosz.serve.replies import Reply
 
+_CONTEXTS = 16  # a text of more tokens than so many contexts is refused before it is read in full
+
 
 class TokenizeRequest(RequestModel):
     """A prompt to continue, or messages followed by the assistant's marker."""
@@ -54,7 +56,9 @@ def token_routes(models: Models) -> APIRouter:
 
 
 def _ids(request: TokenizeRequest, generator: Generator) -> list[int]:
+    limit = _CONTEXTS * generator.context
     if request.messages is not None:
-        return generator.chat_ids([message.for_template() for message in request.messages])
+        messages = [message.for_template() for message in request.messages]
+        return generator.chat_ids(messages, limit=limit)
     assert request.prompt is not None
-    return generator.prompt_ids(request.prompt)
+    return generator.prompt_ids(request.prompt, limit=limit)

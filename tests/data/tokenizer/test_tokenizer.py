@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.data.tokenizer.tokenizer import (
     MIN_VOCAB_SIZE,
     SPECIAL_TOKENS,
@@ -20,7 +21,7 @@ from khaosz.data.tokenizer.tokenizer import (
     load_tokenizer,
     train_tokenizer,
 )
-from khaosz.errors import TokenizerError
+from khaosz.errors import ContextLengthError, TokenizerError
 
 # No deadline and no too_slow check: both would measure the load of the machine, not our code.
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -311,3 +312,33 @@ def test_saved_file_survives_a_failed_save(tokenizer: Tokenizer, tmp_path: Path)
         broken.save(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == before
     assert load_tokenizer(tmp_path).config == tokenizer.config
+
+
+@given(
+    st.lists(
+        st.sampled_from(["the quick ", "春眠不觉晓", "1234567890", " " * 40, "x", "\n", "🚀"]),
+        min_size=1,
+    ),
+    st.integers(1, 1000),
+    st.integers(0, 20_000),
+)
+@settings(max_examples=20, deadline=None)
+def test_long_text_is_refused_only_beyond_the_limit(
+    tokenizer: Tokenizer, words: list[str], times: int, limit: int
+) -> None:
+    text = "".join(words) * times
+    ids = tokenizer.encode(text)
+    try:
+        assert tokenizer.encode(text, limit=limit) == ids
+    except ContextLengthError:
+        assert len(ids) > limit
+
+
+def test_long_text_is_refused_after_its_first_parts(tokenizer: Tokenizer) -> None:
+    """Encoding the whole of these takes half a minute."""
+    for part in ("1234567890" * 400_000, "春眠不觉晓，" * 400_000, "!?.,;:" * 400_000):
+        with pytest.raises(ContextLengthError, match="more than 512 tokens"):
+            tokenizer.encode(part, limit=512)
+        chat = [{"role": "user", "content": part}]
+        with pytest.raises(ContextLengthError, match="more than 512 tokens"):
+            encode_chat(tokenizer, chat, limit=512)
