@@ -18,11 +18,11 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_081,
     "config": 1_111,
-    "data": 5_014,
+    "data": 5_016,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,
-    "errors": 69,
+    "errors": 73,
     "evaluation": 386,
     "files": 231,
     "inference": 2_241,
@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 108,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 4_208,
+    "serve": 4_214,
     "trainer": 4_314,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
