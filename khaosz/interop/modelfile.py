@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.files import write_atomic
 
 # Go templates for CHAT_TEMPLATE and ChatML, without tools. Ollama adds the begin token itself and
@@ -32,7 +32,7 @@ def write_modelfile(gguf: Path, tokenizer: Tokenizer, context: int) -> Path | No
     """Write `Modelfile` next to `gguf` for our template or ChatML. For others, which Ollama reads
     from the .gguf, nothing is written and None is returned."""
     template = tokenizer.chat_template
-    if template == CHAT_TEMPLATE:
+    if template in OWN_TEMPLATES:
         go = _TEMPLATE
     elif template is not None and "<|im_start|>" in template:
         go = _CHATML

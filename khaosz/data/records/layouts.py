@@ -19,7 +19,14 @@ from itertools import chain, combinations, product
 from typing import Any, Literal
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.turns import LeftOut, Message, read_tools, read_turns, text_of
+from khaosz.data.records.turns import (
+    LeftOut,
+    Message,
+    has_reasoning,
+    read_tools,
+    read_turns,
+    text_of,
+)
 from khaosz.errors import DataError, one_line
 
 Fields = dict[str, Any]
@@ -109,7 +116,7 @@ def read_record(record: Any, kinds: Sequence[Kind], columns: ColumnsConfig | Non
         for key, value in fields.items()
         if not (key in TURNS and (value == [] or isinstance(value, int | float)))
     }
-    rows = [row for row in LAYOUTS if row.kind in kinds]
+    rows = _rows(tuple(kinds))
     for candidate in (full, fields):
         for row in rows:
             if not row.missing(candidate):
@@ -117,13 +124,17 @@ def read_record(record: Any, kinds: Sequence[Kind], columns: ColumnsConfig | Non
     raise _unknown(fields, rows)
 
 
+@lru_cache
+def _rows(kinds: tuple[Kind, ...]) -> tuple[Layout, ...]:
+    return tuple(row for row in LAYOUTS if row.kind in kinds)
+
+
 def fitting(
     record: Any, kinds: Sequence[Kind], columns: ColumnsConfig | None = None
 ) -> Layout | None:
     """The row of `kinds` whose keys this record has, if there is one."""
     fields = named(record, columns)
-    rows = (row for row in LAYOUTS if row.kind in kinds and not row.missing(fields))
-    return next(rows, None)
+    return next((row for row in _rows(tuple(kinds)) if not row.missing(fields)), None)
 
 
 def _unknown(fields: Fields, rows: Sequence[Layout]) -> DataError:
@@ -512,8 +523,8 @@ def _answer(turns: list[Message], key: str) -> str:
         raise DataError(f"{key} is not one assistant turn after the prompt")
     if turns[0].get("tool_calls"):
         raise DataError(f"{key} calls a tool, and only text is compared")
-    if turns[0].get("reasoning_content"):
-        raise DataError(f"{key} has reasoning_content, and only its text would be compared")
+    if has_reasoning(turns[0]):
+        raise DataError(f"{key} has reasoning, and only its text would be compared")
     return str(turns[0]["content"])
 
 

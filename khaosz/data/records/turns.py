@@ -22,13 +22,16 @@ _ROLES = {
     **dict.fromkeys(("human", "prompter"), "user"),
     **dict.fromkeys(("gpt", "bot", "chatbot", "chatgpt", "model", "ai"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
-    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(
+        ("observation", "function", "function_response", "tool_response", "ipython"), "tool"
+    ),
 }
 _CALL_ROLES = ("function_call", "tool_call")  # their content is the call, as JSON
 _ROLE_KEYS = ("role", "from", "speaker")
 _CONTENT_KEYS = ("content", "value", "text")
 # Fields that templates read, beside role, content and tool_calls.
-_PASSED = ("reasoning_content", "reasoning", "thinking", "name", "tool_call_id")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_PASSED = (*_REASONING, "name", "tool_call_id")
 _ASKED = ("human", "user", "prompt", "instruction", "question", "query", "input")
 _ANSWERED = ("assistant", "bot", "gpt", "completion", "output", "response", "answer")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -100,6 +103,10 @@ def text_of(content: Any) -> str:
             texts.append(part["text"])
         return "".join(texts)
     raise DataError(f"content is {type(content).__name__}, not text")
+
+
+def has_reasoning(message: Message) -> bool:
+    return any(message.get(key) for key in _REASONING)
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]]:

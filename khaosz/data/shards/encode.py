@@ -31,7 +31,7 @@ from khaosz.data.records.chat import to_messages, weighted_mask
 from khaosz.data.records.layouts import fitting, read_record
 from khaosz.data.records.readers import RawBatch, Skip, detect_language, parsed
 from khaosz.data.records.report import HASH_BYTES, text_hash
-from khaosz.data.records.turns import LeftOut
+from khaosz.data.records.turns import LeftOut, has_reasoning
 from khaosz.data.shards.mmap import Stage, token_dtype
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer, load_tokenizer
@@ -244,9 +244,12 @@ def _encode_chats(
     dtype = token_dtype(tokenizer.vocab_size)
     tokens: list[np.ndarray] = [np.empty(0, dtype=dtype)]
     masks: list[np.ndarray] = [np.empty(0, dtype=np.uint8)]
+    renders_reasoning = re.search("reasoning|thinking", tokenizer.chat_template or "") is not None
     for number, record in _records(batch, documents):
         try:
             chat = to_messages(record, columns)
+            if not renders_reasoning and any(map(has_reasoning, chat.messages)):
+                raise DataError("reasoning that the chat template does not render")
             text = "\n".join(message.get("content", "") for message in chat.messages)
             parts = [chat.messages, chat.tools, chat.weights][: 2 + (chat.weights is not None)]
             identity = json.dumps(parts, ensure_ascii=False, sort_keys=True)

@@ -27,7 +27,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.messages import (
     Forms,
     Message,
@@ -148,7 +148,7 @@ def _render(
 ) -> str:
     compiled = _compile(template)
     # Our own template is trusted, and `data prepare` renders it a million times.
-    limit = nullcontext() if template == CHAT_TEMPLATE else time_limit()
+    limit = nullcontext() if template in OWN_TEMPLATES else time_limit()
     try:
         with limit:
             parts, size = [], 0

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-CHAT_TEMPLATE = """\
+_REASONING = """\
+            {%- if message.reasoning_content %}
+                {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n\\n' }}
+            {%- endif %}
+"""
+CHAT_TEMPLATE = (
+    """\
 {{- bos_token }}
 {%- set turns = messages %}
 {%- if tools %}
@@ -23,6 +29,9 @@ CHAT_TEMPLATE = """\
     {%- elif message.role == 'assistant' %}
         {{- '<|assistant|>' }}
         {%- generation %}
+"""
+    + _REASONING
+    + """\
             {{- message.content or '' }}
             {%- for tool_call in message.tool_calls or [] %}
                 {%- set call = tool_call.function or tool_call %}
@@ -43,3 +52,6 @@ CHAT_TEMPLATE = """\
     {{- '<|assistant|>' }}
 {%- endif %}
 """
+)
+# Tokenizers trained before this template rendered reasoning have the other one.
+OWN_TEMPLATES = (CHAT_TEMPLATE, CHAT_TEMPLATE.replace(_REASONING, ""))

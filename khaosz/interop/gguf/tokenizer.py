@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
+from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError, quoted
@@ -176,8 +176,9 @@ def _templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
     for name in names if isinstance(names, list) else []:
         named[str(name)] = metadata.get(f"tokenizer.chat_template.{name}")
     texts = {name: text for name, text in named.items() if isinstance(text, str)}
-    if texts.get("default") == _without_marks(CHAT_TEMPLATE):
-        texts["default"] = CHAT_TEMPLATE
+    for template in OWN_TEMPLATES:
+        if texts.get("default") == _without_marks(template):
+            texts["default"] = template
     if texts.keys() <= {"default"}:
         return texts.get("default")
     return [{"name": name, "template": text} for name, text in texts.items()]

@@ -22,6 +22,7 @@ from khaosz.data.shards.manifest import PreparedData, PrepareReport, format_repo
 from khaosz.data.shards.prepare import PrepareProgress, prepare
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.errors import DataError, TokenFileError
 
 WORDS = tuple(
@@ -220,6 +221,44 @@ def test_chats_become_ids_and_masks(tmp_path: Path, tokenizer: Tokenizer) -> Non
     assert len(found) == 1 and found[0].loss_mask is not None
     assert found[0].loss_mask[: len(ids)].tolist() == mask
     assert mask[-1] == 1 and ids[-1] == tokenizer.end_id  # the end of the turn is trained
+
+
+def trained_texts(out: Path, tokenizer: Tokenizer) -> list[str]:
+    """The text that contributes to the loss, by document."""
+    shards = [shard for group in PreparedData.open(out).groups for shard in group.shards]
+    texts = []
+    for shard in shards:
+        assert shard.loss_mask is not None
+        for start, end in zip(shard.doc_offsets[:-1], shard.doc_offsets[1:], strict=True):
+            ids, mask = shard.tokens[int(start) : int(end)], shard.loss_mask[int(start) : int(end)]
+            texts.append(tokenizer.decode(ids[mask != 0].tolist()))
+    return texts
+
+
+def test_turns_of_weight_zero_are_context(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    turns += [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b", "weight": 1}]
+    plain = [{key: turn[key] for key in ("role", "content")} for turn in turns]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": turns}, {"messages": plain}])
+    report = prepare([path], tokenizer, tmp_path / "out", workers=0)
+    assert trained_texts(tmp_path / "out", tokenizer) == ["b<|end|>", "a<|end|>b<|end|>"]
+    assert report.inputs[0].duplicates == 0  # other labels make another document
+
+
+def test_reasoning_is_trained_on_or_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    answer = {"role": "assistant", "content": "b"}
+    records = [
+        {"messages": [{"role": "user", "content": "q"}, answer | {name: "so"}]}
+        for name in ("reasoning_content", "reasoning", "thinking")
+    ]
+    path = write_lines(tmp_path / "a.jsonl", records)
+    prepare([path], tokenizer, tmp_path / "out", workers=0)
+    expected = "<think>\nso\n</think>\n\nb<|end|>"
+    assert set(trained_texts(tmp_path / "out", tokenizer)) == {expected}
+    earlier = {**tokenizer.config, "chat_template": OWN_TEMPLATES[1]}
+    without = Tokenizer(tokenizer.serialized, earlier)
+    with pytest.raises(DataError, match="reasoning that the chat template does not render"):
+        prepare([path], without, tmp_path / "other", workers=0)
 
 
 def test_chats_without_generation_marks_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
