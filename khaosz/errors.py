@@ -13,6 +13,7 @@
     ├── DeviceError             a device, compute type or backend that this machine does not have
     ├── GenerationError         a request out of range: temperature below zero, ...
     │   └── ContextLengthError  a prompt that is longer than the model's context
+    ├── NotEnoughMemory         a task that needs more memory than this process may take
     └── TrainingError           a failed run: loss not finite, disk full, data exhausted
 
 Programming mistakes raise `AssertionError` or `TypeError`: they are bugs, not the user's mistakes.
@@ -115,6 +116,10 @@ class ContextLengthError(GenerationError):
     def __init__(self, limit: int) -> None:
         super().__init__(f"the prompt has more than {limit} tokens, the model's context")
         self.limit = limit
+
+
+class NotEnoughMemory(KhaoszError):
+    pass
 
 
 class TrainingError(KhaoszError):

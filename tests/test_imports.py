@@ -24,6 +24,7 @@ RANK = {
     "data": 4,
     "model": 4,
     "interop": 5,
+    "memory": 5,
     "inference": 6,
     "trainer": 7,
     "rag": 7,

@@ -16,23 +16,24 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_081,
+    "cli": 2_125,
     "config": 1_111,
     "data": 5_047,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,
-    "errors": 73,
+    "errors": 78,
     "evaluation": 386,
     "files": 231,
-    "inference": 2_241,
+    "inference": 2_343,
     "interop": 2_370,
     "model": 583,
     "parallel": 108,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 4_214,
+    "serve": 4_259,
     "trainer": 4_314,
+    "memory": 324,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

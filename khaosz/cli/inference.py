@@ -12,10 +12,12 @@ import typer
 from khaosz.cli.local_models import default_model, find_model
 from khaosz.cli.output import (
     AllowUnread,
+    Context,
     Device,
     Json,
     MaxTokens,
     ModelPath,
+    NoMemoryCheck,
     Temperature,
     TopP,
     print_json,
@@ -58,6 +60,8 @@ def generate(
         ),
     ] = False,
     deterministic: Deterministic = False,
+    context: Context = None,
+    no_memory_check: NoMemoryCheck = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -85,6 +89,8 @@ def generate(
         device=resolve_device(device),
         deterministic=deterministic,
         prompt_lookup=prompt_lookup,
+        context=context,
+        memory_check=not no_memory_check,
     )
     if prompt is not None:
         ids = generator.prompt_ids(prompt)
@@ -129,6 +135,8 @@ def chat(
     seed: Seed = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     deterministic: Deterministic = False,
+    context: Context = None,
+    no_memory_check: NoMemoryCheck = False,
     device: Device = "auto",
 ) -> None:
     """Chat with a model in the terminal; /help lists the commands."""
@@ -158,8 +166,13 @@ def chat(
 
         path = model or (find_model(name) if name else default_model())
         backend = LocalBackend.from_path(
-            path, device=resolve_device(device), deterministic=deterministic
+            path,
+            device=resolve_device(device),
+            deterministic=deterministic,
+            context=context,
+            memory_check=not no_memory_check,
         )
+        typer.echo(backend.generator.memory_line)
     with closing(backend):
         backend.check(settings)
         if docs is not None:
@@ -225,6 +238,8 @@ def serve(
         typer.Option(help="GB for weights and prefix caches; idle models are unloaded to fit."),
     ] = None,
     deterministic: Deterministic = False,
+    context: Context = None,
+    no_memory_check: NoMemoryCheck = False,
     device: Device = "auto",
 ) -> None:
     """Serve models to local programs over an HTTP API compatible with OpenAI's."""
@@ -244,7 +259,7 @@ def serve(
         address=Address(host, port, api_key, tuple(origin or ())),
         device=resolve_device(device),
         deterministic=deterministic,
-        limits=Limits(max_queue, max_batch, memory),
+        limits=Limits(max_queue, max_batch, memory, context, not no_memory_check),
         timeout=request_timeout,
         announce=typer.echo,
     )

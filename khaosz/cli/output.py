@@ -27,6 +27,17 @@ Columns = Annotated[
         "--column", help="NAME=COLUMN as in [columns] of a recipe, such as prompt=ask; repeatable."
     ),
 ]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Maximum tokens of prompt and answer; default: the model's, as far as memory allows.",
+        min=1,
+        show_default=False,
+    ),
+]
+NoMemoryCheck = Annotated[
+    bool, typer.Option("--no-memory-check", help="Start even if the memory seems too small.")
+]
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")]
 
 

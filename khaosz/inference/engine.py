@@ -23,9 +23,13 @@ from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.request import Output, Request, Sequence
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
+from khaosz.memory.inference import pass_buffers, positions_in, sequence_bytes
+from khaosz.memory.machine import memory_limits
 from khaosz.model.kv_cache import SequenceCache
 
 _log = logging.getLogger("khaosz.inference")
+# Of running sequences together, and of cached prefixes, where the free memory is not known.
+_CACHE_BYTES, _PREFIX_BYTES = 2 << 30, 512 << 20
 
 
 class Engine:
@@ -38,15 +42,18 @@ class Engine:
         *,
         max_batch: int = 32,
         step_tokens: int = 512,
-        cache_bytes: int = 2 << 30,
-        prefix_bytes: int = 512 << 20,
+        cache_bytes: int | None = None,
+        prefix_bytes: int | None = None,
+        context: int | None = None,
         prompt_lookup: bool = False,
         lookup: bool = False,
     ) -> None:
         """`step_tokens` bounds a pass, so that a long prompt is taken in parts between tokens of
-        answers; `cache_bytes` bounds the keys and values of running sequences, `prefix_bytes` of
-        cached prefixes; `prompt_lookup` (old name: `lookup`) drafts tokens from the prompt: the
-        same output, often sooner."""
+        answers; `cache_bytes` bounds the keys and values of running sequences, by default what the
+        machine has free when a request comes; `prefix_bytes` those of cached prefixes, by default
+        one sequence that fills the context, at most half of that memory; `context` bounds the
+        tokens of prompt and answer below the model's own; `prompt_lookup` (old name: `lookup`)
+        drafts tokens from the prompt: the same output, often sooner."""
         if tokenizer.vocab_size > runner.config.vocab_size:
             raise GenerationError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
@@ -55,11 +62,13 @@ class Engine:
             )
         assert step_tokens >= 1 and max_batch >= 1, (step_tokens, max_batch)
         self.runner, self.tokenizer = runner, tokenizer
-        self.context = runner.config.max_position_embeddings
+        own = runner.config.max_position_embeddings
+        self.context = own if context is None else min(context, own)
         self.end_ids = set(tokenizer.end_ids)
         self.max_batch, self.step_tokens = max_batch, step_tokens
         self.cache_bytes, self.prompt_lookup = cache_bytes, prompt_lookup or lookup
-        self.prefixes = PrefixCache(prefix_bytes)
+        self._follows_memory = cache_bytes is None and prefix_bytes is None
+        self.prefixes = PrefixCache(_PREFIX_BYTES if prefix_bytes is None else prefix_bytes)
         self._waiting: deque[Request] = deque()
         self._running: list[Sequence] = []
         self._outputs: deque[Output] = deque()
@@ -104,12 +113,13 @@ class Engine:
             raise GenerationError(f"the prompt has token ids outside 0 to {last}")
         if not all(0 <= token <= last for token in params.logit_bias):
             raise GenerationError(f"has token ids outside 0 to {last}", param="logit_bias")
-        need = params.n * self._need(len(prompt), params)
-        if need > self.cache_bytes:
+        need, room = params.n * self._need(len(prompt), params), self._cache_room()
+        if room is not None and need > room:
+            fitting = positions_in(self.runner.config, self.runner.cache_dtype, room // params.n)
             raise GenerationError(
                 f"{len(prompt)} tokens and {params.n} x {params.max_tokens} of answer need"
-                f" {need >> 20} MB of cache, only {self.cache_bytes >> 20} are available",
-                hint="request fewer tokens",
+                f" {need >> 20} MB of cache, only {room >> 20} are available",
+                hint=f"request fewer tokens: {fitting:,} of prompt and answer together fit",
             )
 
     def cancel(self, request_id: int) -> None:
@@ -160,14 +170,21 @@ class Engine:
 
     def _need(self, prompt: int, params: SamplingParams) -> int:
         """Bytes of cache that one choice may take, with the room it reserves ahead."""
-        config = self.runner.config
-        positions = SequenceCache.capacity_at_most(min(prompt + params.max_tokens, self.context))
-        return positions * SequenceCache.bytes_per_position(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            self.runner.cache_dtype,
-        )
+        positions = min(prompt + params.max_tokens, self.context)
+        return sequence_bytes(self.runner.config, self.runner.cache_dtype, positions)
+
+    def _cache_room(self) -> int | None:
+        """Bytes that the caches of running sequences may take together: what they and the prefixes
+        have, and what is free beside the buffers of a pass. None where that is not known."""
+        if self.cache_bytes is not None:
+            return self.cache_bytes
+        runner = self.runner
+        limits = memory_limits(runner.device)
+        if not limits:
+            return None
+        spare = pass_buffers(runner.config, runner.dtype, self.step_tokens, self.context)
+        held = self.prefixes.nbytes + sum(each.cache.nbytes for each in list(self._running))
+        return held + max(0, min(limit.free for limit in limits) - spare)
 
     def _admit(self) -> None:
         """Start requests in order, while batch and cache have room for all their choices."""
@@ -175,17 +192,21 @@ class Engine:
         reserved = sum(
             s.choices * self._need(len(s.request.prompt), s.request.params) for s in self._running
         )
+        room = self._cache_room() if self._waiting else None
+        most = _CACHE_BYTES if room is None else room
         while self._waiting:
             request = self._waiting[0]
             choices += request.params.n
             reserved += request.params.n * self._need(len(request.prompt), request.params)
-            if self._running and (choices > self.max_batch or reserved > self.cache_bytes):
+            if self._running and (choices > self.max_batch or reserved > most):
                 return
             self._waiting.popleft()
             adapter = request.adapter
             running = ((s.ids, s.cache) for s in self._running if s.request.adapter is adapter)
             prefix = self.prefixes.take(request.prompt, running, adapter)
             cache = prefix or self.runner.new_cache()
+            if room is not None and self._follows_memory:
+                self.prefixes.shrink(max(0, room - reserved))
             cache.reserve(len(request.prompt))  # known: growing chunk by chunk would copy it
             self._running.append(self._start(request, 0, cache))
 
@@ -245,4 +266,8 @@ class Engine:
         self._running.remove(sequence)
         self._outputs.append(output)
         if output.finish_reason != "error" and sequence.choice == 0:
+            if self._follows_memory and (room := self._cache_room()) is not None:
+                runner = self.runner
+                whole = sequence_bytes(runner.config, runner.cache_dtype, self.context)
+                self.prefixes.max_bytes = min(max(_PREFIX_BYTES, whole), room // 2)
             self.prefixes.put(sequence.ids, sequence.cache, sequence.request.adapter)

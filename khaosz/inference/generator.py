@@ -13,13 +13,16 @@ import torch
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
-from khaosz.errors import GenerationError
+from khaosz.errors import ConfigError, GenerationError
 from khaosz.inference.engine import Engine
 from khaosz.inference.request import Logprob, Output
-from khaosz.inference.runner import Chunk, Runner
+from khaosz.inference.runner import Chunk, Runner, storage_of
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.gguf.model import GgufModel
-from khaosz.interop.models import is_gguf, open_tokenizer
+from khaosz.interop.models import ModelSource, open_model, open_tokenizer
+from khaosz.memory.inference import InferencePlan
+from khaosz.memory.machine import Limit, memory_limits, resident_memory
+from khaosz.memory.parts import Memory, check_memory
 from khaosz.model import Transformer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
@@ -54,11 +57,16 @@ class Generator:
         *,
         prompt_lookup: bool = False,
         lookup: bool = False,
+        context: int | None = None,
+        memory: Memory | None = None,
     ) -> None:
         """A `Transformer` is read in every pass, so it may be trained between calls. `lookup` is
-        the old name of `prompt_lookup`."""
+        the old name of `prompt_lookup`; `context` as for `Engine`; `memory`: what was planned."""
         runner = model if isinstance(model, Runner) else Runner.from_module(model)
-        self.engine = Engine(runner, tokenizer, prompt_lookup=prompt_lookup or lookup)
+        self.engine = Engine(
+            runner, tokenizer, prompt_lookup=prompt_lookup or lookup, context=context
+        )
+        self.memory = memory
         self.model, self.tokenizer = model, tokenizer
         self._live = isinstance(model, Transformer)
 
@@ -72,14 +80,44 @@ class Generator:
         deterministic: bool = False,
         prompt_lookup: bool = False,
         lookup: bool = False,
+        context: int | None = None,
+        memory_check: bool = True,
     ) -> Generator:
-        """Of a model directory or a .gguf file; `dtype` as for `Runner.open`."""
-        if is_gguf(path) and torch.device(device).type == "cpu":  # parsed once
-            source = GgufModel.open(path)
+        """Of a model directory or a .gguf file; `dtype` as for `Runner.open`.
+
+        `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
+        the free memory holds. Raises `NotEnoughMemory`, before weights are read, for a model or a
+        context that does not fit, unless `memory_check` is off; `ConfigError` for a context beyond
+        the model's.
+        """
+        source = open_model(path)
+        plan = plan_inference(source, device=device, dtype=dtype, context=context)
+        base, limits = resident_memory(), memory_limits(device)
+        if memory_check:
+            plan = fitted(plan, base, limits, str(path), explicit=context is not None)
+        if isinstance(source, GgufModel) and torch.device(device).type == "cpu":  # parsed once
             runner = Runner.from_gguf(source, dtype=dtype, deterministic=deterministic)
-            return cls(runner, source.tokenizer(), prompt_lookup=prompt_lookup or lookup)
-        runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
-        return cls(runner, open_tokenizer(path), prompt_lookup=prompt_lookup or lookup)
+            tokenizer = source.tokenizer()
+        else:
+            runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
+            tokenizer = open_tokenizer(path)
+        return cls(
+            runner,
+            tokenizer,
+            prompt_lookup=prompt_lookup or lookup,
+            context=plan.context,
+            memory=plan.memory(base),
+        )
+
+    @property
+    def memory_line(self) -> str | None:
+        """What was planned for, in one line; None for a model that was not loaded from a file."""
+        if self.memory is None:
+            return None
+        own = self.engine.runner.config.max_position_embeddings
+        of = "" if self.context == own else f" of {own:,}"
+        line = self.memory.line(memory_limits(self.engine.runner.device), resident_memory())
+        return f"{line}; with {self.context:,}{of} tokens of context"
 
     @property
     def context(self) -> int:
@@ -243,6 +281,43 @@ class Generator:
         for request_id in request_ids:
             self.engine.cancel(request_id)
             self.engine.take(request_id)
+
+
+def plan_inference(
+    source: ModelSource,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    sequences: int = 1,
+) -> InferencePlan:
+    """What generating with a model takes; raises `ConfigError` for a context beyond the model's."""
+    own = source.config.max_position_embeddings
+    if context is not None and not 0 < context <= own:
+        raise ConfigError(
+            f"a context of {context:,} tokens is not within 1 to {own:,}, the model's own",
+            hint="leave --context out for the longest that fits",
+        )
+    storage = storage_of(source, device, dtype)
+    return InferencePlan(source.config, storage, context or own, storage.dtype, sequences)
+
+
+def fitted(
+    plan: InferencePlan, base: int, limits: Sequence[Limit], what: str, *, explicit: bool
+) -> InferencePlan:
+    """The plan, with a shorter context where it must be and is not `explicit`. Raises
+    `NotEnoughMemory`."""
+    fitting = plan.fitting(base, limits)
+    if fitting is None or (explicit and fitting.context < plan.context):
+        smaller = plan.smaller(base, limits)
+        check_memory(
+            plan.memory(base),
+            limits,
+            f"{what} with {plan.context:,} tokens of context",
+            smaller,
+            override="--no-memory-check",
+        )
+    return fitting or plan
 
 
 def _joined(outputs: Sequence[Output]) -> Completion:

@@ -6,6 +6,7 @@ width, S cached positions of one sequence, T new ones, V vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,9 @@ from khaosz.inference.linear.load import Weights, dense_weights, gguf_weights, l
 from khaosz.inference.linear.native import library
 from khaosz.interop.gguf.blocks import is_affine
 from khaosz.interop.gguf.model import GgufModel
-from khaosz.interop.models import is_gguf, open_model
+from khaosz.interop.huggingface import ModelDirectory
+from khaosz.interop.models import ModelSource, is_gguf, open_model
+from khaosz.memory.inference import Storage
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import Rotary
@@ -133,14 +136,7 @@ class Runner:
         deterministic: bool = False,
     ) -> Runner:
         """On the CPU; `dtype` as for `open`."""
-        kinds = source.matrix_kinds
-        quantised = any(map(is_affine, kinds))
-        native = library() if quantised and dtype != torch.float32 else None
-        # What is stored with more bits than bf16 has is not rounded unless asked for.
-        unquantised = dtype or (torch.bfloat16 if kinds == {"BF16"} else torch.float32)
-        if dtype is None:
-            packed = quantised and native is None
-            dtype = torch.bfloat16 if packed else unquantised
+        dtype, unquantised, native = _gguf_types(source, dtype)
         weights = gguf_weights(source, dtype, unquantised, native)
         return cls(
             source.config,
@@ -296,6 +292,39 @@ class Runner:
             enable_gqa=heads != kv_heads,
         )
         return mixed[0].transpose(0, 1)
+
+
+def _gguf_types(
+    source: GgufModel, dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype, ctypes.CDLL | None]:
+    """The types of activations and of matrices that are not quantised, and the compiled kernels
+    where they are used."""
+    kinds = source.matrix_kinds
+    quantised = any(map(is_affine, kinds))
+    native = library() if quantised and dtype != torch.float32 else None
+    # What is stored with more bits than bf16 has is not rounded unless asked for.
+    unquantised = dtype or (torch.bfloat16 if kinds == {"BF16"} else torch.float32)
+    if dtype is None:
+        packed = quantised and native is None
+        dtype = torch.bfloat16 if packed else unquantised
+    return dtype, unquantised, native
+
+
+def storage_of(
+    source: ModelSource, device: str | torch.device, dtype: torch.dtype | None
+) -> Storage:
+    """How `Runner.open` will store the weights of a model."""
+    if isinstance(source, ModelDirectory) or torch.device(device).type != "cpu":
+        plain = dtype or torch.float32
+        return Storage(plain, source.dtype("embed_tokens.weight"))
+    dtype, unquantised, native = _gguf_types(source, dtype)
+    return Storage(
+        dtype,
+        kinds={name: (source.kind(name), source.nbytes(name)) for name in source.names},
+        unquantised=unquantised,
+        native=native is not None,
+        reordered=frozenset(filter(source.is_reordered, source.names)),
+    )
 
 
 def _logits(weights: Weights, hidden: Tensor) -> Tensor:

@@ -107,13 +107,19 @@ def build_app(
         responses=errors(503),
     )
     async def ready(request: Request) -> dict[str, Any]:
-        """Whether every loaded model can answer; with the key, `models` says which are loaded."""
+        """Whether every loaded model can answer; with the key, `models` says which are loaded,
+        and `memory` what they were planned to need."""
         if not all(model.loaded.worker.alive for model in models.all if model.loaded):
             raise ApiError(503, "an engine has ended")
         if not getattr(request.state, "has_key", True):
             return {"status": "ready"}
         loaded = {model.name: model.loaded is not None for model in models.all}
-        return {"status": "ready", "models": loaded}
+        planned = {
+            model.name: model.loaded.generator.memory.parts
+            for model in models.all
+            if model.loaded and model.loaded.generator.memory
+        }
+        return {"status": "ready", "models": loaded, "memory": planned}
 
     @app.get(
         "/metrics",

@@ -22,6 +22,7 @@ from khaosz.errors import (
     DataError,
     GenerationError,
     KhaoszError,
+    NotEnoughMemory,
     TokenizerError,
 )
 from khaosz.serve.models import UnknownModel
@@ -152,6 +153,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"{field} {error.reason}", param=field)
         case GenerationError() | DataError() | TokenizerError():
             return ApiError(400, str(error))
+        case NotEnoughMemory():
+            _log.error("%s", error)
+            return ApiError(503, "not enough memory for this model", code="not_enough_memory")
         case Unusable(kind=kind, name=name):
             _log.error("%s", error)  # it may name paths, so it is not sent
             message = f"{kind} {name!r} cannot be opened; the log of this server says why"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ConfigError, ModelError, NotEnoughMemory
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
@@ -23,11 +23,14 @@ from khaosz.serve.worker import Busy, EngineThread
 @dataclass(frozen=True)
 class Limits:
     """max_queue: running and waiting requests of one model; max_batch: sequences in one pass.
-    memory: bytes for weights and prefix caches of all models together, None for no limit."""
+    memory: bytes for weights and prefix caches of all models together, None for no limit.
+    context: tokens of prompt and answer at most; memory_check: refuse what cannot fit."""
 
     max_queue: int = 128
     max_batch: int = 64
     memory: int | None = None
+    context: int | None = None
+    memory_check: bool = True
 
 
 @dataclass
@@ -86,7 +89,8 @@ class Models:
         device: str = "cpu",
         deterministic: bool = False,
     ) -> None:
-        """Raises `ConfigError` for a duplicate name, and for a model larger than the limit."""
+        """Raises `ConfigError` for a duplicate name, a model larger than the limit, and a context
+        beyond that of every model."""
         self.limits, self.device, self.deterministic = limits, device, deterministic
         self.started = int(time.time())
         self._by_name: dict[str, Model] = {}
@@ -101,6 +105,14 @@ class Models:
                     f" {limits.memory >> 20:,}"
                 )
         self.all = list(models)
+        if limits.context is not None:
+            longest = max(model.context for model in models)
+            if limits.context > longest:
+                raise ConfigError(
+                    f"--context {limits.context:,} is beyond {longest:,}, the models' own"
+                )
+            for model in models:
+                model.context = min(model.context, limits.context)
         self._load_lock = asyncio.Lock()
 
     @property
@@ -127,14 +139,15 @@ class Models:
     async def take(self, name: str) -> Use:
         """Load the model if needed and mark it as in use. Every use must be given back.
 
-        Raises `UnknownModel`, `Busy` when models in use leave no memory for it, `ModelError`.
+        Raises `UnknownModel`, `Busy` when models in use leave no memory for it under the limit,
+        `NotEnoughMemory` when the machine has none, `ModelError`.
         """
         model = self.find(name)
         async with model.loading:
             if model.loaded is None:
                 async with self._load_lock:  # one at a time
                     await self._free_memory(model)
-                    model.loaded = await asyncio.to_thread(self._load, model)
+                    model.loaded = await self._load_or_unload(model)
             loaded = model.loaded
             loaded.worker.start()
             loaded.users += 1
@@ -153,22 +166,37 @@ class Models:
             if model.loaded is not None:
                 await model.loaded.worker.stop()
 
+    async def _load_or_unload(self, model: Model) -> Loaded:
+        """Load a model; while the machine's memory is short, unload idle ones first."""
+        while True:
+            try:
+                return await asyncio.to_thread(self._load, model)
+            except NotEnoughMemory:
+                if not await self._unload_idle():
+                    raise
+
     async def _free_memory(self, model: Model) -> None:
-        """Unload idle models, the least recently used first, until this one fits."""
+        """Unload idle models until this one fits the limit."""
         if self.limits.memory is None:
             return
         while sum(each.nbytes for each in self._loaded()) + model.weights > self.limits.memory:
-            idle = [
-                (each.loaded.used, i)
-                for i, each in enumerate(self.all)
-                if each.loaded is not None and not each.loaded.users
-            ]
-            if not idle:
+            if not await self._unload_idle():
                 raise Busy
-            oldest = self.all[min(idle)[1]]
-            loaded, oldest.loaded = oldest.loaded, None
-            assert loaded is not None
-            await loaded.worker.stop()
+
+    async def _unload_idle(self) -> bool:
+        """Unload the model that was used least recently of those that are idle, if there is one."""
+        idle = [
+            (each.loaded.used, i)
+            for i, each in enumerate(self.all)
+            if each.loaded is not None and not each.loaded.users
+        ]
+        if not idle:
+            return False
+        oldest = self.all[min(idle)[1]]
+        loaded, oldest.loaded = oldest.loaded, None
+        assert loaded is not None
+        await loaded.worker.stop()
+        return True
 
     def _shrink_caches(self) -> None:
         """Prefix caches grow after a model was loaded: shrink them to the limit, starting with the
@@ -187,10 +215,19 @@ class Models:
 
     def _load(self, model: Model) -> Loaded:
         generator = Generator.from_directory(
-            model.source, device=self.device, deterministic=self.deterministic
+            model.source,
+            device=self.device,
+            deterministic=self.deterministic,
+            context=None if self.limits.context is None else model.context,
+            memory_check=self.limits.memory_check,
         )
-        runner = generator.engine.runner
-        generator.engine = Engine(runner, generator.tokenizer, max_batch=self.limits.max_batch)
+        runner, model.context = generator.engine.runner, generator.context
+        generator.engine = Engine(
+            runner,
+            generator.tokenizer,
+            max_batch=self.limits.max_batch,
+            context=generator.context,
+        )
         adapters = {
             name: Adapter(runner.config, path, device=runner.device, dtype=runner.dtype)
             for name, path in model.adapters.items()

@@ -45,6 +45,7 @@ class Live(Reply):
 class Ready(Reply):
     status: Literal["ready"]
     models: dict[str, bool] | None = None  # which are loaded; only with the key
+    memory: dict[str, dict[str, int]] | None = None  # bytes by part of each loaded model; as above
 
 
 # ------------------------------------------------------------------------------- knowledge bases

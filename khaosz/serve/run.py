@@ -114,6 +114,8 @@ def serve(
                     f"knowledge base {base.name!r}: its embedder {base.embedder!r} is not available"
                     f" (--embedder {base.embedder}=SOURCE), so it is searched lexically only"
                 )
+        if (first := served.all[0].loaded) and (line := first.generator.memory_line):
+            announce(line)
         uvicorn.Server(config).run([listener])
 
 

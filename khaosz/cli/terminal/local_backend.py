@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from khaosz.cli.local_models import find_model, local_models
 from khaosz.cli.terminal.conversation import (
@@ -30,18 +31,36 @@ DEFAULT_BASE = "khaosz.kb"
 
 class LocalBackend:
     def __init__(
-        self, generator: Generator, name: str, *, device: str = "cpu", deterministic: bool = False
+        self,
+        generator: Generator,
+        name: str,
+        *,
+        device: str = "cpu",
+        deterministic: bool = False,
+        memory_check: bool = True,
     ) -> None:
         self.generator, self.name = generator, name
         self._device, self._deterministic = device, deterministic
+        self._memory_check = memory_check
         self._base: tuple[str, KnowledgeBase] | None = None
 
     @classmethod
     def from_path(
-        cls, model: Path, *, device: str = "cpu", deterministic: bool = False
+        cls,
+        model: Path,
+        *,
+        device: str = "cpu",
+        deterministic: bool = False,
+        context: int | None = None,
+        memory_check: bool = True,
     ) -> LocalBackend:
-        generator = Generator.from_directory(model, device=device, deterministic=deterministic)
-        return cls(generator, str(model), device=device, deterministic=deterministic)
+        settings: dict[str, Any] = {
+            "device": device,
+            "deterministic": deterministic,
+            "memory_check": memory_check,
+        }
+        generator = Generator.from_directory(model, context=context, **settings)
+        return cls(generator, str(model), **settings)
 
     @property
     def about(self) -> str:
@@ -53,7 +72,10 @@ class LocalBackend:
     def choose(self, name: str) -> None:
         path = find_model(name)
         self.generator = Generator.from_directory(
-            path, device=self._device, deterministic=self._deterministic
+            path,
+            device=self._device,
+            deterministic=self._deterministic,
+            memory_check=self._memory_check,
         )
         self.name = str(path)
 

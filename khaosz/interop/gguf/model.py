@@ -30,7 +30,7 @@ from khaosz.model import Transformer, parameter_shapes
 from khaosz.model.module import Rotary
 
 # Weights converted at a time: looking for scales takes about ten fp32 copies of them.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 _LARGEST_HALF, _LARGEST_SINGLE = 65_504.0, 3.3e38  # what rounds to a finite number
 
 
@@ -82,6 +82,14 @@ class GgufModel:
         """The tensor types of all matrices; vectors are F32 in any file."""
         tensors = (self.file.tensors[stored] for stored in self.names.values())
         return {tensor.type for tensor in tensors if len(tensor.shape) > 1}
+
+    def is_reordered(self, name: str) -> bool:
+        """Whether `raw` of a parameter is a copy."""
+        return _permuted_heads(name, self.config) is not None
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a parameter in the file."""
+        return self.file.tensors[self.names[name]].nbytes
 
     def raw(self, name: str) -> np.ndarray:
         """uint8 (rows, bytes of a row): a view of the file, except for queries and keys that are

@@ -1,0 +1,206 @@
+"""What generating needs: weights, keys and values, and the buffers of a pass.
+
+Shapes: N positions of a pass, S positions of a sequence, D hidden width, F feed-forward width; e
+bytes of an element of the compute type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+import torch
+
+from khaosz.config import ModelConfig
+from khaosz.memory.machine import Limit
+from khaosz.memory.parts import BASE, MAPPED, Memory
+from khaosz.model import parameter_shapes
+from khaosz.model.kv_cache import BLOCK, SequenceCache
+
+_LEAST = 256  # tokens: with less context a model is of no use
+# Bytes of a weight that is packed (inference/linear/packed.py): codes of 4 bits, and a scale and a
+# zero in bf16 for each group of 32; codes of more bits are two halves. Others become dense.
+_TOUCHED = 32 << 20  # bytes of the file that rows of the embedding keep in memory (`MappedRows`)
+_FOUR = 0.5 + 4 / 32
+_PACKED = {**dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), _FOUR)}
+_PACKED |= dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q8_0"), 2 * _FOUR)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a model's weights are stored and computed with.
+
+    dtype        of activations, and of matrices that are not quantised unless `unquantised` is set
+    embedding    the stored type of the embedding of a model directory, whose rows are kept so
+    kinds        GGUF tensor types by name, and bytes; empty for a model directory
+    native       quantised matrices are used in the mapped file (inference/linear/native.py)
+    reordered    names of matrices whose rows are stored in another order, which are copied
+    """
+
+    dtype: torch.dtype
+    embedding: torch.dtype = torch.float32
+    kinds: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    unquantised: torch.dtype | None = None
+    native: bool = False
+    reordered: frozenset[str] = frozenset()
+
+    def weights(self, config: ModelConfig) -> tuple[int, int]:
+        """Bytes in memory of their own, and bytes that stay in the mapped file."""
+        own = mapped = 0
+        plain = self.unquantised or self.dtype
+        for name, shape in parameter_shapes(config).items():
+            count, (kind, nbytes) = prod(shape), self.kinds.get(name, ("", 0))
+            is_table = name == "embed_tokens.weight"
+            if len(shape) == 1:
+                own += 4 * count  # norms and biases, in fp32
+            elif not kind:
+                own += count * self._element(config, is_table)
+            elif is_table and not config.tie_word_embeddings:
+                continue  # read row by row, and released
+            elif kind in ("F32", "F16", "BF16"):
+                own += count * plain.itemsize
+            elif self.native:
+                own, mapped = (
+                    (own + nbytes, mapped) if name in self.reordered else (own, mapped + nbytes)
+                )
+            elif self.dtype == torch.bfloat16:
+                own += int(count * _PACKED.get(kind, self.dtype.itemsize))
+            else:
+                own += count * self.dtype.itemsize
+        return own, mapped
+
+    def buffers(self, config: ModelConfig, positions: int) -> int:
+        """Bytes that packed matrices take while they multiply N rows of inputs of width K: the
+        inputs in fp32, their two int8 terms and what is left between, a stripe of 512 outputs as
+        numbers, and pages of the file around the rows that are read from it."""
+        packed = self.kinds and self.dtype == torch.bfloat16 and not self.native
+        if not packed:
+            return _TOUCHED if self.kinds and not config.tie_word_embeddings else 0
+        inputs = max(config.hidden_size, config.intermediate_size)
+        return 18 * positions * inputs + 16 * 512 * inputs + _TOUCHED
+
+    def _element(self, config: ModelConfig, is_table: bool) -> int:
+        """Bytes of an element of a matrix of a model directory."""
+        if not is_table:
+            return self.dtype.itemsize
+        exact = torch.promote_types(self.dtype, self.embedding) == self.dtype
+        if not config.tie_word_embeddings:
+            return self.embedding.itemsize
+        return self.dtype.itemsize + (0 if exact else self.embedding.itemsize)
+
+
+@dataclass(frozen=True)
+class InferencePlan:
+    """A model and how much it computes at once.
+
+    step_tokens  N, of all sequences together
+    sequences    that run at the same time, each of `context` positions
+    """
+
+    config: ModelConfig
+    storage: Storage
+    context: int
+    cache_dtype: torch.dtype
+    sequences: int = 1
+    step_tokens: int = 512
+
+    def memory(self, base: int) -> Memory:
+        """`base`: bytes that the process has taken before the model is loaded."""
+        own, mapped = self.storage.weights(self.config)
+        parts = {
+            BASE: base,
+            "weights": own,
+            MAPPED: mapped,
+            "KV cache": self.cache,
+            "activations": pass_buffers(
+                self.config, self.storage.dtype, min(self.step_tokens, self.context), self.context
+            )
+            + self.storage.buffers(self.config, min(self.step_tokens, self.context)),
+            # Logits of one position of each sequence, and a sorted copy while one is sampled.
+            "logits": 4 * self.config.vocab_size * (self.sequences + 4),
+        }
+        return Memory({name: count for name, count in parts.items() if count})
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values. A growing cache is copied layer by layer: one layer's old and
+        new tensors are there together."""
+        each = sequence_bytes(self.config, self.cache_dtype, self.context)
+        return self.sequences * each + each // self.config.num_hidden_layers
+
+    def fitting(self, base: int, limits: Sequence[Limit]) -> InferencePlan | None:
+        """The plan with the longest context that fits, up to its own; None if none does."""
+        blocks, least = -(-self.context // BLOCK), -(-min(self.context, _LEAST) // BLOCK)
+
+        def of(blocks: int) -> InferencePlan:
+            return replace(self, context=min(self.context, blocks * BLOCK))
+
+        def fits(plan: InferencePlan) -> bool:
+            return plan.memory(base).exceeded(limits) is None
+
+        if not fits(of(least)):
+            return None
+        if fits(self):
+            return self
+        while blocks - least > 1:
+            middle = (blocks + least) // 2
+            least, blocks = (middle, blocks) if fits(of(middle)) else (least, middle)
+        return of(least)
+
+    def smaller(self, base: int, limits: Sequence[Limit]) -> list[tuple[str, Callable[[], Memory]]]:
+        """Changes that need less: a shorter context, a quantised file."""
+        changes: list[tuple[str, Callable[[], Memory]]] = []
+        shorter = self.fitting(base, limits)
+        if shorter is not None and shorter.context < self.context:
+            changes.append((f"--context {shorter.context}", lambda: shorter.memory(base)))
+        if not any(kind.startswith("Q4") for kind, _ in self.storage.kinds.values()):
+            small = replace(self, storage=quantised(self.config), cache_dtype=torch.float32)
+            if (fits := small.fitting(base, limits)) is not None:
+                words = f"a Q4_0 file (khaosz quantize --to Q4_0) with {fits.context:,} tokens"
+                changes.append((words, lambda: fits.memory(base)))
+        return changes
+
+
+def quantised(config: ModelConfig) -> Storage:
+    """A model as `khaosz quantize --to Q4_0` writes it, used in the mapped file."""
+    kinds = {}
+    for name, shape in parameter_shapes(config).items():
+        outer = name.startswith(("embed_tokens", "lm_head"))
+        kind, size = ("Q8_0", 34) if outer else ("Q4_0", 18)
+        kinds[name] = kind, prod(shape) // 32 * size
+    return Storage(torch.float32, kinds=kinds, native=True)
+
+
+def sequence_bytes(config: ModelConfig, dtype: torch.dtype, positions: int) -> int:
+    """Bytes of one sequence's keys and values, with the room that it reserves ahead."""
+    return SequenceCache.capacity_at_most(positions) * SequenceCache.bytes_per_position(
+        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype
+    )
+
+
+def positions_in(config: ModelConfig, dtype: torch.dtype, room: int) -> int:
+    """The most positions of one sequence whose `sequence_bytes` are at most `room`."""
+    least, beyond = 0, config.max_position_embeddings // BLOCK + 2  # blocks
+    while beyond - least > 1:
+        middle = (least + beyond) // 2
+        fits = sequence_bytes(config, dtype, middle * BLOCK) <= room
+        least, beyond = (middle, beyond) if fits else (least, middle)
+    return least * BLOCK
+
+
+def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, context: int) -> int:
+    """Bytes that a pass over N positions takes beside weights and cache.
+
+    The most is there in the MLP: residual stream, normalised input and its copy in the compute
+    type (D: 4 + 4 + e), gate and up side by side, silu(gate) and its product with up (4 F e). Or in
+    attention over a cache: the mask (N, S), as bool and as a number. No scores: the kernel computes
+    them in tiles.
+    """
+    size, width = dtype.itemsize, config.hidden_size
+    stream = positions * width * (8 + size)
+    mlp = 4 * positions * config.intermediate_size * size
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = 4 * positions * heads * config.head_dim * size
+    attention += positions * context * (1 + size)
+    return stream + max(mlp, attention)
