@@ -89,6 +89,8 @@ def _disabled(config: TrainConfig) -> Iterator[Ineffective]:
     if schedule.warmup_steps is not None:
         cause = "schedule.warmup_steps"
         yield from without("schedule.warmup_fraction", f"with {cause}", cause)
+    if config.max_minutes is None:
+        yield from without("min_steps", "without max_minutes, which it limits", "max_minutes")
     if config.lora is not None:
         if config.optimizer == "muon":
             yield from without("optimizer", "with [lora]: adapters are trained with AdamW", "lora")

@@ -34,7 +34,7 @@ STAGES_OF: dict[str, Stages] = {
         " columns.positive columns.negative columns.role columns.content columns.roles allow_unread"
         " log_every eval_every save_every save_minutes keep loggers",
     ),
-    **_keys(_VALIDATED, "val val_fraction early_stop max_minutes"),
+    **_keys(_VALIDATED, "val val_fraction early_stop max_minutes min_steps"),
     **_keys(TEXT_STAGES, "batch_tokens mix dedup eval_tokens"),
     **_keys(_WRITING, "loss_chunk prompts sample_every"),
     **_keys((*PAIR_STAGES, "embed"), "batch_pairs"),

@@ -104,6 +104,9 @@ class TrainConfig(Closed):
     window: int | None = Field(default=None, ge=8, le=MOST_TOKENS, description="tokens per row")
 
     max_minutes: float | None = Field(default=None, gt=0, le=1e7)
+    min_steps: int | None = Field(
+        default=None, ge=1, le=MOST_STEPS, description="even if they take longer"
+    )
     max_steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     epochs: float | None = Field(default=None, gt=0, le=1e6)
 

@@ -26,7 +26,7 @@ from khaosz.parallel import ParallelContext, sum_over_ranks
 from khaosz.trainer.loss import chunk_loss
 from khaosz.trainer.optimizer import build_optimizers
 from khaosz.trainer.strategy import Compute, LossModule, Strategy
-from khaosz.trainer.train_context import Plan
+from khaosz.trainer.train_context import Plan, Progress
 
 _TOKENS_PER_FORWARD = 16_384  # on an accelerator
 # On a CPU, in multiplications with one square matrix of the model's width: enough to make the fixed
@@ -121,11 +121,16 @@ def calibrate(
 
     compiled = config.compile == "on"
     if config.compile == "auto":
-        expected = _expected_seconds(config, eager.get(dtype), len(batches))
+        if not problem and dtype not in eager:
+            (eager[dtype],) = timing.least_seconds([(None, _compute(model, config, dtype, False))])
+        expected = _expected_seconds(config, strategy, rows, len(batches) * eager.get(dtype, 0.0))
         if problem:
             reasons.append(f"not compiled: {problem}")
-        elif expected is not None and expected < _WORTH_COMPILING_S:
-            reasons.append("not compiled: the run is too short for compilation to pay off")
+        elif expected < _WORTH_COMPILING_S:
+            reasons.append(
+                f"not compiled: the run takes {expected:,.0f} s at most, too short for compilation"
+                " to pay off"
+            )
         else:
             console.print("  [dim]compiling (once; cached for the next run)[/dim]")
             compiled, reason = timing.try_compiled(dtype)
@@ -148,6 +153,8 @@ def calibrate(
         rows=rows,
         micro_rows=micro,
         seconds_per_step=chosen[3],
+        planned_steps=int(chosen[2]),
+        most_steps=min(_step_limits(config, strategy, rows), default=None),
         reasons=reasons,
     )
 
@@ -249,27 +256,40 @@ def _synchronise(parallel: ParallelContext) -> None:
         getattr(torch, parallel.device.type).synchronize()
 
 
+def replanned_steps(config: TrainConfig, plan: Plan, progress: Progress, rate: float) -> int:
+    """The steps of a run with `max_minutes` whose steps now take `rate` seconds."""
+    assert config.max_minutes is not None
+    left = config.max_minutes * 60 - progress.seconds
+    total = progress.step + max(0, int(left / rate))
+    total = max(total, config.min_steps or 1)
+    return min(total, plan.most_steps or total)
+
+
 def _total_steps(
     config: TrainConfig, strategy: Strategy, rows: int, seconds_per_step: float
 ) -> int:
-    limits = []
-    if config.max_steps is not None:
-        limits.append(config.max_steps)
-    if config.epochs is not None:
-        limits.append(-(-round(strategy.examples * config.epochs) // rows))
+    limits = _step_limits(config, strategy, rows)
     if config.max_minutes is not None:
-        limits.append(int(config.max_minutes * 60 / seconds_per_step))
+        steps = int(config.max_minutes * 60 / seconds_per_step)
+        limits.append(max(steps, config.min_steps or 1))
     return max(1, min(limits))
 
 
-def _expected_seconds(config: TrainConfig, micro: float | None, batches: int) -> float | None:
-    """The longest that the run can take, as far as it is known before the start, or None."""
-    limits = []
+def _step_limits(config: TrainConfig, strategy: Strategy, rows: int) -> list[int]:
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.epochs is not None:
+        limits.append(-(-round(strategy.examples * config.epochs) // rows))
+    return limits
+
+
+def _expected_seconds(
+    config: TrainConfig, strategy: Strategy, rows: int, seconds_per_step: float
+) -> float:
+    """The longest that the run can take, if not compiled."""
+    limits = [steps * seconds_per_step for steps in _step_limits(config, strategy, rows)]
     if config.max_minutes is not None:
-        limits.append(config.max_minutes * 60)
-    if config.max_steps is not None and micro is not None:
-        limits.append(config.max_steps * batches * micro)
-    return min(limits, default=None)
+        limits.append(max(config.max_minutes * 60, (config.min_steps or 0) * seconds_per_step))
+    return min(limits)
 
 
 def _name(dtype: torch.dtype) -> str:

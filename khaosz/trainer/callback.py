@@ -5,17 +5,22 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from khaosz.errors import TrainingError
+from khaosz.files import write_json
 from khaosz.parallel import sum_over_ranks
+from khaosz.trainer.calibration import replanned_steps
 from khaosz.trainer.checkpoint import point, resolve, rotate, save_checkpoint, write_rollout
 from khaosz.trainer.outcome import collapse_signs, run_warnings
 from khaosz.trainer.random_state import random_state
 from khaosz.trainer.train_context import TrainContext
+
+_WORTH_REPLANNING = 0.05  # of the steps of a run: times differ by a few percent anyway
 
 Evaluate = Callable[[TrainContext], dict[str, float]]
 """Scores of held-out data, among them the `loss`; empty where there is nothing to score."""
@@ -60,6 +65,44 @@ class EarlyStop(Callback):
             context.stopping = f"no gain in {self.patience} evaluations"
 
 
+class Budget(Callback):
+    """Corrects the number of steps of a run with `max_minutes`, whose steps may take longer or
+    shorter than calibration measured: at an evaluation, or without held-out data every `every`
+    steps. The new plan is part of the checkpoint that is written then, so that a resumed run
+    follows it."""
+
+    def __init__(self, console: Console, every: int | None = None) -> None:
+        self.console, self.every = console, every
+        self._step, self._seconds = 0, 0.0
+
+    def on_start(self, context: TrainContext) -> None:
+        self._step, self._seconds = context.progress.step, context.progress.seconds
+
+    def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
+        plan, progress = context.plan, context.progress
+        due = "val_loss" in metrics
+        if self.every is not None:
+            due = progress.step % self.every == 0 or is_last(context)
+        if not due or context.stopping or progress.step == self._step:
+            return
+        rate = (progress.seconds - self._seconds) / (progress.step - self._step)
+        self.on_start(context)
+        mine = replanned_steps(context.config, plan, progress, rate)
+        # The clock of rank 0, for all of them.
+        total = int(sum_over_ranks([float(mine * context.parallel.is_main)], context.parallel)[0])
+        if abs(total - plan.total_steps) < max(1, _WORTH_REPLANNING * total):
+            return
+        reason = (
+            f"{total:,} steps instead of {plan.total_steps:,}, planned again at step"
+            f" {progress.step:,}: {rate:.2f} s per step"
+        )
+        context.plan = replace(plan, total_steps=total, reasons=[*plan.reasons, reason])
+        context.save_now = True
+        if context.parallel.is_main:
+            write_json(context.config.out / "plan.json", asdict(context.plan))
+        self.console.print(f"  {reason}", highlight=False)
+
+
 class Checkpointing(Callback):
     """Saves every `every` steps or `seconds`, at a new best, at the end and when the run is
     stopped. A checkpoint changes nothing in the run, so that the clock may decide."""
@@ -80,7 +123,7 @@ class Checkpointing(Callback):
         late = time.monotonic() - self._saved_at >= self.seconds
         # The clock of rank 0, for all of them.
         late = sum_over_ranks([float(late and context.parallel.is_main)], context.parallel)[0] > 0
-        if due or late or gained or is_last(context):
+        if due or late or gained or context.save_now or is_last(context):
             self._save(context, gained)
 
     def on_end(self, context: TrainContext) -> None:
@@ -94,7 +137,7 @@ class Checkpointing(Callback):
                     f"step {context.progress.step}: {name} is not finite, so nothing is saved",
                     hint="lower lr, or try dtype=fp32; earlier checkpoints are intact",
                 )
-        self._saved = context.progress.step
+        self._saved, context.save_now = context.progress.step, False
         write_rollout(context)
         context.random_state = random_state(context.parallel)
         context.parallel.barrier()

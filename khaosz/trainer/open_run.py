@@ -23,6 +23,7 @@ from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.calibration import _total_steps, calibrate, rows_per_step
 from khaosz.trainer.callback import (
+    Budget,
     Callback,
     Checkpointing,
     EarlyStop,
@@ -253,6 +254,9 @@ class OpenRun:
                 f"early_stop={config.early_stop}, but no data was held out",
                 hint="name held-out data with val=, or raise val_fraction",
             )
+        if config.max_minutes is not None and config.max_steps is None:
+            without = None if evaluate is not None else config.save_every or plan.tenth
+            callbacks.append(Budget(console, without))
         if self.parallel.is_main:
             flops = self.model.config.flops_per_token(self.window)
             peak = matmul_peak(self.parallel.device, plan.torch_dtype)

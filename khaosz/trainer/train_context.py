@@ -53,7 +53,7 @@ class Progress:
 class Plan:
     """The result of calibration. It is stored and reused by `--resume`, so that both parts of a run
     compute the same numbers. A run with `max_minutes` may be given another `total_steps` on the
-    way (`calibration.replanned`); `planned_steps` stays: intervals are derived from it."""
+    way (`callback.Budget`); `planned_steps` stays: intervals are derived from it."""
 
     total_steps: int
     dtype: str  # "fp32" | "bf16"
@@ -104,6 +104,7 @@ class TrainContext:
     progress: Progress = field(default_factory=Progress)
     stopping: str | None = None  # why the run ends early
     signal: int = 0  # the signal that stopped it
+    save_now: bool = False  # the plan has changed: a checkpoint is due
     last: dict[str, Any] = field(default_factory=dict)  # metrics of the last step
     # Of what a resumed run reads again: name -> {"hash": ..., and where it was}
     fingerprints: dict[str, dict[str, str]] = field(default_factory=dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def test_minutes_become_steps(recipe: Recipe) -> None:
         console=QUIET,
     )
     plan = context.plan
-    assert plan.total_steps == int(0.01 * 60 / plan.seconds_per_step)
+    assert plan.planned_steps == int(0.01 * 60 / plan.seconds_per_step)
     assert context.progress.step == plan.total_steps
 
 
@@ -59,6 +60,37 @@ def test_refuses_a_window_longer_than_the_context(recipe: Recipe, tmp_path: Path
     )
     with pytest.raises(ConfigError, match="longer than the model's context"):
         run(config, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    ("limits", "compiled"),
+    [
+        ({"max_steps": 3}, False),
+        ({"max_steps": 10**8}, True),
+        ({"max_steps": None, "epochs": 0.01}, False),
+        ({"max_steps": None, "epochs": 10**8}, True),
+        ({"max_steps": 3, "max_minutes": 600}, False),
+        ({"max_steps": None, "epochs": 10**8, "max_minutes": 1}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+def test_compilation_is_chosen_by_the_planned_work(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, limits: Any, compiled: bool, dtype: str
+) -> None:
+    def try_compiled(self: Any, dtype: torch.dtype) -> tuple[bool, str]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("khaosz.trainer.calibration._Timing.try_compiled", try_compiled)
+    monkeypatch.setattr("khaosz.trainer.calibration.compiler_problem", lambda device: None)
+    monkeypatch.setattr("khaosz.trainer.trainer.Trainer.run", lambda self: self.context)
+    config = recipe(**limits, dtype=dtype, compile="auto")
+    if compiled:
+        with pytest.raises(KeyboardInterrupt):
+            run(config, console=QUIET)
+    else:
+        reasons = run(config, console=QUIET).plan.reasons
+        assert any("too short for compilation" in reason for reason in reasons)
 
 
 @pytest.mark.slow

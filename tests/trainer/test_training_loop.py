@@ -158,6 +158,9 @@ def test_mean_is_over_the_labels_of_all_ranks(
         ({"epochs": 1, "max_steps": 2}, 2),
         ({"max_minutes": 1}, 30),
         ({"max_minutes": 0.01}, 1),
+        ({"max_minutes": 0.01, "min_steps": 9}, 9),
+        ({"max_minutes": 1, "min_steps": 9}, 30),
+        ({"max_minutes": 0.01, "min_steps": 9, "epochs": 1}, 3),
     ],
     ids=str,
 )
