@@ -53,7 +53,8 @@ def test_every_field_declares_the_stages_in_which_it_has_an_effect() -> None:
 
 
 VALUES: dict[str, Any] = {
-    "val": "v.jsonl", "val_fraction": 0.1, "early_stop": 2, "max_minutes": 3, "batch_tokens": 4096,
+    "val": "v.jsonl", "val_fraction": 0.1, "early_stop": 2, "max_minutes": 3, "min_steps": 5,
+    "batch_tokens": 4096,
     "mix": {"zh": 1.0}, "dedup": False, "eval_tokens": 10, "loss_chunk": 64, "prompts": ["Hi"],
     "sample_every": 5, "batch_pairs": 4, "reference": "m", "reward_model": "m",
     "reward_function": "khaosz.rewards:brevity",
