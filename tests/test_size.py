@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_259,
-    "trainer": 4_354,
+    "trainer": 4_420,
     "memory": 324,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
