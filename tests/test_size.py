@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_125,
     "config": 1_111,
-    "data": 5_047,
+    "data": 5_210,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,

@@ -100,6 +100,9 @@ def add(
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""
         console.print(f"  {problem.path}: {problem.message}{hint}", highlight=False, markup=False)
+    for name, encoding in report.guessed.items():
+        line = f"  {name}: read as {encoding}, a guess (save it as UTF-8 if its text looks wrong)"
+        console.print(line, highlight=False, markup=False)
     values = {**vars(report), "problems": [str(p.path) for p in report.problems]}
     text = (
         f"{report.added:,} added, {report.updated:,} updated, {report.unchanged:,} unchanged,"

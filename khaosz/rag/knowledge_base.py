@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from khaosz.data.records.charset import GUESS
 from khaosz.errors import ConfigError, DataError, KhaoszError
 from khaosz.rag.load import Document, Loaded, Problem, Source, count_files, load_paths
 from khaosz.rag.models.embedders import open_embedder
@@ -34,7 +35,8 @@ _EMBED_CHUNKS = 64  # passed to an embedder at once
 @dataclass
 class AddReport:
     """Files by result, of `found` in total (counted if `on_file` is given); new chunks; and how
-    many of the `to_embed` chunks without a vector are embedded."""
+    many of the `to_embed` chunks without a vector are embedded. `guessed`: names of files whose
+    encoding is uncertain, with the one that was used."""
 
     found: int = 0
     added: int = 0
@@ -47,6 +49,7 @@ class AddReport:
     embedded: int = 0
     to_embed: int = 0
     problems: list[Problem] = field(default_factory=list)
+    guessed: dict[str, str] = field(default_factory=dict)
 
     @property
     def done(self) -> int:
@@ -197,6 +200,9 @@ class KnowledgeBase:
             stored = self.store.source(collection, file.path)
             same = stored is not None and stored.sha256 == file.sha256
             new = None if same else [self._split(document) for document in documents]
+            encoding = documents[0].metadata.get("encoding", "") if documents else ""
+            if encoding.endswith(GUESS):
+                report.guessed[source.name] = encoding.removesuffix(GUESS)
             prepared.append((file, stored, new))
         embedder = self.embedder()
         if embedder is not None and self.store.dimension not in (0, embedder.dimension):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, detect_encoding
+from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, detect, spread
 from khaosz.data.records.compressed import COMPRESSED, decompressed
 from khaosz.data.records.tables import Row, csv_rows, parquet_rows, plain
 from khaosz.errors import DataError
@@ -47,7 +47,8 @@ class RawBatch:
     `first_line` numbers `lines[0]`, from 1; for json, tables and txt the number counts records.
     Lines are JSON (`kind` "json") or plain text, UTF-8, without line end; empty lines are not
     records. `skipped` are records that could not become lines, as (line number, reason).
-    `file_position` is the number of bytes of the file read so far.
+    `file_position` is the number of bytes of the file read so far. `encoding` is for people and
+    says if it is a guess.
     """
 
     path: Path
@@ -130,9 +131,13 @@ def open_source(
         with open(path, "rb") as file:
             raw = decompressed(iter(lambda: file.read(_CHUNK), b""), path)
             head, raw = _peek(raw)
-            encoding = detect_encoding(head)
+            packed = path.name.lower().endswith(tuple(COMPRESSED))
+            more = b"" if packed else spread(file, path.stat().st_size)
+            found = detect(head, more, whole=len(head) < HEAD_BYTES)
+            encoding = found.encoding
+            label = encoding if found.sure else f"{encoding} (a guess: {path.name})"
             if suffix == ".txt":
-                yield from _read_text(path, file, _lines(raw, encoding, check=True), encoding)
+                yield from _read_text(path, file, _lines(raw, encoding, check=True), label)
                 return
             records: Iterable[bytes | Skip]
             if suffix in (".csv", ".tsv"):
@@ -142,7 +147,7 @@ def open_source(
                 records = array_elements(path, decode_chunks(raw, encoding), MAX_LINE_BYTES)
             else:  # parsing in a worker checks UTF-8
                 records = _lines(raw, encoding, check=encoding != "utf-8")
-            yield from _batches(path, records, file.tell, encoding)
+            yield from _batches(path, records, file.tell, label)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 

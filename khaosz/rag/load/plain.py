@@ -72,15 +72,15 @@ def check_characters(text: str, limits: Limits) -> None:
 def load_plain(file: InputFile, limits: Limits, on_problem: OnProblem) -> Loaded:
     """Raises DocumentError for a file of which nothing can be used."""
     source, raw = read_source(file.path, file.name, limits.file_bytes)
-    text, encoding = decode(raw)
+    text, found = decode(raw)
     check_characters(text, limits)
     if file.format == "jsonl":
         return source, _jsonl_documents(file, text, on_problem)
     if not text or text.isspace():
         return source, []
     metadata = {"format": file.format}
-    if encoding != "utf-8":
-        metadata["encoding"] = encoding
+    if found.encoding != "utf-8":
+        metadata["encoding"] = str(found)
     return source, [Document(file.name, text, file.name, metadata=metadata)]
 
 
