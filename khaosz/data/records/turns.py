@@ -125,7 +125,9 @@ def _in_text(text: str) -> Any:
         except (ValueError, RecursionError):
             return text
         turns = value if isinstance(value, list) else [value]
-        is_chat = turns and all(isinstance(t, dict) and _first(t, _ROLE_KEYS) for t in turns)
+        is_chat = turns and all(
+            isinstance(t, dict) and _first(t, _ROLE_KEYS) is not None for t in turns
+        )
         return value if is_chat else text
     if "<extra_id_1>" in text:
         first, *rest = _MARKED.split(text)
@@ -149,34 +151,40 @@ def _dialogue(pieces: list[str]) -> list[Message]:
     return turns
 
 
-def _first(fields: dict[str, Any], keys: tuple[str, ...]) -> str | None:
-    return next((key for key in keys if fields.get(key) is not None), None)
+def _first(fields: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    """The value of the first of `keys` that is not null, or None."""
+    for key in keys:  # a loop: this runs several times per message
+        if (value := fields.get(key)) is not None:
+            return value
+    return None
 
 
 def _exchange_of(turn: dict[str, Any]) -> list[Message] | None:
     """`{"human": ..., "assistant": ...}` and the like: a question and its answer."""
+    if _first(turn, _ROLE_KEYS) is not None:
+        return None
     question, answer = _first(turn, _ASKED), _first(turn, _ANSWERED)
-    if _first(turn, _ROLE_KEYS) or question is None or answer is None:
+    if question is None or answer is None:
         return None
     system = turn.get("system")
     first = [{"role": "system", "content": text_of(system)}] if system else []
-    return first + exchange(turn[question], turn[answer])
+    return first + exchange(question, answer)
 
 
 def _message(turn: dict[str, Any], weights: bool) -> Message:
-    source = turn.get(_first(turn, _ROLE_KEYS) or "role")
+    source = _first(turn, _ROLE_KEYS)
     source = source.strip().lower() if isinstance(source, str) else source
     role = _ROLES.get(source) if isinstance(source, str) else None
     if role is None:
         raise DataError(f"unknown role {quoted(source)}")
-    content = turn.get(_first(turn, _CONTENT_KEYS) or "content")
+    content = _first(turn, _CONTENT_KEYS)
     if source in _CALL_ROLES:
         calls, content = [_call(call) for call in _parsed_list(content, source)], None
         if not calls:
             raise LeftOut("empty assistant turn")
     else:
         raw = turn.get("tool_calls") or turn.get("function_call")  # the latter until 2023
-        calls = [_call(call) for call in _parsed_list(raw, "tool_calls")]
+        calls = [_call(call) for call in _parsed_list(raw, "tool_calls")] if raw else []
     if calls and role != "assistant":
         raise DataError(f"tool_calls in a {role} turn")
     message: Message = {"role": role}
@@ -184,7 +192,8 @@ def _message(turn: dict[str, Any], weights: bool) -> Message:
         message["content"] = text_of(content)
     if calls:
         message["tool_calls"] = calls
-    message |= {key: turn[key] for key in _PASSED if isinstance(turn.get(key), str)}
+    if len(turn) > 2:
+        message |= {key: turn[key] for key in _PASSED if isinstance(turn.get(key), str)}
     if weights and role == "assistant" and turn.get("weight") is not None:
         if turn["weight"] not in (0, 1):
             raise DataError(f"weight {quoted(turn['weight'])} is neither 0 nor 1")
