@@ -33,7 +33,7 @@ BUDGET = {
     "rewards": 2,
     "serve": 4_259,
     "trainer": 4_420,
-    "memory": 324,
+    "memory": 502,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

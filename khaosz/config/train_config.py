@@ -128,6 +128,7 @@ class TrainConfig(Closed):
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     gradient_checkpointing: bool = False
+    memory_check: bool = Field(default=True, description="refuse what cannot fit in memory")
     loss_chunk: int = Field(
         default=1024, ge=1, le=MOST_TOKENS, description="tokens per logits chunk"
     )

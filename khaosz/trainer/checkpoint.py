@@ -53,7 +53,7 @@ _FREE = {
     "out", "log_every", "eval_every", "eval_tokens", "save_every", "save_minutes", "keep",
     "sample_every",
     "prompts", "early_stop", "loggers", "val", "init_from", "tokenizer", "data", "parallel",
-    "allow_unread",
+    "allow_unread", "memory_check",
 }  # fmt: skip
 
 

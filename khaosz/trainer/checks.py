@@ -41,6 +41,7 @@ from khaosz.trainer.calibration import compiler_problem, rows_per_step
 from khaosz.trainer.checkpoint import has_checkpoints
 from khaosz.trainer.corpus import is_prepared
 from khaosz.trainer.loggers import logger_module
+from khaosz.trainer.memory import check_stage_memory
 from khaosz.trainer.open_run import new_shape, with_size, with_training_numbers
 from khaosz.trainer.stages.limits import (
     PREFERENCE_PAIRS,
@@ -64,6 +65,7 @@ class CheckedStage:
     shape      the network; its vocabulary is the recipe's if the tokenizer is still to be trained
     tokenizer  None if this stage or an earlier one still has to train it
     parallel   device and world size, without a process group
+    memory     the sum of what it will need, in one line; None where that is not known
     """
 
     config: TrainConfig
@@ -71,6 +73,7 @@ class CheckedStage:
     shape: ModelConfig
     tokenizer: Tokenizer | None = field(repr=False)
     parallel: ParallelContext
+    memory: str | None
 
 
 def check_stages(configs: Sequence[TrainConfig], *, resume: bool = False) -> list[CheckedStage]:
@@ -169,7 +172,8 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
     if tokenizer is not None:
         check_prompts(sized, tokenizer, shape.max_position_embeddings)
     _check_other_models(sized, shape, tokenizer, earlier)
-    return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel)]
+    memory = check_stage_memory(sized, shape, parallel)
+    return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel, memory)]
 
 
 def _check_out(out: Path) -> None:

@@ -87,13 +87,16 @@ def run_stages(
             f"--extend continues one run, the recipe has {len(configs)} stages",
             hint="write the stage to extend as a recipe of its own",
         )
-    check_stages(configs, resume=resume or extend)
+    checked = check_stages(configs, resume=resume or extend)
+    sums = {stage.config.out: stage.memory for stage in checked}
     parallel: ParallelContext | None = None
     try:
         for config in configs:
             # All stages share one process group: it can be left once, but not joined again.
             parallel = setup_parallel(config.parallel)
             console.quiet = console.quiet or not parallel.is_main
+            if line := sums.get(config.out):
+                console.print(f"  {line}", highlight=False, markup=False)
             with _output(config.out, parallel, console):
                 context = _run(config, resume, extend, parallel, console)
             yield context

@@ -1,0 +1,264 @@
+"""What a step of training needs: weights, gradients, optimizer state, and what autograd keeps.
+
+Shapes: N tokens of a micro-batch in rows of T, D hidden width, F feed-forward width, Q query and K
+key heads of width H, V vocabulary, C tokens of a chunk of logits, r rank of an adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from khaosz.config import LoRAConfig, ModelConfig
+from khaosz.memory.inference import pass_buffers, sequence_bytes
+from khaosz.memory.parts import BASE, Memory
+from khaosz.model import parameter_shapes
+
+# Logits of a chunk at most (trainer/loss.py).
+CHUNK_LOGITS = 1 << 23
+# Imported while a run goes: what optimizers need of PyTorch's compiler, kernels, plots.
+_LATER = 100 << 20
+# Free blocks between those in use, as a share of activations. glibc's malloc keeps blocks of up to
+# 32 MB in its heap, whose holes are not given back. With a fixed MALLOC_MMAP_THRESHOLD_ of 64 KB,
+# the peaks of steps were the sums to 1 %, and steps took longer. Tensors that live shortly (of
+# adapters, of a layer that is computed again) leave more holes.
+_HOLES, _MORE_HOLES = 0.6, 1.0
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One stage of training, as far as its memory depends on it.
+
+    rows           of `window` tokens in a micro-batch, on one rank
+    several        a step has several micro-batches: gradients are there while activations are
+    dtypes         compute types: all that calibration will try
+    head           the loss reads logits; False for reward models and embedders
+    frozen         copies of the model that are not trained: a reference, a reward model
+    critic         a reward model is trained beside the policy
+    rollout        answers that are sampled at the same time
+    """
+
+    config: ModelConfig
+    rows: int
+    window: int
+    several: bool = True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    optimizer: str = "muon"
+    lora: LoRAConfig | None = None
+    gradient_checkpointing: bool = False
+    loss_chunk: int = 1024
+    head: bool = True
+    frozen: int = 0
+    critic: bool = False
+    rollout: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.window
+
+    def memory(self, base: int) -> Memory:
+        """`base`: bytes that the process takes without the run."""
+        state = self._state()
+        moments = [self._forward(dtype) for dtype in self.dtypes]
+        forward = max(moments, key=lambda moment: sum(moment.values()))
+        passing = sum(forward.values())
+        # When the optimizer steps, and while answers are sampled, activations are gone.
+        kept = 0 if self.several else state["gradients"]
+        other = max(self._update(), self._sampling() - state["gradients"]) + kept
+        parts = {BASE: base + _LATER, **state, **forward}
+        if not self.several:
+            # Gradients come as activations go: the larger of the two counts.
+            parts["gradients"] = max(0, state["gradients"] - passing)
+            passing += parts["gradients"]
+        if other > passing:
+            parts["buffers"] = parts.get("buffers", 0) + other - passing
+        return Memory({name: count for name, count in parts.items() if count})
+
+    # -------------------------------------------------------------------- what stays between steps
+
+    def _state(self) -> dict[str, int]:
+        """Weights in fp32, and for each that is trained a gradient and the optimizer's moments: two
+        of AdamW, one of Muon, which has the matrices of the blocks."""
+        total, matrices = self._parameters()
+        adapters, targets = self._adapters()
+        weights, trained, muon = 4 * total, total, matrices
+        if self.lora is not None:
+            weights += 4 * adapters
+            trained, muon = adapters, 0
+            if self.lora.base == "int8":  # codes of one byte, and a scale in fp32 for each row
+                rows = sum(shape[0] for shape in targets)
+                weights += 4 * rows - 3 * sum(shape[0] * shape[1] for shape in targets)
+        if self.optimizer != "muon":
+            muon = 0
+        optimizer = 4 * muon + 8 * (trained - muon)
+        if self.critic:
+            body = self._body()
+            weights += 4 * body
+            trained += body
+            second = matrices if self.optimizer == "muon" and self.lora is None else 0
+            optimizer += 4 * second + 8 * (body - second)
+        weights += 4 * self.frozen * total
+        return {"weights": weights, "gradients": 4 * trained, "optimizer": optimizer}
+
+    def _parameters(self) -> tuple[int, int]:
+        """All parameters, and those in matrices of the blocks."""
+        matrices = sum(rows * columns for rows, columns in self._matrices())
+        return (self.config.parameters() if self.head else self._body()), matrices
+
+    def _body(self) -> int:
+        config = self.config
+        head = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+        return config.parameters() - head + config.hidden_size
+
+    def _matrices(self) -> list[tuple[int, ...]]:
+        shapes = parameter_shapes(self.config)
+        return [s for name, s in shapes.items() if name.startswith("layers.") and len(s) == 2]
+
+    def _adapters(self) -> tuple[int, list[tuple[int, ...]]]:
+        """Parameters of the adapters, and the shapes of the matrices that have one."""
+        if self.lora is None:
+            return 0, []
+        targets: list[tuple[int, ...]] = [
+            shape
+            for name, shape in parameter_shapes(self.config).items()
+            if len(shape) == 2 and name.split(".")[-2] in self.lora.target_modules
+        ]
+        return sum(self.lora.rank * sum(shape) for shape in targets), targets
+
+    # --------------------------------------------------------------------------- forward and loss
+
+    def _forward(self, dtype: torch.dtype) -> dict[str, int]:
+        """Bytes by part when the loss of a micro-batch is computed: everything that backward needs
+        is there, and a chunk of logits."""
+        config, tokens, size = self.config, self.tokens, dtype.itemsize
+        layers, width = config.num_hidden_layers, config.hidden_size
+        each = layer_activations(config, tokens, self.window, dtype, self.lora)
+        if self.gradient_checkpointing:  # the inputs of all layers, and one layer in full
+            activations = layers * 4 * tokens * width + each
+        else:
+            activations = layers * each
+        # The final norm's input, its product without weights and with them; cosines and sines.
+        activations += tokens * (12 * width + 8 * config.head_dim + 12)
+        matrices = self._parameters()[1]
+        if self.critic:
+            activations *= 2
+            matrices *= 2
+        # Under autocast each matrix has a copy in the compute type until its backward pass.
+        copies = size * matrices if dtype != torch.float32 else 0
+        if self.gradient_checkpointing:
+            copies //= layers
+        parts = {"activations": activations, "buffers": copies}
+        if self.lora is not None and self.lora.base == "int8":
+            # One dequantised matrix at a time: in fp32, and in the compute type.
+            largest = max((rows * columns for rows, columns in self._matrices()), default=0)
+            parts["buffers"] += (4 + size) * largest
+        if self.head:
+            parts["logits"] = self._loss(dtype)
+        else:
+            parts["buffers"] += pass_buffers(config, dtype, tokens, 0)
+        brief = self.lora is not None or self.gradient_checkpointing
+        # Backward of the MLP: the gradients of its four products.
+        passing = activations + parts["buffers"] + 4 * tokens * config.intermediate_size * size
+        parts["allocator"] = int((_MORE_HOLES if brief else _HOLES) * passing)
+        return parts
+
+    def _loss(self, dtype: torch.dtype) -> int:
+        """Logits of a chunk, exponentials, their quotient, one-hot labels as bool and as numbers,
+        their difference (C, V), and the gradient of the chunk before; the head's gradient in fp32
+        (V, D) and its weight in the compute type; the loss's input and its gradient (N, D)."""
+        config, size = self.config, dtype.itemsize
+        vocabulary, width = config.vocab_size, config.hidden_size
+        chunk = max(1, min(self.loss_chunk, CHUNK_LOGITS // vocabulary, self.tokens))
+        logits = (5 * 4 + 1 + size) * chunk * vocabulary
+        head = (4 + (size if dtype != torch.float32 else 0)) * vocabulary * width
+        return logits + head + 2 * size * self.tokens * width
+
+    # ------------------------------------------------------------------- other moments of a step
+
+    def _update(self) -> int:
+        """Muon's buffers beside activations: the updates of all matrices of one shape, stacked, and
+        three products of their size in the iteration; Gram matrices of the smaller side. AdamW's
+        kernel needs none."""
+        if self.optimizer != "muon" or self.lora is not None:
+            return 0
+        groups: dict[tuple[int, ...], int] = {}
+        for shape in self._matrices():
+            groups[shape] = groups.get(shape, 0) + 1
+        size = max(dtype.itemsize for dtype in self.dtypes)
+        most = 0
+        for (rows, columns), count in groups.items():
+            gram = min(rows, columns) ** 2
+            most = max(most, count * (8 * rows * columns + size * (2 * rows * columns + 3 * gram)))
+        return most
+
+    def _sampling(self) -> int:
+        """Keys and values of all answers of a rollout, and the buffers of a pass."""
+        if not self.rollout:
+            return 0
+        cache = self.rollout * sequence_bytes(self.config, torch.float32, self.window)
+        logits = 8 * min(self.rollout, 32) * self.config.vocab_size
+        return cache + logits + pass_buffers(self.config, torch.float32, 512, self.window)
+
+    # ------------------------------------------------------------------------------ what is less
+
+    def smaller(self) -> list[tuple[str, TrainingPlan]]:
+        """Settings that need less, in a recipe's words."""
+        changes: list[tuple[str, TrainingPlan]] = []
+        if self.rows > 1:
+            changes.append(("micro_batch=1", replace(self, rows=1, several=True)))
+        if not self.gradient_checkpointing:
+            one = replace(self, gradient_checkpointing=True)
+            changes.append(("gradient_checkpointing=true", one))
+            if self.rows > 1:
+                words = "micro_batch=1 gradient_checkpointing=true"
+                changes.append((words, replace(one, rows=1, several=True)))
+        if self.lora is None:
+            words = "lora.rank=16 micro_batch=1 gradient_checkpointing=true"
+            least = replace(self, rows=1, several=True, gradient_checkpointing=True)
+            changes.append((words, replace(least, lora=LoRAConfig(), frozen=0)))
+        if self.window > 256:
+            half = self.window // 2
+            least = replace(self, rows=1, several=True, window=half, gradient_checkpointing=True)
+            words = f"window={half} micro_batch=1 gradient_checkpointing=true"
+            changes.append((words, least))
+        return changes
+
+
+def layer_activations(
+    config: ModelConfig,
+    tokens: int,
+    window: int,
+    dtype: torch.dtype,
+    lora: LoRAConfig | None = None,
+) -> int:
+    """Bytes that autograd keeps of one layer for N tokens in packed rows.
+
+    In fp32, of each norm its input, its product without weights and with them (4 D each, and 4 for
+    the scale), which is the input of linear layers; queries and keys before and after QK-norm and
+    after the rotation, values, the mixture and its log-sum of each head; gate, silu(gate), up, and
+    the product of the two. Keys and values are repeated where they are fewer than queries; the mask
+    is a row of T numbers for each token.
+
+    Under autocast the residual stream stays fp32, and every linear layer has a copy of its input in
+    the compute type of its own: five of the norms'. A weight that is frozen keeps no input: what
+    norms multiply with their weights is not kept; an adapter keeps its own input and r numbers.
+    """
+    width, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    queries, keys = heads * config.head_dim, kv_heads * config.head_dim
+    frozen = lora is not None
+    if dtype == torch.float32:
+        each = (16 if frozen else 24) * width + 8
+        if config.qk_norm:
+            each += (4 if frozen else 8) * (queries + keys) + 4 * (heads + kv_heads)
+        each += 4 * (queries + keys) + (8 * queries if kv_heads < heads else 4 * keys)
+    else:
+        each = (18 if frozen else 26) * width + 8
+        if config.qk_norm:
+            each += (4 if frozen else 6) * (queries + keys) + 4 * (heads + kv_heads)
+        each += 6 * queries
+    each += 4 * heads + size * (queries + 4 * inner + window)
+    if lora is not None:
+        each += size * lora.rank * len(lora.target_modules)
+    return tokens * each
