@@ -189,6 +189,24 @@ def test_json_schema(service: Service) -> None:
     assert found["city"] in ("北京", "Paris") and found["n"] in (1, 2)
 
 
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_declared_name_that_a_pattern_matches_too(service: Service, seed: int | None) -> None:
+    """llguidance alone allows a comma after it, and then no name: the answer failed."""
+    schema = {
+        "type": "object",
+        "properties": {"score": {"type": "integer", "maximum": 99}},
+        "required": ["score"],
+        "additionalProperties": False,
+        "patternProperties": {"^score$": {"type": "integer", "minimum": 7}},
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = service.client().chat.completions.create(
+        model="tiny", messages=HELLO, max_tokens=200, response_format=form,
+        seed=seed, temperature=0 if seed is None else 1,
+    )  # fmt: skip
+    assert 7 <= json.loads(answer.choices[0].message.content or "")["score"] <= 99
+
+
 def test_completions_of_text_and_ids(service: Service) -> None:
     client = service.client()
     asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0}
@@ -238,6 +256,23 @@ def test_models_and_health(service: Service) -> None:
                 "type": "nonsense"}}}},
             "response_format",
         ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
+                "not": {}}}}, "stream": True},
+            "response_format",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {
+                "properties": {"a": {"const": 2**53 + 1}}}}}], "tool_choice": "required"},
+            "tools",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f", "parameters": {
+                "type": "string"}}}], "tool_choice": "required"},
+            "tools",
+        ),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": -1}, "seed"),
     ],
 )  # fmt: skip
 def test_error_names_field(service: Service, more: dict[str, Any], param: str) -> None:

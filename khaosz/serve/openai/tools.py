@@ -9,6 +9,8 @@ from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.messages import text_of_parts
+from khaosz.errors import GenerationError
+from khaosz.inference.grammar import check_schema
 from khaosz.inference.parts import CALL, CALLED, Calls
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would continue to its last token
@@ -66,7 +68,8 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def call_grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, several: bool) -> str:
-    """A Lark grammar, in llguidance's dialect, of calls of these tools and nothing else."""
+    """A Lark grammar, in llguidance's dialect, of calls of these tools and nothing else. Raises
+    `GenerationError` for parameters that it cannot hold."""
     bare = call_format(tokenizer) == "bare"
     key = "parameters" if bare else "arguments"
     start = "call" if bare or not several else f'call ("\\n" call){{0,{MAX_CALLS - 1}}}'
@@ -77,8 +80,15 @@ def call_grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, sever
     for i, tool in enumerate(tools):
         function = tool["function"]
         opening = f'{{"name": {json.dumps(function["name"])}, "{key}": '
-        schema = function.get("parameters") or {}
-        schema = {"type": "object", "x-guidance": {"whitespace_pattern": _SPACE}, **schema}
+        schema = {"type": "object", **(function.get("parameters") or {})}
+        try:
+            if schema["type"] != "object":
+                raise GenerationError("cannot be used: their type is not object")
+            schema = check_schema(schema, "lark")
+        except GenerationError as error:
+            why = f"with the parameters of {function['name']!r} {error.reason}"
+            raise GenerationError(why, param="lark", hint=error.hint) from None
+        schema = {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
         rules.append(f'f{i}: {json.dumps(opening)} a{i} "}}"')
         rules.append(f"a{i}: %json {json.dumps(schema)}")
     return "\n".join(rules) + "\n"
