@@ -110,7 +110,7 @@ class Engine:
             )
         last = self.tokenizer.vocab_size - 1
         if not all(0 <= token <= last for token in prompt):
-            raise GenerationError(f"the prompt has token ids outside 0 to {last}")
+            raise GenerationError(f"has token ids outside 0 to {last}", param="prompt")
         if not all(0 <= token <= last for token in params.logit_bias):
             raise GenerationError(f"has token ids outside 0 to {last}", param="logit_bias")
         need, room = params.n * self._need(len(prompt), params), self._cache_room()

@@ -17,7 +17,7 @@ from khaosz.config.presets import preset
 from khaosz.data.records.report import InputReport, refuse_unread, summary
 from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
-from khaosz.errors import ModelError
+from khaosz.errors import ConfigError, ModelError
 from khaosz.files import SAMPLE_DIR
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.interop.gguf.model import write_model
@@ -182,6 +182,8 @@ def write_random_model(size: str, out: Path, *, kind: str, seed: int, console: C
     tensor by tensor, so it may be larger than memory.
     """
     config = preset(size).model
+    if not 0 <= seed < 2**64:
+        raise ConfigError(f"--seed is {seed}, not 0 to 2**64 - 1")
     if out.exists():
         raise ModelError(f"{out} exists", hint="name another output, or remove it")
     tokenizer = train_tokenizer((text for _, text in _texts(None)), 4096)

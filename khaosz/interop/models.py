@@ -69,8 +69,19 @@ def check_model(path: str | Path) -> None:
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer inside a .gguf file or a model directory."""
-    return GgufModel.open(path).tokenizer() if is_gguf(path) else load_tokenizer(path)
+    """The tokenizer inside a .gguf file or a model directory. Raises `ModelError` where it has more
+    tokens than the model beside it, `TokenizerError`."""
+    if is_gguf(path):
+        return GgufModel.open(path).tokenizer()
+    tokenizer = load_tokenizer(path)
+    if (Path(path) / "config.json").exists() and not is_encoder(path):
+        known = huggingface.load_config(path).vocab_size
+        if tokenizer.vocab_size > known:
+            raise ModelError(
+                f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}",
+                hint="use the tokenizer the model was trained with",
+            )
+    return tokenizer
 
 
 def convert(source: str | Path, target: str | Path, *, kind: str | None = None) -> Path:

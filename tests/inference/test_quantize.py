@@ -100,3 +100,26 @@ def test_init_writes_random_model_of_a_size(tmp_path: Path) -> None:
         run("init", "--size", "nano", "--out", str(tmp_path / "nano"))
     with pytest.raises(ConfigError, match="'namo'"):
         run("init", "--size", "namo", "--out", str(tmp_path / "x"))
+
+
+def test_tokenizer_with_more_tokens_than_the_model_is_named(
+    directory: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Their ids have no row: each command would end with an IndexError."""
+    save_model(random_model(100), tmp_path / "small")
+    tokenizer().save(tmp_path / "small")
+    message = "the tokenizer has 320 tokens, the model only 100"
+    for words in (
+        ["eval", "bpb", str(tmp_path / "small"), str(texts)],
+        ["convert", str(tmp_path / "small"), str(tmp_path / "out.gguf")],
+        ["generate", str(tmp_path / "small"), "--prompt", "x"],
+    ):
+        with pytest.raises(ModelError, match=message):
+            RUNNER.invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**64), "9" * 30])
+def test_seed_of_random_weights_out_of_range(tmp_path: Path, seed: str) -> None:
+    words = ["init", "--size", "nano", "--out", str(tmp_path / "m"), "--seed", seed]
+    with pytest.raises(ConfigError, match="--seed is"):
+        RUNNER.invoke(app, words, catch_exceptions=False)
