@@ -28,7 +28,7 @@ BUDGET = {
     "inference": 2_710,
     "interop": 2_370,
     "model": 583,
-    "parallel": 108,
+    "parallel": 116,
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_269,

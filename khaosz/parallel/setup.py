@@ -67,7 +67,11 @@ def setup_parallel(config: ParallelConfig) -> ParallelContext:
         )
     if not dist.is_initialized():  # an earlier stage may have joined already
         # Rank 0 may prepare data for hours while the others wait.
-        dist.init_process_group(backend, timeout=timedelta(hours=12))
+        wait = timedelta(hours=12)
+        store, _, _ = next(dist.rendezvous("env://", rank, world, timeout=wait))
+        # torchrun restarts workers on one store: they must not read the addresses of those before.
+        attempt = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world, timeout=wait)
     return ParallelContext(device, rank, world, local, backend, threads)
 
 

@@ -157,7 +157,9 @@ def _origin(
             raise CheckpointError(f"{out}: no run to extend", hint="train without --extend first")
         if resume:
             _require_fresh(out)
-            console.print(f"nothing to resume in {out}: starting from the beginning")
+            console.print(
+                f"nothing to resume in {out}: starting from the beginning", soft_wrap=True
+            )
         return RunOrigin(config)
     if not resume and not extend:
         raise CheckpointError(

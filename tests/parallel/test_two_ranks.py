@@ -116,3 +116,44 @@ def test_choosing_a_device() -> None:
     if "npu" not in devices:
         with pytest.raises(DeviceError, match="not available here"):
             setup_parallel(ParallelConfig(device="npu"))
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from khaosz.config import load_recipe
+from khaosz.trainer.run import run
+from khaosz.trainer.trainer import Trainer
+
+step = Trainer.step
+def killed(self, number):
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and number == int(sys.argv[2]) and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number)
+
+torch.set_num_threads(1)
+Trainer.step = killed
+run(load_recipe(Path(sys.argv[1])), resume=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "said"),
+    [(1, "starting from the"), pytest.param(4, "resuming at 3", marks=pytest.mark.slow)],
+)
+def test_torchrun_restarts_a_killed_run(
+    tmp_path: Path, prepared_dir: Path, killed_at: int, said: str
+) -> None:
+    """Before its first checkpoint and after it, by the same command with --resume."""
+    (tmp_path / "killed.py").write_text(KILLED)
+    recipe = write_recipe(tmp_path / "recipe.toml", prepared_dir, tmp_path / "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command += [str(tmp_path / "killed.py"), str(recipe), str(killed_at)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
