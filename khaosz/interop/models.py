@@ -63,7 +63,7 @@ def check_model(path: str | Path) -> None:
         GgufModel.open(path)
         return
     if not is_encoder(path):
-        huggingface.load_config(path)
+        huggingface.load_config(Path(path))
     huggingface.weight_files(path)
     load_tokenizer(path)
 
@@ -75,7 +75,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
         return GgufModel.open(path).tokenizer()
     tokenizer = load_tokenizer(path)
     if (Path(path) / "config.json").exists() and not is_encoder(path):
-        known = huggingface.load_config(path).vocab_size
+        known = huggingface.load_config(Path(path)).vocab_size
         if tokenizer.vocab_size > known:
             raise ModelError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}",
