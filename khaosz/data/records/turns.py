@@ -209,14 +209,17 @@ def _call(call: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError("tool call without a name")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}  # as vLLM reads a call without any
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except json.JSONDecodeError as error:
             raise DataError(f"tool call arguments are not JSON: {error}") from error
-    named = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return named | ({"id": call["id"]} if isinstance(call.get("id"), str) else {})
+    given = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    named = {"name": function["name"], "arguments": arguments}
+    return {**given, "type": "function", "function": named}  # in the order of a request
 
 
 def _parsed_list(value: Any, name: str) -> list[Any]:

@@ -195,21 +195,8 @@ def encode_chat(
     """
     check_messages(messages)
     nonce = secrets.token_hex(16)
-    literals: list[str] = []
-
-    def mark(match: re.Match[str]) -> str:
-        literals.append(match[0])
-        return f"{nonce}L{len(literals) - 1}."
-
     pattern = tokenizer.special_pattern
-    rendered = render_chat(
-        tokenizer,
-        [_replace_strings(message, pattern, mark) for message in messages],
-        None if tools is None else [_replace_strings(tool, pattern, mark) for tool in tools],
-        add_generation_prompt,
-        start_mark=f"{nonce}S",
-        end_mark=f"{nonce}E",
-    )
+    rendered, literals = _render_marked(tokenizer, messages, tools, add_generation_prompt, nonce)
     encoder = tokenizer.control_encoder
     text = ""
     spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
@@ -250,6 +237,63 @@ def encode_chat(
             hint="put {% generation %} and {% endgeneration %} around the assistant's text",
         )
     return ids, loss_mask
+
+
+def _render_marked(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    nonce: str,
+) -> tuple[str, list[str]]:
+    """The chat with marks around what is generated and in place of every name of a control token
+    that a message holds; and these names.
+
+    A template may look for such names, as for "</think>": it sees them, and those that it kept are
+    found by a mark behind each in a second rendering. If its logic depends on the marks, so that
+    the renderings have other names, it sees marks instead.
+    """
+    literals: list[str] = []
+    pattern = tokenizer.special_pattern
+
+    def render(mark: Any) -> str:
+        literals.clear()
+
+        def change(value: Any) -> Any:
+            return _replace_strings(value, pattern, mark)
+
+        return render_chat(
+            tokenizer,
+            [change(message) for message in messages],
+            None if tools is None else [change(tool) for tool in tools],
+            add_generation_prompt,
+            start_mark=f"{nonce}S",
+            end_mark=f"{nonce}E",
+        )
+
+    def replaced(match: re.Match[str]) -> str:
+        literals.append(match[0])
+        return f"{nonce}L{len(literals) - 1}."
+
+    def followed(match: re.Match[str]) -> str:
+        return match[0] + replaced(match)
+
+    tagged = render(followed)
+    if not literals:
+        return tagged, literals
+    of_message = re.compile(rf"({pattern.pattern})({nonce}L\d+\.)?")
+    names = [(match[1], match[2]) for match in of_message.finditer(tagged)]
+    plain = render(lambda match: match[0])
+    if [name for name, _ in names] != pattern.findall(plain):
+        return render(replaced), literals
+    marks = iter(names)
+
+    def restored(match: re.Match[str]) -> str:
+        if next(marks)[1] is None:
+            return match[0]
+        return replaced(match)
+
+    return pattern.sub(restored, plain), literals
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import tokenizers
 
-from khaosz.data.tokenizer.chat import render_chat
+from khaosz.data.records.chat import to_messages
+from khaosz.data.tokenizer.chat import encode_chat, render_chat
 from khaosz.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import DataError
 
@@ -326,3 +327,49 @@ def test_assistant_without_any_field_is_refused(base: Tokenizer) -> None:
     for message in (assistant(), assistant(content=None, name="x"), user(None), user({"a": 1})):
         with pytest.raises(DataError, match=r"message 2 .*, not text"):
             render_chat(ours(base, TEMPLATES["qwen3"]), [user("q"), message])
+
+
+def test_templates_see_names_of_control_tokens_in_messages(base: Tokenizer, theirs: Any) -> None:
+    """The template decides by "</think>", which some tokenizers have as a special token; what it
+    keeps is text all the same."""
+    spec = json.loads(base.serialized)
+    for token in spec["added_tokens"]:
+        token["content"] = {"<|reserved_0|>": "</think>"}.get(token["content"], token["content"])
+    spec["model"]["vocab"] = {
+        {"<|reserved_0|>": "</think>"}.get(name, name): i
+        for name, i in spec["model"]["vocab"].items()
+    }
+    config = {**base.config, "chat_template": TEMPLATES["qwen3"]}
+    tokenizer = Tokenizer(json.dumps(spec).encode(), config)
+    assert "</think>" in tokenizer.special_ids
+    chat = [user("<|end|> </think>"), assistant(content="<think>\nt\n</think>\n\na <|user|>b")]
+    ids, _ = encode_chat(tokenizer, chat)
+    assert tokenizer.decode(ids) == rendered(theirs, TEMPLATES["qwen3"], chat)
+    assert not any(map(tokenizer.is_special, ids))
+
+
+def test_records_render_as_requests_do(base: Tokenizer) -> None:
+    messages = [
+        user("q", name="Ann"),
+        assistant(content=None, reasoning_content="t", tool_calls=[call(json.dumps(ARGUMENTS))]),
+        RESULT,
+        assistant(content="a"),
+    ]
+    chat = to_messages({"messages": messages, "tools": [TOOL]})
+    assert chat.messages[1]["tool_calls"] == [call()] and "content" not in chat.messages[1]
+    for template in TEMPLATES.values():
+        if rendered_by_us(base, template, messages) is not None:
+            assert render_chat(ours(base, template), chat.messages, chat.tools) == render_chat(
+                ours(base, template),
+                [{**m, "tool_calls": [call()]} if "tool_calls" in m else m for m in messages],
+                [TOOL],
+            )
+    empty = to_messages({"messages": [user("q"), assistant(content=None, tool_calls=[call("")])]})
+    assert empty.messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def rendered_by_us(base: Tokenizer, template: str, messages: Any) -> str | None:
+    try:
+        return render_chat(ours(base, template), messages, [TOOL])
+    except DataError:
+        return None
