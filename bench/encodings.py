@@ -2,9 +2,9 @@
 
     python -m bench.encodings TEXTS [chardet charset_normalizer]
 
-TEXTS: a folder with one UTF-8 file for each language (zh.txt, zh_hant.txt, ja.txt, ko.txt, en.txt, fr.txt,
-de.txt, es.txt, ru.txt, pl.txt, el.txt, tr.txt), one text a line. From each, samples of five lengths are
-encoded as its files are, and decoded. A sample counts if the whole text is the same.
+TEXTS: a folder with one UTF-8 file for each language (zh.txt, zh_hant.txt, ja.txt, ko.txt, en.txt,
+fr.txt, de.txt, es.txt, ru.txt, pl.txt, el.txt, tr.txt), one text a line. From each, samples of five
+lengths are encoded as its files are, and decoded. A sample counts if the whole text is the same.
 """
 
 from __future__ import annotations
@@ -71,9 +71,7 @@ def main() -> None:
         lines = path.read_text("utf-8").splitlines() if path.is_file() else []
         for encoding in encodings if lines else ():
             for size in SIZES:
-                raws = samples(
-                    lines, encoding, size, random.Random(f"{language} {encoding} {size}")
-                )
+                raws = samples(lines, encoding, size, random.Random(size))
                 total[size] += len(raws)
                 for name in names:
                     decode = detector(name)
