@@ -124,7 +124,11 @@ def _listed_tokens(
             raise TokenizerError(f"{_CONFIG}: added_tokens_decoder is not a table of ids")
         ordered = sorted(entries.items(), key=lambda entry: int(entry[0]))
         return [_token(entry, f"{_CONFIG}: added_tokens_decoder") for _, entry in ordered]
-    config |= _read(directory / "special_tokens_map.json")
+    older = _read(directory / "special_tokens_map.json")
+    before, after = config.get(_EXTRA[0]), older.get(_EXTRA[0])
+    config |= older
+    if isinstance(before, list) and isinstance(after, list):
+        config[_EXTRA[0]] = before + after
     added = _read(directory / "added_tokens.json")
     if not all(type(i) is int for i in added.values()):
         raise TokenizerError("added_tokens.json: the ids are not whole numbers")

@@ -69,6 +69,11 @@ def extra_tokens(d: Path) -> None:
     config(d, extra_special_tokens=["<think>", "</think>"])
 
 
+def extra_tokens_in_both(d: Path) -> None:
+    extra_tokens(d)
+    put(d / "special_tokens_map.json", {"extra_special_tokens": ["<tool>", "world"]})
+
+
 def additional_tokens(d: Path) -> None:
     config(d, additional_special_tokens=["<think>"])
 
@@ -109,6 +114,7 @@ CHANGES: list[Callable[[Path], None]] = [
     map_beside_a_decoder,
     added_tokens_file,
     extra_tokens,
+    extra_tokens_in_both,
     additional_tokens,
     tokens_of_the_model,
     names_of_plain_pieces,
@@ -131,7 +137,7 @@ def test_directories(tmp_path: Path, family: str, change: Callable[[Path], None]
     ids = {"bos": ours.bos_id, "eos": ours.eos_id, "pad": ours.pad_id}
     for name, token_id in ids.items():
         assert getattr(theirs, f"{name}_token_id") in (token_id, None)
-    plain = [{"role": "user", "content": " hello world \n"}]
+    plain = [{"role": "user", "content": " hello 你好 \n"}]
     for tools in (None, [TOOL]):
         text = theirs.apply_chat_template(plain, tools=tools, tokenize=False)
         assert render_chat(ours, plain, tools) == text
