@@ -31,6 +31,11 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
     "serve": ("bench.serve", [], "the service: overhead per token, 64 clients for ten minutes"),
+    "planned": (
+        "bench.planned",
+        [],
+        "memory that is planned and that is used, training and generating",
+    ),
     "machine": ("bench.machine", [], "describes this machine for RESULTS.md"),
 }
 

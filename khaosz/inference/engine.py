@@ -171,7 +171,8 @@ class Engine:
     def _need(self, prompt: int, params: SamplingParams) -> int:
         """Bytes of cache that one choice may take, with the room it reserves ahead."""
         positions = min(prompt + params.max_tokens, self.context)
-        return sequence_bytes(self.runner.config, self.runner.cache_dtype, positions)
+        runner = self.runner
+        return sequence_bytes(runner.config, runner.cache_dtype, positions, self.context)
 
     def _cache_room(self) -> int | None:
         """Bytes that the caches of running sequences may take together: what they and the prefixes
@@ -204,7 +205,7 @@ class Engine:
             adapter = request.adapter
             running = ((s.ids, s.cache) for s in self._running if s.request.adapter is adapter)
             prefix = self.prefixes.take(request.prompt, running, adapter)
-            cache = prefix or self.runner.new_cache()
+            cache = prefix or self.runner.new_cache(self.context)
             if room is not None and self._follows_memory:
                 self.prefixes.shrink(max(0, room - reserved))
             cache.reserve(len(request.prompt))  # known: growing chunk by chunk would copy it
@@ -268,6 +269,8 @@ class Engine:
         if output.finish_reason != "error" and sequence.choice == 0:
             if self._follows_memory and (room := self._cache_room()) is not None:
                 runner = self.runner
-                whole = sequence_bytes(runner.config, runner.cache_dtype, self.context)
+                whole = sequence_bytes(
+                    runner.config, runner.cache_dtype, self.context, self.context
+                )
                 self.prefixes.max_bytes = min(max(_PREFIX_BYTES, whole), room // 2)
             self.prefixes.put(sequence.ids, sequence.cache, sequence.request.adapter)

@@ -146,7 +146,8 @@ class Runner:
             deterministic=deterministic,
         )
 
-    def new_cache(self) -> SequenceCache:
+    def new_cache(self, limit: int | None = None) -> SequenceCache:
+        """An empty cache; `limit` as for `SequenceCache`."""
         config = self.config
         return SequenceCache(
             config.num_hidden_layers,
@@ -154,6 +155,7 @@ class Runner:
             config.head_dim,
             dtype=self.cache_dtype,
             device=self.device,
+            limit=limit,
         )
 
     @torch.inference_mode()

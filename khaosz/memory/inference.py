@@ -126,7 +126,7 @@ class InferencePlan:
     def cache(self) -> int:
         """Bytes of keys and values. A growing cache is copied layer by layer: one layer's old and
         new tensors are there together."""
-        each = sequence_bytes(self.config, self.cache_dtype, self.context)
+        each = sequence_bytes(self.config, self.cache_dtype, self.context, self.context)
         return self.sequences * each + each // self.config.num_hidden_layers
 
     def fitting(self, base: int, limits: Sequence[Limit]) -> InferencePlan | None:
@@ -172,9 +172,12 @@ def quantised(config: ModelConfig) -> Storage:
     return Storage(torch.float32, kinds=kinds, native=True)
 
 
-def sequence_bytes(config: ModelConfig, dtype: torch.dtype, positions: int) -> int:
-    """Bytes of one sequence's keys and values, with the room that it reserves ahead."""
-    return SequenceCache.capacity_at_most(positions) * SequenceCache.bytes_per_position(
+def sequence_bytes(
+    config: ModelConfig, dtype: torch.dtype, positions: int, limit: int | None = None
+) -> int:
+    """Bytes of one sequence's keys and values, with the room that it reserves ahead, up to `limit`
+    positions."""
+    return SequenceCache.capacity_at_most(positions, limit) * SequenceCache.bytes_per_position(
         config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype
     )
 

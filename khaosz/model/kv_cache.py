@@ -28,8 +28,10 @@ class SequenceCache:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        limit: int | None = None,
     ) -> None:
-        self.length = 0
+        """`limit`: positions beyond which no room is reserved ahead."""
+        self.length, self.limit = 0, limit
         self.kv_heads = kv_heads
         shape = 2 * kv_heads, 0, head_dim
         self._stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -57,6 +59,8 @@ class SequenceCache:
         if positions <= self.capacity:
             return
         target = max(positions, min(self.capacity + self.capacity // 2, positions + 16 * BLOCK))
+        if self.limit is not None:
+            target = max(positions, min(target, self.limit))
         capacity = -(-target // BLOCK) * BLOCK
         for tensors in (self._stores, self._scales):
             for layer, old in enumerate(tensors):
@@ -66,10 +70,11 @@ class SequenceCache:
                 tensors[layer] = new
 
     @staticmethod
-    def capacity_at_most(positions: int) -> int:
+    def capacity_at_most(positions: int, limit: int | None = None) -> int:
         """The largest capacity that `reserve` gives a sequence of at most `positions`."""
         blocks = -(-positions // BLOCK)
-        return (blocks + min(-(-blocks // 2), 16)) * BLOCK
+        most = blocks + min(-(-blocks // 2), 16)
+        return (most if limit is None else max(blocks, min(most, -(-limit // BLOCK)))) * BLOCK
 
     def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> Tensor:
         """Write T new positions (T, K, H) after the last. Returns all keys and values (2K, S, H),
@@ -106,6 +111,7 @@ class SequenceCache:
             first.shape[2],
             dtype=first.dtype,
             device=first.device,
+            limit=self.limit,
         )
         copy.reserve(length)
         pairs = (copy._stores, self._stores), (copy._scales, self._scales)
