@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_136,
     "config": 1_111,
-    "data": 5_267,
+    "data": 5_274,
     "database": 88,
     "demo": 1_138,
     "doctor": 72,

@@ -159,7 +159,8 @@ def _distance(fields: Fields, row: Layout) -> tuple[float, ...]:
     telling = [keys for keys in row.keys if keys != _PROMPTS] or row.keys
     missing = sum(not fields.keys() & set(keys) for keys in telling)
     matched = len(row.keys) - len(row.missing(fields))
-    return missing / len(telling), row.read is not _compared, -matched, len(row.keys)
+    is_usual = row.read is _compared and bool(fields.keys() & set(_PROMPTS))
+    return missing / len(telling), not is_usual, -matched, len(row.keys)
 
 
 def _key_list(fields: Fields) -> str:

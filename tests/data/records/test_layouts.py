@@ -311,6 +311,7 @@ def test_named_columns_of_other_kinds() -> None:
     [
         ({"question": "x", "reply": "y"}, ("chat",), "question, reply; nearest is a prompt and"),
         ({"body": "x"}, ("text",), "keys body; nearest is a text"),
+        ({"body": "x"}, ("text", "chat", "comparison", "prompt"), "nearest is a text"),
         ({"messages": [HI, HELLO]}, ("text",), "a conversation .* is not read by this stage"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, ("chat",), "chosen and rejected, with"),
         ({"human_ref_A": "a", "human_ref_B": "b"}, ("comparison",), "nearest is SHP, without"),
