@@ -153,6 +153,19 @@ def _holder(descriptor: int) -> str:
     return "another process"
 
 
+def make_private(folder: Path) -> bool:
+    """Take a folder and the files in it from all users but its owner (0700 and 0600); whether one
+    had access to it. Raises OSError."""
+    if os.name == "nt":  # access is inherited from the user's folder
+        return False
+    was_open = bool(folder.stat().st_mode & 0o077)
+    folder.chmod(0o700)
+    for path in folder.rglob("*"):
+        if not path.is_symlink() and path.stat().st_mode & 0o077:
+            path.chmod(0o700 if path.is_dir() else 0o600)
+    return was_open
+
+
 # ---- Writing ----------------------------------------------------------------------------------
 # All of these raise OSError when the disk refuses; the target then stays as it was.
 

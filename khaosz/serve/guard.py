@@ -7,6 +7,7 @@ that the browser sends, so those identify it, even when its name was rebound to 
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from khaosz.errors import ConfigError
 from khaosz.serve.errors import ApiError
 
 MAX_BODY = 4 << 20  # bytes
+BODY_SECONDS = 30.0  # that the next part of a body may take
 _DRAINED = 32 << 20  # bytes read of a body too large, so that its sender reads the response
 # These routes stream the body, and have a limit of their own.
 _STREAMED = re.compile(r"PUT /v1/knowledge_bases/[^/]+/files/[^/]+")
@@ -74,7 +76,11 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if error is None:
-            body = await _body(receive)
+            try:
+                body = await _body(receive)
+            except TimeoutError:
+                error = ApiError(408, "the request's body stopped arriving", code="body_timeout")
+        if error is None:
             if body is not None:
                 await self.app(scope, _replay(body, receive), send)
                 return
@@ -155,11 +161,12 @@ def _hostname(address: str) -> str | None:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, None if it is too large."""
+    """The whole body, None if it is too large. Raises TimeoutError when no more of it arrives."""
     parts: list[bytes] = []
     size = 0
     while size <= _DRAINED:
-        message = await receive()
+        async with asyncio.timeout(BODY_SECONDS):
+            message = await receive()
         if message["type"] != "http.request":  # the client left
             break
         part = message.get("body", b"")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from khaosz.errors import ConfigError
+from khaosz.files import make_private
 from khaosz.interop.models import default_name
 from khaosz.serve.models import Limits, Model, Models, describe
 
@@ -67,6 +68,7 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app, record_routes
+        from khaosz.serve.connections import BACKLOG, limited_protocol
         from khaosz.serve.guard import LOOPBACK, Guard
         from khaosz.serve.knowledge.library import Library
         from khaosz.serve.retrieval_models import RetrievalModels
@@ -83,8 +85,11 @@ def serve(
         if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
+        os.umask(0o077)  # what is written is for this user only
         with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if make_private(data):
+                announce(f"{data} could be read by other users of this machine: it no longer can")
         library = Library(data, retrieval, max_upload=max_upload)
         app = build_app(
             served,
@@ -96,7 +101,8 @@ def serve(
         hosts = (*LOOPBACK, host) if local else None
         config = uvicorn.Config(
             Guard(app, key=api_key, hosts=hosts, origins=address.origins),
-            http="h11",
+            http=limited_protocol(),
+            backlog=BACKLOG,
             ws="none",
             lifespan="on",
             log_level="warning",

@@ -27,6 +27,7 @@ from khaosz.inference.generator import Generator
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
+from khaosz.serve.connections import limited_protocol
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.models import Limits, Models
@@ -190,6 +191,7 @@ def served(
     deterministic: bool = False,
     timeout: float = 60.0,
     heartbeat: float = 5.0,
+    http: Any = None,
     step_tokens: int | None = None,
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
@@ -211,7 +213,9 @@ def served(
         routers=routers,
     )
     app = Guard(inner, key=key, hosts=LOOPBACK, origins=origins)
-    config = uvicorn.Config(app, http="h11", ws="none", lifespan="on", log_level="warning")
+    config = uvicorn.Config(
+        app, http=http or limited_protocol(), ws="none", lifespan="on", log_level="warning"
+    )
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, args=([bound],))
@@ -227,6 +231,12 @@ def served(
             server.should_exit = True
             thread.join(timeout=30)
             assert not thread.is_alive()
+
+
+def open_requests(service: Service) -> int:
+    loaded = service.models.all[0].loaded
+    assert loaded is not None
+    return loaded.worker.open_requests
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import Service, served, wait_until
+from serving import Service, open_requests, served, wait_until
 
 import khaosz.serve
 from khaosz.errors import ConfigError
@@ -42,12 +42,6 @@ def raw_request(service: Service, body: dict[str, Any]) -> socket.socket:
     connection = socket.create_connection(("127.0.0.1", service.port))
     connection.sendall(head.encode() + content)
     return connection
-
-
-def open_requests(service: Service) -> int:
-    loaded = service.models.all[0].loaded
-    assert loaded is not None
-    return loaded.worker.open_requests
 
 
 @pytest.mark.parametrize("stream", [True, False])
