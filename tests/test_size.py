@@ -16,11 +16,11 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_136,
-    "config": 1_111,
+    "cli": 2_162,
+    "config": 1_126,
     "data": 5_274,
     "database": 88,
-    "demo": 1_138,
+    "demo": 1_166,
     "doctor": 72,
     "errors": 78,
     "evaluation": 386,
@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_331,
-    "trainer": 4_420,
+    "trainer": 4_437,
     "memory": 502,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

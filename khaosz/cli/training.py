@@ -32,7 +32,7 @@ lora_app = typer.Typer(help="Merge LoRA adapters.", no_args_is_help=True)
 
 @training_app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="TOML recipe, such as those in recipes/.")],
+    recipe: Annotated[Path, typer.Argument(help="TOML recipe, or the name of a shipped one.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, overrides the recipe.")
     ] = None,
@@ -40,17 +40,26 @@ def train(
     extend: Annotated[
         bool, typer.Option("--extend", help="Continue a finished run to a greater length.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and derive everything; write nothing.")
+    ] = False,
     allow_unread: AllowUnread = False,
 ) -> None:
-    """Train with a recipe: `khaosz train recipes/pt.toml data=texts.jsonl`."""
+    """Train with a recipe: `khaosz train pt data=texts.jsonl`."""
     from khaosz.config import load_stages
+    from khaosz.trainer.checks import check_stages
     from khaosz.trainer.outcome import next_commands
     from khaosz.trainer.run import run_stages
 
-    context = None
     if allow_unread:
         overrides = [*(overrides or []), "allow_unread=true"]
-    for context in run_stages(load_stages(recipe, overrides), resume=resume, extend=extend):
+    configs = load_stages(recipe, overrides)
+    if dry_run:
+        for stage in check_stages(configs, resume=resume or extend):
+            typer.echo("\n".join(stage.lines()))
+        return
+    context = None
+    for context in run_stages(configs, resume=resume, extend=extend):
         if context.signal:
             raise typer.Exit(128 + context.signal)
         if context.parallel.is_main:
@@ -58,6 +67,20 @@ def train(
     if context is not None and context.parallel.is_main and context.complete:
         for command in next_commands(context):
             typer.echo(f"next:  {command}", err=True)
+
+
+@training_app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to print.")] = None,
+) -> None:
+    """List the shipped recipes, or print one: `khaosz recipes pt > mine.toml`."""
+    from khaosz.config import find_recipe, shipped_recipes
+
+    if name is not None:
+        typer.echo(find_recipe(Path(name)).read_text(encoding="utf-8"), nl=False)
+        return
+    for known, first in shipped_recipes().items():
+        typer.echo(f"{known:<10} {first}")
 
 
 @eval_app.command("bpb")
@@ -103,9 +126,12 @@ def demo(
     ] = False,
 ) -> None:
     """Run the demo: download texts, train a tokenizer, pretrain, fine-tune, evaluate."""
-    from khaosz.demo.run import run_demo
+    from khaosz.demo.run import DemoStopped, run_demo
 
-    run_demo(minutes=minutes, out=out, offline=offline, console=progress_console())
+    try:
+        run_demo(minutes=minutes, out=out, offline=offline, console=progress_console())
+    except DemoStopped as stop:
+        raise typer.Exit(128 + stop.number) from None
 
 
 @training_app.command()

@@ -16,8 +16,8 @@ from khaosz.config.recipe import (
     load_stages,
     parse_overrides,
     save_config,
-    shipped_recipe,
 )
+from khaosz.config.shipped import find_recipe, shipped_recipe, shipped_recipes
 from khaosz.config.stages import PAIR_STAGES, ROLLOUT_STAGES
 from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
 
@@ -39,11 +39,13 @@ __all__ = [
     "RopeScaling",
     "ScheduleConfig",
     "TrainConfig",
+    "find_recipe",
     "load_recipe",
     "load_stages",
     "parse_overrides",
     "preset",
     "save_config",
     "shipped_recipe",
+    "shipped_recipes",
     "size_for_minutes",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 from khaosz.config.closed import Closed
 from khaosz.config.effects import Ineffective, ineffective
+from khaosz.config.shipped import find_recipe
 from khaosz.config.stages import TABLES
 from khaosz.config.train_config import TrainConfig
 from khaosz.errors import ConfigError
@@ -29,10 +30,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> TrainConfig:
 
 def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainConfig]:
     """The stages of a recipe, in order: one, or its `[[stages]]` tables, each of which inherits the
-    keys above them. An override `pt.lr=1e-3` applies to the stage of that name.
+    keys above them. An override `pt.lr=1e-3` applies to the stage of that name. `path` may be the
+    name of a shipped recipe.
 
     Raises `ConfigError` as `load_recipe` does.
     """
+    path = find_recipe(path)
     values = _read_toml(path)
     tables = values.pop("stages", [{}])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -114,13 +117,6 @@ def _value(config: Closed, key: str) -> Any:
     return _value(value, inner) if inner else value
 
 
-def shipped_recipe(name: str) -> Path:
-    """A recipe shipped with KHAOSZ, in the package or in the source tree."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "recipes" / name
-    return inside if inside.exists() else package.parent / "recipes" / name
-
-
 def _without_effect(source: str, each: Ineffective) -> ConfigError:
     hint = each.hint or "remove it, or change the key that disables it"
     return ConfigError(f"{source}: {each.shown} has no effect {each.reason}", hint=hint)
@@ -130,9 +126,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         # Some Windows editors write a byte order mark, which TOML forbids.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        hint = "the shipped recipes are in recipes/"
-        raise ConfigError(f"recipe not found: {path}", hint=hint) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:

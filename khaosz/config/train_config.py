@@ -20,6 +20,7 @@ from khaosz.config.embed_config import EmbedConfig
 from khaosz.config.model_config import ModelConfig
 from khaosz.config.names import meant_by
 from khaosz.config.presets import SIZES
+from khaosz.config.shipped import sample_data
 from khaosz.config.stages import ROLLOUT_STAGES, STAGES, Stage
 from khaosz.errors import did_you_mean
 
@@ -185,6 +186,11 @@ class TrainConfig(Closed):
         if value == "":
             raise ValueError("is empty, a path is expected")
         return value
+
+    @field_validator("data", "val", mode="before")
+    @classmethod
+    def _sample(cls, value: object) -> object:
+        return sample_data(value)
 
     @field_validator("size")
     @classmethod

@@ -13,22 +13,34 @@ from rich.console import Console
 from khaosz.config import load_stages, shipped_recipe
 from khaosz.demo.corpus import DemoCorpus, build_demo_corpus
 from khaosz.demo.fetch import fetch_demo
-from khaosz.errors import ConfigError
+from khaosz.errors import ConfigError, TrainingError
 from khaosz.evaluation import bits_per_byte
 from khaosz.files import write_json
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.trainer.loggers import read_metrics, smoothed
+from khaosz.trainer.outcome import command
 from khaosz.trainer.run import run
 
 _LEAST_MINUTES = 0.2
 # Shares of the remaining time at the start of each stage; the rest is for calibration, compilation
 # and evaluation.
 _SHARES = {"pt": 0.46, "sft": 0.56, "dpo": 0.4}
+# With fewer the answers are empty or noise; on a slow or busy machine they take longer than asked.
+_LEAST_STEPS = {"pt": 60, "sft": 60, "dpo": 5}
+_MOST_EMPTY = 0.5  # share of the answers
 _ANSWERS = SamplingParams(
     max_tokens=120, temperature=0.3, top_p=0.9, repetition_penalty=1.1, seed=0
 )
 _BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class DemoStopped(Exception):
+    """A signal stopped the training; `number` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 def run_demo(
@@ -36,8 +48,9 @@ def run_demo(
 ) -> Path:
     """Fetch texts, train a tokenizer, pretrain, fine-tune, evaluate, show; returns the model.
 
-    `minutes` is the total time. An existing `out` is renamed, never overwritten.
-    Raises `KhaoszError`.
+    `minutes` is the total time; a stage trains `_LEAST_STEPS` in any case. An existing `out` is
+    renamed, never overwritten. Raises `KhaoszError`, also if the model does not answer, and
+    `DemoStopped`.
     """
     if not (math.isfinite(minutes) and minutes >= _LEAST_MINUTES):
         raise ConfigError(f"--minutes must be {_LEAST_MINUTES} or more (got {minutes:g})")
@@ -65,22 +78,22 @@ def run_demo(
         console.rule(f"{number}  {title}")
         left = minutes - (time.monotonic() - started) / 60
         limit = max(left * _SHARES[name], _LEAST_MINUTES / 4)
-        config = recipe.updated(out=out / name, data=data, val=val, max_minutes=limit)
+        config = recipe.updated(
+            out=out / name, data=data, val=val, max_minutes=limit, min_steps=_LEAST_STEPS[name]
+        )
         if previous is not None:
             config = config.updated(init_from=previous)
         context = run(config, console=console)
         previous = out / name / "last"
-        if context.stopping:
-            return previous
+        if context.signal:
+            raise DemoStopped(context.signal)
 
     console.rule("5  results")
     model = out / "dpo" / "last"
     _show_result(out, corpus, console)
     took = time.monotonic() - started
-    console.print(
-        f"\n  {took / 60:.1f} minutes in all. Talk to it:  [bold]khaosz chat {model}[/bold]"
-    )
-    console.print(f"  (not on your PATH? .venv/bin/khaosz chat {model})", highlight=False)
+    line = f"\n  {took / 60:.1f} minutes in all. Talk to it:  {command('chat', str(model))}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
     return model
 
 
@@ -108,9 +121,11 @@ def _show_corpus(corpus: DemoCorpus, console: Console) -> None:
 
 def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
     for stage in ("pt", "sft", "dpo"):
-        losses = [row["loss"] for row in read_metrics(out / stage / "metrics.jsonl")]
+        rows = read_metrics(out / stage / "metrics.jsonl")
+        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+        picture = out / stage / "loss.png"  # not without matplotlib
         console.print(f"  {stage:<4} loss {losses[0]:.2f} {_sparkline(losses)} {losses[-1]:.2f}"
-                      f"   {out / stage / 'loss.png'}", highlight=False)  # fmt: skip
+                      f"   {picture if picture.exists() else ''}", highlight=False)  # fmt: skip
     score = bits_per_byte(out / "pt" / "last", corpus.val)
     langs = ", ".join(f"{lang} {value:.2f}" for lang, value in score.by_lang.items())
     console.print(
@@ -120,6 +135,13 @@ def _show_result(out: Path, corpus: DemoCorpus, console: Console) -> None:
     prompts = json.loads(corpus.prompts.read_text(encoding="utf-8"))
     transcript = _converse(Generator.from_directory(out / "dpo" / "last"), prompts, console)
     write_json(out / "samples.json", transcript)
+    empty = sum(not turn["answer"].strip() for turn in transcript)
+    if empty > _MOST_EMPTY * len(transcript):
+        steps = read_metrics(out / "sft" / "metrics.jsonl")[-1]["step"]
+        raise TrainingError(
+            f"{empty} of {len(transcript)} answers are empty: fine-tuning had {steps} steps",
+            hint="give it more time, such as --minutes 9, on a machine that does nothing else",
+        )
 
 
 def _converse(generator: Generator, prompts: Any, console: Console) -> list[dict[str, str]]:

@@ -75,6 +75,22 @@ class CheckedStage:
     parallel: ParallelContext
     memory: str | None
 
+    def lines(self) -> list[str]:
+        """What is derived, each with its reason, for people."""
+        config, start = self.config, "random weights"
+        if config.init_from is not None:
+            start = str(config.init_from)
+        lines = [f"{config.stage}: {config.data} -> {config.out}, from {start}"]
+        lines += [f"  {one.name} = {one.value}  {one.reason}" for one in self.derived]
+        if self.tokenizer is None:
+            lines.append("  tokenizer: trained on the data, or by an earlier stage")
+        lines.append(f"  parameters: {self.shape.parameters():,}")
+        lines.append(f"  device: {self.parallel.device}, {self.parallel.world} processes")
+        steps = "measured and counted when the run starts"
+        if config.max_steps is not None:
+            steps = f"{config.max_steps:,} at most (max_steps)"
+        return [*lines, f"  steps: {steps}"]
+
 
 def check_stages(configs: Sequence[TrainConfig], *, resume: bool = False) -> list[CheckedStage]:
     """Check all stages of a recipe before any of them does any work, and return what is known of
