@@ -25,6 +25,7 @@ from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adap
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BASE = "base_model.json"
 _PREFIX = "base_model.model.model."  # PEFT's two wrappers, then transformers' own "model."
 _OURS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
 # Options that are read, or have no effect after initialisation; every other option must be off.
@@ -47,7 +48,7 @@ def save_adapter(
     base_tokenizer: str | None = None,
 ) -> None:
     """Write the model's adapters; `base` is the model that they belong to. The fingerprints of its
-    weights and of its tokenizer go into the metadata of the tensors, which other readers ignore.
+    weights and of its tokenizer go into a file that other readers ignore.
 
     Both files are on the disk before they take their names, the old configuration gone first: a
     crash in between leaves what is refused, never old weights with a new scale. Raises
@@ -63,8 +64,8 @@ def save_adapter(
         "target_modules": list(config.target_modules),
         "bias": "none",
     }
-    metadata = {"format": "pt", "base_weights": base_weights, "base_tokenizer": base_tokenizer}
-    known = {name: value for name, value in metadata.items() if value is not None}
+    origin = {"base_weights": base_weights, "base_tokenizer": base_tokenizer}
+    known = {name: value for name, value in origin.items() if value is not None}
     state = adapter_state(model).items()
     tensors = {f"{_PREFIX}{name}.weight": tensor.cpu() for name, tensor in state}
     try:
@@ -73,10 +74,13 @@ def save_adapter(
             atomic_path(directory / CONFIG) as settings,  # published last
             atomic_path(directory / WEIGHTS) as weights,
         ):
-            save_file(tensors, str(weights), metadata=known)
+            save_file(tensors, str(weights), metadata={"format": "pt"})
             write_json(settings, values)
             sync(weights)
             (directory / CONFIG).unlink(missing_ok=True)
+            (directory / BASE).unlink(missing_ok=True)
+            if known:
+                write_json(directory / BASE, known)
     except (OSError, SafetensorError) as error:
         what = f"{directory}: cannot write the adapter ({one_line(str(error))})"
         raise ModelError(what, hint="free some space, or choose another directory") from None
@@ -182,14 +186,7 @@ def merge_adapter(
 
 
 def _require_base(directory: Path, base: Path, model: ModelSource, tokenizer: Tokenizer) -> None:
-    path = directory / WEIGHTS
-    known: dict[str, str] = {}
-    if path.exists():  # else it is reported later
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                known = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
+    known = read_json(directory / BASE) if (directory / BASE).exists() else {}
     wrong = None
     if known.get("base_tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         wrong = "its tokenizer differs"

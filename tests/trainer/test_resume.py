@@ -188,6 +188,8 @@ def test_dropout_of_a_resumed_run_is_that_of_an_unbroken_one(
     for name in ("step-000004", "step-000006"):
         one, two = (load_file(str(out / name / "state/rng.safetensors")) for out in (whole, parts))
         assert one.keys() == two.keys() == {"cpu"} and torch.equal(one["cpu"], two["cpu"])
+        for path in (whole / name).rglob("*.safetensors"):
+            assert path.read_bytes() == (parts / path.relative_to(whole)).read_bytes(), path
 
 
 @pytest.fixture(scope="module")
