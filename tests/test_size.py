@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_331,
-    "trainer": 4_437,
+    "trainer": 4_507,
     "memory": 502,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

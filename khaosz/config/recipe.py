@@ -58,6 +58,8 @@ def load_stages(path: Path, overrides: list[str] | None = None) -> list[TrainCon
             key = dotted if owner not in names or in_table else rest
             _assign(merged, key, value)
             origin.override(key, own=owner in names)
+        if len(tables) > 1 and merged.get("init_from") and "model" not in origin.own:
+            merged.pop("model", None)  # shared: for the stages that start with a new model
         configs.append(TrainConfig.parse(merged, source=str(path)))
         origins.append(origin)
     _check_effects(str(path), configs, origins)

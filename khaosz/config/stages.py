@@ -32,7 +32,7 @@ STAGES_OF: dict[str, Stages] = {
         " columns.text columns.messages columns.prompt columns.response columns.system"
         " columns.tools columns.chosen columns.rejected columns.label columns.score columns.query"
         " columns.positive columns.negative columns.role columns.content columns.roles allow_unread"
-        " log_every eval_every save_every save_minutes keep loggers",
+        " memory_check log_every eval_every save_every save_minutes keep loggers",
     ),
     **_keys(_VALIDATED, "val val_fraction early_stop max_minutes min_steps"),
     **_keys(TEXT_STAGES, "batch_tokens mix dedup eval_tokens"),

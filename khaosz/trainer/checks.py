@@ -17,7 +17,10 @@ import torch
 
 from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, ModelConfig, TrainConfig, preset
 from khaosz.config.presets import Derived
-from khaosz.data.records.readers import expand_inputs
+from khaosz.data.records.layouts import Kind, read_record
+from khaosz.data.records.preference import to_prompt
+from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
+from khaosz.data.records.report import InputReport, LeftOut, worst_reason
 from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.data.tokenizer.tokenizer import check_vocab_size
@@ -115,6 +118,41 @@ def _named(config: TrainConfig, several: bool) -> Iterator[None]:
         raise
 
 
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "pt": ("text",),
+    "sft": ("chat",),
+    "rm": ("comparison", "rated"),
+    "dpo": ("comparison", "rated"),
+    "embed": ("passages",),
+}
+
+
+def _check_layout(config: TrainConfig, path: Path) -> None:
+    """Raises `DataError` if none of the first records of any file can be read in this stage."""
+    entries = [InputReport(str(file)) for file in expand_inputs([path])]
+    hint = None
+    for entry in entries:
+        batch = next(open_source(entry.path, config.columns, every_column=True), None)
+        for line, record in parsed(batch) if batch else ():
+            try:
+                if isinstance(record, Skip):
+                    raise DataError(record.reason)
+                if config.stage in ROLLOUT_STAGES:
+                    to_prompt(record, config.columns)
+                else:
+                    read_record(record, _KINDS[config.stage], config.columns)
+                return
+            except LeftOut:
+                return
+            except (DataError, RecursionError) as error:
+                entry.skip(line, str(error))
+                hint = getattr(error, "hint", None)
+    if any(entry.skipped for entry in entries) and not config.allow_unread:
+        raise DataError(
+            f"{path}: none of the first records can be read{worst_reason(entries)}", hint=hint
+        )
+
+
 @dataclass(frozen=True)
 class _Earlier:
     """The stages before one, from whose models it may start although they do not exist yet."""
@@ -173,10 +211,10 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
             f"{config.out} already contains a run",
             hint="continue it with --resume, or choose another out=",
         )
+    initial, tokenizer = _initial(config, earlier)
     for path in (config.data, config.val):
         if path is not None and earlier.under(path) is None:
             _check_data(config, path)
-    initial, tokenizer = _initial(config, earlier)
     sized, derived = with_size(config, parallel, initial)
     assert sized.size is not None
     guess = initial.vocab_size if initial else config.vocab_size
@@ -205,7 +243,7 @@ def _check_data(config: TrainConfig, path: Path) -> None:
     """Raises `DataError` for data that is missing, and for prepared data of another stage."""
     text = config.stage in ("pt", "sft")
     if not (text and is_prepared(path)):
-        expand_inputs([path])
+        _check_layout(config, path)
         return
     prepared = PreparedData.open(path)
     prepared.close()

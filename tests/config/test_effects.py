@@ -168,6 +168,15 @@ def test_shared_key_needs_an_effect_in_one_stage(tmp_path: Path) -> None:
         load_stages(path, ["pt.batch_pairs=4"])
 
 
+def test_shared_shape_is_for_new_models(tmp_path: Path) -> None:
+    stages = [stage_of("pt"), stage_of("sft", init_from="runs/pt/last")]
+    path = written(tmp_path / "r.toml", stages, **{"model.hidden_size": 128})
+    pt, sft = load_stages(path, ["model.head_dim=32"])
+    assert pt.model == {"hidden_size": 128, "head_dim": 32} and sft.model == {}
+    with pytest.raises(ConfigError, match="excludes init_from"):
+        load_stages(path, ["sft.model.head_dim=32"])
+
+
 def test_recipe_without_stages(tmp_path: Path) -> None:
     path = written(tmp_path / "r.toml", [stage_of("pt")], stages=[])
     with pytest.raises(ConfigError, match="stages is empty"):

@@ -26,7 +26,8 @@ def stage(tmp_path: Path, tokenizer_dir: Path) -> Any:
     chats.write_text(json.dumps({"messages": turns}) + "\n")
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text(json.dumps({"prompt": "Hi", "chosen": "Hello", "rejected": "No"}) + "\n")
-    data = {"pt": texts, "sft": chats, "rm": pairs, "dpo": pairs, "ppo": pairs, "grpo": pairs}
+    data = {"pt": texts, "sft": chats, "embed": pairs}
+    data |= dict.fromkeys(("rm", "dpo", "ppo", "grpo"), pairs)
 
     def build(name: str, **changes: Any) -> TrainConfig:
         values: dict[str, Any] = {"stage": name, "data": data[name], "out": tmp_path / name}
@@ -180,3 +181,29 @@ def test_early_stop_without_held_out_data(recipe: Recipe, stage: Any) -> None:
     config = stage("rm", early_stop=2, val_fraction=0.001, window=64)
     with pytest.raises(ConfigError, match="early_stop=2, but no data was held out"):
         run(config, console=Console(quiet=True))
+
+
+def test_data_that_a_later_stage_cannot_read(stage: Any, tmp_path: Path) -> None:
+    pt = stage("pt")
+    start = {"init_from": pt.out / "last"}
+    reward = {"reward_function": "khaosz.rewards:brevity", "rollout": {"group": 2}}
+    for name, data, extra in (
+        ("sft", "texts", {}),
+        ("dpo", "texts", {}),
+        ("dpo", "chats", {}),
+        ("grpo", "texts", reward),
+        ("embed", "chats", {}),
+    ):
+        own = {"data": tmp_path / f"{data}.jsonl", **start, **extra}
+        error = refused(pt, stage(name, **own))
+        text = str(error)
+        assert isinstance(error, DataError) and f"stage {name}: {tmp_path}" in text
+        assert "none of the first records can be read" in text and "line 1" in text
+    check_stages([pt, stage("ppo", data=tmp_path / "chats.jsonl", **start, **reward)])
+    (tmp_path / "broken.jsonl").write_text("{]\n")
+    assert "broken" in str(refused(stage("pt", val=tmp_path / "broken.jsonl")))
+    # One record is enough, wherever it is in the first batch; a directory may have other files.
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed/a.json").write_text('{"a": 1}')
+    (tmp_path / "mixed/b.jsonl").write_text('{"b": 1}\n{"text": "Hello."}\n')
+    check_stages([stage("pt", data=tmp_path / "mixed")])

@@ -11,7 +11,7 @@ import numbers
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
@@ -63,7 +63,7 @@ class FunctionReward:
     """A Python function of every answer."""
 
     def __init__(self, function: RewardFunction, name: str) -> None:
-        self.function, self.name = function, name
+        self.function, self.name = function, f"reward_function {name}"
 
     def __call__(self, answers: Sequence[Answer]) -> list[float]:
         """One reward per answer; NaN where the function returns NaN or infinity.
@@ -102,7 +102,7 @@ class FunctionReward:
     def _failed(self, answer: Answer, what: str) -> TrainingError:
         question = quoted(str(answer.prompt.prompt[-1]["content"]))
         return TrainingError(
-            f"reward_function {self.name} {what}, an answer to {question}",
+            f"{self.name} {what}, an answer to {question}",
             hint="checkpoints that were written are intact; correct the function and --resume",
         )
 
@@ -123,11 +123,13 @@ def _number(returned: Any) -> float | None:
 
 @contextmanager
 def _unchanged_process() -> Iterator[None]:
-    """Undo what the user's code changes in PyTorch's global state and in the process."""
+    """Undo what the user's code changes in PyTorch's global state and in the process. What it
+    prints goes to stderr: stdout has the command's result."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), os.getcwd()
     try:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         torch.set_rng_state(state)
         torch.set_default_dtype(dtype)
@@ -140,6 +142,8 @@ def _unchanged_process() -> Iterator[None]:
 
 class ModelReward:
     """A reward model, applied to the last token of prompt and answer."""
+
+    name = "reward_model"
 
     def __init__(self, model: RewardModel, compute: Compute, layout: BatchLayout) -> None:
         self.model, self.compute = model.eval().requires_grad_(False), compute

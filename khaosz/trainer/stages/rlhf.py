@@ -15,7 +15,7 @@ from khaosz.data.batches.sampler import answer_seed, draws_for, example_of, perm
 from khaosz.data.batches.sequences import SequenceBatch, TokenSequence
 from khaosz.data.records.preference import Prompt
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import TrainingError
+from khaosz.errors import TrainingError, quoted
 from khaosz.model import RewardModel, Transformer
 from khaosz.model.lora import without_lora
 from khaosz.parallel import ParallelContext, sum_over_ranks
@@ -196,9 +196,13 @@ class RLHFStrategy(Strategy):
         )
         mine = int(valid.sum())
         if sum_over_ranks([float(mine == 0)], self.parallel)[0]:
+            example = ""
+            if answers:
+                question = quoted(str(answers[0].prompt.prompt[-1]["content"]))
+                example = f", such as {quoted(answers[0].text)}, an answer to {question}"
             raise TrainingError(
-                "no finite reward for a whole rollout",
-                hint="check that the reward function returns numbers",
+                f"{self.reward_source.name}: no finite reward for a whole rollout{example}",
+                hint="an answer without a reward is left out; of every rollout, some need one",
             )
         self.step_metrics = {
             "reward": reward / rewarded,

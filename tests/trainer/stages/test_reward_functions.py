@@ -147,13 +147,16 @@ def test_every_call_has_its_own_messages_and_keys() -> None:
     assert PROMPT == [{"role": "user", "content": "1+1?"}]
 
 
-def test_function_changes_nothing_of_the_process(tmp_path: Path) -> None:
+def test_function_changes_nothing_of_the_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def untidy(*_: Any) -> float:
         torch.manual_seed(0)
         torch.set_grad_enabled(False)
         torch.set_num_threads(3)
         torch.set_default_dtype(torch.float64)
         os.chdir(tmp_path)
+        print("hello")
         return 1.0
 
     before = torch.get_rng_state(), torch.get_num_threads(), os.getcwd()
@@ -161,6 +164,7 @@ def test_function_changes_nothing_of_the_process(tmp_path: Path) -> None:
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (torch.get_num_threads(), os.getcwd()) == before[1:]
+    assert capsys.readouterr() == ("", "hello\nhello\n")
 
 
 @pytest.mark.parametrize(
