@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind the command, so that it cleans up. A module that is imported is no reason to: C code
+    """Unwind the command, so that it cleans up. Not for the import of a module: C code
     that imports, such as torch's check for numpy, would drop the exception."""
     global _received
     _received = number

@@ -97,7 +97,7 @@ def exclusive(folder: Path) -> Iterator[bool]:
         yield is_held
     finally:
         if is_held and os.name != "nt":  # Windows removes no file that is open
-            # Removed while it is held: whoever waits for this file sees that it is gone.
+            # Removed while it is held: a process that waits for this file sees that it is gone.
             with suppress(OSError):
                 path.unlink()
         os.close(descriptor)

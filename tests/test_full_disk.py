@@ -124,7 +124,7 @@ def test_full_standard_output() -> None:
 
 
 @pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() == 0, reason="root writes where nobody may"
+    sys.platform == "win32" or os.geteuid() == 0, reason="root may write everywhere"
 )
 def test_read_only_output(tmp_path: Path, tokenizer_dir: Path) -> None:
     place = tmp_path / "place"

@@ -30,25 +30,25 @@ _END = 256  # the token of `_Bytes` that ends
 # Bytes of an escape in a JSON string: of a control character, not of one that is written as it is.
 _ESCAPE = re.compile(rb"\\([^/u]|u(0(0([01][0-9a-fA-F]?|7[fF]?)?)?)?)?")
 _AFTER = {bytes([byte]) for byte in b"/u0123456789abcdefABCDEF"}
-_BEGUN = (b"", b"\\", b"\\u", b"\\u0", b"\\u00", b"\\u000", b"\\u001", b"\\u007")
+_PENDING = (b"", b"\\", b"\\u", b"\\u0", b"\\u00", b"\\u000", b"\\u001", b"\\u007")
 
 
-def escaped(begun: bytes, more: bytes) -> bytes | None:
+def escaped(pending: bytes, more: bytes) -> bytes | None:
     """The bytes of an escape that is unfinished after `more`; None if one is not allowed.
 
     llguidance holds values to these escapes, but not names that the schema does not declare:
     "\\u0061" would pass for another name than "a", and its value for any.
     """
     for byte in more:
-        if not begun:
-            begun = b"\\" if byte == 92 else b""
+        if not pending:
+            pending = b"\\" if byte == 92 else b""
             continue
-        begun += bytes([byte])
-        if not _ESCAPE.fullmatch(begun):
+        pending += bytes([byte])
+        if not _ESCAPE.fullmatch(pending):
             return None
-        if len(begun) == 6 or (len(begun) == 2 and byte != 117):
-            begun = b""
-    return begun
+        if len(pending) == 6 or (len(pending) == 2 and byte != 117):
+            pending = b""
+    return pending
 
 
 class Escapes:
@@ -56,12 +56,12 @@ class Escapes:
 
     def __init__(self, tokens: list[bytes]) -> None:
         self.tokens = tokens
-        self.allowed = {begun: np.ones(len(tokens), dtype=np.uint8) for begun in _BEGUN}
+        self.allowed = {pending: np.ones(len(tokens), dtype=np.uint8) for pending in _PENDING}
         for i, token in enumerate(tokens):
             # Others end no escape and begin none, or the grammar forbids them there.
             if b"\\" in token or token[:1] in _AFTER:
-                for begun, allowed in self.allowed.items():
-                    allowed[i] = escaped(begun, token) is not None
+                for pending, allowed in self.allowed.items():
+                    allowed[i] = escaped(pending, token) is not None
 
 
 class Matcher:

@@ -11,7 +11,7 @@ class TextStream:
     """Holds back what may be the start of a stop string; O(longest stop) per token.
 
     The text continues `after`, a prompt. A SentencePiece tokenizer writes a space before the first
-    word: it belongs to a text that goes on, and not to one that follows a control token.
+    word: it belongs to a text that continues, and not to one that follows a control token.
     """
 
     def __init__(

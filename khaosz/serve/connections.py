@@ -1,7 +1,7 @@
 """Limits on connections: how many there are, and how long a request may take to begin.
 
 uvicorn has neither. Clients that send half a request would hold their sockets until the process has
-no file left, and then nobody is answered.
+no file left, and then no client is answered.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def limited_protocol(
     most: int | None = None, seconds: float = REQUEST_SECONDS
 ) -> type[H11Protocol]:
     """uvicorn's HTTP protocol with at most `most` connections: beyond them, the one that has waited
-    longest for a request is closed. So is one whose request has not begun after `seconds`."""
+    longest for a request is closed. So is one whose request has not started after `seconds`."""
     limit = connection_limit() if most is None else most
     waiting: dict[LimitedProtocol, asyncio.TimerHandle] = {}  # in the order of their beginning
 

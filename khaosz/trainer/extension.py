@@ -1,4 +1,4 @@
-"""`--extend`: a finished run goes on to a greater length, with its optimizer and its data order.
+"""`--extend`: a finished run continues to a greater length, with its optimizer and its data order.
 
 The lengths of the recipe are those of the whole run. A schedule that decays starts a new cycle
 (warm-up, plateau, decay) over the added steps; `constant` stays where it is.
@@ -72,7 +72,7 @@ def extended_plan(
     plan: Plan, step: int, config: TrainConfig, total_steps: Callable[[TrainConfig], int]
 ) -> Plan:
     """The plan of a run that is finished at `step` and extended to the length of `config`. Raises
-    `ConfigError` if that is no further."""
+    `ConfigError` if that is not further."""
     total = total_steps(config)
     if total <= step:
         asked = (f"{name}={getattr(config, name):g}" for name in LENGTHS if getattr(config, name))

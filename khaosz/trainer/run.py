@@ -60,7 +60,7 @@ def run(
     console: Console | None = None,
 ) -> TrainContext:
     """Train as `config` says and return the finished context; progress goes to `console`. With
-    `extend` a finished run goes on to the greater length that `config` has now.
+    `extend` a finished run continues to the greater length that `config` has now.
 
     Raises a `KhaoszError` for everything that can't work; earlier output stays intact.
     """

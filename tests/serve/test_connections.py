@@ -108,7 +108,7 @@ def test_request_must_begin_and_arrive_in_time(tiny: Path, monkeypatch: pytest.M
         assert live(service.port) == 200
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
 def test_data_folder_is_private(tiny: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "inner").mkdir(parents=True)

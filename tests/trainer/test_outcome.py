@@ -171,7 +171,7 @@ def test_early_stop_ends_its_stage_only(recipe: Recipe, tmp_path: Path) -> None:
     first, second = run_stages(stages, console=QUIET)
     assert first.progress.step < 50 and second.progress.step == 2
     again, _ = run_stages(stages, resume=True, console=QUIET)
-    assert again.progress.step == first.progress.step, "a run that is complete does not go on"
+    assert again.progress.step == first.progress.step, "a complete run does not continue"
 
 
 def test_collapse_is_in_the_progress_line_and_the_summary(recipe: Recipe) -> None:

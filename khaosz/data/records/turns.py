@@ -141,7 +141,7 @@ def _in_text(text: str) -> Any:
 
 def _dialogue(pieces: list[str]) -> list[Message]:
     """Of speakers and their texts in turn. A last assistant turn that is empty asks for an
-    answer: it is no message."""
+    answer: it is not a message."""
     turns = [
         {"role": "assistant" if speaker == "Assistant" else "user", "content": text.strip()}
         for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)

@@ -16,7 +16,7 @@ _MARK = "\u2056"  # at both ends of an alias: a sign that no normaliser changes 
 class ControlEncoder:
     """A tokenizer that knows each control token by an unguessable alias in place of its name.
 
-    Whoever writes the alias of a token, the chat template, gets that token, with its flags (lstrip,
+    The writer of an alias, which is the chat template, gets that token, with its flags (lstrip,
     rstrip, single_word, normalized); its name is text like any other. So a chat is encoded in one
     piece, and a pre-tokenizer that treats the start of a text differently sees one start.
     """

@@ -5,7 +5,7 @@ precedence (tokenization_utils_base.py of transformers 5):
     tokenizer_config.json      names of bos, eos, pad and others; flags in `added_tokens_decoder`
                                replace those of tokenizer.json
     special_tokens_map.json, added_tokens.json
-                               of older versions, read if there is no `added_tokens_decoder`: names
+                               of older versions, read without an `added_tokens_decoder`: names
                                replace those of tokenizer_config.json, tokens are added
     chat_template.jinja, additional_chat_templates/*.jinja
                                replace the templates in tokenizer_config.json

@@ -72,7 +72,7 @@ def chat_routes(
     that a chat may use; `heartbeat`: seconds after which a silent stream sends a comment."""
     router = APIRouter()
     # A pool of their own: long prompts take no thread from other routes, and one whose client left
-    # is not begun.
+    # is not started.
     encoders = ThreadPoolExecutor(2, thread_name_prefix="khaosz-prompts")
 
     async def encode(work: Callable[[], EngineRequest], field: str) -> EngineRequest:
