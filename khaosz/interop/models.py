@@ -74,9 +74,10 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     if is_gguf(path):
         return GgufModel.open(path).tokenizer()
     tokenizer = load_tokenizer(path)
-    if (Path(path) / "config.json").exists() and not is_encoder(path):
-        known = huggingface.load_config(Path(path)).vocab_size
-        if tokenizer.vocab_size > known:
+    config = Path(path) / "config.json"
+    if config.exists() and not is_encoder(path):
+        known = huggingface.read_json(config).get("vocab_size")
+        if isinstance(known, int) and tokenizer.vocab_size > known:
             raise ModelError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}",
                 hint="use the tokenizer the model was trained with",
