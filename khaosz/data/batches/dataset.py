@@ -23,8 +23,8 @@ from khaosz.data.batches.batch import IGNORE, Batch
 from khaosz.data.batches.packing import PackingPlan, PackingStats, load_plan
 from khaosz.data.batches.sampler import MixtureSampler
 from khaosz.data.shards.manifest import Group, PreparedData
-from khaosz.data.shards.mmap import MmapFileHandler
-from khaosz.errors import ConfigError, DataError, nearest
+from khaosz.data.shards.mmap import PREPARE_AGAIN, MmapFileHandler
+from khaosz.errors import ConfigError, DataError, TokenFileError, nearest
 
 
 @dataclass(frozen=True)
@@ -198,11 +198,18 @@ class TokenDataset:
         for number in np.unique(shard).tolist():
             here = (shard == number)[piece]
             from_token, to_cell = source[here], cell[here]
-            tokens, mask = self.shards[number].tokens, self.shards[number].loss_mask
-            ids[to_cell] = tokens[from_token]
+            file = self.shards[number]
+            tokens, mask = file.tokens, file.loss_mask
+            ids[to_cell] = inputs = tokens[from_token]
             targets = tokens[from_token + 1].astype(np.int64)
+            highest = max(int(inputs.max()), int(targets.max()))
+            if highest >= file.vocab_size:  # an embedding would fail without naming the file
+                raise TokenFileError(
+                    f"{file.path}: token id {highest} in a vocabulary of {file.vocab_size}",
+                    hint=PREPARE_AGAIN,
+                )
             if self.masked:
-                assert mask is not None, f"{self.shards[number].path} has no loss mask"
+                assert mask is not None, f"{file.path} has no loss mask"
                 targets = np.where(mask[from_token + 1] != 0, targets, IGNORE)
             labels[to_cell] = targets
         rows = (each.reshape(n_rows, window) for each in (ids, labels, positions, doc_ids))

@@ -20,7 +20,7 @@ from khaosz.data.shards.manifest import Group, PreparedData
 from khaosz.data.shards.mmap import MmapFileHandler, Stage, TokenFileWriter
 from khaosz.data.tokenizer import train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
-from khaosz.errors import ConfigError, DataError
+from khaosz.errors import ConfigError, DataError, TokenFileError
 
 PAD = 0
 
@@ -408,3 +408,20 @@ def test_batch_counts_and_moves(tmp_path: Path) -> None:
     moved = batch.to("meta")
     assert moved.labels.device.type == "meta"
     assert moved.tokens == batch.tokens, "known without asking the device"
+
+
+@pytest.mark.parametrize("which", ["input", "label"])
+def test_token_beyond_the_vocabulary_names_the_file(tmp_path: Path, which: str) -> None:
+    """As a damaged file has it. The last token is a label only."""
+    prepared = pt_data(tmp_path, distinct([9]))
+    path = prepared.groups[0].shards[0].path
+    section = prepared.groups[0].shards[0].header["sections"]["tokens"]
+    data = bytearray(path.read_bytes())
+    at = section["offset"] + (0 if which == "input" else 2 * (section["count"] - 1))
+    data[at : at + 2] = b"\xff\xff"
+    damaged = tmp_path / "damaged.tok"
+    damaged.write_bytes(data)
+    groups = [group_of("a", "en", [MmapFileHandler(damaged)])]
+    dataset = TokenDataset.open(prepared_of("pt", groups), 8, pad_id=0)
+    with pytest.raises(TokenFileError, match=r"damaged\.tok: token id 65535 in a vocabulary of"):
+        dataset.batch([0])
