@@ -13,6 +13,7 @@ from khaosz.errors import ConfigError, ModelError, NotEnoughMemory
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
+from khaosz.inference.runner import storage_of
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
 from khaosz.interop.models import is_gguf
@@ -243,7 +244,9 @@ def describe(name: str, source: Path, adapters: dict[str, Path]) -> Model:
     if not source.exists():
         raise ModelError(f"{source} does not exist")
     if is_gguf(source):
-        config, weights = GgufModel.open(source).config, source.stat().st_size
+        model = GgufModel.open(source)
+        config = model.config
+        weights = sum(storage_of(model, "cpu", None).weights(config))  # those in the file included
     else:
         config = load_config(source)
         weights = 4 * sum(prod(shape) for shape in parameter_shapes(config).values())  # fp32
