@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 4_331,
+    "serve": 4_333,
     "trainer": 4_507,
     "memory": 502,
 }
