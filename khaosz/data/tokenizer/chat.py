@@ -37,7 +37,7 @@ from khaosz.data.tokenizer.messages import (
     probe,
     tools_for_template,
 )
-from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, time_limit
+from khaosz.data.tokenizer.sandbox import MAX_TEMPLATE, MAX_TEXT, Sandbox, charge, time_limit
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import ContextLengthError, DataError
 
@@ -74,16 +74,22 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON as transformers renders it; Jinja's own filter escapes for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    charge(indent if isinstance(indent, int) else len(indent or ""))
+    parts = []
+    for part in encoder.iterencode(value):
+        charge(len(part))
+        parts.append(part)
+    return "".join(parts)
 
 
 def _strftime_now(pattern: str) -> str:
+    if len(pattern) > 256 or re.search(r"\d{3}", pattern):
+        raise jinja2.TemplateError("a format of time that is too long")
     return datetime.now().strftime(pattern)
 
 
@@ -100,10 +106,16 @@ def _compile(template: str) -> jinja2.Template:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(template)
+        with time_limit():  # constant expressions are computed here
+            return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(
             f"the chat template is not valid Jinja, line {error.lineno}: {error.message}",
+            hint="see chat_template in tokenizer_config.json",
+        ) from error
+    except Exception as error:  # nesting too deep for Jinja or Python, a limit of the sandbox
+        raise DataError(
+            f"the chat template cannot be compiled: {str(error) or type(error).__name__}",
             hint="see chat_template in tokenizer_config.json",
         ) from error
 
@@ -169,7 +181,9 @@ def _render(
     # A template raises TemplateError or OverflowError for rejected chats, undefined names and
     # sandbox limits, and any of Python's errors for values of a shape that it does not expect.
     except Exception as error:
-        raise DataError(f"the chat template refuses this chat: {error}") from error
+        raise DataError(
+            f"the chat template refuses this chat: {str(error) or type(error).__name__}"
+        ) from error
 
 
 @lru_cache(maxsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 from typing import Any
 
@@ -228,6 +229,72 @@ def test_templates_run_in_a_sandbox(tokenizer: Tokenizer, attack: str) -> None:
         render_chat(with_template(tokenizer, attack), [user("x")])
 
 
+_DOUBLED = "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = "
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *(f"{{{{ 'a'.{name}(10**10)|length }}}}" for name in ("ljust", "rjust", "center", "zfill")),
+        "{% set fill = 'a'.ljust %}{{ fill(10**10)|length }}",
+        "{{ '\t'.expandtabs(10**10)|length }}",
+        "{{ 'a'.encode().ljust(10**10)|length }}",
+        "{{ (1).to_bytes(10**10)|length }}",
+        "{{ ('a' * 10**6).replace('a', 'b' * 10**6)|length }}",
+        "{{ ('a' * 10**6).translate({97: 'b' * 10**6})|length }}",
+        "{{ ('a' * 10**7).join(['b'] * 10**6)|length }}",
+        "{{ (['b'] * 10**6)|join('a' * 10**7)|length }}",
+        "{{ '{:10000000000}'.format(1)|length }}",
+        "{{ '{:>{w}}'.format(1, w=10**10)|length }}",
+        "{{ ('{a}' * 10**5).format(a='a' * 10**7)|length }}",
+        "{{ ('{a}' * 10**5).format_map({'a': 'a' * 10**7})|length }}",
+        "{{ (('%s' * 1000) % (('a' * 10**7,) * 1000))|length }}",
+        "{{ ('%999d' * 10**5)|format(*([1] * 10**5))|length }}",
+        "{{ (([1]|batch(10**10, 0))|list)|length }}",
+        "{{ (([1]|slice(10**10))|list)|length }}",
+        "{{ [[1]]|tojson(indent=10**10)|length }}",
+        "{{ [[[1]] * 10**5]|tojson(indent=10**5)|length }}",
+        "{{ 5|round(10**8, 'ceil') }}",
+        "{{ ([[0] * 10**5] * 1000)|sum(start=[])|length }}",
+        "{{ strftime_now('%1000000000Y')|length }}",
+        "{% set n = namespace(x=2) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x=2) %}{% for i in range(9) %}{% set n.x = n.x ** 999 %}{% endfor %}",
+        "{% set n = namespace(l=[]) %}{% for i in range(10**4) %}"
+        "{% set n.l = n.l + ['a' * 10**7] %}{% endfor %}",
+        _DOUBLED + "'%s%s' % (n.x, n.x) %}{% endfor %}",
+        _DOUBLED + "n.x.replace('b', 'bb') %}{% endfor %}",
+        _DOUBLED + "[n.x, n.x]|join %}{% endfor %}",
+        _DOUBLED + "[n.x, n.x] %}{% endfor %}{{ n.x == 1 }}",
+        _DOUBLED + "{'a': n.x, 'b': n.x} %}{% endfor %}{{ n.x|tojson }}",
+        _DOUBLED + "dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x }}",
+        _DOUBLED + "namespace(a=n.x, b=n.x) %}{% endfor %}{{ [n.x]|tojson }}",
+        "{% macro f() %}{{ varargs }}{% endmacro %}"
+        + _DOUBLED
+        + "(n.x, n.x) %}{% endfor %}{{ f(1) }}",
+        "{% set n = namespace(x='a') %}{% for i in range(60) %}"
+        "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    ],
+)
+def test_templates_make_no_long_values(tokenizer: Tokenizer, attack: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match=r"refuses this chat: [^m]"):  # not by "more than 5 seconds"
+        render_chat(with_template(tokenizer, attack), [user("x")])
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 1 << 19, f"{grown} KiB"  # half a GiB: the values of one rendering, twice
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+        ("{% for a in [1] %}" * 30 + "{% endfor %}" * 30, "nested blocks"),
+    ],
+)
+def test_templates_nested_too_deep(tokenizer: Tokenizer, template: str, reason: str) -> None:
+    with pytest.raises(DataError, match=f"cannot be compiled.*{reason}"):
+        render_chat(with_template(tokenizer, template), [user("x")])
+
+
 def test_templates_have_limits_of_size_and_time(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +329,20 @@ def test_sandbox_allows_what_templates_use(tokenizer: Tokenizer) -> None:
     )
     said = render_chat(with_template(tokenizer, template), [user("u")])
     assert said == "a1ubbx_yp\n  qk-00717[1, 2]"
+    template = (
+        "{{ 'a'.ljust(3) }}|{{ '7'.zfill(3) }}{{ 'a\tb'.expandtabs(2) }}{{ '-'.join(['a', 'b']) }}"
+        "{{ '{:>3}{k}'.format(1, k=[2]) }}{{ '{k}'.format_map({'k': 3}) }}"
+        "{{ 'aa'.replace('a', 'b', 1) }}"
+        "{{ [1, 2]|join(', ') }}{{ [{'a': 1}, {'a': 2}]|join('', attribute='a') }}"
+        "{{ [1, 2]|sum }}{{ [{'a': 1}]|sum('a') }}{{ 2.567|round(2) }}{{ 'ff'|int(0, 16) }}"
+        "{{ [1, 2, 3]|batch(2, 0)|list }}{{ [1, 2]|slice(2)|list }}"
+        "{{ dict(a=1)|tojson(indent=1) }}{{ [1]|tojson(separators=(',', ':')) }}"
+        "{% set a, b = 1, 2 %}{{ a }}"
+        "{% macro m(x) %}<{{ x }}>{% endmacro %}{{ m('y') }}{% set z %}{{ 'z' }}{% endset %}{{ z }}"
+    )
+    assert render_chat(with_template(tokenizer, template), [user("u")]) == (
+        "a  |007a ba-b  1[2]3ba1, 212312.57255[[1, 2], [3, 0]][[1], [2]]" + '{\n "a": 1\n}[1]1<y>z'
+    )
 
 
 def test_broken_and_missing_templates(tokenizer: Tokenizer) -> None:
