@@ -9,6 +9,7 @@ that is one JSON object (Llama 3).
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from dataclasses import dataclass
@@ -188,30 +189,54 @@ def _without_marker(text: str, marker: str, cut: bool) -> str:
 def _calls_of(text: str) -> list[ToolCall]:
     """Of a JSON object with a name and arguments (or parameters), or a list of such; else none.
     Strings may hold raw line breaks and tabs, as small models write them."""
+    numbers: dict[str, str] = {}
     try:
-        value = json.loads(text, strict=False)
+        value = _parsed(text, numbers)
     except (ValueError, RecursionError):
         return []
-    calls = [_call_of(each) for each in (value if isinstance(value, list) else [value])]
+    calls = [_call_of(each, numbers) for each in (value if isinstance(value, list) else [value])]
     return [] if None in calls else [call for call in calls if call is not None]
 
 
-def _call_of(value: Any) -> ToolCall | None:
+def _call_of(value: Any, numbers: dict[str, str]) -> ToolCall | None:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):  # some encode the JSON twice
         try:
-            arguments = json.loads(arguments, strict=False)
+            arguments = _parsed(arguments, numbers)
         except (ValueError, RecursionError):
             return None
     if not isinstance(arguments, dict):
         return None
-    try:
-        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    except ValueError:  # NaN is not JSON, though Python reads it
-        return None
+    text = json.dumps(arguments, ensure_ascii=False)
+    for key, number in numbers.items():
+        text = text.replace(f'"{key}"', number)
     return ToolCall(f"call_{secrets.token_hex(12)}", _sendable(value["name"]), _sendable(text))
+
+
+def _parsed(text: str, numbers: dict[str, str]) -> Any:
+    """The value of JSON. Numbers that Python cannot hold, as 1e999 and integers of more than 4,300
+    digits, are kept in `numbers` as they are written, by the key that stands in their place."""
+
+    def kept(number: str) -> str:
+        key = secrets.token_hex(16)
+        numbers[key] = number
+        return key
+
+    def decimal(number: str) -> float | str:
+        value = float(number)
+        return value if math.isfinite(value) else kept(number)
+
+    def whole(number: str) -> int | str:
+        return int(number) if len(number) <= 4300 else kept(number)
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON, though Python reads it")
+
+    return json.loads(
+        text, strict=False, parse_float=decimal, parse_int=whole, parse_constant=constant
+    )
 
 
 def _sendable(text: str) -> str:

@@ -81,6 +81,18 @@ CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+def test_numbers_beyond_python_are_kept_as_written() -> None:
+    """The grammar of a forced call allows them: JSON does not bound numbers."""
+    digits = "-" + "9" * 5000
+    arguments = f'{{"a": 7e8164181, "b": [-1E+999, {digits}], "c": 0.5, "d": "1e999"}}'
+    twice = json.dumps(arguments)
+    for written in (arguments, twice):
+        stream = PartStream("marked")
+        parts = stream.feed(f'<tool_call>{{"name": "f", "arguments": {written}}}</tool_call>')
+        [call] = parts + stream.finish()
+        assert isinstance(call, ToolCall) and call.arguments == arguments
+
+
 @pytest.mark.parametrize(("text", "calls", "thinking", "expected"), CASES)
 def test_parts_whole_or_in_pieces(
     text: str, calls: Calls, thinking: bool, expected: dict[str, Any]
