@@ -25,7 +25,7 @@ BUDGET = {
     "errors": 78,
     "evaluation": 386,
     "files": 235,
-    "inference": 2_714,
+    "inference": 2_727,
     "interop": 2_370,
     "model": 583,
     "parallel": 116,
