@@ -76,8 +76,8 @@ class _Origin:
     overridden: set[str] = field(default_factory=set)
 
     def override(self, key: str, own: bool) -> None:
-        if key.partition(".")[0] not in TABLES:
-            key = key.partition(".")[0]  # `model.head_dim` is `model`
+        # `model.head_dim` is `model`, `columns.roles.bot` is `columns.roles`
+        key = ".".join(key.split(".")[: 2 if key.partition(".")[0] in TABLES else 1])
         self.overridden.add(key)
         (self.own if own else self.shared).add(key)
 

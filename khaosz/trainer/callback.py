@@ -179,7 +179,7 @@ class ProgressLine(Callback):
 
     def on_step(self, context: TrainContext, metrics: dict[str, Any]) -> None:
         plan, progress = context.plan, context.progress
-        for name in ("logprob_chosen", "val_logprob_chosen"):
+        for name in ("loss", "logprob_chosen", "val_logprob_chosen"):
             if math.isfinite(value := metrics.get(name, math.nan)):
                 progress.start.setdefault(name, value)
         per_step = progress.seconds / max(1, progress.step)

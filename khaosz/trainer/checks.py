@@ -58,6 +58,8 @@ from khaosz.trainer.stages.limits import (
 from khaosz.trainer.stages.reward_sources import check_same_tokenizer, load_function
 from khaosz.trainer.validation import check_prompts
 
+_EXAMPLES = Path("runs/demo/corpus")  # where the shipped recipes expect their data
+
 
 @dataclass(frozen=True)
 class CheckedStage:
@@ -243,6 +245,12 @@ def _check_data(config: TrainConfig, path: Path) -> None:
     """Raises `DataError` for data that is missing, and for prepared data of another stage."""
     text = config.stage in ("pt", "sft")
     if not (text and is_prepared(path)):
+        if path.is_relative_to(_EXAMPLES) and not path.exists():
+            command = "grounded MODEL" if path.name.startswith("grounded") else "get demo"
+            raise DataError(
+                f"{path} not found: the recipe's example data",
+                hint=f"name your own with data=FILE, or create it with `khaosz data {command}`",
+            )
         _check_layout(config, path)
         return
     prepared = PreparedData.open(path)

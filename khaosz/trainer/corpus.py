@@ -102,11 +102,13 @@ class Corpus:
         return self._opened(self.config.val, self.config.out / "val", 0.0), "train"
 
     def _opened(self, path: Path, out: Path, val_fraction: float) -> PreparedData:
+        written_now = False
         if not is_prepared(path):
             if self.resumed and is_prepared(out) and prepared_from(out, path):
                 if not path.exists():
                     self.console.print(f"  {path} is gone: using {out}, which was prepared from it")
             elif self.parallel.is_main:
+                written_now = True
                 with shown_progress(self.console) as progress:
                     prepare(
                         [path],
@@ -128,6 +130,9 @@ class Corpus:
                 f"{path} was prepared with another tokenizer",
                 hint="prepare it again with this one, or leave tokenizer= out",
             )
+        if self.parallel.local_rank == 0 and not written_now:
+            with self.console.status(f"verifying {path}"):
+                data.verify()
         return data
 
     def _print(self, lines: list[str]) -> None:

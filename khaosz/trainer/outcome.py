@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from khaosz.config import ROLLOUT_STAGES
 from khaosz.errors import TrainingError
 from khaosz.trainer.checkpoint import resolve
 from khaosz.trainer.train_context import TrainContext
@@ -17,6 +18,7 @@ from khaosz.trainer.train_context import TrainContext
 # half of what it was, the model unlearns to write them (arXiv:2402.13228, section 3).
 _FALL = math.log(2)
 _FAR = 1.0  # of the log-ratio to the reference; a healthy run stays below a few tenths
+_RISE = 1.5  # of the loss of the first step; batches of other records differ by less
 
 
 def check_outcome(context: TrainContext) -> None:
@@ -59,6 +61,11 @@ def run_warnings(context: TrainContext) -> list[str]:
         warnings.append(
             f"the validation loss ended at {last:.3f}, above its first value {first:.3f}"
             f"{lowest if progress.best_step != progress.step else ''}: lower lr or train for less"
+        )
+    began, ended = progress.start.get("loss", 0.0), context.last.get("loss", 0.0)
+    if context.config.stage not in ROLLOUT_STAGES and ended > _RISE * began > 0:
+        warnings.append(
+            f"the loss ended at {ended:.3f}, above its first value {began:.3f}: lower lr"
         )
     return warnings + [
         f"{sign}: lower lr, raise beta or sft_weight"

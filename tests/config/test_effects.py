@@ -177,6 +177,14 @@ def test_shared_shape_is_for_new_models(tmp_path: Path) -> None:
         load_stages(path, ["sft.model.head_dim=32"])
 
 
+def test_override_of_one_role(tmp_path: Path) -> None:
+    path = written(tmp_path / "r.toml", [stage_of("sft", init_from="m")])
+    (config,) = load_stages(path, ["columns.roles.customer=user", "columns.roles.bot=assistant"])
+    assert config.columns.roles == {"customer": "user", "bot": "assistant"}
+    with pytest.raises(ConfigError, match=r"columns\.roles\.bot: Input should be"):
+        load_stages(path, ["columns.roles.bot=alien"])
+
+
 def test_recipe_without_stages(tmp_path: Path) -> None:
     path = written(tmp_path / "r.toml", [stage_of("pt")], stages=[])
     with pytest.raises(ConfigError, match="stages is empty"):

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import TINY_MODEL, Recipe
 
-from khaosz.config import TrainConfig
+from khaosz.config import TrainConfig, find_recipe, load_stages
 from khaosz.errors import CheckpointError, ConfigError, DataError, KhaoszError, ModelError
 from khaosz.trainer.checks import check_stages
 from khaosz.trainer.run import run
@@ -207,3 +207,12 @@ def test_data_that_a_later_stage_cannot_read(stage: Any, tmp_path: Path) -> None
     (tmp_path / "mixed/a.json").write_text('{"a": 1}')
     (tmp_path / "mixed/b.jsonl").write_text('{"b": 1}\n{"text": "Hello."}\n')
     check_stages([stage("pt", data=tmp_path / "mixed")])
+
+
+def test_missing_example_data_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"example data") as caught:
+        check_stages(load_stages(find_recipe(Path("pt"))))
+    assert "khaosz data get demo" in str(caught.value.hint)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shlex
 import subprocess
 import sys
@@ -155,6 +156,15 @@ def test_rising_validation_loss_is_a_warning(
     assert "warning: the validation loss ended at 3.250, above its first value 3.000" in text
     assert f"the lowest, 2.500, is in {best}" in text
     assert next_commands(context)[0].split()[-3] == str(best)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.2])
+def test_rising_training_loss_is_a_warning(recipe: Recipe, held_out: float) -> None:
+    """Of a run without validation, and of one that is validated only when it has diverged."""
+    fast: dict[str, Any] = {"lr": 30.0, "embedding_lr": 30.0, "eval_every": 1000}
+    context = run(recipe(**fast, val_fraction=held_out), console=QUIET)
+    (warning,) = run_warnings(context)
+    assert re.match(r"the loss ended at \d+\.\d{3}, above its first value [567]\.", warning)
 
 
 def test_zero_gradient_in_every_step_is_a_warning(recipe: Recipe) -> None:

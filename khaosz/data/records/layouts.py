@@ -180,7 +180,8 @@ def named(record: Any, columns: ColumnsConfig | None = None) -> Fields:
     sources = column_names(columns)
     for known, source in sources.items():
         if source not in record and known not in ("system", "tools", "negative"):
-            raise DataError(f"no column {source}, which [columns] names")
+            keys = _key_list(record)
+            raise DataError(f"no column {source}, which [columns] names, with keys {keys}")
     moved = {known: fields[source] for known, source in sources.items() if source in fields}
     replaced = set(sources.values()) | {
         name

@@ -58,7 +58,7 @@ def read_turns(
                 raise DataError(f"{key} is text, not messages")
             return [{"role": text_role, "content": value}]
     if isinstance(value, dict):
-        value = value["messages"] if isinstance(value.get("messages"), list) else [value]
+        value = value["messages"] if isinstance(value.get("messages"), list) else _rows(value)
     wanted = "not a list of messages" if text_role is None else "neither text nor messages"
     if not isinstance(value, list):
         raise DataError(f"{key} is {wanted}")
@@ -115,6 +115,17 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
     if not all(isinstance(schema, dict) for schema in schemas):
         raise DataError("tools is not a list of JSON schemas")
     return schemas
+
+
+def _rows(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """One message, or the messages of columns, `{"role": [...], "content": [...]}`: so are lists of
+    objects written by Hugging Face's `Sequence`."""
+    columns = list(value.values())
+    if _first(value, _ROLE_KEYS) is None or not all(isinstance(each, list) for each in columns):
+        return [value]
+    if len({len(each) for each in columns}) > 1:
+        raise DataError(f"{', '.join(map(str, value))} are lists of different lengths")
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def _in_text(text: str) -> Any:

@@ -124,7 +124,8 @@ def prepare(
             out.rmdir()
         raise DataError(
             "no usable record in the input" + worst_reason(run.report.inputs),
-            hint='each line must be {"text": ...}, or a chat for SFT; or give .txt files',
+            hint='a record is {"text": ...}, or a chat for SFT; name other columns in [columns];'
+            " docs/en/data.md lists all layouts",
         )
     return run.report
 

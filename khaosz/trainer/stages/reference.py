@@ -128,8 +128,9 @@ def _compute(
 def _read(path: Path, key: str) -> Tensor | None:
     try:
         with safe_open(str(path), framework="pt") as file:
-            if (file.metadata() or {}).get("key") == key:
-                return file.get_tensor("logprobs")
+            stored, table = file.metadata() or {}, file.get_tensor("logprobs")
+            if (stored.get("key"), stored.get("hash")) == (key, digest(table.numpy())):
+                return table
     except (OSError, SafetensorError):
         pass
     return None
@@ -137,4 +138,5 @@ def _read(path: Path, key: str) -> Tensor | None:
 
 def _write(path: Path, logprobs: Tensor, key: str) -> None:
     with atomic_path(path) as partial:
-        save_file({"logprobs": logprobs}, str(partial), metadata={"key": key})
+        metadata = {"key": key, "hash": digest(logprobs.numpy())}
+        save_file({"logprobs": logprobs}, str(partial), metadata=metadata)

@@ -71,6 +71,20 @@ def test_null_and_empty_columns_beside_a_valid_layout() -> None:
         assert to_pairs(columns) == [Pair(chat[:1], "a", "b")], columns
 
 
+def test_messages_in_columns() -> None:
+    """As Hugging Face's `Sequence` of objects is written."""
+    columns = {"role": ["user", "assistant"], "content": ["Hi", "Hello."]}
+    for value in (
+        columns,
+        {"from": ["human", "gpt"], "value": ["Hi", "Hello."], "weight": [None, 1]},
+    ):
+        messages = to_messages({"conversations": value}).messages
+        assert [m["role"] for m in messages] == ["user", "assistant"], value
+        assert [m["content"] for m in messages] == ["Hi", "Hello."], value
+    with pytest.raises(DataError, match="role, content are lists of different lengths"):
+        to_messages({"messages": {**columns, "content": ["Hi"]}})
+
+
 def test_fields_of_messages_reach_the_template() -> None:
     tool = {"role": "tool", "content": "1", "tool_call_id": "c1", "name": "f"}
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {}}}
@@ -289,7 +303,9 @@ def test_named_columns_of_other_kinds() -> None:
     config = ColumnsConfig.parse({"prompt": "ask", "chosen": "good", "rejected": "bad"})
     record = {"ask": "Hi", "good": "a", "bad": "b"}
     assert to_pairs(record, config) == [Pair([HI], "a", "b")]
-    with pytest.raises(DataError, match=r"no column ask, which \[columns\] names"):
+    with pytest.raises(
+        DataError, match=r"no column ask, which \[columns\] names, with keys prompt, good, bad$"
+    ):
         to_pairs({"prompt": "Hi", "good": "a", "bad": "b"}, config)
     text = ColumnsConfig.parse({"text": "body"})
     assert read_record({"body": "x", "text": "y"}, ("text",), text) == "x"

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from tiny import Recipe, random_model, stopping_after
 
 from khaosz.config import TrainConfig
+from khaosz.data.shards.mmap import MmapFileHandler
 from khaosz.data.shards.prepare import prepare
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.errors import CheckpointError, DataError, ModelError
+from khaosz.errors import CheckpointError, DataError, ModelError, TokenFileError
 from khaosz.interop.adapter import merge_adapter
 from khaosz.interop.huggingface import save_model
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
@@ -213,6 +214,28 @@ def test_prepared_data_of_a_run_suffices(
     context = run(config, resume=True, console=Console(file=said, width=1000))
     assert context.progress.step == 4
     assert ("is gone: using" in said.getvalue()) == (change == "gone")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_prepared_data_is_refused(
+    recipe: Recipe, texts: list[str], tokenizer_dir: Path, tmp_path: Path, split: str
+) -> None:
+    """On resume, and for a new run on the directory: a changed token, and one beyond the
+    vocabulary."""
+    config = recipe(data=raw_data(tmp_path / "raw.jsonl", texts), tokenizer=tokenizer_dir)
+    config = config.updated(val_fraction=0.2, max_steps=4)
+    stop(config, 2)
+    shard = next((config.out / "data").glob(f"{split}-*.tok"))
+    with MmapFileHandler(shard) as opened:
+        start = opened.header["sections"]["tokens"]["offset"]
+    for token in (b"\x01\x01", b"\xff\xff"):
+        with shard.open("r+b") as file:
+            file.seek(start + 8)
+            file.write(token)
+        with pytest.raises(TokenFileError, match=r"checksum of section tokens|token id 65535"):
+            run(config, resume=True, console=QUIET)
+        with pytest.raises(TokenFileError, match=r"checksum of section tokens|token id 65535"):
+            run(config.updated(data=config.out / "data", out=tmp_path / "new"), console=QUIET)
 
 
 def test_prepared_data_of_an_interrupted_start_is_used_for_the_same_text(

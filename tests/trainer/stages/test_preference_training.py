@@ -112,6 +112,10 @@ def test_stored_table_is_used_for_its_model_and_pairs_only(
     shifted(model)
     close(table(pairs), table_of(model, pairs))
     assert len(computed) == 3
+    last = path.read_bytes()
+    path.write_bytes(last[:-3] + bytes([last[-3] ^ 1]) + last[-2:])
+    close(table(pairs), table_of(model, pairs))
+    assert len(computed) == 4
 
 
 def test_adapters_off_are_the_reference_of_a_trained_policy(
