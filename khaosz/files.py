@@ -187,6 +187,12 @@ def disk_hint(error: OSError) -> str | None:
     return None
 
 
+def is_writable(path: Path) -> bool:
+    """Whether a file exists and can be changed, or could be created with its parents."""
+    existing = next(each for each in (path, *path.absolute().parents) if each.exists())
+    return os.access(existing, os.W_OK) and (existing == path or existing.is_dir())
+
+
 def _named(error: OSError, path: Path) -> OSError:
     """A write to an open file does not know its name."""
     if error.filename is None and error.errno is not None:

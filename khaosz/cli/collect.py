@@ -26,7 +26,7 @@ from khaosz.data.records.readers import Skip, parse_line
 from khaosz.data.records.report import text_hash
 from khaosz.data.records.turns import Message
 from khaosz.errors import DataError, GenerationError
-from khaosz.files import append
+from khaosz.files import append, disk_hint, is_writable
 from khaosz.inference.generator import Completion, Generator
 from khaosz.inference.sampling import SamplingParams
 
@@ -76,6 +76,8 @@ def collect(
     if params.temperature == 0:
         raise GenerationError(f"temperature 0 gives the same answer {n} times", hint="0.9 is usual")
     console, out = console or Console(highlight=False, emoji=False), Path(out)
+    if not is_writable(out):  # else the first ranking is lost
+        raise DataError(f"cannot write {out}", hint="choose another place for --out")
     seen = ranked_prompts(out, console)
     generator = Generator.from_directory(model, device=device)
     data = load_prompts(
@@ -183,7 +185,8 @@ def _append(out: Path, line: bytes) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         append(out, line)
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror or error}") from error
+        what = f"cannot write {out}: {error.strerror or error}"
+        raise DataError(what, hint=disk_hint(error)) from error
 
 
 def _print_answers(console: Console, prompt: list[Message], answers: list[Completion]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ModelError
-from khaosz.files import atomic_folder
+from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
 from khaosz.interop.encoder import is_encoder
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
@@ -127,4 +127,5 @@ def write_served(
                 partial, config, parameter, token_ids={**ids, "eos_token_id": ends}
             )
     except OSError as error:
-        raise ModelError(f"cannot write {directory}: {error.strerror or error}") from error
+        what = f"cannot write {directory}: {error.strerror or error}"
+        raise ModelError(what, hint=disk_hint(error)) from error

@@ -339,7 +339,7 @@ def test_invalid_arguments_are_rejected_before_sampling(session: Session, tmp_pa
         session.collect("a>b>c\n", tmp_path / "folder.jsonl")
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(DataError, match="cannot write"):
-        session.collect("a>b>c\n", tmp_path / "file" / "r.jsonl")
+        session.collect("", tmp_path / "file" / "r.jsonl")  # before anything is ranked
     session.prompts = tmp_path / "none.jsonl"
     with pytest.raises(DataError, match="does not exist"):
         session.collect("a>b>c\n", out)

@@ -33,7 +33,7 @@ from khaosz.data.shards.writer import Preparation, PrepareProgress
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
-from khaosz.files import digest
+from khaosz.files import digest, disk_hint
 
 _REFUSED = "refused"  # in the state: complete, but with too many unread records
 
@@ -133,7 +133,7 @@ def prepare(
 def _cannot_write(error: OSError, out: Path) -> DataError:
     return DataError(
         f"cannot write {error.filename or out}: {error.strerror or error}",
-        hint="free some space and run the same command again: it resumes",
+        hint=f"{disk_hint(error) or 'run the command again'}; it resumes",
     )
 
 

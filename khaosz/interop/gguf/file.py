@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from khaosz.errors import ModelError, quoted
-from khaosz.files import atomic_file
+from khaosz.files import atomic_file, disk_hint
 
 MAGIC = b"GGUF"
 _ALIGNMENT = 32  # bytes, unless general.alignment says otherwise
@@ -276,7 +276,8 @@ def write_gguf(path: Path, metadata: dict[str, Any], tensors: list[TensorToWrite
                     file.write(np.ascontiguousarray(rows).data)
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
     except OSError as error:
-        raise ModelError(f"cannot write {path}: {error.strerror or error}") from error
+        what = f"cannot write {path}: {error.strerror or error}"
+        raise ModelError(what, hint=disk_hint(error)) from error
 
 
 def _text(value: str) -> bytes:
