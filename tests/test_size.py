@@ -24,7 +24,7 @@ BUDGET = {
     "doctor": 72,
     "errors": 78,
     "evaluation": 386,
-    "files": 235,
+    "files": 238,
     "inference": 2_727,
     "interop": 2_370,
     "model": 583,
