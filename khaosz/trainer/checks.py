@@ -247,9 +247,10 @@ def _check_data(config: TrainConfig, path: Path) -> None:
     if not (text and is_prepared(path)):
         if path.is_relative_to(_EXAMPLES) and not path.exists():
             command = "grounded MODEL" if path.name.startswith("grounded") else "get demo"
+            own = "data=FILE" if path == config.data else "val=FILE, hold out a part with val="
             raise DataError(
                 f"{path} not found: the recipe's example data",
-                hint=f"name your own with data=FILE, or create it with `khaosz data {command}`",
+                hint=f"name your own with {own}, or create it with `khaosz data {command}`",
             )
         _check_layout(config, path)
         return

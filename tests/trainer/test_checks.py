@@ -215,4 +215,10 @@ def test_missing_example_data_says_how_to_get_it(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"example data") as caught:
         check_stages(load_stages(find_recipe(Path("pt"))))
-    assert "khaosz data get demo" in str(caught.value.hint)
+    assert "data=FILE, or create it with `khaosz data get demo`" in str(caught.value.hint)
+    Path("own.jsonl").write_text('{"query": "a", "positive": "b"}\n' * 20)
+    own = ["data=own.jsonl", "size=nano", "init_from="]
+    with pytest.raises(DataError, match=r"pairs_val.jsonl not found") as caught:
+        check_stages(load_stages(find_recipe(Path("embed")), own))
+    assert "hold out a part with val=" in str(caught.value.hint)
+    assert len(check_stages(load_stages(find_recipe(Path("embed")), [*own, "val="]))) == 1
