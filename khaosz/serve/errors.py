@@ -176,6 +176,8 @@ def _invalid_request(error: RequestValidationError) -> ApiError:
     place, *parts = first["loc"]
     param = _param(place, parts, error.body, missing=first["type"] == "missing")
     match first:
+        case {"type": "json_invalid", "ctx": {"error": why}}:
+            return ApiError(400, f"the body is not valid JSON at character {parts[0]}: {why}")
         case _ if isinstance(error.body, bytes):
             message = "not sent as JSON: set Content-Type to application/json"
         case {"type": "extra_forbidden"}:

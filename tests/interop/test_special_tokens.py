@@ -97,6 +97,30 @@ def test_flags_and_named_templates_survive_a_gguf(tmp_path: Path) -> None:
     assert theirs.apply_chat_template(CHAT)["input_ids"] == encode_chat(before, CHAT)[0]
 
 
+@pytest.mark.parametrize("named", [["eos_token"], ["bos_token", "eos_token", "unk_token"]])
+def test_a_gguf_names_the_tokens_that_the_model_names(tmp_path: Path, named: list[str]) -> None:
+    """A template sees no bos_token where only an id in config.json says it."""
+    template = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ messages[0].content }}"
+    source = directory("gpt2", tmp_path / "source", chat_template=template)
+    values = json.loads((source / "tokenizer_config.json").read_text())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    kept = {key: value for key, value in values.items() if not key.endswith("_token")}
+    text = json.dumps(kept | {key: names[key] for key in named})
+    (source / "tokenizer_config.json").write_text(text)
+    (source / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3})
+    )
+    gguf = convert(source, tmp_path / "a.gguf", kind="F32")
+    back = convert(gguf, tmp_path / "back")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(str(source))
+    expected = theirs.apply_chat_template(CHAT[:1])["input_ids"]
+    for place in (source, gguf, back):
+        tokenizer = open_tokenizer(place)
+        assert encode_chat(tokenizer, CHAT[:1])[0] == expected
+        assert (tokenizer.bos_id, tokenizer.pad_id) == (1, 3)
+    assert GgufFile.open(gguf).metadata["tokenizer.ggml.bos_token_id"] == 1
+
+
 def test_each_end_token_ends_an_answer(tmp_path: Path) -> None:
     generator = Generator.from_directory(directory("llama3", tmp_path))
     for end in (2, 5, 6):
@@ -119,6 +143,7 @@ def test_ends_of_a_gguf_file_by_name(tmp_path: Path) -> None:
     assert GgufModel.open(tmp_path / "b.gguf").tokenizer().end_ids == (2, 5, 6)
     for key, value in [
         ("khaosz.end_token_ids", "2"),
+        ("khaosz.token_names", "[1]"),
         ("khaosz.token_flags", "["),
         ("khaosz.token_flags", '{"<s>": 1}'),
         ("tokenizer.ggml.add_eos_token", "yes"),

@@ -98,6 +98,12 @@ def test_param_does_not_depend_on_wording(
         assert answer["error"]["message"] == f"{param} seed of another sentence"
 
 
+def test_body_that_is_not_json(service: Service) -> None:
+    status, _, answer = service.ask("POST", "/v1/chat/completions", '{"model": "tiny", "n": 01}')
+    assert (status, answer["error"]["param"]) == (400, None)
+    assert answer["error"]["message"].startswith("the body is not valid JSON at character 24: ")
+
+
 def test_full_disk_is_507(tmp_path: Path) -> None:
     with pytest.raises(ApiError) as caught, map_disk_full():
         raise OSError(errno.ENOSPC, "reworded")

@@ -39,7 +39,8 @@ _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|eom_id|>",
     "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>",
 )  # fmt: skip
-_END_IDS, _FLAGS = "khaosz.end_token_ids", "khaosz.token_flags"  # what llama.cpp has no key for
+# What llama.cpp has no key for.
+_END_IDS, _FLAGS, _NAMES = "khaosz.end_token_ids", "khaosz.token_flags", "khaosz.token_names"
 _STRIPS = ("single_word", "lstrip", "rstrip", "normalized")
 
 
@@ -135,7 +136,8 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
             ids[key] = token_id
     if "eos" not in ids:
         raise ModelError(f"{source}: tokenizer.ggml.eos_token_id is missing")
-    config |= {f"{key}_token": tokens[i] for key, i in ids.items() if key not in ("eot", "eom")}
+    names = {f"{key}_token": tokens[i] for key, i in ids.items() if key not in ("eot", "eom")}
+    config |= _stored_names(metadata.get(_NAMES), names, source)
     if "<|bos|>" not in vocab:  # the chat template of ours writes it
         around = {"bos": config["add_bos_token"] and "bos" in ids, "eos": config["add_eos_token"]}
         begin, finish = (
@@ -148,7 +150,8 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     named = [vocab[name] for name in _END_NAMES if name in vocab]
     named = [i for i in named if types[i] == _CONTROL]
     stored = get_ids(_END_IDS)
-    model_ids = {"eos": list(dict.fromkeys([*ends, *(named if stored is None else stored)]))}
+    model_ids = {key: [i] for key, i in ids.items() if key in ("bos", "pad")}
+    model_ids["eos"] = list(dict.fromkeys([*ends, *(named if stored is None else stored)]))
     return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config, model_ids)
 
 
@@ -167,6 +170,15 @@ def _stored_flags(stored: Any, source: str) -> dict[str, dict[str, bool]]:
         }
     except (ValueError, TypeError, AttributeError):
         raise ModelError(f"{source}: '{_FLAGS}' is {quoted(stored)}") from None
+
+
+def _stored_names(stored: Any, otherwise: dict[str, str], source: str) -> dict[str, str]:
+    """Variables of a chat template, such as bos_token: a model may have ids without these names."""
+    try:
+        names = otherwise if stored is None else json.loads(stored)
+        return {key: name for key, name in names.items() if key.endswith("_token")}
+    except (ValueError, TypeError, AttributeError):
+        raise ModelError(f"{source}: '{_NAMES}' is {quoted(stored)}") from None
 
 
 def _templates(metadata: dict[str, Any]) -> str | list[dict[str, str]] | None:
@@ -220,14 +232,14 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     spec = json.loads(tokenizer.serialized)
     model, patterns = spec["model"], _patterns(spec.get("pre_tokenizer"))
     whole_words = bool(model.get("ignore_merges"))
-    names = [
+    kinds = [
         name
         for name, known in _PATTERNS.items()
         if known == patterns and (name in _IGNORE_MERGES) == whole_words
     ]
     # Qwen2's composes characters (NFC) before anything else, which llama.cpp leaves out.
     normalizer = (spec.get("normalizer") or {"type": "NFC"})["type"]
-    if model["type"] != "BPE" or normalizer != "NFC" or not names:
+    if model["type"] != "BPE" or normalizer != "NFC" or not kinds:
         raise ModelError(
             "the pre-tokenizer of this model has no name in llama.cpp",
             hint="models trained here have one: 'qwen2'",
@@ -249,7 +261,7 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         )
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": names[0],
+        "tokenizer.ggml.pre": kinds[0],
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
         "tokenizer.ggml.merges": [
@@ -266,6 +278,10 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     if (eom := tokenizer.special_ids.get("<|eom_id|>")) in tokenizer.end_ids:
         metadata["tokenizer.ggml.eom_token_id"] = eom
     metadata[_END_IDS] = np.array(tokenizer.end_ids, np.int32)
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    names = tokenizer.template_variables
+    if names != {f"{key}_token": tokens[i] for key, i in ids.items()}:
+        metadata[_NAMES] = json.dumps(names, ensure_ascii=False)
     flags = {
         added["content"]: {key: added[key] for key in _STRIPS if added.get(key)}
         for added in spec["added_tokens"]
