@@ -11,6 +11,7 @@ import typer
 from khaosz import __version__
 from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.inference import bench_app, model_app
+from khaosz.cli.output import printable, say
 from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
 from khaosz.errors import KhaoszError
@@ -35,7 +36,7 @@ app.add_typer(rag_app, name="rag")
 
 def _show_version(shown: bool) -> None:
     if shown:
-        typer.echo(f"khaosz {__version__}")
+        say(f"khaosz {__version__}")
         raise typer.Exit
 
 
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(printable(f"hint: {hint}"), file=sys.stderr)
     sys.exit(1)

@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from khaosz.cli.output import open_console
 from khaosz.config import ColumnsConfig
 from khaosz.data.records.preference import Paths, load_prompts, prompt_key, to_prompt
 from khaosz.data.records.readers import Skip, parse_line
@@ -75,7 +76,7 @@ def collect(
         raise GenerationError(f"n must be between 2 and 26 (got {n})")
     if params.temperature == 0:
         raise GenerationError(f"temperature 0 gives the same answer {n} times", hint="0.9 is usual")
-    console, out = console or Console(highlight=False, emoji=False), Path(out)
+    console, out = console or open_console(highlight=False, emoji=False), Path(out)
     if not is_writable(out):  # else the first ranking is lost
         raise DataError(f"cannot write {out}", hint="choose another place for --out")
     seen = ranked_prompts(out, console)

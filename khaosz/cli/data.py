@@ -16,10 +16,12 @@ from khaosz.cli.output import (
     Json,
     OutFolder,
     check_choice,
+    open_console,
     parse_columns,
     print_notes,
     print_result,
     progress_console,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def data_get(
     for note in sources.notes:
         console.print(note, highlight=False)
     corpus = build_demo_corpus(sources, out)
-    typer.echo(f"{corpus.pt}\n{corpus.sft}\n{corpus.val}\n{corpus.pairs}")
+    say(f"{corpus.pt}\n{corpus.sft}\n{corpus.val}\n{corpus.pairs}")
 
 
 @data_app.command("from-docs")
@@ -214,7 +216,6 @@ def data_show(
     column: Columns = None,
 ) -> None:
     """Print records as training sees them, with token boundaries and the loss mask."""
-    from rich.console import Console
 
     from khaosz.data.shards.show import show
     from khaosz.data.tokenizer import load_tokenizer
@@ -228,7 +229,7 @@ def data_show(
         load_tokenizer(tokenizer or default),
         n=n,
         seed=seed,
-        console=Console(),
+        console=open_console(),
         columns=parse_columns(column),
     )
 
@@ -241,7 +242,7 @@ def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.
     shards = [shard for group in PreparedData.open(data).groups for shard in group.shards]
     for shard in shards:
         shard.verify()
-    typer.echo(f"{data}: {len(shards)} shards verified")
+    say(f"{data}: {len(shards)} shards verified")
 
 
 def _write_records(
@@ -274,7 +275,7 @@ def _write_records(
         raise DataError(f"{out} cannot be written: {error.strerror}") from error
     finally:
         for problem in problems:
-            typer.echo(f"  {problem.path}: {problem.message}", err=True)
+            say(f"  {problem.path}: {problem.message}", err=True)
     values = {"records": count, "not_read": len(problems), "out": str(out)}
     print_result(as_json, values, f"{count:,} {kind}, {len(problems):,} files not read; {out}")
 

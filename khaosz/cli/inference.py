@@ -24,6 +24,7 @@ from khaosz.cli.output import (
     print_result,
     progress_console,
     resolve_device,
+    say,
 )
 
 model_app = typer.Typer()
@@ -101,12 +102,12 @@ def generate(
     for piece in generator.stream(ids, params):
         text += piece.text
         if not as_json:
-            typer.echo(piece.text, nl=False)
+            say(piece.text, nl=False)
     assert piece is not None
     if as_json:
         print_json({"text": text, "tokens": piece.tokens, "finish_reason": piece.finish_reason})
     else:
-        typer.echo()
+        say()
 
 
 @model_app.command()
@@ -172,7 +173,7 @@ def chat(
             context=context,
             memory_check=not no_memory_check,
         )
-        typer.echo(backend.generator.memory_line)
+        say(backend.generator.memory_line)
     with closing(backend):
         backend.check(settings)
         if docs is not None:
@@ -261,7 +262,7 @@ def serve(
         deterministic=deterministic,
         limits=Limits(max_queue, max_batch, memory, context, not no_memory_check),
         timeout=request_timeout,
-        announce=typer.echo,
+        announce=say,
     )
 
 
@@ -286,7 +287,7 @@ def pull(
             bars.update(tasks[file], completed=done, total=total or None)
 
         path = pull_model(name, show)
-    typer.echo(f"{path}\nStart a chat:  khaosz chat {path}")
+    say(f"{path}\nStart a chat:  khaosz chat {path}")
 
 
 @model_app.command()
@@ -300,7 +301,7 @@ def convert(
     """Convert a Hugging Face directory to a .gguf file, or back."""
     from khaosz.interop.models import convert as convert_model
 
-    typer.echo(convert_model(source, target, kind=to))
+    say(convert_model(source, target, kind=to))
 
 
 @model_app.command()
@@ -340,7 +341,7 @@ def init(
     """Write a model with random weights, to test the speed and memory of a size."""
     from khaosz.inference.quantize import write_random_model
 
-    typer.echo(write_random_model(size, out, kind=to, seed=seed, console=progress_console()))
+    say(write_random_model(size, out, kind=to, seed=seed, console=progress_console()))
 
 
 @bench_app.command("infer")

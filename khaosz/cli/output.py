@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +41,48 @@ NoMemoryCheck = Annotated[
 TopP = Annotated[float, typer.Option(help="Nucleus sampling; 1: off.")]
 
 
-def progress_console() -> Any:
-    from rich.console import Console
+# What a model, a server, a document or a file name may hold and a terminal would obey: control
+# characters, and marks that reverse the order in which text is shown.
+_SHOWN = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
+    0x7F: "\u2421",
+    **{
+        code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+        for code in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    },
+}
 
+
+def printable(text: str) -> str:
+    """A text as a terminal may get it: control characters are shown, not obeyed."""
+    return text.replace("\r\n", "\n").translate(_SHOWN)
+
+
+def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
+    """Print a text; on a terminal as `printable` has it, in a file or a pipe as it is."""
+    stream = sys.stderr if err else sys.stdout
+    typer.echo(printable(str(text)) if stream.isatty() else str(text), err=err, nl=nl)
+
+
+def open_console(**options: Any) -> Any:
+    """A rich `Console` that shows the control characters of what it prints."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class SafeConsole(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control:
+                    yield segment  # rich's own: cursor movements of a progress bar
+                else:
+                    yield Segment(printable(segment.text), segment.style)
+
+    return SafeConsole(**options)
+
+
+def progress_console() -> Any:
     # In a log file or a pipe, long lines are not wrapped.
-    return Console(stderr=True, soft_wrap=not sys.stderr.isatty())
+    return open_console(stderr=True, soft_wrap=not sys.stderr.isatty())
 
 
 def resolve_device(name: str) -> str:
@@ -71,7 +108,7 @@ def parse_columns(entries: list[str] | None) -> Any:
 def print_notes(lines: Iterable[str]) -> None:
     """Print `lines` on standard error."""
     for line in lines:
-        typer.echo(line, err=True)
+        say(line, err=True)
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
@@ -88,10 +125,10 @@ def print_result(as_json: bool, values: Any, text: str) -> None:
     if as_json:
         print_json(values)
     elif text:
-        typer.echo(text)
+        say(text)
 
 
 def print_json(values: Any) -> None:
     from khaosz.files import finite
 
-    typer.echo(json.dumps(finite(values), ensure_ascii=False, default=str))
+    say(json.dumps(finite(values), ensure_ascii=False, default=str))

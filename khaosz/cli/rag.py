@@ -18,6 +18,7 @@ from khaosz.cli.output import (
     print_result,
     progress_console,
     resolve_device,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -312,10 +313,10 @@ def ask(
             temperature=temperature,
         )
         if show_prompt and reply.prompt and not as_json:
-            typer.echo(reply.prompt.text + "\n" + "-" * 40)
+            say(reply.prompt.text + "\n" + "-" * 40)
         for piece in reply:
             if not as_json:
-                typer.echo(piece, nl=False)
+                say(piece, nl=False)
     if as_json:
         print_json(
             {
@@ -328,18 +329,16 @@ def ask(
             }
         )
         return
-    typer.echo("")
+    say("")
     if reply.prompt and reply.prompt.left_out:
-        typer.echo(
-            f"({reply.prompt.left_out} more passages did not fit into the context)", err=True
-        )
+        say(f"({reply.prompt.left_out} more passages did not fit into the context)", err=True)
     if reply.prompt and reply.prompt.narrowed:
-        typer.echo("(the best passage was too long: only part of it was sent)", err=True)
+        say("(the best passage was too long: only part of it was sent)", err=True)
     sources, cited = sources_of(reply)
     if not cited:
-        typer.echo(NO_CITATION)
+        say(NO_CITATION)
     for source in sources:
-        typer.echo(source)
+        say(source)
 
 
 def _open_base(where: str) -> KnowledgeBase:

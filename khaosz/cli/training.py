@@ -22,6 +22,7 @@ from khaosz.cli.output import (
     print_result,
     progress_console,
     resolve_device,
+    say,
 )
 
 training_app = typer.Typer()
@@ -56,17 +57,17 @@ def train(
     configs = load_stages(recipe, overrides)
     if dry_run:
         for stage in check_stages(configs, resume=resume or extend):
-            typer.echo("\n".join(stage.lines()))
+            say("\n".join(stage.lines()))
         return
     context = None
     for context in run_stages(configs, resume=resume, extend=extend):
         if context.signal:
             raise typer.Exit(128 + context.signal)
         if context.parallel.is_main:
-            typer.echo(str(context.config.out / "last"))
+            say(str(context.config.out / "last"))
     if context is not None and context.parallel.is_main and context.complete:
         for command in next_commands(context):
-            typer.echo(f"next:  {command}", err=True)
+            say(f"next:  {command}", err=True)
 
 
 @training_app.command()
@@ -77,10 +78,10 @@ def recipes(
     from khaosz.config import find_recipe, shipped_recipes
 
     if name is not None:
-        typer.echo(find_recipe(Path(name)).read_text(encoding="utf-8"), nl=False)
+        say(find_recipe(Path(name)).read_text(encoding="utf-8"), nl=False)
         return
     for known, first in shipped_recipes().items():
-        typer.echo(f"{known:<10} {first}")
+        say(f"{known:<10} {first}")
 
 
 @eval_app.command("bpb")
@@ -269,4 +270,4 @@ def lora_merge(
     """Merge an adapter into its base model and write a model directory."""
     from khaosz.interop.adapter import merge_adapter
 
-    typer.echo(merge_adapter(adapter, out, base=base, any_base=any_base))
+    say(merge_adapter(adapter, out, base=base, any_base=any_base))

@@ -14,6 +14,7 @@ from rich.console import Console
 from scripted_model import CONTEXT, SCRIPT, model, model_directory, run_khaosz, tokenizer
 
 from khaosz.cli.local_models import newest_model
+from khaosz.cli.output import open_console
 from khaosz.cli.terminal.commands import COMMANDS
 from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Settings, Source
 from khaosz.cli.terminal.local_backend import LocalBackend
@@ -37,7 +38,7 @@ class Terminal:
     """One conversation on a console that writes to memory."""
 
     def __init__(self, max_tokens: int = 24) -> None:
-        self.console = Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
+        self.console = open_console(file=io.StringIO(), width=60, highlight=False, emoji=False)
         self.generator = Model(model(), tokenizer())
         self.backend = LocalBackend(self.generator, "tiny")
         self.conversation = Conversation(Settings(max_tokens, temperature=0.0))
@@ -97,7 +98,7 @@ class ScriptedBackend:
 
 
 def memory_console() -> Console:
-    return Console(file=io.StringIO(), width=60, highlight=False, emoji=False)
+    return open_console(file=io.StringIO(), width=60, highlight=False, emoji=False)
 
 
 def output(console: Console) -> str:
@@ -133,17 +134,17 @@ def test_markup_is_not_interpreted() -> None:
     )
 
 
-def test_control_characters_are_removed() -> None:
+def test_control_characters_are_shown() -> None:
     # In the answer and in a document's name: set the clipboard, clear the screen.
     text = render(
         Part("content", "a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
         finished=Finished("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
     )
-    assert text == "a]52;c;aGk=b2Jc\n\n[1] x[2Jy.md  0-9\n"
+    assert text == "a␛]52;c;aGk=b\\x9b2Jc\n\n[1] x␛[2Jy.md  0-9\n"
 
 
 def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
+    console = open_console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
     conversation = Conversation(Settings())
     parts = Part("reasoning", "hm"), Part("content", "Yes."), Finished("stop")
     answer(conversation, "?", ScriptedBackend(*parts), console)

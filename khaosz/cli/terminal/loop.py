@@ -8,6 +8,7 @@ from contextlib import closing
 from rich.console import Console
 from rich.markup import escape
 
+from khaosz.cli.output import open_console
 from khaosz.cli.terminal.commands import COMMANDS, is_command, run_command
 from khaosz.cli.terminal.conversation import (
     NO_CITATION,
@@ -21,13 +22,12 @@ from khaosz.errors import KhaoszError
 from khaosz.inference.parts import Part
 
 # Control characters: the output of a model and the name of a document may contain any.
-_CONTROLS = dict.fromkeys({*range(32), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")})
 
 
 def run_chat(backend: ChatBackend, conversation: Conversation) -> None:
     """Read messages from the terminal until the user leaves."""
     # No `:smile:` codes: the output of the model is printed verbatim.
-    console = Console(highlight=False, emoji=False)
+    console = open_console(highlight=False, emoji=False)
     console.print(f"[bold]{escape(backend.name)}[/bold]  {escape(backend.about)}, ", end="")
     console.print("/help for commands")
     if conversation.documents is not None:
@@ -54,7 +54,7 @@ def run_chat(backend: ChatBackend, conversation: Conversation) -> None:
                 return
         except KhaoszError as error:
             hint = f" ({error.hint})" if error.hint else ""
-            console.print(f"[red]{escape(_printable(str(error)))}[/red]{escape(_printable(hint))}")
+            console.print(f"[red]{escape(str(error))}[/red]{escape(hint)}")
         except KeyboardInterrupt:  # before an answer starts, or during a command
             console.print("[dim](interrupted)[/dim]")
 
@@ -107,7 +107,7 @@ def answer(
 def _print_verbatim(
     console: Console, text: str, style: str | None = "dim", end: str = "\n"
 ) -> None:
-    console.print(_printable(text), end=end, style=style, markup=False, soft_wrap=True)
+    console.print(text, end=end, style=style, markup=False, soft_wrap=True)
 
 
 def _print_sources(console: Console, finished: Finished) -> None:
@@ -115,7 +115,3 @@ def _print_sources(console: Console, finished: Finished) -> None:
         console.print(NO_CITATION, style="dim")
     for source in finished.sources:
         _print_verbatim(console, str(source))
-
-
-def _printable(text: str) -> str:
-    return text.translate(_CONTROLS)
