@@ -13,7 +13,7 @@
     ├── DeviceError             a device, compute type or backend that this machine does not have
     ├── GenerationError         a request out of range: temperature below zero, ...
     │   └── ContextLengthError  a prompt that is longer than the model's context
-    ├── NotEnoughMemory         a task that needs more memory than this process may take
+    ├── NotEnoughMemoryError    a task that needs more memory than this process may take
     └── TrainingError           a failed run: loss not finite, disk full, data exhausted
 
 Programming mistakes raise `AssertionError` or `TypeError`: they are bugs, not the user's mistakes.
@@ -118,7 +118,7 @@ class ContextLengthError(GenerationError):
         self.limit = limit
 
 
-class NotEnoughMemory(KhaoszError):
+class NotEnoughMemoryError(KhaoszError):
     pass
 
 

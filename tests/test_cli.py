@@ -71,7 +71,7 @@ def test_eval_generate_show(trained: Path, corpus_file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "hint"),
     [
-        (["train", "nowhere.toml"], "recipe not found", "recipes/"),
+        (["train", "nowhere.toml"], "recipe not found", "demo, dpo"),
         (["train", "recipes/pt.toml", "lrr=1"], "unknown key 'lrr'", "did you mean 'lr'"),
         (["train", "recipes/pt.toml", "size=nanoo"], "size must be one of", ""),
         (["train", "recipes/pt.toml", "data=gone.jsonl"], "gone.jsonl", ""),

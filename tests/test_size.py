@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_175,
     "config": 1_126,
-    "data": 5_459,
+    "data": 5_460,
     "database": 88,
     "demo": 1_166,
     "doctor": 72,

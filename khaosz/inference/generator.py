@@ -86,7 +86,7 @@ class Generator:
         """Of a model directory or a .gguf file; `dtype` as for `Runner.open`.
 
         `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
-        the free memory holds. Raises `NotEnoughMemory`, before weights are read, for a model or a
+        the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a model or a
         context that does not fit, unless `memory_check` is off; `ConfigError` for a context beyond
         the model's.
         """
@@ -306,7 +306,7 @@ def fitted(
     plan: InferencePlan, base: int, limits: Sequence[Limit], what: str, *, explicit: bool
 ) -> InferencePlan:
     """The plan, with a shorter context where it must be and is not `explicit`. Raises
-    `NotEnoughMemory`."""
+    `NotEnoughMemoryError`."""
     fitting = plan.fitting(base, limits)
     if fitting is None or (explicit and fitting.context < plan.context):
         smaller = plan.smaller(base, limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from khaosz.errors import NotEnoughMemory
+from khaosz.errors import NotEnoughMemoryError
 from khaosz.memory.machine import Limit
 
 BASE = "code and libraries"
@@ -53,7 +53,7 @@ def check_memory(
     *,
     override: str,
 ) -> None:
-    """Raises `NotEnoughMemory` with the sum, and the changes of `smaller` (in words, and what would
+    """Raises `NotEnoughMemoryError` with the sum, and the changes of `smaller` (in words, and what would
     be needed then) that would fit. Where no limit can be read everything passes."""
     limit = memory.exceeded(limits)
     if limit is None:
@@ -65,7 +65,7 @@ def check_memory(
         if (other := make()).exceeded(limits) is None
     ]
     would = f"would fit: {', '.join(fitting)}" if fitting else "a smaller model is needed"
-    raise NotEnoughMemory(
+    raise NotEnoughMemoryError(
         f"{what} needs about {amount(memory.total)} of memory,"
         f" {amount(limit.free + base)} are available ({limit.name}): {memory.sum(' + ')}",
         hint=f"{would}; {override} skips this check",

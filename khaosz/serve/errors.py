@@ -22,7 +22,7 @@ from khaosz.errors import (
     DataError,
     GenerationError,
     KhaoszError,
-    NotEnoughMemory,
+    NotEnoughMemoryError,
     TokenizerError,
 )
 from khaosz.serve.models import UnknownModel
@@ -153,7 +153,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"{field} {error.reason}", param=field)
         case GenerationError() | DataError() | TokenizerError():
             return ApiError(400, str(error))
-        case NotEnoughMemory():
+        case NotEnoughMemoryError():
             _log.error("%s", error)
             return ApiError(503, "not enough memory for this model", code="not_enough_memory")
         case Unusable(kind=kind, name=name):

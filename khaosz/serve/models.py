@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-from khaosz.errors import ConfigError, ModelError, NotEnoughMemory
+from khaosz.errors import ConfigError, ModelError, NotEnoughMemoryError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
@@ -141,7 +141,7 @@ class Models:
         """Load the model if needed and mark it as in use. Every use must be given back.
 
         Raises `UnknownModel`, `Busy` when models in use leave no memory for it under the limit,
-        `NotEnoughMemory` when the machine has none, `ModelError`.
+        `NotEnoughMemoryError` when the machine has none, `ModelError`.
         """
         model = self.find(name)
         async with model.loading:
@@ -172,7 +172,7 @@ class Models:
         while True:
             try:
                 return await asyncio.to_thread(self._load, model)
-            except NotEnoughMemory:
+            except NotEnoughMemoryError:
                 if not await self._unload_idle():
                     raise
 

@@ -48,7 +48,7 @@ def check_stage_memory(
     config: TrainConfig, shape: ModelConfig, parallel: ParallelContext
 ) -> str | None:
     """The sum of a stage in one line, None where it is not known: on other devices than a CPU and
-    CUDA. Raises `NotEnoughMemory` for a stage that cannot fit, unless memory_check=false."""
+    CUDA. Raises `NotEnoughMemoryError` for a stage that cannot fit, unless memory_check=false."""
     limits, base = memory_limits(parallel.device), resident_memory()
     if parallel.device.type not in ("cpu", "cuda"):
         return None

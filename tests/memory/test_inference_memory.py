@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from khaosz.config import ModelConfig, preset
-from khaosz.errors import ConfigError, GenerationError, NotEnoughMemory
+from khaosz.errors import ConfigError, GenerationError, NotEnoughMemoryError
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator, fitted, plan_inference
 from khaosz.inference.runner import Runner
@@ -108,7 +108,7 @@ def test_the_context_that_fits() -> None:
 def test_a_default_context_becomes_shorter_and_an_explicit_one_is_refused() -> None:
     shorter = fitted(plan(), 0, limit(1_000), "m", explicit=False)
     assert 256 <= shorter.context < 40_960
-    with pytest.raises(NotEnoughMemory) as caught:
+    with pytest.raises(NotEnoughMemoryError) as caught:
         fitted(plan(), 300 * MB, limit(1_000), "m", explicit=True)
     message, hint = str(caught.value), caught.value.hint
     assert "m with 40,960 tokens of context needs about 9." in message
@@ -120,7 +120,7 @@ def test_a_default_context_becomes_shorter_and_an_explicit_one_is_refused() -> N
 def test_weights_that_do_not_fit_are_refused() -> None:
     large = InferencePlan(preset("13b").model, Storage(torch.float32), 8_192, torch.float32)
     with pytest.raises(
-        NotEnoughMemory, match=r"16\.0 GB are available \(a test\): weights 49\.4"
+        NotEnoughMemoryError, match=r"16\.0 GB are available \(a test\): weights 49\.4"
     ) as caught:
         fitted(large, 0, limit(16 * 1_024), "m", explicit=False)
     # 13B parameters in 4.5 bits.
@@ -140,7 +140,7 @@ def test_a_refusal_names_what_would_fit() -> None:
         ("more", lambda: Memory({"weights": 60 * MB})),
     ]
     with pytest.raises(
-        NotEnoughMemory, match=r"training needs about 70 MB .* weights 70 MB$"
+        NotEnoughMemoryError, match=r"training needs about 70 MB .* weights 70 MB$"
     ) as caught:
         check_memory(Memory({"weights": 70 * MB}), limit(50), "training", changes, override="x=y")
     assert caught.value.hint == "would fit: less (40 MB); x=y skips this check"

@@ -115,7 +115,7 @@ from pathlib import Path
 import torch
 
 from khaosz.config import TrainConfig
-from khaosz.errors import NotEnoughMemory
+from khaosz.errors import NotEnoughMemoryError
 from khaosz.trainer.checks import check_stages
 
 status = Path("/proc/self/status").read_text()
@@ -126,7 +126,7 @@ config = {"stage": "pt", "data": "text.txt", "out": "out", "max_steps": 1, "dtyp
 for extra in ({"size": "base", "memory_check": False}, {"size": "nano"}, {"size": "base"}):
     try:
         print(check_stages([TrainConfig(**config, **extra)])[0].memory)
-    except NotEnoughMemory as error:
+    except NotEnoughMemoryError as error:
         print("refused:", error, "|", error.hint)
 """
 

@@ -82,9 +82,8 @@ _ENGLISH = re.compile(
 # What ISO-8859-15 has other characters for, as read in Windows-1252, inside words or as a currency.
 _LATIN_9 = re.compile("[¼½¾¦¨´¸](?=[a-zà-ÿ])|(?<=[a-zà-ÿ])[¼½¾¦¨´¸]|¤")
 # Characters of languages other than Chinese and Korean, as UTF-16 in the right order has them.
-_KNOWN = re.compile(
-    "[\t\n\r -~\u00a0-\u017f\u0370-\u06ff\u0e00-\u0e7f\u2010-\u2026\u3003-\u30ff\uff04-\uff5e]"
-)
+# Without accented Latin letters, which stand among ASCII ones, and which small numbers look like.
+_KNOWN = re.compile("[\t\n\r -~\u0370-\u06ff\u0e00-\u0e7f\u2010-\u2026\u3003-\u30ff\uff04-\uff5e]")
 _C1 = re.compile(rb"[\x80-\x9f]")
 
 

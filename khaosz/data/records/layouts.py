@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import chain, combinations, product
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from khaosz.config import ColumnsConfig
 from khaosz.data.records.turns import (
     LeftOut,
     Message,
@@ -28,6 +27,9 @@ from khaosz.data.records.turns import (
     text_of,
 )
 from khaosz.errors import DataError, one_line
+
+if TYPE_CHECKING:  # document loaders import this module under a limit of memory
+    from khaosz.config import ColumnsConfig
 
 Fields = dict[str, Any]
 Kind = Literal["text", "chat", "comparison", "rated", "prompt", "passages"]

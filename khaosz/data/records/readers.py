@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from khaosz.config import ColumnsConfig
 from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, detect, spread
 from khaosz.data.records.compressed import COMPRESSED, decompressed
 from khaosz.data.records.tables import Row, csv_rows, parquet_rows, plain
 from khaosz.errors import DataError
+
+if TYPE_CHECKING:  # document loaders import this module under a limit of memory
+    from khaosz.config import ColumnsConfig
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 SUPPORTED = f"{' '.join(SUFFIXES)} (all but .parquet also with {' or '.join(COMPRESSED)})"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from khaosz.config import ColumnsConfig
 from khaosz.data.records.layouts import column_names, known_columns
 from khaosz.errors import DataError, one_line
+
+if TYPE_CHECKING:  # document loaders import this module under a limit of memory
+    from khaosz.config import ColumnsConfig
 
 _DELIMITERS = ",;\t|"
 

@@ -154,3 +154,12 @@ def test_first_megabyte_may_end_inside_a_character() -> None:
     for end in range(HEAD_BYTES - 3, HEAD_BYTES + 1):
         assert detect(raw[:end]).encoding == "gb18030"
     assert detect((CHINESE * 20_000).encode()[: HEAD_BYTES - 1]).encoding == "utf-8"
+
+
+def test_small_numbers_are_not_utf16() -> None:
+    """Without a byte order mark: pairs of bytes that look like accented Latin letters."""
+    for binary in (b"\x00\x01" * 50, b"\x01\x00\x02\x00" * 500, bytes(range(1, 128)) * 2 + b"\0"):
+        assert "utf-16" not in str(detect(binary, whole=True))
+    for text in ("Zażółć gęślą jaźń. ", "Příliš žluťoučký kůň ", "L'été à Noël. "):
+        for encoding in ("utf-16-le", "utf-16-be"):
+            assert str(detect((text * 9).encode(encoding), whole=True)) == encoding
