@@ -86,8 +86,8 @@ class Generator:
         """Of a model directory or a .gguf file; `dtype` as for `Runner.open`.
 
         `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
-        the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a model or a
-        context that does not fit, unless `memory_check` is off; `ConfigError` for a context beyond
+        the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a
+        model or a context that does not fit, unless `memory_check` is off; `ConfigError` for a context beyond
         the model's.
         """
         source = open_model(path)

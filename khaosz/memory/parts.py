@@ -53,8 +53,8 @@ def check_memory(
     *,
     override: str,
 ) -> None:
-    """Raises `NotEnoughMemoryError` with the sum, and the changes of `smaller` (in words, and what would
-    be needed then) that would fit. Where no limit can be read everything passes."""
+    """Raises `NotEnoughMemoryError` with the sum, and the changes of `smaller` (in words, and what
+    would be needed then) that would fit. Where no limit can be read everything passes."""
     limit = memory.exceeded(limits)
     if limit is None:
         return
