@@ -87,8 +87,8 @@ class Generator:
 
         `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
         the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a
-        model or a context that does not fit, unless `memory_check` is off; `ConfigError` for a context beyond
-        the model's.
+        model or a context that does not fit, unless `memory_check` is off; `ConfigError` for a
+        context beyond the model's.
         """
         source = open_model(path)
         plan = plan_inference(source, device=device, dtype=dtype, context=context)
