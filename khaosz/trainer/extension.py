@@ -37,15 +37,11 @@ def greater_lengths(
     lengths = {
         name: value
         for name, value in wanted.items()
-        if value is not None and value != getattr(stored, name)
+        # The recipe may still have lengths of the run before it was extended.
+        if value is not None and value not in (getattr(stored, name), *plan.former.get(name, ()))
     }
-    if plan.extended_at:
-        # The other lengths of the recipe are those of the run before it was extended.
-        extended = {name for name in LENGTHS if getattr(stored, name) is not None}
-        if any(wanted[name] is not None for name in extended):
-            lengths = {name: value for name, value in lengths.items() if name in extended}
-        if not lengths:
-            return {}
+    if plan.extended_at and not lengths:
+        return {}
     patience = stored.early_stop
     early = patience is not None and progress.evaluations_without_gain >= patience
     if progress.step < plan.total_steps and not early:
@@ -69,10 +65,14 @@ def with_lengths(config: TrainConfig, lengths: dict[str, float]) -> TrainConfig:
 
 
 def extended_plan(
-    plan: Plan, step: int, config: TrainConfig, total_steps: Callable[[TrainConfig], int]
+    plan: Plan,
+    step: int,
+    stored: TrainConfig,
+    config: TrainConfig,
+    total_steps: Callable[[TrainConfig], int],
 ) -> Plan:
-    """The plan of a run that is finished at `step` and extended to the length of `config`. Raises
-    `ConfigError` if that is not further."""
+    """The plan of a run of the recipe `stored` that is finished at `step` and extended to the
+    length of `config`. Raises `ConfigError` if that is not further."""
     total = total_steps(config)
     if total <= step:
         asked = (f"{name}={getattr(config, name):g}" for name in LENGTHS if getattr(config, name))
@@ -80,12 +80,20 @@ def extended_plan(
             f"{', '.join(asked)} ends at step {total:,}, and {config.out} has done {step:,}",
             hint="say how long the whole run is to be, with the part that is done",
         )
+    former = {name: list(plan.former.get(name, [])) for name in LENGTHS}
+    for name in LENGTHS:
+        if (length := getattr(stored, name)) is not None:
+            former[name].append(length)
+    most = None
+    if config.max_minutes is not None and config.epochs is not None:
+        most = total_steps(config.updated(max_minutes=None))
     rate = "stays" if config.schedule.name == "constant" else "starts a new cycle"
     return replace(
         plan,
         total_steps=total,
         extended_at=step,
         planned_steps=total - step,
-        most_steps=None,
+        most_steps=most,
+        former=former,
         reasons=[f"extended from step {step:,} to {total:,}: the learning rate {rate}"],
     )

@@ -187,9 +187,9 @@ class OpenRun:
             return saved.plan if saved else None
         done = saved.progress
         seconds = done.seconds / max(1, done.step)
-        self.config = with_lengths(self.config, lengths)
+        before, self.config = self.config, with_lengths(self.config, lengths)
         return extended_plan(
-            saved.plan, done.step, self.config, lambda config: total_steps(config, seconds)
+            saved.plan, done.step, before, self.config, lambda config: total_steps(config, seconds)
         )
 
     def plan(self, strategy: Strategy, rows: int, micro: int) -> Plan:

@@ -66,6 +66,7 @@ class Plan:
     planned_steps: int | None = None  # at the start; None in checkpoints of earlier versions
     most_steps: int | None = None  # those of `epochs`
     extended_at: int = 0  # the step where the run was finished before, and the schedule starts
+    former: dict[str, list[float]] = field(default_factory=dict)  # lengths before it was extended
 
     @property
     def tenth(self) -> int:

@@ -16,7 +16,7 @@ from tiny import Recipe, stopping_after, tiny_recipe, write_recipe
 
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError
-from khaosz.trainer.checkpoint import resolve
+from khaosz.trainer.checkpoint import load_state, resolve
 from khaosz.trainer.extension import with_lengths
 from khaosz.trainer.run import run, run_stages
 from khaosz.trainer.schedule import lr_factor
@@ -100,6 +100,24 @@ def test_extension_by_epochs_or_minutes(copied: TrainConfig) -> None:
     minutes = 2 * stopped.progress.seconds / 60
     context = run(with_lengths(by_epochs, {"max_minutes": minutes}), extend=True, console=QUIET)
     assert context.plan.extended_at == stopped.progress.step < context.progress.step
+
+
+def test_extension_by_two_lengths_ends_at_the_nearer(copied: TrainConfig) -> None:
+    """Also where a key of the recipe had another value in the run, as an override gave it."""
+    assert run(copied.updated(max_steps=None, epochs=0.2), extend=True, console=QUIET).complete
+    done = load_state(copied.out / "last").progress.step
+    both = copied.updated(max_steps=done + 2, epochs=9.0)
+    for _ in range(2):
+        assert run(both, extend=True, console=QUIET).progress.step == done + 2
+    with pytest.raises(ConfigError, match="ends at step 5"):
+        run(copied.updated(max_steps=5, epochs=8.0), extend=True, console=QUIET)
+
+
+def test_extension_by_minutes_within_epochs(copied: TrainConfig) -> None:
+    """The budget may plan more steps on the way, but never more than the epochs have."""
+    long = copied.updated(max_steps=None, epochs=0.2, max_minutes=1e5)
+    plan = run(long, extend=True, console=QUIET).plan
+    assert plan.most_steps == plan.total_steps < 100
 
 
 def test_extension_of_early_stopped_run_evaluates_with_fresh_patience(recipe: Recipe) -> None:
