@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from khaosz import __version__
 from khaosz.cli import app
+from khaosz.errors import KhaoszError
 
 
 def khaosz(*arguments: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
@@ -93,6 +94,25 @@ def test_user_error_is_one_line_and_exit_1(
     assert done.returncode == 1
     assert message in done.stderr and hint in done.stderr
     assert done.stderr.startswith("error: ") and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(
+            (["serve", "--memory-limit", value], "--memory-limit is")
+            for value in ("nan", "inf", "-1")
+        ),
+        (["chat", "--seed", str(2**64)], "seed must be"),
+        (["chat", "--temperature", "nan"], "temperature must be"),
+    ],
+)
+def test_values_are_checked_before_the_model(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    command, *options = arguments
+    result = CliRunner().invoke(app, [command, str(tmp_path / "no_model"), *options])
+    assert isinstance(result.exception, KhaoszError) and message in str(result.exception)
 
 
 def test_version_and_short_help() -> None:

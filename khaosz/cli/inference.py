@@ -163,8 +163,9 @@ def chat(
 
         backend = ServerBackend(url, name)
     else:
-        from khaosz.cli.terminal.local_backend import LocalBackend
+        from khaosz.cli.terminal.local_backend import LocalBackend, sampling
 
+        sampling(settings)  # before the model is loaded
         path = model or (find_model(name) if name else default_model())
         backend = LocalBackend.from_path(
             path,
@@ -175,7 +176,6 @@ def chat(
         )
         say(backend.generator.memory_line)
     with closing(backend):
-        backend.check(settings)
         if docs is not None:
             backend.open_knowledge_base(docs)
         run_chat(backend, Conversation(settings, system, documents=docs))
@@ -244,10 +244,13 @@ def serve(
     device: Device = "auto",
 ) -> None:
     """Serve models to local programs over an HTTP API compatible with OpenAI's."""
+    from khaosz.errors import ConfigError
     from khaosz.serve.models import Limits
     from khaosz.serve.run import Address
     from khaosz.serve.run import serve as run
 
+    if memory_limit is not None and not 0 < memory_limit <= 1e6:
+        raise ConfigError(f"--memory-limit is {memory_limit:g}, not a number of GB above 0")
     memory = None if memory_limit is None else int(memory_limit * (1 << 30))
     run(
         models or [str(default_model())],

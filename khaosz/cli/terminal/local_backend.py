@@ -86,7 +86,7 @@ class LocalBackend:
         self._knowledge_base(name)
 
     def check(self, settings: Settings) -> None:
-        _params(settings)
+        sampling(settings)
 
     def close(self) -> None:
         if self._base is not None:
@@ -99,7 +99,7 @@ class LocalBackend:
         return self._from_itself(conversation, message)
 
     def _from_itself(self, conversation: Conversation, message: str) -> Events:
-        params = _params(conversation.settings)
+        params = sampling(conversation.settings)
         turns = conversation.with_message(message)
         answer_tokens = min(params.max_tokens, self.generator.context // 4)
         kept, ids = self._truncate(conversation, turns, self.generator.context - answer_tokens)
@@ -117,7 +117,7 @@ class LocalBackend:
         context = self.generator.context
         # At least half of the context is for the passages.
         turns, _ = self._truncate(conversation, conversation.turns, context // 2, fewest=0)
-        model = _ChatModel(self.generator, _params(settings))
+        model = _ChatModel(self.generator, sampling(settings))
         limit = min(settings.max_tokens, context // 4)
         history = conversation.with_system(turns)
         reply = ask(base, message, model, history=history, max_tokens=limit, temperature=0.0)
@@ -181,5 +181,6 @@ class _ChatModel(LocalModel):
         return taken
 
 
-def _params(settings: Settings) -> SamplingParams:
+def sampling(settings: Settings) -> SamplingParams:
+    """Raises GenerationError for a value out of range."""
     return SamplingParams(**vars(settings))  # the names are the same
