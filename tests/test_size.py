@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_178,
+    "cli": 2_181,
     "config": 1_126,
     "data": 5_460,
     "database": 88,
