@@ -143,6 +143,7 @@ def data_grounded(
     from khaosz.demo.facts import split_facts
     from khaosz.demo.fetch import fetch_demo
     from khaosz.demo.grounded import grounded_records
+    from khaosz.errors import ConfigError
     from khaosz.interop.huggingface import load_config
     from khaosz.interop.models import open_tokenizer
 
@@ -155,12 +156,20 @@ def data_grounded(
     console = progress_console()
     sources = fetch_demo(progress=console.print)
     facts, held_out = split_facts(sources, seed, limit)
-    counts = {}
+    records = {
+        name: list(grounded_records(subset, count, prompt_tokens, seed))
+        for name, subset in (("grounded", facts), ("grounded_val", held_out))
+    }
+    if not records["grounded"]:
+        raise ConfigError(
+            f"none of {len(facts):,} prompts fits into the {prompt_tokens:,} tokens that"
+            f" {model} leaves for it",
+            hint="name a model with a longer context, or lower --max-tokens",
+        )
     out.mkdir(parents=True, exist_ok=True)
-    for name, subset in (("grounded", facts), ("grounded_val", held_out)):
-        records = list(grounded_records(subset, count, prompt_tokens, seed))
-        write_jsonl(out / f"{name}.jsonl", records)
-        counts[name] = len(records)
+    for name, rows in records.items():
+        write_jsonl(out / f"{name}.jsonl", rows)
+    counts = {name: len(rows) for name, rows in records.items()}
     print_result(
         as_json,
         {**counts, "out": str(out)},

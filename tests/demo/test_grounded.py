@@ -16,7 +16,7 @@ from khaosz.data.records.chat import to_messages
 from khaosz.demo.facts import Fact, unit_facts
 from khaosz.demo.grounded import cited, grounded_records
 from khaosz.demo.texts import Unit
-from khaosz.errors import DataError
+from khaosz.errors import ConfigError, DataError
 from khaosz.evaluation import groundedness
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import CitationStream, ask, strip_markers
@@ -191,3 +191,7 @@ def test_data_grounded_keeps_units_apart(
     held = held_out(units, 0)
     assert held and not any(f"成语：{key}" in kept for key in held)
     assert all(f"成语：{unit.key}" not in apart for unit in units if unit.key not in held)
+    too_small = CliRunner().invoke(app, [*command, "--max-tokens", "1000", "--out", f"{out}2"])
+    assert isinstance(too_small.exception, ConfigError)
+    assert "none of 60 prompts fits into the 24 tokens" in str(too_small.exception)
+    assert not Path(f"{out}2").exists()
