@@ -1,0 +1,49 @@
+"""The demo's last part, on models that answer one thing."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_models import chain_model, tokenizer
+
+from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.demo.corpus import DemoCorpus
+from khaosz.demo.run import _show_result
+from khaosz.errors import TrainingError
+from khaosz.interop.huggingface import save_model
+
+
+def demo_of(folder: Path, *, answers: bool) -> DemoCorpus:
+    """The outputs of a demo whose model ends at once, or says one letter first."""
+    by = tokenizer()
+    prompt = encode_chat(by, [{"role": "user", "content": "x"}], add_generation_prompt=True)[0]
+    chain = [prompt[-1], *(by.encode("y") if answers else ()), by.end_id]
+    for stage in ("pt", "sft", "dpo"):
+        last = folder / stage / "last"
+        save_model(chain_model(by, chain), last, bos_id=by.bos_id, eos_ids=[*by.end_ids])
+        by.save(last)
+        (folder / stage / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n')
+    (folder / "val.jsonl").write_text('{"text": "the quick brown fox"}\n')
+    questions = [{"prompt": question} for question in ("你是谁？", "Who are you?")]
+    (folder / "prompts.json").write_text(json.dumps(questions))
+    paths = [folder / "val.jsonl"] * 8
+    return DemoCorpus(*paths, prompts=folder / "prompts.json", stats={})
+
+
+def test_empty_answers_are_an_error(tmp_path: Path) -> None:
+    corpus = demo_of(tmp_path, answers=False)
+    with pytest.raises(TrainingError, match="2 of 2 answers are empty: fine-tuning had 7") as error:
+        _show_result(tmp_path, corpus, Console(file=io.StringIO()))
+    assert "--minutes" in (error.value.hint or "")
+
+
+def test_answers_are_shown_and_saved(tmp_path: Path) -> None:
+    text = io.StringIO()
+    _show_result(tmp_path, demo_of(tmp_path, answers=True), Console(file=text))
+    assert "Who are you?" in text.getvalue() and "bits per byte" in text.getvalue()
+    saved = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
+    assert [turn["answer"] for turn in saved] == ["y", "y"]
