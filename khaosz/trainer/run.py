@@ -141,10 +141,10 @@ def _output(out: Path, parallel: ParallelContext, console: Console) -> Iterator[
     except BrokenPipeError:
         raise
     except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            disk_error(error, out),
-            hint="checkpoints that were written are intact: continue with --resume",
-        ) from error
+        hint = "choose another out="
+        if out.is_dir() and has_checkpoints(out):
+            hint = "checkpoints that were written are intact: continue with --resume"
+        raise TrainingError(disk_error(error, out), hint=hint) from error
 
 
 def _origin(

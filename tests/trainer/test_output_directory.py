@@ -185,3 +185,10 @@ def test_damaged_checkpoint_names_an_earlier_one(copied: TrainConfig) -> None:
     ) as caught:
         run(copied, resume=True, console=QUIET)
     assert "ln -sfn step-000002" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that takes no file")
+def test_place_that_takes_no_folder_suggests_another(recipe: Recipe) -> None:
+    with pytest.raises(TrainingError, match="/proc/") as error:
+        run(recipe(out=Path("/proc/khaosz"), max_steps=1), console=QUIET)
+    assert error.value.hint == "choose another out="
