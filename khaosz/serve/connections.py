@@ -14,8 +14,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_SECONDS = 30.0  # for the head of a request to arrive
 MAX_CONNECTIONS = 1024
-BACKLOG = 50  # connections that are accepted before one of them is counted
-_RESERVED_FILES = 64 + BACKLOG  # for models, databases, uploads
+BACKLOG = 50  # connections that the event loop accepts in one turn
+# For models, databases and uploads, and for the connections accepted before the first one over the
+# limit is closed: asyncio accepts, calls connection_made and closes in three turns.
+_RESERVED_FILES = 64 + 3 * BACKLOG
 
 
 def connection_limit() -> int:
