@@ -19,7 +19,7 @@ demo: .venv/ready
 test: .venv/ready-dev
 	$(BIN)/python -m pytest -m "not slow and not network and not gpu and not browser" $(ARGS)
 
-test-all: .venv/ready-dev
+test-all: .venv/ready-clients
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
 
 check: .venv/ready-dev
@@ -46,3 +46,7 @@ clean:
 
 .venv/ready-dev: pyproject.toml constraints.txt setup_env.py
 	$(PYTHON) setup_env.py dev $(PIP_ARGS)
+
+# What make test-all needs beyond that: clients of other projects.
+.venv/ready-clients: pyproject.toml constraints.txt setup_env.py
+	$(PYTHON) setup_env.py clients $(PIP_ARGS)

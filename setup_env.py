@@ -1,4 +1,6 @@
-"""Create .venv and install KHAOSZ into it: `python setup_env.py train|dev [pip arguments]`.
+"""Create .venv and install KHAOSZ into it: `python setup_env.py NAME [pip arguments]`.
+
+NAME: train, dev, or clients, which is dev with what only `make test-all` needs.
 
 On any system, without make:
     python setup_env.py run demo [arguments]      the main job     (make demo)
@@ -22,7 +24,7 @@ COMMANDS = {
     "test": ("dev", ["-m", "pytest", "-m", FAST]),
 }
 # "train" includes chat in the terminal and in the browser, for the model that the demo trains.
-EXTRAS = {"train": "train,serve,rag,structured,terminal", "dev": "dev"}
+EXTRAS = {"train": "train,serve,rag,structured,terminal", "dev": "dev", "clients": "dev,clients"}
 
 
 def install(extra: str, pip_arguments: list[str]) -> None:
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> int:
             extra, command = COMMANDS[name]
             install(extra, os.environ.get("PIP_ARGS", "").split())
             return subprocess.run([str(PYTHON), *command, *rest], cwd=ROOT).returncode
-        case [("train" | "dev") as extra, *rest]:
+        case [("train" | "dev" | "clients") as extra, *rest]:
             install(extra, rest)
             return 0
         case _:
