@@ -243,6 +243,8 @@ class TokensUsed(Reply):
 
 
 class ChatCompletion(Reply):
+    """left_out: the oldest messages that the model did not see; with `truncation: auto` only."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -250,6 +252,7 @@ class ChatCompletion(Reply):
     choices: list[ChatChoice]
     usage: TokensUsed
     retrieval: RetrievalReply | None = None
+    left_out: int | None = None
 
 
 class TextCompletion(Reply):

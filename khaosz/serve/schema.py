@@ -71,6 +71,8 @@ class Retrieval(RequestModel):
 
 
 Tokens = Annotated[int, Field(ge=1)]
+# As in OpenAI's Responses API. auto: the oldest turns are left out where the context is full.
+Truncation = Literal["auto", "disabled"]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -184,6 +186,7 @@ class ChatRequest(SamplingRequest):
     web_search_options: Unsupported = None
     knowledge_base: str | None = None
     retrieval: Retrieval | None = None
+    truncation: Truncation | None = None
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:

@@ -212,6 +212,19 @@ def test_passages_beyond_context_are_left_out(zoo: KnowledgeClient) -> None:
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
 
 
+def test_old_turns_leave_room_for_passages(zoo: KnowledgeClient) -> None:
+    turn = [{"role": "user", "content": "fox " * 100}, {"role": "assistant", "content": "the"}]
+    messages = [*turn * 30, ASKED]
+    status, answer = chat(zoo, *messages)
+    assert status == 400 and answer["error"]["code"] == "context_length_exceeded", answer
+    status, answer = chat(zoo, *messages, **ROOM | {"max_tokens": 2040}, truncation="auto")
+    assert status == 200, answer
+    assert 0 < answer["left_out"] < 60 and answer["left_out"] % 2 == 0
+    assert answer["retrieval"]["found"] and answer["retrieval"]["left_out"] == 0
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    ChatCompletion.model_validate(answer)
+
+
 def test_refuses_invalid_request(zoo: KnowledgeClient) -> None:
     for changed, status, param in (
         ({"knowledge_base": "none"}, 404, None),

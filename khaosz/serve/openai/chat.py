@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -29,9 +29,9 @@ from khaosz.serve.metrics import Meters
 from khaosz.serve.models import Models, Use
 from khaosz.serve.openai.completion_output import Answer, ResponseFormat, event
 from khaosz.serve.openai.tools import add_tools, call_format, call_grammar
+from khaosz.serve.openai.truncation import prompt_room, truncated
 from khaosz.serve.replies import ChatCompletion, TextCompletion, streamed
 from khaosz.serve.schema import (
-    DEFAULT_MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
     Prompt,
@@ -44,6 +44,7 @@ _FILL_IN_THE_MIDDLE = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 _log = logging.getLogger("khaosz.serve")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def chat_routes(
     # is not started.
     encoders = ThreadPoolExecutor(2, thread_name_prefix="khaosz-prompts")
 
-    async def encode(work: Callable[[], EngineRequest], field: str) -> EngineRequest:
+    async def encode(work: Callable[[], T], field: str) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(encoders, work)
         except ContextLengthError as error:
@@ -91,10 +92,15 @@ def chat_routes(
         """Answer a conversation, as OpenAI's API does."""
 
         async def prepare(use: Use) -> EngineRequest:
+            kept, left_out = await encode(lambda: truncated(request, use.generator), "messages")
             context = None
             if request.knowledge_base is not None:
-                context = await chat_context(request, use, library)
-            return await encode(lambda: chat_request(request, use.generator, context), "messages")
+                context = await chat_context(kept, use, library)
+            prepared = await encode(lambda: chat_request(kept, use.generator, context), "messages")
+            if request.truncation == "auto":
+                format = replace(prepared.format, left_out=left_out)
+                prepared = replace(prepared, format=format)
+            return prepared
 
         return await answer(request, raw_request, prepare)
 
@@ -282,8 +288,10 @@ async def chat_context(request: ChatRequest, use: Use, library: Library | None) 
     search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
     messages = [_in_one_text(message.for_template()) for message in request.messages]
     # Where the request sets no limit, passages may use the context that an answer might.
-    answer = request.token_limit or min(DEFAULT_MAX_TOKENS, generator.context // 4)
-    return await retrieve_context(messages, search, count, generator.context - answer, ask_model)
+    room = prompt_room(request.token_limit, generator)
+    if request.token_limit is not None and request.truncation != "auto":
+        room = generator.context - request.token_limit
+    return await retrieve_context(messages, search, count, room, ask_model)
 
 
 def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,8 @@ def event(body: dict[str, Any]) -> str:
 class ResponseFormat:
     """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
     `calls`: how this model writes tool calls; `reasoning`: the prompt has opened the reasoning;
-    `one_call`: further calls are dropped; `context`: what the answer may cite."""
+    `one_call`: further calls are dropped; `context`: what the answer may cite; `left_out`: messages
+    that the model does not see, None where the request does not allow it."""
 
     chat: bool
     logprobs: bool = False
@@ -39,6 +40,7 @@ class ResponseFormat:
     reasoning: bool = False
     one_call: bool = False
     context: RetrievalContext | None = None
+    left_out: int | None = None
 
 
 class Choice:
@@ -125,7 +127,7 @@ class Answer:
         ]
         kind = "chat.completion" if self.format.chat else "text_completion"
         body = {**self._head, "object": kind, "choices": choices, "usage": self.usage.body()}
-        return {**body, **self._retrieval()}
+        return {**body, **self._prompt_fields()}
 
     async def events(
         self, outputs: AsyncIterator[Output], include_usage: bool
@@ -133,14 +135,14 @@ class Answer:
         """Chunks and `[DONE]`; an error is the last event."""
         started: set[int] = set()
         usage = {"usage": None} if include_usage else {}
-        retrieval = self._retrieval()  # in the first chunk only
+        prompt_fields = self._prompt_fields()  # in the first chunk only
         try:
             async for output in outputs:
                 first = output.choice not in started
                 started.add(output.choice)
                 for choice in self._pieces(output, first):
-                    yield event(self._chunk([choice], {**usage, **retrieval}))
-                    retrieval = {}
+                    yield event(self._chunk([choice], {**usage, **prompt_fields}))
+                    prompt_fields = {}
         except Failed:
             yield event(ApiError(500, "the answer failed").body)
         except TimeoutError as error:
@@ -158,9 +160,11 @@ class Answer:
             self._choices[output.choice] = Choice(self.format)
         return self._choices[output.choice].take(output)
 
-    def _retrieval(self) -> dict[str, Any]:
-        context = self.format.context
-        return {"retrieval": context.body()} if context else {}
+    def _prompt_fields(self) -> dict[str, Any]:
+        """What the model got in its prompt, and what it did not."""
+        context, left_out = self.format.context, self.format.left_out
+        fields = {"retrieval": context.body()} if context else {}
+        return fields if left_out is None else {**fields, "left_out": left_out}
 
     def _message(self, index: int, deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
         texts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -12,53 +13,72 @@ from khaosz.inference.generator import Generator
 from khaosz.serve.errors import errors
 from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
+from khaosz.serve.openai.truncation import last_turns, prompt_room
 from khaosz.serve.replies import Reply
+from khaosz.serve.schema import Tokens, Truncation
 
 _CONTEXTS = 16  # a text of more tokens than so many contexts is refused before it is read in full
 
 
 class TokenizeRequest(RequestModel):
-    """A prompt to continue, or messages followed by the assistant's marker."""
+    """A prompt to continue, or messages followed by the assistant's marker. `truncation` and
+    `max_tokens` as in a chat: the ids are those of the prompt that the model would get."""
 
     model: str
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    truncation: Truncation | None = None
+    max_tokens: Tokens | None = None
 
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give one of prompt and messages")
+        if self.truncation == "auto" and self.messages is None:
+            raise ValueError("truncation needs messages")
         return self
 
 
 class Tokenized(Reply):
-    """`max_model_len`: the model's context."""
+    """`max_model_len`: the model's context. `left_out`: messages that are not part of the prompt;
+    with `truncation: auto` only."""
 
     count: int
     max_model_len: int
     tokens: list[int]
+    left_out: int | None = None
 
 
 def token_routes(models: Models) -> APIRouter:
     router = APIRouter()
 
-    @router.post("/tokenize", response_model=Tokenized, responses=errors(400, 404, 503))
+    @router.post(
+        "/tokenize",
+        response_model=Tokenized,
+        response_model_exclude_unset=True,
+        responses=errors(400, 404, 503),
+    )
     async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a prompt or a conversation."""
         use = await models.take(request.model)
         try:
-            tokens = await asyncio.to_thread(_ids, request, use.generator)
+            return await asyncio.to_thread(_tokenized, request, use.generator)
         finally:
             models.give_back(use)
-        return {"count": len(tokens), "max_model_len": use.generator.context, "tokens": tokens}
 
     return router
 
 
-def _ids(request: TokenizeRequest, generator: Generator) -> list[int]:
+def _tokenized(request: TokenizeRequest, generator: Generator) -> dict[str, Any]:
     limit = _CONTEXTS * generator.context
+    more = {}
     if request.messages is not None:
-        messages = [message.for_template() for message in request.messages]
-        return generator.chat_ids(messages, limit=limit)
-    assert request.prompt is not None
-    return generator.prompt_ids(request.prompt, limit=limit)
+        kept: Sequence[Message] = request.messages
+        if request.truncation == "auto":
+            room = prompt_room(request.max_tokens, generator)
+            kept, more["left_out"] = last_turns(kept, room, generator)
+        ids = generator.chat_ids([message.for_template() for message in kept], limit=limit)
+    else:
+        assert request.prompt is not None
+        ids = generator.prompt_ids(request.prompt, limit=limit)
+    return {"count": len(ids), "max_model_len": generator.context, "tokens": ids, **more}

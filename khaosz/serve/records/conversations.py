@@ -30,7 +30,8 @@ Title = Annotated[str, Field(max_length=MAX_TITLE)]
 
 
 class Node(RequestModel):
-    """A message. `parent`: the message before it, None for the first."""
+    """A message. `parent`: the message before it, None for the first. `left_out`: of an answer, the
+    oldest messages that the model did not see."""
 
     id: Id
     parent: Id | None
@@ -40,6 +41,7 @@ class Node(RequestModel):
     reasoning: str | None = None
     citations: list[dict[str, Any]] | None = None
     retrieval: dict[str, Any] | None = None
+    left_out: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     model: str | None = None
     finish_reason: str | None = None
 
