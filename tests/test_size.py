@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 4_335,
+    "serve": 4_415,
     "trainer": 4_507,
     "memory": 502,
 }

@@ -104,6 +104,7 @@ def test_put_get_delete(service: Service) -> None:
         "reasoning": "想一想\n",
         "citations": [{"number": 1, "hash": "ab", "page": None, "score": 0.5}],
         "retrieval": {"query": "春眠", "found": True, "hits": []},
+        "left_out": 2,
         "finish_reason": "stop",
     }
     body = {
@@ -124,6 +125,7 @@ def test_put_get_delete(service: Service) -> None:
     status, found = get(service, f"/{id}")
     assert status == 200
     unset = {"reasoning": None, "citations": None, "retrieval": None, "model": None}
+    unset |= {"left_out": None}
     filled = [{**unset, "finish_reason": None, **each} for each in body["nodes"]]  # type: ignore[attr-defined]
     assert found == {**summary, **body, "nodes": filled}
     status, _, gone = service.ask("DELETE", f"/v1/conversations/{id}")
@@ -180,6 +182,7 @@ def test_refuses_messages_that_are_not_a_tree(service: Service) -> None:
         {"nodes": [{**node("a"), "role": "system"}]},
         {"nodes": [{**node("a"), "id": "../../etc"}]},
         {"nodes": [{**node("a"), "created": -1}]},
+        {"nodes": [{**node("a"), "left_out": -1}]},
         {"settings": {"x": float("nan")}},
         {"settings": {"x": float("inf")}},
         {"title": "\ud800"},
