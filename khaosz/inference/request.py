@@ -36,7 +36,8 @@ class Logprob:
 @dataclass(frozen=True)
 class Output:
     """What became final since the previous output of this choice. The last one has a
-    `finish_reason`: "stop", "length", "cancelled" or "error"."""
+    `finish_reason`: "stop", "length", "cancelled" or "error"; `stop`: the stop string that was
+    met."""
 
     request_id: int
     choice: int
@@ -48,6 +49,7 @@ class Output:
     logprobs: tuple[Logprob, ...] = ()
     finish_reason: str | None = None
     error: KhaoszError | None = None
+    stop: str | None = None
 
 
 @dataclass
@@ -186,6 +188,7 @@ class Sequence:
             logprobs=tuple(logprobs),
             finish_reason=reason,
             error=error,
+            stop=self.text.stop,
         )
 
 

@@ -21,6 +21,7 @@ class TextStream:
         self._decoder = StreamDecoder(tokenizer, continues=not begins)
         self._stops = stops
         self._pending = ""
+        self.stop: str | None = None  # the stop string that was met
 
     def push(self, token: int) -> tuple[str, bool]:
         """Text that is final, and whether a stop string was met."""
@@ -32,9 +33,10 @@ class TextStream:
 
     def _release(self, text: str, *, last: bool) -> tuple[str, bool]:
         self._pending += text
-        stop = first_stop(self._pending, self._stops)
-        if stop is not None:
-            ready, self._pending = self._pending[:stop], ""
+        at = first_stop(self._pending, self._stops)
+        if at is not None:
+            self.stop = next(stop for stop in self._stops if self._pending.startswith(stop, at))
+            ready, self._pending = self._pending[:at], ""
             return ready, True
         keep = 0 if last else possible_stop(self._pending, self._stops)
         at = len(self._pending) - keep

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from khaosz import __version__
+from khaosz.serve.answering import Answering
 from khaosz.serve.errors import ApiError, errors, explain_errors
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.routes import knowledge_routes
@@ -70,7 +71,8 @@ def build_app(
     explain_errors(app)
     app.add_middleware(Metered, meters=meters)
     app.add_middleware(HeadAsGet)
-    openai = chat_routes(models, meters, timeout, library, heartbeat), token_routes(models)
+    answering = Answering(models, meters, timeout, library, heartbeat)
+    openai = chat_routes(answering), token_routes(models)
     knowledge = [] if library is None else [knowledge_routes(library)]
     for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
         app.include_router(router)

@@ -41,6 +41,19 @@ _HEADERS = {
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields of `SamplingParams` that requests spell otherwise.
 _FIELDS = {"json_schema": "response_format", "lark": "tools"}
+# Fields of `ChatRequest` that other protocols spell otherwise, by the beginning of their paths.
+_TRANSLATED = {
+    "/v1/responses": {
+        "response_format": "text.format", "messages": "input", "max_tokens": "max_output_tokens",
+    },
+    "/v1/messages": {"response_format": "output_config.format", "stop": "stop_sequences"},
+    "/api/": {"response_format": "format"},
+}  # fmt: skip
+_ANTHROPIC_KINDS = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 413: "request_too_large", 503: "overloaded_error",
+    504: "timeout_error",
+}  # fmt: skip
 _DESCRIPTIONS = {
     400: "The request is invalid; `param` names the field.",
     401: "The API key is missing or wrong.",
@@ -84,16 +97,28 @@ class ApiError(Exception):
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(message)
-        self.status, self.param = status, param
+        self.status, self.param, self.code = status, param, code
         # The message may quote the request, which may be long.
         message = message if len(message) <= 1000 else message[:1000] + "..."
         kind = "server_error" if status >= 500 else "invalid_request_error"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def body_for(self, path: str) -> dict[str, Any]:
+        """In the layout of the protocol that this path belongs to."""
+        error = self.body["error"]
+        if path.startswith("/api/"):  # Ollama's
+            return {"error": error["message"]}
+        if path.startswith("/v1/messages"):  # Anthropic's
+            default = "api_error" if self.status >= 500 else "invalid_request_error"
+            kind = _ANTHROPIC_KINDS.get(self.status, default)
+            return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+        return self.body
+
+    def response(self, path: str, headers: Mapping[str, str] | None = None) -> Response:
         headers = {**_HEADERS.get(self.status, {}), **(headers or {})}
         # ASCII: a message may quote the request, which may not be valid Unicode.
-        return Response(json.dumps(self.body), self.status, headers, "application/json")
+        body = json.dumps(self.body_for(path))
+        return Response(body, self.status, headers, "application/json")
 
 
 @contextmanager
@@ -109,10 +134,11 @@ def map_disk_full() -> Iterator[None]:
 
 
 def explain_errors(app: FastAPI) -> None:
-    """Answer every exception of a route with JSON in OpenAI's layout."""
+    """Answer every exception of a route with JSON in the layout of its protocol."""
 
     async def explain(request: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+        path = request.url.path
+        return as_api_error(error, path).response(path)
 
     async def http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -121,7 +147,7 @@ def explain_errors(app: FastAPI) -> None:
             path = getattr(request.scope.get("route"), "path_format", "")
             methods = app.openapi()["paths"].get(path, {})
             headers |= {"Allow": ", ".join(sorted(map(str.upper, methods)))} if methods else {}
-        return ApiError(error.status_code, str(error.detail)).response(headers)
+        return ApiError(error.status_code, str(error.detail)).response(request.url.path, headers)
 
     app.add_exception_handler(HTTPException, http)
     for kind in (
@@ -131,8 +157,14 @@ def explain_errors(app: FastAPI) -> None:
         app.add_exception_handler(kind, explain)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, path: str) -> ApiError:
+    """`path`: of the request; its protocol names the fields."""
+    translated = next((to for prefix, to in _TRANSLATED.items() if path.startswith(prefix)), {})
     match error:
+        case ApiError(param=str(param)) if param in translated:
+            field = translated[param]
+            message = str(error).replace(param, field)
+            return ApiError(error.status, message, param=field, code=error.code)
         case ApiError():
             return error
         case Busy():
@@ -150,6 +182,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="context_length_exceeded")
         case GenerationError(param=str(param)):
             field = _FIELDS.get(param, param)
+            field = translated.get(field, field)
             return ApiError(400, f"{field} {error.reason}", param=field)
         case GenerationError() | DataError() | TokenizerError():
             return ApiError(400, str(error))

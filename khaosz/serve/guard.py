@@ -87,13 +87,15 @@ class Guard:
             message = f"the request's body has more than {MAX_BODY:,} bytes"
             error = ApiError(413, message, code="body_too_large")
         # Closed: the rest of the body is not read.
-        await error.response({"connection": "close"})(scope, receive, send)
+        await error.response(scope["path"], {"connection": "close"})(scope, receive, send)
 
     def _has_key(self, headers: dict[str, bytes]) -> bool:
         if self._key is None:
             return True
         scheme, _, key = headers.get("authorization", b"").partition(b" ")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), self._key)
+        if scheme.lower() != b"bearer":
+            key = headers.get("x-api-key", b"")  # of Anthropic's clients
+        return hmac.compare_digest(key.strip(), self._key)
 
     def _check(self, path: str, headers: dict[str, bytes], has_key: bool) -> ApiError | None:
         """None for a request that may pass."""

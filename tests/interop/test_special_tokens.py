@@ -193,7 +193,7 @@ def test_a_continuation_keeps_its_space(tmp_path: Path) -> None:
 
 
 def test_tool_template_is_found_by_tools(tmp_path: Path) -> None:
-    from khaosz.serve.openai.tools import add_tools, call_format
+    from khaosz.serve.tools import add_tools, call_format
 
     named = {"default": CHATML, "tool_use": "{{ tools | tojson }}<tool_call>"}
     entries = [{"name": name, "template": text} for name, text in named.items()]

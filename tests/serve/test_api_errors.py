@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from serving import Service
 
 from khaosz.errors import (
@@ -30,7 +30,8 @@ def response(error: KhaoszError) -> tuple[int, dict[str, Any]]:
     app = FastAPI()
     explain_errors(app)
     handler: Callable[..., Any] = app.exception_handlers[KhaoszError]
-    answer = asyncio.run(handler(None, error))
+    request = Request({"type": "http", "path": "/v1/chat/completions", "headers": []})
+    answer = asyncio.run(handler(request, error))
     return answer.status_code, json.loads(answer.body)["error"]
 
 

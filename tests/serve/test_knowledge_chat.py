@@ -17,8 +17,10 @@ from khaosz.data.tokenizer import load_tokenizer
 from khaosz.inference.request import Output
 from khaosz.rag.prompt import Prompt
 from khaosz.rag.search.hit import Hit
+from khaosz.serve.answering import Answer
 from khaosz.serve.knowledge.grounding import RetrievalContext
-from khaosz.serve.openai.completion_output import Answer, ResponseFormat
+from khaosz.serve.openai.completion_output import CompletionLayout
+from khaosz.serve.prompts import ResponseFormat
 from khaosz.serve.replies import ChatCompletion
 
 PENGUINS = "Penguins live in the south.\n\n" + "企鹅住在南极，企鹅不会飞。\n"
@@ -108,8 +110,8 @@ def test_citation_split_over_outputs(tiny: Path) -> None:
     text = "Yes [1], [2] and 【 1 】. [1"
 
     async def answered(sizes: list[int]) -> dict[str, Any]:
-        answer = Answer(form, "m", load_tokenizer(tiny), set())
-        whole = await answer.whole(pieces(sizes))
+        answer = Answer(form, "m", load_tokenizer(tiny), set(), pieces(sizes))
+        whole = await CompletionLayout(chat=True).whole(answer)
         assert whole is not None
         message: dict[str, Any] = whole["choices"][0]["message"]
         return message

@@ -13,8 +13,8 @@ from serving import WEATHER, Service, served
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.data.tokenizer.chat import render_chat
-from khaosz.serve.openai.tools import add_tools
 from khaosz.serve.schema import ChatRequest
+from khaosz.serve.tools import add_tools
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}

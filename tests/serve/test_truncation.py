@@ -13,7 +13,7 @@ from serving import CONTEXT, Service, served
 
 from khaosz.inference.generator import Generator
 from khaosz.serve.messages import InputMessage, Message
-from khaosz.serve.openai.truncation import last_turns
+from khaosz.serve.truncation import last_turns
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 

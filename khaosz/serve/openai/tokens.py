@@ -13,9 +13,9 @@ from khaosz.inference.generator import Generator
 from khaosz.serve.errors import errors
 from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
-from khaosz.serve.openai.truncation import last_turns, prompt_room
 from khaosz.serve.replies import Reply
 from khaosz.serve.schema import Tokens, Truncation
+from khaosz.serve.truncation import last_turns, prompt_room
 
 _CONTEXTS = 16  # a text of more tokens than so many contexts is refused before it is read in full
 

@@ -9,8 +9,8 @@ from typing import Any
 from khaosz.errors import ContextLengthError
 from khaosz.inference.generator import Generator
 from khaosz.serve.messages import Message
-from khaosz.serve.openai.tools import add_tools
 from khaosz.serve.schema import DEFAULT_MAX_TOKENS, ChatRequest
+from khaosz.serve.tools import add_tools
 
 
 def truncated(request: ChatRequest, generator: Generator) -> tuple[ChatRequest, int]:

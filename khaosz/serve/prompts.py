@@ -1,0 +1,184 @@
+"""Requests in the engine's terms: prompt ids, sampling parameters, and how the output is read."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any
+
+from khaosz.data.tokenizer.messages import text_of_parts
+from khaosz.inference.generator import Generator
+from khaosz.inference.parts import THINK, THOUGHT, Calls, opens_thought
+from khaosz.inference.sampling import SamplingParams
+from khaosz.rag.answer import REWRITE_TOKENS
+from khaosz.serve.errors import ApiError
+from khaosz.serve.knowledge.grounding import RetrievalContext, retrieve_context
+from khaosz.serve.knowledge.library import Library
+from khaosz.serve.knowledge.search import searcher
+from khaosz.serve.models import Use
+from khaosz.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Prompt,
+    Retrieval,
+)
+from khaosz.serve.tools import add_tools, call_format, call_grammar
+from khaosz.serve.truncation import prompt_room
+
+_FILL_IN_THE_MIDDLE = (
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
+    `calls`: how this model writes tool calls; `reasoning`: the prompt has opened the reasoning;
+    `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
+    what the answer may cite; `left_out`: messages that the model does not see, None where the
+    request does not allow it."""
+
+    chat: bool
+    logprobs: bool = False
+    calls: Calls = "none"
+    reasoning: bool = False
+    show_reasoning: bool = True
+    one_call: bool = False
+    context: RetrievalContext | None = None
+    left_out: int | None = None
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A request in the engine's terms; the choices of its prompts follow one another."""
+
+    prompts: list[list[int]]
+    params: SamplingParams
+    format: ResponseFormat
+
+    @property
+    def refusal(self) -> str | None:
+        """The answer where a knowledge base contains none; the model is not asked."""
+        context = self.format.context
+        return context.refusal if context is not None and context.prompt is None else None
+
+
+async def chat_context(request: ChatRequest, use: Use, library: Library | None) -> RetrievalContext:
+    """Raises `ApiError` as `retrieve_context` does, and for an unknown knowledge base."""
+    assert request.knowledge_base is not None
+    if library is None:
+        raise ApiError(404, f"knowledge base {request.knowledge_base!r} not found")
+    generator = use.generator
+    tools = request.allowed_tools
+
+    def count(messages: list[dict[str, Any]]) -> int:
+        return len(generator.chat_ids(*add_tools(messages, tools, generator.tokenizer)))
+
+    async def ask_model(messages: list[dict[str, Any]]) -> str:
+        ids = await asyncio.to_thread(_prompt_without_reasoning, messages, generator)
+        if len(ids) + REWRITE_TOKENS > generator.context:
+            return ""
+        ticket = await use.worker.submit(ids, SamplingParams(REWRITE_TOKENS, 0.0), use.adapter)
+        try:
+            return "".join([output.text async for output in ticket.outputs()])
+        finally:
+            ticket.close()
+
+    base = await asyncio.to_thread(library.base, request.knowledge_base)
+    search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
+    messages = [_in_one_text(message.for_template()) for message in request.messages]
+    # Where the request sets no limit, passages may use the context that an answer might.
+    room = prompt_room(request.token_limit, generator)
+    if request.token_limit is not None and request.truncation != "auto":
+        room = generator.context - request.token_limit
+    return await retrieve_context(messages, search, count, room, ask_model)
+
+
+def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": text_of_parts(content)} if isinstance(content, list) else message
+
+
+def _prompt_without_reasoning(messages: list[dict[str, Any]], generator: Generator) -> list[int]:
+    ids = generator.chat_ids(messages)
+    return _close_reasoning(ids, generator) if _opens_reasoning(ids, generator) else ids
+
+
+def _opens_reasoning(prompt: list[int], generator: Generator) -> bool:
+    """Templates of reasoning models do, at the end of the prompt."""
+    return opens_thought(generator.tokenizer.decode(prompt[-8:]))
+
+
+def _close_reasoning(prompt: list[int], generator: Generator) -> list[int]:
+    return [*prompt, *generator.tokenizer.encode(f"\n{THOUGHT}\n\n")]
+
+
+def chat_request(
+    request: ChatRequest,
+    generator: Generator,
+    context: RetrievalContext | None = None,
+    *,
+    think: bool = True,
+    prefill: str = "",
+) -> EngineRequest:
+    """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues.
+
+    Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
+    tokenizer = generator.tokenizer
+    tools = request.allowed_tools
+    messages = (
+        context.messages if context else [message.for_template() for message in request.messages]
+    )
+    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=generator.context)
+    lark = None
+    if request.must_call:
+        lark = call_grammar(tools, tokenizer, several=not request.one_call)
+    params = request.params(lark)
+    reasoning = _opens_reasoning(prompt, generator)
+    if reasoning and (params.form is not None or prefill or not think):  # no grammar allows it
+        prompt, reasoning = _close_reasoning(prompt, generator), False
+    elif not think and "enable_thinking" in (tokenizer.chat_template_for(tools or None) or ""):
+        # What Qwen3's template writes for `enable_thinking=False`.
+        prompt = [*prompt, *tokenizer.encode(f"{THINK}\n\n{THOUGHT}\n\n")]
+    if prefill:
+        prompt = [*prompt, *tokenizer.encode(prefill, limit=generator.context)]
+    response_format = ResponseFormat(
+        chat=True,
+        logprobs=bool(request.logprobs),
+        calls=call_format(tokenizer) if tools else "none",
+        reasoning=reasoning,
+        show_reasoning=think,
+        one_call=request.one_call,
+        context=context,
+    )
+    return EngineRequest([prompt], params, response_format)
+
+
+def text_request(request: CompletionRequest, generator: Generator) -> EngineRequest:
+    """Raises `GenerationError` and `TokenizerError` for an invalid request."""
+    if request.suffix:
+        prompts = [_gap_ids(each, request.suffix, generator) for each in request.prompts]
+    else:
+        prompts = [generator.ids(each, limit=generator.context) for each in request.prompts]
+    return EngineRequest(prompts, request.params(), ResponseFormat(chat=False))
+
+
+def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:
+    """A prompt whose continuation fits before `suffix`: arXiv:2207.14255, in the order prefix,
+    suffix, middle, with the tokens of Qwen's and StarCoder's models."""
+    tokenizer = generator.tokenizer
+    names = gap_tokens(generator)
+    if names is None:
+        raise ApiError(400, "suffix: this model cannot fill in a gap", param="suffix")
+    before, after, middle = (tokenizer.special_ids[name] for name in names)
+    limit = generator.context
+    text = tokenizer.encode(prompt, limit=limit) if isinstance(prompt, str) else prompt
+    return [before, *text, after, *tokenizer.encode(suffix, limit=limit), middle]
+
+
+def gap_tokens(generator: Generator) -> tuple[str, str, str] | None:
+    """The tokens before a prefix, a suffix and the middle, of models that fill in a gap."""
+    special = generator.tokenizer.special_ids
+    known = (names for names in _FILL_IN_THE_MIDDLE if all(name in special for name in names))
+    return next(known, None)
