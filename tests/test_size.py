@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_190,
+    "cli": 2_199,
     "config": 1_126,
     "data": 5_460,
     "database": 88,
@@ -25,15 +25,15 @@ BUDGET = {
     "errors": 78,
     "evaluation": 386,
     "files": 238,
-    "inference": 2_731,
+    "inference": 2_739,
     "interop": 2_373,
     "model": 583,
     "parallel": 116,
     "rag": 4_825,
     "rewards": 2,
     "serve": 4_567,
-    "trainer": 4_507,
-    "memory": 502,
+    "trainer": 4_569,
+    "memory": 507,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

@@ -14,7 +14,7 @@ from khaosz.cli.inference import bench_app, model_app
 from khaosz.cli.output import printable, say
 from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
-from khaosz.errors import KhaoszError
+from khaosz.errors import KhaoszError, one_line
 
 app = typer.Typer(
     help="A private, local, bilingual language model: train it, align it, talk to it.",
@@ -69,6 +69,12 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f" ({one_line(str(error))})" if str(error) else ""
+        hint = "use a smaller model, batch or context, or close other programs"
+        _fail(f"error: out of memory{reason}", hint)
     except OSError as error:
         from khaosz.files import disk_error, disk_hint
 
@@ -78,6 +84,12 @@ def main() -> None:
             with suppress(OSError):
                 sys.stdout.close()
         _fail(f"error: {disk_error(error)}", disk_hint(error))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch and safetensors raise RuntimeError where an allocation fails."""
+    words = "allocate memory", "not enough memory", "unable to mmap", "out of memory"
+    return isinstance(error, MemoryError) or any(one in str(error).lower() for one in words)
 
 
 def _fail(message: str, hint: str | None) -> NoReturn:

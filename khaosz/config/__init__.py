@@ -14,6 +14,7 @@ from khaosz.config.presets import SIZES, Derived, Preset, preset, size_for_minut
 from khaosz.config.recipe import (
     load_recipe,
     load_stages,
+    overridden,
     parse_overrides,
     save_config,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "load_stages",
+    "overridden",
     "parse_overrides",
     "preset",
     "save_config",

@@ -157,6 +157,14 @@ def save_config(config: TrainConfig, path: Path) -> None:
     write_json(path, config.model_dump(mode="json"))
 
 
+def overridden(config: TrainConfig, overrides: list[str]) -> TrainConfig:
+    """A copy with `key=value` overrides. Raises `ConfigError`."""
+    values = config.model_dump(exclude_unset=True)
+    for dotted, value in parse_overrides(overrides).items():
+        _assign(values, dotted, value)
+    return TrainConfig.parse(values)
+
+
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     for parent in parents:

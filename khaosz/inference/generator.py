@@ -15,6 +15,7 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ConfigError, GenerationError
 from khaosz.inference.engine import Engine
+from khaosz.inference.linear.native import library
 from khaosz.inference.request import Logprob, Output
 from khaosz.inference.runner import Chunk, Runner, storage_of
 from khaosz.inference.sampling import SamplingParams
@@ -94,7 +95,8 @@ class Generator:
         plan = plan_inference(source, device=device, dtype=dtype, context=context)
         base, limits = resident_memory(), memory_limits(device)
         if memory_check:
-            plan = fitted(plan, base, limits, str(path), explicit=context is not None)
+            explicit = context is not None
+            plan = fitted(plan, base, limits, str(path), explicit=explicit, device=device)
         if isinstance(source, GgufModel) and torch.device(device).type == "cpu":  # parsed once
             runner = Runner.from_gguf(source, dtype=dtype, deterministic=deterministic)
             tokenizer = source.tokenizer()
@@ -303,18 +305,24 @@ def plan_inference(
 
 
 def fitted(
-    plan: InferencePlan, base: int, limits: Sequence[Limit], what: str, *, explicit: bool
+    plan: InferencePlan,
+    base: int,
+    limits: Sequence[Limit],
+    what: str,
+    *,
+    explicit: bool,
+    device: str | torch.device = "cpu",
 ) -> InferencePlan:
     """The plan, with a shorter context where it must be and is not `explicit`. Raises
     `NotEnoughMemoryError`."""
     fitting = plan.fitting(base, limits)
     if fitting is None or (explicit and fitting.context < plan.context):
-        smaller = plan.smaller(base, limits)
+        native = library() is not None if torch.device(device).type == "cpu" else None
         check_memory(
             plan.memory(base),
             limits,
             f"{what} with {plan.context:,} tokens of context",
-            smaller,
+            plan.smaller(base, limits, native),
             override="--no-memory-check",
         )
     return fitting or plan

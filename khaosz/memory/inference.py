@@ -6,13 +6,13 @@ bytes of an element of the compute type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
 
-from khaosz.config import ModelConfig
+from khaosz.config import SIZES, ModelConfig, preset
 from khaosz.memory.machine import Limit
 from khaosz.memory.parts import BASE, MAPPED, Memory
 from khaosz.model import parameter_shapes
@@ -148,28 +148,61 @@ class InferencePlan:
             least, blocks = (middle, blocks) if fits(of(middle)) else (least, middle)
         return of(least)
 
-    def smaller(self, base: int, limits: Sequence[Limit]) -> list[tuple[str, Callable[[], Memory]]]:
-        """Changes that need less: a shorter context, a quantised file."""
-        changes: list[tuple[str, Callable[[], Memory]]] = []
-        shorter = self.fitting(base, limits)
-        if shorter is not None and shorter.context < self.context:
-            changes.append((f"--context {shorter.context}", lambda: shorter.memory(base)))
-        if not any(kind.startswith("Q4") for kind, _ in self.storage.kinds.values()):
-            small = replace(self, storage=quantised(self.config), cache_dtype=torch.float32)
+    def smaller(
+        self, base: int, limits: Sequence[Limit], native: bool | None
+    ) -> Iterator[tuple[str, Memory]]:
+        """What would fit instead: a shorter context, a quantised file of the same model, or else
+        the largest preset. `native`: whether the kernels of quantised files are compiled; None on
+        a device where such files take no less."""
+        fits = self.fitting(base, limits)
+        if fits is not None and fits.context < self.context:
+            yield f"--context {fits.context}", fits.memory(base)
+        any_fits = fits is not None
+        for kind in () if native is None else ("Q8_0", "Q4_0"):
+            if not self._is_larger_than(kind):
+                continue
+            small = self._as(self.config, quantised(self.config, kind, native=bool(native)))
             if (fits := small.fitting(base, limits)) is not None:
-                words = f"a Q4_0 file (khaosz quantize --to Q4_0) with {fits.context:,} tokens"
-                changes.append((words, lambda: fits.memory(base)))
-        return changes
+                words = f"a {kind} file (khaosz quantize MODEL --to {kind})"
+                yield f"{words} with {fits.context:,} tokens", fits.memory(base)
+                any_fits = True
+                if fits.context == self.context:
+                    return
+        if any_fits:
+            return
+        for size in reversed(SIZES):
+            shape = preset(size).model
+            storage, kind = Storage(self.storage.dtype), ""
+            if native is not None:
+                storage, kind = quantised(shape, "Q4_0", native=native), " in a Q4_0 file"
+            small = self._as(shape, storage)
+            fits = small.fitting(base, limits)
+            if fits is not None or size == SIZES[0]:
+                fits = fits or replace(small, context=min(small.context, _LEAST))
+                words = f"a model of {shape.parameters() / 1e6:,.0f}M parameters{kind}"
+                yield f"{words} with {fits.context:,} tokens", fits.memory(base)
+                return
+
+    def _as(self, config: ModelConfig, storage: Storage) -> InferencePlan:
+        """Another model, computed as much with as with this one."""
+        context = min(self.context, config.max_position_embeddings)
+        cache = storage.dtype if storage.kinds else self.cache_dtype
+        return replace(self, config=config, storage=storage, context=context, cache_dtype=cache)
+
+    def _is_larger_than(self, kind: str) -> bool:
+        """Whether `khaosz quantize --to kind` would make the model's matrices smaller."""
+        own = sum(self.storage.weights(self.config))
+        return sum(quantised(self.config, kind, native=True).weights(self.config)) < 0.9 * own
 
 
-def quantised(config: ModelConfig) -> Storage:
-    """A model as `khaosz quantize --to Q4_0` writes it, used in the mapped file."""
+def quantised(config: ModelConfig, to: str, *, native: bool) -> Storage:
+    """A model as `khaosz quantize --to` writes it: the outer matrices in 8 bits, as the others are
+    with Q8_0. Without compiled kernels it is packed, and computed in bf16."""
     kinds = {}
     for name, shape in parameter_shapes(config).items():
-        outer = name.startswith(("embed_tokens", "lm_head"))
-        kind, size = ("Q8_0", 34) if outer else ("Q4_0", 18)
-        kinds[name] = kind, prod(shape) // 32 * size
-    return Storage(torch.float32, kinds=kinds, native=True)
+        kind = "Q8_0" if name.startswith(("embed_tokens", "lm_head")) else to
+        kinds[name] = kind, prod(shape) // 32 * (34 if kind == "Q8_0" else 18)
+    return Storage(torch.float32 if native else torch.bfloat16, kinds=kinds, native=native)
 
 
 def sequence_bytes(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from khaosz.errors import NotEnoughMemoryError
@@ -49,22 +49,23 @@ def check_memory(
     memory: Memory,
     limits: Sequence[Limit],
     what: str,
-    smaller: Iterable[tuple[str, Callable[[], Memory]]] = (),
+    smaller: Iterable[tuple[str, Memory]] = (),
     *,
     override: str,
 ) -> None:
     """Raises `NotEnoughMemoryError` with the sum, and the changes of `smaller` (in words, and what
-    would be needed then) that would fit. Where no limit can be read everything passes."""
+    would be needed then) that would fit; `smaller` is not read otherwise. Where no limit can be
+    read everything passes."""
     limit = memory.exceeded(limits)
     if limit is None:
         return
     base = memory.parts.get(BASE, 0)
-    fitting = [
-        f"{words} ({amount(other.total)})"
-        for words, make in smaller
-        if (other := make()).exceeded(limits) is None
-    ]
+    changes = [(f"{words} ({amount(other.total)})", other) for words, other in smaller]
+    fitting = [words for words, other in changes if other.exceeded(limits) is None]
     would = f"would fit: {', '.join(fitting)}" if fitting else "a smaller model is needed"
+    if changes and not fitting:
+        least = min(changes, key=lambda change: change[1].needed(limit))
+        would = f"not even {least[0]} would fit: free memory, or use a larger machine"
     raise NotEnoughMemoryError(
         f"{what} needs about {amount(memory.total)} of memory,"
         f" {amount(limit.free + base)} are available ({limit.name}): {memory.sum(' + ')}",

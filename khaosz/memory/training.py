@@ -6,7 +6,7 @@ key heads of width H, V vocabulary, C tokens of a chunk of logits, r rank of an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -199,30 +199,6 @@ class TrainingPlan:
         cache = self.rollout * sequence_bytes(self.config, torch.float32, self.window)
         logits = 8 * min(self.rollout, 32) * self.config.vocab_size
         return cache + logits + pass_buffers(self.config, torch.float32, 512, self.window)
-
-    # ------------------------------------------------------------------------------ what is less
-
-    def smaller(self) -> list[tuple[str, TrainingPlan]]:
-        """Settings that need less, in a recipe's words."""
-        changes: list[tuple[str, TrainingPlan]] = []
-        if self.rows > 1:
-            changes.append(("micro_batch=1", replace(self, rows=1, several=True)))
-        if not self.gradient_checkpointing:
-            one = replace(self, gradient_checkpointing=True)
-            changes.append(("gradient_checkpointing=true", one))
-            if self.rows > 1:
-                words = "micro_batch=1 gradient_checkpointing=true"
-                changes.append((words, replace(one, rows=1, several=True)))
-        if self.lora is None:
-            words = "lora.rank=16 micro_batch=1 gradient_checkpointing=true"
-            least = replace(self, rows=1, several=True, gradient_checkpointing=True)
-            changes.append((words, replace(least, lora=LoRAConfig(), frozen=0)))
-        if self.window > 256:
-            half = self.window // 2
-            least = replace(self, rows=1, several=True, window=half, gradient_checkpointing=True)
-            words = f"window={half} micro_batch=1 gradient_checkpointing=true"
-            changes.append((words, least))
-        return changes
 
 
 def layer_activations(

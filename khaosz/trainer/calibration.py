@@ -107,10 +107,13 @@ def calibrate(
     if config.dtype == "auto":
         supported: list[Compute] = []
         for candidate in (torch.float32, torch.bfloat16):
-            with contextlib.suppress(RuntimeError):  # raised by a device without bf16 kernels
+            try:
                 compute = _compute(model, config, candidate, False)
                 timing.least_seconds([(None, compute)], rounds=1)
                 supported.append(compute)
+            except RuntimeError:  # raised by a device without bf16 kernels
+                if candidate == torch.bfloat16 and not supported:
+                    raise  # possibly out of memory
         seconds_of = timing.least_seconds([(None, compute) for compute in supported])
         eager = {c.dtype: s for c, s in zip(supported, seconds_of, strict=True)}
         dtype = min(eager, key=lambda name: eager[name])

@@ -219,8 +219,9 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
             _check_data(config, path)
     sized, derived = with_size(config, parallel, initial)
     assert sized.size is not None
-    guess = initial.vocab_size if initial else config.vocab_size
-    vocab_size = tokenizer.vocab_size if tokenizer else guess or preset(sized.size).model.vocab_size
+    known = initial.vocab_size if initial else config.vocab_size
+    known = tokenizer.vocab_size if tokenizer else known
+    vocab_size = known or preset(sized.size).model.vocab_size
     shape = initial or new_shape(sized, vocab_size)
     check_rotary(shape, "[model]" if initial is None else str(config.init_from))
     sized, numbers = with_training_numbers(sized, shape, vocab_size, loaded=initial is not None)
@@ -228,7 +229,7 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
     if tokenizer is not None:
         check_prompts(sized, tokenizer, shape.max_position_embeddings)
     _check_other_models(sized, shape, tokenizer, earlier)
-    memory = check_stage_memory(sized, shape, parallel)
+    memory = check_stage_memory(config, sized, shape, parallel, known)
     return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel, memory)]
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import torch
 
-from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, ModelConfig, TrainConfig
-from khaosz.memory.machine import memory_limits, resident_memory
+from khaosz.config import (
+    PAIR_STAGES,
+    ROLLOUT_STAGES,
+    SIZES,
+    ModelConfig,
+    TrainConfig,
+    overridden,
+    preset,
+)
+from khaosz.errors import ConfigError
+from khaosz.memory.machine import Limit, memory_limits, resident_memory
 from khaosz.memory.parts import Memory, check_memory
 from khaosz.memory.training import TrainingPlan
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.calibration import rows_per_step
+from khaosz.trainer.open_run import new_shape, with_training_numbers
+
+_LEAST = "micro_batch=1 gradient_checkpointing=true"
+_SHORTEST = 128  # tokens of a window that is proposed
 
 
 def training_plan(
@@ -45,17 +59,91 @@ def training_plan(
 
 
 def check_stage_memory(
-    config: TrainConfig, shape: ModelConfig, parallel: ParallelContext
+    recipe: TrainConfig,
+    config: TrainConfig,
+    shape: ModelConfig,
+    parallel: ParallelContext,
+    vocab_size: int | None,
 ) -> str | None:
     """The sum of a stage in one line, None where it is not known: on other devices than a CPU and
-    CUDA. Raises `NotEnoughMemoryError` for a stage that cannot fit, unless memory_check=false."""
+    CUDA. Raises `NotEnoughMemoryError` for a stage that cannot fit, unless memory_check=false.
+
+    `config` is the recipe with its open numbers filled in. `vocab_size`: of the tokenizer or the
+    recipe, None where it follows from the size of a new model.
+    """
     limits, base = memory_limits(parallel.device), resident_memory()
     if parallel.device.type not in ("cpu", "cuda"):
         return None
-    plan = training_plan(config, shape, parallel)
-    memory: Memory = plan.memory(base)
+    memory = training_plan(config, shape, parallel).memory(base)
+
+    def planned(words: str) -> tuple[ModelConfig, Memory] | None:
+        """With these overrides, where the rest of the recipe allows them."""
+        try:
+            changed, its = _changed(recipe, words, config, shape, vocab_size)
+            return its, training_plan(changed, its, parallel).memory(base)
+        except ConfigError:
+            return None
+
     if config.memory_check:
-        smaller = [(words, partial(one.memory, base)) for words, one in plan.smaller()]
         what = f"training {shape.parameters() / 1e6:,.1f}M parameters"
+        smaller = _smaller(config, shape, planned, limits)
         check_memory(memory, limits, what, smaller, override="memory_check=false")
     return memory.line(limits, base)
+
+
+def _changed(
+    recipe: TrainConfig,
+    words: str,
+    config: TrainConfig,
+    shape: ModelConfig,
+    vocab_size: int | None,
+) -> tuple[TrainConfig, ModelConfig]:
+    """The recipe with overrides, filled in, and its model. Another size stands for another initial
+    model too. Raises `ConfigError`."""
+    loaded = config.init_from is not None
+    changed = overridden(recipe.updated(size=config.size), words.split())
+    if not loaded or changed.size != config.size:
+        shape = new_shape(changed, vocab_size or preset(str(changed.size)).model.vocab_size)
+    filled, _ = with_training_numbers(changed, shape, shape.vocab_size, loaded=loaded)
+    return filled, shape
+
+
+def _smaller(
+    config: TrainConfig,
+    shape: ModelConfig,
+    planned: Callable[[str], tuple[ModelConfig, Memory] | None],
+    limits: Sequence[Limit],
+) -> Iterator[tuple[str, Memory]]:
+    """What would fit, in the words of overrides: the mildest settings for this model, adapters on
+    it, the largest preset. If nothing does, the least that was tried."""
+    loaded, window = config.init_from is not None, config.window or 0
+    halves = [window >> i for i in range(1, window.bit_length()) if window >> i >= _SHORTEST]
+    shorter = [f"window={half} {_LEAST}" for half in halves]
+
+    def tried(*candidates: str) -> Iterator[tuple[str, Memory]]:
+        for words in candidates:
+            if (result := planned(words)) is not None:
+                its, memory = result
+                if loaded and words.startswith("size="):
+                    size, _, rest = words.partition(" ")
+                    words = f"a model of {its.parameters() / 1e6:,.1f}M parameters as with {size}"
+                    words += f" and {rest}" if rest else ""
+                yield words, memory
+
+    def first(*candidates: str) -> list[tuple[str, Memory]]:
+        results = (each for each in tried(*candidates) if each[1].exceeded(limits) is None)
+        return [*islice(results, 1)]
+
+    fitting = first("micro_batch=1", "gradient_checkpointing=true", _LEAST, *shorter)
+    if loaded and config.lora is None:
+        adapters = "lora.rank=16", "lora.rank=16 lora.base=int8"
+        small = (f"{adapter} {each}" for adapter in adapters for each in (_LEAST, *shorter))
+        fitting += first(adapters[0], *small)
+    if not loaded or not fitting:
+        count = shape.parameters()
+        sizes = [size for size in reversed(SIZES) if preset(size).model.parameters() < count]
+        fitting += first(
+            *(f"size={size} {rest}".strip() for size in sizes for rest in ("", _LEAST))
+        )
+    # Where nothing fits, the least is named.
+    yield from fitting or tried(f"size={SIZES[0]} window={_SHORTEST} {_LEAST}")

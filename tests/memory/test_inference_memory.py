@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,16 @@ from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.gguf.model import save_gguf
 from khaosz.interop.huggingface import ModelDirectory, save_model
 from khaosz.interop.models import open_model
-from khaosz.memory.inference import InferencePlan, Storage, positions_in, sequence_bytes
+from khaosz.memory.inference import (
+    InferencePlan,
+    Storage,
+    positions_in,
+    quantised,
+    sequence_bytes,
+)
 from khaosz.memory.machine import Limit, memory_limits
 from khaosz.memory.parts import BASE, MAPPED, Memory, check_memory
+from khaosz.model import parameter_shapes
 from tests.tiny_models import random_model, tokenizer
 
 GREEDY = SamplingParams(4, 0.0)
@@ -117,14 +125,63 @@ def test_a_default_context_becomes_shorter_and_an_explicit_one_is_refused() -> N
     assert "Q4_0" in hint and "--no-memory-check" in hint
 
 
-def test_weights_that_do_not_fit_are_refused() -> None:
+@pytest.mark.parametrize(
+    ("size", "stored", "context", "gigabytes", "device", "expected"),
+    [
+        # What fits as it is needs a shorter context only; else the best quantised form of the model
+        # that keeps the context, and the next one if that does not; else the largest preset.
+        ("base", "", 2_048, 0.53, "cpu", [r"--context \d+", "a Q8_0 file .* with 2,048 tokens"]),
+        ("13b", "", 8_192, 20.0, "cpu", ["a Q8_0 file .*--to Q8_0.* with 8,192 tokens"]),
+        (
+            "13b",
+            "",
+            8_192,
+            15.0,
+            "cpu",
+            [r"a Q8_0 file .* with [1-7],\d+ tokens", "a Q4_0 file .* with 8,192 tokens"],
+        ),
+        ("13b", "Q8_0", 8_192, 12.0, "cpu", [r"a Q4_0 file .* with 8,192 tokens"]),
+        ("13b", "Q4_0", 8_192, 6.0, "cpu", ["a model of 7,114M parameters in a Q4_0 file"]),
+        ("13b", "", 8_192, 3.0, "cpu", ["a model of 1,107M parameters in a Q4_0 file .* 4,096"]),
+        ("13b", "", 8_192, 9.0, "cuda", ["a model of 1,107M parameters with 4,096 tokens"]),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_with_what_would(
+    size: str, stored: str, context: int, gigabytes: float, device: str, expected: list[str]
+) -> None:
+    shape = preset(size).model
+    storage = quantised(shape, stored, native=True) if stored else Storage(torch.float32)
+    large = InferencePlan(shape, storage, context, torch.float32)
+    most = limit(1_024 * gigabytes)
+    with pytest.raises(NotEnoughMemoryError, match=r"are available \(a test\): ") as caught:
+        fitted(large, 0, most, "m", explicit=True, device=device)
+    hint = str(caught.value.hint).removeprefix("would fit: ").partition(";")[0]
+    proposals = re.split(r"(?<=B\)), ", hint)
+    assert len(proposals) == len(expected), hint
+    for proposal, pattern in zip(proposals, expected, strict=True):
+        assert re.match(pattern, proposal), proposal
+    for _, memory in large.smaller(0, most, True if device == "cpu" else None):
+        assert memory.exceeded(most) is None
+
+
+def test_the_least_is_named_where_nothing_fits() -> None:
     large = InferencePlan(preset("13b").model, Storage(torch.float32), 8_192, torch.float32)
-    with pytest.raises(
-        NotEnoughMemoryError, match=r"16\.0 GB are available \(a test\): weights 49\.4"
-    ) as caught:
-        fitted(large, 0, limit(16 * 1_024), "m", explicit=False)
-    # 13B parameters in 4.5 bits.
-    assert str(caught.value.hint).startswith("would fit: a Q4_0 file (khaosz quantize --to Q4_0)")
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        fitted(large, 0, limit(5), "m", explicit=False)
+    assert "not even a model of 9M parameters in a Q4_0 file with 256 tokens (" in str(
+        caught.value.hint
+    )
+
+
+def test_quantised_weights_are_those_of_the_file(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    for kind in ("Q8_0", "Q4_0"):
+        save_gguf(random_model(320, **sizes), tokenizer(), tmp_path / f"{kind}.gguf", kind)
+        source = open_model(tmp_path / f"{kind}.gguf")
+        planned = quantised(source.config, kind, native=True).kinds
+        for name, shape in parameter_shapes(source.config).items():
+            if len(shape) == 2:
+                assert planned[name] == (source.kind(name), source.nbytes(name)), name
 
 
 def test_only_mapped_pages_are_left_out_of_a_limit_on_data() -> None:
@@ -136,8 +193,8 @@ def test_only_mapped_pages_are_left_out_of_a_limit_on_data() -> None:
 
 def test_a_refusal_names_what_would_fit() -> None:
     changes = [
-        ("less", lambda: Memory({"weights": 40 * MB})),
-        ("more", lambda: Memory({"weights": 60 * MB})),
+        ("less", Memory({"weights": 40 * MB})),
+        ("more", Memory({"weights": 60 * MB})),
     ]
     with pytest.raises(
         NotEnoughMemoryError, match=r"training needs about 70 MB .* weights 70 MB$"
@@ -145,6 +202,9 @@ def test_a_refusal_names_what_would_fit() -> None:
         check_memory(Memory({"weights": 70 * MB}), limit(50), "training", changes, override="x=y")
     assert caught.value.hint == "would fit: less (40 MB); x=y skips this check"
     check_memory(Memory({"weights": 70 * MB}), (), "training", override="x=y")
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        check_memory(Memory({"weights": 70 * MB}), limit(9), "training", changes, override="x=y")
+    assert str(caught.value.hint).startswith("not even less (40 MB) would fit: free memory")
 
 
 def test_context_of_a_generator(directory: Path) -> None:

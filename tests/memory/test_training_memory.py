@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from khaosz.config import LoRAConfig, ModelConfig, preset
+from khaosz.config import LoRAConfig, ModelConfig, TrainConfig, overridden, preset
+from khaosz.errors import NotEnoughMemoryError
+from khaosz.interop.huggingface import save_model
+from khaosz.memory.machine import Limit
 from khaosz.memory.parts import BASE
 from khaosz.memory.training import TrainingPlan, layer_activations
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora
+from khaosz.trainer.checks import check_stages
+from tests.tiny_models import random_model, tokenizer
 
 ROOT = Path(__file__).parents[2]
 MB = 1 << 20
@@ -99,12 +106,83 @@ def test_logits_of_a_chunk_are_bounded_by_the_vocabulary() -> None:
     assert "logits" not in TrainingPlan(config, rows=16, window=256, head=False).memory(0).parts
 
 
-def test_smaller_settings_need_less() -> None:
+def test_the_base_is_counted_once() -> None:
     plan = TrainingPlan(preset("base").model, rows=4, window=1_024)
-    needed = {words: other.memory(0).total for words, other in plan.smaller()}
-    assert {"micro_batch=1", "gradient_checkpointing=true"} < needed.keys()
-    assert all(total < plan.memory(0).total for total in needed.values())
     assert plan.memory(7).parts[BASE] - plan.memory(0).parts[BASE] == 7
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "text.txt"
+    path.write_text("a few words\n" * 50, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def initial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory as large as `base`, whose weights are never read."""
+    path, by = tmp_path_factory.mktemp("initial") / "model", tokenizer()
+    save_model(random_model(by.vocab_size), path, bos_id=by.bos_id, eos_ids=[by.eos_id])
+    by.save(path)
+    stored = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    shape = preset("base", vocab_size=by.vocab_size).model
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim"
+    for name in (*names.split(), "num_key_value_heads", "max_position_embeddings"):
+        stored[name] = getattr(shape, name)
+    (path / "config.json").write_text(json.dumps(stored), encoding="utf-8")
+    return path
+
+
+_LEAST = "micro_batch=1 gradient_checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    ("start", "gigabytes", "expected"),
+    [
+        ("new", 3.3, ["gradient_checkpointing=true", f"size=small {_LEAST}"]),
+        ("new", 2.6, [_LEAST, f"size=small {_LEAST}"]),
+        ("new", 1.2, [f"size=small {_LEAST}"]),
+        ("new", 0.6, [f"size=mini {_LEAST}"]),
+        ("new", 0.01, [f"not even size=nano window=128 {_LEAST}"]),
+        ("huge", 1.9, ["size=small"]),
+        ("loaded", 3.4, ["micro_batch=1", f"lora.rank=16 {_LEAST}"]),
+        ("loaded", 2.8, ["gradient_checkpointing=true", f"lora.rank=16 {_LEAST}"]),
+        ("loaded", 1.4, [f"lora.rank=16 {_LEAST}"]),
+        ("loaded", 0.6, [f"lora.rank=16 window=512 {_LEAST}"]),
+        ("loaded", 0.35, [f"lora.rank=16 lora.base=int8 window=512 {_LEAST}"]),
+        ("adapters", 0.6, [f"window=512 {_LEAST}"]),
+        ("adapters", 0.3, [f"a model of 14.4M parameters as with size=mini and {_LEAST}"]),
+    ],
+)
+def test_a_refused_recipe_names_what_fits(
+    texts: Path,
+    initial: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    start: str,
+    gigabytes: float,
+    expected: list[str],
+) -> None:
+    """Each proposal passes when the recipe is run with it, and is the mildest of its kind."""
+    most = (Limit("a test", int(gigabytes * 1_024 * MB)),)
+    monkeypatch.setattr("khaosz.trainer.memory.memory_limits", lambda device: most)
+    recipe: dict[str, Any] = {"stage": "pt", "data": texts, "out": texts.parent / "out"}
+    recipe |= {"max_steps": 1, "dtype": "fp32"}
+    if start == "huge":
+        recipe["size"] = "13b"
+    else:
+        recipe |= {"batch_tokens": 8_192, "micro_batch": 4, "window": 1_024}
+        recipe |= {"size": "base"} if start == "new" else {"init_from": initial}
+    if start == "adapters":
+        recipe["lora"] = {"rank": 8}
+    with pytest.raises(NotEnoughMemoryError) as caught:
+        check_stages([TrainConfig(**recipe)])
+    hint, _, override = str(caught.value.hint).rpartition("; ")
+    assert override == "memory_check=false skips this check"
+    proposals = [text.rpartition(" (")[0] for text in hint.removeprefix("would fit: ").split("), ")]
+    assert proposals == expected
+    for words in proposals:
+        if not words.startswith(("a model", "not even")):
+            check_stages([overridden(TrainConfig(**recipe), words.split())])
 
 
 _REFUSED = """
@@ -149,3 +227,40 @@ def test_training_that_cannot_fit_is_refused_before_work(tmp_path: Path) -> None
     assert "RLIMIT_AS" in refused and "optimizer" in refused and "weights 480 MB" in refused
     assert "memory_check=false skips this check" in refused
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the address space is limited on Linux only")
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        # Reading fails, and with memory_check=false the first step of the calibration.
+        (["generate", "{model}", "--prompt", "a"], 130),
+        (["train", "pt", "data=text.txt", "out=out", "size=base", "max_steps=1"], 500),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(tmp_path: Path, command: list[str], more: int) -> None:
+    (tmp_path / "text.txt").write_text("a few words\n" * 2_000, encoding="utf-8")
+    script = (
+        "import re, resource, torch, khaosz.cli; from pathlib import Path\n"
+        "status = Path('/proc/self/status').read_text()\n"
+        f"most = (int(re.search(r'VmSize:\\s+(\\d+)', status)[1]) << 10) + ({more} << 20)\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (most, most)); khaosz.cli.main()\n"
+    )
+    if command[0] == "generate":
+        shape = preset("small", vocab_size=320).model
+        save_model(Transformer(shape), tmp_path / "model")
+        tokenizer().save(tmp_path / "model")
+    else:
+        command = [*command, "memory_check=false", "vocab_size=512", "dtype=auto"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *(part.format(model="model") for part in command)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    *_, error, hint = done.stderr.strip().splitlines()
+    assert error.startswith("error: out of memory ("), done.stderr
+    assert hint.startswith("hint: use a smaller model")
