@@ -303,7 +303,7 @@ def test_two_windows_of_a_browser_merge(browser: Any, place: Service) -> None:
         assert one.locator(".message.user").last.locator(".versions span").inner_text() == "2/2"
         # A conversation deleted in one window continues in the other.
         one.locator(".history li").hover()
-        one.get_by_role("button", name="Delete").click()
+        one.locator(".history").get_by_role("button", name="Delete").click()
         one.get_by_role("dialog").get_by_role("button", name="Delete").click()
         entry.wait_for(state="detached")
         ask(two, "plain")

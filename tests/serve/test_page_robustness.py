@@ -293,7 +293,7 @@ def test_interrupted_answer_is_marked(browser: Any, place: Service) -> None:
 
 def delete_conversation(page: Any) -> None:
     page.locator(".history li").hover()
-    page.get_by_role("button", name="Delete").click()
+    page.locator(".history").get_by_role("button", name="Delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
 
 

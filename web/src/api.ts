@@ -86,6 +86,7 @@ export interface Chunk {
   choices: { index: number; delta: Delta; finish_reason: string | null }[];
   usage?: Usage | null;
   retrieval?: Retrieval;
+  left_out?: number;
   error?: { message: string; code: string | null };
 }
 
@@ -209,12 +210,24 @@ export async function* streamChat(body: unknown, signal: AbortSignal): AsyncGene
   throw new Unreachable("the stream ended early");
 }
 
-export async function countTokens(
+/** Tokens of a chat's prompt, and how many of the oldest messages it leaves out. */
+export interface PromptSize {
+  count: number;
+  left_out: number;
+}
+
+export interface ChatMessage {
+  role: "system" | "user" | "assistant";
+  content: string;
+}
+
+export function countTokens(
   model: string,
-  messages: { role: string; content: string }[],
-): Promise<number> {
-  const { count } = await sendJson<{ count: number }>("POST", "/tokenize", { model, messages });
-  return count;
+  messages: ChatMessage[],
+  maxTokens: number | undefined,
+): Promise<PromptSize> {
+  const body = { model, messages, max_tokens: maxTokens, truncation: "auto" };
+  return sendJson<PromptSize>("POST", "/tokenize", body);
 }
 
 /** Features are known; until then the page can't know where conversations are stored. */

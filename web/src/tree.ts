@@ -11,6 +11,8 @@ export interface Node {
   reasoning: string | null;
   citations: Citation[] | null;
   retrieval: Retrieval | null;
+  /** Of an answer: the oldest messages before it, which the model did not see. */
+  left_out: number | null;
   model: string | null;
   finish_reason: string | null;
   created: number;
@@ -39,14 +41,19 @@ export interface Conversation extends Metadata {
   nodes: Node[];
   selected: string | null;
   revision?: number;
-  /** The metadata of `revision`: differences from it are changes of this window. */
-  base?: Metadata;
+  /** What `revision` stores: differences from it are changes of this window. */
+  base?: Base;
 }
 
-/** Record the stored metadata as the base that later changes of this window are compared with. */
+interface Base extends Metadata {
+  parents: ReadonlyMap<string, string | null>; // of each message
+}
+
+/** Record what is stored as the base that later changes of this window are compared with. */
 export function withBase(stored: Conversation): Conversation {
   const { title, system, settings, knowledge_base } = stored;
-  return { ...stored, base: { title, system, settings, knowledge_base } };
+  const parents = new Map(stored.nodes.map(({ id, parent }) => [id, parent]));
+  return { ...stored, base: { title, system, settings, knowledge_base, parents } };
 }
 
 export function newConversation(): Conversation {
@@ -75,6 +82,7 @@ export function newNode(
     reasoning: null,
     citations: null,
     retrieval: null,
+    left_out: null,
     model,
     finish_reason: null,
     created: Math.floor(Date.now() / 1000),
@@ -122,20 +130,42 @@ export function updateNode(
 }
 
 /**
- * Merge the states of two windows: the messages of both and the metadata changes of both. This
- * window's change wins a conflict, and its selection is preserved.
+ * Merge the states of two windows: the messages that either added without those that either deleted,
+ * and the metadata changes of both. This window's change wins a conflict, and its selection is
+ * preserved.
  */
 export function merge(ours: Conversation, theirs: Conversation): Conversation {
-  const ourNodes = new Map(ours.nodes.map((node) => [node.id, node]));
-  const theirIds = new Set(theirs.nodes.map((node) => node.id));
-  const nodes = theirs.nodes.map((node) => moreComplete(ourNodes.get(node.id) ?? node, node));
-  nodes.push(...ours.nodes.filter((node) => !theirIds.has(node.id)));
   const { base } = ours;
+  const nodes = mergeNodes(ours, theirs);
   const isChanged = (name: keyof Metadata) =>
     JSON.stringify(ours[name]) !== JSON.stringify(base?.[name]);
   const names = (["title", "system", "settings", "knowledge_base"] as const).filter(isChanged);
   const changes = Object.fromEntries(names.map((name) => [name, ours[name]]));
-  return { ...withBase(theirs), ...changes, nodes, selected: ours.selected };
+  const exists = nodes.some((node) => node.id === ours.selected);
+  const selected = exists ? ours.selected : (nodes.at(-1)?.id ?? null);
+  return { ...withBase(theirs), ...changes, nodes, selected };
+}
+
+function mergeNodes(ours: Conversation, theirs: Conversation): Node[] {
+  const [ourNodes, theirNodes] = [ours, theirs].map(
+    ({ nodes }) => new Map(nodes.map((node) => [node.id, node])),
+  ) as [Map<string, Node>, Map<string, Node>];
+  const parents: Base["parents"] = ours.base?.parents ?? new Map();
+  const all = new Map<string, Node>(); // parents before their children, as in both
+  for (const id of [...theirNodes.keys(), ...ourNodes.keys()]) {
+    const [our, their] = [ourNodes.get(id), theirNodes.get(id)];
+    if (!our || !their) all.set(id, (our ?? their)!);
+    // Deleting a turn moves what follows it.
+    else all.set(id, { ...moreComplete(our, their), parent: parents.get(id) === their.parent ? our.parent : their.parent });
+  }
+  const kept = new Set<string>();
+  for (const id of all.keys()) {
+    const isDeleted = parents.has(id) && !(ourNodes.has(id) && theirNodes.has(id));
+    if (isDeleted) continue;
+    // A deleted message remains if the other window has continued it.
+    for (let at: string | null = id; at !== null && !kept.has(at); at = all.get(at)?.parent ?? null) kept.add(at);
+  }
+  return [...all.values()].filter((node) => kept.has(node.id));
 }
 
 /** A message is generated in one window; the other may have an earlier state of it. */
@@ -153,17 +183,50 @@ export function isEmpty(node: Node): boolean {
   return !node.content && !node.reasoning;
 }
 
+/** A message and its descendants. */
+export function subtree(conversation: Conversation, id: string): Set<string> {
+  const ids = new Set([id]);
+  for (let size = 0; size < ids.size; ) {
+    size = ids.size; // once more, where a child precedes its parent in the list
+    for (const node of conversation.nodes) {
+      if (node.parent !== null && ids.has(node.parent)) ids.add(node.id);
+    }
+  }
+  return ids;
+}
+
+/** A question and its answers, without what follows them. */
+export function turn(conversation: Conversation, question: string): Set<string> {
+  const answers = conversation.nodes.filter(
+    ({ parent, role }) => parent === question && role === "assistant",
+  );
+  return new Set([question, ...answers.map(({ id }) => id)]);
+}
+
 /** Remove a message and its descendants; the selection moves to a remaining message. */
 export function without(conversation: Conversation, id: string): Conversation {
-  const removed = new Set([id]);
-  // Children follow their parents in the list.
-  for (const node of conversation.nodes) {
-    if (node.parent !== null && removed.has(node.parent)) removed.add(node.id);
-  }
-  const parent = conversation.nodes.find((node) => node.id === id)?.parent ?? null;
-  const nodes = conversation.nodes.filter((node) => !removed.has(node.id));
-  const rest = { ...conversation, nodes };
-  if (conversation.selected === null || !removed.has(conversation.selected)) return rest;
+  return removed(conversation, id, subtree(conversation, id), conversation.nodes);
+}
+
+/** Remove a question with all its answers; what follows them then follows the message before. */
+export function withoutTurn(conversation: Conversation, question: string): Conversation {
+  const ids = turn(conversation, question);
+  const below = subtree(conversation, question);
+  const { parent } = conversation.nodes.find((node) => node.id === question)!;
+  const nodes = conversation.nodes.map((node) => {
+    if (!below.has(node.id) || ids.has(node.id)) return node;
+    // How many messages before it were left out is no longer known.
+    const moved = { ...node, left_out: null };
+    return ids.has(node.parent!) ? { ...moved, parent } : moved;
+  });
+  return removed(conversation, question, ids, nodes);
+}
+
+function removed(before: Conversation, id: string, ids: Set<string>, all: Node[]): Conversation {
+  const parent = before.nodes.find((node) => node.id === id)?.parent ?? null;
+  const nodes = all.filter((node) => !ids.has(node.id));
+  const rest = { ...before, nodes };
+  if (before.selected === null || !ids.has(before.selected)) return rest;
   const sibling = nodes.findLast((node) => node.parent === parent);
   return { ...rest, selected: sibling ? leafBelow(rest, sibling.id) : parent };
 }

@@ -10,6 +10,7 @@ type Fields = Record<string, unknown>;
 
 const isText = (value: unknown): value is string => typeof value === "string";
 const isNumber = (value: unknown): value is number => typeof value === "number";
+const isCount = (value: unknown): value is number => Number.isInteger(value) && (value as number) >= 0;
 const isFields = (value: unknown): value is Fields =>
   value !== null && typeof value === "object" && !Array.isArray(value);
 const textOrNull = (value: unknown) => (isText(value) ? value : null);
@@ -49,6 +50,7 @@ function validateNode(value: unknown): Node {
     reasoning: textOrNull(value.reasoning),
     citations: Array.isArray(value.citations) ? value.citations.filter(isCitation) : null,
     retrieval: validateRetrieval(value.retrieval),
+    left_out: isCount(value.left_out) ? value.left_out : null,
     model: textOrNull(value.model),
     finish_reason: textOrNull(value.finish_reason),
     created: isNumber(created) ? created : 0,

@@ -8,9 +8,11 @@ import {
   newNode,
   path,
   siblings,
+  subtree,
   titleOf,
   withNode,
   without,
+  withoutTurn,
   type Conversation,
 } from "../src/tree";
 
@@ -97,4 +99,57 @@ test("merging keeps the changes of both windows, and ours on a conflict", () => 
   // Later changes are relative to their title.
   expect(merge({ ...both, title: "x" }, theirs).title).toBe("x");
   expect(merge(both, { ...theirs, title: "later" }).title).toBe("later");
+});
+
+test("removing a turn keeps what follows it", () => {
+  const { conversation, ids } = sample();
+  const rest = withoutTurn(conversation, ids[0]!);
+  expect(contents(rest)).toEqual(["q2", "a3"]);
+  expect(rest.nodes).toHaveLength(2);
+  expect(contents(withoutTurn(conversation, ids[3]!))).toEqual(["q1", "a2"]);
+  expect(withoutTurn(rest, ids[3]!)).toMatchObject({ nodes: [], selected: null });
+});
+
+test("branches below the answers of a removed turn become versions", () => {
+  const { conversation, ids } = sample();
+  const other = newNode(ids[1]!, "user", "q3");
+  const rest = withoutTurn(withNode(conversation, other), ids[0]!);
+  expect(contents(rest)).toEqual(["q3"]);
+  expect(siblings(rest, rest.nodes.find(({ id }) => id === other.id)!).map(({ content }) => content)).toEqual(["q2", "q3"]);
+});
+
+test("answers below a removed turn no longer say what was left out", () => {
+  const { conversation, ids } = sample();
+  const counted = updateNode(updateNode(conversation, ids[4]!, { left_out: 2 }), ids[2]!, { left_out: 0 });
+  expect(withoutTurn(counted, ids[0]!).nodes.map((node) => node.left_out)).toEqual([null, null]);
+  expect(withoutTurn(counted, ids[3]!).nodes.map((node) => node.left_out)).toEqual([null, null, 0]);
+});
+
+test("a subtree does not depend on the order of the messages", () => {
+  const { conversation, ids } = sample();
+  const reversed = { ...conversation, nodes: conversation.nodes.toReversed() };
+  expect([...subtree(reversed, ids[2]!)].sort()).toEqual([ids[2], ids[3], ids[4]].sort());
+});
+
+test("messages deleted in either window stay deleted", () => {
+  const { conversation, ids } = sample();
+  const stored = withBase(conversation);
+  const added = newNode(ids[4]!, "user", "q4");
+  const ours = withoutTurn(stored, ids[0]!);
+  const theirs = withBase(withNode(conversation, added));
+  for (const merged of [merge(ours, theirs), merge(withNode(stored, added), withBase(ours))]) {
+    expect(contents({ ...merged, selected: added.id })).toEqual(["q2", "a3", "q4"]);
+    expect(merged.nodes).toHaveLength(3);
+  }
+  expect(contents(merge(stored, withBase(without(conversation, ids[2]!))))).toEqual(["q1", "a1"]);
+});
+
+test("a deleted message remains if the other window has continued it", () => {
+  const { conversation, ids } = sample();
+  const stored = withBase(conversation);
+  const added = newNode(ids[0]!, "assistant", "a4");
+  const merged = merge(withoutTurn(stored, ids[0]!), withBase(withNode(conversation, added)));
+  expect(contents({ ...merged, selected: added.id })).toEqual(["q1", "a4"]);
+  expect(contents({ ...merged, selected: ids[4]! })).toEqual(["q2", "a3"]);
+  expect(merged.nodes).toHaveLength(4);
 });

@@ -25,10 +25,10 @@ test("malformed optional parts are dropped", () => {
     legs: { lexical: { rank: 1, score: 1 } },
   }; // prettier-ignore
   const malformed = { query: "q", found: true, hits: [hit, {}, { ...hit, legs: null }], prompt: 5 };
-  const nodes = [question, { ...answer, retrieval: malformed, citations: [{}, hit], reasoning: 1 }];
+  const nodes = [question, { ...answer, retrieval: malformed, citations: [{}, hit], reasoning: 1, left_out: -1 }];
   const result = validateConversation({ ...good, nodes, settings: { stop: "x", top_p: "y", seed: 3, messages: [] } });
   expect(result.settings).toEqual({ seed: 3 });
-  expect(result.nodes[1]).toMatchObject({ citations: [hit], reasoning: null });
+  expect(result.nodes[1]).toMatchObject({ citations: [hit], reasoning: null, left_out: null });
   expect(result.nodes[1]!.retrieval).toMatchObject({ hits: [hit], prompt: null, left_out: 0 });
   expect(validateConversation({ ...good, nodes: [question, { ...answer, retrieval: {} }] }).nodes[1]!.retrieval).toBeNull();
   expect(validateConversation({ ...good, selected: "gone" }).selected).toBe(answer.id);

@@ -2,7 +2,8 @@ import { Dialog } from "../components/dialog";
 import { t } from "../i18n";
 import type { Settings } from "../tree";
 import { update } from "./persistence";
-import { current } from "./state";
+import { contextUse } from "./composer";
+import { current, model, promptSize } from "./state";
 
 type Numeric = Exclude<keyof Settings, "stop">;
 
@@ -68,6 +69,9 @@ export function ChatSettings(props: { onClose: () => void }) {
             }}
           />
         </label>
+        {model.value?.context && promptSize.value && (
+          <p class="note">{contextUse(promptSize.value, model.value.context).label}</p>
+        )}
         <button type="button" onClick={() => update({ settings: {}, system: null })}>
           {t("reset")}
         </button>

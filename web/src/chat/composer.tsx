@@ -1,12 +1,12 @@
 import { signal } from "@preact/signals";
 import { useEffect, useRef } from "preact/hooks";
-import { features } from "../api";
+import { features, type PromptSize } from "../api";
 import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
 import { send } from "./generation";
 import { update } from "./persistence";
 import {
-  canGenerate, contextTokens, current, generating, knowledgeBases, model, models, selectModel, stop,
+  canGenerate, current, generating, knowledgeBases, model, models, promptSize, selectModel, stop,
 } from "./state"; // prettier-ignore
 
 /**
@@ -90,7 +90,7 @@ export function Composer(props: { onSettings: () => void }) {
         <button type="button" class="quiet" aria-label={t("chatSettings")} title={t("chatSettings")} onClick={props.onSettings}>
           <Icon name="tune" />
         </button>
-        {limit !== null && contextTokens.value !== null && <Meter used={contextTokens.value} limit={limit} />}
+        {limit !== null && promptSize.value !== null && <Meter {...contextUse(promptSize.value, limit)} />}
         <span class="grow" />
         {generating.value ? (
           <button type="button" class="round" aria-label={t("stop")} title={t("stop")} onClick={stop}>
@@ -112,12 +112,20 @@ export function Composer(props: { onSettings: () => void }) {
   );
 }
 
-function Meter(props: { used: number; limit: number }) {
-  const label = t("contextUsed", { n: number(props.used), of: number(props.limit) });
+/** How full the context is, as a fraction, and a sentence that says what is counted. */
+export function contextUse(size: PromptSize, limit: number): { fraction: number; label: string } {
+  const used = t("contextUsed", { n: number(size.count), of: number(limit) });
+  const label = size.left_out ? `${used} ${t("contextLeftOut", { n: number(size.left_out) })}` : used;
+  return { fraction: Math.min(1, size.count / Math.max(1, limit)), label };
+}
+
+function Meter(props: { fraction: number; label: string }) {
+  const { fraction, label } = props;
   return (
     <span class="meter" title={label}>
-      <meter min={0} max={props.limit} high={0.85 * props.limit} value={props.used} aria-label={label} />
-      <span>{number((100 * props.used) / props.limit)} %</span>
+      <span class="meter-name">{t("context")}</span>
+      <meter min={0} max={1} high={0.85} value={fraction} aria-label={label} />
+      <span aria-hidden="true">{number(100 * fraction)} %</span>
     </span>
   );
 }

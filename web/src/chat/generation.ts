@@ -77,6 +77,7 @@ export async function answer(question: string): Promise<void> {
         const { knowledge_base } = conversation;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
       }
+      if (chunk.left_out !== undefined) rest = { ...rest, left_out: chunk.left_out };
       if (chunk.usage) {
         const { firstTokenAt, startedAt } = running.value!;
         const seconds = (performance.now() - (firstTokenAt ?? startedAt)) / 1000;
@@ -118,6 +119,7 @@ function requestBody(conversation: Conversation, messages: Node[], model: string
   return {
     model,
     messages: [...system, ...messages.map(({ role, content }) => ({ role, content }))],
+    truncation: "auto",
     stream: true,
     stream_options: { include_usage: true },
     ...conversation.settings,

@@ -9,6 +9,7 @@ import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
 import { edit, regenerate } from "./generation";
 import { isComposing } from "./composer";
+import { DeleteMessage } from "./deletion";
 import { select } from "./persistence";
 import { canGenerate, current, running, usage } from "./state";
 
@@ -41,6 +42,7 @@ function Question(props: { node: Node }) {
         >
           <Icon name="edit" />
         </button>
+        <DeleteMessage node={node} />
       </div>
     </>
   );
@@ -135,6 +137,7 @@ function Answer(props: { node: Node }) {
           >
             <Icon name="again" />
           </button>
+          <DeleteMessage node={node} />
           {node.retrieval && (
             <button
               type="button"

@@ -9,8 +9,10 @@ import {
   features,
   getJson,
   Unreachable,
+  type ChatMessage,
   type KnowledgeBase,
   type ModelCard,
+  type PromptSize,
   type Usage,
 } from "../api";
 import { conversationStorage, type Listed } from "../conversationStorage";
@@ -99,27 +101,37 @@ export async function refreshList(): Promise<void> {
   if (query === search.value) conversations.value = listed; // else a later search is running
 }
 
-/** Tokens of the visible messages; counted when an answer is complete. */
-export const contextTokens = signal<number | null>(null);
+const counted = signal<{ conversation: string; size: PromptSize } | null>(null);
+
+/** What the open conversation takes of the context; counted when an answer is complete. */
+export const promptSize = computed(() =>
+  counted.value?.conversation === current.value.id ? counted.value.size : null,
+);
+
+/** How many of the visible messages, the oldest, the model does not see. */
+export const leftOut = computed(() => {
+  const last = visibleNodes.value.findLast((node) => node.left_out !== null)?.left_out ?? 0;
+  // Passages need room too, which only the answer knows.
+  if (promptSize.value === null || generating.value || current.value.knowledge_base !== null) return last;
+  return promptSize.value.left_out;
+});
 
 let latestCount: object | null = null;
 
 export async function countContextTokens(): Promise<void> {
   const count = (latestCount = {}); // a late result belongs to another conversation
   const chosen = model.value;
-  const messages = visibleNodes.value
-    .filter((node) => node.content)
-    .map(({ role, content }) => ({ role, content: content as string }));
-  const system = current.value.system;
-  if (system) messages.unshift({ role: "system" as "user", content: system });
+  const { id, system, settings } = current.value;
+  const messages: ChatMessage[] = visibleNodes.value.map(({ role, content }) => ({ role, content }));
+  if (system) messages.unshift({ role: "system", content: system });
   if (chosen === null || !messages.length) {
-    contextTokens.value = null;
+    counted.value = null;
     return;
   }
   try {
-    const tokens = await countTokens(chosen.id, messages);
-    if (latestCount === count) contextTokens.value = tokens;
+    const size = await countTokens(chosen.id, messages, settings.max_tokens);
+    if (latestCount === count) counted.value = { conversation: id, size };
   } catch {
-    if (latestCount === count) contextTokens.value = null; // the meter is optional
+    if (latestCount === count) counted.value = null; // the meter is optional
   }
 }

@@ -1,4 +1,5 @@
 import { useSignal } from "@preact/signals";
+import { Fragment } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { connected } from "../api";
 import { Icon } from "../components/icons";
@@ -7,7 +8,7 @@ import { answer, send } from "./generation";
 import { Composer } from "./composer";
 import { Message } from "./message";
 import {
-  canGenerate, connect, countContextTokens, current, generating, model, problem, running,
+  canGenerate, connect, countContextTokens, current, generating, leftOut, model, problem, running,
   visibleNodes,
 } from "./state"; // prettier-ignore
 import { isEmpty, type Node } from "../tree";
@@ -52,7 +53,12 @@ export function ChatView() {
           {visibleNodes.value.length === 0 ? (
             <Empty />
           ) : (
-            visibleNodes.value.map((node) => <Message key={node.id} node={node} />)
+            visibleNodes.value.map((node, i) => (
+              <Fragment key={node.id}>
+                {i > 0 && i === leftOut.value && <p class="left-out">{t("leftOut")}</p>}
+                <Message node={node} />
+              </Fragment>
+            ))
           )}
           {(problem.value || unanswered) && (
             <div class="problem" role={problem.value ? "alert" : undefined}>
