@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import ValidationError
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ContextLengthError, KhaoszError
@@ -176,6 +177,20 @@ class Answer:
             }
             for each in values
         ]
+
+
+def translated_chat(values: Mapping[str, Any]) -> ChatRequest:
+    """A chat of these fields; those that are None are left out. Raises `ApiError` for fields that
+    do not go together."""
+    try:
+        return ChatRequest.model_validate({k: v for k, v in values.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raised = first.get("ctx", {}).get("error")
+        message = str(raised) if isinstance(raised, ValueError) else first["msg"]
+        param = str(first["loc"][0]) if first["loc"] else message.partition(" ")[0]
+        known = param in ChatRequest.model_fields
+        raise ApiError(400, message, param=param if known else None) from None
 
 
 class Layout(Protocol):

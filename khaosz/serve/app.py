@@ -19,6 +19,7 @@ from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
 from khaosz.serve.openai.chat import chat_routes
+from khaosz.serve.openai.responses import response_routes
 from khaosz.serve.openai.tokens import token_routes
 from khaosz.serve.openai.vectors import vector_routes
 from khaosz.serve.page import page_routes
@@ -30,6 +31,10 @@ from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
 from khaosz.serve.retrieval_models import RetrievalModels
 
 TIMEOUT = 600.0  # seconds that a request may take
+# Schemas of requests whose `model` answers.
+_WITH_MODEL = (
+    "ChatRequest", "CompletionRequest", "TokenizeRequest", "ResponseRequest", "InputCountRequest",
+)  # fmt: skip
 HEARTBEAT = 5.0  # seconds after which a silent stream sends a comment
 
 
@@ -72,7 +77,7 @@ def build_app(
     app.add_middleware(Metered, meters=meters)
     app.add_middleware(HeadAsGet)
     answering = Answering(models, meters, timeout, library, heartbeat)
-    openai = chat_routes(answering), token_routes(models)
+    openai = chat_routes(answering), response_routes(answering), token_routes(models)
     knowledge = [] if library is None else [knowledge_routes(library)]
     for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
         app.include_router(router)
@@ -138,7 +143,7 @@ def build_app(
     names = {
         "EmbeddingRequest": list(retrieval.embedders),
         "RerankRequest": list(retrieval.rerankers),
-        **dict.fromkeys(("ChatRequest", "CompletionRequest", "TokenizeRequest"), models.names),
+        **dict.fromkeys(_WITH_MODEL, models.names),
     }
     patch_openapi(app.openapi(), names)
     return app

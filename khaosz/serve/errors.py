@@ -204,8 +204,10 @@ def as_api_error(error: Exception, path: str) -> ApiError:
 
 
 def _invalid_request(error: RequestValidationError) -> ApiError:
-    # The deepest: of a union, that is the member that fits best.
-    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    # The deepest, rather not of another type: of a union, that is the member that fits best.
+    first = max(
+        error.errors(), key=lambda each: (len(each["loc"]), not each["type"].endswith("_type"))
+    )
     place, *parts = first["loc"]
     param = _param(place, parts, error.body, missing=first["type"] == "missing")
     match first:

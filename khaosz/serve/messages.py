@@ -56,7 +56,7 @@ class RefusalPart(RequestModel):
     refusal: str
 
 
-def _text_only(content: Any) -> Any:
+def text_only(content: Any) -> Any:
     """Raises ValueError for parts of another kind than text."""
     for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
@@ -68,7 +68,7 @@ def _text_only(content: Any) -> Any:
 
 
 Content = Annotated[
-    str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)], BeforeValidator(_text_only)
+    str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)], BeforeValidator(text_only)
 ]
 
 
@@ -131,7 +131,7 @@ class AssistantMessage(ChatMessage):
     content: (
         Annotated[
             str | Annotated[list[TextPart | RefusalPart], Field(max_length=MAX_MESSAGES)],
-            BeforeValidator(_text_only),
+            BeforeValidator(text_only),
         ]
         | None
     ) = None
@@ -163,7 +163,7 @@ Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discrim
 
 
 class Function(RequestModel):
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,64}$")]
+    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None  # forced calls fit their schema in either case
