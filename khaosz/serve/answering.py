@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -26,10 +27,12 @@ from khaosz.inference.parts import Part, PartStream, ToolCall
 from khaosz.inference.request import Logprob, Output
 from khaosz.rag.answer import CitationStream
 from khaosz.serve.errors import ApiError, as_api_error
+from khaosz.serve.knowledge.grounding import RetrievalContext, StoredContext
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.metrics import Meters, Usage
 from khaosz.serve.models import Models, Use
 from khaosz.serve.prompts import (
+    Begun,
     EngineRequest,
     ResponseFormat,
     chat_context,
@@ -48,13 +51,14 @@ _log = logging.getLogger("khaosz.serve")
 @dataclass(frozen=True)
 class Piece:
     """What became final of one choice. `reason`, in its last piece: "stop", "length" or
-    "tool_calls"; `stop`: the stop string that ended it."""
+    "tool_calls"; `stop`: the stop string that ended it; `text`: as the model wrote it."""
 
     choice: int
     parts: list[Part | ToolCall]
     logprobs: list[Logprob]
     reason: str | None
     stop: str | None = None
+    text: str = ""
 
 
 class Choice:
@@ -66,6 +70,11 @@ class Choice:
         context = format.context
         self._citations = CitationStream(len(context.passages)) if context else None
         self.calls = 0
+
+    def begun(self, text: str) -> list[Part | ToolCall]:
+        """The parts of the text that the answer continues."""
+        assert self._parts is not None
+        return [each for part in self._parts.feed(text) for each in self._part(part)]
 
     def take(self, output: Output) -> tuple[list[Part | ToolCall], str | None]:
         """Parts, and why the choice ended."""
@@ -127,6 +136,11 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     _choices: dict[int, Choice] = field(default_factory=dict)
 
+    def begun(self) -> list[Part | ToolCall]:
+        """The parts of the answer that this one continues; to be called before `pieces`."""
+        choice = self._choices[0] = Choice(self.format)
+        return choice.begun(self.format.begun.text) if self.format.begun else []
+
     async def pieces(self) -> AsyncIterator[Piece]:
         """They end early when the client leaves. Raises as `Ticket.outputs` does."""
         async for output in self.outputs:
@@ -135,7 +149,7 @@ class Answer:
             parts, reason = choice.take(output)
             # The token that ends the turn is not part of the text.
             logprobs = [each for each in output.logprobs if each.token not in self.ends]
-            yield Piece(output.choice, parts, logprobs, reason, output.stop)
+            yield Piece(output.choice, parts, logprobs, reason, output.stop, output.text)
 
     async def collected(self) -> dict[int, Piece] | None:
         """One piece of each choice; None if the client left before the end."""
@@ -225,7 +239,7 @@ class Answering:
         bases that a chat may use; `heartbeat`: seconds after which a silent stream sends a
         comment."""
         self.models, self._meters = models, meters
-        self._timeout, self._library, self._heartbeat = timeout, library, heartbeat
+        self._timeout, self._library, self.heartbeat = timeout, library, heartbeat
         # A pool of their own: long prompts take no thread from other routes, and one whose client
         # left is not started.
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="khaosz-prompts")
@@ -241,24 +255,42 @@ class Answering:
     ) -> Response:
         """Answer a conversation. `think` and `prefill` as for `chat_request`."""
 
-        async def prepare(use: Use) -> EngineRequest:
-            kept, left_out = await self.in_encoder(
-                lambda: truncated(request, use.generator), "messages"
-            )
-            context = None
-            if request.knowledge_base is not None:
-                context = await chat_context(kept, use, self._library)
-
-            def encode() -> EngineRequest:
-                return chat_request(kept, use.generator, context, think=think, prefill=prefill)
-
-            prepared = await self.in_encoder(encode, "messages")
-            if request.truncation == "auto":
-                format = replace(prepared.format, left_out=left_out)
-                prepared = replace(prepared, format=format)
-            return prepared
-
+        prepare = partial(self._prepare, request, think=think, prefill=prefill)
         return await self._send(request, raw_request, layout, prepare)
+
+    async def open_chat(self, request: ChatRequest, begun: Begun | None = None) -> Answer:
+        """An answer that is not sent to a client; `begun`: the one that it continues. The caller
+        must close it. Raises as a chat does."""
+        return await self._open(request.model, partial(self._prepare, request, begun=begun))
+
+    async def _prepare(
+        self,
+        request: ChatRequest,
+        use: Use,
+        *,
+        think: bool = True,
+        prefill: str = "",
+        begun: Begun | None = None,
+    ) -> EngineRequest:
+        kept, left_out = await self.in_encoder(
+            lambda: truncated(request, use.generator), "messages"
+        )
+        context: RetrievalContext | StoredContext | None = None
+        if begun is not None and begun.context is not None:
+            context = StoredContext(**begun.context)
+        elif request.knowledge_base is not None:
+            context = await chat_context(kept, use, self._library)
+
+        def encode() -> EngineRequest:
+            return chat_request(
+                kept, use.generator, context, think=think, prefill=prefill, begun=begun
+            )
+
+        prepared = await self.in_encoder(encode, "messages")
+        if request.truncation == "auto":
+            format = replace(prepared.format, left_out=left_out)
+            prepared = replace(prepared, format=format)
+        return prepared
 
     async def complete(
         self, request: CompletionRequest, raw_request: Request, layout: Layout
@@ -314,7 +346,7 @@ class Answering:
             undo.callback(done)
             try:
                 # Errors have a status of their own if they are found before the stream must begin.
-                wait = self._heartbeat if request.stream else None
+                wait = self.heartbeat if request.stream else None
                 await asyncio.wait({opening, watcher}, timeout=wait, return_when="FIRST_COMPLETED")
                 if request.stream:
                     if opening.done() or watcher.done():
@@ -322,7 +354,7 @@ class Answering:
                     path = raw_request.url.path
                     events = stream_events(opening, layout, path)
                     undo.pop_all()  # done when it ends
-                    sent = without_silence(events, self._heartbeat, layout.waiting)
+                    sent = without_silence(events, self.heartbeat, layout.waiting)
                     return EventStream(sent, layout.media_type, done)
                 body = await layout.whole(await opening)
             except asyncio.CancelledError:

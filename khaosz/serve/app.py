@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from khaosz import __version__
 from khaosz.serve.answering import Answering
 from khaosz.serve.errors import ApiError, errors, explain_errors
+from khaosz.serve.generations.routes import generation_routes
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
@@ -33,16 +35,22 @@ from khaosz.serve.retrieval_models import RetrievalModels
 TIMEOUT = 600.0  # seconds that a request may take
 # Schemas of requests whose `model` answers.
 _WITH_MODEL = (
-    "ChatRequest", "CompletionRequest", "TokenizeRequest", "ResponseRequest", "InputCountRequest",
+    "ChatRequest", "GenerationRequest", "CompletionRequest", "TokenizeRequest", "ResponseRequest",
+    "InputCountRequest",
 )  # fmt: skip
 HEARTBEAT = 5.0  # seconds after which a silent stream sends a comment
 
+# Routes that answer with models get what answers.
+Routes = APIRouter | Callable[[Answering], APIRouter]
 
-def record_routes(data: Path, runs: Path) -> list[APIRouter]:
-    """Conversations and preferences in the folder `data`, and training runs below `runs`. Raises
-    `DataError` for a file in `data` that cannot be used."""
+
+def record_routes(data: Path, runs: Path) -> list[Routes]:
+    """Conversations, their generations and preferences in the folder `data`, and training runs
+    below `runs`. Raises `DataError` for a file in `data` that cannot be used."""
+    conversations = ConversationStore(data / "conversations.db")
     return [
-        conversation_routes(ConversationStore(data / "conversations.db")),
+        conversation_routes(conversations),
+        partial(generation_routes, conversations),
         preference_routes(PreferenceFile(data / FILE)),
         run_routes(runs),
     ]
@@ -55,7 +63,7 @@ def build_app(
     library: Library | None = None,
     timeout: float = TIMEOUT,
     heartbeat: float = HEARTBEAT,
-    routers: Sequence[APIRouter] = (),
+    routers: Sequence[Routes] = (),
 ) -> FastAPI:
     """The service of these models; it stops their threads when it ends. `library`: knowledge bases;
     `routers`: further routes, such as `record_routes`. `timeout` and
@@ -80,7 +88,7 @@ def build_app(
     openai = chat_routes(answering), response_routes(answering), token_routes(models)
     knowledge = [] if library is None else [knowledge_routes(library)]
     for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
-        app.include_router(router)
+        app.include_router(router if isinstance(router, APIRouter) else router(answering))
 
     @app.get("/v1/models", response_model=ModelList, responses=errors())
     async def list_models() -> dict[str, Any]:
@@ -173,7 +181,7 @@ def patch_openapi(document: dict[str, Any], names: dict[str, list[str]]) -> None
     errors are answered with 400, not 422."""
     schemas = document["components"]["schemas"]
     for request, models in names.items():
-        if models:
+        if models and request in schemas:
             schemas[request]["properties"]["model"]["enum"] = models
     for operations in document["paths"].values():
         for operation in operations.values():

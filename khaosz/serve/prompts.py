@@ -12,7 +12,7 @@ from khaosz.inference.parts import THINK, THOUGHT, Calls, opens_thought
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITE_TOKENS
 from khaosz.serve.errors import ApiError
-from khaosz.serve.knowledge.grounding import RetrievalContext, retrieve_context
+from khaosz.serve.knowledge.grounding import RetrievalContext, StoredContext, retrieve_context
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.models import Use
@@ -32,12 +32,21 @@ _FILL_IN_THE_MIDDLE = (
 
 
 @dataclass(frozen=True)
+class Begun:
+    """An answer that is continued: its text so far as the model wrote it, with markers, and
+    `RetrievalContext.stored` of what it is based on."""
+
+    text: str
+    context: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class ResponseFormat:
     """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
     `calls`: how this model writes tool calls; `reasoning`: the prompt has opened the reasoning;
     `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
     what the answer may cite; `left_out`: messages that the model does not see, None where the
-    request does not allow it."""
+    request does not allow it; `begun`: what the answer continues."""
 
     chat: bool
     logprobs: bool = False
@@ -45,8 +54,9 @@ class ResponseFormat:
     reasoning: bool = False
     show_reasoning: bool = True
     one_call: bool = False
-    context: RetrievalContext | None = None
+    context: RetrievalContext | StoredContext | None = None
     left_out: int | None = None
+    begun: Begun | None = None
 
 
 @dataclass(frozen=True)
@@ -117,12 +127,14 @@ def _close_reasoning(prompt: list[int], generator: Generator) -> list[int]:
 def chat_request(
     request: ChatRequest,
     generator: Generator,
-    context: RetrievalContext | None = None,
+    context: RetrievalContext | StoredContext | None = None,
     *,
     think: bool = True,
     prefill: str = "",
+    begun: Begun | None = None,
 ) -> EngineRequest:
-    """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues.
+    """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues;
+    `begun`: an answer of this server that is continued.
 
     Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
     tokenizer = generator.tokenizer
@@ -143,6 +155,8 @@ def chat_request(
         prompt = [*prompt, *tokenizer.encode(f"{THINK}\n\n{THOUGHT}\n\n")]
     if prefill:
         prompt = [*prompt, *tokenizer.encode(prefill, limit=generator.context)]
+    if begun is not None:
+        prompt = [*prompt, *tokenizer.encode(begun.text, limit=generator.context)]
     response_format = ResponseFormat(
         chat=True,
         logprobs=bool(request.logprobs),
@@ -151,6 +165,7 @@ def chat_request(
         show_reasoning=think,
         one_call=request.one_call,
         context=context,
+        begun=begun,
     )
     return EngineRequest([prompt], params, response_format)
 

@@ -351,7 +351,9 @@ def test_refuses_unusable_file(tmp_path: Path) -> None:
     with sqlite3.connect(path) as db:
         db.execute(f"PRAGMA user_version = {VERSION + 1}")
     db.close()
-    with pytest.raises(DataError, match=r"has layout version 2, this program supports 1") as newer:
+    with pytest.raises(
+        DataError, match=f"version {VERSION + 1}, this program supports {VERSION}"
+    ) as newer:
         ConversationStore(path)
     assert newer.value.hint is not None and "upgrade" in newer.value.hint
     path.write_bytes(b"no database at all" * 100)

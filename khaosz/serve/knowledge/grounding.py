@@ -45,6 +45,11 @@ class RetrievalContext:
             "narrowed": prompt.narrowed if prompt else False,
         }
 
+    def stored(self) -> dict[str, Any]:
+        """The fields of a `StoredContext`."""
+        citable = self.citations(range(1, len(self.passages) + 1))
+        return {"messages": self.messages, "retrieval": self.body(), "passages": citable}
+
     def _numbered(self) -> list[dict[str, Any]]:
         """Hits with the numbers that an answer cites: neighbouring hits are one passage."""
         bodies = hit_bodies(self.hits)
@@ -63,6 +68,29 @@ class RetrievalContext:
             {**asdict(each), "text": self.passages[each.number - 1].text}
             for each in citations(used, self.passages)
         ]
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """A `RetrievalContext` of an answer that is continued. passages: as they are cited, by
+    number."""
+
+    messages: Messages
+    retrieval: dict[str, Any]
+    passages: list[dict[str, Any]]
+    prompt: None = None
+    refusal: None = None
+
+    def body(self) -> dict[str, Any]:
+        return self.retrieval
+
+    def citations(self, used: Sequence[int]) -> list[dict[str, Any]]:
+        return [self.passages[number - 1] for number in used]
+
+    def stored(self) -> dict[str, Any]:
+        return {
+            "messages": self.messages, "retrieval": self.retrieval, "passages": self.passages,
+        }  # fmt: skip
 
 
 async def retrieve_context(

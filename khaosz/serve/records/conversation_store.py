@@ -1,7 +1,10 @@
 """Conversations in one SQLite file.
 
-    conversations   title, times, revision, and everything else as JSON in the last column
-    texts           messages and titles, case-folded, for search
+    conversations     title, times, revision, and everything else as JSON in the last column
+    texts             messages and titles, case-folded, for search
+    generations       answers that this server generates, by the id of their message (see
+                      `khaosz.serve.generations.store`)
+    generation_parts  their texts, as they grow
 
 One writer and any number of readers at once (WAL). What was written is on the disk before the
 answer says so (synchronous = FULL), and there whole or not at all.
@@ -31,11 +34,23 @@ from khaosz.database import (
 from khaosz.serve.errors import ApiError, map_disk_full
 from khaosz.serve.replies import Reply
 
-VERSION = 1
+VERSION = 2
 _BUSY_S = 10.0  # a writer waits for one of another process
 _AROUND = 40  # characters of a snippet before and after the match
 _COLUMNS = "id, title, created, updated, messages, revision"
-_SCHEMA = """
+_GENERATIONS = """
+CREATE TABLE generations (
+    id TEXT PRIMARY KEY, conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE,
+    number INTEGER NOT NULL UNIQUE, state TEXT NOT NULL, head TEXT NOT NULL, tail TEXT NOT NULL,
+    resume TEXT);
+CREATE INDEX generations_by_conversation ON generations (conversation, number);
+CREATE TABLE generation_parts (
+    generation TEXT NOT NULL REFERENCES generations ON DELETE CASCADE, at INTEGER NOT NULL,
+    reasoning TEXT NOT NULL, content TEXT NOT NULL, raw TEXT NOT NULL,
+    PRIMARY KEY (generation, at)) WITHOUT ROWID;
+"""
+_UPGRADES = {1: _GENERATIONS}
+_SCHEMA = f"""
 CREATE TABLE conversations (
     id TEXT PRIMARY KEY, title TEXT NOT NULL, created INTEGER NOT NULL, updated INTEGER NOT NULL,
     messages INTEGER NOT NULL, revision INTEGER NOT NULL, written INTEGER NOT NULL UNIQUE,
@@ -44,6 +59,7 @@ CREATE INDEX conversations_by_time ON conversations (updated, written);
 CREATE TABLE texts (
     conversation TEXT NOT NULL REFERENCES conversations ON DELETE CASCADE, at INTEGER NOT NULL,
     folded TEXT NOT NULL, PRIMARY KEY (conversation, at)) WITHOUT ROWID;
+{_GENERATIONS.strip()}
 """
 
 
@@ -98,7 +114,7 @@ class ConversationStore:
         with database_errors(path, hint="move it away, or choose another --data"):
             self._writer = self._connect()
             with close_on_error(self._writer):
-                require_version(self._writer, path, VERSION, _SCHEMA)
+                require_version(self._writer, path, VERSION, _SCHEMA, _UPGRADES)
 
     def _connect(self) -> sqlite3.Connection:
         return open_database(self.path, timeout=_BUSY_S, durable=True, any_thread=True)
@@ -108,7 +124,7 @@ class ConversationStore:
             self._writer.close()
 
     @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
         """One transaction. Raises `ApiError` for a full disk and a locked file."""
         with self._lock, map_disk_full():
             try:
@@ -121,7 +137,7 @@ class ConversationStore:
                 raise ApiError(503, message, code="file_busy") from None
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
         # Its own connection, which costs 0.1 ms and waits for no other. The writer's stays open, so
         # closing this one is never the last and writes nothing.
         with closing(self._connect()) as db:
@@ -134,8 +150,8 @@ class ConversationStore:
         """Create or replace a conversation. `revision`: the expected one, 0 if it is new, None for
         any. Raises `ApiError` for another revision, unless the content is equal: then the response
         to an earlier request was lost."""
-        with self._writing() as db:
-            row = _row(db, entry.id)
+        with self.writing() as db:
+            row = find_row(db, entry.id)
             now = 0 if row is None else row[5]
             if revision not in (None, now):
                 if row and (row[1], row[6]) == (entry.title, _dumped(entry.body)):
@@ -146,31 +162,31 @@ class ConversationStore:
                     param="revision",
                     code="revision_conflict",
                 )
-            return _write(db, entry)
+            return write_entry(db, entry)
 
     def put_all(self, entries: Sequence[Entry]) -> None:
         """Create or replace all of them, or none."""
-        with self._writing() as db:
+        with self.writing() as db:
             for entry in entries:
-                _write(db, entry)
+                write_entry(db, entry)
 
     def delete(self, id: str) -> None:
-        with self._writing() as db:
+        with self.writing() as db:
             if not db.execute("DELETE FROM conversations WHERE id = ?", (id,)).rowcount:
                 raise _not_found()
 
     # ---------------------------------------------------------------------------------------- read
 
     def get(self, id: str) -> dict[str, Any]:
-        with self._reading() as db:
-            row = _row(db, id)
+        with self.reading() as db:
+            row = find_row(db, id)
         if row is None:
             raise _not_found()
         return {**_summary(row).model_dump(exclude_unset=True), **json.loads(row[6])}
 
     def ids(self) -> list[str]:
         """Sorted by time of change, the latest last."""
-        with self._reading() as db:
+        with self.reading() as db:
             rows = db.execute("SELECT id FROM conversations ORDER BY updated, written")
             return [row[0] for row in rows]
 
@@ -178,7 +194,7 @@ class ConversationStore:
         self, query: str = "", limit: int = 50, after: str | None = None
     ) -> tuple[list[ConversationSummary], bool]:
         """Newest first, starting after the conversation `after`; and whether there are more."""
-        with self._reading() as db:
+        with self.reading() as db:
             start: tuple[int, int] = (1 << 62, 0)
             if after is not None:
                 start = db.execute(
@@ -209,8 +225,8 @@ class ConversationStore:
         return summaries, len(rows) > limit
 
 
-def _write(db: sqlite3.Connection, entry: Entry) -> ConversationSummary:
-    """Inside `_writing`."""
+def write_entry(db: sqlite3.Connection, entry: Entry) -> ConversationSummary:
+    """Inside `ConversationStore.writing`. Generations of messages that are gone go too."""
     now = int(time.time())
     row = db.execute(
         "SELECT created, revision FROM conversations WHERE id = ?", (entry.id,)
@@ -220,12 +236,20 @@ def _write(db: sqlite3.Connection, entry: Entry) -> ConversationSummary:
     created = created if entry.created is None else entry.created
     updated = now if entry.updated is None else entry.updated
     columns = (entry.id, entry.title, created, updated, len(texts), revision + 1)
-    db.execute("DELETE FROM conversations WHERE id = ?", (entry.id,))
+    # Replaced in place: deleting the row would delete its generations.
     db.execute(
         f"INSERT INTO conversations ({_COLUMNS}, written, body) VALUES (?,?,?,?,?,?,"
-        " (SELECT coalesce(max(written), 0) + 1 FROM conversations), ?)",
+        " (SELECT coalesce(max(written), 0) + 1 FROM conversations), ?) ON CONFLICT (id) DO UPDATE"
+        " SET title = excluded.title, created = excluded.created, updated = excluded.updated,"
+        " messages = excluded.messages, revision = excluded.revision, written = excluded.written,"
+        " body = excluded.body",
         (*columns, _dumped(entry.body)),
     )
+    messages = {node.get("id") for node in entry.body["nodes"]}
+    generations = db.execute("SELECT id FROM generations WHERE conversation = ?", (entry.id,))
+    gone = [(id,) for (id,) in generations if id not in messages]
+    db.executemany("DELETE FROM generations WHERE id = ?", gone)
+    db.execute("DELETE FROM texts WHERE conversation = ?", (entry.id,))
     # The title last: a message with the same words is the better snippet.
     db.executemany(
         "INSERT INTO texts VALUES (?,?,?)",
@@ -242,11 +266,11 @@ def _summary(row: Sequence[Any]) -> ConversationSummary:
 
 def _text(db: sqlite3.Connection, id: str, at: int) -> str:
     # Not SQLite's JSON functions, which end a text at a NUL.
-    text: str = json.loads(_row(db, id)[6])["nodes"][at]["content"]
+    text: str = json.loads(find_row(db, id)[6])["nodes"][at]["content"]
     return text
 
 
-def _row(db: sqlite3.Connection, id: str) -> Any:
+def find_row(db: sqlite3.Connection, id: str) -> Any:
     """`_COLUMNS` and the body; None if it does not exist."""
     query = f"SELECT {_COLUMNS}, body FROM conversations WHERE id = ?"
     return db.execute(query, (id,)).fetchone()
