@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 4_825,
     "rewards": 2,
-    "serve": 5_167,
+    "serve": 5_927,
     "trainer": 4_569,
     "memory": 507,
 }
