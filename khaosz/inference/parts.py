@@ -3,7 +3,8 @@
 Reasoning is between <think> and </think> before everything else, as in DeepSeek-R1 and Qwen3;
 their templates may open it at the end of the prompt. Tool calls are JSON between <tool_call> and
 </tool_call> (Hermes, Qwen, SmolLM2, ours) or, with templates without these markers, an answer
-that is one JSON object (Llama 3).
+that is one JSON object (Llama 3). Qwen2.5-Coder forgets the markers: with any template, an answer
+that is the call of a known tool and nothing else, perhaps in a code block, is a call.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import re
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +25,8 @@ _SPACE = " \t\r\n"
 _TOKEN = re.compile(rf'\\.|"|{CALLED}', re.DOTALL)  # of JSON, in or outside strings
 _JSON = re.compile(r"\s*([\[{]|$)")
 _BARE_CALL = re.compile(r'\s*\{\s*("(name|parameters|arguments|type)|"?$)')
+_FENCES = "", "```", "```json", "{", "```json{"
+_FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?", re.DOTALL)
 
 Calls = Literal["none", "marked", "bare"]
 
@@ -53,11 +57,24 @@ class PartStream:
     """Takes text and returns parts. Only what may become a marker, or white space before one, is
     held back. Joined, the pieces of a stream are the parts of the whole text."""
 
-    def __init__(self, calls: Calls = "none", *, thinking: bool = False) -> None:
-        """`thinking`: the prompt has opened the reasoning already."""
+    def __init__(
+        self, calls: Calls = "none", *, thinking: bool = False, tools: Collection[str] = ()
+    ) -> None:
+        """`thinking`: the prompt has opened the reasoning already; `tools`: their names."""
         self._calls = calls
+        self._tools = frozenset(tools)
+        self._openings: tuple[str, ...] = (
+            ("{",) if calls == "bare" else ()
+        )  # of calls without markers
+        if calls != "none":
+            self._openings += tuple(
+                f'{fence}{{"name":{json.dumps(name)},"{key}":'
+                for fence in _FENCES
+                for name in self._tools
+                for key in ("arguments", "parameters")
+            )
         self._pending = ""
-        self._state: Literal["begin", "reasoning", "content", "call", "object"] = (
+        self._state: Literal["begin", "reasoning", "answer", "content", "call", "object"] = (
             "reasoning" if thinking else "begin"
         )
         self._trim = thinking  # templates put line breaks after their markers
@@ -90,10 +107,14 @@ class PartStream:
                     self._emit(parts, "content", self._gap + CALL + rest)
                 parts += calls
             case "object":
-                calls = _calls_of(rest)
-                if not calls and not (cut and _BARE_CALL.match(rest)):
-                    parts.append(Part("content", rest))
+                calls = _calls_of(_unfenced(rest))
+                if self._tools and any(call.name not in self._tools for call in calls):
+                    calls = []
+                if not calls and not (cut and _BARE_CALL.match(_unfenced(rest))):
+                    self._emit(parts, "content", rest)
                 parts += calls
+            case "answer" if cut and '"name' in rest:
+                pass  # the beginning of a call
             case state:
                 marker = THINK if state == "begin" else CALL if self._calls == "marked" else ""
                 self._emit(parts, "content", _without_marker(rest, marker, cut))
@@ -109,13 +130,20 @@ class PartStream:
                     self._trim = True
                 elif THINK.startswith(start):
                     return False  # also of nothing but white space
-                elif self._calls == "bare" and start.startswith("{"):
+                else:
+                    self._state = "answer"
+                return True
+            case "reasoning":
+                return self._until(parts, "reasoning", THOUGHT, "answer")
+            case "answer":
+                start = "".join(self._pending.split())
+                if start.startswith(self._openings):
                     self._state = "object"
+                elif any(opening.startswith(start) for opening in self._openings):
+                    return False
                 else:
                     self._state = "content"
                 return True
-            case "reasoning":
-                return self._until(parts, "reasoning", THOUGHT, "content")
             case "content":
                 if self._calls == "marked":
                     return self._until(parts, "content", CALL, "call")
@@ -142,7 +170,7 @@ class PartStream:
         parts: list[Part | ToolCall],
         kind: Literal["reasoning", "content"],
         mark: str,
-        then: Literal["content", "call"],
+        then: Literal["answer", "call"],
     ) -> bool:
         """Emit a part up to its closing marker, without the white space before it."""
         text, met, rest = self._pending.partition(mark)
@@ -151,7 +179,7 @@ class PartStream:
             self._emit(parts, kind, body)
             self._state, self._pending, self._gap = then, rest, text[len(body) :]
             self._at, self._quoted = 0, False
-            self._trim = self._trim or then == "content"
+            self._trim = self._trim or then == "answer"
             return True
         keep = possible_stop(text, (mark,))
         ready = text[: len(text) - keep].rstrip(_SPACE)
@@ -186,10 +214,19 @@ def _without_marker(text: str, marker: str, cut: bool) -> str:
     return text[:-keep] if keep > 1 else text
 
 
+def _unfenced(text: str) -> str:
+    """Without a code block's marks around the text."""
+    match = _FENCED.fullmatch(text)
+    return match[1] if match else text
+
+
 def _calls_of(text: str) -> list[ToolCall]:
     """Of a JSON object with a name and arguments (or parameters), or a list of such; else none.
     Strings may hold raw line breaks and tabs, as small models write them."""
     numbers: dict[str, str] = {}
+    text = text.strip()
+    if text.startswith("{{") and text.endswith("}}"):  # as the template of Qwen2.5-Coder shows it
+        text = text[1:-1]
     try:
         value = _parsed(text, numbers)
     except (ValueError, RecursionError):

@@ -66,7 +66,9 @@ class Choice:
 
     def __init__(self, format: ResponseFormat) -> None:
         self._format = format
-        self._parts = PartStream(format.calls, thinking=format.reasoning) if format.chat else None
+        self._parts = None
+        if format.chat:
+            self._parts = PartStream(format.calls, thinking=format.reasoning, tools=format.tools)
         context = format.context
         self._citations = CitationStream(len(context.passages)) if context else None
         self.calls = 0
@@ -83,7 +85,7 @@ class Choice:
             return ([Part("content", output.text)] if output.text else []), reason
         parts = self._parts.feed(output.text)
         if reason is not None:
-            parts += self._parts.finish(cut=reason == "length")
+            parts += self._parts.finish(cut=reason != "stop" or output.stop is not None)
         taken = [each for part in parts for each in self._part(part)]
         if reason is not None:
             taken += self._held_back()

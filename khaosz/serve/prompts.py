@@ -43,7 +43,8 @@ class Begun:
 @dataclass(frozen=True)
 class ResponseFormat:
     """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
-    `calls`: how this model writes tool calls; `reasoning`: the prompt has opened the reasoning;
+    `calls`: how this model writes tool calls, and `tools`: which it may call; `reasoning`: the
+    prompt has opened the reasoning;
     `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
     what the answer may cite; `left_out`: messages that the model does not see, None where the
     request does not allow it; `begun`: what the answer continues."""
@@ -51,6 +52,7 @@ class ResponseFormat:
     chat: bool
     logprobs: bool = False
     calls: Calls = "none"
+    tools: tuple[str, ...] = ()
     reasoning: bool = False
     show_reasoning: bool = True
     one_call: bool = False
@@ -143,9 +145,10 @@ def chat_request(
         context.messages if context else [message.for_template() for message in request.messages]
     )
     prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=generator.context)
-    lark = None
-    if request.must_call:
-        lark = call_grammar(tools, tokenizer, several=not request.one_call)
+    lark, schema = None, request.json_schema
+    if request.must_call or (tools and schema is not None):
+        schema = None if request.must_call else schema
+        lark = call_grammar(tools, tokenizer, several=not request.one_call, or_else=schema)
     params = request.params(lark)
     reasoning = _opens_reasoning(prompt, generator)
     if reasoning and (params.form is not None or prefill or not think):  # no grammar allows it
@@ -161,6 +164,7 @@ def chat_request(
         chat=True,
         logprobs=bool(request.logprobs),
         calls=call_format(tokenizer) if tools else "none",
+        tools=tuple(tool["function"]["name"] for tool in tools),
         reasoning=reasoning,
         show_reasoning=think,
         one_call=request.one_call,

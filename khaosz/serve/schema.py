@@ -194,8 +194,6 @@ class ChatRequest(SamplingRequest):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.must_call and not self.tools:
             raise ValueError("tool_choice needs tools")
-        if self.must_call and self._json_schema() is not None:
-            raise ValueError("response_format cannot be combined with a required tool call")
         if self.retrieval is not None and self.knowledge_base is None:
             raise ValueError("retrieval needs knowledge_base")
         known = {tool.function.name for tool in self.tools or ()}
@@ -238,15 +236,17 @@ class ChatRequest(SamplingRequest):
         return self.max_tokens if limit is None else limit
 
     def params(self, lark: str | None = None) -> SamplingParams:
-        """`lark`: a grammar of the required tool calls."""
+        """`lark`: a grammar of the tool calls, and of the text where both are possible."""
         return self._params(
             self.token_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            json_schema=self._json_schema(),
+            json_schema=None if lark else self.json_schema,
             lark=lark,
         )
 
-    def _json_schema(self) -> str | None:
+    @property
+    def json_schema(self) -> str | None:
+        """Of the answer's text."""
         match self.response_format:
             case JsonObject():
                 return '{"type": "object"}'

@@ -14,7 +14,8 @@ from khaosz.inference.grammar import check_schema
 from khaosz.inference.parts import CALL, CALLED, Calls
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would continue to its last token
-_SPACE = r"[ \n]{0,8}"  # between JSON's tokens, bounded for the same reason
+# The space between JSON's tokens, bounded for the same reason.
+_LAYOUT = {"whitespace_pattern": r"[ \n]{0,8}"}
 
 # What Hermes models were trained with, for templates without tools
 # (https://github.com/NousResearch/Hermes-Function-Calling).
@@ -67,9 +68,16 @@ def _plain(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": "assistant", "content": "\n".join(texts)}
 
 
-def call_grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, several: bool) -> str:
-    """A Lark grammar, in llguidance's dialect, of calls of these tools and nothing else. Raises
-    `GenerationError` for parameters that it cannot hold."""
+def call_grammar(
+    tools: Sequence[dict[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    several: bool,
+    or_else: str | None = None,
+) -> str:
+    """A Lark grammar, in llguidance's dialect, of calls of these tools and nothing else, unless the
+    model may also answer with JSON of the schema `or_else`. Raises `GenerationError` for a schema
+    that it cannot hold."""
     bare = call_format(tokenizer) == "bare"
     key = "parameters" if bare else "arguments"
     start = "call" if bare or not several else f'call ("\\n" call){{0,{MAX_CALLS - 1}}}'
@@ -77,6 +85,11 @@ def call_grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, sever
     markers = _marker(CALL, tokenizer), _marker(CALLED, tokenizer)
     call = "body" if bare else f'{markers[0]} "\\n" body "\\n" {markers[1]}'
     rules = [f"start: {start}", f"call: {call}", f"body: {body}"]
+    if or_else is not None:
+        schema = check_schema(json.loads(or_else), "json_schema")
+        # Some models forget the markers, and would be left with the text.
+        rules[0] += " | text" if bare else " | body | text"
+        rules.append(f"text: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}")
     for i, tool in enumerate(tools):
         function = tool["function"]
         opening = f'{{"name": {json.dumps(function["name"])}, "{key}": '
@@ -86,9 +99,11 @@ def call_grammar(tools: Sequence[dict[str, Any]], tokenizer: Tokenizer, *, sever
                 raise GenerationError("cannot be used: their type is not object")
             schema = check_schema(schema, "lark")
         except GenerationError as error:
-            why = f"with the parameters of {function['name']!r} {error.reason}"
-            raise GenerationError(why, param="lark", hint=error.hint) from None
-        schema = {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
+            if or_else is None:
+                why = f"with the parameters of {function['name']!r} {error.reason}"
+                raise GenerationError(why, param="lark", hint=error.hint) from None
+            schema = {"type": "object"}  # no call was asked for: as without a grammar
+        schema = {**schema, "x-guidance": _LAYOUT}
         rules.append(f'f{i}: {json.dumps(opening)} a{i} "}}"')
         rules.append(f"a{i}: %json {json.dumps(schema)}")
     return "\n".join(rules) + "\n"

@@ -16,9 +16,13 @@ TIME = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
 
 
 def summary(
-    pieces: list[str], calls: Calls = "marked", thinking: bool = False, cut: bool = False
+    pieces: list[str],
+    calls: Calls = "marked",
+    thinking: bool = False,
+    cut: bool = False,
+    tools: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    stream = PartStream(calls, thinking=thinking)
+    stream = PartStream(calls, thinking=thinking, tools=tools)
     result = [part for piece in pieces for part in stream.feed(piece)] + stream.finish(cut=cut)
     output: dict[str, Any] = {"reasoning": "", "content": "", "calls": []}
     for part in result:
@@ -69,6 +73,8 @@ CASES: list[tuple[str, Calls, bool, dict[str, Any]]] = [
      {"calls": [("a", {"x": "a\n\tb\r\n"})]}),
     ('<tool_call>{"name": "a", "arguments": "{\\"x\\": \\"a\n\\"}"}</tool_call>', "marked", False,
      {"calls": [("a", {"x": "a\n"})]}),
+    ('<tool_call>\n{{"name": "a", "arguments": {}}}\n</tool_call>', "marked", False,
+     {"calls": [("a", {})]}),
     # The end marker is missing.
     ('on <tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}\n', "marked", False,
      {"content": "on", "calls": [("a", {"x": "</tool_call>"})]}),
@@ -104,8 +110,46 @@ def test_parts_whole_or_in_pieces(
         assert summary([text[:cut], text[cut:]], calls, thinking) == target, cut
 
 
+UNMARKED: list[tuple[str, bool, dict[str, Any]]] = [
+    ('{"name": "a", "arguments": {"x": "}"}}\n', False, {"calls": [("a", {"x": "}"})]}),
+    (' ```json\n{\n  "name": "a",\n  "parameters": {"x": 1}\n}\n```\n', False,
+     {"calls": [("a", {"x": 1})]}),
+    ('```\n{"name": "a", "arguments": "{}"}', False, {"calls": [("a", {})]}),
+    ('<think>hm</think>\n{"name": "a", "arguments": {}}', False,
+     {"reasoning": "hm", "calls": [("a", {})]}),
+    ('{{"name": "a", "arguments": {"x": 1}}}', False, {"calls": [("a", {"x": 1})]}),
+    # Of another name, without arguments, or with a text around them, they are text.
+    ('{"name": "b", "arguments": {}}', False, {"content": '{"name": "b", "arguments": {}}'}),
+    ('{"name": "a"}', False, {"content": '{"name": "a"}'}),
+    ('{"name": "a", "age": 7}', False, {"content": '{"name": "a", "age": 7}'}),
+    ('so {"name": "a", "arguments": {}}', False,
+     {"content": 'so {"name": "a", "arguments": {}}'}),
+    ('{"name": "a", "arguments": {}} calls a', False,
+     {"content": '{"name": "a", "arguments": {}} calls a'}),
+    ("```json\n[1]\n```", False, {"content": "```json\n[1]\n```"}),
+    ('{"name": "a", "arg', True, {}),
+    ('```json\n{"name": "a", "arguments": {"x": ', True, {}),
+    ("```json\n{", True, {"content": "```json\n{"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "cut", "expected"), UNMARKED)
+@pytest.mark.parametrize("calls", ["marked", "bare"])
+def test_call_without_markers(text: str, cut: bool, expected: dict[str, Any], calls: Calls) -> None:
+    """As Qwen2.5-Coder writes them."""
+    if calls == "bare" and text in ('{"name": "a"}', '{"name": "a", "age": 7}'):
+        expected = {"calls": [("a", {})]}  # Llama's template promises no arguments
+    target = {"reasoning": "", "content": "", "calls": [], **expected}
+    for at in range(len(text)):
+        pieces = [text[:at], text[at:]]
+        assert summary(pieces, calls, cut=cut, tools=("a", "c")) == target, at
+    assert summary(list(text), calls, cut=cut, tools=("a", "c")) == target
+    if "```" not in text and "<" not in text:
+        assert summary([text], "none", cut=cut, tools=("a",))["content"] == text
+
+
 PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}', " ", "\n", "x",
-          "<", '"', "\\", '{"name": "a", "arguments": {"x": "</tool_call>"}}']  # fmt: skip
+          "<", '"', "\\", '{"name": "a", "arguments": {"x": "</tool_call>"}}', "```"]  # fmt: skip
 
 
 @given(
@@ -113,13 +157,14 @@ PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}',
     st.sampled_from(["none", "marked", "bare"]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from([(), ("a",)]),
 )
 def test_streamed_parts_join_to_whole(
-    pieces: list[str], calls: Calls, thinking: bool, cut: bool
+    pieces: list[str], calls: Calls, thinking: bool, cut: bool, tools: tuple[str, ...]
 ) -> None:
-    whole = summary(["".join(pieces)], calls, thinking, cut)
-    assert summary(pieces, calls, thinking, cut) == whole
-    assert summary(list("".join(pieces)), calls, thinking, cut) == whole
+    whole = summary(["".join(pieces)], calls, thinking, cut, tools)
+    assert summary(pieces, calls, thinking, cut, tools) == whole
+    assert summary(list("".join(pieces)), calls, thinking, cut, tools) == whole
 
 
 CUT: list[tuple[str, Calls, bool, dict[str, Any]]] = [

@@ -72,6 +72,17 @@ def test_tool_call(learned: Service) -> None:
     assert json.loads(message["tool_calls"][0]["arguments"]) == {"city": "北京"}
 
 
+@pytest.mark.parametrize("stop", ["</tool_call>", "arguments", '"name'])
+def test_stop_within_a_call_leaks_no_markup(learned: Service, stop: str) -> None:
+    request = {**GREEDY, "messages": user_turn("weather"), "tools": [WEATHER], "stop": [stop]}
+    [choice] = learned.client().chat.completions.create(**request).choices
+    whole = stop == "</tool_call>"
+    assert choice.message.content == "I look." and bool(choice.message.tool_calls) == whole
+    message, reason = streamed(learned, **request)
+    assert (message["content"], bool(message["tool_calls"])) == ("I look.", whole)
+    assert reason == choice.finish_reason == ("tool_calls" if whole else "stop")
+
+
 @pytest.mark.parametrize("parallel", [True, False])
 def test_parallel_tool_calls(learned: Service, parallel: bool) -> None:
     request = {
