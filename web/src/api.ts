@@ -132,11 +132,28 @@ export function headers(): Record<string, string> {
   return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };
 }
 
+/** Whether the server takes the stored key. True if it can't be asked: requests report that. */
+export async function isKeyAccepted(): Promise<boolean> {
+  try {
+    return (await fetch("/v1/models", { headers: headers() })).status !== 401;
+  } catch {
+    return true;
+  }
+}
+
 let pendingKey: Promise<string | null> | null = null;
+
+/** The user declined to enter a key: refreshing in the background must not ask again. */
+let declined = false;
+
+export function askForKeyAgain(): void {
+  declined = false;
+}
 
 function requestKey(): Promise<string | null> {
   pendingKey ??= new Promise<string | null>((resolve) => {
     keyPrompt.value = (key) => {
+      declined = key === null;
       keyPrompt.value = null;
       pendingKey = null;
       resolve(key);
@@ -157,7 +174,8 @@ export async function request(path: string, init: RequestInit = {}): Promise<Res
     }
     if (response.ok) return response;
     keyRejected.value = response.status === 401 && storedKey() !== null;
-    if (response.status === 401 && (await requestKey()) !== null) continue;
+    const mayAsk = !declined || (init.method ?? "GET") !== "GET";
+    if (response.status === 401 && mayAsk && (await requestKey()) !== null) continue;
     throw await apiError(response);
   }
 }

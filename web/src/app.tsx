@@ -1,7 +1,7 @@
 import { useSignal } from "@preact/signals";
 import type { FunctionComponent } from "preact";
-import { useEffect } from "preact/hooks";
-import { storeKey, keyPrompt, keyRejected, connected, features } from "./api";
+import { useEffect, useRef } from "preact/hooks";
+import { storeKey, isKeyAccepted, keyPrompt, keyRejected, connected, features } from "./api";
 import { isComposing } from "./chat/composer";
 import { History } from "./chat/history";
 import { open, startNewChat } from "./chat/persistence";
@@ -128,10 +128,19 @@ function toMain(event: Event): void {
 function KeyDialog(props: { onKey: (key: string | null) => void }) {
   const key = useSignal("");
   const remember = useSignal(false);
-  const submit = (event: Event) => {
+  const checking = useSignal(false);
+  const input = useRef<HTMLInputElement>(null);
+  // The dialog stays until the key is accepted: what is typed next must not land in the page below.
+  const submit = async (event: Event) => {
     event.preventDefault();
+    if (checking.value) return;
+    checking.value = true;
     storeKey(key.value.trim(), remember.value);
-    props.onKey(key.value);
+    const accepted = await isKeyAccepted();
+    checking.value = false;
+    if (accepted) return props.onKey(key.value);
+    keyRejected.value = true;
+    input.current?.select();
   };
   return (
     <Dialog title={t("keyRequired")} onClose={() => props.onKey(null)}>
@@ -141,7 +150,9 @@ function KeyDialog(props: { onKey: (key: string | null) => void }) {
         <label>
           <span>{t("apiKey")}</span>
           <input
+            ref={input}
             type="password"
+            autofocus
             autocomplete="current-password"
             required
             value={key.value}
@@ -156,7 +167,7 @@ function KeyDialog(props: { onKey: (key: string | null) => void }) {
           />
           <span>{t("remember")}</span>
         </label>
-        <button type="submit" class="primary">
+        <button type="submit" class="primary" aria-busy={checking.value}>
           {t("continue")}
         </button>
       </form>

@@ -10,8 +10,14 @@ export interface Listed {
   snippet?: string | null;
 }
 
+export interface ConversationList {
+  data: Listed[];
+  hasMore: boolean;
+}
+
 export interface ConversationStorage {
-  list(query: string): Promise<Listed[]>;
+  /** The newest `count` conversations that match. */
+  list(query: string, count: number): Promise<ConversationList>;
   all(): Promise<Conversation[]>;
   get(id: string): Promise<Conversation>;
   /** The stored conversation with its new revision. Throws `ApiError` 409 if it changed meanwhile. */
@@ -21,12 +27,25 @@ export interface ConversationStorage {
   remove(id: string): Promise<void>;
 }
 
+const PAGE_SIZE = 1000; // the server's limit
 const IMPORT_SIZE = 1 << 20; // characters per request, up to three bytes each; the server takes 4 MB
 
 const serverStorage: ConversationStorage = {
-  async list(query) {
+  async list(query, count) {
     const q = query ? `&q=${encodeURIComponent(query)}` : "";
-    return (await getJson<{ data: Listed[] }>(`/v1/conversations?limit=1000${q}`)).data;
+    const found = new Map<string, Listed>(); // one that is saved meanwhile moves to the top
+    for (;;) {
+      const limit = Math.min(PAGE_SIZE, count - found.size);
+      const last = [...found.keys()].at(-1);
+      const page = await getJson<{ data: Listed[]; has_more: boolean }>(
+        `/v1/conversations?limit=${limit}${last === undefined ? "" : `&after=${last}`}${q}`,
+      );
+      const size = found.size;
+      for (const each of page.data) found.set(each.id, each);
+      if (!page.has_more || found.size >= count || found.size === size) {
+        return { data: [...found.values()], hasMore: page.has_more };
+      }
+    }
   },
   async all() {
     const lines = await (await request("/v1/conversations/export")).text();
@@ -85,10 +104,10 @@ function resultOf<T>(request: IDBRequest<T>): Promise<T> {
 type Stored = Conversation & { updated: number };
 
 const browserStorage: ConversationStorage = {
-  async list(query) {
+  async list(query, count) {
     const all = (await resultOf((await objectStore("readonly")).getAll())) as Stored[];
     const term = query.toLowerCase();
-    return all
+    const found = all
       .filter(
         (each) =>
           each.title.toLowerCase().includes(term) ||
@@ -96,6 +115,7 @@ const browserStorage: ConversationStorage = {
       )
       .sort((a, b) => b.updated - a.updated)
       .map(({ id, title, updated }) => ({ id, title, updated }));
+    return { data: found.slice(0, count), hasMore: found.length > count };
   },
   async all() {
     return (await resultOf((await objectStore("readonly")).getAll())) as Stored[];

@@ -2,6 +2,9 @@
 
 import DOMPurify from "dompurify";
 
+const MAX_CODE = 200_000; // characters; longer code stays plain
+const WORK = 12; // ms, after which the browser may draw and handle input
+
 export async function decorate(element: HTMLElement): Promise<void> {
   const codes = element.querySelectorAll<HTMLElement>("code[data-language]:not([data-done])");
   const formulas = element.querySelectorAll<HTMLElement>(".math:not([data-done])");
@@ -9,26 +12,43 @@ export async function decorate(element: HTMLElement): Promise<void> {
     const { highlight } = await import("./highlight");
     for (const code of codes) {
       code.dataset.done = "";
-      highlight(code, code.dataset.language ?? "");
+      const length = code.textContent?.length ?? 0;
+      if (length <= MAX_CODE) highlight(code, code.dataset.language ?? "");
     }
   }
   if (formulas.length) {
-    const { default: temml } = await import("temml");
+    const { toMathMl } = await import("./formulas");
+    let started = performance.now();
     for (const formula of formulas) {
+      if (performance.now() - started > WORK) {
+        await new Promise((resolve) => setTimeout(resolve));
+        started = performance.now();
+      }
       formula.dataset.done = "";
       const source = formula.textContent ?? "";
       try {
-        const displayMode = "display" in formula.dataset;
-        // Untrusted: no \href, \includegraphics or \class.
-        const mathml = temml.renderToString(source, { displayMode, trust: false, throwOnError: true });
-        // The Content-Security-Policy forbids style attributes, even in text that is about to be
-        // sanitized.
-        formula.innerHTML = DOMPurify.sanitize(mathml.replace(/ style="[^"]*"/g, ""), {
-          USE_PROFILES: { mathMl: true },
-        });
+        draw(formula, toMathMl(source, "display" in formula.dataset));
       } catch {
         formula.textContent = source;
       }
     }
   }
+}
+
+function draw(formula: HTMLElement, mathml: string): void {
+  formula.innerHTML = DOMPurify.sanitize(mathml, {
+    USE_PROFILES: { mathMl: true },
+    ADD_ATTR: ["class"], // of Temml's style sheet
+  });
+  for (const element of formula.querySelectorAll<MathMLElement>("[data-css]")) {
+    for (const each of element.dataset.css!.split(";")) {
+      const [name, value] = each.split(":");
+      if (name && value) element.style.setProperty(name, value);
+    }
+    delete element.dataset.css;
+  }
+  // Too wide for a line or too high: scrolled in a block of its own.
+  const { scrollWidth, clientWidth, scrollHeight, clientHeight } = formula;
+  const isClipped = scrollWidth > clientWidth + 8 || scrollHeight > clientHeight + 24;
+  if ("inline" in formula.dataset && isClipped) formula.classList.add("wide");
 }

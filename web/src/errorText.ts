@@ -38,11 +38,17 @@ const chinese: Record<string, string> = {
   not_enough_memory: "内存不足，无法加载此模型",
   model_unusable: "此模型目前无法使用，详情见服务的日志",
   revision_conflict: "此对话已在别处修改",
+  generation_exists: "此消息的回答已经存在",
+  generation_running: "此回答正在生成",
+  generation_complete: "此回答已经结束，无法继续",
+  message_exists: "此消息已有内容",
+  offset_out_of_range: "读取位置超出了回答的长度",
   invalid_api_key: "API 密钥缺失或无效",
   host_not_allowed: "服务不接受此主机名",
   origin_not_allowed: "服务不接受来自其他网站的请求",
 };
 
 export function errorText(message: string, code: string | null): string {
-  return (language.value === "zh" && code !== null && chinese[code]) || message;
+  const isKnown = language.value === "zh" && code !== null && Object.hasOwn(chinese, code);
+  return isKnown ? chinese[code]! : message;
 }

@@ -30,15 +30,16 @@ type TextKey = { [K in keyof Strings]: Strings[K] extends string ? K : never }[k
 
 /** A text in the page's language, with each `{name}` replaced by its value. */
 export function t(key: TextKey, values: Record<string, string | number> = {}): string {
-  return texts.value[key].replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
+  return texts.value[key].replace(/\{(\w+)\}/g, (whole, name) => (Object.hasOwn(values, name) ? String(values[name]) : whole));
 }
 
 export function list<K extends "examples" | "shortcutList">(key: K): Strings[K] {
   return texts.value[key];
 }
 
-/** A number with the separators of the language, such as 12,345. */
+/** A number with the separators of the language, such as 12,345; a dash for what is none. */
 export function number(value: number, digits = 0): string {
+  if (!Number.isFinite(value)) return "–";
   return value.toLocaleString(language.value, {
     minimumFractionDigits: digits,
     maximumFractionDigits: digits,

@@ -23,7 +23,10 @@ export function safeUrl(text: string): string | null {
 }
 
 // A formula on its own lines is a block; otherwise a line of it that starts with - would be a list.
+const environment = String.raw`\\begin\{(?<name>(?:align|alignat|equation|gather|multline|eqnarray)\*?)\}[\s\S]+?\\end\{\k<name>\}`;
 const math = [
+  { name: "display", level: "block", start: /^ {0,3}\\begin\{/m, rule: new RegExp(`^ {0,3}(?<body>${environment})[ \\t]*(?:\\n|$)`) },
+  { name: "display", level: "inline", start: /\\begin\{/, rule: new RegExp(`^(?<body>${environment})`) },
   { name: "display", level: "block", start: /^ {0,3}(?:\$\$|\\\[)/m, rule: /^ {0,3}(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])[ \t]*(?:\n|$)/ },
   { name: "display", level: "inline", start: /\$\$|\\\[/, rule: /^(?:\$\$([\s\S]+?)\$\$|\\\[([\s\S]+?)\\\])/ },
   { name: "inline", level: "inline", start: /\$|\\\(/, rule: /^(?:\$(?![\s$])([^$\n]*[^$\s\\])\$(?!\d)|\\\((.+?)\\\))/ },
@@ -72,7 +75,7 @@ const marked = new Marked({
     },
     tokenizer: (source: string) => {
       const match = rule.exec(source);
-      const body = match && (match[1] ?? match[2]);
+      const body = match && (match.groups?.body ?? match[1] ?? match[2]);
       return match && body ? { type: `math-${level}-${name}`, raw: match[0], body } : undefined;
     },
     renderer: (token: Tokens.Generic) =>
@@ -90,14 +93,22 @@ function anchor(url: string, inner: string): string {
  * after white space and a number), so a long answer is not parsed from its start for every token.
  */
 export function blocks(text: string, known: readonly string[] = []): string[] {
+  if (isTooDeep(text)) return [text];
   const stable = known.slice(0, -4);
   const prefix = stable.join("");
   if (!prefix || !text.startsWith(prefix)) return marked.lexer(text).map((token) => token.raw);
   return [...stable, ...marked.lexer(text.slice(prefix.length)).map((token) => token.raw)];
 }
 
+// Parsing takes quadratic time in the depth of quotes and lists, and layout has no room for them.
+const TOO_DEEP = /^(?:[ \t]*>){20}|^(?:[ \t]{60}|\t{15})[ \t]*(?:[-*+]|\d+[.)])[ \t]/m;
+
+function isTooDeep(text: string): boolean {
+  return TOO_DEEP.test(text);
+}
+
 export function toHtml(text: string): string {
-  const html = marked.parse(text, { async: false });
+  const html = isTooDeep(text) ? `<p>${escapeHtml(text)}</p>` : marked.parse(text, { async: false });
   // Second line of defence, should the renderer let something through.
   return DOMPurify.sanitize(html, {
     ALLOWED_TAGS: [

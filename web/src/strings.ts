@@ -12,6 +12,7 @@ const en = {
   newChat: "New chat",
   searchChats: "Search conversations",
   noChats: "No conversations yet.",
+  listMore: "Show more",
   noResults: "No results.",
   rename: "Rename",
   delete: "Delete",
@@ -217,6 +218,7 @@ const en = {
   trainText: "Replace MODEL with your model and khaosz-data with the folder given by --data:",
   exportRankings: "Export",
   image: "image",
+  task: "Task",
   localOnly: "Everything stays on your machine. The page contacts no other server.",
 };
 
@@ -234,6 +236,7 @@ const zh: Strings = {
   newChat: "新对话",
   searchChats: "搜索对话",
   noChats: "还没有对话。",
+  listMore: "显示更多",
   noResults: "没有结果。",
   rename: "重命名",
   delete: "删除",
@@ -434,6 +437,7 @@ const zh: Strings = {
   trainText: "将 MODEL 换成你的模型，将 khaosz-data 换成 --data 指定的目录：",
   exportRankings: "导出",
   image: "图片",
+  task: "任务",
   localOnly: "所有数据都留在你自己的机器上，页面不会访问其他服务器。",
 };
 

@@ -81,7 +81,7 @@ export async function answer(question: string): Promise<void> {
       if (chunk.usage) {
         const { firstTokenAt, startedAt } = running.value!;
         const seconds = (performance.now() - (firstTokenAt ?? startedAt)) / 1000;
-        usage.value = { ...usage.value, [node.id]: { usage: chunk.usage, seconds } };
+        usage.value = new Map(usage.value).set(node.id, { usage: chunk.usage, seconds });
       }
       for (const { delta, finish_reason } of chunk.choices) {
         if (delta.content || delta.reasoning_content) running.value!.firstTokenAt ??= performance.now();

@@ -1,12 +1,14 @@
 import { useSignal } from "@preact/signals";
-import { useEffect } from "preact/hooks";
+import { useEffect, useRef } from "preact/hooks";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
 import { t } from "../i18n";
 import type { Listed } from "../conversationStorage";
 import { href } from "../router";
 import { remove, retitle, startNewChat } from "./persistence";
-import { conversations, current, refreshList, search } from "./state";
+import {
+  conversations, current, listMore, moreConversations, refreshList, search, searchList,
+} from "./state"; // prettier-ignore
 
 export function History(props: { onNavigate: () => void }) {
   const dialog = useSignal<{ action: "rename" | "delete"; item: Listed } | null>(null);
@@ -34,7 +36,7 @@ export function History(props: { onNavigate: () => void }) {
           placeholder={t("searchChats")}
           maxLength={256} // the server's limit; a longer query would be rejected
           value={search.value}
-          onInput={(event) => (search.value = event.currentTarget.value)}
+          onInput={(event) => searchList(event.currentTarget.value)}
         />
       </label>
       {!conversations.value.length && (
@@ -48,8 +50,8 @@ export function History(props: { onNavigate: () => void }) {
               aria-current={each.id === current.value.id ? "page" : undefined}
               onClick={props.onNavigate}
             >
-              <span>{each.title || t("newChat")}</span>
-              {each.snippet && <small>{each.snippet}</small>}
+              <span dir="auto">{each.title || t("newChat")}</span>
+              {each.snippet && <small dir="auto">{each.snippet}</small>}
             </a>
             <button
               type="button"
@@ -71,9 +73,28 @@ export function History(props: { onNavigate: () => void }) {
             </button>
           </li>
         ))}
+        {moreConversations.value && <More />}
       </ul>
       {dialog.value && <EditDialog {...dialog.value} onClose={() => (dialog.value = null)} />}
     </section>
+  );
+}
+
+/** Lists more when it is scrolled into view; a button for the keyboard. */
+function More() {
+  const item = useRef<HTMLLIElement>(null);
+  const more = () => void listMore().catch(() => undefined);
+  useEffect(() => {
+    const observer = new IntersectionObserver(([entry]) => entry?.isIntersecting && more());
+    observer.observe(item.current!);
+    return () => observer.disconnect();
+  }, [conversations.value.length]); // again, if the new entries leave it in view
+  return (
+    <li ref={item} class="more">
+      <button type="button" onClick={more}>
+        {t("listMore")}
+      </button>
+    </li>
   );
 }
 
@@ -92,6 +113,7 @@ function EditDialog(props: { action: "rename" | "delete"; item: Listed; onClose:
           <p>{item.title}</p>
         ) : (
           <input
+            autofocus
             aria-label={t("rename")}
             maxLength={200}
             value={title.value}

@@ -13,6 +13,8 @@ import { DeleteMessage } from "./deletion";
 import { select } from "./persistence";
 import { canGenerate, current, running, usage } from "./state";
 
+const SHORTEST = 0.01; // s between first and last token: answers that arrive at once have no rate
+
 export function Message(props: { node: Node }) {
   const { node } = props;
   return (
@@ -28,7 +30,9 @@ function Question(props: { node: Node }) {
   if (editing.value) return <Editor node={node} onDone={() => (editing.value = false)} />;
   return (
     <>
-      <div class="bubble">{node.content}</div>
+      <div class="bubble" dir="auto">
+        {node.content}
+      </div>
       <div class="actions">
         <Versions node={node} />
         <Copy text={node.content} />
@@ -89,7 +93,7 @@ function Answer(props: { node: Node }) {
   const inspecting = useSignal(false);
   const generating = running.value?.node === node.id;
   const knowledgeBase = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
-  const stats = usage.value[node.id];
+  const stats = usage.value.get(node.id);
   return (
     <>
       {node.reasoning && (
@@ -152,8 +156,8 @@ function Answer(props: { node: Node }) {
           <span class="metadata">
             {node.model}
             {stats && ` · ${t("tokens", { n: number(stats.usage.completion_tokens) })}`}
-            {stats && stats.usage.completion_tokens > 1 &&
-              ` · ${t("perSecond", { n: number(stats.usage.completion_tokens / stats.seconds, 1) })}`}
+            {stats && stats.usage.completion_tokens > 1 && stats.seconds >= SHORTEST &&
+              ` · ${t("perSecond", { n: number((stats.usage.completion_tokens - 1) / stats.seconds, 1) })}`}
             {node.finish_reason === "stopped" && ` · ${t("stopped")}`}
             {node.finish_reason === "error" && ` · ${t("interrupted")}`}
             {node.finish_reason === "length" && ` · ${t("lengthLimit")}`}

@@ -1,8 +1,9 @@
 /** State of the chat, as signals, and the requests that fill it. */
 
-import { computed, signal } from "@preact/signals";
+import { batch, computed, signal } from "@preact/signals";
 import {
   ApiError,
+  askForKeyAgain,
   connected,
   countTokens,
   discoverFeatures,
@@ -24,6 +25,7 @@ export const models = signal<ModelCard[]>([]);
 export const selectedModel = signal<string | null>(localStorage.getItem("khaosz.model"));
 export const knowledgeBases = signal<KnowledgeBase[]>([]);
 export const conversations = signal<Listed[]>([]);
+export const moreConversations = signal(false); // than are listed
 export const search = signal("");
 export const current = signal<Conversation>(newConversation());
 export const problem = signal<string | null>(null);
@@ -43,7 +45,8 @@ export function stop(): void {
 }
 
 export const announcement = signal(""); // for screen readers
-export const usage = signal<Record<string, { usage: Usage; seconds: number }>>({});
+/** By message. A map, since ids of imported conversations may be any text. */
+export const usage = signal<ReadonlyMap<string, { usage: Usage; seconds: number }>>(new Map());
 
 export const visibleNodes = computed(() => path(current.value));
 export const model = computed(() => {
@@ -82,6 +85,7 @@ export async function refreshKnowledgeBases(): Promise<void> {
 /** Load what the page needs from the server: at the start, and on retry. */
 export async function connect(): Promise<void> {
   problem.value = null;
+  askForKeyAgain();
   try {
     await discoverFeatures();
     await Promise.all([
@@ -97,8 +101,25 @@ export async function connect(): Promise<void> {
 export async function refreshList(): Promise<void> {
   if (!connected.value) return; // the storage is not known yet
   const query = search.value;
-  const listed = await conversationStorage().list(query);
-  if (query === search.value) conversations.value = listed; // else a later search is running
+  const { data, hasMore } = await conversationStorage().list(query, listLength);
+  if (query !== search.value) return; // a later search is running
+  batch(() => {
+    conversations.value = data;
+    moreConversations.value = hasMore;
+  });
+}
+
+const LIST_STEP = 100;
+let listLength = LIST_STEP;
+
+export function listMore(): Promise<void> {
+  listLength = conversations.value.length + LIST_STEP;
+  return refreshList();
+}
+
+export function searchList(query: string): void {
+  listLength = LIST_STEP;
+  search.value = query;
 }
 
 const counted = signal<{ conversation: string; size: PromptSize } | null>(null);

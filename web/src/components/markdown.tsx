@@ -21,6 +21,8 @@ const Block = memo(function Block(props: {
     const { current } = element;
     if (current === null) return;
     current.innerHTML = html;
+    nameCheckboxes(current);
+    isolateDirections(current);
     if (props.numbers) addCitationButtons(current, new Set(props.numbers.split(",").map(Number)), props.onCite);
     if (props.finished) void decorate(current);
   }, [html, props.finished, props.numbers]);
@@ -66,6 +68,22 @@ export function Markdown(props: {
       ))}
     </div>
   );
+}
+
+/** A task's box is named after its text. */
+function nameCheckboxes(root: HTMLElement): void {
+  for (const box of root.querySelectorAll("input[type=checkbox]")) {
+    const item = box.closest("li")?.cloneNode(true) as HTMLElement | undefined;
+    for (const nested of item?.querySelectorAll("ul, ol, pre") ?? []) nested.remove();
+    box.setAttribute("aria-label", item?.textContent?.trim() || t("task"));
+  }
+}
+
+/** Right-to-left text in a text of the other direction, and the reverse. */
+function isolateDirections(root: HTMLElement): void {
+  for (const block of root.querySelectorAll("p, li, td, th, h1, h2, h3, h4, h5, h6")) {
+    block.setAttribute("dir", "auto");
+  }
 }
 
 /** Turn [1] into a button, except in code and formulas. */

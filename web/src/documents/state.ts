@@ -81,7 +81,10 @@ export async function refreshFiles(name: string): Promise<void> {
     () => getJson<{ data: FileState[] }>(url(name, "/files")),
     refreshProblem,
   );
-  if (response !== null && openName === name) files.value = response.data;
+  if (response === null || openName !== name) return;
+  // Chapter 2 before chapter 10.
+  const names = new Intl.Collator(undefined, { numeric: true });
+  files.value = response.data.toSorted((a, b) => names.compare(a.name, b.name) || a.created - b.created);
 }
 
 /** Files and knowledge bases, since ingestion may fail for the knowledge base as a whole. */

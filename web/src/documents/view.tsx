@@ -48,7 +48,7 @@ export function DocumentsView() {
           {problem}
         </div>
       )}
-      {all.length > 1 && (
+      {all.length > 0 && (
         <ul class="tabs">
           {all.map((each) => (
             <li key={each.id}>
@@ -92,6 +92,7 @@ function CreateDialog(props: { onClose: () => void }) {
         <label>
           <span>{t("name")}</span>
           <input
+            autofocus
             required
             maxLength={64}
             value={name.value}
@@ -231,7 +232,9 @@ function KnowledgeBaseView(props: { id: string }) {
         ))}
         {files.value.map((file) => (
           <li key={file.id} class={file.status}>
-            <span class="file-name">{file.name}</span>
+            <span class="file-name">
+              <bdi>{file.name}</bdi>
+            </span>
             <span class="file-state">
               <FileStatus file={file} />
             </span>

@@ -7,11 +7,11 @@ import { details } from "./state";
 /** The configuration of one run, or the differences between several. */
 export function Configuration(props: { ids: string[] }) {
   const showAll = useSignal(false);
-  const known = props.ids.filter((id) => details.value[id]);
+  const known = props.ids.filter((id) => details.value.has(id));
   if (!known.length) return null;
   const several = known.length > 1;
   const configs = known.map((id) => {
-    const { config, plan } = details.value[id]!.config;
+    const { config, plan } = details.value.get(id)!.config;
     return { ...config, plan };
   });
   const rows = differences(configs, showAll.value || !several).filter(([key]) => key !== "out");

@@ -7,7 +7,7 @@ import { details } from "./state";
 /** Samples at a step, with a slider over the steps; follows the newest step until it is moved. */
 export function Samples(props: { ids: string[] }) {
   const selectedStep = useSignal<number | null>(null); // null: follow the newest
-  const runs = props.ids.map((id) => details.value[id]?.samples ?? []);
+  const runs = props.ids.map((id) => details.value.get(id)?.samples ?? []);
   const steps = [...new Set(runs.flat().map((each) => each.step))];
   steps.sort((a, b) => a - b);
   if (!steps.length) return null;

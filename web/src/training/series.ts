@@ -56,7 +56,7 @@ export function points(rows: Row[], metric: string, axis: Axis): Point[] {
   const result: Point[] = [];
   for (const row of rows) {
     const [x, y] = [row[axis], row[metric]];
-    if (typeof x === "number" && typeof y === "number") result.push({ x, y, step: row.step as number });
+    if (Number.isFinite(x) && Number.isFinite(y)) result.push({ x: x as number, y: y as number, step: row.step as number });
   }
   return result;
 }
@@ -145,6 +145,7 @@ function logarithmic(from: number, to: number, count: number): Scale {
 
 /** A number with a suitable number of digits: `0.00123`, `1.2e-5`, `12,345`. */
 export function formatNumber(value: number, language = "en"): string {
+  if (!Number.isFinite(value)) return "–";
   const size = Math.abs(value);
   if (size !== 0 && (size < 1e-3 || size >= 1e7)) return value.toExponential(2).replace(/\.?0+e/, "e");
   if (size >= 1000) return Math.round(value).toLocaleString(language);

@@ -41,7 +41,8 @@ export const MAX_RUNS = 6; // in one chart
 const MAX_ROWS = 5000; // then all rows are fetched again, thinned by the server
 
 export const runs = signal<Run[] | null>(null); // null: not fetched yet
-export const details = signal<Record<string, Detail>>({});
+/** By run. A map, since a run may be called `constructor`. */
+export const details = signal<ReadonlyMap<string, Detail>>(new Map());
 export const problem = signal<string | null>(null);
 
 function url(id: string, resource: string): string {
@@ -61,8 +62,7 @@ export async function refreshRuns(): Promise<void> {
 export async function refreshDetails(ids: string[]): Promise<void> {
   try {
     const entries = await Promise.all(ids.map(async (id) => [id, await fetchDetail(id)] as const));
-    const existing = entries.filter(([, detail]) => detail !== null);
-    details.value = Object.fromEntries(existing) as typeof details.value;
+    details.value = new Map(entries.flatMap(([id, detail]) => (detail === null ? [] : [[id, detail]])));
     problem.value = null;
   } catch (error) {
     problem.value = explain(error);
@@ -70,7 +70,7 @@ export async function refreshDetails(ids: string[]): Promise<void> {
 }
 
 async function fetchDetail(id: string, fromStart = false): Promise<Detail | null> {
-  const before = fromStart ? undefined : details.value[id];
+  const before = fromStart ? undefined : details.value.get(id);
   const run = runs.value?.find((each) => each.id === id);
   // `updated` is in whole seconds, and more may be written within one: an ended run is fetched until
   // two fetches agree.

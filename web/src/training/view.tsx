@@ -104,7 +104,9 @@ function RunList(props: { ids: string[] }) {
             <span class="stage">{run.stage}</span>
             <span class={`state ${run.state}`}>{t(run.state)}</span>
             <Progress run={run} />
-            <Sparkline values={run.curve} label={t("lossCurve")} />
+            <span class="curve">
+              <Sparkline values={run.curve} label={t("lossCurve")} />
+            </span>
             <span class="figures">{summary(run)}</span>
             <time dateTime={new Date(run.updated * 1000).toISOString()}>{ago(run.updated)}</time>
           </li>
@@ -122,7 +124,7 @@ function Progress(props: { run: Run }) {
       : t("stepOf", { n: number(step ?? 0), of: number(steps) });
   return (
     <span class="advance">
-      {steps !== null && <progress max={steps} value={step ?? 0} aria-label={label} />}
+      {steps !== null && <progress max={steps || 1} value={step ?? 0} aria-label={label} />}
       <small>{label}</small>
     </span>
   );
@@ -150,15 +152,16 @@ function ago(seconds: number): string {
   return format.format(-Math.round(passed / 86400), "day");
 }
 
-const titles = {
-  loss: "loss", bits_per_byte: "bitsPerByte", accuracy: "accuracy", reward: "reward", kl: "kl",
-  margin: "margin", entropy: "entropy", clip_fraction: "clipFraction",
-  explained_variance: "explainedVariance", lr: "learningRate", grad_norm: "gradientNorm",
-  tokens_per_s: "tokensPerSecond", mfu: "mfu",
-} as const; // prettier-ignore
+// A map, since a metric may be called `constructor`.
+const titles = new Map<string, Parameters<typeof t>[0]>([
+  ["loss", "loss"], ["bits_per_byte", "bitsPerByte"], ["accuracy", "accuracy"], ["reward", "reward"],
+  ["kl", "kl"], ["margin", "margin"], ["entropy", "entropy"], ["clip_fraction", "clipFraction"],
+  ["explained_variance", "explainedVariance"], ["lr", "learningRate"], ["grad_norm", "gradientNorm"],
+  ["tokens_per_s", "tokensPerSecond"], ["mfu", "mfu"],
+]); // prettier-ignore
 
 function titleOf(metric: string): string {
-  const key = titles[metric as keyof typeof titles];
+  const key = titles.get(metric);
   return key ? t(key) : metric;
 }
 
@@ -166,7 +169,10 @@ function Charts(props: { ids: string[] }) {
   const axis = useSignal<Axis>("step");
   const log = useSignal(false);
   const smoothing = useSignal(0.6);
-  const known = props.ids.flatMap((id) => (details.value[id] ? [{ id, ...details.value[id] }] : []));
+  const known = props.ids.flatMap((id) => {
+    const detail = details.value.get(id);
+    return detail ? [{ id, ...detail }] : [];
+  });
   const rows = known.map((each) => each.rows);
   const charts = useMemo(() => {
     const single = props.ids.length === 1;
