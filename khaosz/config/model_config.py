@@ -8,7 +8,24 @@ from pydantic import Field, model_validator
 
 from khaosz.config.closed import Closed
 
-SWITCHES = ("qk_norm", "qkv_bias")  # what model families differ in
+# What model families differ in.
+FEATURES = (
+    "qk_norm",
+    "qkv_bias",
+    "qk_norm_after_rotary",
+    "output_norms",
+    "hidden_act",
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "rope_interleaved",
+    "partial_rotary_factor",
+    "rope_local_theta",
+    "no_rope_layers",
+    "query_scaling",
+    "layer_types",
+)
 
 
 class RopeScaling(Closed):
@@ -38,11 +55,15 @@ class RopeScaling(Closed):
         return self
 
 
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
 class ModelConfig(Closed):
     """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU.
 
-    `SWITCHES` make it a network of one family or another; the families' own names stand with the
-    formats that use them, in `khaosz.interop`.
+    Families of models differ in their `features`, each described where the network computes it
+    (`khaosz/model`); the families' own names stand with the formats that use them, in
+    `khaosz.interop`. `layer_types` are of one layer each; no list means full attention everywhere.
     """
 
     vocab_size: int = Field(ge=1, le=2**31)
@@ -59,6 +80,20 @@ class ModelConfig(Closed):
     tie_word_embeddings: bool = True
     qk_norm: bool = False
     qkv_bias: bool = False
+    qk_norm_after_rotary: bool = False
+    output_norms: bool = False
+    hidden_act: Literal["silu", "gelu_pytorch_tanh"] = "silu"
+    embedding_multiplier: float = Field(default=1.0, gt=0, le=1e6)
+    attention_multiplier: float | None = Field(default=None, gt=0, le=1e6)
+    residual_multiplier: float = Field(default=1.0, gt=0, le=1e6)
+    logits_scaling: float = Field(default=1.0, gt=0, le=1e6)
+    rope_interleaved: bool = False
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
+    rope_local_theta: float | None = Field(default=None, gt=0, le=1e15)
+    no_rope_layers: tuple[Literal[0, 1], ...] | None = None
+    query_scaling: float = Field(default=0.0, ge=0, le=1e6)
+    layer_types: tuple[LayerType, ...] | None = None
+    sliding_window: int | None = Field(default=None, ge=1, le=2**31)
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -72,12 +107,53 @@ class ModelConfig(Closed):
             raise ValueError(f"head_dim must be even for rotary positions (got {self.head_dim})")
         if self.qk_norm and self.qkv_bias:
             raise ValueError("qk_norm and qkv_bias exclude each other: no model family has both")
+        if self.qk_norm_after_rotary and not self.qk_norm:
+            raise ValueError("qk_norm_after_rotary requires qk_norm")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"head_dim * partial_rotary_factor must be even (got {self.rotary_dim})"
+            )
+        for name in ("layer_types", "no_rope_layers"):
+            each = getattr(self, name)
+            if each is not None and len(each) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(each)} entries for {self.num_hidden_layers} layers"
+                )
+        if ("sliding_attention" in (self.layer_types or ())) != (self.sliding_window is not None):
+            raise ValueError(
+                "sliding_window and layer_types with sliding_attention require each other"
+            )
+        scaling = self.rope_scaling
+        original = scaling.original_max_position_embeddings if scaling is not None else None
+        if self.query_scaling and original is None:
+            raise ValueError(
+                "query_scaling requires rope_scaling with original_max_position_embeddings"
+            )
         return self
 
     @property
-    def switches(self) -> frozenset[str]:
-        """The `SWITCHES` that are on."""
-        return frozenset(name for name in SWITCHES if getattr(self, name))
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def window(self, layer: int) -> int | None:
+        """Positions that a layer sees, its own included; None for all."""
+        types = self.layer_types
+        sliding = types is not None and types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
+
+    def rotary_kind(self, layer: int) -> int | None:
+        """Which of the model's rotations a layer uses, None for none: 0 has `rope_theta` and
+        `rope_scaling`, 1 the `rope_local_theta` of layers that see a window."""
+        if self.no_rope_layers is not None and not self.no_rope_layers[layer]:
+            return None
+        return int(self.rope_local_theta is not None and self.window(layer) is not None)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What this network has and Llama's has not: `FEATURES` that are not at their default."""
+        fields = type(self).model_fields
+        return frozenset(n for n in FEATURES if getattr(self, n) != fields[n].default)
 
     def block_parameters(self) -> int:
         """Parameters of one layer, exactly."""
@@ -85,7 +161,7 @@ class ModelConfig(Closed):
         queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
         attention = width * (queries + 2 * keys) + queries * width
         bias = (queries + 2 * keys) if self.qkv_bias else 0
-        norms = 2 * width + (2 * head if self.qk_norm else 0)
+        norms = (4 if self.output_norms else 2) * width + (2 * head if self.qk_norm else 0)
         return attention + bias + 3 * width * self.intermediate_size + norms
 
     def embedding_parameters(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from khaosz.config import ModelConfig
 from khaosz.interop.adapter import read_adapter
 from khaosz.model.lora import scale_of
-from khaosz.model.module import MLP, Attention, Linear
+from khaosz.model.module import Linear, Part
 
 
 class Adapter:
@@ -58,7 +58,7 @@ def adapted(linear: Linear, spans: Spans) -> Linear:
     if not spans:
         return linear
 
-    def both(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    def both(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
         outputs = linear(part, names, x)
         for adapter, rows in spans:
             for name, y in zip(names, outputs, strict=True):

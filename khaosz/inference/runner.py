@@ -27,7 +27,8 @@ from khaosz.interop.models import ModelSource, is_gguf, open_model
 from khaosz.memory.inference import Storage
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
-from khaosz.model.module import Rotary
+from khaosz.model.module import Attention
+from khaosz.model.rotary import Rotary, Rotation
 
 TILE = 16  # positions of a tile of the deterministic path
 assert BLOCK % TILE == 0, (BLOCK, TILE)
@@ -70,7 +71,8 @@ class Runner:
         self.deterministic = deterministic
         self.weights = weights
         self._rotary = Rotary(config).to(self.device)
-        self._cos = self._sin = torch.empty(0, 1, config.head_dim, device=self.device)
+        # Those of positions 0, 1, 2 and so on.
+        self._tables = self._rotary(torch.empty(0, device=self.device))
 
     @classmethod
     def from_module(
@@ -174,7 +176,7 @@ class Runner:
             return [torch.empty(0, self.config.vocab_size) for _ in chunks]
         if len(rows) < len(hidden):
             hidden = hidden[rows]
-        logits = _logits(weights, hidden)
+        logits = self._logits(weights, hidden)
         return list(logits.split([chunk.want for chunk in chunks]))
 
     @torch.inference_mode()
@@ -193,7 +195,7 @@ class Runner:
             return torch.empty(0, self.config.vocab_size)
         # Row by row: products of one shape, however many rows are requested.
         rows = torch.cat(states)[len(chunk.ids) - chunk.want :]
-        return torch.cat([_logits(weights, row[None]) for row in rows])
+        return torch.cat([self._logits(weights, row[None]) for row in rows])
 
     def _tile_states(self, chunk: Chunk) -> Tensor:
         weights = self.weights()
@@ -214,36 +216,43 @@ class Runner:
             ids.extend(chunk.ids)
             positions.extend(range(past - before, past + len(chunk.ids) + behind))
         ids.extend([0] * behind)
-        cos, sin = self._rotation(positions)
+        rotations = self._rotations(positions)
         attend = partial(self._attend, chunks, pad)
         linear = adapted(weights.linear, _spans(chunks, pad))
         x = weights.embed(ids)  # (N, D)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
         for block in weights.blocks:
-            x = block(x, cos, sin, attend, linear)
+            x = block(x, rotations, attend, linear)
         for chunk in chunks:
             chunk.cache.advance(len(chunk.ids))
         return x[before : len(x) - behind]
 
-    def _rotation(self, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines (N, 1, H), from a table that grows with the positions."""
-        longest = max(positions) + 1
-        if longest > len(self._cos):
-            count = max(longest, 2 * len(self._cos), 512)
-            self._cos, self._sin = self._rotary(torch.arange(count, device=self.device))
+    def _logits(self, weights: Weights, hidden: Tensor) -> Tensor:
+        normed = weights.norm(hidden)
+        if self.config.logits_scaling != 1.0:
+            normed = normed / self.config.logits_scaling
+        return weights.head(normed).float()
+
+    def _rotations(self, positions: list[int]) -> tuple[Rotation, ...]:
+        """The rotations of N positions, from tables that grow with them."""
+        known, longest = len(self._tables[0].cos), max(positions) + 1
+        if longest > known:
+            count = max(longest, 2 * known, 512)
+            self._tables = self._rotary(torch.arange(count, device=self.device))
         first = positions[0]
+        index: slice | Tensor
         if positions[-1] - first == len(positions) - 1 == max(positions) - first:
-            return (
-                self._cos[first : first + len(positions)],
-                self._sin[first : first + len(positions)],
-            )
-        index = torch.tensor(positions, device=self.device)
-        return self._cos[index], self._sin[index]
+            index = slice(first, first + len(positions))
+        else:
+            index = torch.tensor(positions, device=self.device)
+        return tuple(table.at(index) for table in self._tables)
 
     def _attend(
         self,
         chunks: Sequence[Chunk],
         pad: tuple[int, int],
-        layer: int,
+        part: Attention,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -253,17 +262,17 @@ class Runner:
         if queries.dtype != self.dtype:
             queries, keys = queries.to(self.dtype), keys.to(self.dtype)
         if len(chunks) == 1:
-            return self._attend_one(chunks[0].cache, pad, layer, queries, keys, values)
+            return self._attend_one(chunks[0].cache, pad, part, queries, keys, values)
         lengths = [len(chunk.ids) for chunk in chunks]
-        parts = zip(*(x.split_with_sizes(lengths) for x in (queries, keys, values)), strict=True)
-        each = zip(chunks, parts, strict=True)
-        return torch.cat([self._attend_one(c.cache, pad, layer, *part) for c, part in each])
+        split = zip(*(x.split_with_sizes(lengths) for x in (queries, keys, values)), strict=True)
+        each = zip(chunks, split, strict=True)
+        return torch.cat([self._attend_one(c.cache, pad, part, *tensors) for c, tensors in each])
 
     def _attend_one(
         self,
         cache: SequenceCache,
         pad: tuple[int, int],
-        layer: int,
+        part: Attention,
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
@@ -273,24 +282,30 @@ class Runner:
         length, heads, width = queries.shape
         if before + behind:
             keys, values = keys[before : length - behind], values[before : length - behind]
-        seen = cache.write(layer, keys, values, extra=behind)  # (2K, S, H)
+        # The first position that the first query sees.
+        first = 0 if part.window is None else max(0, cache.length - before - part.window + 1)
+        seen = cache.write(part.layer, keys, values, behind, first)  # (2K, S, H)
         if seen.dtype != self.dtype:  # a cache may be in a smaller one
             seen = seen.to(self.dtype)
         keys, values = seen[None].chunk(2, dim=1)  # (1, K, S, H)
         kv_heads, positions = keys.shape[1], keys.shape[2]
         if length == 1:  # the heads of a group are rows over the same keys
             grouped = queries.view(1, kv_heads, -1, width)
-            return F.scaled_dot_product_attention(grouped, keys, values).view(1, heads, width)
-        mask = None
-        if positions != length or before + behind:
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, scale=part.scale)
+            return mixed.view(1, heads, width)
+        mask, near = None, part.window is not None and positions > part.window
+        if positions != length or before + behind or near:
             mask = torch.ones(length, positions, dtype=torch.bool, device=keys.device)
             mask = mask.tril(positions - length)
+            if near and part.window is not None:
+                mask = mask.triu(positions - length - part.window + 1)
         mixed = F.scaled_dot_product_attention(
             queries.transpose(0, 1)[None],  # (1, Q, T, H)
             keys,
             values,
             mask,
             is_causal=mask is None,
+            scale=part.scale,
             enable_gqa=heads != kv_heads,
         )
         return mixed[0].transpose(0, 1)
@@ -322,15 +337,11 @@ def storage_of(
     dtype, unquantised, native = _gguf_types(source, dtype)
     return Storage(
         dtype,
-        kinds={name: (source.kind(name), source.nbytes(name)) for name in source.names},
+        kinds={name: (source.kind(name), source.nbytes(name)) for name in source.shapes},
         unquantised=unquantised,
         native=native is not None,
-        reordered=frozenset(filter(source.is_reordered, source.names)),
+        reordered=frozenset(filter(source.is_reordered, source.shapes)),
     )
-
-
-def _logits(weights: Weights, hidden: Tensor) -> Tensor:
-    return weights.head(weights.norm(hidden)).float()
 
 
 def _spans(chunks: Sequence[Chunk], pad: tuple[int, int]) -> Spans:

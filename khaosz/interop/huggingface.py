@@ -1,14 +1,13 @@
 """Hugging Face model directories, in and out: `config.json` and `model.safetensors`.
 
-What we write, `transformers` loads as Llama, Qwen2 or Qwen3 with equal logits; what it writes of
-those families, we load. A feature that is not supported is rejected by name, never ignored.
+What we write, `transformers` loads as one of `FAMILIES` with equal logits; what it writes of those
+families, we load. A feature that is not supported is rejected by name, never ignored.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +15,14 @@ import torch
 from torch import Tensor
 
 from khaosz.config import ModelConfig, RopeScaling
-from khaosz.config.model_config import SWITCHES
+from khaosz.config.model_config import FEATURES
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import write_json
+from khaosz.interop.families import FAMILIES
+from khaosz.interop.families.family import Family, Stored, tensors
 from khaosz.interop.tensor_file import DTYPES, TensorFile, write_tensors
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
-from khaosz.model.module import Rotary, rotary_frequencies
+from khaosz.model.rotary import Rotary, rotary_frequencies
 
 _MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
@@ -29,35 +30,6 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A model family in config.json: its class in transformers, the switches of `ModelConfig` that
-    it has on, what transformers takes for keys that are missing, and keys that only it writes."""
-
-    name: str
-    switches: frozenset[str] = frozenset()
-    context: int = 32_768
-    head_dim: int | None = None  # by default the width over the heads
-    key_value_heads: int | None = None  # by default the heads
-    sliding_window: int | None = None
-    extra: tuple[tuple[str, Any], ...] = (("use_sliding_window", False),)
-
-    @property
-    def architecture(self) -> str:
-        return f"{self.name}ForCausalLM"
-
-    @property
-    def reward_architecture(self) -> str:
-        return f"{self.name}ForSequenceClassification"
-
-
-FAMILIES = {
-    "llama": Family("Llama", context=2048, extra=(("mlp_bias", False),)),
-    "qwen2": Family("Qwen2", frozenset({"qkv_bias"}), key_value_heads=32),
-    "qwen3": Family("Qwen3", frozenset({"qk_norm"}), head_dim=128, key_value_heads=32),
-}
-# Read as Llama, without its sliding window.
-_READ_ONLY = {"mistral": Family("Mistral", context=131_072, key_value_heads=8, sliding_window=4096)}
 # Names of one setting. transformers takes the first that is given, and for some of them a default.
 _SPELLINGS = (("dtype", "torch_dtype"), ("hidden_act", "hidden_activation"))
 
@@ -105,13 +77,18 @@ def write_directory(
         write_json(directory / "generation_config.json", {**token_ids, "do_sample": True})
     write_json(directory / "config.json", values)
     shapes = (reward_shapes if rewards else parameter_shapes)(config)
-    names = {_hf_name(name): name for name in shapes}
-    write_tensors(
-        directory / WEIGHTS,
-        {theirs: shapes[name] for theirs, name in names.items()},
-        dtype,
-        lambda theirs: parameter(names[theirs]),
-    )
+    stored = _family(config).layout.stored(shapes)
+    members = tensors(stored)
+
+    def tensor(theirs: str) -> Tensor:
+        parts = [_changed(parameter(name), stored[name], dtype) for name in members[theirs]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def shape(names: list[str]) -> tuple[int, ...]:
+        return sum(shapes[name][0] for name in names), *shapes[names[0]][1:]
+
+    sizes = {theirs: shape(names) for theirs, names in members.items()}
+    write_tensors(directory / WEIGHTS, sizes, dtype, tensor)
 
 
 def load_model(
@@ -187,25 +164,26 @@ class ModelDirectory:
             raise ModelError(f"{directory}: {count} layers are not supported")
         self.rewards = is_reward_model(directory)
         self.shapes = (reward_shapes if self.rewards else parameter_shapes)(self.config)
-        self._stored: dict[str, tuple[TensorFile, str]] = {}
-        head = self._locate(directory)
-        for name, shape in self.shapes.items():
-            if name not in self._stored:
-                raise ModelError(f"{directory}: tensor '{_hf_name(name)}' is missing")
-            file, stored = self._stored[name]
+        self._places = read_family(directory).layout.stored(self.shapes)
+        self._files: dict[str, tuple[TensorFile, str]] = {}  # by their tensor's name
+        members = tensors(self._places)
+        head = self._locate(directory, members)
+        for theirs, names in members.items():
+            if theirs not in self._files:
+                raise ModelError(f"{directory}: tensor '{theirs}' is missing")
+            file, stored = self._files[theirs]
+            rows = sum(self.shapes[name][0] for name in names)
+            shape = (rows, *self.shapes[names[0]][1:])
             if (actual := file.entries[stored].shape) != shape:
-                raise ModelError(
-                    f"{directory}: tensor '{_hf_name(name)}' is {actual}, expected {shape}"
-                )
+                raise ModelError(f"{directory}: tensor '{theirs}' is {actual}, expected {shape}")
         if head is not None and not self.rewards and not self._is_embedding(*head):
             raise ModelError(
                 f"{directory}: lm_head.weight is not the embedding, yet tie_word_embeddings is true"
             )
         check_rotary(self.config, str(directory))
 
-    def _locate(self, directory: Path) -> tuple[TensorFile, str] | None:
-        """Fill `_stored`; the head of tied embeddings, if there is one."""
-        expected = {_hf_name(name): name for name in self.shapes}
+    def _locate(self, directory: Path, expected: Container[str]) -> tuple[TensorFile, str] | None:
+        """Fill `_files`; the head of tied embeddings, if there is one."""
         head = None
         for path in weight_files(directory):
             file = TensorFile(path)
@@ -216,7 +194,7 @@ class ModelDirectory:
                 if (name in expected or is_head) and entry.type not in DTYPES:
                     raise ModelError(f"{path}: tensor '{name}' is {quoted(entry.type_name)[1:-1]}")
                 if name in expected:
-                    self._stored[expected[name]] = file, stored
+                    self._files[name] = file, stored
                 elif is_head:
                     head = file, stored
                 elif not name.endswith("rotary_emb.inv_freq"):
@@ -224,16 +202,17 @@ class ModelDirectory:
         return head
 
     def _is_embedding(self, file: TensorFile, stored: str) -> bool:
-        other, name = self._stored["embed_tokens.weight"]
+        other, name = self._files[self._places["embed_tokens.weight"].name]
         if file.entries[stored].shape != other.entries[name].shape:
             return False
         pairs = zip(file.chunks(stored), other.chunks(name), strict=True)
         return all(torch.equal(one.float(), two.float()) for one, two in pairs)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type that a parameter is stored in."""
-        file, stored = self._stored[name]
-        return DTYPES[file.entries[stored].type]
+        """The type that a parameter is stored in; fp32 for one that is stored as another number."""
+        place = self._places[name]
+        file, stored = self._files[place.name]
+        return torch.float32 if place.change else DTYPES[file.entries[stored].type]
 
     def read(
         self,
@@ -241,14 +220,30 @@ class ModelDirectory:
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
     ) -> Tensor:
-        """A parameter, by default in the type that it is stored in."""
-        file, stored = self._stored[name]
-        return file.read(stored, dtype, device)
+        """A parameter, by default in `dtype(name)`."""
+        out = torch.empty(self.shapes[name], dtype=dtype or self.dtype(name), device=device)
+        self.fill(name, out)
+        return out
 
     def fill(self, name: str, out: Tensor) -> None:
         """Read a parameter into `out`, contiguous and of its shape."""
-        file, stored = self._stored[name]
-        file.fill(stored, out)
+        place = self._places[name]
+        file, stored = self._files[place.name]
+        first = place.first * (out.numel() // max(1, place.count))  # elements before its rows
+        if place.change is None:
+            file.fill(stored, out, first)
+            return
+        wide = torch.empty(out.shape)
+        file.fill(stored, wide, first)
+        out.copy_(place.change.read(wide))
+
+
+def _changed(parameter: Tensor, place: Stored, dtype: torch.dtype) -> Tensor:
+    """A parameter as it is stored."""
+    parameter = parameter.detach().to("cpu")
+    if place.change is not None:
+        parameter = place.change.write(parameter.float())
+    return parameter.to(dtype)
 
 
 def _assembled(
@@ -261,6 +256,11 @@ def _assembled(
     model.rotary = Rotary(source.config).to(device)  # derived, so not in the file
     model.requires_grad_(True)
     return model.eval()
+
+
+def read_family(directory: Path) -> Family:
+    """The family that a directory's config.json names."""
+    return FAMILIES[read_json(directory / "config.json")["model_type"]]
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -320,12 +320,21 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def model_type(config: ModelConfig) -> str:
-    """The family of a model, by its name in config.json: "llama", "qwen2" or "qwen3"."""
-    return next(name for name, family in FAMILIES.items() if family.switches == config.switches)
+    """The family of a model, by its name in config.json, such as "llama". Raises `ModelError` where
+    no family has all of its features."""
+    for name, family in FAMILIES.items():
+        if family.has(config):
+            return name
+    features = ", ".join(sorted(config.features))
+    raise ModelError(f"no model family of transformers has the features {features} together")
+
+
+def _family(config: ModelConfig) -> Family:
+    return FAMILIES[model_type(config)]
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a `ModelConfig`."""
+    """config.json of a `ModelConfig`; raises `ModelError` as `model_type` does."""
     name = model_type(config)
     family = FAMILIES[name]
     values: dict[str, Any] = {
@@ -340,18 +349,22 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.rope_scaling is not None:
         # Readers before transformers 5 look for `rope_scaling`; later ones take it too.
         values["rope_scaling"] = _scaling_to_hf(config.rope_scaling)
-    return {**values, **config.model_dump(exclude={*SWITCHES, "rope_scaling"})}
+    values |= config.model_dump(exclude={*FEATURES, "sliding_window", "rope_scaling"})
+    family.write(config, values)
+    return values
 
 
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a config.json; raises `ModelError` for what is not supported."""
     name = values.get("model_type")
-    family = (FAMILIES | _READ_ONLY).get(name) if isinstance(name, str) else None
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
             f"{source}: model_type {quoted(name)} is not supported",
-            hint=f"supported: {', '.join([*FAMILIES, *_READ_ONLY])}",
+            hint=f"supported: {', '.join(FAMILIES)}",
         )
+    values = {**family.defaults, **values}
+    own = family.read(values, source)
     for names in _SPELLINGS:
         same_value({name: values.get(name) for name in names}, source)
     for key, harmless in {
@@ -368,18 +381,16 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         raise ModelError(f"{source}: layer_types other than full_attention are not supported")
-    context = values.get("max_position_embeddings", family.context)
-    window = values.get("sliding_window", family.sliding_window)
-    wide = type(window) is int and type(context) is int and window >= context
-    if family.sliding_window and window is not None and not wide:
-        raise ModelError(f"{source}: sliding_window={quoted(window)} is not supported")
+    context = values.get("max_position_embeddings")
     heads, head_dim = values.get("num_attention_heads"), values.get("head_dim")
     if head_dim is None:
-        head_dim = family.head_dim
+        head_dim = family.defaults.get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(values.get("hidden_size"), int):
         head_dim = values["hidden_size"] // max(1, heads)
-    groups = values.get("num_key_value_heads", family.key_value_heads)
-    theta, scaling = _read_rope(values, context, source)
+    groups = values.get("num_key_value_heads")
+    theta, part, scaling = _read_rope(values, context, source)
+    if part != 1.0 and "partial_rotary_factor" not in family.always | family.sometimes:
+        raise ModelError(f"{source}: partial_rotary_factor={quoted(part)} is not supported")
     try:
         if scaling is not None:
             scaling = RopeScaling.parse(scaling, source=f"{source}: rope_scaling")
@@ -397,8 +408,9 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
                 "rope_theta": theta,
                 "rope_scaling": scaling,
                 "tie_word_embeddings": values.get("tie_word_embeddings", False),
-                **dict.fromkeys(family.switches, True),
+                "partial_rotary_factor": part,
                 "initializer_range": values.get("initializer_range", 0.02),
+                **own,
             },
             source=source,
         )
@@ -406,8 +418,9 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
         raise ModelError(one_line(str(error)), hint=error.hint) from None
 
 
-def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, Any]:
-    """The base and the keys of the scaling, None if there is none.
+def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, Any, Any]:
+    """The base, the part of a head that is rotated, and the keys of the scaling, None if there is
+    none.
 
     They stand in `rope_parameters` (transformers 5), `rope_scaling` (before) or beside them, the
     type as "rope_type" or "type". Of two tables transformers reads `rope_scaling` alone, so
@@ -451,8 +464,6 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
         if (value := same_value(places, source)) is not None:
             rope[key] = value
     theta, part = rope.pop("rope_theta", 10_000.0), rope.pop("partial_rotary_factor", 1.0)
-    if part != 1.0:
-        raise ModelError(f"{source}: partial_rotary_factor={quoted(part)} is not supported")
     kind = rope["rope_type"]
     if kind == "default":
         rope = {key: value for key, value in rope.items() if (key, value) != ("factor", 1.0)}
@@ -462,13 +473,13 @@ def _read_rope(values: dict[str, Any], context: Any, source: str) -> tuple[Any, 
                 f"{source}: {one_line(left[0])}={quoted(rope[left[0]])} without a rope_type",
                 hint="name the kind of scaling as rope_type: linear, llama3 or yarn",
             )
-        return theta, None
+        return theta, part, None
     if kind == "llama3":
         rope.setdefault("original_max_position_embeddings", context)
         if not {"low_freq_factor", "high_freq_factor"} <= rope.keys():
             what = "llama3 scaling requires low_freq_factor and high_freq_factor"
             raise ModelError(f"{source}: {what}")
-    return theta, rope
+    return theta, part, rope
 
 
 def same_value(places: dict[str, Any], source: str) -> Any:
@@ -495,7 +506,3 @@ def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
     elif scaling.rope_type == "yarn":
         names |= {"beta_fast", "beta_slow", "attention_factor", "truncate"}
     return scaling.model_dump(include=names, exclude_none=True)
-
-
-def _hf_name(name: str) -> str:
-    return name if name.startswith(("lm_head.", "score.")) else f"model.{name}"

@@ -94,27 +94,31 @@ class TensorFile:
         self.fill(name, out)
         return out
 
-    def fill(self, name: str, out: Tensor) -> None:
-        """Read into `out`, contiguous and of the tensor's shape; raises `ModelError`."""
+    def fill(self, name: str, out: Tensor, first: int = 0) -> None:
+        """Read into `out`, contiguous, the tensor's elements from `first` on; raises
+        `ModelError`."""
         entry, flat = self.entries[name], out.view(-1)
-        if out.dtype == DTYPES[entry.type] and out.device.type == "cpu":
+        dtype = DTYPES[entry.type]
+        if out.dtype == dtype and out.device.type == "cpu":
             with self.path.open("rb", buffering=0) as file:
-                file.seek(entry.offset)
+                file.seek(entry.offset + first * dtype.itemsize)
                 self._read_into(file, flat, name)
             return
         start = 0
-        for part in self.chunks(name):
+        for part in self.chunks(name, first, len(flat)):
             flat[start : start + len(part)] = part
             start += len(part)
 
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """The tensor in pieces of one dimension, all in the same buffer."""
+    def chunks(self, name: str, first: int = 0, count: int | None = None) -> Iterator[Tensor]:
+        """`count` elements of the tensor, by default all, in pieces of one dimension, all in the
+        same buffer."""
         entry = self.entries[name]
-        buffer = torch.empty(min(entry.numel, _CHUNK), dtype=DTYPES[entry.type])
+        dtype, count = DTYPES[entry.type], entry.numel if count is None else count
+        buffer = torch.empty(min(count, _CHUNK), dtype=dtype)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            for start in range(0, entry.numel, _CHUNK):
-                part = buffer[: entry.numel - start]
+            file.seek(entry.offset + first * dtype.itemsize)
+            for start in range(0, count, _CHUNK):
+                part = buffer[: count - start]
                 self._read_into(file, part, name)
                 yield part
 

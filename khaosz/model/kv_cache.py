@@ -76,12 +76,12 @@ class SequenceCache:
         most = blocks + min(-(-blocks // 2), 16)
         return (most if limit is None else max(blocks, min(most, -(-limit // BLOCK)))) * BLOCK
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, extra: int) -> Tensor:
-        """Write T new positions (T, K, H) after the last. Returns all keys and values (2K, S, H),
-        and those of `extra` positions more: int8 as fp32, others as stored. `advance` moves the
-        length, once per pass."""
+    def write(self, layer: int, keys: Tensor, values: Tensor, extra: int, first: int = 0) -> Tensor:
+        """Write T new positions (T, K, H) after the last. Returns the keys and values (2K, S, H)
+        from position `first` on, and those of `extra` positions more: int8 as fp32, others as
+        stored. `advance` moves the length, once per pass."""
         end = self.length + len(keys)
-        new, seen = slice(self.length, end), slice(0, end + extra)
+        new, seen = slice(self.length, end), slice(first, end + extra)
         both = torch.cat((keys, values), dim=1).transpose(0, 1)  # (2K, T, H)
         store = self._stores[layer]  # (2K, capacity, H)
         if not self._scales:

@@ -9,23 +9,41 @@ width, Q query heads, K key/value heads, H head width, F feed-forward width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from khaosz.config.model_config import ModelConfig, RopeScaling
+from khaosz.config.model_config import ModelConfig
+from khaosz.model.rotary import Rotation, rotate
 
-# (layer, queries (..., Q, H), keys (..., K, H), values (..., K, H)) -> (..., Q, H)
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Rotations = tuple[Rotation, ...]  # of a pass, by `ModelConfig.rotary_kind`
+# (part, queries (..., Q, H), keys (..., K, H), values (..., K, H)) -> (..., Q, H)
+Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
 # (part, names of its linear layers, their input) -> their outputs
-Linear = Callable[["Attention | MLP", tuple[str, ...], Tensor], Sequence[Tensor]]
+Linear = Callable[["Part", tuple[str, ...], Tensor], Sequence[Tensor]]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
-def linear(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+class Part(nn.Module):
+    """Half a block, in a layer of its own number: what mixes positions, or the feed-forward.
+
+    `PRODUCTS` names its linear layers, those with one input together: an engine may fuse them,
+    and computes them in a type and from a format of its own. Other parameters are vectors.
+    """
+
+    PRODUCTS: ClassVar[tuple[tuple[str, ...], ...]]
+    layer: int
+
+
+def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
     """The outputs of a part's own linear layers: what training uses."""
     return [getattr(part, name)(x) for name in names]
 
@@ -45,85 +63,22 @@ class RMSNorm(nn.Module):
         return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
 
 
-class Rotary(nn.Module):
-    """Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), with scaling."""
+class Attention(Part):
+    """Grouped-query attention with rotary positions and optional QK-norm or QKV bias.
 
-    inverse_frequency: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        frequencies, self.amplitude = rotary_frequencies(config)
-        # Not saved: it follows from the configuration.
-        self.register_buffer("inverse_frequency", frequencies, persistent=False)
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions (...) -> cosines and signed sines (..., 1, H) for `rotate`, fp32."""
-        angles = positions[..., None, None].float() * self.inverse_frequency
-        cos, sin = angles.cos() * self.amplitude, angles.sin() * self.amplitude
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies (H / 2,) and the factor on cosines and sines.
-
-    Formulas: the papers named in `RopeScaling`, with transformers' rounding.
+    window    positions that are seen, the query's own included; None for all
+    scale     what scores are multiplied by; None for H ** -0.5
     """
-    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
-    inverse = 1.0 / (config.rope_theta ** (half / config.head_dim))
-    match config.rope_scaling:
-        case None:
-            return inverse, 1.0
-        case RopeScaling(rope_type="linear", factor=factor):
-            return inverse / factor, 1.0
-        case RopeScaling(rope_type="llama3") as scaling:
-            return _llama3(inverse, scaling), 1.0
-        case scaling:
-            return _yarn(inverse, scaling, config)
-
-
-def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
-    original = scaling.original_max_position_embeddings
-    assert original is not None
-    turns = original * inverse / (2 * math.pi)  # rotations within the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * inverse + (1 - keep) * inverse / scaling.factor
-
-
-def _yarn(inverse: Tensor, scaling: RopeScaling, config: ModelConfig) -> tuple[Tensor, float]:
-    original = scaling.original_max_position_embeddings or config.max_position_embeddings
-    width, theta = config.head_dim, config.rope_theta
-
-    def dimension(rotations: float) -> float:
-        return width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, width - 1)
-    span = (high - low) or 0.001
-    interpolate = ((torch.arange(width // 2).float() - low) / span).clamp(0, 1)
-    amplitude = scaling.attention_factor
-    if amplitude is None:
-        amplitude = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
-    return interpolate * inverse / scaling.factor + (1 - interpolate) * inverse, amplitude
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate pairs (i, i + H/2) of x (..., H), the half-split layout of Hugging Face; the first
-    half of `sin` is negative."""
-    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and optional QK-norm or QKV bias."""
 
     QKV, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
-    PRODUCTS: ClassVar = (QKV, OUT)  # linear layers with one input, which an engine may fuse
+    PRODUCTS: ClassVar = (QKV, OUT)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window, self.scale = config.window(layer), config.attention_multiplier
+        self.rotary, self.interleaved = config.rotary_kind(layer), config.rope_interleaved
+        self.norm_last = config.qk_norm_after_rotary
         self.heads = [config.num_attention_heads, config.num_key_value_heads]
         width, bias = config.hidden_size, config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
@@ -132,20 +87,35 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, keys, bias=bias)
         self.v_proj = nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
-        # QK-norm: per head, weighted, before the rotation.
+        # QK-norm: per head, weighted, before the rotation or after it.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, linear: Linear
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotations: Rotations, attend: Attend, linear: Linear) -> Tensor:
         shape = (*x.shape[:-1], -1, self.head_dim)
         queries, keys, values = linear(self, self.QKV, x)
-        queries, keys = queries.view(shape), keys.view(shape)
-        rotated = rotate(self._joined(queries, keys), cos, sin)
-        queries, keys = rotated.split_with_sizes(self.heads, dim=-2)
-        mixed = attend(self.layer, queries, keys, values.view(shape))  # (..., Q, H)
+        queries, keys = self._positioned(queries.view(shape), keys.view(shape), rotations)
+        mixed = attend(self, queries, keys, values.view(shape))  # (..., Q, H)
         return linear(self, self.OUT, mixed.flatten(-2))[0]
+
+    def _positioned(
+        self, queries: Tensor, keys: Tensor, rotations: Rotations
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys normalised and rotated, where the layer does so."""
+        if self.rotary is None:
+            joined = self._joined(queries, keys)
+            queries, keys = joined.split_with_sizes(self.heads, dim=-2)
+            return queries, keys
+        rotation = rotations[self.rotary]
+        if self.norm_last:
+            rotated = rotate(torch.cat((queries, keys), dim=-2), rotation, self.interleaved)
+            rotated = self._joined(*rotated.split_with_sizes(self.heads, dim=-2))
+        else:
+            rotated = rotate(self._joined(queries, keys), rotation, self.interleaved)
+        queries, keys = rotated.split_with_sizes(self.heads, dim=-2)
+        if rotation.scale is not None:
+            queries = queries * rotation.scale.to(queries.dtype)
+        return queries, keys
 
     def _joined(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Queries and keys side by side (..., Q + K, H), normalised where the model does so."""
@@ -164,44 +134,56 @@ class Attention(nn.Module):
         return torch.cat(weights) * both
 
 
-class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
+class MLP(Part):
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), or with another activation."""
 
     GATE_UP, DOWN = ("gate_proj", "up_proj"), ("down_proj",)
     PRODUCTS: ClassVar = (GATE_UP, DOWN)
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.activation = layer, _ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         gate, up = linear(self, self.GATE_UP, x)
-        return linear(self, self.DOWN, F.silu(gate) * up)[0]
+        return linear(self, self.DOWN, self.activation(gate) * up)[0]
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalised residual stream (pre-norm)."""
+    """Attention and feed-forward, each on the normalised residual stream (pre-norm). With
+    `output_norms` what they add is normalised too, as Gemma 3 does."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.multiplier = config.residual_multiplier
+        self.input_layernorm = RMSNorm(width, eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention_output_norm = RMSNorm(width, eps) if config.output_norms else None
+        self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = MLP(config, layer)
+        self.mlp_output_norm = RMSNorm(width, eps) if config.output_norms else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend, linear: Linear = linear
+        self, x: Tensor, rotations: Rotations, attend: Attend, linear: Linear = linear
     ) -> Tensor:
         # `forward` skips the checks for hooks: 2 % of the decoding of a small model.
         normed = self.input_layernorm.forward(x)
-        x = x + self.self_attn.forward(normed, cos, sin, attend, linear)
-        return x + self.mlp.forward(self.post_attention_layernorm.forward(x), linear)
+        mixed = self.self_attn.forward(normed, rotations, attend, linear)
+        x = x + self._scaled(mixed, self.attention_output_norm)
+        fed = self.mlp.forward(self.post_attention_layernorm.forward(x), linear)
+        return x + self._scaled(fed, self.mlp_output_norm)
+
+    def _scaled(self, y: Tensor, norm: RMSNorm | None) -> Tensor:
+        """What is added to the residual stream."""
+        y = y if norm is None else norm.forward(y)
+        return y if self.multiplier == 1.0 else y * self.multiplier
 
 
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a block's parameters, in their order."""
     width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
@@ -213,7 +195,11 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes["self_attn.o_proj.weight"] = (width, queries)
     if config.qk_norm:
         shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head,)
+    if config.output_norms:
+        shapes["attention_output_norm.weight"] = (width,)
     shapes["post_attention_layernorm.weight"] = (width,)
     shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, width)
     shapes["mlp.down_proj.weight"] = (width, inner)
+    if config.output_norms:
+        shapes["mlp_output_norm.weight"] = (width,)
     return shapes

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
-from khaosz.model.module import Attention, Block, RMSNorm, Rotary, block_shapes
+from khaosz.model.module import Attention, Block, RMSNorm, Rotations, block_shapes
+from khaosz.model.rotary import Rotary
+
+Masks = dict[int | None, Tensor | None]  # by window: True where a query may see a key
 
 
 class Transformer(nn.Module):
@@ -49,20 +52,32 @@ class Transformer(nn.Module):
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        mask = None if doc_ids is None else document_mask(doc_ids)
-        cos, sin = self.rotary(positions)
+        x = self.embed_tokens(ids)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
         compiled = self.compiled_blocks if self.training else None
-        return (compiled or self.blocks)(self.embed_tokens(ids), cos, sin, mask)
+        return (compiled or self.blocks)(x, self.rotary(positions), self._masks(ids, doc_ids))
 
-    def blocks(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def _masks(self, ids: Tensor, doc_ids: Tensor | None) -> Masks:
+        mask = None if doc_ids is None else document_mask(doc_ids)
+        masks: Masks = {None: mask}
+        length, window = ids.shape[1], self.config.sliding_window
+        if window is not None:
+            masks[window] = mask
+            if length > window:  # else a row is seen as a whole, which is faster without a mask
+                near = window_mask(length, window, ids.device)
+                masks[window] = near if mask is None else mask & near
+        return masks
+
+    def blocks(self, x: Tensor, rotations: Rotations, masks: Masks) -> Tensor:
         """The stack of layers on embedded input (B, T, D): what a trainer compiles. The embedding
         stays outside, because its compiled backward adds in no fixed order on a CPU."""
-        attend = partial(attend_rows, mask)
+        attend = partial(attend_rows, masks)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, rotations, attend)
         return self.norm(x)
 
     @property
@@ -72,7 +87,11 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(hidden, self.output_weight.to(hidden.dtype))
+        return F.linear(self.head_input(hidden), self.output_weight.to(hidden.dtype))
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """What `output_weight` multiplies: hidden states (..., D), scaled where logits are."""
+        return hidden if self.config.logits_scaling == 1.0 else hidden / self.config.logits_scaling
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -112,9 +131,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     check them first, and the first embedding on the meta device takes a second."""
     width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
-    block = block_shapes(config)
     for i in range(config.num_hidden_layers):
-        shapes |= {f"layers.{i}.{name}": shape for name, shape in block.items()}
+        shapes |= {f"layers.{i}.{name}": shape for name, shape in block_shapes(config, i).items()}
     shapes["norm.weight"] = (width,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, width)
@@ -128,14 +146,23 @@ def document_mask(doc_ids: Tensor) -> Tensor:
     return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & causal)[:, None]
 
 
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """True where a query may see a key within its window: (T, T)."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal.triu(1 - window)
+
+
 def attend_rows(
-    mask: Tensor | None, layer: int, queries: Tensor, keys: Tensor, values: Tensor
+    masks: Masks, part: Attention, queries: Tensor, keys: Tensor, values: Tensor
 ) -> Tensor:
-    """Attention within rows (B, T, Q or K, H) by `document_mask`, or causal where a row is one
-    document."""
+    """Attention within rows (B, T, Q or K, H) by the mask of the part's window, or causal where
+    there is none."""
+    mask = masks[part.window]
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if queries.shape[1] != keys.shape[1]:
         group = queries.shape[1] // keys.shape[1]
         keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-    mixed = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None)
+    mixed = F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=mask is None, scale=part.scale
+    )
     return mixed.transpose(1, 2)

@@ -13,10 +13,15 @@ from rich.console import Console
 from khaosz.config import ModelConfig, TrainConfig, preset, save_config, size_for_minutes
 from khaosz.config.presets import Derived, nearest_size, training_numbers
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
-from khaosz.errors import CheckpointError, ConfigError
+from khaosz.errors import CheckpointError, ConfigError, ModelError
 from khaosz.files import write_json
 from khaosz.interop.adapter import load_adapter
-from khaosz.interop.huggingface import is_reward_model, load_config, load_reward_model
+from khaosz.interop.huggingface import (
+    is_reward_model,
+    load_config,
+    load_reward_model,
+    model_type,
+)
 from khaosz.interop.models import load_model
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters
@@ -342,6 +347,10 @@ def new_shape(config: TrainConfig, vocab_size: int) -> ModelConfig:
     if not config.model:
         return shape
     shape = ModelConfig.parse({**shape.model_dump(), **config.model}, source="[model]")
+    try:
+        model_type(shape)
+    except ModelError as error:
+        raise ConfigError(f"[model]: {error}", hint="leave some of them out") from None
     width, heads = shape.hidden_size, shape.num_attention_heads
     changed = config.model.keys() & {"hidden_size", "num_attention_heads", "head_dim"}
     if changed and "head_dim" not in changed and width % heads:

@@ -25,8 +25,8 @@ import torch
 
 from khaosz.config import ModelConfig
 from khaosz.errors import KhaoszError, ModelError
+from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.blocks import dequantize
-from khaosz.interop.gguf.config import gguf_name
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import WEIGHTS, load_model, save_model
@@ -74,12 +74,13 @@ def valid_gguf() -> bytes:
         "tokenizer.chat_template": "{{ messages }}",
     }
     kinds = {"embed_tokens": "Q8_0", "q_proj": "Q4_0", "k_proj": "Q5_1", "up_proj": "Q4_1"}
-    tensors = []
-    for name, shape in parameter_shapes(ModelConfig(**SHAPE)).items():
+    tensors, shapes = [], parameter_shapes(ModelConfig(**SHAPE))
+    places = ARCHITECTURES["llama"].layout.stored(shapes)
+    for name, shape in shapes.items():
         kind = "F32" if len(shape) == 1 else kinds.get(name.split(".")[-2], "F16")
         _, block, size = TENSOR_TYPES[kind]
         raw = rng.integers(0, 256, int(np.prod(shape)) // block * size, dtype=np.uint8)
-        tensors.append(TensorToWrite(gguf_name(name), kind, shape, lambda r=raw: [r]))
+        tensors.append(TensorToWrite(places[name].name, kind, shape, lambda r=raw: [r]))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "valid.gguf"
         write_gguf(path, metadata, tensors)
@@ -132,7 +133,7 @@ def read_gguf(data: bytes) -> bool:
         dequantize(file.raw(name), tensor.type)
     try:
         model = GgufModel(file)
-        for name in model.names:
+        for name in model.shapes:
             model.float32(name)
         model.tokenizer().encode("a b")
     except KhaoszError as error:

@@ -17,6 +17,7 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ModelError
 from khaosz.interop.gguf.blocks import affine, dequantize, is_affine, quantize
+from khaosz.interop.gguf.config import architecture_of
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.huggingface import config_from_hf, model_type
@@ -257,8 +258,10 @@ def test_mistral_is_llama_without_a_window() -> None:
     }
     assert model_type(config_from_hf(values)) == "llama"
     assert config_from_hf({**values, "sliding_window": 4096}).head_dim == 16
-    with pytest.raises(ModelError, match="sliding_window=1024"):
-        config_from_hf({**values, "sliding_window": 1024})
+    windowed = config_from_hf({**values, "sliding_window": 1024})
+    assert (model_type(windowed), windowed.window(0)) == ("mistral", 1024)
+    with pytest.raises(ModelError, match="has no architecture for mistral models"):
+        architecture_of(windowed)
 
 
 # --------------------------------------------------------------------------------------- bad input

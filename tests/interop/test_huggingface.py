@@ -221,7 +221,7 @@ def test_settings_in_two_places(tmp_path: Path, changes: dict[str, Any]) -> None
         ({"dtype": "float32", "torch_dtype": "bfloat16"}, "contradicts torch_dtype='bfloat16'"),
         ({"hidden_activation": "gelu"}, "hidden_act='silu' contradicts hidden_activation='gelu'"),
         ({"text_config": {"rope_theta": 1e6}}, "text_config="),
-        ({"model_type": "mistral"}, "sliding_window=4096 is not supported"),
+        ({"sliding_window": 64, "use_sliding_window": True}, "use_sliding_window=True is not"),
     ],
     ids=str,
 )

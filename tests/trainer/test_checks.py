@@ -126,6 +126,7 @@ def test_out_that_is_a_file(stage: Any, tmp_path: Path) -> None:
         ({"vocab_size": 5}, r"vocab_size=5 is less than"),
         ({"max_position_embeddings": 64}, "longer than the model's context of 64"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_interleaved": True}, "has the features qk_norm, rope_interleaved together"),
         ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, "factor"),
     ],
 )

@@ -24,7 +24,7 @@ from khaosz.interop.gguf.blocks import affine, dequantize, is_affine
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import ModelSource
 from khaosz.model import Transformer
-from khaosz.model.module import MLP, Attention, Block, Linear, RMSNorm
+from khaosz.model.module import Block, Linear, Part, RMSNorm
 
 _TOUCHED = 512  # rows read from a map before its pages are released, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
@@ -55,7 +55,7 @@ class Weights:
 def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
     """A module's own blocks and parameters as they are now; cast to `dtype` where they are used."""
 
-    def linear(part: Attention | MLP, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
+    def linear(part: Part, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
         layers, x = [getattr(part, name) for name in names], x.to(dtype)
         biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
         return [F.linear(x, y.weight.to(dtype), b) for y, b in zip(layers, biases, strict=True)]
@@ -151,18 +151,22 @@ def _frozen(
 
     def products(index: int) -> dict[tuple[str, ...], Product]:
         made: dict[tuple[str, ...], Product] = {}
+        linear: set[nn.Module] = set()
         for path, part in blocks[index].named_modules(prefix=f"layers.{index}"):
-            if isinstance(part, RMSNorm):
-                part.weight = nn.Parameter(vector(f"{path}.weight"), requires_grad=False)
-            if isinstance(part, Attention | MLP):
+            if isinstance(part, Part):
                 for names in part.PRODUCTS:
                     layers = {f"{path}.{name}": getattr(part, name) for name in names}
+                    linear.update(layers.values())
                     biases = [vector(f"{n}.bias") for n, y in layers.items() if y.bias is not None]
                     made[names] = Product(
                         matrix(*(f"{name}.weight" for name in layers)),
                         [layer.out_features for layer in layers.values()],
                         torch.cat(biases).to(dtype) if biases else None,
                     )
+        for path, module in blocks[index].named_modules(prefix=f"layers.{index}"):
+            for name, _ in [] if module in linear else module.named_parameters(recurse=False):
+                value = nn.Parameter(vector(f"{path}.{name}"), requires_grad=False)
+                module.register_parameter(name, value)
         return made
 
     # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
@@ -197,9 +201,7 @@ class Products:
     ) -> None:
         self.layers, self.dtype = layers, dtype
 
-    def __call__(
-        self, part: Attention | MLP, names: tuple[str, ...], x: Tensor
-    ) -> Sequence[Tensor]:
+    def __call__(self, part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         return self.layers[part.layer][names](x)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,57 +10,39 @@ from pydantic import ValidationError
 
 from khaosz.config import ModelConfig, RopeScaling
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
+from khaosz.interop.gguf.architectures import ARCHITECTURES
+from khaosz.interop.gguf.architectures.architecture import Keys
 from khaosz.interop.gguf.blocks import dequantize
 from khaosz.interop.gguf.file import GgufFile
-from khaosz.interop.huggingface import check_rotary
-from khaosz.model.module import rotary_frequencies
+from khaosz.interop.huggingface import check_rotary, model_type
+from khaosz.model.rotary import rotary_frequencies
 
-
-@dataclass(frozen=True)
-class Architecture:
-    """A `general.architecture` of llama.cpp: the switches of `ModelConfig` that it has on, and
-    whether rows of queries and keys are stored in pairs (i, i + 1) for its rotation, where we have
-    halves (i, i + H/2)."""
-
-    switches: frozenset[str] = frozenset()
-    paired: bool = False
-
-
-ARCHITECTURES = {
-    "llama": Architecture(paired=True),
-    "qwen2": Architecture(frozenset({"qkv_bias"})),
-    "qwen3": Architecture(frozenset({"qk_norm"})),
-}
 ROPE_FACTORS = "rope_freqs.weight"
 _OUR_SCALING = "khaosz.rope_scaling"
-_BLOCK_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
+# What refutes a common network, unless an architecture reads it: keys, and their values without.
+_DEFAULTS = {
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+    "rope.scaling.yarn_beta_fast": 32.0,
+    "rope.scaling.yarn_beta_slow": 1.0,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
+    "attention.temperature_scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
 }
-_TOP_NAMES = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """llama.cpp's name of a model's architecture."""
-    return next(name for name, kind in ARCHITECTURES.items() if kind.switches == config.switches)
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of one of our parameters."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("layers."):
-        _, index, part = stem.split(".", 2)
-        return f"blk.{index}.{_BLOCK_NAMES[part]}.{kind}"
-    return f"{_TOP_NAMES[stem]}.{kind}"
+    """llama.cpp's name of a model's architecture. Raises `ModelError` where it has none."""
+    family = model_type(config)
+    for name, kind in ARCHITECTURES.items():
+        if kind.family == family:
+            return name
+    raise ModelError(f"llama.cpp has no architecture for {family} models with these features")
 
 
 def config_from_metadata(file: GgufFile) -> ModelConfig:
@@ -75,25 +56,8 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
             hint=f"supported: {', '.join(ARCHITECTURES)}",
         )
 
-    def value(name: str, kind: type, default: Any = None) -> Any:
-        entry = metadata.get(f"{family}.{name}", default)
-        if entry is None:
-            raise ModelError(f"{source}: key '{family}.{name}' is missing")
-        # Integers may stand for floats; arrays, of one number per layer, are not supported.
-        if type(entry) is not kind and (kind, type(entry)) != (float, int):
-            what = {int: "a whole number", float: "a number", str: "a text"}[kind]
-            raise ModelError(f"{source}: {family}.{name} = {quoted(entry)} is not {what}")
-        return entry
-
-    def number(name: str, default: float | None = None) -> float:
-        with np.errstate(over="ignore"):
-            # Stored in fp32: 1e-6 must become 1e-6 again, not 9.99999997e-07.
-            return float(str(np.float32(value(name, float, default))))
-
-    def count(name: str, default: int | None = None) -> int:
-        whole: int = value(name, int, default)
-        return whole
-
+    architecture, keys = ARCHITECTURES[family], Keys(file, family)
+    value, number, count = keys.value, keys.number, keys.count
     if count("expert_count", 0):
         raise ModelError(f"{source}: mixtures of experts are not supported")
     heads, width = count("attention.head_count"), count("embedding_length")
@@ -106,24 +70,23 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
             f"{source}: {layers} blocks of {heads} heads in {len(file.tensors)} tensors"
         )
     head_dim = count("attention.key_length", width // heads)
-    for key, computed in {
+    common = {
         "attention.value_length": head_dim,
         "rope.dimension_count": head_dim,  # rotation of a part of each head
-        "rope.scaling.attn_factor": 1.0,
-        "rope.scaling.yarn_ext_factor": 1.0,
-        "rope.scaling.yarn_attn_factor": 1.0,
-        "rope.scaling.yarn_log_multiplier": 0.0,
-        "rope.scaling.yarn_beta_fast": 32.0,
-        "rope.scaling.yarn_beta_slow": 1.0,
-    }.items():
-        if (stored := number(key, computed)) != computed:
+        "attention.scale": max(1, head_dim) ** -0.5,
+        **_DEFAULTS,
+    }
+    for key in sorted(common.keys() - architecture.own):
+        stored = number(key, common[key])
+        if not math.isclose(stored, common[key], rel_tol=1e-6):
             raise ModelError(f"{source}: {family}.{key} = {stored:g} is not supported")
-    if (stored := count("vocab_size", table.shape[0])) != table.shape[0]:
+    if (rows := count("vocab_size", table.shape[0])) != table.shape[0]:
         raise ModelError(
-            f"{source}: {family}.vocab_size = {stored} contradicts the {table.shape[0]} rows of"
+            f"{source}: {family}.vocab_size = {rows} contradicts the {table.shape[0]} rows of"
             " token_embd.weight"
         )
-    if 0 < count("attention.sliding_window", 0) < context:
+    sliding = "attention.sliding_window"
+    if sliding not in architecture.own and 0 < count(sliding, 0) < context:
         raise ModelError(f"{source}: sliding windows of attention are not supported")
     fields: dict[str, Any] = {
         "vocab_size": table.shape[0],
@@ -137,7 +100,6 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
         "rope_theta": number("rope.freq_base", 10_000.0),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **dict.fromkeys(ARCHITECTURES[family].switches, True),
     }
     try:
         # As in llama.cpp, a factor without a type is linear; it may have its older name.
@@ -159,9 +121,11 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
                     original = count("rope.scaling.original_context_length")
                     scaling["original_max_position_embeddings"] = original
                 fields["rope_scaling"] = scaling
+            case "longrope" if "longrope" in architecture.own:
+                pass
             case other:
                 raise ModelError(f"{source}: rope scaling {quoted(other)} is not supported")
-        return ModelConfig.parse(fields, source=source)
+        return ModelConfig.parse({**fields, **architecture.read(keys)}, source=source)
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None
 
@@ -203,6 +167,7 @@ def with_llama3(config: ModelConfig, file: GgufFile) -> ModelConfig:
 def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
     """Raises `ModelError` for a rope scaling that llama.cpp has no keys for."""
     family = architecture_of(config)
+    architecture = ARCHITECTURES[family]
     values: dict[str, Any] = {
         "general.architecture": family,
         "general.name": "KHAOSZ",
@@ -220,7 +185,7 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
         f"{family}.attention.value_length": config.head_dim,
         f"{family}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         f"{family}.rope.freq_base": float(config.rope_theta),
-        f"{family}.rope.dimension_count": config.head_dim,
+        f"{family}.rope.dimension_count": config.rotary_dim,
         f"{family}.vocab_size": config.vocab_size,
     }
     match config.rope_scaling:
@@ -231,7 +196,9 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
             values[_OUR_SCALING] = scaling.model_dump_json()
         case RopeScaling(rope_type="yarn") as yarn:
             plain = RopeScaling(rope_type="yarn", factor=yarn.factor)
-            names = ("beta_fast", "beta_slow", "attention_factor", "truncate")
+            names = ["beta_fast", "beta_slow", "truncate"]
+            if "rope.scaling.yarn_log_multiplier" not in architecture.own:
+                names.append("attention_factor")
             if any(getattr(yarn, name) != getattr(plain, name) for name in names):
                 raise ModelError(
                     "this YaRN scaling cannot be written to GGUF", hint="keep it in HF"
@@ -241,4 +208,4 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
             values[f"{family}.rope.scaling.original_context_length"] = (
                 yarn.original_max_position_embeddings or config.max_position_embeddings
             )
-    return values
+    return {**values, **{f"{family}.{k}": v for k, v in architecture.write(config).items()}}

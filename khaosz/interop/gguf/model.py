@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +12,14 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
+from khaosz.interop.families.family import tensors
+from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.config import (
-    ARCHITECTURES,
     ROPE_FACTORS,
     architecture_of,
     config_from_metadata,
     config_to_metadata,
-    gguf_name,
     llama3_factors,
     with_llama3,
 )
@@ -27,7 +27,7 @@ from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, writ
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
 from khaosz.interop.huggingface import check_rotary
 from khaosz.model import Transformer, parameter_shapes
-from khaosz.model.module import Rotary
+from khaosz.model.rotary import Rotary
 
 # Weights converted at a time: looking for scales takes about ten fp32 copies of them.
 _CHUNK = 1 << 18
@@ -42,17 +42,18 @@ class GgufModel:
         that are missing, unexpected or misshapen, by name."""
         self.file = file
         self.config = config_from_metadata(file)
+        self.architecture = ARCHITECTURES[file.metadata["general.architecture"]]
         self.shapes = shapes = parameter_shapes(self.config)
-        self.names = {name: gguf_name(name) for name in shapes}
-        for name, shape in shapes.items():
-            tensor = file.tensors.get(self.names[name])
+        self.places = self.architecture.layout.stored(shapes)
+        members = tensors(self.places)
+        for stored, names in members.items():
+            tensor = file.tensors.get(stored)
             if tensor is None:
-                raise ModelError(f"{file.source}: tensor '{self.names[name]}' is missing")
+                raise ModelError(f"{file.source}: tensor '{stored}' is missing")
+            shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
             if tensor.shape != shape:
-                raise ModelError(
-                    f"{file.source}: tensor '{self.names[name]}' is {tensor.shape}, not {shape}"
-                )
-        unexpected = file.tensors.keys() - set(self.names.values()) - {ROPE_FACTORS}
+                raise ModelError(f"{file.source}: tensor '{stored}' is {tensor.shape}, not {shape}")
+        unexpected = file.tensors.keys() - members.keys() - {ROPE_FACTORS}
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
         # Only now are the sizes checked against tensors, and their cost bounded.
@@ -75,27 +76,31 @@ class GgufModel:
 
     def kind(self, name: str) -> str:
         """The tensor type that one of our parameters is stored as."""
-        return self.file.tensors[self.names[name]].type
+        return self.file.tensors[self.places[name].name].type
 
     @property
     def matrix_kinds(self) -> set[str]:
         """The tensor types of all matrices; vectors are F32 in any file."""
-        tensors = (self.file.tensors[stored] for stored in self.names.values())
-        return {tensor.type for tensor in tensors if len(tensor.shape) > 1}
+        stored = (self.file.tensors[place.name] for place in self.places.values())
+        return {tensor.type for tensor in stored if len(tensor.shape) > 1}
 
     def is_reordered(self, name: str) -> bool:
         """Whether `raw` of a parameter is a copy."""
-        return _permuted_heads(name, self.config) is not None
+        return self.architecture.heads(name, self.config) is not None
 
     def nbytes(self, name: str) -> int:
         """Bytes of a parameter in the file."""
-        return self.file.tensors[self.names[name]].nbytes
+        place = self.places[name]
+        tensor = self.file.tensors[place.name]
+        return tensor.nbytes // tensor.shape[0] * place.count
 
     def raw(self, name: str) -> np.ndarray:
         """uint8 (rows, bytes of a row): a view of the file, except for queries and keys that are
         stored in pairs, whose rows are copied into our order (no row is requantised)."""
-        raw = self.file.raw(self.names[name])
-        heads = _permuted_heads(name, self.config)
+        place = self.places[name]
+        raw, heads = self.file.raw(place.name), self.architecture.heads(name, self.config)
+        if len(self.shapes[name]) > 1:  # a vector is one row
+            raw = raw[place.first : place.first + place.count]
         return raw if heads is None else _to_halves(raw, heads)
 
     def float32(self, name: str) -> np.ndarray:
@@ -134,7 +139,7 @@ def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transf
     source = GgufModel.open(path)
     with torch.device("meta"):
         model = Transformer(source.config)
-    loaded = {name: source.read(name, dtype) for name in source.names}
+    loaded = {name: source.read(name, dtype) for name in source.shapes}
     model.load_state_dict(loaded, assign=True)
     model.rotary = Rotary(source.config)
     return model.requires_grad_(True).eval()
@@ -164,10 +169,11 @@ def write_model(
     """
     if kind not in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
         raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
-    shapes = parameter_shapes(config)
-    tensors = []
-    for name, shape in shapes.items():
-        stored = kind
+    shapes, architecture = parameter_shapes(config), ARCHITECTURES[architecture_of(config)]
+    entries = []
+    for tensor, names in tensors(architecture.layout.stored(shapes)).items():
+        name, stored = names[0], kind
+        shape = (sum(shapes[each][0] for each in names), *shapes[name][1:])
         if len(shape) == 1:
             stored = "F32"
         elif kind.startswith("Q4") and name.startswith(("embed_tokens", "lm_head")):
@@ -176,18 +182,27 @@ def write_model(
             raise ModelError(
                 f"{stored} takes blocks of 32, '{name}' has rows of {shape[-1]}", hint="use F16"
             )
-        rows = partial(_rows, parameter, name, stored, _permuted_heads(name, config), search)
-        tensors.append(TensorToWrite(gguf_name(name), stored, shape, rows))
+        parts = [
+            partial(_rows, parameter, each, stored, architecture.heads(each, config), search)
+            for each in names
+        ]
+        rows = partial(_joined, parts)
+        entries.append(TensorToWrite(tensor, stored, shape, rows))
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
         factors = llama3_factors(config)
-        tensors.append(
+        entries.append(
             TensorToWrite(ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)])
         )
     metadata = {
         **config_to_metadata(config, kind),
         **tokenizer_to_metadata(tokenizer, config.vocab_size),
     }
-    write_gguf(path, metadata, tensors)
+    write_gguf(path, metadata, entries)
+
+
+def _joined(parts: Sequence[Callable[[], Iterator[np.ndarray]]]) -> Iterator[np.ndarray]:
+    for part in parts:
+        yield from part()
 
 
 def _rows(
@@ -210,15 +225,6 @@ def _rows(
         if not largest <= (_LARGEST_HALF if kind not in ("F32", "BF16") else _LARGEST_SINGLE):
             raise ModelError(f"'{name}' has a weight of {largest:g}, which {kind} cannot hold")
         yield quantize(part.numpy(), kind, search=search)
-
-
-def _permuted_heads(name: str, config: ModelConfig) -> int | None:
-    """Heads of a parameter whose rows an `Architecture` stores in pairs; None for all others."""
-    paired = ARCHITECTURES[architecture_of(config)].paired
-    if not paired or not name.startswith("layers."):
-        return None
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    return heads.get(name.split(".")[3])
 
 
 def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -103,7 +103,7 @@ def batch_logprobs(
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """log P and entropy (N,) of the scored tokens of a batch, in row-major order."""
-    hidden = hidden_states(model, batch, compute)
+    hidden = model.head_input(hidden_states(model, batch, compute))
     scored = batch.labels != IGNORE
     return token_logprobs(
         hidden[scored].to(compute.dtype),

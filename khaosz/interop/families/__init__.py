@@ -1,0 +1,28 @@
+"""Families of models in Hugging Face directories, by `model_type` in config.json.
+
+A configuration that several can express is written as the first of them.
+"""
+
+from __future__ import annotations
+
+from khaosz.interop.families.ernie import ERNIE
+from khaosz.interop.families.family import Family
+from khaosz.interop.families.gemma3 import GEMMA3
+from khaosz.interop.families.granite import GRANITE
+from khaosz.interop.families.hunyuan import HUNYUAN
+from khaosz.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from khaosz.interop.families.ministral3 import MINISTRAL3
+from khaosz.interop.families.smollm3 import SMOLLM3
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mistral": MISTRAL,
+    "hunyuan_v1_dense": HUNYUAN,
+    "smollm3": SMOLLM3,
+    "ernie4_5": ERNIE,
+    "granite": GRANITE,
+    "ministral3": MINISTRAL3,
+    "gemma3_text": GEMMA3,
+}

@@ -1,0 +1,128 @@
+"""What a file format says of a family of models: its features, its keys, its names of parameters.
+
+A family is an entry of the table in `__init__.py` here (config.json and safetensors) and one of
+the table of GGUF architectures; what it computes follows from `ModelConfig` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from khaosz.config import ModelConfig
+
+Values = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A parameter that is stored as another number: `read` of a stored tensor is ours."""
+
+    read: Callable[[Tensor], Tensor]
+    write: Callable[[Tensor], Tensor]
+
+
+ONE_PLUS = Change(lambda weight: weight + 1, lambda weight: weight - 1)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a parameter is: in `count` rows of a tensor from row `first` on."""
+
+    name: str
+    first: int
+    count: int
+    change: Change | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of parameters in a format.
+
+    top        of those outside blocks, by ours without ".weight"
+    block      the prefix of a block's, with its number
+    parts      of those in a block, by ours; a name that is left out is the same
+    fused      tensors that hold several of ours, one below the other
+    changes    of parts that are stored as other numbers; "norm" for the last norm
+    """
+
+    top: Mapping[str, str]
+    block: str
+    parts: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    changes: Mapping[str, Change] = field(default_factory=dict)
+
+    def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+        """The place of each parameter, by our names."""
+        return {name: self._place(name, shapes) for name in shapes}
+
+    def _place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Stored:
+        stem, _, kind = name.rpartition(".")
+        rows = shapes[name][0]
+        if not stem.startswith("layers."):
+            return Stored(f"{self.top.get(stem, stem)}.{kind}", 0, rows, self.changes.get(stem))
+        _, index, part = stem.split(".", 2)
+        prefix, change = self.block.format(index), self.changes.get(part)
+        for tensor, members in self.fused.items():
+            if part in members:
+                before = members[: members.index(part)]
+                first = sum(shapes[f"layers.{index}.{other}.{kind}"][0] for other in before)
+                return Stored(f"{prefix}.{tensor}.{kind}", first, rows, change)
+        return Stored(f"{prefix}.{self.parts.get(part, part)}.{kind}", 0, rows, change)
+
+
+def tensors(stored: Mapping[str, Stored]) -> dict[str, list[str]]:
+    """Our parameters in each tensor of a file, in the order of their rows."""
+    groups: dict[str, list[str]] = {}
+    for name, place in stored.items():
+        groups.setdefault(place.name, []).append(name)
+    return {tensor: sorted(n, key=lambda name: stored[name].first) for tensor, n in groups.items()}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family in Hugging Face directories: its class in transformers, and what differs there.
+
+    always, sometimes   the features of `ModelConfig` that it has
+    defaults            what transformers takes for keys that are missing
+    extra               keys that are written and mean nothing here
+    read                fields of `ModelConfig` from config.json, named as its source; removes the
+                        keys that it used
+    write               adds keys of config.json for fields that have no common key
+    suits               whether the features have values that the family can have
+    """
+
+    name: str
+    always: frozenset[str] = frozenset()
+    sometimes: frozenset[str] = frozenset()
+    defaults: Values = field(default_factory=dict)
+    extra: Values = field(default_factory=dict)
+    read: Callable[[Values, str], Values] = lambda _values, _source: {}
+    write: Callable[[ModelConfig, Values], None] = lambda _config, _values: None
+    suits: Callable[[ModelConfig], bool] = lambda _: True
+    layout: Layout = field(default_factory=lambda: hf_layout())
+
+    @property
+    def architecture(self) -> str:
+        return f"{self.name}ForCausalLM"
+
+    @property
+    def reward_architecture(self) -> str:
+        return f"{self.name}ForSequenceClassification"
+
+    def has(self, config: ModelConfig) -> bool:
+        """Whether the family computes what a configuration says."""
+        known = self.always <= config.features <= self.always | self.sometimes
+        return known and self.suits(config)
+
+
+def hf_layout(
+    parts: Mapping[str, str] | None = None,
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    changes: Mapping[str, Change] | None = None,
+) -> Layout:
+    top = {"embed_tokens": "model.embed_tokens", "norm": "model.norm"}
+    return Layout(top, "model.layers.{}", parts or {}, fused or {}, changes or {})

@@ -1,0 +1,24 @@
+"""Architectures of GGUF files, by `general.architecture`."""
+
+from __future__ import annotations
+
+from khaosz.interop.gguf.architectures.architecture import Architecture
+from khaosz.interop.gguf.architectures.gemma3 import GEMMA3
+from khaosz.interop.gguf.architectures.granite import GRANITE
+from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
+from khaosz.interop.gguf.architectures.smollm3 import SMOLLM3
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture("llama", paired=True),
+    "qwen2": Architecture("qwen2", read=lambda _: {"qkv_bias": True}),
+    "qwen3": Architecture("qwen3", read=lambda _: {"qk_norm": True}),
+    "hunyuan-dense": Architecture(
+        "hunyuan_v1_dense", read=lambda _: {"qk_norm": True, "qk_norm_after_rotary": True}
+    ),
+    "smollm3": SMOLLM3,
+    # Rotated in pairs by both, so that its rows are stored as they are.
+    "ernie4_5": Architecture("ernie4_5", read=lambda _: {"rope_interleaved": True}),
+    "granite": GRANITE,
+    "mistral3": MISTRAL3,
+    "gemma3": GEMMA3,
+}

@@ -1,0 +1,90 @@
+"""What llama.cpp says of a family: `general.architecture`, its keys, its names of tensors
+(gguf-py/gguf/constants.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from khaosz.config import ModelConfig
+from khaosz.errors import ModelError, quoted
+from khaosz.interop.families.family import Layout, Values
+from khaosz.interop.gguf.file import GgufFile
+
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "attention_output_norm": "post_attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp_output_norm": "post_ffw_norm",
+}
+_TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+class Keys:
+    """The metadata of one file under an architecture's prefix. Every method raises `ModelError` for
+    a value of another kind, and for a key that is missing and has no default."""
+
+    def __init__(self, file: GgufFile, prefix: str) -> None:
+        self.file, self.prefix, self.source = file, prefix, file.source
+
+    def value(self, name: str, kind: type, default: Any = None) -> Any:
+        entry = self.file.metadata.get(f"{self.prefix}.{name}", default)
+        if entry is None:
+            raise ModelError(f"{self.source}: key '{self.prefix}.{name}' is missing")
+        # Integers may stand for floats; arrays, of one number per layer, are not supported.
+        if type(entry) is not kind and (kind, type(entry)) != (float, int):
+            what = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            raise ModelError(f"{self.source}: {self.prefix}.{name} = {quoted(entry)} is not {what}")
+        return entry
+
+    def number(self, name: str, default: float | None = None) -> float:
+        with np.errstate(over="ignore"):
+            # Stored in fp32: 1e-6 must become 1e-6 again, not 9.99999997e-07.
+            return float(str(np.float32(self.value(name, float, default))))
+
+    def count(self, name: str, default: int | None = None) -> int:
+        whole: int = self.value(name, int, default)
+        return whole
+
+
+def gguf_layout(fused: Mapping[str, tuple[str, ...]] | None = None, **parts: str) -> Layout:
+    return Layout(_TOP, "blk.{}", {**PARTS, **parts}, fused or {})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A `general.architecture`.
+
+    family     `model_type` of the models that it has
+    paired     rows of queries and keys are stored in pairs (i, i + 1) for llama.cpp's rotation,
+               where we have halves (i, i + H/2)
+    read       fields of `ModelConfig` from its own keys, and the context before a scaling
+    write      its own keys; raises `ModelError` for what they cannot say
+    own        keys that `read` takes, which would be refused otherwise
+    """
+
+    family: str
+    paired: bool = False
+    read: Callable[[Keys], Values] = lambda _: {}
+    write: Callable[[ModelConfig], Values] = lambda _: {}
+    own: frozenset[str] = frozenset()
+    layout: Layout = field(default_factory=gguf_layout)
+
+    def heads(self, name: str, config: ModelConfig) -> int | None:
+        """Heads of a parameter whose rows are stored in pairs; None for all others."""
+        if not self.paired or not name.startswith("layers."):
+            return None
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        return heads.get(name.split(".")[3])
