@@ -29,6 +29,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "learn": ("bench.learn", [], "whether RM, DPO, PPO and GRPO learn, over seeds"),
     "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
+    "answers": ("bench.answers", [], "questions about documents: right, cited, refused"),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
     "serve": ("bench.serve", [], "the service: overhead per token, 64 clients for ten minutes"),
     "planned": (

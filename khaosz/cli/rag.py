@@ -281,10 +281,13 @@ def ask(
             help="Model directory, .gguf file or http://host/v1#model; default: as in `chat`."
         ),
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Maximum passages.")] = 5,
+    k: Annotated[int, typer.Option("-k", help="Maximum passages.")] = 3,
     mode: Mode = None,
     collection: Collection = None,
     reranker: RerankerName = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Ask the model although no passage seems relevant.")
+    ] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     show_prompt: Annotated[
@@ -296,7 +299,7 @@ def ask(
     """Answer a question from the documents and list the sources."""
     from dataclasses import asdict
 
-    from khaosz.cli.terminal.conversation import NO_CITATION, sources_of
+    from khaosz.cli.terminal.conversation import NO_CITATION, NOT_ASKED, NOTHING_FOUND, sources_of
     from khaosz.rag.answer import ask as answer_question
     from khaosz.rag.models.chat_models import open_chat_model
 
@@ -311,6 +314,7 @@ def ask(
             reranker=_reranker(reranker),
             max_tokens=max_tokens,
             temperature=temperature,
+            anyway=anyway,
         )
         if show_prompt and reply.prompt and not as_json:
             say(reply.prompt.text + "\n" + "-" * 40)
@@ -322,6 +326,7 @@ def ask(
             {
                 "text": reply.text,
                 "found": reply.found,
+                "asked": reply.asked,
                 "citations": [asdict(citation) for citation in reply.citations],
                 "left_out": reply.prompt.left_out if reply.prompt else 0,
                 "narrowed": bool(reply.prompt and reply.prompt.narrowed),
@@ -335,7 +340,9 @@ def ask(
     if reply.prompt and reply.prompt.narrowed:
         say("(the best passage was too long: only part of it was sent)", err=True)
     sources, cited = sources_of(reply)
-    if not cited:
+    if not reply.asked:
+        say(NOT_ASKED + " `--anyway` asks it." if reply.hits else NOTHING_FOUND, err=True)
+    elif not cited:
         say(NO_CITATION)
     for source in sources:
         say(source)

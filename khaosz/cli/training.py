@@ -241,19 +241,48 @@ def eval_grounded(
     model: Annotated[
         str, typer.Argument(help="Model directory, .gguf file or http://host/v1#model.")
     ],
-    file: Annotated[Path, typer.Argument(help="Records written by `khaosz data grounded`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Records written by `khaosz data grounded`; with --kb, questions as JSON lines:"
+            " question, answer (alternatives, or null), doc."
+        ),
+    ],
+    kb: Annotated[
+        str | None,
+        typer.Option("--kb", help="Ask the questions of this knowledge base, as `rag ask` does."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="With --kb: write each graded answer to this JSONL file.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum records to evaluate.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure how often a model quotes the right passage, cites it, and refuses correctly."""
+    from khaosz.errors import ConfigError
     from khaosz.evaluation import groundedness
+    from khaosz.evaluation.answers import graded_answers, read_questions, report, write_graded
+    from khaosz.rag import KnowledgeBase
     from khaosz.rag.models.chat_models import open_chat_model
+    from khaosz.rag.store import open_store
 
-    with progress_console().status("answering"):
+    if kb is None:
+        if out is not None:
+            raise ConfigError("--out needs --kb")
+        with progress_console().status("answering"):
+            chat_model = open_chat_model(model, device=resolve_device(device))
+            result = groundedness(chat_model, file, limit=limit)
+        print_result(as_json, vars(result), result.format())
+        return
+    questions = read_questions(file, limit)
+    with (
+        KnowledgeBase(open_store(kb, new=False)) as base,
+        progress_console().status("answering"),
+    ):
         chat_model = open_chat_model(model, device=resolve_device(device))
-        result = groundedness(chat_model, file, limit=limit)
-    print_result(as_json, vars(result), result.format())
+        answers = report(write_graded(graded_answers(base, chat_model, questions), out))
+    print_result(as_json, vars(answers), answers.format())
 
 
 @lora_app.command("merge")

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field
 
 from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.models.protocols import ChatModel, Messages, Reranker
-from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
-from khaosz.rag.search.bm25 import coverage
+from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, is_refusal, language_of
+from khaosz.rag.relevance import has_relevant
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.rag.search.search import merge_neighbours
 
-# Share of the question's term weight in the best passage. 97 % of CMRC's questions reach it if
-# their passage is stored, 8 % if not (20,000 other passages).
-MIN_COVERAGE = 0.3
+PASSAGES = 3  # in a prompt; of five, small models cite the wrong one more often
 REWRITE_TOKENS = 64  # of a rewritten question
 _MARKER = re.compile(r"[\[【]\s*(\d+(?:\s*[,，、]\s*\d+)*)\s*[\]】]")
 _OPEN_MARKER = re.compile(r"[\[【][\d\s,，、]*$")  # may still become a marker
@@ -39,8 +37,9 @@ class Citation:
 class Answer:
     """Iterate over it for the text as it streams; the other fields are complete at the end.
 
-    found: whether a hit is relevant; if not, the model is not called. prompt: as sent to the model.
-    hits: all of them, best first. invalid: how many markers named no passage and were removed.
+    found: False if no hit is relevant, and at the end also if the model says that the answer is
+    not in the passages. prompt: as sent to the model; None if it was not asked. hits: all of them,
+    best first. invalid: how many markers named no passage and were removed.
     """
 
     question: str
@@ -61,6 +60,12 @@ class Answer:
         yield from self._emit(stream.finish())
         self.invalid = stream.invalid
         self.citations += citations(stream.used, passages)
+        self.found = self.found and not is_refusal(self.text)
+
+    @property
+    def asked(self) -> bool:
+        """Whether the model was asked."""
+        return self.prompt is not None
 
     def _emit(self, text: str) -> Iterator[str]:
         if text:
@@ -116,23 +121,27 @@ def ask(
     model: ChatModel | Callable[[], ChatModel],
     *,
     history: Messages = (),
-    k: int = 5,
+    k: int = PASSAGES,
     mode: Mode | None = None,
     collection: str | None = None,
     reranker: Reranker | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
+    anyway: bool = False,
 ) -> Answer:
     """Retrieve, build the prompt, and generate the answer while it is iterated. `model` may be a
-    function that opens it, called only if it is needed. Raises the errors of `KnowledgeBase.search`
-    and `build_prompt`."""
+    function that opens it, called only if it is needed. anyway: ask the model although no passage
+    seems relevant. Raises the errors of `KnowledgeBase.search` and `build_prompt`."""
     is_follow_up = any(message["role"] == "user" for message in history)
     query = question
     if is_follow_up:
         rewritten = _opened(model).stream(rewrite_messages(question, history), REWRITE_TOKENS, 0.0)
         query = contextual_query(question, history, "".join(rewritten))
     hits = knowledge_base.search(query, k, mode=mode, collection=collection, reranker=reranker)
-    if not has_relevant(knowledge_base, query, hits):
+    found = has_relevant(knowledge_base, query, hits)
+    if not hits and (found or anyway):
+        hits = knowledge_base.first_hits(k, collection=collection)
+    if not hits or not (found or anyway):
         return Answer(question, query, hits, False, None, iter([REFUSAL[language_of(question)]]))
     chat_model = _opened(model)
     prompt = build_prompt(
@@ -142,22 +151,7 @@ def ask(
         chat_model.context - max_tokens,
     )
     pieces = chat_model.stream([*history, *prompt.messages], max_tokens, temperature)
-    return Answer(question, query, hits, True, prompt, pieces)
-
-
-def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit]) -> bool:
-    """Whether a hit is about the question: it has enough of its term weight, or is close enough in
-    meaning, if the embedder's cosines tell."""
-    dense = [hit.legs["dense"].score for hit in hits if "dense" in hit.legs]
-    embedder = knowledge_base.embedder() if dense else None
-    good_cosine = embedder.good_cosine if embedder is not None else None
-    if good_cosine is not None and max(dense) >= good_cosine:
-        return True
-    # Of a follow-up, the question before may name the subject: each line counts alone.
-    lines = [line for line in query.splitlines() if line.strip()]
-    return bool(hits) and any(
-        max(coverage(knowledge_base.store, line, hits)) >= MIN_COVERAGE for line in lines
-    )
+    return Answer(question, query, hits, found, prompt, pieces)
 
 
 def rewrite_messages(question: str, history: Messages) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from khaosz.rag.load import Document, Loaded, Problem, Source, count_files, load
 from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.hit import Hit, Mode
-from khaosz.rag.search.search import search
+from khaosz.rag.search.search import first_hits, search
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import open_store
 from khaosz.rag.store.index import VectorIndex, open_index
@@ -342,6 +342,10 @@ class KnowledgeBase:
             self.store, query, k, mode,
             embedder=embedder, index=index, collection=collection, name=name, reranker=reranker,
         )  # fmt: skip
+
+    def first_hits(self, limit: int, *, collection: str | None = None) -> list[Hit]:
+        """The first passages, for a question that no passage matches."""
+        return first_hits(self.store, limit, collection)
 
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
         return self.store.documents(collection)

@@ -26,6 +26,7 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.parts import Part, PartStream, ToolCall
 from khaosz.inference.request import Logprob, Output
 from khaosz.rag.answer import CitationStream
+from khaosz.rag.prompt import is_refusal
 from khaosz.serve.errors import ApiError, as_api_error
 from khaosz.serve.knowledge.grounding import RetrievalContext, StoredContext
 from khaosz.serve.knowledge.library import Library
@@ -72,6 +73,7 @@ class Choice:
         context = format.context
         self._citations = CitationStream(len(context.passages)) if context else None
         self.calls = 0
+        self.beginning = ""  # of the text: enough to tell a refusal
 
     def begun(self, text: str) -> list[Part | ToolCall]:
         """The parts of the text that the answer continues."""
@@ -89,6 +91,10 @@ class Choice:
         taken = [each for part in parts for each in self._part(part)]
         if reason is not None:
             taken += self._held_back()
+        if self._citations is not None and len(self.beginning) < 500:
+            self.beginning += "".join(
+                each.text for each in taken if isinstance(each, Part) and each.kind == "content"
+            )
         return taken, "tool_calls" if self.calls and reason == "stop" else reason
 
     def _part(self, part: Part | ToolCall) -> list[Part | ToolCall]:
@@ -166,10 +172,13 @@ class Answer:
         return dict(sorted(whole.items())) if ended else None
 
     def citations(self, choice: int) -> dict[str, Any]:
-        """The field `citations` of a choice that has ended; empty without a knowledge base."""
+        """The field `citations` of a choice that has ended, and `not_found` if it says that the
+        documents don't contain the answer; empty without a knowledge base."""
         if self.format.context is None or choice not in self._choices:
             return {}
-        return {"citations": self.format.context.citations(self._choices[choice].cited)}
+        ended = self._choices[choice]
+        fields: dict[str, Any] = {"citations": self.format.context.citations(ended.cited)}
+        return {**fields, "not_found": True} if is_refusal(ended.beginning) else fields
 
     def prompt_fields(self) -> dict[str, Any]:
         """What the model got in its prompt, and what it did not: `retrieval` with a knowledge base,

@@ -18,9 +18,9 @@ from khaosz.serve.knowledge.search import searcher
 from khaosz.serve.models import Use
 from khaosz.serve.schema import (
     ChatRequest,
+    ChatRetrieval,
     CompletionRequest,
     Prompt,
-    Retrieval,
 )
 from khaosz.serve.tools import add_tools, call_format, call_grammar
 from khaosz.serve.truncation import prompt_room
@@ -98,13 +98,16 @@ async def chat_context(request: ChatRequest, use: Use, library: Library | None) 
             ticket.close()
 
     base = await asyncio.to_thread(library.base, request.knowledge_base)
-    search = await searcher(base, request.retrieval or Retrieval(), library.retrieval)
+    retrieval = request.retrieval or ChatRetrieval()
+    search = await searcher(base, retrieval, library.retrieval)
     messages = [_in_one_text(message.for_template()) for message in request.messages]
     # Where the request sets no limit, passages may use the context that an answer might.
     room = prompt_room(request.token_limit, generator)
     if request.token_limit is not None and request.truncation != "auto":
         room = generator.context - request.token_limit
-    return await retrieve_context(messages, search, count, room, ask_model)
+    return await retrieve_context(
+        messages, search, count, room, ask_model, anyway=retrieval.ask_anyway
+    )
 
 
 def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:

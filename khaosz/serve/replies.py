@@ -185,11 +185,13 @@ class Called(Reply):
 
 class RetrievalReply(Reply):
     """The search behind an answer. `number` of a hit: of the prompt's passage that contains it;
-    hits outside the prompt have higher numbers. prompt: what the model got, None if it was not
-    asked. left_out: passages that did not fit into the context; narrowed: the best one was cut."""
+    hits outside the prompt have higher numbers. found: whether a passage seems relevant. asked:
+    whether the model was asked, which `retrieval.ask_anyway` also causes. prompt: what it got.
+    left_out: passages that did not fit into the context; narrowed: the best one was cut."""
 
     query: str
     found: bool
+    asked: bool
     hits: list[HitReply]
     prompt: str | None
     left_out: int
@@ -215,6 +217,7 @@ class AnswerMessage(Reply):
     reasoning_content: str | None = None
     tool_calls: list[Called] | None = None
     citations: list[CitationReply] | None = None
+    not_found: Literal[True] | None = None
 
 
 class ChatChoice(Reply):

@@ -19,6 +19,7 @@ from khaosz.inference.sampling import (
     MAX_STOPS,
     SamplingParams,
 )
+from khaosz.rag.answer import PASSAGES
 from khaosz.serve.messages import (
     MAX_MESSAGES,
     MAX_TOOLS,
@@ -68,6 +69,14 @@ class Retrieval(RequestModel):
     k: Annotated[int, Field(ge=1, le=MAX_HITS)] = 5
     mode: Literal["lexical", "dense", "hybrid"] | None = None
     reranker: str | None = None
+
+
+class ChatRetrieval(Retrieval):
+    """k: passages in the prompt. ask_anyway: the model is asked although no passage seems
+    relevant."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_HITS)] = PASSAGES
+    ask_anyway: bool = False
 
 
 Tokens = Annotated[int, Field(ge=1)]
@@ -185,7 +194,7 @@ class ChatRequest(SamplingRequest):
     functions: Unsupported = None
     web_search_options: Unsupported = None
     knowledge_base: str | None = None
-    retrieval: Retrieval | None = None
+    retrieval: ChatRetrieval | None = None
     truncation: Truncation | None = None
 
     @model_validator(mode="after")

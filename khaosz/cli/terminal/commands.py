@@ -19,6 +19,7 @@ HELP = '''\
 /system TEXT        set the system message, restart      设置系统提示并重新开始
 /set NAME VALUE     temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed
 /retry              answer the last message again        重新回答上一句
+/anyway             ask again, though no passage fits    没有相关段落也让模型回答
 /reset              clear the conversation               清空对话，重新开始
 /save FILE          save the conversation as JSON        将对话保存为 JSON
 /load FILE          continue a saved conversation        继续已保存的对话
@@ -57,12 +58,13 @@ def run_command(
         case "/system":
             conversation.system = argument or None
             conversation.turns.clear()
-        case "/retry":
+        case "/retry" | "/anyway":
             if len(conversation.turns) < 2:
                 _print(console, "nothing to retry")
             else:
                 message = conversation.turns[-2]["content"]
-                retried = replace(conversation, turns=conversation.turns[:-2])
+                turns, anyway = conversation.turns[:-2], verb == "/anyway"
+                retried = replace(conversation, turns=turns, anyway=anyway)
                 answer(retried, message, backend, console)
                 conversation.turns = retried.turns
         case "/set":

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 NO_CITATION = "The answer cites no source. Passages in the prompt:"
 
+NOT_ASKED = "The passages found seem to be about something else: the model was not asked."
+NOTHING_FOUND = "No passage has a word of the question; an embedder also finds by meaning."
+
 Turns = list[dict[str, str]]
 
 
@@ -39,6 +42,7 @@ class Conversation:
     system: str | None = None
     turns: Turns = field(default_factory=list)
     documents: str | None = None  # knowledge base to answer from
+    anyway: bool = False  # ask the model although no passage seems relevant
 
     @property
     def messages(self) -> Turns:
@@ -68,8 +72,9 @@ class Source:
 
 
 def sources_of(reply: Answer) -> tuple[tuple[Source, ...], bool]:
-    """Sources that an answer cites, else the passages of its prompt; and whether it cites any."""
-    passages = enumerate(reply.prompt.passages if reply.prompt else (), start=1)
+    """Sources that an answer cites, else the passages of its prompt, or those that were found if
+    the model was not asked; and whether it cites any."""
+    passages = enumerate(reply.prompt.passages if reply.prompt else reply.hits, start=1)
     given = tuple(Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in passages)
     cited = tuple(Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
     return cited or given, bool(cited) or not given
@@ -90,11 +95,12 @@ def text_parts(parts: Iterable[Part | ToolCall]) -> Iterator[Part]:
 @dataclass(frozen=True)
 class Finished:
     """`reason`: "stop", "length" or a server's own word. `sources`: those that the answer cites,
-    or, if not `cited`, the passages in the prompt."""
+    or, if not `cited`, the passages in the prompt, or those found if the model was not `asked`."""
 
     reason: str | None
     sources: tuple[Source, ...] = ()
     cited: bool = True
+    asked: bool = True
 
 
 Events = Generator[Truncated | Part | Finished, None, None]

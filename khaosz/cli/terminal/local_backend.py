@@ -120,13 +120,17 @@ class LocalBackend:
         model = _ChatModel(self.generator, sampling(settings))
         limit = min(settings.max_tokens, context // 4)
         history = conversation.with_system(turns)
-        reply = ask(base, message, model, history=history, max_tokens=limit, temperature=0.0)
+        reply = ask(
+            base, message, model, history=history, max_tokens=limit, temperature=0.0,
+            anyway=conversation.anyway,
+        )  # fmt: skip
         if len(turns) < len(conversation.turns):
             yield Truncated((len(conversation.turns) - len(turns)) // 2)
         for text in reply:
             yield from model.take_reasoning()
             yield Part("content", text)
-        yield Finished(model.reason if reply.found else "stop", *sources_of(reply))
+        asked = reply.asked
+        yield Finished(model.reason if asked else "stop", *sources_of(reply), asked)
 
     def _truncate(
         self, conversation: Conversation, turns: Turns, max_tokens: int, fewest: int = 1

@@ -12,6 +12,8 @@ from khaosz.cli.output import open_console
 from khaosz.cli.terminal.commands import COMMANDS, is_command, run_command
 from khaosz.cli.terminal.conversation import (
     NO_CITATION,
+    NOT_ASKED,
+    NOTHING_FOUND,
     ChatBackend,
     Conversation,
     Finished,
@@ -111,7 +113,10 @@ def _print_verbatim(
 
 
 def _print_sources(console: Console, finished: Finished) -> None:
-    if finished.sources and not finished.cited:
+    if not finished.asked:
+        note = f"{NOT_ASKED} /anyway asks it." if finished.sources else NOTHING_FOUND
+        console.print(note, style="dim", markup=False)
+    elif finished.sources and not finished.cited:
         console.print(NO_CITATION, style="dim")
     for source in finished.sources:
         _print_verbatim(console, str(source))

@@ -94,9 +94,11 @@ class ServerBackend:
         reason: str | None = None
         cited: list[Any] = []
         hits: list[Any] = []
+        asked = True
         for event in read_events(f"{self._url}/chat/completions", self._body(conversation, turns)):
             retrieval = event.get("retrieval") or {}
-            hits += (retrieval.get("hits") or []) if retrieval.get("found") else []
+            hits += retrieval.get("hits") or []
+            asked = asked and bool(retrieval.get("asked", retrieval.get("found", True)))
             for delta, finish_reason in deltas(event):
                 reason = finish_reason or reason
                 cited += delta.get("citations") or []
@@ -104,7 +106,7 @@ class ServerBackend:
                     yield Part("reasoning", str(reasoning))
                 yield from text_parts(parts.feed(str(delta.get("content") or "")))
         yield from text_parts(parts.finish())
-        yield Finished(reason, *_sources(cited, hits))
+        yield Finished(reason, *_sources(cited, hits), asked)
 
     def _body(self, conversation: Conversation, turns: Turns) -> dict[str, Any]:
         settings = conversation.settings
@@ -118,6 +120,8 @@ class ServerBackend:
         }
         if conversation.documents is not None:  # greedy, so that the answer quotes
             body |= {"knowledge_base": conversation.documents, "temperature": 0.0}
+            if conversation.anyway:
+                body["retrieval"] = {"ask_anyway": True}
         # Not every server supports these: defaults are not sent.
         default = Settings()
         for name in ("seed", "top_k", "min_p", "repetition_penalty"):

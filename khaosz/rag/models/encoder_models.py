@@ -24,7 +24,7 @@ from khaosz.errors import ModelError
 from khaosz.interop.encoder import load_encoder
 from khaosz.interop.huggingface import read_json
 from khaosz.interop.sentence_transformers import load_embedder_settings
-from khaosz.rag.models.protocols import flatten, unit
+from khaosz.rag.models.protocols import GoodCosine, flatten, unit
 
 _BATCH = 4096  # tokens of one forward pass, with padding
 
@@ -33,7 +33,7 @@ class EncoderEmbedder:
     """A text longer than the model's context is cut in windows, whose vectors are averaged,
     weighted by length. Raises `ModelError` for a model that is not supported."""
 
-    good_cosine: float | None = None
+    good_cosine: GoodCosine = None
 
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -10,15 +10,17 @@ import numpy as np
 from khaosz.errors import ModelError
 
 Messages = Sequence[dict[str, str]]
+GoodCosine = float | Mapping[str, float] | None
 T = TypeVar("T")
 
 
 class Embedder(Protocol):
     """name: stored in a knowledge base; `open_embedder` opens the same model by it. good_cosine:
-    the cosine from which a passage is about a query, or None if it was not measured."""
+    the cosine from which a passage may be about a query, for all languages or by those of query
+    and passage ("zh-en"); None if it was not measured."""
 
     name: str
-    good_cosine: float | None = None
+    good_cosine: GoodCosine = None
 
     @property
     def dimension(self) -> int: ...

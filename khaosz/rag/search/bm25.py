@@ -10,30 +10,29 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from khaosz.rag.scripts import to_simplified, to_traditional
 from khaosz.rag.store.records import indexed_text
 from khaosz.rag.store.sql import Store
 from khaosz.rag.terms import is_character, term_counter, terms
 
-if TYPE_CHECKING:
-    from khaosz.rag.search.hit import Hit
-
 K1, B = 1.2, 0.75
 SINGLE = 0.5  # weight of a Chinese character, whose pairs count too (CMRC 2018: .984 to .986)
 BUDGET = 20_000  # postings read per query
-SMALL, ASSUMED = 30, 1000  # chunks of a small knowledge base, and assumed for it: `_rarity`
 # In questions and in every text. Pairs of Chinese characters with one of these are common too.
 _COMMON = frozenset(
     terms(
         "a an and are as at be by can could did do does for from had has have how i if in is it its"
         " me my of on or should tell that the their there they this to was we were what when where"
-        " which who why will with would you your about 的 了 是 在 有 和 与 或 不 我 你 他 她 它 们"
-        " 这 那 哪 谁 什 么 怎 样 如 何 为 多 少 几 吗 呢 请 问 吧 其 及 对 以 个 会 能 可 被 把 从"
+        " which who why will with would you your about all also any after before between during"
+        " each every far find first get give go hold into keep know last long made make many mean"
+        " more most much name need next no not often other out over own per put s same so"
+        " some take than then through under up use used work 的 了 是 在 有 和 与 或 不 我 你 他 她"
+        " 它 们 这 那 哪 谁 什 么 怎 样 如 何 为 多 少 几 吗 呢 请 问 吧 其 及 对 以 个 会 能 可 被"
+        " 把 从 候 时 办 就 都 也 还 很 最 每 要"
     )
 )
 CANDIDATES = 150  # chunks scored exactly, at least; 120 to 200 give the same results
@@ -46,7 +45,7 @@ def lexical_search(
 
     allowed: ascending int64 numbers of the chunks to search; None for all.
     """
-    query_terms = Counter(terms(query))
+    query_terms = _query_terms(query)
     frequency = store.document_frequencies(list(query_terms))
     if not frequency:
         return []
@@ -67,39 +66,23 @@ def lexical_search(
     return scored[:limit]
 
 
+def _query_terms(query: str) -> Counter[str]:
+    """How often the query has each term, written in simplified or in traditional characters: the
+    documents may be in either."""
+    counts = Counter(terms(query))
+    for variant in {to_simplified(query), to_traditional(query)} - {query}:
+        counts |= Counter(terms(variant))
+    return counts
+
+
 def _weight(term: str, chunks: int, total: int) -> float:
     """Inverse document frequency, never below zero."""
     weight = math.log(1 + (total - chunks + 0.5) / (chunks + 0.5))
     return SINGLE * weight if is_character(term) else weight
 
 
-def coverage(store: Store, query: str, hits: Sequence[Hit]) -> list[float]:
-    """For each hit the share, 0 to 1, of the query's term weight that it contains. Terms that are
-    nowhere in the knowledge base weigh most."""
-    query_terms = set(terms(query))
-    frequency = store.document_frequencies(list(query_terms))
-    total = max(store.chunk_count, 1)
-    weight = {term: _rarity(term, frequency.get(term, 0), total) for term in query_terms}
-    whole = sum(weight.values()) or 1.0
-    shares = []
-    for hit in hits:
-        matches = query_terms.intersection(terms(indexed_text(hit.headings, hit.text)))
-        shares.append(sum(weight[term] for term in matches) / whole)
-    return shares
-
-
-def _rarity(term: str, chunks: int, total: int) -> float:
-    """`_weight`, corrected for a small knowledge base, which cannot tell rare terms from common
-    ones: all of its own terms would weigh nothing, and question words most. So it is taken as a
-    part of `ASSUMED` chunks, half of which contain the common terms. Of CMRC's questions to a
-    knowledge base of the one passage that answers them, 99 % reach the threshold (45 % without the
-    correction); of questions to another passage, 4 % (none)."""
-    if total >= SMALL:
-        return _weight(term, chunks, total)
-    return _weight(term, ASSUMED // 2 if _is_common(term) else chunks, ASSUMED)
-
-
-def _is_common(term: str) -> bool:
+def is_common(term: str) -> bool:
+    """Whether the term is in questions and texts of every subject."""
     return term in _COMMON or (len(term) == 2 and bool(_COMMON.intersection(term)))
 
 

@@ -67,6 +67,13 @@ def search(
     return hits if reranker is None else _rerank(reranker, query, hits)[:limit]
 
 
+def first_hits(store: Store, limit: int, collection: str | None = None) -> list[Hit]:
+    """The first chunks of a collection, with score 0."""
+    with store.reading():
+        numbers = store.chunk_numbers(collection=collection)[:limit].tolist()
+        return _hits(store, [(number, 0.0, {}) for number in numbers])
+
+
 def _rerank(reranker: Reranker, query: str, hits: list[Hit]) -> list[Hit]:
     scores = reranker.scores(query, [hit.text for hit in hits])
     reranked = []

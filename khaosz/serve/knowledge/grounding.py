@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from khaosz.errors import GenerationError
-from khaosz.rag.answer import citations, contextual_query, has_relevant, rewrite_messages
+from khaosz.rag.answer import citations, contextual_query, rewrite_messages
+from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, language_of
+from khaosz.rag.relevance import has_relevant
 from khaosz.rag.search.hit import Hit
 from khaosz.rag.search.search import LONGEST_QUERY as MAX_SEARCHED
 from khaosz.rag.search.search import merge_neighbours
@@ -22,13 +24,15 @@ Messages = list[dict[str, Any]]  # of a chat template
 @dataclass(frozen=True)
 class RetrievalContext:
     """What an answer is based on. messages: for the model, with passages in the last question.
-    Where nothing relevant was found, `prompt` is None and the answer is `refusal`."""
+    found: whether a passage seems relevant. Where the model is not asked, `prompt` is None and the
+    answer is `refusal`."""
 
     messages: Messages
     query: str
     hits: list[Hit]
     prompt: Prompt | None
     refusal: str
+    found: bool = True
 
     @property
     def passages(self) -> Sequence[Hit]:
@@ -38,7 +42,8 @@ class RetrievalContext:
         prompt = self.prompt
         return {
             "query": self.query,
-            "found": prompt is not None,
+            "found": self.found,
+            "asked": prompt is not None,
             "hits": self._numbered(),
             "prompt": prompt.text if prompt else None,
             "left_out": prompt.left_out if prompt else 0,
@@ -99,9 +104,11 @@ async def retrieve_context(
     count: Callable[[Messages], int],
     room: int,
     ask_model: Callable[[Messages], Awaitable[str]],
+    *,
+    anyway: bool = False,
 ) -> RetrievalContext:
     """`count`: tokens of a conversation, at most `room`. `ask_model` rewrites a follow-up question
-    as a query.
+    as a query. `anyway`: the model is asked although no passage seems relevant.
 
     Raises `ApiError` for a chat without a question, one that leaves no room for a passage, and a
     base that cannot be used.
@@ -116,12 +123,15 @@ async def retrieve_context(
     if any(each["role"] == "user" for each in before):
         rewritten = await ask_model(rewrite_messages(question, before))
         query = contextual_query(question, before, rewritten)[:MAX_SEARCHED]
-    hits, relevant = await search.run(
-        query, lambda base, hits: (hits, has_relevant(base, query, hits))
-    )
+
+    def judge(base: KnowledgeBase, hits: list[Hit]) -> tuple[list[Hit], bool]:
+        found = has_relevant(base, query, hits)
+        return hits or (base.first_hits(search.k) if found or anyway else []), found
+
+    hits, found = await search.run(query, judge)
     refusal = REFUSAL[language_of(question)]
-    if not relevant:
-        return RetrievalContext(messages, query, hits, None, refusal)
+    if not hits or not (found or anyway):
+        return RetrievalContext(messages, query, hits, None, refusal, found)
 
     def build() -> Prompt:
         return build_prompt(
@@ -136,7 +146,8 @@ async def retrieve_context(
     except GenerationError as error:
         code = "context_length_exceeded"
         raise ApiError(400, str(error), param="messages", code=code) from None
-    return RetrievalContext([*before, *prompt.messages, *after], query, hits, prompt, refusal)
+    messages = [*before, *prompt.messages, *after]
+    return RetrievalContext(messages, query, hits, prompt, refusal, found)
 
 
 def _overlaps(hit: Hit, passage: Hit) -> bool:
