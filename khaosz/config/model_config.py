@@ -33,10 +33,12 @@ class RopeScaling(Closed):
 
     `linear`: positions divided by `factor` (Chen et al. 2023, arXiv:2306.15595). `llama3`: low
     frequencies divided, high ones unchanged, a ramp between (Llama 3.1). `yarn`: the NTK-by-parts
-    ramp and an attention temperature (Peng et al. 2023, arXiv:2309.00071).
+    ramp and an attention temperature (Peng et al. 2023, arXiv:2309.00071). `longrope`: a factor
+    for each frequency, those of `long_factor` in sequences beyond the original context, those of
+    `short_factor` in others (Ding et al. 2024, arXiv:2402.13753).
     """
 
-    rope_type: Literal["linear", "llama3", "yarn"]
+    rope_type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float = Field(ge=1.0, le=1e6)
     original_max_position_embeddings: int | None = Field(default=None, ge=1, le=2**31)
     low_freq_factor: float = Field(default=1.0, gt=0, le=1e6)
@@ -45,11 +47,17 @@ class RopeScaling(Closed):
     beta_slow: float = Field(default=1.0, gt=0, le=1e6)
     attention_factor: float | None = Field(default=None, gt=0, le=1e6)
     truncate: bool = True
+    short_factor: tuple[float, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     @model_validator(mode="after")
     def _needs_original(self) -> RopeScaling:
-        if self.rope_type == "llama3" and self.original_max_position_embeddings is None:
-            raise ValueError("llama3 scaling requires original_max_position_embeddings")
+        if self.rope_type in ("llama3", "longrope") and not self.original_max_position_embeddings:
+            raise ValueError(f"{self.rope_type} scaling requires original_max_position_embeddings")
+        if self.rope_type == "longrope" and not (self.short_factor and self.long_factor):
+            raise ValueError("longrope scaling requires short_factor and long_factor")
+        if any(not 0 < f < 1e6 for f in (*(self.short_factor or ()), *(self.long_factor or ()))):
+            raise ValueError("the factors of longrope scaling must be above 0 and below 1e6")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("high_freq_factor must be above low_freq_factor")
         return self
@@ -124,6 +132,12 @@ class ModelConfig(Closed):
                 "sliding_window and layer_types with sliding_attention require each other"
             )
         scaling = self.rope_scaling
+        for name in ("short_factor", "long_factor"):
+            factors = scaling and getattr(scaling, name)
+            if factors and len(factors) != self.rotary_dim // 2:
+                raise ValueError(
+                    f"{name} has {len(factors)} factors for {self.rotary_dim // 2} frequencies"
+                )
         original = scaling.original_max_position_embeddings if scaling is not None else None
         if self.query_scaling and original is None:
             raise ValueError(
@@ -151,9 +165,19 @@ class ModelConfig(Closed):
 
     @property
     def features(self) -> frozenset[str]:
-        """What this network has and Llama's has not: `FEATURES` that are not at their default."""
+        """What this network has and Llama's has not: `FEATURES` that are not at their default, and
+        the rotation that not every family can have."""
         fields = type(self).model_fields
-        return frozenset(n for n in FEATURES if getattr(self, n) != fields[n].default)
+        own = {n for n in FEATURES if getattr(self, n) != fields[n].default}
+        return frozenset(own | ({"longrope"} if self.rope_border is not None else set()))
+
+    @property
+    def rope_border(self) -> int | None:
+        """Positions beyond which a sequence as a whole is rotated otherwise (longrope)."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.rope_type != "longrope":
+            return None
+        return scaling.original_max_position_embeddings
 
     def block_parameters(self) -> int:
         """Parameters of one layer, exactly."""

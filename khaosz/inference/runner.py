@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,9 +27,10 @@ from khaosz.interop.models import ModelSource, is_gguf, open_model
 from khaosz.memory.inference import Storage
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
-from khaosz.model.module import Attention
+from khaosz.model.module import Attention, Rotations
 from khaosz.model.rotary import Rotary, Rotation
 
+_AGAIN = 512  # positions that are computed again at a time
 TILE = 16  # positions of a tile of the deterministic path
 assert BLOCK % TILE == 0, (BLOCK, TILE)
 
@@ -71,8 +72,9 @@ class Runner:
         self.deterministic = deterministic
         self.weights = weights
         self._rotary = Rotary(config).to(self.device)
-        # Those of positions 0, 1, 2 and so on.
-        self._tables = self._rotary(torch.empty(0, device=self.device))
+        # Those of positions 0, 1, 2 and so on, also of sequences beyond the border.
+        none = torch.empty(0, device=self.device)
+        self._tables = {long: self._rotary(none, long) for long in (False, True)}
 
     @classmethod
     def from_module(
@@ -163,6 +165,37 @@ class Runner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Append every chunk to its cache; logits (want, V) in fp32 of its last positions."""
+        if self.config.rope_border is None:
+            return self._run(chunks)
+        before, rest = zip(*(self._across(chunk) for chunk in chunks), strict=True)
+        pairs = zip(before, self._run(rest), strict=True)
+        return [logits if first is None else torch.cat((first, logits)) for first, logits in pairs]
+
+    def _across(self, chunk: Chunk) -> tuple[Tensor | None, Chunk]:
+        """Where a sequence passes `rope_border`, its earlier positions are computed again, since
+        all of them are rotated otherwise then. Returns logits of positions before the border, and
+        the rest of the chunk."""
+        border, cache, past = self.config.rope_border, chunk.cache, chunk.cache.length
+        assert border is not None
+        long, logits = past + len(chunk.ids) > border, None
+        here = border - past  # of the new positions, those before the border
+        if past and long and here > 0 and chunk.want > len(chunk.ids) - here:
+            # As many logits as if they were computed one by one.
+            first = Chunk(chunk.ids[:here], cache, here - len(chunk.ids) + chunk.want)
+            first.adapter = chunk.adapter
+            _, first = self._across(first)
+            logits = self._run([first])[0]
+            chunk = Chunk(chunk.ids[here:], cache, len(chunk.ids) - here, chunk.adapter)
+        if cache.length and cache.long != long:
+            ids = list(cache.ids)
+            cache.truncate(0)
+            cache.long = long
+            for start in range(0, len(ids), _AGAIN):
+                self._run([Chunk(ids[start : start + _AGAIN], cache, 0, chunk.adapter)])
+        cache.long = long
+        return logits, chunk
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         if self.deterministic:
             return [self._run_tiles(chunk) for chunk in chunks]
         weights = self.weights()
@@ -182,6 +215,8 @@ class Runner:
     @torch.inference_mode()
     def hidden(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Hidden states (T, D) of every chunk after the final norm, in fp32; caches advance."""
+        if self.config.rope_border is not None:
+            chunks = [self._across(replace(chunk, want=0))[1] for chunk in chunks]
         if self.deterministic:
             return [self._tile_states(chunk) for chunk in chunks]
         weights = self.weights()
@@ -216,7 +251,7 @@ class Runner:
             ids.extend(chunk.ids)
             positions.extend(range(past - before, past + len(chunk.ids) + behind))
         ids.extend([0] * behind)
-        rotations = self._rotations(positions)
+        rotations = self._rotations(positions, chunks, pad)
         attend = partial(self._attend, chunks, pad)
         linear = adapted(weights.linear, _spans(chunks, pad))
         x = weights.embed(ids)  # (N, D)
@@ -226,6 +261,8 @@ class Runner:
             x = block(x, rotations, attend, linear)
         for chunk in chunks:
             chunk.cache.advance(len(chunk.ids))
+            if self.config.rope_border is not None:
+                chunk.cache.ids.extend(chunk.ids)
         return x[before : len(x) - behind]
 
     def _logits(self, weights: Weights, hidden: Tensor) -> Tensor:
@@ -234,19 +271,36 @@ class Runner:
             normed = normed / self.config.logits_scaling
         return weights.head(normed).float()
 
-    def _rotations(self, positions: list[int]) -> tuple[Rotation, ...]:
-        """The rotations of N positions, from tables that grow with them."""
-        known, longest = len(self._tables[0].cos), max(positions) + 1
+    def _rotations(
+        self, positions: list[int], chunks: Sequence[Chunk], pad: tuple[int, int]
+    ) -> Rotations:
+        """The rotations of a pass over N positions."""
+        if len({chunk.cache.long for chunk in chunks}) == 1:
+            return self._at(positions, chunks[0].cache.long)
+        parts, start = [], 0
+        for chunk in chunks:
+            end = start + len(chunk.ids) + sum(pad)
+            parts.append(self._at(positions[start:end], chunk.cache.long)[0])
+            start = end
+        # A model with a border has one rotation, and does not scale queries.
+        joined = (torch.cat([getattr(part, name) for part in parts]) for name in ("cos", "sin"))
+        return (Rotation(*joined),)
+
+    def _at(self, positions: list[int], long: bool) -> Rotations:
+        """The rotations of positions, from tables that grow with them."""
+        tables = self._tables[long]
+        known, longest = len(tables[0].cos), max(positions) + 1
         if longest > known:
             count = max(longest, 2 * known, 512)
-            self._tables = self._rotary(torch.arange(count, device=self.device))
+            tables = self._rotary(torch.arange(count, device=self.device), long)
+            self._tables[long] = tables
         first = positions[0]
         index: slice | Tensor
         if positions[-1] - first == len(positions) - 1 == max(positions) - first:
             index = slice(first, first + len(positions))
         else:
             index = torch.tensor(positions, device=self.device)
-        return tuple(table.at(index) for table in self._tables)
+        return tuple(table.at(index) for table in tables)
 
     def _attend(
         self,

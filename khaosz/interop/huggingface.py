@@ -505,4 +505,6 @@ def _scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
         names |= {"low_freq_factor", "high_freq_factor"}
     elif scaling.rope_type == "yarn":
         names |= {"beta_fast", "beta_slow", "attention_factor", "truncate"}
+    elif scaling.rope_type == "longrope":
+        names |= {"short_factor", "long_factor", "attention_factor"}
     return scaling.model_dump(include=names, exclude_none=True)

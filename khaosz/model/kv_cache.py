@@ -32,6 +32,10 @@ class SequenceCache:
     ) -> None:
         """`limit`: positions beyond which no room is reserved ahead."""
         self.length, self.limit = 0, limit
+        # Of models with a `rope_border`: the ids of all positions, and whether keys are rotated as
+        # those of a sequence beyond it.
+        self.ids: list[int] = []
+        self.long = False
         self.kv_heads = kv_heads
         shape = 2 * kv_heads, 0, head_dim
         self._stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
@@ -100,6 +104,7 @@ class SequenceCache:
         """Drop all positions from `length` on."""
         assert 0 <= length <= self.length, (length, self.length)
         self.length = length
+        del self.ids[length:]
 
     def fork(self, length: int) -> SequenceCache:
         """A copy of the first `length` positions."""
@@ -118,5 +123,5 @@ class SequenceCache:
         for mine, theirs in pairs:
             for new, old in zip(mine, theirs, strict=True):
                 new[:, :length] = old[:, :length]
-        copy.length = length
+        copy.length, copy.ids, copy.long = length, self.ids[:length], self.long
         return copy

@@ -33,6 +33,7 @@ class Rotary(nn.Module):
 
     inverse_frequency: Tensor
     local_inverse_frequency: Tensor
+    long_inverse_frequency: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,20 +43,30 @@ class Rotary(nn.Module):
         self.original = None if scaling is None else scaling.original_max_position_embeddings
         # Not saved: they follow from the configuration.
         self.register_buffer("inverse_frequency", frequencies, persistent=False)
+        self.border = config.rope_border
+        if self.border is not None:
+            long, _ = rotary_frequencies(config, long=True)
+            self.register_buffer("long_inverse_frequency", long, persistent=False)
         self.local = config.rope_local_theta is not None
         if config.rope_local_theta is not None:
             local = inverse_frequencies(config.rotary_dim, config.rope_local_theta)
             self.register_buffer("local_inverse_frequency", local, persistent=False)
 
-    def forward(self, positions: Tensor) -> tuple[Rotation, ...]:
-        """The rotations of positions (...), for `rotate`."""
+    def forward(self, positions: Tensor, long: bool | None = None) -> tuple[Rotation, ...]:
+        """The rotations of positions (...), for `rotate`. `long`: whether their sequences pass
+        `rope_border`, by default whether one of them does."""
+        frequency = self.inverse_frequency
+        if self.border is not None:
+            if long is None:
+                long = int(positions.max()) >= self.border
+            frequency = self.long_inverse_frequency if long else frequency
         wide = positions[..., None, None].float()
         scale = None
         if self.query_scaling:  # Ministral 3, as Llama 4: longer contexts, sharper attention
             assert self.original is not None
             steps = torch.floor(wide / self.original)
             scale = 1 + self.query_scaling * torch.log(1 + steps)
-        main = self._rotation(wide, self.inverse_frequency, self.amplitude, scale)
+        main = self._rotation(wide, frequency, self.amplitude, scale)
         if not self.local:
             return (main,)
         return main, self._rotation(wide, self.local_inverse_frequency, 1.0, scale)
@@ -91,8 +102,9 @@ def inverse_frequencies(width: int, theta: float) -> Tensor:
     return 1.0 / (theta ** (half / width))
 
 
-def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies (R / 2,) and the factor on cosines and sines.
+def rotary_frequencies(config: ModelConfig, *, long: bool = False) -> tuple[Tensor, float]:
+    """Inverse frequencies (R / 2,) and the factor on cosines and sines; `long`: those of sequences
+    beyond `rope_border`.
 
     Formulas: the papers named in `RopeScaling`, with transformers' rounding.
     """
@@ -104,6 +116,8 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
             return inverse / factor, 1.0
         case RopeScaling(rope_type="llama3") as scaling:
             return _llama3(inverse, scaling), 1.0
+        case RopeScaling(rope_type="longrope") as scaling:
+            return _longrope(inverse, scaling, long)
         case scaling:
             return _yarn(inverse, scaling, config)
 
@@ -115,6 +129,14 @@ def _llama3(inverse: Tensor, scaling: RopeScaling) -> Tensor:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * inverse + (1 - keep) * inverse / scaling.factor
+
+
+def _longrope(inverse: Tensor, scaling: RopeScaling, long: bool) -> tuple[Tensor, float]:
+    original, amplitude = scaling.original_max_position_embeddings, scaling.attention_factor
+    assert original is not None
+    if amplitude is None:
+        amplitude = math.sqrt(1 + math.log(scaling.factor) / math.log(original))
+    return inverse / torch.tensor(scaling.long_factor if long else scaling.short_factor), amplitude
 
 
 def _yarn(inverse: Tensor, scaling: RopeScaling, config: ModelConfig) -> tuple[Tensor, float]:

@@ -80,6 +80,7 @@ class FamilyTests:
     config: ClassVar[dict[str, Any]]
     architecture: ClassVar[str | None]
     wide: ClassVar[dict[str, Any]] = {}
+    document: ClassVar[int] = 23  # tokens of a packed document
     refused: ClassVar[list[tuple[dict[str, Any], str]]] = []
 
     @pytest.fixture(scope="class")
@@ -124,8 +125,12 @@ class FamilyTests:
     def test_every_feature_matters(self, model: Transformer, expected: Tensor) -> None:
         """Without any one of its features the network computes something else."""
         for name in model.config.features:
-            default = ModelConfig.model_fields[name].default
-            changes = {name: default}
+            if name == "longrope":
+                changes: dict[str, Any] = {"rope_scaling": None}
+            else:
+                changes = {name: ModelConfig.model_fields[name].default}
+            if name == "partial_rotary_factor" and "longrope" in model.config.features:
+                changes["rope_scaling"] = None
             if name == "qk_norm":
                 changes["qk_norm_after_rotary"] = False
             if name == "layer_types":
@@ -162,12 +167,13 @@ class FamilyTests:
 
     def test_packed_documents_are_apart(self, model: Transformer) -> None:
         tokens = ids(1)
-        doc_ids = (torch.arange(LENGTH) // 23)[None]
-        positions = (torch.arange(LENGTH) % 23)[None]
+        doc_ids = (torch.arange(LENGTH) // self.document)[None]
+        positions = (torch.arange(LENGTH) % self.document)[None]
         with torch.no_grad():
             packed = model.logits(model(tokens, positions, doc_ids))[0]
-        for start in range(0, LENGTH, 23):
-            close(packed[start : start + 23], logits_of(model, tokens[:, start : start + 23])[0])
+        for start in range(0, LENGTH, self.document):
+            part = slice(start, start + self.document)
+            close(packed[part], logits_of(model, tokens[:, part])[0])
 
     def test_drafts_and_cached_prefixes_change_nothing(self, model: Transformer) -> None:
         """The second and third requests continue the first one's prefix."""

@@ -12,6 +12,7 @@ from khaosz.interop.families.granite import GRANITE
 from khaosz.interop.families.hunyuan import HUNYUAN
 from khaosz.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from khaosz.interop.families.ministral3 import MINISTRAL3
+from khaosz.interop.families.phi3 import PHI3
 from khaosz.interop.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
@@ -23,6 +24,7 @@ FAMILIES: dict[str, Family] = {
     "smollm3": SMOLLM3,
     "ernie4_5": ERNIE,
     "granite": GRANITE,
+    "phi3": PHI3,
     "ministral3": MINISTRAL3,
     "gemma3_text": GEMMA3,
 }

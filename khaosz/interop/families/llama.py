@@ -23,9 +23,10 @@ QWEN3 = Family(
 )
 
 
-def _read_window(values: Values, source: str) -> Values:
+def read_window(values: Values, otherwise: int | None) -> Values:
     """Every layer sees a window, unless that is the whole context."""
-    window, context = values.pop("sliding_window", 4096), values.get("max_position_embeddings")
+    context = values.get("max_position_embeddings")
+    window = values.pop("sliding_window", otherwise)
     whole = type(window) is int and type(context) is int and window >= context
     if window is None or whole:
         return {}
@@ -42,7 +43,7 @@ MISTRAL = Family(
     "Mistral",
     frozenset({"layer_types"}),
     defaults={"max_position_embeddings": 131_072, "num_key_value_heads": 8},
-    read=_read_window,
+    read=lambda values, _: read_window(values, 4096),
     write=_write_window,
     suits=lambda config: set(config.layer_types or ()) == {"sliding_attention"},
 )

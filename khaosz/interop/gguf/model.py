@@ -53,7 +53,8 @@ class GgufModel:
             shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
             if tensor.shape != shape:
                 raise ModelError(f"{file.source}: tensor '{stored}' is {tensor.shape}, not {shape}")
-        unexpected = file.tensors.keys() - members.keys() - {ROPE_FACTORS}
+        known = {ROPE_FACTORS, *self.architecture.own}
+        unexpected = file.tensors.keys() - members.keys() - known
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
         # Only now are the sizes checked against tensors, and their cost bounded.
@@ -188,16 +189,20 @@ def write_model(
         ]
         rows = partial(_joined, parts)
         entries.append(TensorToWrite(tensor, stored, shape, rows))
+    more = architecture.tensors(config)
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
-        factors = llama3_factors(config)
-        entries.append(
-            TensorToWrite(ROPE_FACTORS, "F32", factors.shape, lambda: [factors.view(np.uint8)])
-        )
+        more[ROPE_FACTORS] = llama3_factors(config)
+    for tensor, values in more.items():
+        entries.append(TensorToWrite(tensor, "F32", values.shape, partial(_bytes, values)))
     metadata = {
         **config_to_metadata(config, kind),
         **tokenizer_to_metadata(tokenizer, config.vocab_size),
     }
     write_gguf(path, metadata, entries)
+
+
+def _bytes(values: np.ndarray) -> list[np.ndarray]:
+    return [values.view(np.uint8)]
 
 
 def _joined(parts: Sequence[Callable[[], Iterator[np.ndarray]]]) -> Iterator[np.ndarray]:

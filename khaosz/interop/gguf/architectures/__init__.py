@@ -6,6 +6,7 @@ from khaosz.interop.gguf.architectures.architecture import Architecture
 from khaosz.interop.gguf.architectures.gemma3 import GEMMA3
 from khaosz.interop.gguf.architectures.granite import GRANITE
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
+from khaosz.interop.gguf.architectures.phi3 import PHI3
 from khaosz.interop.gguf.architectures.smollm3 import SMOLLM3
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -19,6 +20,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     # Rotated in pairs by both, so that its rows are stored as they are.
     "ernie4_5": Architecture("ernie4_5", read=lambda _: {"rope_interleaved": True}),
     "granite": GRANITE,
+    "phi3": PHI3,
     "mistral3": MISTRAL3,
     "gemma3": GEMMA3,
 }

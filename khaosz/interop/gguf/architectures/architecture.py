@@ -72,13 +72,15 @@ class Architecture:
                where we have halves (i, i + H/2)
     read       fields of `ModelConfig` from its own keys, and the context before a scaling
     write      its own keys; raises `ModelError` for what they cannot say
-    own        keys that `read` takes, which would be refused otherwise
+    tensors    what its file has beside parameters
+    own        keys and tensors that `read` takes, which would be refused otherwise
     """
 
     family: str
     paired: bool = False
     read: Callable[[Keys], Values] = lambda _: {}
     write: Callable[[ModelConfig], Values] = lambda _: {}
+    tensors: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda _: {}
     own: frozenset[str] = frozenset()
     layout: Layout = field(default_factory=gguf_layout)
 
