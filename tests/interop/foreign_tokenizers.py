@@ -44,6 +44,31 @@ DEFAULT = (
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
+# As the tokenizer.json of these models has them.
+MINICPM5 = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}+|", 1)
+QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+"
+    r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+HUNYUAN = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    # Line ends stand there as they are.
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
+    "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+)
 FOREIGN: dict[str, Callable[..., Tokenizer]] = {
     "gpt-2": lambda **more: foreign(GPT2, **more),
     "smollm": lambda **more: foreign(
@@ -54,6 +79,19 @@ FOREIGN: dict[str, Callable[..., Tokenizer]] = {
     ),
     "llama-bpe": lambda **more: foreign(
         pre_tokenizers.Sequence([split(LLAMA3), BYTES]), ignore_merges=True, **more
+    ),
+    "qwen35": lambda **more: foreign(pre_tokenizers.Sequence([split(QWEN35), BYTES]), **more),
+    "gpt-4o": lambda **more: foreign(pre_tokenizers.Sequence([split(GPT4O), BYTES]), **more),
+    "minicpm5": lambda **more: foreign(
+        pre_tokenizers.Sequence([split(r"\p{N}{1,3}"), split(MINICPM5), BYTES]),
+        ignore_merges=True,
+        **more,
+    ),
+    "tekken": lambda **more: foreign(
+        pre_tokenizers.Sequence([split(TEKKEN), BYTES]), ignore_merges=True, **more
+    ),
+    "hunyuan-dense": lambda **more: foreign(
+        pre_tokenizers.Sequence([*map(split, HUNYUAN), BYTES]), **more
     ),
     "default": lambda **more: foreign(
         pre_tokenizers.Sequence([*map(split, DEFAULT), BYTES]), **more

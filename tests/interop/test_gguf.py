@@ -326,7 +326,7 @@ def test_unsupported_models_are_rejected_by_name(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer 'llama'"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer 'bert'"),
         ({"tokenizer.ggml.pre": "viking"}, "pre-tokenizer 'viking'"),
         ({"tokenizer.ggml.eos_token_id": 10**6}, "eos_token_id 1000000"),
         ({"tokenizer.ggml.eos_token_id": None}, "eos_token_id is missing"),

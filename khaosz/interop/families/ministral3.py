@@ -17,7 +17,7 @@ _ROPE = {
 
 
 def yarn_amplitude(factor: float, multiplier: float) -> float:
-    """The factor on cosines and sines of a YaRN that is told apart by `mscale_all_dim`, where
+    """The factor on cosines and sines of a YaRN with `mscale_all_dim`, where
     `mscale` is 1."""
     if factor <= 1:
         return 1.0

@@ -1,4 +1,5 @@
-"""Tokenizers of GGUF files <-> ours: byte-level BPE ("gpt2") with a named pre-tokenizer."""
+"""Tokenizers of GGUF files <-> ours: byte-level BPE ("gpt2") with a named pre-tokenizer, and
+SentencePiece ("llama")."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError, quoted
+from khaosz.interop.gguf.sentencepiece import SPACE, prefix_of, scores_of, spec_of
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
 # The regular expressions llama.cpp applies one after the other (llama-vocab.cpp).
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -22,6 +24,33 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _DIGIT = r"\p{N}"
+_QWEN35 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_MINICPM5 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cased(end: str, digits: str) -> str:
+    """Words that begin with capitals or have none, each followed by `end`."""
+    first = r"[^\r\n\p{L}\p{N}]?"
+    words = f"{first}{_UPPER}*{_LOWER}+{end}|{first}{_UPPER}+{_LOWER}*{end}"
+    return f"{words}|{digits}{_REST}"
+
+
+_TEKKEN = _cased("", r"\p{N}")
+_GPT4O = _cased("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}")
+_HUNYUAN = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 _PATTERNS = {
     "qwen2": (QWEN2_PATTERN,),
     "deepseek-r1-qwen": (QWEN2_PATTERN,),
@@ -29,11 +58,18 @@ _PATTERNS = {
     "llama3": (_LLAMA3,),
     "llama-v3": (_LLAMA3,),
     "smollm": (_DIGIT, _GPT2),
+    "refact": (_DIGIT, _GPT2),
+    "qwen35": (_QWEN35,),
+    "minicpm5": (r"\p{N}{1,3}", _MINICPM5),
+    "hunyuan-dense": _HUNYUAN,
+    "tekken": (_TEKKEN,),
+    "gpt-4o": (_GPT4O,),
     "gpt-2": (_GPT2,),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 # These match whole words of the vocabulary before they apply merges.
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3")
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "minicpm5", "tekken")
+_BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # with a begin token, by default
 # A control token of one of these names ends an answer in llama.cpp, whatever the keys say.
 _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|eom_id|>",
@@ -60,12 +96,13 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         return None if value is None else value.tolist()
 
     model, pre = get("model", str), get("pre", str, "default")
-    if model != "gpt2":
+    if model not in ("gpt2", "llama"):
         raise ModelError(
             f"{source}: tokenizer {quoted(model)} is not supported",
-            hint="byte-level BPE ('gpt2') is; SentencePiece vocabularies are not",
+            hint="byte-level BPE ('gpt2') and SentencePiece ('llama') are",
         )
-    if pre not in _PATTERNS:
+    pieces = model == "llama"
+    if not pieces and pre not in _PATTERNS:
         raise ModelError(
             f"{source}: pre-tokenizer {quoted(pre)} is not supported",
             hint=f"supported: {', '.join(_PATTERNS)}",
@@ -78,51 +115,38 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         raise ModelError(f"{source}: {len(tokens)} tokens with {len(types)} types")
     if len(vocab) != len(tokens):
         raise ModelError(f"{source}: a token comes twice in the vocabulary")
-    pairs = []
-    for merge in merges:
-        left, _, right = merge.partition(" ")
-        if left not in vocab or right not in vocab or left + right not in vocab:
-            raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
-        pairs.append([left, right])
     flags = _stored_flags(metadata.get(_FLAGS), source)
     added = [
         _added_token(i, token, kind == _CONTROL) | flags.get(token, {})
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]
-    steps: list[dict[str, Any]] = [
-        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
-        for p in _PATTERNS[pre]
-    ]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    if pieces:
+        scores = get("scores", np.ndarray)
+        if scores is None or len(scores) != len(tokens):
+            raise ModelError(f"{source}: tokenizer.ggml.scores is not one number for each token")
+        known = zip(tokens, scores.tolist(), types, strict=True)
+        made = spec_of(
+            vocab,
+            {token: score for token, score, kind in known if kind == _NORMAL},
+            next(
+                (token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None
+            ),
+            get("add_space_prefix", bool, True),
+        )
+    else:
+        made = _byte_level(vocab, merges, pre, source)
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [*steps, {**byte_level, "use_regex": False}],
-        },
         "post_processor": None,  # below, once the ids are checked
-        "decoder": {**byte_level, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in _IGNORE_MERGES,
-            "vocab": vocab,
-            "merges": pairs,
-        },
+        **made,
     }
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": get("add_bos_token", bool, pre in _IGNORE_MERGES),
+        "add_bos_token": get("add_bos_token", bool, pieces or pre in _BEGINS),
         "add_eos_token": get("add_eos_token", bool, False),
         "clean_up_tokenization_spaces": False,
         "trust_remote_code": True,  # as `train_tokenizer` says: tokenizer.json is read as it is
@@ -159,6 +183,41 @@ _ID_KEYS = {
     "bos": "bos", "eos": "eos", "eot": "eot", "eom": "eom",
     "pad": "padding", "unk": "unknown", "sep": "seperator", "mask": "mask",
 }  # fmt: skip
+
+
+def _byte_level(vocab: dict[str, int], merges: list[str], pre: str, source: str) -> dict[str, Any]:
+    """What tokenizer.json says of byte-level BPE. Raises `ModelError`."""
+    pairs = []
+    for merge in merges:
+        left, _, right = merge.partition(" ")
+        if left not in vocab or right not in vocab or left + right not in vocab:
+            raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
+        pairs.append([left, right])
+    steps: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
+        for p in _PATTERNS[pre]
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    return {
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [*steps, {**byte_level, "use_regex": False}],
+        },
+        "decoder": {**byte_level, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre in _IGNORE_MERGES,
+            "vocab": vocab,
+            "merges": pairs,
+        },
+    }
 
 
 def _stored_flags(stored: Any, source: str) -> dict[str, dict[str, bool]]:
@@ -213,7 +272,7 @@ def _patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
     for step in (pre_tokenizer or {}).get("pretokenizers") or [pre_tokenizer or {}]:
         match step:
             case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
-                patterns.append(pattern)
+                patterns.append(pattern.replace("\r", r"\r").replace("\n", r"\n"))
             case {"type": "Digits", "individual_digits": True}:
                 patterns.append(_DIGIT)
             case {"type": "ByteLevel", "add_prefix_space": False}:
@@ -224,22 +283,46 @@ def _patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
     return tuple(patterns) if byte_level else None
 
 
+def _names(spec: dict[str, Any]) -> list[str]:
+    """llama.cpp's names of the pre-tokenizer of a byte-level tokenizer.json, if it has any."""
+    model, patterns = spec["model"], _patterns(spec.get("pre_tokenizer"))
+    # Qwen2's composes characters (NFC) before anything else, which llama.cpp leaves out.
+    normalizer = (spec.get("normalizer") or {"type": "NFC"})["type"]
+    if model["type"] != "BPE" or normalizer != "NFC":
+        return []
+    whole_words = bool(model.get("ignore_merges"))
+    return [
+        name
+        for name, known in _PATTERNS.items()
+        if known == patterns and (name in _IGNORE_MERGES) == whole_words
+    ]
+
+
+def _pieces(spec: dict[str, Any]) -> tuple[dict[str, float], bool] | None:
+    """Scores of the pieces of a SentencePiece vocabulary, and whether a space is put before a
+    text; None for other tokenizers."""
+    model, prefix = spec["model"], prefix_of(spec)
+    if model["type"] != "BPE" or not model.get("byte_fallback") or prefix is None:
+        return None
+    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    added = {token["content"] for token in spec["added_tokens"]}
+    pieces = {token: i for token, i in model["vocab"].items() if token not in added}
+    for byte in range(256):
+        pieces.pop(f"<0x{byte:02X}>", None)
+    scores = scores_of(pieces, merges)
+    return None if scores is None else (scores, prefix)
+
+
 def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
     """`tokenizer.*` keys for a model with `rows` rows of embedding (padding rows are named).
 
     Raises `ModelError` for a tokenizer whose pre-tokenizer has no name in llama.cpp.
     """
     spec = json.loads(tokenizer.serialized)
-    model, patterns = spec["model"], _patterns(spec.get("pre_tokenizer"))
-    whole_words = bool(model.get("ignore_merges"))
-    kinds = [
-        name
-        for name, known in _PATTERNS.items()
-        if known == patterns and (name in _IGNORE_MERGES) == whole_words
-    ]
-    # Qwen2's composes characters (NFC) before anything else, which llama.cpp leaves out.
-    normalizer = (spec.get("normalizer") or {"type": "NFC"})["type"]
-    if model["type"] != "BPE" or normalizer != "NFC" or not kinds:
+    model = spec["model"]
+    pieces = _pieces(spec)
+    kinds = [] if pieces is not None else _names(spec)
+    if pieces is None and not kinds:
         raise ModelError(
             "the pre-tokenizer of this model has no name in llama.cpp",
             hint="models trained here have one: 'qwen2'",
@@ -259,14 +342,38 @@ def tokenizer_to_metadata(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
             f" begin token {tokenizer.bos_id} and the end token {tokenizer.eos_id} only",
             hint="name these tokens as bos_token and eos_token in tokenizer_config.json",
         )
+    if pieces is not None:
+        scores, prefix = pieces
+        for added in spec["added_tokens"]:  # llama.cpp finds these before it marks spaces
+            if types[added["id"]] == _USER_DEFINED:
+                tokens[added["id"]] = added["content"].replace(SPACE, " ")
+        for token, i in model["vocab"].items():
+            if types[i] == _NORMAL and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                types[i] = _BYTE
+        if (unknown := model.get("unk_token")) is not None:
+            types[model["vocab"][unknown]] = _UNKNOWN
+        kind: dict[str, Any] = {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.scores": np.array(
+                [scores.get(token, -1e6) for token in tokens], np.float32
+            ),
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.add_space_prefix": prefix,
+        }
+    else:
+        kind = {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": kinds[0],
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": types,
+            "tokenizer.ggml.merges": [
+                m if isinstance(m, str) else " ".join(m) for m in model["merges"]
+            ],
+        }
     metadata: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": kinds[0],
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": [
-            m if isinstance(m, str) else " ".join(m) for m in model["merges"]
-        ],
+        **kind,
         "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
