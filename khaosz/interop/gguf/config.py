@@ -193,7 +193,7 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
             values[f"{family}.rope.scaling.type"] = "linear"
             values[f"{family}.rope.scaling.factor"] = float(factor)
         case RopeScaling(rope_type="llama3") as scaling:
-            values[_OUR_SCALING] = scaling.model_dump_json()
+            values[_OUR_SCALING] = scaling.model_dump_json(exclude={"short_factor", "long_factor"})
         case RopeScaling(rope_type="yarn") as yarn:
             plain = RopeScaling(rope_type="yarn", factor=yarn.factor)
             names = ["beta_fast", "beta_slow", "truncate"]
