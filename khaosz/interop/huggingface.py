@@ -18,7 +18,7 @@ from khaosz.config import ModelConfig, RopeScaling
 from khaosz.config.model_config import FEATURES
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import write_json
-from khaosz.interop.families import FAMILIES
+from khaosz.interop.families import FAMILIES, WITH_IMAGES
 from khaosz.interop.families.family import Family, Stored, tensors
 from khaosz.interop.tensor_file import DTYPES, TensorFile, write_tensors
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
@@ -26,6 +26,9 @@ from khaosz.model.rotary import Rotary, rotary_frequencies
 
 _MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
+# Where a text model is in one that sees images, and the parts of that which are left out.
+_TEXT = (("model.language_model.", "model."), ("language_model.", ""))
+_IMAGES = ("vision_tower.", "multi_modal_projector.")
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -165,6 +168,7 @@ class ModelDirectory:
         self.rewards = is_reward_model(directory)
         self.shapes = (reward_shapes if self.rewards else parameter_shapes)(self.config)
         self._places = read_family(directory).layout.stored(self.shapes)
+        self._images = read_json(directory / "config.json")["model_type"] in WITH_IMAGES
         self._files: dict[str, tuple[TensorFile, str]] = {}  # by their tensor's name
         members = tensors(self._places)
         head = self._locate(directory, members)
@@ -190,6 +194,12 @@ class ModelDirectory:
             for stored, entry in file.entries.items():
                 # A body saved without its head (Qwen3-Embedding) omits "model.".
                 name = f"model.{stored}" if f"model.{stored}" in expected else stored
+                if self._images:
+                    if stored.removeprefix("model.").startswith(_IMAGES):
+                        continue
+                    name = next(
+                        (n + stored[len(p) :] for p, n in _TEXT if stored.startswith(p)), name
+                    )
                 is_head = name == "lm_head.weight" and name not in self.shapes
                 if (name in expected or is_head) and entry.type not in DTYPES:
                     raise ModelError(f"{path}: tensor '{name}' is {quoted(entry.type_name)[1:-1]}")
@@ -260,7 +270,17 @@ def _assembled(
 
 def read_family(directory: Path) -> Family:
     """The family that a directory's config.json names."""
-    return FAMILIES[read_json(directory / "config.json")["model_type"]]
+    return FAMILIES[text_values(read_json(directory / "config.json"))["model_type"]]
+
+
+def text_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of the text model in a config.json."""
+    name, text = values.get("model_type"), values.get("text_config")
+    if not isinstance(name, str) or name not in WITH_IMAGES or not isinstance(text, dict):
+        return values
+    tied = "tie_word_embeddings"
+    outer = {tied: values[tied]} if tied in values else {}
+    return {"model_type": WITH_IMAGES[name], **text, **outer}
 
 
 def load_config(directory: Path) -> ModelConfig:
@@ -356,6 +376,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
 def config_from_hf(values: dict[str, Any], source: str = "config.json") -> ModelConfig:
     """`ModelConfig` of a config.json; raises `ModelError` for what is not supported."""
+    values = text_values(values)
     name = values.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:

@@ -28,3 +28,5 @@ FAMILIES: dict[str, Family] = {
     "ministral3": MINISTRAL3,
     "gemma3_text": GEMMA3,
 }
+# Models that also see images: their text model, in `text_config`, is read alone.
+WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "ministral3"}

@@ -116,6 +116,8 @@ GEMMA3 = Family(
     frozenset({"qk_norm", "output_norms", "hidden_act", "embedding_multiplier"}),
     frozenset({"attention_multiplier", "layer_types", "rope_local_theta"}),
     defaults={
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "max_position_embeddings": 131_072,
