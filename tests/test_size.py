@@ -26,7 +26,7 @@ BUDGET = {
     "evaluation": 518,
     "files": 238,
     "inference": 2_829,
-    "interop": 3_265,
+    "interop": 3_270,
     "model": 709,
     "parallel": 116,
     "rag": 4_845,

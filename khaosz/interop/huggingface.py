@@ -385,7 +385,10 @@ def config_from_hf(values: dict[str, Any], source: str = "config.json") -> Model
             hint=f"supported: {', '.join(FAMILIES)}",
         )
     values = {**family.defaults, **values}
-    own = family.read(values, source)
+    try:
+        own = family.read(values, source)
+    except (ArithmeticError, TypeError) as error:  # numbers out of range, a text for a table
+        raise ModelError(f"{source}: not settings of {name}: {one_line(str(error))}") from None
     for names in _SPELLINGS:
         same_value({name: values.get(name) for name in names}, source)
     for key, harmless in {

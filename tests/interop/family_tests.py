@@ -5,7 +5,9 @@ A test module of a family derives a class from `FamilyTests` and says its config
 
 from __future__ import annotations
 
+import copy
 import json
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -253,6 +255,33 @@ class FamilyTests:
         save_adapter(model, tmp_path, directory)
         adapter = Adapter(model.config, tmp_path)
         close(self._run(Runner.open(directory), adapter=adapter), after[0])
+
+    def test_hostile_settings_are_refused_or_read(self, directory: Path) -> None:
+        """Any value of any key, also in its tables: a configuration or one `ModelError`."""
+        values = json.loads((directory / "config.json").read_text())
+        bad = (
+            10**400,
+            -1,
+            0,
+            float("nan"),
+            float("inf"),
+            "x",
+            [],
+            [None],
+            {},
+            {"a": 1},
+            None,
+            True,
+        )
+        places = [(key,) for key in values]
+        places += [(k, key) for k, v in values.items() if isinstance(v, dict) for key in v]
+        for place in places:
+            for value in bad:
+                changed = copy.deepcopy(values)
+                table = changed if len(place) == 1 else changed[place[0]]
+                table[place[-1]] = value
+                with suppress(ModelError):
+                    config_from_hf(changed)
 
     def test_unsupported_settings_are_refused(self, directory: Path) -> None:
         values = json.loads((directory / "config.json").read_text())

@@ -126,6 +126,8 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
             case other:
                 raise ModelError(f"{source}: rope scaling {quoted(other)} is not supported")
         return ModelConfig.parse({**fields, **architecture.read(keys)}, source=source)
+    except ArithmeticError as error:
+        raise ModelError(f"{source}: not settings of {family}: {error}") from None
     except ConfigError as error:
         raise ModelError(one_line(str(error)), hint=error.hint) from None
 
