@@ -266,8 +266,7 @@ def search(
     texts = []
     for i, hit in enumerate(hits, 1):
         legs = ", ".join(f"{name} #{leg.rank} {leg.score:.3f}" for name, leg in hit.legs.items())
-        title = " > ".join((hit.doc, *hit.headings))
-        texts.append(f"[{i}] {title}  {hit.start:,}-{hit.end:,}  ({legs})\n{hit.text.strip()}\n")
+        texts.append(f"[{i}] {hit.place}  ({legs})\n{hit.text.strip()}\n")
     print_result(as_json, [hit.as_dict() for hit in hits], "\n".join(texts) or "nothing found")
 
 

@@ -22,7 +22,8 @@ _MAX_MARKER = 24  # characters: a bracket with more digits is text
 
 @dataclass(frozen=True)
 class Citation:
-    """`[number]` in the answer: characters start to end of the text with the SHA-256 `hash`."""
+    """`[number]` in the answer: characters start to end of the text with the SHA-256 `hash`; pages
+    and lines as in `Hit`."""
 
     number: int
     hash: str
@@ -31,6 +32,10 @@ class Citation:
     doc: str
     doc_id: str
     page: int | None
+    page_end: int | None = None
+    line: int | None = None
+    line_end: int | None = None
+    headings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -106,7 +111,10 @@ def citations(used: Sequence[int], passages: Sequence[Hit]) -> list[Citation]:
     """The passages that the numbers in an answer name."""
     hits = [(number, passages[number - 1]) for number in used]
     return [
-        Citation(number, hit.hash, hit.start, hit.end, hit.doc, hit.doc_id, hit.page)
+        Citation(
+            *(number, hit.hash, hit.start, hit.end, hit.doc, hit.doc_id, hit.page),
+            *(hit.page_end, hit.line, hit.line_end, hit.headings),
+        )
         for number, hit in hits
     ]
 

@@ -20,7 +20,14 @@ from khaosz.rag.search.search import first_hits, search
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import open_store
 from khaosz.rag.store.index import VectorIndex, open_index
-from khaosz.rag.store.records import NewChunk, NewDocument, SourceFile, StoredDocument, indexed_text
+from khaosz.rag.store.records import (
+    RECORD_LINE,
+    NewChunk,
+    NewDocument,
+    SourceFile,
+    StoredDocument,
+    indexed_text,
+)
 from khaosz.rag.store.sql import Store
 
 if TYPE_CHECKING:
@@ -231,9 +238,10 @@ class KnowledgeBase:
         # The store keeps a text as its chunks: there must be no gap between them.
         assert not chunks or (chunks[0].start, chunks[-1].end) == (0, len(document.text))
         digest = hashlib.sha256(document.text.encode()).hexdigest()
+        line = {} if document.line is None else {RECORD_LINE: str(document.line)}
         return NewDocument(
             *(document.doc_id, document.name, digest, len(document.text), chunks),
-            *(document.pages, document.metadata),
+            *(document.pages, document.metadata | line),
         )
 
     def _embed_missing(self, on_chunk: Callable[[int, int], None] | None = None) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from khaosz.errors import GenerationError
 from khaosz.rag.scripts import to_simplified
@@ -122,8 +122,7 @@ def _most_relevant_part(question: str, hit: Hit, size: int) -> Hit:
         StructureSplitter(max_chars=size).split(hit.text),
         key=lambda part: sum(len(term) for term in query_terms.intersection(terms(part.text))),
     )
-    start = hit.start + best.start
-    return replace(hit, start=start, end=start + len(best.text), text=best.text)
+    return hit.part(best.start, best.end)
 
 
 def _passage(number: int, hit: Hit) -> str:

@@ -116,8 +116,8 @@ class LegReply(Reply):
 
 
 class HitReply(Reply):
-    """Characters `start` to `end` of the text with the SHA-256 `hash`. legs: rank and score by each
-    search method."""
+    """Characters `start` to `end` of the text with the SHA-256 `hash`. Pages and lines count from 1
+    and are None where a format has none. legs: rank and score by each search method."""
 
     number: int
     doc: str
@@ -126,6 +126,9 @@ class HitReply(Reply):
     start: int
     end: int
     page: int | None
+    page_end: int | None
+    line: int | None
+    line_end: int | None
     headings: list[str]
     text: str
     score: float
@@ -199,7 +202,8 @@ class RetrievalReply(Reply):
 
 
 class CitationReply(Reply):
-    """`[number]` in an answer: characters `start` to `end` of the text with the SHA-256 `hash`."""
+    """`[number]` in an answer: characters `start` to `end` of the text with the SHA-256 `hash`;
+    pages and lines as in a hit."""
 
     number: int
     hash: str
@@ -208,6 +212,10 @@ class CitationReply(Reply):
     doc: str
     doc_id: str
     page: int | None
+    page_end: int | None
+    line: int | None
+    line_end: int | None
+    headings: list[str]
     text: str
 
 

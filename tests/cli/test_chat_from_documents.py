@@ -46,7 +46,7 @@ def test_answers_from_documents_with_sources(place: Path) -> None:
     out = chat(place, *base, warm, question, "/retry", "/docs off", cold, question)
     assert "answering without documents\nknowledge bases:\n  khaosz.kb" in out
     assert "answering from khaosz.kb" in out
-    assert out.count(f"{ANSWER}\n[1] 企鹅.md  0-13\n") == 2
+    assert out.count(f"{ANSWER}\n[1] 企鹅.md, line 1\n") == 2
     assert out.count(ANSWER) == 3
 
 
@@ -64,7 +64,7 @@ def test_refusal_without_a_matching_passage(place: Path) -> None:
 def test_answer_without_citation_lists_the_passages(place: Path) -> None:
     model_directory(place / "silent", model("南极。", 4096))
     out = chat(place, "/model silent", "企鹅住在哪里？", options=("--docs", "khaosz.kb"))
-    assert "cites no source. Passages in the prompt:\n[1] 企鹅.md  0-13\n" in out
+    assert "cites no source. Passages in the prompt:\n[1] 企鹅.md, line 1\n" in out
 
 
 def test_long_conversation_is_truncated_for_the_passages(place: Path) -> None:
@@ -102,8 +102,8 @@ def test_model_by_name(place: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "printed"),
     [
-        ("citing", f"{ANSWER}\n[1] 企鹅.md  0-13\n"),
-        ("plain", "cites no source. Passages in the prompt:\n[1] 企鹅.md  0-13\n"),
+        ("citing", f"{ANSWER}\n[1] 企鹅.md, line 1\n"),
+        ("plain", "cites no source. Passages in the prompt:\n[1] 企鹅.md, line 1\n"),
     ],
 )
 def test_rag_ask_prints_the_sources(place: Path, tmp_path: Path, name: str, printed: str) -> None:

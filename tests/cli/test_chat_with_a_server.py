@@ -173,7 +173,7 @@ def test_answers_from_a_knowledge_base_of_the_server(citing: str) -> None:
     out = chat(citing, "/docs", "/docs 动物", question, "/retry", "/docs off", question)
     assert "answering without documents\nknowledge bases:\n  动物" in out
     assert "answering from 动物" in out
-    assert out.count(f"{ANSWER}\n[1] 企鹅.md  0-13\n") == 2
+    assert out.count(f"{ANSWER}\n[1] 企鹅.md, line 1\n") == 2
     assert out.count(ANSWER) == 3
 
 

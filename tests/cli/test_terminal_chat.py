@@ -138,9 +138,9 @@ def test_control_characters_are_shown() -> None:
     # In the answer and in a document's name: set the clipboard, clear the screen.
     text = render(
         Part("content", "a\x1b]52;c;aGk=\x07b\r\x9b2Jc\n"),
-        finished=Finished("stop", (Source(1, "x\x1b[2Jy.md", None, 0, 9),)),
+        finished=Finished("stop", (Source(1, "x\x1b[2Jy.md, lines 1-9"),)),
     )
-    assert text == "a␛]52;c;aGk=b\\x9b2Jc\n\n[1] x␛[2Jy.md  0-9\n"
+    assert text == "a␛]52;c;aGk=b\\x9b2Jc\n\n[1] x␛[2Jy.md, lines 1-9\n"
 
 
 def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
@@ -153,9 +153,9 @@ def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
 
 
 def test_sources_follow_the_answer() -> None:
-    source = Source(2, "手册.pdf", 7, 1200, 1300)
+    source = Source(2, "手册.pdf, p. 7")
     assert render(Part("content", "是[2]。"), finished=Finished("stop", (source,))) == (
-        "是[2]。\n[2] 手册.pdf, p. 7  1,200-1,300\n"
+        "是[2]。\n[2] 手册.pdf, p. 7\n"
     )
     assert "cites no source" in render(finished=Finished("stop", (source,), cited=False))
 

@@ -71,7 +71,9 @@ def test_answer_with_citations(zoo: KnowledgeClient) -> None:
     (citation,) = message["citations"]
     assert citation == {
         "number": 1, "hash": hit["hash"], "start": hit["start"], "end": hit["end"],
-        "doc": "企鹅.md", "doc_id": "企鹅.md", "page": None, "text": hit["text"],
+        "doc": "企鹅.md", "doc_id": "企鹅.md", "page": None, "page_end": None,
+        "line": hit["line"], "line_end": hit["line_end"], "headings": hit["headings"],
+        "text": hit["text"],
     }  # fmt: skip
     assert PENGUINS[citation["start"] : citation["end"]] == citation["text"]
     assert retrieval["query"] == ASKED["content"] and retrieval["found"]

@@ -58,26 +58,22 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Source:
-    """A passage of a document: characters `start` to `end` of its text."""
+    """A passage: its number in the prompt, and where to find it."""
 
     number: int
-    doc: str
-    page: int | None
-    start: int
-    end: int
+    place: str
 
     def __str__(self) -> str:
-        page = f", p. {self.page}" if self.page else ""
-        return f"[{self.number}] {self.doc}{page}  {self.start:,}-{self.end:,}"
+        return f"[{self.number}] {self.place}"
 
 
 def sources_of(reply: Answer) -> tuple[tuple[Source, ...], bool]:
     """Sources that an answer cites, else the passages of its prompt, or those that were found if
     the model was not asked; and whether it cites any."""
     passages = enumerate(reply.prompt.passages if reply.prompt else reply.hits, start=1)
-    given = tuple(Source(i, hit.doc, hit.page, hit.start, hit.end) for i, hit in passages)
-    cited = tuple(Source(c.number, c.doc, c.page, c.start, c.end) for c in reply.citations)
-    return cited or given, bool(cited) or not given
+    given = {number: Source(number, hit.place) for number, hit in passages}
+    cited = tuple(given[citation.number] for citation in reply.citations)
+    return cited or tuple(given.values()), bool(cited) or not given
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from khaosz.cli.terminal.conversation import (
 from khaosz.errors import DataError, ModelError, ServerError, did_you_mean
 from khaosz.inference.parts import Part, PartStream
 from khaosz.rag.models.http_client import check_url, deltas, read_events, read_json
+from khaosz.rag.search.hit import location
 
 _OURS = "only a KHAOSZ server has knowledge bases"
 
@@ -177,10 +178,17 @@ class ServerBackend:
 
 def _sources(cited: list[Any], hits: list[Any]) -> tuple[tuple[Source, ...], bool]:
     try:
-        sources = tuple(
-            Source(each["number"], each["doc"], each.get("page"), each["start"], each["end"])
-            for each in cited or hits
-        )
+        sources = tuple(Source(each["number"], _place(each)) for each in cited or hits)
     except (KeyError, TypeError, AttributeError):
         raise ServerError("the server's citations have an unknown format") from None
     return sources, bool(cited) or not hits
+
+
+def _place(passage: dict[str, Any]) -> str:
+    """Of a server of any version. Raises KeyError and TypeError for another format."""
+    page, page_end, line, line_end = (
+        value if isinstance(value := passage.get(name), int) else None
+        for name in ("page", "page_end", "line", "line_end")
+    )
+    headings, text = passage.get("headings") or (), passage.get("text") or ""
+    return location(passage["doc"], headings, text, (page, page_end), (line, line_end))

@@ -21,6 +21,7 @@ class Document:
     `doc_id` is a JSONL line's `id`, otherwise `name`.
     `pages` are the character offsets at which pages 2, 3, ... of a PDF start.
     `metadata` always has "format" (a key of `formats.FORMATS`), and "title" if the file has one.
+    `line` is that of a record in its JSONL file, from 1.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Document:
     doc_id: str
     pages: tuple[int, ...] = ()
     metadata: dict[str, str] = field(default_factory=dict)
+    line: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

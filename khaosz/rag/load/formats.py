@@ -73,6 +73,11 @@ INSTEAD = {
 SUFFIXES = tuple(suffix for suffix, name in _BY_SUFFIX.items() if not FORMATS[name].instead)
 
 
+def keeps_lines(name: str) -> bool:
+    """Whether a document of this format is its file's text: then their lines are the same."""
+    return name in FORMATS and not FORMATS[name].in_worker and name != "jsonl"
+
+
 def format_of(name: str, *, docling: bool = False) -> str | None:
     """The format of a file by its name, as a key of `FORMATS`; None if it is not one of them."""
     stem, dot, suffix = name.lower().rpartition(".")

@@ -125,4 +125,4 @@ def _document(record: dict[str, Any], file: InputFile, number: int) -> Document 
         if isinstance(value, str) and key not in ("text", "id", "format")
     }
     metadata["format"] = "jsonl"
-    return Document(name, text, line_id if has_id else name, metadata=metadata)
+    return Document(name, text, line_id if has_id else name, metadata=metadata, line=number)

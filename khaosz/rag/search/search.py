@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 
 from khaosz.errors import ConfigError
+from khaosz.rag.load.formats import keeps_lines
 from khaosz.rag.models.protocols import Embedder, Reranker
 from khaosz.rag.search.bm25 import lexical_search
-from khaosz.rag.search.hit import Hit, Mode, RetrieverScore
+from khaosz.rag.search.hit import Hit, Mode, RetrieverScore, blank_start, visible_lines
 from khaosz.rag.store.index import VectorIndex
+from khaosz.rag.store.records import RECORD_LINE, StoredDocument
 from khaosz.rag.store.sql import Store
 
 RRF_K = 60  # Cormack, Clarke and Buettcher 2009
@@ -64,6 +66,7 @@ def search(
                 vector, depth, allowed, collection=collection, name=name
             )
         hits = _distinct_hits(store, fuse(rankings), limit if reranker is None else 4 * limit)
+        hits = _with_places(store, hits)
     return hits if reranker is None else _rerank(reranker, query, hits)[:limit]
 
 
@@ -110,14 +113,46 @@ def _hits(store: Store, fused: Sequence[Fused]) -> list[Hit]:
             continue  # removed since the vector index was built
         chunk = chunks[number]
         owner = owners[chunk.document]
-        page = sum(start <= chunk.start for start in owner.pages) + 1 if owner.pages else None
         hits.append(
             Hit(
                 *(number, owner.doc_id, owner.name, owner.hash, chunk.start, chunk.end),
-                *(chunk.text, chunk.headings, score, legs, page, owner.collection),
+                *(chunk.text, chunk.headings, score, legs, None, owner.collection),
             )
         )
     return hits
+
+
+def _with_places(store: Store, hits: Sequence[Hit]) -> list[Hit]:
+    """The hits with their pages and lines."""
+    chunks = {chunk.id: chunk for chunk in store.chunks([hit.chunk for hit in hits])}
+    owners = store.owners([chunk.document for chunk in chunks.values()])
+    last: dict[int, int] = {}  # where the last hit of each document starts
+    for chunk in chunks.values():
+        last[chunk.document] = max(last.get(chunk.document, 0), chunk.start)
+    lines = {
+        number: store.first_lines(number, start)
+        for number, start in last.items()
+        if keeps_lines(owners[number].metadata.get("format", "text"))
+    }
+    return [
+        _with_place(hit, owners[number], lines.get(number, {}).get(hit.start))
+        for hit in hits
+        for number in [chunks[hit.chunk].document]
+    ]
+
+
+def _with_place(hit: Hit, owner: StoredDocument, first_line: int | None) -> Hit:
+    if record := owner.metadata.get(RECORD_LINE):
+        return replace(hit, line=int(record), line_end=int(record))
+    if first_line is not None:
+        line, line_end = visible_lines(hit.text, first_line)
+        return replace(hit, line=line, line_end=line_end)
+    if owner.pages or owner.metadata.get("format") == "pdf":
+        start = hit.start + len(blank_start(hit.text))
+        end = max(start, hit.start + len(hit.text.rstrip()) - 1)
+        page, page_end = (sum(at <= each for at in owner.pages) + 1 for each in (start, end))
+        return replace(hit, page=page, page_end=page_end)
+    return hit
 
 
 def _distinct_hits(store: Store, fused: Sequence[Fused], limit: int) -> list[Hit]:
@@ -153,6 +188,9 @@ def merge_neighbours(hits: Sequence[Hit]) -> list[Hit]:
                 text=first.text + rest,
                 headings=first.headings,
                 page=first.page,
+                page_end=second.page_end if first.end < second.end else first.page_end,
+                line=first.line,
+                line_end=second.line_end if first.end < second.end else first.line_end,
             )
         if touching:
             merged[merged.index(touching[0])] = hit

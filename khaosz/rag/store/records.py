@@ -14,6 +14,8 @@ import numpy as np
 
 COUNTED = frozenset({"version", "chunks", "terms", "generation"})  # settings a store writes itself
 
+RECORD_LINE = "record_line"  # in the metadata of a document that is a line of a JSONL file
+
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:

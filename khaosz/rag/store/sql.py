@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain, count
+from itertools import accumulate, chain, count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -355,6 +355,21 @@ class Store(ABC):
             parts.append(chunk.text[end - chunk.start :] if chunk.start < end else chunk.text)
             end = max(end, chunk.end)
         return "".join(parts)
+
+    def first_lines(self, document: int, last: int) -> dict[int, int]:
+        """The line, from 1, in which each chunk starts, by the chunk's start: up to `last`."""
+        # What a chunk has before the next one starts, since chunks may overlap.
+        heads = (
+            "SELECT start, substr(text, 1, CAST(coalesce(lead(start) OVER (ORDER BY start) - start,"
+            " length(text)) AS integer)) AS head FROM chunks WHERE document = ? AND start <= ?"
+        )
+        rows = self._run(
+            "SELECT start, length(head) - length(replace(replace(head, ?, ''), ?, ''))"
+            f" FROM ({heads}) AS heads ORDER BY start",
+            ("\n", "\r", document, last),
+        ).fetchall()
+        lines = accumulate((breaks for _, breaks in rows), initial=1)
+        return {start: line for (start, _), line in zip(rows, lines, strict=False)}
 
     def chunks(self, numbers: Sequence[int]) -> list[StoredChunk]:
         """In the order of `numbers`; removed ones are left out."""
