@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from khaosz.rag import KnowledgeBase, StructureSplitter
@@ -134,6 +134,7 @@ def test_pages_of_short_passages(base: KnowledgeBase, tmp_path: Path) -> None:
 BREAKS = st.lists(st.sampled_from(["a", "词", " ", "\n", "\r", "x. y。", "\n\n"]), max_size=40)
 
 
+@settings(max_examples=30, deadline=None)  # each makes a file
 @given(pieces=BREAKS, overlap=st.sampled_from([0, 8]))
 def test_lines_match_an_editor(
     tmp_path_factory: pytest.TempPathFactory, pieces: list[str], overlap: int
