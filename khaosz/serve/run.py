@@ -70,7 +70,9 @@ def serve(
         from khaosz.serve.app import build_app, record_routes
         from khaosz.serve.connections import BACKLOG, limited_protocol
         from khaosz.serve.guard import LOOPBACK, Guard
+        from khaosz.serve.knowledge.catalogue import Catalogue
         from khaosz.serve.knowledge.library import Library
+        from khaosz.serve.records.conversation_store import ConversationStore
         from khaosz.serve.retrieval_models import RetrievalModels
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -86,6 +88,8 @@ def serve(
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
         os.umask(0o077)  # what is written is for this user only
+        Catalogue.check(data / "catalogue.db")
+        ConversationStore.check(data / "conversations.db")
         with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
             if make_private(data):

@@ -39,4 +39,4 @@ def open_store(where: Path | str, *, new: bool = True) -> Store:
         raise DataError(
             f"knowledge base {path} not found", hint=f"khaosz rag add FILES --kb {path}"
         )
-    return SqliteStore(path)
+    return SqliteStore(path, new=new)

@@ -20,6 +20,7 @@ import numpy as np
 from khaosz.database import (
     close_on_error,
     database_errors,
+    examine,
     is_empty,
     open_database,
     run_script,
@@ -63,15 +64,22 @@ class SqliteStore(Store):
     _by_source = "s.collection = ? AND s.path = ?"
     _by_name = "d.name GLOB ?"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = True) -> None:
         self.path = path
         self.where = str(path)
         hint = "name another file"
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if new:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            elif path.is_file() and not path.stat().st_size:
+                raise DataError(f"{path} is empty, not a knowledge base", hint=hint)
         except OSError as error:
             raise DataError(f"{path} cannot be used: {error}", hint=hint) from error
         with database_errors(path, hint=hint):
+            examine(
+                *(path, VERSION, _SCHEMA),
+                version_query="SELECT value FROM meta WHERE key = 'version'",
+            )
             self._db = open_database(path, timeout=_BUSY_S, durable=False)
             with close_on_error(self._db):
                 if is_empty(self._db):

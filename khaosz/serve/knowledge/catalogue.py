@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 from khaosz.database import (
     close_on_error,
     database_errors,
+    examine,
     open_database,
     require_version,
     transaction,
@@ -92,15 +93,17 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         self._lock = threading.RLock()
         busy = f"{path.parent} is in use by another khaosz serve"
-        try:
-            with database_errors(path, busy=busy):
-                self._db = open_database(
-                    path, timeout=0, durable=True, exclusive=True, any_thread=True
-                )
-                with close_on_error(self._db):
-                    require_version(self._db, path, VERSION, _SCHEMA, _UPGRADES)
-        except DataError as error:
-            raise ConfigError(str(error), hint="choose another --data") from error
+        self.check(path)
+        with _errors(), database_errors(path, busy=busy):
+            self._db = open_database(path, timeout=0, durable=True, exclusive=True, any_thread=True)
+            with close_on_error(self._db):
+                require_version(self._db, path, VERSION, _SCHEMA, _UPGRADES)
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise the `ConfigError` for a file of another program, without changing it."""
+        with _errors(), database_errors(path):
+            examine(path, VERSION, _SCHEMA, upgrades=_UPGRADES)
 
     def close(self) -> None:
         with self._lock:
@@ -246,3 +249,11 @@ class Catalogue:
 
     def is_used(self, sha256: str) -> bool:
         return self._file("sha256 = ? AND status != 'removed'", sha256) is not None
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise ConfigError(str(error), hint="choose another --data") from error

@@ -26,6 +26,7 @@ from typing import Any, Literal
 from khaosz.database import (
     close_on_error,
     database_errors,
+    examine,
     is_busy,
     open_database,
     require_version,
@@ -36,6 +37,7 @@ from khaosz.serve.replies import Reply
 
 VERSION = 2
 _BUSY_S = 10.0  # a writer waits for one of another process
+_HINT = "move it away, or choose another --data"
 _AROUND = 40  # characters of a snippet before and after the match
 _COLUMNS = "id, title, created, updated, messages, revision"
 _GENERATIONS = """
@@ -111,10 +113,17 @@ class ConversationStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        with database_errors(path, hint="move it away, or choose another --data"):
+        self.check(path)
+        with database_errors(path, hint=_HINT):
             self._writer = self._connect()
             with close_on_error(self._writer):
                 require_version(self._writer, path, VERSION, _SCHEMA, _UPGRADES)
+
+    @staticmethod
+    def check(path: Path) -> None:
+        """Raise the `DataError` for a file of another program, without changing it."""
+        with database_errors(path, hint=_HINT):
+            examine(path, VERSION, _SCHEMA, upgrades=_UPGRADES)
 
     def _connect(self) -> sqlite3.Connection:
         return open_database(self.path, timeout=_BUSY_S, durable=True, any_thread=True)
