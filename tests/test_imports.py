@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANK = {
     "errors": 0,
     "files": 1,
+    "folders": 1,
     "database": 1,
     "config": 2,
     "parallel": 3,
@@ -48,7 +49,10 @@ USES_TORCH = {
 
 def torch_free() -> list[Path]:
     """Modules that run without torch: in many processes, or before the first second is over."""
-    tops = [PACKAGE / name for name in ("__init__.py", "errors.py", "files.py", "database.py")]
+    tops = [
+        PACKAGE / name
+        for name in ("__init__.py", "errors.py", "files.py", "folders.py", "database.py")
+    ]
     folders = [*(PACKAGE / "cli").glob("*.py")]
     for name in ("config", "data"):
         folders += (PACKAGE / name).rglob("*.py")

@@ -16,10 +16,10 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_254,
+    "cli": 2_283,
     "config": 1_206,
-    "data": 5_460,
-    "database": 88,
+    "data": 5_522,
+    "database": 182,
     "demo": 1_166,
     "doctor": 72,
     "errors": 78,
@@ -29,11 +29,12 @@ BUDGET = {
     "interop": 3_270,
     "model": 709,
     "parallel": 116,
-    "rag": 4_845,
+    "rag": 4_978,
     "rewards": 2,
-    "serve": 5_966,
+    "serve": 5_991,
     "trainer": 4_578,
     "memory": 507,
+    "folders": 102,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _LAYOUT = (

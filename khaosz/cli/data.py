@@ -25,6 +25,7 @@ from khaosz.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from khaosz.folders import OnSkip, Skipped
     from khaosz.rag.load import Problem
 
 tokenizer_app = typer.Typer(help="Train tokenizers.", no_args_is_help=True)
@@ -257,7 +258,7 @@ def data_verify(data: Annotated[Path, typer.Argument(help="A prepared directory.
 def _write_records(
     out: Path,
     paths: list[Path],
-    read_records: Callable[[Callable[[Problem], None]], Iterator[dict[str, str]]],
+    read_records: Callable[[Callable[[Problem], None], OnSkip], Iterator[dict[str, str]]],
     kind: str,
     as_json: bool,
 ) -> None:
@@ -266,13 +267,15 @@ def _write_records(
 
     from khaosz.errors import DataError
     from khaosz.files import write_atomic
+    from khaosz.folders import describe
 
     problems: list[Problem] = []
+    skipped: list[Skipped] = []
     count = 0
 
     def lines() -> Iterator[bytes]:
         nonlocal count
-        for record in read_records(problems.append):
+        for record in read_records(problems.append, skipped.append):
             count += 1
             yield json.dumps(record, ensure_ascii=False).encode() + b"\n"
         if not count:  # before `out` is replaced
@@ -285,6 +288,7 @@ def _write_records(
     finally:
         for problem in problems:
             say(f"  {problem.path}: {problem.message}", err=True)
+        print_notes(f"  {line}" for line in describe(skipped, [path.resolve() for path in paths]))
     values = {"records": count, "not_read": len(problems), "out": str(out)}
     print_result(as_json, values, f"{count:,} {kind}, {len(problems):,} files not read; {out}")
 

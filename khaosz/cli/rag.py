@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,6 +18,7 @@ from khaosz.cli.output import (
     check_choice,
     print_json,
     print_result,
+    printable,
     progress_console,
     resolve_device,
     say,
@@ -66,6 +69,7 @@ def add(
     """Add files and directories; only changed files are read again."""
     from rich import progress as bars
 
+    from khaosz.folders import describe
     from khaosz.rag import KnowledgeBase
     from khaosz.rag.load import load_paths
 
@@ -96,7 +100,19 @@ def add(
                         visible=True, rate=f"{rate:,.1f} chunks/s",
                     )  # fmt: skip
 
-            report = base.add(paths, collection=collection, docling=docling, on_file=show_progress)
+            def may_empty(folder: Path, count: int) -> bool:
+                if as_json or not sys.stdin.isatty():
+                    return True
+                progress.stop()
+                return typer.confirm(
+                    f"{printable(str(folder))}: all {count:,} documents are excluded now, as by"
+                    f" .khaoszignore. Remove them from {printable(base.store.where)}?"
+                )
+
+            report = base.add(
+                paths, collection=collection, docling=docling, on_file=show_progress,
+                may_empty=may_empty,
+            )  # fmt: skip
         embedder_name, where = base.embedder_name, base.store.where
     for problem in report.problems:
         hint = f" ({problem.hint})" if problem.hint else ""
@@ -104,11 +120,21 @@ def add(
     for name, encoding in report.guessed.items():
         line = f"  {name}: read as {encoding}, a guess (save it as UTF-8 if its text looks wrong)"
         console.print(line, highlight=False, markup=False)
-    values = {**vars(report), "problems": [str(p.path) for p in report.problems]}
+    lines = describe(report.skipped, [path.resolve() for path in paths])
+    if report.kept:
+        lines.append(f"kept {report.kept:,}: excluded now; `khaosz rag remove FOLDER` removes them")
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False)
+    values = {
+        **vars(report),
+        "problems": [str(p.path) for p in report.problems],
+        "skipped": Counter(skipped.reason for skipped in report.skipped),
+    }
+    excluded = f" ({report.excluded:,} of them excluded now)" if report.excluded else ""
     text = (
         f"{report.added:,} added, {report.updated:,} updated, {report.unchanged:,} unchanged,"
-        f" {report.removed:,} removed, {len(report.problems):,} not read; {report.chunks:,} new"
-        f" chunks. {where}: "
+        f" {report.removed:,} removed{excluded}, {len(report.problems):,} not read;"
+        f" {report.chunks:,} new chunks. {where}: "
         + (f"embedder {embedder_name}" if embedder_name else "lexical (no --embedder)")
     )
     print_result(as_json, values, text)
@@ -133,7 +159,7 @@ def list_documents(
 
 @rag_app.command()
 def remove(
-    name: Annotated[str, typer.Argument(help="Name, id or path of a document.")],
+    name: Annotated[str, typer.Argument(help="Name, id or path of a document, or a folder.")],
     kb: Base = DEFAULT_BASE,
     collection: Collection = None,
     as_json: Json = False,

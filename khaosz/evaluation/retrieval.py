@@ -16,6 +16,7 @@ from khaosz.data.records.pairs import Texts, to_texts
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import (
     InputReport,
+    open_reports,
     refuse_unread,
     summary,
     usable_records,
@@ -57,7 +58,7 @@ def retrieval_accuracy(
     Raises `DataError` when the file has no pairs, and when more than 1 % of its records cannot be
     read, unless they are allowed.
     """
-    inputs = [InputReport(str(path)) for path in expand_inputs([file])]
+    inputs = open_reports(expand_inputs([file]))
     records = [record for entry in inputs for record in _records(entry, columns)]
     read = sum(entry.records for entry in inputs)
     if not records:

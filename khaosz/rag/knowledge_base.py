@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from khaosz.data.records.charset import GUESS
 from khaosz.errors import ConfigError, DataError, KhaoszError
+from khaosz.folders import Skipped
 from khaosz.rag.load import Document, Loaded, Problem, Source, count_files, load_paths
 from khaosz.rag.models.embedders import open_embedder
 from khaosz.rag.models.protocols import Embedder, Reranker
@@ -21,6 +22,7 @@ from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.store import open_store
 from khaosz.rag.store.index import VectorIndex, open_index
 from khaosz.rag.store.records import (
+    NAMED,
     RECORD_LINE,
     NewChunk,
     NewDocument,
@@ -43,7 +45,9 @@ _EMBED_CHUNKS = 64  # passed to an embedder at once
 class AddReport:
     """Files by result, of `found` in total (counted if `on_file` is given); new chunks; and how
     many of the `to_embed` chunks without a vector are embedded. `guessed`: names of files whose
-    encoding is uncertain, with the one that was used."""
+    encoding is uncertain, with the one that was used. `excluded`: of those removed, how many are
+    still there but left out now; `kept`: how many of those stay, by `may_empty`. `skipped`: what is
+    left out of the folders on purpose."""
 
     found: int = 0
     added: int = 0
@@ -57,6 +61,9 @@ class AddReport:
     to_embed: int = 0
     problems: list[Problem] = field(default_factory=list)
     guessed: dict[str, str] = field(default_factory=dict)
+    excluded: int = 0
+    kept: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def done(self) -> int:
@@ -141,17 +148,23 @@ class KnowledgeBase:
         collection: str = DEFAULT_COLLECTION,
         docling: bool = False,
         on_file: Callable[[str, AddReport], None] | None = None,
+        may_empty: Callable[[Path, int], bool] | None = None,
     ) -> AddReport:
-        """Add files and folders, or what has changed in them; files that were deleted from an added
-        folder are removed. If interrupted, it continues when called again.
+        """Add files and folders, or what has changed in them. Removed are files that were deleted
+        from an added folder, and those that came with it and are left out of it now, as by a
+        changed `.khaoszignore`. If interrupted, it continues when called again.
 
-        A file that cannot be read is a problem in the report. `docling`: see `load_paths`. Raises
-        `DataError` for a path that does not exist.
+        A file that cannot be read is a problem in the report. `docling`: see `load_paths`.
+        `may_empty` is asked before all documents of a folder, several, are removed because they are
+        left out. Raises `DataError` for a path that does not exist.
         """
         roots = [Path(path).resolve() for path in paths]
         report = AddReport(found=count_files(roots, docling=docling) if on_file is not None else 0)
+        named = {str(root) for root in roots if not root.is_dir()}
+        seen: set[str] = set()
 
         def unchanged(path: Path, stat: os.stat_result) -> bool:
+            seen.add(str(path))
             stored = self.store.source(collection, str(path))
             current = stat.st_size, stat.st_mtime_ns
             same = stored is not None and (stored.size, stored.mtime_ns) == current
@@ -159,13 +172,18 @@ class KnowledgeBase:
             return same
 
         loaded = load_paths(
-            roots, on_problem=report.problems.append, unchanged=unchanged, docling=docling
+            roots,
+            on_problem=report.problems.append,
+            unchanged=unchanged,
+            docling=docling,
+            on_skip=report.skipped.append,
         )
         for batch in _batches(loaded):
             self._write(collection, batch, report)
             if on_file is not None:
                 on_file(batch[-1][0].name, report)
-        self._remove_missing(collection, roots, report)
+        self._mark_named(collection, named)
+        self._remove_missing(collection, roots, seen, report, may_empty)
 
         def on_chunk(done: int, total: int) -> None:
             report.embedded, report.to_embed = done, total
@@ -273,29 +291,66 @@ class KnowledgeBase:
             hint="khaosz rag reindex --embedder NAME embeds it again",
         )
 
-    def _remove_missing(self, collection: str, roots: Sequence[Path], report: AddReport) -> None:
-        folders = [root for root in roots if root.is_dir()]
+    def _mark_named(self, collection: str, paths: set[str]) -> None:
+        """Files that were added by themselves stay when their folder leaves them out."""
+        documents = [each for path in paths for each in self.store.documents_of(collection, path)]
+        new = [document for document in documents if NAMED not in document.metadata]
+        if new:
+            with self.store.writing():
+                for document in new:
+                    self.store.set_metadata(document.id, document.metadata | {NAMED: "yes"})
+
+    def _remove_missing(
+        self,
+        collection: str,
+        roots: Sequence[Path],
+        seen: set[str],
+        report: AddReport,
+        may_empty: Callable[[Path, int], bool] | None,
+    ) -> None:
+        left_out = {str(each.path) for each in report.skipped if each.excluded}
         paths = [file.path for owner, file in self.store.sources() if owner == collection]
-        missing = [
-            path
-            for path in paths
-            if any(Path(path).is_relative_to(folder) for folder in folders)
-            and not Path(path).exists()
-        ]
-        if not missing:
+        doomed: set[str] = set()
+        for root in (root for root in roots if root.is_dir()):
+            inside = [path for path in paths if Path(path).is_relative_to(root)]
+            unseen = [path for path in inside if path not in seen]
+            gone = {path for path in unseen if _is_gone(path)}
+            excluded = {
+                path
+                for path in unseen
+                if path not in gone
+                and not left_out.isdisjoint(map(str, (path, *Path(path).parents)))
+                and self._came_with(collection, path, root)
+            }
+            is_all = len(excluded) > 1 and len(inside) == len(gone) + len(excluded)
+            if is_all and may_empty is not None and not may_empty(root, len(excluded)):
+                report.kept += len(excluded)
+                excluded = set()
+            report.excluded += len(excluded - doomed)
+            doomed |= gone | excluded
+        if not doomed:
             return
         with self.store.writing():
-            for path in missing:
+            for path in doomed:
                 report.removed += self.store.remove_source(collection, path)
 
+    def _came_with(self, collection: str, path: str, folder: Path) -> bool:
+        """Whether a file was added with this folder, not by itself or with another one."""
+        name = Path(path).relative_to(folder).as_posix()
+        return all(
+            document.name.startswith(name) and NAMED not in document.metadata
+            for document in self.store.documents_of(collection, path)
+        )
+
     def remove(self, name: str, *, collection: str | None = None) -> int:
-        """Removes sources with that path, name or document id. Returns the number of documents.
-        Raises `DataError` if there are none."""
-        resolved = str(Path(name).resolve())
+        """Removes sources with that path, name or document id, or those of a folder. Returns the
+        number of documents. Raises `DataError` if there are none."""
+        resolved = Path(name).resolve()
         matches = [
             document
             for document in self.store.documents(collection)
-            if name in (document.name, document.doc_id) or document.path in (name, resolved)
+            if name in (document.name, document.doc_id, document.path)
+            or Path(document.path).is_relative_to(resolved)
         ]
         if not matches:
             raise DataError(
@@ -378,3 +433,14 @@ def _batches(loaded: Iterator[Loaded]) -> Iterator[list[Loaded]]:
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _is_gone(path: str) -> bool:
+    """Not where it cannot be known, as in a folder that may not be read."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return os.path.realpath(path) != path  # a link stands in its place

@@ -20,10 +20,10 @@ from khaosz.config import ColumnsConfig
 from khaosz.data.records.layouts import Texts, read_record
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import (
-    InputReport,
     LoadReport,
     in_validation,
     nothing_to_train_on,
+    open_reports,
     refuse_unread,
     usable_records,
 )
@@ -147,7 +147,7 @@ def load_text_pairs(
     be read, unless they are allowed.
     """
     assert 0.0 <= val_fraction < 1.0, val_fraction
-    inputs = [InputReport(str(path)) for path in expand_inputs(paths)]
+    inputs = open_reports(expand_inputs(paths))
     report = TextPairsReport(inputs, max_length=encoder.max_length)
     train, held_out = TextPairs(), TextPairs()
     for entry in report.inputs:

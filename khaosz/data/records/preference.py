@@ -37,6 +37,7 @@ from khaosz.data.records.report import (
     LoadReport,
     in_validation,
     nothing_to_train_on,
+    open_reports,
     refuse_unread,
     text_hash,
     usable_records,
@@ -234,7 +235,7 @@ def _opened(paths: Paths, window: int, val_fraction: float) -> PreferenceData[An
     if not 0.0 <= val_fraction < 1.0:
         raise DataError(f"val_fraction is {val_fraction}, not in [0, 1)")
     files = expand_inputs([paths] if isinstance(paths, str | Path) else paths)
-    report = PreferenceReport([InputReport(str(path)) for path in files], window=window)
+    report = PreferenceReport(open_reports(files), window=window)
     return PreferenceData([], [], report)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import codecs
 import glob
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,6 +22,15 @@ from khaosz.data.records.charset import HEAD_BYTES, decode_chunks, decodes, dete
 from khaosz.data.records.compressed import COMPRESSED, decompressed
 from khaosz.data.records.tables import Row, csv_rows, parquet_rows, plain
 from khaosz.errors import DataError
+from khaosz.folders import (
+    LINKED_FOLDERS,
+    OTHER_TYPES,
+    OnSkip,
+    Skipped,
+    describe,
+    files_below,
+    reason_to_skip,
+)
 
 if TYPE_CHECKING:  # document loaders import this module under a limit of memory
     from khaosz.config import ColumnsConfig
@@ -73,13 +82,23 @@ class Skip:
     reason: str
 
 
-def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """Files as they are, directories and globs as their supported files, sorted, each once.
+class InputFiles(list[Path]):
+    """Files to read. notes: lines on what was left out of their folders."""
+
+    notes: tuple[str, ...] = ()
+
+
+def expand_inputs(inputs: Iterable[str | Path]) -> InputFiles:
+    """Files as they are, directories and globs as their supported files, sorted, each once. Of a
+    folder `khaosz.folders` leaves out what programs put there, and folders that are only linked;
+    the same file under two names is read once.
 
     Raises DataError for a path that does not exist, holds no supported file, or has an unsupported
     extension.
     """
     files: dict[Path, None] = {}  # an ordered set
+    roots: list[Path] = []
+    skipped: list[Skipped] = []
     for pattern in inputs:
         path = Path(pattern)
         if path.is_file():
@@ -87,17 +106,66 @@ def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
             files[path] = None
             continue
         inside: Iterable[Path]
+        left_out: list[Skipped] = []
         if path.is_dir():
-            inside, verb = path.rglob("*"), "holds"
+            inside, verb, root = files_below(path, left_out.append), "holds", path
         elif glob.has_magic(str(pattern)):
-            inside, verb = map(Path, glob.glob(str(pattern), recursive=True)), "matches"
+            inside, verb, root = _matching(str(pattern), left_out.append), "matches", Path()
+        elif path.exists():
+            raise DataError(f"input {path} is neither a file nor a folder")
         else:
             raise DataError(f"input {path} does not exist")
-        matches = sorted(p for p in inside if p.is_file() and _suffix_of(p))
+        matches = []
+        for file in sorted(inside):
+            if _suffix_of(file):
+                matches.append(file)
+            else:
+                left_out.append(Skipped(file, OTHER_TYPES))
         if not matches:
-            raise DataError(f"{pattern} {verb} no {SUPPORTED} file")
-        files.update(dict.fromkeys(matches))
-    return list(files)
+            notes = "; ".join(describe(dict.fromkeys(left_out), [root]))
+            raise DataError(f"{pattern} {verb} no {SUPPORTED} file", hint=notes or None)
+        distinct = set(_distinct(matches, left_out.append))
+        files.update(dict.fromkeys(file for file in matches if file in distinct))
+        roots.append(root)
+        skipped += left_out
+    expanded = InputFiles(files)
+    expanded.notes = tuple(describe(dict.fromkeys(skipped), roots))
+    return expanded
+
+
+def _matching(pattern: str, on_skip: OnSkip) -> Iterator[Path]:
+    """The files that a glob names, without what a folder would leave out. Links to folders are
+    followed only where the pattern names a level of folders."""
+    fixed = next((i for i, p in enumerate(Path(pattern).parts) if glob.has_magic(p)), 0)
+    for file in map(Path, glob.glob(pattern, recursive=True)):
+        names = file.parts
+        places = [Path(*names[: i + 1]) for i in range(fixed, len(names))]
+        for place in places:
+            if reason := reason_to_skip(place.name, is_folder=place != file):
+                on_skip(Skipped(place, reason))
+                break
+            if place != file and "**" in pattern and place.is_symlink():
+                on_skip(Skipped(place, LINKED_FOLDERS))
+                break
+        else:
+            if file.is_file():
+                yield file
+
+
+def _distinct(files: Sequence[Path], on_skip: OnSkip) -> Iterator[Path]:
+    """Without links, symbolic or hard, to a file that is read already."""
+    seen: set[tuple[int, int]] = set()
+    for linked in (False, True):  # the file itself before links to it
+        for file in files:
+            if file.is_symlink() != linked:
+                continue
+            status = file.stat()
+            key = status.st_dev, status.st_ino
+            if status.st_ino and key in seen:
+                on_skip(Skipped(file, "the same file under another name"))
+            else:
+                seen.add(key)
+                yield file
 
 
 def _suffix_of(path: Path) -> str | None:

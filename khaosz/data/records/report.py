@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.readers import Skip, open_source, parsed
+from khaosz.data.records.readers import InputFiles, Skip, open_source, parsed
 from khaosz.data.records.turns import LeftOut
 from khaosz.errors import DataError, TokenizerError
 
@@ -34,7 +34,8 @@ _SHOWN_PLACES = 3
 @dataclass
 class InputReport:
     """One input file. `skipped`: reason -> {"count", "lines" (the first 20 line numbers)}, and
-    "left_out" for a reason on purpose. `unread`: records that could not be read."""
+    "left_out" for a reason on purpose. `unread`: records that could not be read. `notes`: lines on
+    what was left out of the folders of all inputs, in the first of them."""
 
     path: str
     encoding: str = "utf-8"
@@ -46,6 +47,7 @@ class InputReport:
     characters: int = 0
     skipped: dict[str, dict[str, Any]] = field(default_factory=dict)
     unread: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._unread_line = -1
@@ -81,12 +83,20 @@ class InputReport:
             numbers = ", ".join(map(str, entry["lines"]))
             more = ", ..." if entry["count"] > len(entry["lines"]) else ""
             out.append(f"  skipped {entry['count']:,}: {reason} (line {numbers}{more})")
-        return out
+        return out + [f"  {note}" for note in self.notes]
 
     def _counts(self) -> str:
         duplicates = f", {self.duplicates:,} duplicates" if self.duplicates else ""
         encoding = "" if self.encoding == "utf-8" else f", encoding={self.encoding}"
         return f"{self.records:,} records, {self.kept:,} kept{duplicates}{encoding}"
+
+
+def open_reports(files: InputFiles) -> list[InputReport]:
+    """A report of each file."""
+    reports = [InputReport(str(path)) for path in files]
+    if reports:
+        reports[0].notes += files.notes
+    return reports
 
 
 def summary(inputs: Sequence[InputReport]) -> list[str]:
@@ -102,7 +112,7 @@ def summary(inputs: Sequence[InputReport]) -> list[str]:
     out += [f"  skipped {line}" for line in reasons[:_SHOWN_REASONS]]
     if len(reasons) > _SHOWN_REASONS:
         out.append(f"  and {len(reasons) - _SHOWN_REASONS} other reasons")
-    return out
+    return out + [f"  {note}" for entry in inputs for note in entry.notes]
 
 
 def _reasons(inputs: Iterable[InputReport], *, unread: bool = False) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from khaosz.config import ColumnsConfig
 from khaosz.data.records.layouts import Conversation, Kind, Rated, Texts, read_record
 from khaosz.data.records.readers import detect_language, expand_inputs
-from khaosz.data.records.report import InputReport, usable_records
+from khaosz.data.records.report import InputReport, open_reports, usable_records
 from khaosz.data.records.turns import LeftOut
 
 _KINDS: tuple[Kind, ...] = ("text", "chat", "comparison", "rated", "passages", "prompt")
@@ -45,7 +45,7 @@ def read_interleaved(
 ) -> Iterator[str]:
     """Texts of all inputs, round-robin over the files; `reports` gets one of each file."""
     files = expand_inputs(paths)
-    entries = [InputReport(str(path)) for path in files]
+    entries = open_reports(files)
     if reports is not None:
         reports += entries
     sources = [read_texts(path, entry, columns) for path, entry in zip(files, entries, strict=True)]

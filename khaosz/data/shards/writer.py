@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.readers import RawBatch, open_source
-from khaosz.data.records.report import InputReport
+from khaosz.data.records.readers import InputFiles, RawBatch, open_source
+from khaosz.data.records.report import open_reports
 from khaosz.data.shards.dedup import PrepareState
 from khaosz.data.shards.encode import (
     EncodedBatch,
@@ -89,7 +89,7 @@ class Preparation:
     out: Path
     state: PrepareState
     tokenizer: Tokenizer
-    paths: list[Path]
+    paths: InputFiles
     configuration: dict[str, Any]
     progress: Callable[[PrepareProgress], None] | None
     columns: ColumnsConfig | None = None
@@ -100,7 +100,7 @@ class Preparation:
         self.stage: Stage | None = None
         self.position = (0, 0)  # index of the input, lines of it that are done
         self.groups: dict[tuple[str, str, str], OpenGroup] = {}
-        self.report = PrepareReport(inputs=[InputReport(str(path)) for path in self.paths])
+        self.report = PrepareReport(inputs=open_reports(self.paths))
         self.seconds_before = 0.0
         saved = self.state.get("progress")
         if saved is None:

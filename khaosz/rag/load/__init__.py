@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from khaosz.errors import DataError, DocumentError
+from khaosz.folders import OnSkip
 from khaosz.rag.load.document import (
     FOR_DOCLING,
     Document,
@@ -59,20 +60,22 @@ def load_paths(
     unchanged: Unchanged | None = None,
     limits: Limits | None = None,
     docling: bool = False,
+    on_skip: OnSkip = lambda skipped: None,
 ) -> Iterator[Loaded]:
     """Each file that can be read, with its documents (none if it is empty), in a fixed order.
 
     Files are read as the iterator advances; what cannot be read is passed to `on_problem`, and
     the other files are still read. `unchanged` is called before a file is opened, with its
     resolved path and its size and times; if it returns True, the file is skipped. `docling`: that
-    package reads formatted files except HTML (`by_docling`).
+    package reads formatted files except HTML (`by_docling`). `on_skip` gets what is left out of a
+    folder on purpose.
 
     Raises DataError, at once, if one of `paths` does not exist or docling is not installed.
     """
     if docling and importlib.util.find_spec("docling") is None:
         raise DataError("docling is not installed", hint="pip install 'khaosz[docling]'")
     limits = limits or (FOR_DOCLING if docling else Limits())
-    files = walk(paths, on_problem, docling=docling)
+    files = walk(paths, on_problem, docling=docling, on_skip=on_skip)
     return _load(files, on_problem, unchanged, limits, docling)
 
 

@@ -21,6 +21,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from khaosz.folders import PATTERNS
+
 IGNORE_FILE = ".khaoszignore"
 
 
@@ -33,9 +35,12 @@ class Rule:
     parts: tuple[Callable[[str], object] | None, ...]
     folders_only: bool
     ignores: bool
+    reason: str
 
 
-def parse_rules(lines: Iterable[str], folder: tuple[str, ...] = ()) -> list[Rule]:
+def parse_rules(
+    lines: Iterable[str], folder: tuple[str, ...] = (), reason: str = IGNORE_FILE
+) -> list[Rule]:
     rules = []
     for line in lines:
         pattern = line.rstrip()
@@ -54,7 +59,7 @@ def parse_rules(lines: Iterable[str], folder: tuple[str, ...] = ()) -> list[Rule
             names.append("*")
         if names[-1]:
             parts = tuple(None if name == "**" else _name_matcher(name) for name in names)
-            rules.append(Rule(folder, parts, folders_only, ignores))
+            rules.append(Rule(folder, parts, folders_only, ignores, reason))
     return rules
 
 
@@ -69,13 +74,18 @@ def _never(name: str) -> object:
 
 def is_ignored(rules: Sequence[Rule], names: tuple[str, ...], is_folder: bool) -> bool:
     """Whether the file or folder at `names` (from the folder that was added) is skipped."""
+    return reason_to_ignore(rules, names, is_folder) is not None
+
+
+def reason_to_ignore(rules: Sequence[Rule], names: tuple[str, ...], is_folder: bool) -> str | None:
+    """The reason of the rule that skips it, or None."""
     for rule in reversed(rules):
         depth = len(rule.folder)
         if rule.folders_only and not is_folder:
             continue
         if names[:depth] == rule.folder and _matches(rule.parts, names[depth:]):
-            return rule.ignores
-    return False
+            return rule.reason if rule.ignores else None
+    return None
 
 
 def _matches(parts: Sequence[Callable[[str], object] | None], names: Sequence[str]) -> bool:
@@ -96,3 +106,9 @@ def _matches(parts: Sequence[Callable[[str], object] | None], names: Sequence[st
         else:
             return False
     return all(matcher is None for matcher in parts[part:])
+
+
+DEFAULT_RULES = [
+    rule for reason, patterns in PATTERNS.items() for rule in parse_rules(patterns, reason=reason)
+]
+"""What is skipped unless an ignore file includes it."""

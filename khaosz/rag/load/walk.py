@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from khaosz.data.records.charset import decode_bytes
 from khaosz.errors import DataError
+from khaosz.folders import OTHER_TYPES, SPECIAL_FILES, OnSkip, Skipped
 from khaosz.rag.load.decode import clean
 from khaosz.rag.load.document import InputFile, OnProblem, Problem
 from khaosz.rag.load.formats import INSTEAD, format_of
-from khaosz.rag.load.ignore import IGNORE_FILE, Rule, is_ignored, parse_rules
+from khaosz.rag.load.ignore import DEFAULT_RULES, IGNORE_FILE, Rule, parse_rules, reason_to_ignore
 
 _IGNORE_FILE_BYTES = 1 << 20
 
 
 def walk(
-    paths: Sequence[Path], on_problem: OnProblem, *, docling: bool = False
+    paths: Sequence[Path],
+    on_problem: OnProblem,
+    *,
+    docling: bool = False,
+    on_skip: OnSkip = lambda skipped: None,
 ) -> Iterator[InputFile]:
     """The files to read: `paths` in their order, folders recursively and by name, each file once.
 
     A file in `paths` is read whatever its name, as text if the name says no format. In a folder,
-    files whose name says no format are skipped, and so are hidden files and folders (unless
-    `.khaoszignore` includes them with `!`; `.git` never). A symbolic link is followed if it stays
-    within the folder that was added. `docling`: slides and sheets are read, too. Raises DataError
-    for a path that does not exist.
+    files whose name says no format are skipped, and so are hidden files and folders and those of
+    `khaosz.folders` (unless `.khaoszignore` includes them with `!`; `.git` never); `on_skip` gets
+    them. A symbolic link is followed if it stays within the folder that was added. `docling`:
+    slides and sheets are read, too. Raises DataError for a path that does not exist.
     """
     roots = [(path, _stat(path)) for path in map(Path, paths)]
-    return _Walk(on_problem, docling).files(roots)
+    return _Walk(on_problem, docling, on_skip).files(roots)
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -47,6 +54,7 @@ def _stat(path: Path) -> os.stat_result:
 class _Walk:
     on_problem: OnProblem
     docling: bool
+    on_skip: OnSkip
 
     def files(self, roots: Sequence[tuple[Path, os.stat_result]]) -> Iterator[InputFile]:
         seen: set[str] = set()
@@ -69,7 +77,7 @@ class _Walk:
     def _folder(self, root: str) -> Iterator[InputFile]:
         """Depth first, with a stack of its own: folders nest deeper than Python may recurse."""
         seen = {root}
-        rules = self._with_ignore_file(parse_rules([".*"]), root, ())
+        rules = self._with_ignore_file(DEFAULT_RULES, root, ())
         names: tuple[str, ...] = ()
         stack = [(names, rules, self._entries(root))]
         while stack:
@@ -85,14 +93,16 @@ class _Walk:
                     real = os.path.realpath(entry.path)
                 status = entry.stat()
             except OSError as error:
-                if not is_ignored(rules, names, is_folder=False):
+                if reason_to_ignore(rules, names, is_folder=False) is None:
                     reason = "is a broken link" if entry.is_symlink() else _reason(error)
                     self.on_problem(Problem(Path(entry.path), reason))
                 continue
             is_folder = stat.S_ISDIR(status.st_mode)
-            if entry.name == ".git" or is_ignored(rules, names, is_folder):
-                continue
-            if entry.is_symlink() and not Path(real).is_relative_to(root):
+            used = DEFAULT_RULES if entry.name == ".git" else rules
+            if ignored := reason_to_ignore(used, names, is_folder):
+                if entry.name != IGNORE_FILE:
+                    self.on_skip(Skipped(Path(entry.path), ignored))
+            elif entry.is_symlink() and not Path(real).is_relative_to(root):
                 hint = f"add {clean(real)} by itself"
                 self.on_problem(Problem(Path(entry.path), "is a link to outside the folder", hint))
             elif is_folder:
@@ -117,6 +127,9 @@ class _Walk:
             yield InputFile(Path(real), name, file_format)
         elif file_format:
             self.on_problem(Problem(path, "is neither a file nor a folder"))
+        else:
+            reason = OTHER_TYPES if stat.S_ISREG(status.st_mode) else SPECIAL_FILES
+            self.on_skip(Skipped(path, reason, excluded=False))
 
     def _entries(self, folder: str) -> Iterator[os.DirEntry[str]]:
         try:
@@ -131,8 +144,11 @@ class _Walk:
     ) -> list[Rule]:
         path = Path(folder, IGNORE_FILE)
         try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                return rules + parse_rules(file.read(_IGNORE_FILE_BYTES).split("\n"), names)
+            if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe waits for its writer
+                self.on_problem(Problem(path, "is not a file"))
+                return rules
+            text = decode_bytes(path.read_bytes()[:_IGNORE_FILE_BYTES])[0]
+            return rules + parse_rules(re.split("\r\n?|\n", text), names)
         except FileNotFoundError:
             return rules
         except OSError as error:

@@ -14,7 +14,9 @@ import numpy as np
 
 COUNTED = frozenset({"version", "chunks", "terms", "generation"})  # settings a store writes itself
 
-RECORD_LINE = "record_line"  # in the metadata of a document that is a line of a JSONL file
+# Keys in the metadata of a document.
+NAMED = "added_by_name"  # its file was added by itself, not with a folder
+RECORD_LINE = "record_line"  # it is that line of a JSONL file
 
 
 @dataclass(frozen=True, slots=True)

@@ -241,6 +241,9 @@ class Store(ABC):
     def _next_id(self, table: str) -> int:
         return self._number(f"SELECT coalesce(max(id), 0) + 1 FROM {table}")
 
+    def set_metadata(self, document: int, metadata: dict[str, str]) -> None:
+        self._run("UPDATE documents SET metadata = ? WHERE id = ?", (_dumped(metadata), document))
+
     def touch(self, collection: str, source: SourceFile) -> None:
         """Record another time of an unchanged file."""
         self._run(
@@ -314,7 +317,7 @@ class Store(ABC):
     def contents(self, collection: str, path: str) -> list[NewDocument]:
         """The documents of a source with chunks and vectors, as `replace` takes them."""
         key = self._source_key(collection, path)
-        documents = self._documents(f" WHERE {self._by_source} ORDER BY d.id", key)
+        documents = self.documents_of(collection, path)
         chunks: dict[int, list[NewChunk]] = {document.id: [] for document in documents}
         rows = self._run(
             'SELECT c.document, c.start, c."end", c.text, c.headings, v.vector FROM chunks c'
@@ -345,6 +348,11 @@ class Store(ABC):
         """Documents by number; removed ones are left out."""
         distinct = sorted({int(number) for number in numbers})
         return {row[0]: self._document(row) for row in self._matching(_DOCUMENT, "d.id", distinct)}
+
+    def documents_of(self, collection: str, path: str) -> list[StoredDocument]:
+        """The documents of a source."""
+        key = self._source_key(collection, path)
+        return self._documents(f" WHERE {self._by_source} ORDER BY d.id", key)
 
     def document_by_hash(self, digest: str) -> StoredDocument | None:
         return next(iter(self._documents(" WHERE d.hash = ? LIMIT 1", (digest,))), None)
