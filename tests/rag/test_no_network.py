@@ -29,6 +29,8 @@ for arguments in (
     ["rag", "search", "企鹅住在哪里", "--kb", kb, "--mode", "hybrid", "--reranker", model],
     ["rag", "reindex", "--kb", kb],
     ["rag", "ask", "企鹅住在哪里？", "--kb", kb, "--model", model, "--max-tokens", "8"],
+    ["chat", model, "--docs", kb, "--max-tokens", "4"],
+    ["generate", model, "--prompt", "企鹅", "--max-tokens", "4"],
     ["rag", "split", docs + "/a.md", "--semantic", "--embedder", model, "--json"],
 ):
     sys.argv = ["khaosz", *arguments]
@@ -41,6 +43,34 @@ print("DONE")
 """
 
 
+_IMPORTS = """
+import importlib, pkgutil, socket, sys
+
+def refuse(event, arguments):
+    if event.startswith(("socket.connect", "socket.bind", "socket.getaddrinfo", "urllib.Request")):
+        print("OPENED", event, arguments)
+        sys.exit(3)
+
+sys.addaudithook(refuse)
+import khaosz
+for module in pkgutil.walk_packages(khaosz.__path__, "khaosz."):
+    if module.name == "khaosz.__main__":
+        continue
+    try:
+        importlib.import_module(module.name)
+    except ImportError as error:
+        assert not str(error.name).startswith("khaosz"), error  # an optional package
+print("DONE")
+"""
+
+
+def test_no_module_opens_a_socket_when_it_is_imported() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORTS], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0 and "DONE" in done.stdout, done.stdout + done.stderr
+
+
 def test_no_step_uses_the_network(tmp_path: Path, tiny_model: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -49,7 +79,10 @@ def test_no_step_uses_the_network(tmp_path: Path, tiny_model: Path) -> None:
     (docs / "b.html").write_text(f"<p>The penguin lives in the south.</p>{remote}")
     base = tmp_path / "a.kb"
     command = [sys.executable, "-c", _STEPS, str(base), str(docs), str(tiny_model)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=240)
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", timeout=240,
+        input="企鹅住在哪里？\n/docs off\n企鹅\n",
+    )  # fmt: skip
     assert done.returncode == 0 and "DONE" in done.stdout, done.stdout + done.stderr
     assert "CONNECTED" not in done.stdout and "ASKED" not in done.stdout
     # The audit hook works:
