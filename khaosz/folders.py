@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+HIDDEN = "hidden files and folders"
 LINKED_FOLDERS = "linked folders"
 OTHER_TYPES = "files of other types"
 SPECIAL_FILES = "pipes, sockets and devices"
 _SHOWN = 3
 # Patterns of names, as in .gitignore: "/" at the end is for folders only. The last match decides.
 PATTERNS = {
-    "hidden files and folders": (".*",),
+    HIDDEN: (".*",),
     "system files": (
         *("[Tt]humbs.db", "ehthumbs.db", "[Dd]esktop.ini", ".DS_Store", "._*", "__MACOSX/"),
         *("$RECYCLE.BIN/", "System Volume Information/", "lost+found/", "@eaDir/", ".Trash*/"),

@@ -17,6 +17,8 @@ from khaosz.data.records.report import summary
 from khaosz.data.records.texts import read_interleaved
 from khaosz.errors import DataError
 from khaosz.rag import KnowledgeBase
+from khaosz.serve.errors import ApiError
+from khaosz.serve.knowledge.library import file_name
 
 posix = pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
 
@@ -184,3 +186,11 @@ def test_folder_that_holds_only_what_is_skipped(tmp_path: Path) -> None:
         expand_inputs([tmp_path])
     assert caught.value.hint is not None and ".git" in caught.value.hint
     assert "files of other types (notes.md)" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["~$合同.docx", "._a.pdf", "Desktop.ini"])
+def test_service_refuses_uploads_of_them(name: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        file_name(name)
+    assert (caught.value.status, caught.value.code) == (415, "unsupported_file_type")
+    assert file_name(".notes.md") == ".notes.md"

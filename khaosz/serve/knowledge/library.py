@@ -15,6 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from khaosz.errors import ConfigError
+from khaosz.folders import HIDDEN, reason_to_skip
 from khaosz.rag.load.formats import INSTEAD, SUFFIXES, format_of
 from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.catalogue import BaseRow, Catalogue, FileRow
@@ -199,6 +200,10 @@ def file_name(text: str) -> str:
         what = f"{suffix} files cannot be read" if suffix else "this name has no suffix"
         instead = f": {hint.partition(',')[0]}" if (hint := INSTEAD.get(suffix)) else ""
         message = f"{what}{instead}; supported: {' '.join(SUFFIXES)}"
+        raise ApiError(415, message, param="name", code="unsupported_file_type")
+    # A folder that is dropped on the page brings what programs put beside its documents.
+    if (reason := reason_to_skip(name, is_folder=False)) not in (None, HIDDEN):
+        message = f"this name is one of {reason}, which are not documents"
         raise ApiError(415, message, param="name", code="unsupported_file_type")
     return name
 
