@@ -149,6 +149,8 @@ def test_folders_that_may_not_be_read() -> None:
         for inner in ("open", "closed"):
             (folder / inner).mkdir()
             (folder / inner / "a.txt").write_text(f"text of {inner}")
+            (folder / inner).chmod(0o755)
+            (folder / inner / "a.txt").chmod(0o644)
         with KnowledgeBase(Path(place) / "a.kb") as base:
             assert base.add([folder]).added == 2
             (folder / "closed").chmod(0)

@@ -87,9 +87,9 @@ def serve(
         if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
         served.preload()
-        os.umask(0o077)  # what is written is for this user only
         Catalogue.check(data / "catalogue.db")
         ConversationStore.check(data / "conversations.db")
+        os.umask(0o077)  # what is written is for this user only
         with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
             if make_private(data):
