@@ -56,9 +56,9 @@ def test_refusal_without_a_matching_passage(place: Path) -> None:
     assert "资料中没有找到答案。\n" in out
     assert "南极" not in out
     # The passages are shown all the same, and the model can be asked.
-    assert "the model was not asked. /anyway asks it.\n[1] 合同.md  0-19\n" in out
+    assert "the model was not asked. /anyway asks it.\n[1] 合同.md, line 1\n" in out
     out = chat(place, "木星有多少颗卫星？", "/anyway", options=("--docs", "khaosz.kb"))
-    assert f"{ANSWER}\n[1] 合同.md  0-19\n" in out
+    assert f"{ANSWER}\n[1] 合同.md, line 1\n" in out
 
 
 def test_answer_without_citation_lists_the_passages(place: Path) -> None:
