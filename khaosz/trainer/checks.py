@@ -20,7 +20,7 @@ from khaosz.config.presets import Derived
 from khaosz.data.records.layouts import Kind, read_record
 from khaosz.data.records.preference import to_prompt
 from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import LeftOut, open_reports, worst_reason
+from khaosz.data.records.report import InputReport, LeftOut, worst_reason
 from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.data.tokenizer.tokenizer import check_vocab_size
@@ -131,7 +131,7 @@ _KINDS: dict[str, tuple[Kind, ...]] = {
 
 def _check_layout(config: TrainConfig, path: Path) -> None:
     """Raises `DataError` if none of the first records of any file can be read in this stage."""
-    entries = open_reports(expand_inputs([path]))
+    entries = [InputReport(str(file)) for file in expand_inputs([path])]
     hint = None
     for entry in entries:
         batch = next(open_source(entry.path, config.columns, every_column=True), None)
