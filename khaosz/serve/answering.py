@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ContextLengthError, KhaoszError
@@ -204,26 +203,13 @@ class Answer:
         ]
 
 
-def translated_chat(values: Mapping[str, Any]) -> ChatRequest:
-    """A chat of these fields; those that are None are left out. Raises `ApiError` for fields that
-    do not go together."""
-    try:
-        return ChatRequest.model_validate({k: v for k, v in values.items() if v is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raised = first.get("ctx", {}).get("error")
-        message = str(raised) if isinstance(raised, ValueError) else first["msg"]
-        param = str(first["loc"][0]) if first["loc"] else message.partition(" ")[0]
-        known = param in ChatRequest.model_fields
-        raise ApiError(400, message, param=param if known else None) from None
-
-
 class Layout(Protocol):
-    """How a protocol writes one answer. `waiting`: what a stream sends that would otherwise be
-    silent."""
+    """How a protocol writes one answer."""
 
     media_type: str
-    waiting: str
+
+    def waiting(self) -> str:
+        """What a stream sends that would otherwise be silent."""
 
     async def whole(self, answer: Answer) -> dict[str, Any] | None:
         """The complete answer; None if the client left before."""
@@ -313,12 +299,12 @@ class Answering:
 
         return await self._send(request, raw_request, layout, prepare)
 
-    async def count(self, request: ChatRequest) -> int:
+    async def count(self, request: ChatRequest, prefill: str = "") -> int:
         """Tokens of a conversation with its tools. Raises as `chat_request` does."""
         use = await self.models.take(request.model)
         try:
             encoded = await self.in_encoder(
-                lambda: chat_request(request, use.generator), "messages"
+                lambda: chat_request(request, use.generator, prefill=prefill), "messages"
             )
         finally:
             self.models.give_back(use)
@@ -439,7 +425,7 @@ async def stream_events(
 
 
 async def without_silence(
-    events: AsyncIterator[str], seconds: float, waiting: str
+    events: AsyncIterator[str], seconds: float, waiting: Callable[[], str]
 ) -> AsyncIterator[str]:
     """The events, and `waiting` after so many silent seconds: proxies and clients close silent
     connections, some after 50 seconds."""
@@ -447,7 +433,7 @@ async def without_silence(
     try:
         while True:
             if not (await asyncio.wait({pending}, timeout=seconds))[0]:
-                yield waiting
+                yield waiting()
                 continue
             if (each := pending.result()) is None:
                 return

@@ -14,16 +14,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from khaosz import __version__
 from khaosz.serve.answering import Answering
+from khaosz.serve.anthropic.messages import message_routes, model_info
+from khaosz.serve.anthropic.schema import ModelInfo, ModelPage
 from khaosz.serve.errors import ApiError, errors, explain_errors
 from khaosz.serve.generations.routes import generation_routes
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.knowledge.routes import knowledge_routes
 from khaosz.serve.metrics import Metered, Meters
 from khaosz.serve.models import Models
+from khaosz.serve.ollama.models import Catalogue, with_latest
+from khaosz.serve.ollama.routes import ollama_routes
 from khaosz.serve.openai.chat import chat_routes
 from khaosz.serve.openai.responses import response_routes
 from khaosz.serve.openai.tokens import token_routes
-from khaosz.serve.openai.vectors import vector_routes
+from khaosz.serve.openai.vectors import Vectors, vector_routes
 from khaosz.serve.page import page_routes
 from khaosz.serve.records.conversation_store import ConversationStore
 from khaosz.serve.records.conversations import conversation_routes
@@ -36,8 +40,9 @@ TIMEOUT = 600.0  # seconds that a request may take
 # Schemas of requests whose `model` answers.
 _WITH_MODEL = (
     "ChatRequest", "GenerationRequest", "CompletionRequest", "TokenizeRequest", "ResponseRequest",
-    "InputCountRequest",
+    "InputCountRequest", "MessagesRequest", "CountRequest",
 )  # fmt: skip
+_ANTHROPIC = "anthropic-version"  # a header
 HEARTBEAT = 5.0  # seconds after which a silent stream sends a comment
 
 # Routes that answer with models get what answers.
@@ -86,18 +91,30 @@ def build_app(
     app.add_middleware(HeadAsGet)
     answering = Answering(models, meters, timeout, library, heartbeat)
     openai = chat_routes(answering), response_routes(answering), token_routes(models)
+    vectors = Vectors(retrieval)
+    others = (
+        message_routes(answering),
+        ollama_routes(answering, vectors, Catalogue(models, retrieval)),
+    )
     knowledge = [] if library is None else [knowledge_routes(library)]
-    for router in (*openai, vector_routes(retrieval), *knowledge, page_routes(), *routers):
+    for router in (*openai, vector_routes(vectors), *others, *knowledge, page_routes(), *routers):
         app.include_router(router if isinstance(router, APIRouter) else router(answering))
 
-    @app.get("/v1/models", response_model=ModelList, responses=errors())
-    async def list_models() -> dict[str, Any]:
+    @app.get("/v1/models", response_model=ModelList | ModelPage, responses=errors())
+    async def list_models(request: Request) -> dict[str, Any]:
+        """All models; in the layout of Anthropic's API if the header anthropic-version is sent."""
         names = (*models.names, *retrieval.embedders, *retrieval.rerankers)
-        return {"object": "list", "data": [model_card(name) for name in names]}
+        cards = [model_card(name) for name in names]
+        if _ANTHROPIC not in request.headers:
+            return {"object": "list", "data": cards}
+        data = [model_info(card) for card in cards]
+        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
 
-    @app.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404))
-    async def one_model(model: str) -> dict[str, Any]:
-        return model_card(model)
+    @app.get("/v1/models/{model:path}", response_model=ModelCard | ModelInfo, responses=errors(404))
+    async def one_model(model: str, request: Request) -> dict[str, Any]:
+        """One model, in the layout of the list."""
+        card = model_card(model)
+        return model_info(card) if _ANTHROPIC in request.headers else card
 
     def model_card(name: str) -> dict[str, Any]:
         card: dict[str, Any] = {"id": name, "object": "model", "created": models.started}
@@ -151,6 +168,10 @@ def build_app(
     names = {
         "EmbeddingRequest": list(retrieval.embedders),
         "RerankRequest": list(retrieval.rerankers),
+        "OllamaEmbedRequest": with_latest(retrieval.embedders),
+        "OllamaEmbeddingsRequest": with_latest(retrieval.embedders),
+        "OllamaChatRequest": with_latest(models.names),
+        "GenerateRequest": with_latest(models.names),
         **dict.fromkeys(_WITH_MODEL, models.names),
     }
     patch_openapi(app.openapi(), names)

@@ -81,11 +81,11 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def errors(*statuses: int, model: type[BaseModel] = Error) -> dict[int | str, dict[str, Any]]:
     """A route's error responses for the OpenAPI document. Key, origin and body size are checked
-    before any route, so each has 401, 403 and 413."""
+    before any route, so each has 401, 403 and 413. `model`: the protocol's layout."""
     return {
-        status: {"model": Error, "description": _DESCRIPTIONS[status]}
+        status: {"model": model, "description": _DESCRIPTIONS[status]}
         for status in (401, 403, 413, *statuses, 500)
     }
 

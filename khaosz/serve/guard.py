@@ -92,10 +92,10 @@ class Guard:
     def _has_key(self, headers: dict[str, bytes]) -> bool:
         if self._key is None:
             return True
-        scheme, _, key = headers.get("authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            key = headers.get("x-api-key", b"")  # of Anthropic's clients
-        return hmac.compare_digest(key.strip(), self._key)
+        scheme, _, bearer = headers.get("authorization", b"").partition(b" ")
+        keys = [headers.get("x-api-key", b"")]  # of Anthropic's clients
+        keys += [bearer.strip()] if scheme.lower() == b"bearer" else []
+        return any([hmac.compare_digest(key, self._key) for key in keys])
 
     def _check(self, path: str, headers: dict[str, bytes], has_key: bool) -> ApiError | None:
         """None for a request that may pass."""

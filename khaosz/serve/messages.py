@@ -39,6 +39,7 @@ Unsupported = Annotated[Any, AfterValidator(_refuse), Field(description="Null on
 _MEDIA = {
     "image_url": "images", "input_image": "images", "image": "images", "input_audio": "sound",
     "audio_url": "sound", "video_url": "video", "file": "files", "input_file": "files",
+    "document": "files",
 }  # fmt: skip
 
 
@@ -162,8 +163,11 @@ class ToolMessage(ChatMessage):
 Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+ToolName = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,128}$")]
+
+
 class Function(RequestModel):
-    name: Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,128}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None  # forced calls fit their schema in either case

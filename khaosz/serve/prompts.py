@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.inference.generator import Generator
 from khaosz.inference.parts import THINK, THOUGHT, Calls, opens_thought
@@ -190,7 +191,7 @@ def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:
     """A prompt whose continuation fits before `suffix`: arXiv:2207.14255, in the order prefix,
     suffix, middle, with the tokens of Qwen's and StarCoder's models."""
     tokenizer = generator.tokenizer
-    names = gap_tokens(generator)
+    names = gap_tokens(tokenizer)
     if names is None:
         raise ApiError(400, "suffix: this model cannot fill in a gap", param="suffix")
     before, after, middle = (tokenizer.special_ids[name] for name in names)
@@ -199,8 +200,8 @@ def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:
     return [before, *text, after, *tokenizer.encode(suffix, limit=limit), middle]
 
 
-def gap_tokens(generator: Generator) -> tuple[str, str, str] | None:
+def gap_tokens(tokenizer: Tokenizer) -> tuple[str, str, str] | None:
     """The tokens before a prefix, a suffix and the middle, of models that fill in a gap."""
-    special = generator.tokenizer.special_ids
+    special = tokenizer.special_ids
     known = (names for names in _FILL_IN_THE_MIDDLE if all(name in special for name in names))
     return next(known, None)

@@ -97,12 +97,13 @@ class Sampling(RequestModel):
 
 
 class SamplingRequest(Sampling):
-    """Fields of completions and chats."""
+    """Fields of completions and chats; typical_p is Ollama's."""
 
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: (
@@ -127,7 +128,7 @@ class SamplingRequest(Sampling):
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         same_names = {
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed",
-            "presence_penalty", "frequency_penalty",
+            "presence_penalty", "frequency_penalty", "typical_p",
         }  # fmt: skip
         values = {"temperature": 1.0, **self.model_dump(include=same_names, exclude_none=True)}
         if self.top_p == 0:  # the smallest nucleus: the most likely token

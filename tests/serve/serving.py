@@ -165,6 +165,18 @@ class Service:
         finally:
             connection.close()
 
+    def raw(self, method: str, path: str, body: str) -> str:
+        """The body of a successful response."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            text = answer.read().decode()
+            assert answer.status == 200, text
+            return text
+        finally:
+            connection.close()
+
     def ask(
         self, method: str, path: str, body: bytes | str | None = None, **headers: str
     ) -> tuple[int, dict[str, str], Any]:

@@ -249,7 +249,7 @@ def test_silence_and_late_errors(tiny: Path) -> None:
         slowed(service, "tiny")
         service.engine.step_tokens = 16
         client = service.client()
-        more: Any = {**BASE, "input": "fox " * 300, "stream": True}
+        more: Any = {**BASE, "input": "fox " * 300, "stream": True, "temperature": 0}
         with client.responses.with_streaming_response.create(**more) as response:
             text = response.read().decode()
         assert ": waiting\n\n" in text

@@ -25,7 +25,6 @@ class CompletionLayout:
     """Of one answer to a chat or a completion."""
 
     media_type = "text/event-stream"
-    waiting = COMMENT
 
     def __init__(self, *, chat: bool, include_usage: bool = False) -> None:
         self._chat, self._include_usage = chat, include_usage
@@ -62,6 +61,9 @@ class CompletionLayout:
         if self._include_usage:
             yield event(self._chunk(answer, [], {"usage": answer.usage.body()}))
         yield DONE
+
+    def waiting(self) -> str:
+        return COMMENT
 
     def failed(self, error: ApiError) -> str:
         return event(error.body)

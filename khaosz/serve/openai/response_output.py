@@ -22,7 +22,6 @@ class ResponseLayout:
     """Of one answer to `request`."""
 
     media_type = "text/event-stream"
-    waiting = COMMENT
 
     def __init__(self, request: ResponseRequest) -> None:
         self._request = request
@@ -52,6 +51,9 @@ class ResponseLayout:
             if piece.reason is not None:
                 response = self._ended(answer, piece)
                 yield self._line(f"response.{response['status']}", {"response": response})
+
+    def waiting(self) -> str:
+        return COMMENT
 
     def failed(self, error: ApiError) -> str:
         lines = [] if self._sent else [*self._begin()]

@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from khaosz.serve.answering import Answering, translated_chat
+from khaosz.serve.answering import Answering
 from khaosz.serve.errors import ApiError, errors
+from khaosz.serve.messages import RefusalPart
 from khaosz.serve.openai.response_output import ResponseLayout
 from khaosz.serve.openai.response_schema import (
     AllowedFunctions,
@@ -25,10 +26,10 @@ from khaosz.serve.openai.response_schema import (
     ReasoningInputItem,
     ResponseReply,
     ResponseRequest,
-    ResponseTool,
 )
 from khaosz.serve.replies import streamed
 from khaosz.serve.schema import ChatRequest
+from khaosz.serve.translation import function_tool, text_content, translated_chat
 
 _SAME = {
     "model", "parallel_tool_calls", "truncation", "temperature", "top_p", "top_k", "min_p",
@@ -72,11 +73,11 @@ def response_routes(answering: Answering) -> APIRouter:
 
 def chat_of(request: InputCountRequest) -> ChatRequest:
     """Raises `ApiError` for fields that do not go together."""
-    values = {
-        name: value for name, value in request.model_dump(include=_SAME, exclude_none=True).items()
-    }
+    values = request.model_dump(include=_SAME, exclude_none=True)
     values["messages"] = list(messages_of(request))
-    values["tools"] = [_tool(tool) for tool in request.tools or ()] or None
+    values["tools"] = [
+        function_tool(tool.name, tool.description, tool.parameters) for tool in request.tools or ()
+    ] or None
     match request.tool_choice:
         case NamedFunction(name=name):
             values["tool_choice"] = {"type": "function", "function": {"name": name}}
@@ -101,12 +102,6 @@ def _format(format: Any) -> dict[str, Any]:
         kind = body.pop("type")
         return {"type": kind, "json_schema": body}
     return body
-
-
-def _tool(tool: ResponseTool) -> dict[str, Any]:
-    fields = {"name", "description", "parameters"}
-    function = tool.model_dump(include=fields, exclude_none=True)
-    return {"type": "function", "function": function}
 
 
 def messages_of(request: InputCountRequest) -> Iterable[dict[str, Any]]:
@@ -155,7 +150,7 @@ def _assistant_part(item: Item) -> dict[str, Any] | None:
     return None
 
 
-def _text(content: Any) -> str:
+def _text(content: Any) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
-    return "\n".join(part.text for part in content if hasattr(part, "text"))
+    return text_content([part.text for part in content if not isinstance(part, RefusalPart)])

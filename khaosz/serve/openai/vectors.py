@@ -83,17 +83,28 @@ class Ranking(Reply):
     results: list[Ranked]
 
 
-def vector_routes(retrieval: RetrievalModels) -> APIRouter:
-    router = APIRouter()
-    # Each runs one request at a time, in a thread of its own: waiting for it takes no thread from
-    # chats.
-    threads = {
-        name: ThreadPoolExecutor(1, thread_name_prefix=f"khaosz-{name}")
-        for name in (*retrieval.embedders, *retrieval.rerankers)
-    }
+class Vectors:
+    """Embedders and rerankers. Each runs one request at a time, in a thread of its own: waiting for
+    it takes no thread from chats."""
 
-    async def run_in_turn(name: str, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(threads.get(name), work)
+    def __init__(self, retrieval: RetrievalModels) -> None:
+        self.retrieval = retrieval
+        self._threads = {
+            name: ThreadPoolExecutor(1, thread_name_prefix=f"khaosz-{name}")
+            for name in (*retrieval.embedders, *retrieval.rerankers)
+        }
+
+    async def embed(self, request: EmbeddingRequest) -> tuple[np.ndarray, int]:
+        """float32 (texts, D), and how many tokens were read."""
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        return await self.in_turn(request.model, lambda: _embed(self.retrieval, request, texts))
+
+    async def in_turn(self, name: str, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads.get(name), work)
+
+
+def vector_routes(vectors: Vectors) -> APIRouter:
+    router = APIRouter()
 
     @router.post(
         "/v1/embeddings",
@@ -103,11 +114,10 @@ def vector_routes(retrieval: RetrievalModels) -> APIRouter:
     )
     async def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
         """Vectors of length 1."""
-        texts = [request.input] if isinstance(request.input, str) else request.input
-        vectors, count = await run_in_turn(request.model, lambda: _embed(retrieval, request, texts))
+        rows, count = await vectors.embed(request)
         data = [
             {"object": "embedding", "index": i, "embedding": _encode(request, vector)}
-            for i, vector in enumerate(vectors)
+            for i, vector in enumerate(rows)
         ]
         usage = {"prompt_tokens": count, "total_tokens": count}
         return {"object": "list", "model": request.model, "data": data, "usage": usage}
@@ -121,8 +131,9 @@ def vector_routes(retrieval: RetrievalModels) -> APIRouter:
     async def rerank(request: RerankRequest) -> dict[str, Any]:
         """Passages by relevance to a query, best first."""
         texts = [each if isinstance(each, str) else each.text for each in request.documents]
-        scores = await run_in_turn(
-            request.model, lambda: retrieval.reranker(request.model).scores(request.query, texts)
+        model, query = request.model, request.query
+        scores = await vectors.in_turn(
+            model, lambda: vectors.retrieval.reranker(model).scores(query, texts)
         )
         relevance = 1 / (1 + np.exp(-scores.astype(np.float64)))
         results: list[dict[str, Any]] = []

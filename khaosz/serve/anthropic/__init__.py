@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: `messages` translates requests, `output` answers, `schema` has both."""
