@@ -185,7 +185,9 @@ def generation_routes(conversations: ConversationStore, answering: Answering) ->
         if not reading.stream:
             return JSONResponse(_whole(record, offset))
         growing = generations.growing(id) or _ended(record)
-        events = without_silence(_events(growing, offset), answering.heartbeat, ": waiting\n\n")
+        events = without_silence(
+            _events(growing, offset), answering.heartbeat, lambda: ": waiting\n\n"
+        )
         return EventStream(events, "text/event-stream", lambda: None)
 
     @router.post(
