@@ -32,6 +32,7 @@ from khaosz.serve.knowledge.library import Library
 from khaosz.serve.metrics import Meters, Usage
 from khaosz.serve.models import Models, Use
 from khaosz.serve.prompts import (
+    COUNTED,
     Begun,
     EngineRequest,
     ResponseFormat,
@@ -299,13 +300,16 @@ class Answering:
 
         return await self._send(request, raw_request, layout, prepare)
 
-    async def count(self, request: ChatRequest, prefill: str = "") -> int:
-        """Tokens of a conversation with its tools. Raises as `chat_request` does."""
+    async def count(self, request: ChatRequest, *, think: bool = True, prefill: str = "") -> int:
+        """Tokens of a prompt, which may not fit into the context. Raises as `chat_request` does."""
         use = await self.models.take(request.model)
+
+        def encode() -> EngineRequest:
+            limit = COUNTED * use.generator.context
+            return chat_request(request, use.generator, think=think, prefill=prefill, limit=limit)
+
         try:
-            encoded = await self.in_encoder(
-                lambda: chat_request(request, use.generator, prefill=prefill), "messages"
-            )
+            encoded = await self.in_encoder(encode, "messages")
         finally:
             self.models.give_back(use)
         return len(encoded.prompts[0])

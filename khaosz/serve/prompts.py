@@ -26,6 +26,7 @@ from khaosz.serve.schema import (
 from khaosz.serve.tools import add_tools, call_format, call_grammar
 from khaosz.serve.truncation import prompt_room
 
+COUNTED = 16  # contexts: what is only counted may be longer than an answer allows
 _FILL_IN_THE_MIDDLE = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
@@ -138,17 +139,19 @@ def chat_request(
     think: bool = True,
     prefill: str = "",
     begun: Begun | None = None,
+    limit: int | None = None,
 ) -> EngineRequest:
     """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues;
-    `begun`: an answer of this server that is continued.
+    `begun`: an answer of this server that is continued; `limit`: tokens from which on the rest is
+    not read, by default the context.
 
     Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
-    tokenizer = generator.tokenizer
+    tokenizer, limit = generator.tokenizer, limit or generator.context
     tools = request.allowed_tools
     messages = (
         context.messages if context else [message.for_template() for message in request.messages]
     )
-    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=generator.context)
+    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=limit)
     lark, schema = None, request.json_schema
     if request.must_call or (tools and schema is not None):
         schema = None if request.must_call else schema
@@ -161,7 +164,7 @@ def chat_request(
         # What Qwen3's template writes for `enable_thinking=False`.
         prompt = [*prompt, *tokenizer.encode(f"{THINK}\n\n{THOUGHT}\n\n")]
     if prefill:
-        prompt = [*prompt, *tokenizer.encode(prefill, limit=generator.context)]
+        prompt = [*prompt, *tokenizer.encode(prefill, limit=limit)]
     if begun is not None:
         prompt = [*prompt, *tokenizer.encode(begun.text, limit=generator.context)]
     response_format = ResponseFormat(

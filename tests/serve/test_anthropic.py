@@ -97,6 +97,17 @@ def test_whole_and_streamed_answers_are_the_same(service: Service) -> None:
     assert counted == {"input_tokens": chat.usage.prompt_tokens}
 
 
+def test_long_prompts_are_counted(service: Service) -> None:
+    messages = [{"role": "user", "content": "fox " * 3000}]
+    status, answer = ask(service, "/count_tokens", model="tiny", messages=messages)
+    assert status == 200 and answer["input_tokens"] > 2048
+
+
+def test_requests_are_counted_by_route(service: Service) -> None:
+    answered(service, **BASE)
+    assert 'khaosz_requests_total{route="/v1/messages",status="200"}' in service.text("/metrics")[1]
+
+
 def test_stop_sequence_is_named(service: Service) -> None:
     more: Any = {**BASE, "temperature": 0, "max_tokens": 20}
     text = answered(service, **more)["content"][0]["text"]

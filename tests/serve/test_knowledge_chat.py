@@ -84,6 +84,38 @@ def test_answer_with_citations(zoo: KnowledgeClient) -> None:
     assert answer["usage"]["prompt_tokens"] == len(tokens)
 
 
+@pytest.mark.parametrize("question", [ASKED["content"], "zebras and giraffes"])
+def test_other_protocols_use_knowledge_bases(zoo: KnowledgeClient, question: str) -> None:
+    schema, base = {"enum": [OUTPUT]}, {"model": "tiny", "knowledge_base": "zoo"}
+    _, chat_answer = chat(zoo, {"role": "user", "content": question}, **constrained_to(OUTPUT))
+    message = chat_answer["choices"][0]["message"]
+    asked = [{"role": "user", "content": question}]
+    form = {"type": "json_schema", "name": "a", "schema": schema}
+    for path, body in (
+        ("/v1/responses", {"input": asked, "text": {"format": form}, "max_output_tokens": 300}),
+        ("/v1/messages", {"messages": asked, "output_config": {"format": {
+            "type": "json_schema", "schema": schema}}, "max_tokens": 300}),
+        ("/api/chat", {"messages": asked, "format": schema}),
+        ("/api/generate", {"prompt": question, "format": schema}),
+    ):  # fmt: skip
+        sent = json.dumps({**base, **body, "stream": False})
+        status, _, answer = zoo.service.ask("POST", path, sent)
+        assert status == 200, answer
+        assert answer["retrieval"] == chat_answer["retrieval"]
+        assert answer["citations"] == message["citations"]
+        assert json.dumps(message["content"], ensure_ascii=False)[1:-1] in json.dumps(
+            answer, ensure_ascii=False
+        )
+        for line in zoo.service.raw(
+            "POST", path, json.dumps({**base, **body, "stream": True})
+        ).split("\n"):
+            if '"retrieval"' in line:
+                assert json.loads(line.removeprefix("data: "))
+                break
+        else:
+            raise AssertionError(f"no retrieval in the stream of {path}")
+
+
 def test_stream_matches_whole_answer(zoo: KnowledgeClient) -> None:
     _, whole = chat(zoo, **constrained_to(OUTPUT), n=2)
     client = zoo.service.client()

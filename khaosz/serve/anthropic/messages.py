@@ -53,9 +53,8 @@ def message_routes(answering: Answering) -> APIRouter:
     async def create(request: MessagesRequest, raw_request: Request) -> Response:
         """Answer a conversation, as Anthropic's API does."""
         chat, prefill = chat_of(request)
-        think = request.thinking is not None and request.thinking.type != "disabled"
         layout = MessageLayout(request.model)
-        return await answering.chat(chat, raw_request, layout, think=think, prefill=prefill)
+        return await answering.chat(chat, raw_request, layout, think=request.think, prefill=prefill)
 
     @router.post(
         "/v1/messages/count_tokens",
@@ -65,7 +64,7 @@ def message_routes(answering: Answering) -> APIRouter:
     async def count(request: CountRequest) -> dict[str, int]:
         """The tokens of a request."""
         chat, prefill = chat_of(request)
-        return {"input_tokens": await answering.count(chat, prefill)}
+        return {"input_tokens": await answering.count(chat, think=request.think, prefill=prefill)}
 
     return router
 

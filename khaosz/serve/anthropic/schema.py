@@ -179,6 +179,10 @@ class CountRequest(RequestModel):
     user_profile_id: Ignored = None
     workspace_id: Ignored = None
 
+    @property
+    def think(self) -> bool:
+        return self.thinking is not None and self.thinking.type != "disabled"
+
 
 class MessagesRequest(CountRequest):
     """min_p, repetition_penalty, seed, knowledge_base and retrieval are not Anthropic's."""

@@ -215,6 +215,10 @@ class InputCountRequest(RequestModel):
     conversation: Stored = None
     personality: Ignored = None
 
+    @property
+    def think(self) -> bool:
+        return self.reasoning is None or self.reasoning.effort != "none"
+
 
 class ResponseRequest(InputCountRequest):
     """top_k, min_p, repetition_penalty, seed, knowledge_base and retrieval are not OpenAI's."""

@@ -47,10 +47,8 @@ def response_routes(answering: Answering) -> APIRouter:
     )
     async def respond(request: ResponseRequest, raw_request: Request) -> Response:
         """Answer a list of items, as OpenAI's Responses API does."""
-        think = request.reasoning is None or request.reasoning.effort != "none"
-        return await answering.chat(
-            chat_of(request), raw_request, ResponseLayout(request), think=think
-        )
+        layout = ResponseLayout(request)
+        return await answering.chat(chat_of(request), raw_request, layout, think=request.think)
 
     @router.post(
         "/v1/responses/input_tokens",
@@ -59,7 +57,7 @@ def response_routes(answering: Answering) -> APIRouter:
     )
     async def count(request: InputCountRequest) -> dict[str, Any]:
         """The tokens of a request."""
-        tokens = await answering.count(chat_of(request))
+        tokens = await answering.count(chat_of(request), think=request.think)
         return {"object": "response.input_tokens", "input_tokens": tokens}
 
     @router.get("/v1/responses/{response}", response_model=None, responses=errors(404))

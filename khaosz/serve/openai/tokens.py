@@ -13,11 +13,10 @@ from khaosz.inference.generator import Generator
 from khaosz.serve.errors import errors
 from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
+from khaosz.serve.prompts import COUNTED
 from khaosz.serve.replies import Reply
 from khaosz.serve.schema import Tokens, Truncation
 from khaosz.serve.truncation import last_turns, prompt_room
-
-_CONTEXTS = 16  # a text of more tokens than so many contexts is refused before it is read in full
 
 
 class TokenizeRequest(RequestModel):
@@ -70,7 +69,7 @@ def token_routes(models: Models) -> APIRouter:
 
 
 def _tokenized(request: TokenizeRequest, generator: Generator) -> dict[str, Any]:
-    limit = _CONTEXTS * generator.context
+    limit = COUNTED * generator.context
     more = {}
     if request.messages is not None:
         kept: Sequence[Message] = request.messages
