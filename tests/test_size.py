@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 5_055,
     "rewards": 2,
-    "serve": 7_187,
+    "serve": 7_194,
     "trainer": 4_578,
     "memory": 507,
     "folders": 103,
