@@ -29,7 +29,7 @@ BUDGET = {
     "interop": 3_270,
     "model": 709,
     "parallel": 116,
-    "rag": 5_055,
+    "rag": 5_056,
     "rewards": 2,
     "serve": 7_194,
     "trainer": 4_578,

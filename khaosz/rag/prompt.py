@@ -27,12 +27,12 @@ _NUMBER = re.compile(r"^(\s*)[\[【]\s*(\d+)\s*[\]】]", re.MULTILINE)  # how ou
 _SHORTEST = 60  # characters of a passage that can still answer a question
 _HAN = re.compile("[㐀-鿿]")
 
-# A sentence that forbids to follow the passages' instructions was tried here: the 1.5B wrote it
-# into five of six Chinese answers instead of the number.
+# A sentence that forbids to follow the passages' instructions was tried here: a model of 1.5B
+# wrote it into four of five Chinese answers instead of the number.
 _INSTRUCTION = {
     "zh": (
-        "根据上面的资料，用一句完整的话回答问题，句末用方括号注明答案出自第几条资料，例如：……[1]。"
-        "只有在资料完全没有提到时，才回答“{refusal}”"
+        "请根据上面的资料用一句完整的话回答，句末用 [1]、[2] 这样的编号注明出处。"
+        "资料中确实没有提到时，才回答：{refusal}"
     ),
     "en": (
         "From the passages above, answer the question in one full sentence, and end the sentence"
@@ -93,8 +93,10 @@ def build_prompt(
 
     def with_passages(passages: Sequence[Hit], narrowed: bool = False) -> Prompt:
         parts = [_passage(i, hit) for i, hit in enumerate(passages, 1)]
-        parts.append(_INSTRUCTION[language].format(refusal=REFUSAL[language]))
-        parts.append(_QUESTION[language] + question.strip())
+        instruction = _INSTRUCTION[language].format(refusal=REFUSAL[language])
+        asked = _QUESTION[language] + question.strip()
+        # In Chinese, models cite more often if they read the instruction last.
+        parts += [asked, instruction] if language == "zh" else [instruction, asked]
         left_out = len(hits) - len(passages)
         return Prompt("\n\n".join(parts), tuple(passages), left_out, language, narrowed)
 

@@ -204,6 +204,31 @@ def test_refusal_where_nothing_is_found(zoo: KnowledgeClient, question: str, ref
     assert not zoo.service.engine.unfinished
 
 
+def test_model_can_be_asked_anyway(zoo: KnowledgeClient) -> None:
+    asked = {"role": "user", "content": "What is a quasar?"}
+    _, before = chat(zoo, asked)
+    assert before["retrieval"]["asked"] is False and before["retrieval"]["hits"]
+    assert before["choices"][0]["message"]["not_found"] is True
+    more = {"retrieval": {"ask_anyway": True}, **constrained_to("A star [1].")}
+    status, answer = chat(zoo, asked, **more)
+    assert status == 200, answer
+    ChatCompletion.model_validate(answer)
+    retrieval, message = answer["retrieval"], answer["choices"][0]["message"]
+    assert retrieval["asked"] is True and retrieval["found"] is False and retrieval["prompt"]
+    assert json.loads(message["content"]) == "A star [1]." and len(message["citations"]) == 1
+    assert "not_found" not in message
+    # A refusal by the model is marked, whole and streamed.
+    refusal = constrained_to("The documents do not contain the answer.")
+    _, answer = chat(zoo, **refusal)
+    assert answer["retrieval"]["found"] and answer["choices"][0]["message"]["not_found"] is True
+    stream = zoo.service.client().chat.completions.create(
+        model="tiny", messages=[ASKED], max_tokens=300, temperature=0, stream=True,  # type: ignore[list-item,arg-type]
+        extra_body={"knowledge_base": "zoo"}, **refusal,
+    )  # fmt: skip
+    *_, last = (chunk.model_dump(exclude_unset=True) for chunk in stream)
+    assert last["choices"][0]["delta"] == {"citations": [], "not_found": True}
+
+
 def test_follow_up_question(zoo: KnowledgeClient) -> None:
     history = [ASKED, {"role": "assistant", "content": "In the south [1].", "citations": []}]
     status, answer = chat(

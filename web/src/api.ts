@@ -63,6 +63,8 @@ export interface Citation {
 export interface Retrieval {
   query: string;
   found: boolean;
+  /** Whether the model was asked; answers saved earlier lack it. */
+  asked?: boolean;
   hits: Hit[];
   prompt: string | null;
   left_out: number;

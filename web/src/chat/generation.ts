@@ -34,12 +34,13 @@ export async function edit(node: Node, text: string): Promise<void> {
   await answer(current.value.selected!);
 }
 
-export async function regenerate(node: Node): Promise<void> {
-  if (node.parent !== null) await answer(node.parent);
+/** anyway: ask the model although no passage seems relevant. */
+export async function regenerate(node: Node, anyway = false): Promise<void> {
+  if (node.parent !== null) await answer(node.parent, anyway);
 }
 
 /** Stream an answer to the question, as a sibling of earlier answers. */
-export async function answer(question: string): Promise<void> {
+export async function answer(question: string, anyway = false): Promise<void> {
   const chosen = model.value;
   if (chosen === null || running.value !== null) return;
   const node = newNode(question, "assistant", "", chosen.id);
@@ -72,7 +73,7 @@ export async function answer(question: string): Promise<void> {
     setState(updateNode(latest(id)!, node.id, change));
   };
   try {
-    for await (const chunk of streamChat(requestBody(conversation, messages, chosen.id), abort.signal)) {
+    for await (const chunk of streamChat(requestBody(conversation, messages, chosen.id, anyway), abort.signal)) {
       if (chunk.retrieval) {
         const { knowledge_base } = conversation;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
@@ -114,7 +115,7 @@ export async function answer(question: string): Promise<void> {
   await save(latest(id)!);
 }
 
-function requestBody(conversation: Conversation, messages: Node[], model: string): unknown {
+function requestBody(conversation: Conversation, messages: Node[], model: string, anyway: boolean): unknown {
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return {
     model,
@@ -124,5 +125,6 @@ function requestBody(conversation: Conversation, messages: Node[], model: string
     stream_options: { include_usage: true },
     ...conversation.settings,
     ...(conversation.knowledge_base ? { knowledge_base: conversation.knowledge_base } : {}),
+    ...(conversation.knowledge_base && anyway ? { retrieval: { ask_anyway: true } } : {}),
   };
 }

@@ -127,6 +127,11 @@ function Answer(props: { node: Node }) {
           ))}
         </ul>
       )}
+      {!generating && node.retrieval?.asked === false && (
+        <button type="button" disabled={running.value !== null} onClick={() => void regenerate(node, true)}>
+          {t("askAnyway")}
+        </button>
+      )}
       {!generating && (
         <div class="actions">
           <Versions node={node} />

@@ -86,7 +86,7 @@ export function Inspector(props: {
     <Dialog title={t("retrievalDetails")} side onClose={props.onClose}>
       <h3>{t("searchQuery")}</h3>
       <p class="query">{retrieval.query}</p>
-      {!retrieval.found && <p class="note">{t("noPassages")}</p>}
+      {!(retrieval.asked ?? retrieval.found) && <p class="note">{t("noPassages")}</p>}
       <h3>{t("passages")}</h3>
       <HitList hits={retrieval.hits} onOpen={props.onOpen} />
       {retrieval.left_out > 0 && <p class="note">{t("passagesOmitted", { n: retrieval.left_out })}</p>}
