@@ -47,13 +47,15 @@ class ForkServer:
         self._process.communicate()
 
     @contextmanager
-    def khaosz(self, *arguments: str | Path, file_limit: int | None = None) -> Iterator[Command]:
+    def khaosz(
+        self, *arguments: str | Path, file_limit: int | None = None, port: int = 0
+    ) -> Iterator[Command]:
         """The command `khaosz serve` with these arguments, killed at the end. `file_limit`: bytes
-        that it may write to a file."""
+        that it may write to a file; `port`: 0 is any free one."""
         assert self._process.stdin is not None
         stderr = self._folder / f"stderr-{len(list(self._folder.iterdir()))}"
         request = {
-            "arguments": ["serve", *map(str, arguments), "--port", "0", "--device", "cpu"],
+            "arguments": ["serve", *map(str, arguments), "--port", str(port), "--device", "cpu"],
             "stderr": str(stderr),
             "file_limit": file_limit,
         }

@@ -64,6 +64,19 @@ def test_stops_an_answer(browser: Any, place: Service) -> None:
         assert "stopped" in last_answer(page).locator(".metadata").inner_text()
 
 
+def test_interrupted_answer_is_marked(browser: Any, place: Service) -> None:
+    """Also after a reload."""
+    half = {"choices": [{"index": 0, "delta": {"content": "half"}, "finish_reason": None}]}
+    with open_page(browser, place.port) as page:
+        sent = {"content_type": "text/event-stream", "body": f"data: {json.dumps(half)}\n\n"}
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(**sent))
+        ask(page, "plain")
+        page.get_by_text("can't be reached").wait_for()
+        page.reload()
+        assert last_answer(page).locator(".markdown").inner_text() == "half"
+        assert "interrupted" in last_answer(page).locator(".metadata").inner_text()
+
+
 def test_versions_of_answers_and_questions(browser: Any, place: Service) -> None:
     with open_page(browser, place.port) as page:
         ask(page, "plain")

@@ -101,7 +101,7 @@ def test_two_windows_merge_titles_and_settings(browser: Any, place: Service) -> 
 def test_window_with_partial_answer_does_not_overwrite_it(browser: Any, place: Service) -> None:
     with open_page(browser, place.port) as one, open_page(browser, place.port) as two:
         routes: list[Any] = []
-        one.route("**/v1/chat/completions", lambda route: routes.append(route))
+        one.route("**/v1/conversations/*/generations", lambda route: routes.append(route))
         ask(one, "plain")
         wait_for(one, lambda: bool(routes))
         two.goto(one.url)

@@ -78,6 +78,20 @@ export interface Usage {
   completion_tokens: number;
 }
 
+export interface Timings {
+  wait_seconds: number | null;
+  generation_seconds: number;
+}
+
+/** An answer that the server generates and stores; it has the id of its message. */
+export interface Generation {
+  id: string;
+  state: "queued" | "running" | "complete" | "stopped" | "interrupted" | "failed";
+  can_continue: boolean;
+  usage: Usage | null;
+  timings: Timings;
+}
+
 export interface Delta {
   content?: string;
   reasoning_content?: string;
@@ -89,6 +103,9 @@ export interface Chunk {
   usage?: Usage | null;
   retrieval?: Retrieval;
   left_out?: number;
+  /** The last chunk of a stored generation has these. */
+  timings?: Timings;
+  can_continue?: boolean;
   error?: { message: string; code: string | null };
 }
 
@@ -220,12 +237,26 @@ export async function* streamChat(body: unknown, signal: AbortSignal): AsyncGene
     headers: { "Content-Type": "application/json" },
     signal,
   });
+  yield* chunks(response);
+}
+
+/** Chunks of a stored generation from its beginning, as it grows. Throws as `streamChat` does. */
+export async function* streamGeneration(id: string, signal: AbortSignal): AsyncGenerator<Chunk> {
+  yield* chunks(await request(`/v1/generations/${id}?stream=true`, { signal }));
+}
+
+async function* chunks(response: Response): AsyncGenerator<Chunk> {
   if (response.body === null) throw new Unreachable("response has no body");
-  for await (const data of events(response.body)) {
-    if (data === "[DONE]") return;
-    const chunk: Chunk = JSON.parse(data);
-    if (chunk.error) throw new ApiError(500, chunk.error.message, chunk.error.code);
-    yield chunk;
+  try {
+    for await (const data of events(response.body)) {
+      if (data === "[DONE]") return;
+      const chunk: Chunk = JSON.parse(data);
+      if (chunk.error) throw new ApiError(500, chunk.error.message, chunk.error.code);
+      yield chunk;
+    }
+  } catch (error) {
+    // Of `fetch`: the connection broke.
+    throw error instanceof TypeError ? new Unreachable(String(error)) : error;
   }
   throw new Unreachable("the stream ended early");
 }
@@ -256,6 +287,7 @@ export const connected = signal(false);
 /** Optional parts of the server; views of missing parts are hidden. */
 export const features = signal({
   conversations: false,
+  generations: false,
   knowledgeBases: false,
   runs: false,
   preferences: false,
@@ -267,6 +299,7 @@ export async function discoverFeatures(): Promise<void> {
   batch(() => {
     features.value = {
       conversations: has("/v1/conversations"),
+      generations: has("/v1/generations/{generation}"),
       knowledgeBases: has("/v1/knowledge_bases"),
       runs: has("/v1/runs"),
       preferences: has("/v1/preferences"),

@@ -3,9 +3,10 @@ import type { FunctionComponent } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 import { storeKey, isKeyAccepted, keyPrompt, keyRejected, connected, features } from "./api";
 import { isComposing } from "./chat/composer";
+import { attach, refreshOpen } from "./chat/generation";
 import { History } from "./chat/history";
 import { open, startNewChat } from "./chat/persistence";
-import { announcement, stop } from "./chat/state";
+import { announcement, current, stop } from "./chat/state";
 import { ChatView } from "./chat/view";
 import { Dialog } from "./components/dialog";
 import { Icon } from "./components/icons";
@@ -37,8 +38,20 @@ export function App() {
   const visible = views.filter((each) => each.available());
   const active = visible.find((each) => each.name === route.value.view) ?? visible[0]!;
   useEffect(() => {
-    if (connected.value && route.value.view === "chat") void open(route.value.id);
+    const { view, id } = route.value;
+    if (!connected.value || view !== "chat") return;
+    void open(id).then(() => {
+      if (id !== null && current.value.id === id) void attach(id);
+    });
   }, [route.value, connected.value]);
+  useEffect(() => {
+    const onReturn = () => {
+      if (connected.value && document.visibilityState === "visible") void refreshOpen();
+    };
+    addEventListener("focus", onReturn);
+    addEventListener("online", onReturn);
+    document.addEventListener("visibilitychange", onReturn);
+  }, []);
   useEffect(() => {
     document.title = active.name === "chat" ? "KHAOSZ" : `${t(active.name)} · KHAOSZ`;
   });

@@ -4,7 +4,7 @@ import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
 import { subtree, turn, without, withoutTurn, type Conversation, type Node } from "../tree";
 import { remove, update } from "./persistence";
-import { current, running } from "./state";
+import { current, generating } from "./state";
 
 /** Deletes an answer or a turn, and what follows it on request; asks before. */
 export function DeleteMessage(props: { node: Node }) {
@@ -17,7 +17,7 @@ export function DeleteMessage(props: { node: Node }) {
         class="quiet"
         aria-label={title}
         title={title}
-        disabled={running.value !== null}
+        disabled={generating.value}
         onClick={() => (asking.value = true)}
       >
         <Icon name="trash" />

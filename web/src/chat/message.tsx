@@ -7,11 +7,11 @@ import { Inspector, sourceLabel, SourcePanel } from "../components/sources";
 import { number, t } from "../i18n";
 import { copyText } from "../platform";
 import { siblings, type Node } from "../tree";
-import { edit, regenerate } from "./generation";
+import { continueAnswer, edit, regenerate } from "./generation";
 import { isComposing } from "./composer";
 import { DeleteMessage } from "./deletion";
 import { select } from "./persistence";
-import { canGenerate, current, running, usage } from "./state";
+import { canGenerate, continuable, current, generating, running, usage } from "./state";
 
 const SHORTEST = 0.01; // s between first and last token: answers that arrive at once have no rate
 
@@ -41,7 +41,7 @@ function Question(props: { node: Node }) {
           class="quiet"
           aria-label={t("edit")}
           title={t("edit")}
-          disabled={running.value !== null}
+          disabled={generating.value}
           onClick={() => (editing.value = true)}
         >
           <Icon name="edit" />
@@ -91,26 +91,26 @@ function Answer(props: { node: Node }) {
   const { node } = props;
   const opened = useSignal<Citation | Hit | null>(null);
   const inspecting = useSignal(false);
-  const generating = running.value?.node === node.id;
+  const growing = running.value.has(node.id);
   const knowledgeBase = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
   const stats = usage.value.get(node.id);
   return (
     <>
       {node.reasoning && (
-        <details class="thought" open={generating && !node.content}>
-          <summary>{generating && !node.content ? t("thinking") : t("reasoning")}</summary>
-          <Markdown text={node.reasoning} finished={!generating || Boolean(node.content)} />
+        <details class="thought" open={growing && !node.content}>
+          <summary>{growing && !node.content ? t("thinking") : t("reasoning")}</summary>
+          <Markdown text={node.reasoning} finished={!growing || Boolean(node.content)} />
         </details>
       )}
       {node.content ? (
         <Markdown
           text={node.content}
-          finished={!generating}
+          finished={!growing}
           citations={node.citations ?? provisionalCitations(node)}
           onCite={(citation) => (opened.value = citation)}
         />
       ) : (
-        generating && !node.reasoning && <span class="waiting" aria-hidden="true" />
+        growing && !node.reasoning && <span class="waiting" aria-hidden="true" />
       )}
       {node.citations !== null && node.citations.length > 0 && (
         <ul class="citations" aria-label={t("sources")}>
@@ -127,12 +127,12 @@ function Answer(props: { node: Node }) {
           ))}
         </ul>
       )}
-      {!generating && node.retrieval?.asked === false && (
-        <button type="button" disabled={running.value !== null} onClick={() => void regenerate(node, true)}>
+      {!growing && node.retrieval?.asked === false && (
+        <button type="button" disabled={generating.value} onClick={() => void regenerate(node, true)}>
           {t("askAnyway")}
         </button>
       )}
-      {!generating && (
+      {!growing && (
         <div class="actions">
           <Versions node={node} />
           <Copy text={node.content} />
@@ -141,11 +141,23 @@ function Answer(props: { node: Node }) {
             class="quiet"
             aria-label={t("regenerate")}
             title={t("regenerate")}
-            disabled={running.value !== null}
+            disabled={generating.value}
             onClick={() => void regenerate(node)}
           >
             <Icon name="again" />
           </button>
+          {continuable.value.has(node.id) && current.value.selected === node.id && (
+            <button
+              type="button"
+              class="quiet"
+              aria-label={t("continueAnswer")}
+              title={t("continueAnswer")}
+              disabled={generating.value}
+              onClick={() => void continueAnswer(node)}
+            >
+              <Icon name="forward" /> {t("continueAnswer")}
+            </button>
+          )}
           <DeleteMessage node={node} />
           {node.retrieval && (
             <button
@@ -165,6 +177,8 @@ function Answer(props: { node: Node }) {
               ` · ${t("perSecond", { n: number((stats.usage.completion_tokens - 1) / stats.seconds, 1) })}`}
             {node.finish_reason === "stopped" && ` · ${t("stopped")}`}
             {node.finish_reason === "error" && ` · ${t("interrupted")}`}
+            {node.finish_reason === "interrupted" && ` · ${t("serverEnded")}`}
+            {node.finish_reason === "size_limit" && ` · ${t("sizeLimit")}`}
             {node.finish_reason === "length" && ` · ${t("lengthLimit")}`}
           </span>
         </div>
@@ -202,7 +216,7 @@ function Versions(props: { node: Node }) {
         type="button"
         class="quiet"
         aria-label={t("previousVersion")}
-        disabled={index === 0 || running.value !== null}
+        disabled={index === 0 || generating.value}
         onClick={() => move(-1)}
       >
         <Icon name="left" />
@@ -214,7 +228,7 @@ function Versions(props: { node: Node }) {
         type="button"
         class="quiet"
         aria-label={t("nextVersion")}
-        disabled={index === all.length - 1 || running.value !== null}
+        disabled={index === all.length - 1 || generating.value}
         onClick={() => move(1)}
       >
         <Icon name="right" />

@@ -9,7 +9,7 @@ import {
   leafBelow, merge, newConversation, withBase, type Conversation, type Node,
 } from "../tree"; // prettier-ignore
 import { validateConversation } from "../validateConversation";
-import { current, explain, problem, refreshList, running, stop } from "./state";
+import { current, explain, problem, refreshList, running } from "./state";
 
 /** The conversation in the address: one that loads late is shown only if it is still this one. */
 let requestedId: string | null = null;
@@ -27,13 +27,17 @@ export async function open(id: string | null): Promise<void> {
     const stored = withBase(validateConversation(await conversationStorage().get(id)));
     if (requestedId !== id) return;
     const local = answered.get(id);
-    const selected = running.value?.conversation === id && local ? local.selected : stored.selected;
+    const selected = local && isRunning(id) ? local.selected : stored.selected;
     current.value = local ? { ...merge(local, stored), selected } : stored;
   } catch (error) {
     if (requestedId !== id) return;
     if (!(error instanceof ApiError && error.status === 404)) problem.value = explain(error);
     go("chat");
   }
+}
+
+function isRunning(id: string): boolean {
+  return [...running.value.values()].some((each) => each.conversation === id);
 }
 
 export function startNewChat(): void {
@@ -67,6 +71,9 @@ export function setState(state: Conversation): void {
 }
 
 let lastSave: Promise<void> = Promise.resolve();
+
+/** Nothing is being saved. */
+export const saved = () => lastSave;
 
 /** States waiting to be saved, as they were when last shown. */
 const queued = new Map<string, Conversation>();
@@ -168,7 +175,7 @@ export async function remove(id: string): Promise<void> {
       return;
     }
   }
-  if (running.value?.conversation === id) stop();
+  for (const each of running.value.values()) if (each.conversation === id) each.abort.abort();
   if (current.value.id === id) startNewChat();
   await refreshList().catch((error) => (problem.value = explain(error)));
 }

@@ -9,6 +9,7 @@ import {
   discoverFeatures,
   features,
   getJson,
+  sendJson,
   Unreachable,
   type ChatMessage,
   type KnowledgeBase,
@@ -30,33 +31,56 @@ export const search = signal("");
 export const current = signal<Conversation>(newConversation());
 export const problem = signal<string | null>(null);
 
-/** The answer being generated, which may belong to a conversation that is not open. */
+/** An answer being generated, which may belong to a conversation that is not open. */
 export interface Running {
   conversation: string;
   node: string;
+  /** Ends the stream to this window, which ends an answer that the server does not store. */
   abort: AbortController;
+  /** Whether the server stores it. */
+  stored: "no" | "requested" | "yes";
+  stopping: boolean;
   startedAt: number; // ms, as performance.now()
   firstTokenAt: number | null;
 }
-export const running = signal<Running | null>(null);
+/** By the id of the answer. */
+export const running = signal<ReadonlyMap<string, Running>>(new Map());
 
+/** Stop the answer to the open conversation. */
 export function stop(): void {
-  running.value?.abort.abort();
+  for (const each of running.value.values()) {
+    if (each.conversation === current.value.id) void stopAnswer(each);
+  }
+}
+
+export async function stopAnswer(answer: Running): Promise<void> {
+  answer.stopping = true;
+  if (answer.stored === "no") answer.abort.abort();
+  if (answer.stored !== "yes") return; // one that is requested is stopped when it has begun
+  try {
+    await sendJson("POST", `/v1/generations/${answer.node}/stop`);
+  } catch (error) {
+    problem.value = explain(error);
+  }
 }
 
 export const announcement = signal(""); // for screen readers
 /** By message. A map, since ids of imported conversations may be any text. */
 export const usage = signal<ReadonlyMap<string, { usage: Usage; seconds: number }>>(new Map());
+/** Answers that the server can continue. */
+export const continuable = signal<ReadonlySet<string>>(new Set());
 
 export const visibleNodes = computed(() => path(current.value));
 export const model = computed(() => {
   const chats = models.value.filter((each) => each.kind === "chat");
   return chats.find((each) => each.id === selectedModel.value) ?? chats[0] ?? null;
 });
-/** One answer is generated at a time, and it needs a model. */
-export const canGenerate = computed(() => running.value === null && model.value !== null);
 /** The open conversation is being answered. */
-export const generating = computed(() => running.value?.conversation === current.value.id);
+export const generating = computed(() =>
+  [...running.value.values()].some((each) => each.conversation === current.value.id),
+);
+/** A conversation gets one answer at a time, and it needs a model. */
+export const canGenerate = computed(() => !generating.value && model.value !== null);
 
 export function selectModel(id: string): void {
   localStorage.setItem("khaosz.model", id);

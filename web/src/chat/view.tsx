@@ -8,7 +8,7 @@ import { answer, send } from "./generation";
 import { Composer } from "./composer";
 import { Message } from "./message";
 import {
-  canGenerate, connect, countContextTokens, current, generating, leftOut, model, problem, running,
+  canGenerate, connect, countContextTokens, current, generating, leftOut, model, problem,
   visibleNodes,
 } from "./state"; // prettier-ignore
 import { isEmpty, type Node } from "../tree";
@@ -42,10 +42,10 @@ export function ChatView() {
     if (!scrolledUp.value) toEnd();
   });
   useEffect(() => {
-    if (running.value === null) void countContextTokens();
-  }, [current.value.id, running.value, model.value?.id, visibleNodes.value.length]);
+    if (!generating.value) void countContextTokens();
+  }, [current.value.id, generating.value, model.value?.id, visibleNodes.value.length]);
   const last = visibleNodes.value.at(-1);
-  const unanswered = running.value === null && last ? unansweredQuestion(last) : null;
+  const unanswered = !generating.value && last ? unansweredQuestion(last) : null;
   return (
     <div class="chat">
       <div class="scroll" ref={scroller} onScroll={onScroll}>

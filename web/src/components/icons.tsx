@@ -13,6 +13,7 @@ const paths: Record<string, string> = {
   again: "M20 12a8 8 0 1 1-2.4-5.7M20 4v4h-4",
   left: "M15 6l-6 6 6 6",
   right: "M9 6l6 6-6 6",
+  forward: "M6 5l9 7-9 7zM18 5v14",
   down: "M6 9l6 6 6-6",
   trash: "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
   chat: "M4 5h16v11H9l-5 4V5z",
