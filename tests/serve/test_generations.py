@@ -490,6 +490,7 @@ def test_continued_answer_keeps_its_passages(tiny: Path, tmp_path: Path) -> None
     with served(tiny, library=library, routers=routers) as service:
         client = KnowledgeClient(service)
         client.create("notes")
+        client.create("empty")
         client.ready("notes", client.upload("notes", "fox.txt", b"The quick brown fox is here."))
         more = {"model": "tiny", "temperature": 0, "max_tokens": 4, "knowledge_base": "notes"}
         id, answer = begin(service, "Where is the quick brown fox?", **more)
@@ -502,6 +503,11 @@ def test_continued_answer_keeps_its_passages(tiny: Path, tmp_path: Path) -> None
         assert whole["finish_reason"] == "length" and whole["error"] is None
         assert whole["retrieval"] == part["retrieval"]
         assert whole["usage"]["prompt_tokens"] > part["usage"]["prompt_tokens"]
+        _, refused = begin(service, "Where is the moon?", **{**more, "knowledge_base": "empty"})
+        refusal = ended(service, refused)
+        assert refusal["not_found"] and not whole["not_found"]
+        *_, last = Stream(service, refused).chunks()
+        assert last["choices"][0]["delta"]["not_found"]
         assert stored_node(service, id, answer)["retrieval"] == part["retrieval"]
 
 

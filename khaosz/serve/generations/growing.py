@@ -287,7 +287,9 @@ class Generations:
                 if growing.reason is None:
                     raise Failed("the answer ended early")
         finally:
-            growing.record.tail.citations = answer.citations(0).get("citations")
+            cited = answer.citations(0)
+            growing.record.tail.citations = cited.get("citations")
+            growing.record.tail.not_found = cited.get("not_found", False)
             answer.close()
 
     # --------------------------------------------------------------------------------------- store

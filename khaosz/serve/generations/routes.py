@@ -95,6 +95,7 @@ class Generation(GenerationSummary):
     content: str
     tool_calls: list[Called] | None
     citations: list[CitationReply] | None
+    not_found: bool
     retrieval: StoredRetrieval | None
     left_out: int | None
 
@@ -249,6 +250,8 @@ async def _events(growing: Growing, offset: int) -> AsyncIterator[str]:
         last["tool_calls"] = [{"index": i, **call} for i, call in enumerate(tail.tool_calls)]
     if tail.citations is not None:
         last["citations"] = tail.citations
+    if tail.not_found:
+        last["not_found"] = True
     more = {"usage": tail.usage, "timings": _timings(record), "can_continue": record.can_continue}
     yield chunk(offset, last, tail.finish_reason, **more)
     if tail.error is not None:
@@ -280,5 +283,6 @@ def _whole(record: Record, offset: int = 0) -> dict[str, Any]:
     return {
         **_summary(record), "offset": offset, "reasoning": reasoning[offset:],
         "content": content[max(0, offset - len(reasoning)) :], "tool_calls": tail.tool_calls,
-        "citations": tail.citations, "retrieval": head.retrieval, "left_out": head.left_out,
+        "citations": tail.citations, "not_found": tail.not_found, "retrieval": head.retrieval,
+        "left_out": head.left_out,
     }  # fmt: skip

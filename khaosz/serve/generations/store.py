@@ -49,6 +49,7 @@ class Tail:
     finish_reason: str | None = None
     error: dict[str, Any] | None = None
     citations: list[dict[str, Any]] | None = None
+    not_found: bool = False  # the answer says that the documents don't contain it
     tool_calls: list[dict[str, Any]] | None = None
     usage: dict[str, Any] | None = None
     wait_seconds: float | None = None  # to the first token
