@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 5_056,
     "rewards": 2,
-    "serve": 7_194,
+    "serve": 7_201,
     "trainer": 4_578,
     "memory": 507,
     "folders": 103,
