@@ -179,7 +179,8 @@ def test_answers_from_a_knowledge_base_of_the_server(citing: str) -> None:
 
 def test_refusal_without_a_matching_passage(citing: str) -> None:
     out = chat(citing, "木星有多少颗卫星？", options=("--docs", "动物"))
-    assert "资料中没有找到答案。\n> " in out and "[1]" not in out
+    assert "资料中没有找到答案。\n" in out
+    assert "the model was not asked. /anyway asks it.\n[1] 合同.md, line 1\n" in out
 
 
 def test_unknown_knowledge_base(citing: str) -> None:
