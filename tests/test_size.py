@@ -17,7 +17,7 @@ BUDGET = {
     "__init__": 33,
     "__main__": 37,
     "cli": 2_283,
-    "config": 1_206,
+    "config": 1_209,
     "data": 5_522,
     "database": 182,
     "demo": 1_166,

@@ -150,6 +150,11 @@ class ModelConfig(Closed):
         """Elements of a head that are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    @property
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Key/value heads and their width, of what each layer keeps of a position."""
+        return [(self.num_key_value_heads, self.head_dim)] * self.num_hidden_layers
+
     def window(self, layer: int) -> int | None:
         """Positions that a layer sees, its own included; None for all."""
         types = self.layer_types

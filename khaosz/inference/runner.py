@@ -152,14 +152,8 @@ class Runner:
 
     def new_cache(self, limit: int | None = None) -> SequenceCache:
         """An empty cache; `limit` as for `SequenceCache`."""
-        config = self.config
         return SequenceCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype=self.cache_dtype,
-            device=self.device,
-            limit=limit,
+            self.config.cache_shapes, dtype=self.cache_dtype, device=self.device, limit=limit
         )
 
     @torch.inference_mode()

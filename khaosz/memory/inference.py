@@ -211,7 +211,7 @@ def sequence_bytes(
     """Bytes of one sequence's keys and values, with the room that it reserves ahead, up to `limit`
     positions."""
     return SequenceCache.capacity_at_most(positions, limit) * SequenceCache.bytes_per_position(
-        config.num_hidden_layers, config.num_key_value_heads, config.head_dim, dtype
+        config.cache_shapes, dtype
     )
 
 

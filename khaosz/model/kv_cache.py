@@ -5,6 +5,8 @@ Shapes: L layers, K key/value heads, S positions, T new positions, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,31 +24,31 @@ class SequenceCache:
 
     def __init__(
         self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
+        shapes: Sequence[tuple[int, int]],
         *,
         dtype: torch.dtype,
         device: torch.device,
         limit: int | None = None,
     ) -> None:
-        """`limit`: positions beyond which no room is reserved ahead."""
+        """`shapes`: K and H of each layer, `ModelConfig.cache_shapes`; a layer that keeps other
+        state has (0, 0). `limit`: positions beyond which no room is reserved ahead."""
         self.length, self.limit = 0, limit
         # Of models with a `rope_border`: the ids of all positions, and whether keys are rotated as
         # those of a sequence beyond it.
         self.ids: list[int] = []
         self.long = False
-        self.kv_heads = kv_heads
-        shape = 2 * kv_heads, 0, head_dim
-        self._stores = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.shapes = list(shapes)
+        self._stores = [
+            torch.zeros(2 * heads, 0, width, dtype=dtype, device=device) for heads, width in shapes
+        ]
         self._scales: list[Tensor] = []  # fp32 (2K, capacity, 1)
         if dtype == torch.int8:
-            self._scales = [torch.zeros(2 * kv_heads, 0, 1, device=device) for _ in range(layers)]
+            self._scales = [torch.zeros(2 * heads, 0, 1, device=device) for heads, _ in shapes]
 
     @staticmethod
-    def bytes_per_position(layers: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        each = head_dim * dtype.itemsize + (4 if dtype == torch.int8 else 0)
-        return 2 * layers * kv_heads * each
+    def bytes_per_position(shapes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+        scale = 4 if dtype == torch.int8 else 0
+        return sum(2 * heads * (width * dtype.itemsize + scale) for heads, width in shapes)
 
     @property
     def capacity(self) -> int:
@@ -110,14 +112,7 @@ class SequenceCache:
         """A copy of the first `length` positions."""
         assert 0 <= length <= self.length, (length, self.length)
         first = self._stores[0]
-        copy = SequenceCache(
-            len(self._stores),
-            self.kv_heads,
-            first.shape[2],
-            dtype=first.dtype,
-            device=first.device,
-            limit=self.limit,
-        )
+        copy = SequenceCache(self.shapes, dtype=first.dtype, device=first.device, limit=self.limit)
         copy.reserve(length)
         pairs = (copy._stores, self._stores), (copy._scales, self._scales)
         for mine, theirs in pairs:
