@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -54,6 +55,14 @@ def verify_sha256(path: Path, expected: str) -> None:
             f"{path.name}: SHA-256 is {actual}, expected {expected}; the file was removed",
             hint="run the command again; if this repeats, the mirror serves another file",
         )
+
+
+def natural_key(name: str) -> tuple[list[str | tuple[int, str]], str]:
+    """Sorts names as people count: chapter 2 before chapter 10."""
+    parts: list[str | tuple[int, str]] = list(re.split(r"([0-9]+)", name.casefold()))
+    # Numbers, at the odd places, by length and digits: one of a million digits is cheap, too.
+    parts[1::2] = [(len(n), n) for n in (str(each).lstrip("0") for each in parts[1::2])]
+    return parts, name
 
 
 def digest(path: Path) -> str:

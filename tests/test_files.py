@@ -15,6 +15,7 @@ import pytest
 
 from khaosz import files
 from khaosz.errors import FetchError
+from khaosz.files import natural_key
 
 posix = pytest.mark.skipif(os.name == "nt", reason="POSIX")
 
@@ -253,3 +254,12 @@ def test_checksum_mismatch_removes_the_file(tmp_path: Path) -> None:
     with pytest.raises(FetchError, match="SHA-256"):
         files.verify_sha256(path, "0" * 64)
     assert not path.exists()
+
+
+def test_names_are_in_natural_order() -> None:
+    ordered = [
+        "2.md", "10.md", "a1", "A2", "a10", "a10b2", "a10b10", "第1章", "第2章", "第10章",
+        "第0012章", "第" + "9" * 5000 + "章",
+    ]  # fmt: skip
+    assert sorted(reversed(ordered), key=natural_key) == ordered
+    assert sorted(["01", "1", "x", ""], key=natural_key) == ["", "01", "1", "x"]

@@ -115,6 +115,14 @@ def test_vectors_are_stored_bit_by_bit(opener: Open) -> None:
     assert store.dimension == 5 and store.vector_count == 20
 
 
+def test_documents_are_in_natural_order(opener: Open) -> None:
+    with KnowledgeBase(opener("order")) as base:
+        for name in ("10.md", "2.md", "第10章.md", "1.md", "第2章.md"):
+            base.add_text(f"text of {name}", name=name)
+        names = [document.name for document in base.documents()]
+    assert names == ["1.md", "2.md", "10.md", "第2章.md", "第10章.md"]
+
+
 def test_opening_without_new_creates_nothing(opener: Open) -> None:
     for _ in range(2):
         with pytest.raises(DataError, match="not found"):

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from khaosz.database import version_error
+from khaosz.files import natural_key
 from khaosz.rag.store.records import (
     NewChunk,
     NewDocument,
@@ -340,9 +341,10 @@ class Store(ABC):
         return {table.split()[0]: self._number(f"SELECT count(*) FROM {table}") for table in tables}
 
     def documents(self, collection: str | None = None) -> list[StoredDocument]:
-        """Ordered by collection, name and number."""
+        """Ordered by collection, name and number, document 2 before document 10."""
         where, values = self._filter(collection, None)
-        return self._documents(f"{where} ORDER BY d.collection, d.name, d.id", values)
+        documents = self._documents(f"{where} ORDER BY d.id", values)
+        return sorted(documents, key=lambda each: (each.collection, natural_key(each.name)))
 
     def owners(self, numbers: Sequence[int]) -> dict[int, StoredDocument]:
         """Documents by number; removed ones are left out."""

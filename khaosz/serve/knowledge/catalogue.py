@@ -26,6 +26,7 @@ from khaosz.database import (
     transaction,
 )
 from khaosz.errors import ConfigError, DataError
+from khaosz.files import natural_key
 from khaosz.serve.replies import Code
 
 # removed: clients no longer see it, its document may still be in the base.
@@ -133,8 +134,9 @@ class Catalogue:
         """Sorted by name, with those that are being deleted."""
         with self._lock:
             rows = self._db.execute(
-                "SELECT name, embedder, created, deleting FROM bases ORDER BY name"
+                "SELECT name, embedder, created, deleting FROM bases"
             ).fetchall()
+        rows.sort(key=lambda row: natural_key(row[0]))
         return [BaseRow(name, embedder, at, bool(gone)) for name, embedder, at, gone in rows]
 
     def add_base(self, name: str, embedder: str | None) -> BaseRow | None:
