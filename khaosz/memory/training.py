@@ -17,6 +17,7 @@ from khaosz.model import parameter_shapes
 
 # Logits of a chunk at most (trainer/loss.py).
 CHUNK_LOGITS = 1 << 23
+_BATCH = 32  # answers that are sampled at once (inference/engine.py)
 # Imported while a run goes: what optimizers need of PyTorch's compiler, kernels, plots.
 _LATER = 100 << 20
 # Free blocks between those in use, as a share of activations. glibc's malloc keeps blocks of up to
@@ -24,6 +25,17 @@ _LATER = 100 << 20
 # the peaks of steps were the sums to 1 %, and steps took longer. Tensors that live shortly (of
 # adapters, of a layer that is computed again) leave more holes.
 _HOLES, _MORE_HOLES = 0.6, 1.0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The largest micro-batch of packed sequences: its tokens, and how many of them are scored.
+    longest: tokens of the longest sequence. several: a step has more micro-batches."""
+
+    tokens: int
+    scored: int
+    longest: int
+    several: bool
 
 
 @dataclass(frozen=True)
@@ -37,6 +49,7 @@ class TrainingPlan:
     frozen         copies of the model that are not trained: a reference, a reward model
     critic         a reward model is trained beside the policy
     rollout        answers that are sampled at the same time
+    packed         the largest micro-batch, where sequences do not fill its rows
     """
 
     config: ModelConfig
@@ -52,10 +65,16 @@ class TrainingPlan:
     frozen: int = 0
     critic: bool = False
     rollout: int = 0
+    packed: Packed | None = None
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.window
+        whole = self.rows * self.window
+        return whole if self.packed is None else min(whole, self.packed.tokens)
+
+    @property
+    def scored(self) -> int:
+        return self.tokens if self.packed is None else min(self.tokens, self.packed.scored)
 
     def memory(self, base: int) -> Memory:
         """`base`: bytes that the process takes without the run."""
@@ -155,8 +174,6 @@ class TrainingPlan:
             parts["buffers"] += (4 + size) * largest
         if self.head:
             parts["logits"] = self._loss(dtype)
-        else:
-            parts["buffers"] += pass_buffers(config, dtype, tokens, 0)
         brief = self.lora is not None or self.gradient_checkpointing
         # Backward of the MLP: the gradients of its four products.
         passing = activations + parts["buffers"] + 4 * tokens * config.intermediate_size * size
@@ -169,10 +186,10 @@ class TrainingPlan:
         (V, D) and its weight in the compute type; the loss's input and its gradient (N, D)."""
         config, size = self.config, dtype.itemsize
         vocabulary, width = config.vocab_size, config.hidden_size
-        chunk = max(1, min(self.loss_chunk, CHUNK_LOGITS // vocabulary, self.tokens))
+        chunk = max(1, min(self.loss_chunk, CHUNK_LOGITS // vocabulary, self.scored))
         logits = (5 * 4 + 1 + size) * chunk * vocabulary
         head = (4 + (size if dtype != torch.float32 else 0)) * vocabulary * width
-        return logits + head + 2 * size * self.tokens * width
+        return logits + head + 2 * size * self.scored * width
 
     # ------------------------------------------------------------------- other moments of a step
 
@@ -196,9 +213,11 @@ class TrainingPlan:
         """Keys and values of all answers of a rollout, and the buffers of a pass."""
         if not self.rollout:
             return 0
-        cache = self.rollout * sequence_bytes(self.config, torch.float32, self.window)
-        logits = 8 * min(self.rollout, 32) * self.config.vocab_size
-        return cache + logits + pass_buffers(self.config, torch.float32, 512, self.window)
+        at_once = min(self.rollout, _BATCH)
+        longest = self.packed.longest if self.packed else self.window
+        cache = at_once * sequence_bytes(self.config, torch.float32, longest)
+        logits = 8 * at_once * self.config.vocab_size
+        return cache + logits + pass_buffers(self.config, torch.float32, 512, longest)
 
 
 def layer_activations(

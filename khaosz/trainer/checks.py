@@ -229,7 +229,7 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
     if tokenizer is not None:
         check_prompts(sized, tokenizer, shape.max_position_embeddings)
     _check_other_models(sized, shape, tokenizer, earlier)
-    memory = check_stage_memory(config, sized, shape, parallel, known)
+    memory = check_stage_memory(config, sized, shape, parallel, known, tokenizer)
     return [CheckedStage(sized, [*derived, *numbers], shape, tokenizer, parallel, memory)]
 
 

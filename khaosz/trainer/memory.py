@@ -16,6 +16,7 @@ from khaosz.config import (
     overridden,
     preset,
 )
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError
 from khaosz.memory.machine import Limit, memory_limits, resident_memory
 from khaosz.memory.parts import Memory, check_memory
@@ -23,15 +24,20 @@ from khaosz.memory.training import TrainingPlan
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.calibration import rows_per_step
 from khaosz.trainer.open_run import new_shape, with_training_numbers
+from khaosz.trainer.stages.lengths import largest_micro_batch
 
 _LEAST = "micro_batch=1 gradient_checkpointing=true"
 _SHORTEST = 128  # tokens of a window that is proposed
 
 
 def training_plan(
-    config: TrainConfig, shape: ModelConfig, parallel: ParallelContext
+    config: TrainConfig,
+    shape: ModelConfig,
+    parallel: ParallelContext,
+    tokenizer: Tokenizer | None = None,
 ) -> TrainingPlan:
-    """The plan of a stage whose open numbers are filled in."""
+    """The plan of a stage whose open numbers are filled in. With a tokenizer, the lengths of its
+    first records are measured where rows may stay partly empty."""
     assert config.window is not None
     rows, micro = rows_per_step(config, parallel, shape.hidden_size)
     mine, text = -(-rows // parallel.world), config.stage in ("pt", "sft")
@@ -39,11 +45,14 @@ def training_plan(
     # Calibration tries both types.
     names = ["fp32", "bf16"] if config.dtype == "auto" and not rollouts else [config.dtype]
     frozen = int(rollouts and (config.lora is None or config.reference is not None))
+    packed = None
+    if not text and tokenizer is not None:
+        packed = largest_micro_batch(config, tokenizer, parallel, micro)
     return TrainingPlan(
         shape,
         micro,
         config.window,
-        several=not text or mine > micro,
+        several=packed.several if packed else not text or mine > micro,
         dtypes=tuple(torch.bfloat16 if name == "bf16" else torch.float32 for name in names),
         optimizer=config.optimizer,
         lora=config.lora,
@@ -55,6 +64,7 @@ def training_plan(
         + int(config.stage in PAIR_STAGES and config.reference is not None),
         critic=config.stage == "ppo",
         rollout=config.rollout.prompts * config.rollout.group // parallel.world if rollouts else 0,
+        packed=packed,
     )
 
 
@@ -64,6 +74,7 @@ def check_stage_memory(
     shape: ModelConfig,
     parallel: ParallelContext,
     vocab_size: int | None,
+    tokenizer: Tokenizer | None = None,
 ) -> str | None:
     """The sum of a stage in one line, None where it is not known: on other devices than a CPU and
     CUDA. Raises `NotEnoughMemoryError` for a stage that cannot fit, unless memory_check=false.
@@ -74,13 +85,13 @@ def check_stage_memory(
     limits, base = memory_limits(parallel.device), resident_memory()
     if parallel.device.type not in ("cpu", "cuda"):
         return None
-    memory = training_plan(config, shape, parallel).memory(base)
+    memory = training_plan(config, shape, parallel, tokenizer).memory(base)
 
     def planned(words: str) -> tuple[ModelConfig, Memory] | None:
         """With these overrides, where the rest of the recipe allows them."""
         try:
             changed, its = _changed(recipe, words, config, shape, vocab_size)
-            return its, training_plan(changed, its, parallel).memory(base)
+            return its, training_plan(changed, its, parallel, tokenizer).memory(base)
         except ConfigError:
             return None
 

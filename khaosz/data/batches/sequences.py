@@ -112,6 +112,23 @@ def group_into_batches(
     return batches
 
 
+def rows_with_least_padding(
+    steps: Sequence[tuple[Sequence[Sequence[int]], Sequence[int]]], window: int, most: int
+) -> int:
+    """How many rows of one shape, at most `most`, leave the fewest empty. A step is its groups and
+    the lengths of its sequences."""
+
+    def computed(rows: int) -> int:
+        total = 0
+        for groups, lengths in steps:
+            for batch in group_into_batches(groups, lengths, window, rows):
+                total += max(rows, len(fit_rows([lengths[i] for i in batch], window)))
+        return total
+
+    # On a tie the largest: fewer passes.
+    return min(range(most, 0, -1), key=computed)
+
+
 def pack_sequences(
     sequences: Sequence[TokenSequence], window: int, pad_id: int, *, rows: int | None = None
 ) -> SequenceBatch:

@@ -157,7 +157,7 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
         raise LeftOut("empty answer")
     if pair.chosen == pair.rejected:
         raise LeftOut(IDENTICAL)
-    ids = _prompt_ids(tokenizer, pair.prompt, window)
+    ids = encode_prompt(tokenizer, pair.prompt, window)
     chosen = _answer_ids(tokenizer, pair.prompt, ids, pair.chosen)
     rejected = _answer_ids(tokenizer, pair.prompt, ids, pair.rejected)
     room = window - len(ids)
@@ -221,7 +221,7 @@ def load_prompts(
     """Every prompt that leaves room for an answer in `window` tokens; otherwise as `load_pairs`."""
 
     def encode(item: Prompt) -> Prompt:
-        return replace(item, prompt_ids=_prompt_ids(tokenizer, item.prompt, window))
+        return replace(item, prompt_ids=encode_prompt(tokenizer, item.prompt, window))
 
     data: PreferenceData[Prompt] = _opened(paths, window, val_fraction)
     for entry in data.report.inputs:
@@ -276,7 +276,7 @@ def _loaded(data: PreferenceData[Item], allow_unread: bool) -> PreferenceData[It
     return data
 
 
-def _prompt_ids(tokenizer: Tokenizer, prompt: list[Message], window: int) -> np.ndarray:
+def encode_prompt(tokenizer: Tokenizer, prompt: list[Message], window: int) -> np.ndarray:
     ids = encode_chat(tokenizer, prompt, add_generation_prompt=True)[0]
     if len(ids) >= window:
         raise LeftOut(f"the prompt leaves no room for an answer in the window of {window} tokens")

@@ -14,15 +14,14 @@ from khaosz.data.batches.sampler import draws_for, example_of
 from khaosz.data.batches.sequences import (
     SequenceBatch,
     TokenSequence,
-    fit_rows,
-    group_into_batches,
+    rows_with_least_padding,
 )
 from khaosz.data.records.preference import EncodedPair
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.stages.losses import preferred
 from khaosz.trainer.strategy import BatchLayout, Compute, Strategy
 
-_STEPS_TO_FIT = 16
+STEPS_TO_FIT = 16
 
 
 @dataclass
@@ -101,22 +100,12 @@ class PairStrategy(Strategy):
     def fit_micro_rows(self) -> None:
         """Lower `micro_rows` to the number that leaves the fewest rows empty over the first steps.
         The same on all ranks."""
-        window, largest = self.layout.window, self.layout.micro_rows
         steps = []
-        for step in range(_STEPS_TO_FIT):
+        for step in range(STEPS_TO_FIT):
             sequences, groups, _ = _sequences(self.data, self._picked(step, rank=0))
             steps.append((groups, [len(sequence.ids) for sequence in sequences]))
-
-        def computed(rows: int) -> int:
-            total = 0
-            for groups, lengths in steps:
-                for batch in group_into_batches(groups, lengths, window, rows):
-                    placed = fit_rows([lengths[i] for i in batch], window)
-                    total += max(rows, len(placed))
-            return total
-
-        # On a tie the largest: fewer passes.
-        self.layout.micro_rows = min(range(largest, 0, -1), key=computed)
+        layout = self.layout
+        layout.micro_rows = rows_with_least_padding(steps, layout.window, layout.micro_rows)
 
     def batches(self, data: PairSet, draws: Sequence[Sequence[int]]) -> Iterator[SequenceBatch]:
         """Micro-batches of the given draws."""
