@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_283,
     "config": 1_209,
-    "data": 5_522,
+    "data": 5_532,
     "database": 182,
     "demo": 1_166,
     "doctor": 72,
@@ -32,8 +32,8 @@ BUDGET = {
     "rag": 5_058,
     "rewards": 2,
     "serve": 7_203,
-    "trainer": 4_578,
-    "memory": 507,
+    "trainer": 4_684,
+    "memory": 519,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
