@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 5_058,
     "rewards": 2,
-    "serve": 7_203,
+    "serve": 7_205,
     "trainer": 4_684,
     "memory": 519,
     "folders": 103,

@@ -33,7 +33,7 @@ from khaosz.serve.metrics import Meters, Usage
 from khaosz.serve.models import Models, Use
 from khaosz.serve.prompts import (
     COUNTED,
-    Begun,
+    Continued,
     EngineRequest,
     ResponseFormat,
     chat_context,
@@ -75,7 +75,7 @@ class Choice:
         self.calls = 0
         self.beginning = ""  # of the text: enough to tell a refusal
 
-    def begun(self, text: str) -> list[Part | ToolCall]:
+    def replay(self, text: str) -> list[Part | ToolCall]:
         """The parts of the text that the answer continues."""
         assert self._parts is not None
         return [each for part in self._parts.feed(text) for each in self._part(part)]
@@ -144,10 +144,10 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     _choices: dict[int, Choice] = field(default_factory=dict)
 
-    def begun(self) -> list[Part | ToolCall]:
+    def continued(self) -> list[Part | ToolCall]:
         """The parts of the answer that this one continues; to be called before `pieces`."""
         choice = self._choices[0] = Choice(self.format)
-        return choice.begun(self.format.begun.text) if self.format.begun else []
+        return choice.replay(self.format.continued.text) if self.format.continued else []
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """They end early when the client leaves. Raises as `Ticket.outputs` does."""
@@ -256,10 +256,10 @@ class Answering:
         prepare = partial(self._prepare, request, think=think, prefill=prefill)
         return await self._send(request, raw_request, layout, prepare)
 
-    async def open_chat(self, request: ChatRequest, begun: Begun | None = None) -> Answer:
-        """An answer that is not sent to a client; `begun`: the one that it continues. The caller
-        must close it. Raises as a chat does."""
-        return await self._open(request.model, partial(self._prepare, request, begun=begun))
+    async def open_chat(self, request: ChatRequest, continued: Continued | None = None) -> Answer:
+        """An answer that is not sent to a client; `continued`: the one that it continues. The
+        caller must close it. Raises as a chat does."""
+        return await self._open(request.model, partial(self._prepare, request, continued=continued))
 
     async def _prepare(
         self,
@@ -268,20 +268,20 @@ class Answering:
         *,
         think: bool = True,
         prefill: str = "",
-        begun: Begun | None = None,
+        continued: Continued | None = None,
     ) -> EngineRequest:
         kept, left_out = await self.in_encoder(
             lambda: truncated(request, use.generator), "messages"
         )
         context: RetrievalContext | StoredContext | None = None
-        if begun is not None and begun.context is not None:
-            context = StoredContext(**begun.context)
+        if continued is not None and continued.context is not None:
+            context = StoredContext(**continued.context)
         elif request.knowledge_base is not None:
             context = await chat_context(kept, use, self._library)
 
         def encode() -> EngineRequest:
             return chat_request(
-                kept, use.generator, context, think=think, prefill=prefill, begun=begun
+                kept, use.generator, context, think=think, prefill=prefill, continued=continued
             )
 
         prepared = await self.in_encoder(encode, "messages")

@@ -34,7 +34,7 @@ _FILL_IN_THE_MIDDLE = (
 
 
 @dataclass(frozen=True)
-class Begun:
+class Continued:
     """An answer that is continued: its text so far as the model wrote it, with markers, and
     `RetrievalContext.stored` of what it is based on."""
 
@@ -49,7 +49,7 @@ class ResponseFormat:
     prompt has opened the reasoning;
     `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
     what the answer may cite; `left_out`: messages that the model does not see, None where the
-    request does not allow it; `begun`: what the answer continues."""
+    request does not allow it; `continued`: what the answer continues."""
 
     chat: bool
     logprobs: bool = False
@@ -60,7 +60,7 @@ class ResponseFormat:
     one_call: bool = False
     context: RetrievalContext | StoredContext | None = None
     left_out: int | None = None
-    begun: Begun | None = None
+    continued: Continued | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def chat_request(
     *,
     think: bool = True,
     prefill: str = "",
-    begun: Begun | None = None,
+    continued: Continued | None = None,
     limit: int | None = None,
 ) -> EngineRequest:
     """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues;
-    `begun`: an answer of this server that is continued; `limit`: tokens from which on the rest is
-    not read, by default the context.
+    `continued`: an answer of this server that is continued; `limit`: tokens from which on the rest
+    is not read, by default the context.
 
     Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
     tokenizer, limit = generator.tokenizer, limit or generator.context
@@ -165,8 +165,8 @@ def chat_request(
         prompt = [*prompt, *tokenizer.encode(f"{THINK}\n\n{THOUGHT}\n\n")]
     if prefill:
         prompt = [*prompt, *tokenizer.encode(prefill, limit=limit)]
-    if begun is not None:
-        prompt = [*prompt, *tokenizer.encode(begun.text, limit=generator.context)]
+    if continued is not None:
+        prompt = [*prompt, *tokenizer.encode(continued.text, limit=generator.context)]
     response_format = ResponseFormat(
         chat=True,
         logprobs=bool(request.logprobs),
@@ -176,7 +176,7 @@ def chat_request(
         show_reasoning=think,
         one_call=request.one_call,
         context=context,
-        begun=begun,
+        continued=continued,
     )
     return EngineRequest([prompt], params, response_format)
 

@@ -257,7 +257,7 @@ def test_saving_a_conversation_keeps_its_answers(place: Service) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6])
 @pytest.mark.parametrize("text", ["plain", "think"])
 def test_continue_at_the_token_limit(place: Service, text: str, tokens: int) -> None:
-    """In the reasoning too; the last character is where a continued stream goes on."""
+    """In the reasoning too; a continued stream starts after the last character."""
     id, answer = begin(place, text, max_tokens=tokens)
     part = ended(place, answer)
     for _ in range(20):
@@ -310,7 +310,7 @@ def test_several_chats_answer_at_once(place: Service) -> None:
     for text, (id, answer) in zip(texts, started, strict=True):
         assert ended(place, answer)["content"] == ("二" if text == "think" else "the fox")
         assert stored_node(place, id, answer)["finish_reason"] == "stop"
-    assert read(place, endless[1])["state"] == "running"
+    assert read(place, endless[1])["state"] in ("queued", "running")
     stop(place, endless[1])
 
 

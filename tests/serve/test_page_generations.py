@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,11 @@ def test_windows_with_growing_answers_keep_both(browser: Any, place: Service) ->
         )  # fmt: skip
 
 
+def has_stored_text(data: Path) -> bool:
+    with closing(sqlite3.connect(data / "conversations.db")) as db:
+        return db.execute("SELECT count(*) FROM generation_parts").fetchone() != (0,)
+
+
 def test_killed_server_leaves_an_answer_to_continue(
     browser: Any, fork_server: ForkServer, tiny: Path, tmp_path: Path
 ) -> None:
@@ -169,7 +176,7 @@ def test_killed_server_leaves_an_answer_to_continue(
         port = server.port
         with open_page(browser, port) as page:
             start_endless(page)
-            page.wait_for_timeout(700)  # the text is stored twice a second
+            wait_for(page, lambda: has_stored_text(tmp_path))
             server.kill()
             page.get_by_text("shown when it is back").wait_for()
             with fork_server.khaosz(f"tiny={tiny}", "--data", tmp_path, port=port):

@@ -16,7 +16,7 @@ from khaosz.inference.parts import Part, ToolCall
 from khaosz.serve.answering import Answer, Answering, Piece
 from khaosz.serve.errors import ApiError, as_api_error
 from khaosz.serve.generations.store import GenerationStore, Growth, Kind, Record, State, merged
-from khaosz.serve.prompts import Begun
+from khaosz.serve.prompts import Continued
 from khaosz.serve.records.conversations import MAX_NODES
 from khaosz.serve.schema import ChatRequest
 from khaosz.serve.worker import Busy, Failed
@@ -43,7 +43,7 @@ class Growing:
         # How much of the record is stored: parts, raw texts, and whether what does not grow is.
         self._stored = len(record.parts), len(record.raw), False
         self._size = sum(len(text.encode()) for _, text in record.parts)
-        self._begun = time.perf_counter()
+        self._started = time.perf_counter()
         self._first: float | None = None
         self._seconds = record.tail.generation_seconds
 
@@ -63,7 +63,7 @@ class Growing:
         if record.raw:
             # What was held back, as it might have become a marker, comes with what follows.
             record.parts, record.tail.length, self._size = [], 0, 0
-            self._add_all(answer.begun())
+            self._add_all(answer.continued())
         self.opened = True
         self.wake()
 
@@ -112,7 +112,7 @@ class Growing:
             usage["total_tokens"] += self.usage["completion_tokens"]
         tail.usage = usage
         if self._first is not None:
-            tail.wait_seconds = round(self._first - self._begun, 3)
+            tail.wait_seconds = round(self._first - self._started, 3)
             tail.generation_seconds = round(self._seconds + now - self._first, 3)
 
     def finished(self, state: State, reason: str, error: dict[str, Any] | None = None) -> Record:
@@ -219,7 +219,7 @@ class Generations:
             assert record.resume is not None
             request = ChatRequest.model_validate(record.resume["request"])
             raw = "".join(record.raw)
-            self._run(record, request, Begun(raw, record.resume["context"]) if raw else None)
+            self._run(record, request, Continued(raw, record.resume["context"]) if raw else None)
         return record
 
     async def stop(self, id: str) -> Record:
@@ -244,9 +244,9 @@ class Generations:
         if len(self._growing) >= MAX_RUNNING:
             raise Busy
 
-    def _run(self, record: Record, request: ChatRequest, begun: Begun | None) -> None:
+    def _run(self, record: Record, request: ChatRequest, continued: Continued | None) -> None:
         growing = self._growing[record.id] = Growing(record)
-        growing.task = asyncio.create_task(self._generate(growing, request, begun))
+        growing.task = asyncio.create_task(self._generate(growing, request, continued))
         task = asyncio.create_task(self._supervise(growing, growing.task))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -273,8 +273,10 @@ class Generations:
         growing.ended.set()
         growing.wake()
 
-    async def _generate(self, growing: Growing, request: ChatRequest, begun: Begun | None) -> None:
-        answer = await self._answering.open_chat(request, begun)
+    async def _generate(
+        self, growing: Growing, request: ChatRequest, continued: Continued | None
+    ) -> None:
+        answer = await self._answering.open_chat(request, continued)
         try:
             growing.open(answer)
             async for piece in answer.pieces():

@@ -164,9 +164,9 @@ async function generate(growing: Running, url: string, body?: unknown): Promise<
   try {
     await sendJson("POST", url, body);
   } catch (error) {
-    // A lost response: it may have begun.
-    const begun = error instanceof Unreachable && (await exists(growing.node));
-    if (!begun) {
+    // The response may be lost, not the request.
+    const isGenerating = error instanceof Unreachable && (await exists(growing.node));
+    if (!isGenerating) {
       if (current.value.id === growing.conversation) problem.value ??= explain(error);
       return;
     }

@@ -56,7 +56,7 @@ export function stop(): void {
 export async function stopAnswer(answer: Running): Promise<void> {
   answer.stopping = true;
   if (answer.stored === "no") answer.abort.abort();
-  if (answer.stored !== "yes") return; // one that is requested is stopped when it has begun
+  if (answer.stored !== "yes") return; // a requested one is stopped when the server has started it
   try {
     await sendJson("POST", `/v1/generations/${answer.node}/stop`);
   } catch (error) {
