@@ -150,3 +150,34 @@ def test_old_spelling_of_prompt_lookup(trained: Path) -> None:
     expected = one_json_line(khaosz(*command))
     for option in ("--prompt-lookup", "--lookup"):
         assert one_json_line(khaosz(*command, option)) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["generate", "{m}", "--prompt", "a", "--json-schema", "none.json"],
+            "--json-schema none.json: no",
+        ),
+        (
+            ["generate", "{m}", "--prompt", "a", "--json-schema", "."],
+            "--json-schema .: is a directory",
+        ),
+        (
+            ["generate", "{m}", "--prompt", "a", "--json-schema", "binary"],
+            "--json-schema binary: not a text",
+        ),
+        (["eval", "bpb", "{m}", "none"], "input none does not exist"),
+        (["chat", "{m}", "--docs", "none.kb"], "knowledge base none.kb not found"),
+        (["rag", "add", "binary", "--kb", "binary/x/kb"], "binary/x/kb cannot be used: binary"),
+    ],
+)
+def test_missing_files_are_named_in_one_line(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("binary").write_bytes(b"\xff\xfe\xfd")
+    model = str(trained.resolve() / "run/last")
+    done = CliRunner().invoke(app, [argument.format(m=model) for argument in arguments])
+    assert isinstance(done.exception, KhaoszError) and said in str(done.exception)
+    assert "Errno" not in str(done.exception) and "memory: " not in done.output

@@ -82,7 +82,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
-        json_schema=None if json_schema is None else _read_text(json_schema),
+        json_schema=None if json_schema is None else _read_text("--json-schema", json_schema),
         regex=regex,
     )
     generator = Generator.from_directory(
@@ -157,6 +157,7 @@ def chat(
     settings = Settings(
         max_tokens, temperature, top_p, repetition_penalty=repetition_penalty, seed=seed
     )
+    conversation = Conversation(settings, system, documents=docs)
     backend: ChatBackend
     if url is not None:  # without importing torch
         from khaosz.cli.terminal.server_backend import ServerBackend
@@ -164,8 +165,11 @@ def chat(
         backend = ServerBackend(url, name)
     else:
         from khaosz.cli.terminal.local_backend import LocalBackend, sampling
+        from khaosz.rag.store import open_store
 
         sampling(settings)  # before the model is loaded
+        if docs is not None:
+            open_store(docs, new=False).close()
         path = model or (find_model(name) if name else default_model())
         backend = LocalBackend.from_path(
             path,
@@ -175,10 +179,11 @@ def chat(
             memory_check=not no_memory_check,
         )
         say(backend.generator.memory_line)
+        backend.check_room(conversation)
     with closing(backend):
         if docs is not None:
             backend.open_knowledge_base(docs)
-        run_chat(backend, Conversation(settings, system, documents=docs))
+        run_chat(backend, conversation)
 
 
 @model_app.command()
@@ -362,10 +367,13 @@ def bench_infer(
     print_result(as_json, result, text)
 
 
-def _read_text(path: Path) -> str:
+def _read_text(option: str, path: Path) -> str:
     from khaosz.errors import ConfigError
+    from khaosz.files import disk_error
 
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{option} {path}: not a text in UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{option} {disk_error(error, path)}") from None

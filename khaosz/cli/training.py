@@ -48,7 +48,7 @@ def train(
 ) -> None:
     """Train with a recipe: `khaosz train pt data=texts.jsonl`."""
     from khaosz.config import load_stages
-    from khaosz.trainer.checks import check_stages
+    from khaosz.trainer.checks import check_stages, read_data
     from khaosz.trainer.outcome import next_commands
     from khaosz.trainer.run import run_stages
 
@@ -58,6 +58,8 @@ def train(
     if dry_run:
         for stage in check_stages(configs, resume=resume or extend):
             say("\n".join(stage.lines()))
+            for line in read_data(stage.config):
+                say(f"  {line}")
         return
     context = None
     for context in run_stages(configs, resume=resume, extend=extend):

@@ -104,9 +104,10 @@ class Engine:
         if not len(prompt):
             raise GenerationError("the prompt is empty")
         if len(prompt) >= self.context:
+            longer = self.context < self.runner.config.max_position_embeddings
             raise GenerationError(
-                f"the prompt has {len(prompt)} tokens, the model's context is {self.context}",
-                hint="shorten the prompt; it is never truncated",
+                self.too_long(len(prompt)),
+                hint="shorten the prompt" + (", or allow a longer context" if longer else ""),
             )
         last = self.tokenizer.vocab_size - 1
         if not all(0 <= token <= last for token in prompt):
@@ -121,6 +122,14 @@ class Engine:
                 f" {need >> 20} MB of cache, only {room >> 20} are available",
                 hint=f"request fewer tokens: {fitting:,} of prompt and answer together fit",
             )
+
+    def too_long(self, length: int) -> str:
+        """What is wrong with a prompt of so many tokens."""
+        own = self.runner.config.max_position_embeddings
+        context = f"the model's context is {self.context}"
+        if self.context < own:
+            context = f"the context is {self.context} of the model's {own:,}"
+        return f"the prompt has {length} tokens, {context}"
 
     def cancel(self, request_id: int) -> None:
         """Stop a request at once, also in the middle of its prompt; unknown or finished ones are

@@ -474,7 +474,7 @@ def _check_context(request: EngineRequest, generator: Generator) -> None:
     if length >= generator.context:
         raise ApiError(
             400,
-            f"the prompt has {length} tokens, the model's context is {generator.context}",
+            generator.engine.too_long(length),
             param="messages" if request.format.chat else "prompt",
             code="context_length_exceeded",
         )

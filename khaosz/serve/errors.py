@@ -187,7 +187,7 @@ def as_api_error(error: Exception, path: str) -> ApiError:
         case GenerationError() | DataError() | TokenizerError():
             return ApiError(400, str(error))
         case NotEnoughMemoryError():
-            _log.error("%s", error)
+            _log.error("%s; %s", error, error.hint)
             return ApiError(503, "not enough memory for this model", code="not_enough_memory")
         case Unusable(kind=kind, name=name):
             _log.error("%s", error)  # it may name paths, so it is not sent

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from khaosz.inference.sampling import (
     MAX_BIASES,
@@ -80,6 +80,8 @@ class ChatRetrieval(Retrieval):
 
 
 Tokens = Annotated[int, Field(ge=1)]
+# Any integer, as in OpenAI's API: its lowest 64 bits, so -1 is 2**64 - 1.
+Seed = Annotated[int, AfterValidator(lambda seed: seed % 2**64)]
 # As in OpenAI's Responses API. auto: the oldest turns are left out where the context is full.
 Truncation = Literal["auto", "disabled"]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
@@ -102,7 +104,7 @@ class SamplingRequest(Sampling):
     model: str
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
@@ -155,6 +157,13 @@ class CompletionRequest(SamplingRequest):
     best_of: Unsupported = None
     echo: Unsupported = None
     logprobs: Unsupported = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _not_empty(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("is empty: send a text, token ids, or a list of either")
+        return value
 
     @field_validator("best_of", mode="before")
     @classmethod

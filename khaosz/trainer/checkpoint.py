@@ -31,7 +31,7 @@ from torch import Tensor
 
 from khaosz.config import TrainConfig, save_config
 from khaosz.errors import CheckpointError, TrainingError, one_line
-from khaosz.files import atomic_folder, digest, remove_folder, sync, write_json
+from khaosz.files import atomic_folder, digest, disk_error, remove_folder, sync, write_json
 from khaosz.interop.adapter import save_adapter
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
@@ -122,7 +122,7 @@ def _write(context: TrainContext, directory: Path) -> None:
         pending = _pending_rollout(context, rank)
         if pending.exists():
             shutil.move(pending, state / f"rollout-{rank}.safetensors")
-    write_json(state / "state.json", context.state())
+    write_json(state / "state.json", {**context.state(), "files": _FILES})
     folders = (directory / ADAPTER, state)
     paths = [path for folder in folders if folder.is_dir() for path in folder.iterdir()]
     paths += [path for name in _READ if (path := directory / name).exists()]
@@ -138,6 +138,8 @@ def verify(directory: Path) -> None:
     it was saved. Checkpoints of earlier versions list no files."""
     path = directory / _FILES
     if not path.exists():
+        if _lists_files(directory):
+            raise _broken(path, "it is missing")
         return
     try:
         files = json.loads(path.read_text(encoding="utf-8"))
@@ -154,6 +156,14 @@ def verify(directory: Path) -> None:
         raise _broken(path, str(error.strerror)) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(path, str(error)) from None
+
+
+def _lists_files(directory: Path) -> bool:
+    try:
+        state = json.loads((directory / "state" / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # `load_state` says what is wrong with it
+    return isinstance(state, dict) and "files" in state
 
 
 def _broken(path: Path, why: str) -> CheckpointError:
@@ -251,7 +261,7 @@ def check_same_run(
         values = json.loads(path.read_text(encoding="utf-8"))
         stored = TrainConfig.parse(values, source=str(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: missing or broken: {error}") from None
+        raise CheckpointError(f"missing or broken: {disk_error(error, path)}") from None
     requested: dict[str, Any] = config.model_dump(mode="json", exclude_unset=True)
     for key, value in requested.items():
         before = values.get(key)

@@ -17,11 +17,19 @@ import torch
 
 from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, ModelConfig, TrainConfig, preset
 from khaosz.config.presets import Derived
+from khaosz.config.stages import TEXT_STAGES
 from khaosz.data.records.layouts import Kind, read_record
 from khaosz.data.records.preference import to_prompt
 from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
-from khaosz.data.records.report import InputReport, LeftOut, worst_reason
-from khaosz.data.shards.manifest import PreparedData
+from khaosz.data.records.report import (
+    InputReport,
+    LeftOut,
+    refuse_unread,
+    summary,
+    usable_records,
+    worst_reason,
+)
+from khaosz.data.shards.manifest import PreparedData, PrepareReport, read_manifest
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.data.tokenizer.tokenizer import check_vocab_size
 from khaosz.errors import (
@@ -41,7 +49,7 @@ from khaosz.interop.huggingface import (
 from khaosz.parallel import ParallelContext
 from khaosz.parallel.setup import device_type, world_size
 from khaosz.trainer.calibration import compiler_problem, rows_per_step
-from khaosz.trainer.checkpoint import has_checkpoints
+from khaosz.trainer.checkpoint import has_checkpoints, step_of
 from khaosz.trainer.corpus import is_prepared
 from khaosz.trainer.loggers import logger_module
 from khaosz.trainer.memory import check_stage_memory
@@ -139,10 +147,7 @@ def _check_layout(config: TrainConfig, path: Path) -> None:
             try:
                 if isinstance(record, Skip):
                     raise DataError(record.reason)
-                if config.stage in ROLLOUT_STAGES:
-                    to_prompt(record, config.columns)
-                else:
-                    read_record(record, _KINDS[config.stage], config.columns)
+                _read(config, record)
                 return
             except LeftOut:
                 return
@@ -153,6 +158,37 @@ def _check_layout(config: TrainConfig, path: Path) -> None:
         raise DataError(
             f"{path}: none of the first records can be read{worst_reason(entries)}", hint=hint
         )
+
+
+def _read(config: TrainConfig, record: object) -> None:
+    """Raises `DataError` for a record that cannot be read in this stage."""
+    if config.stage in ROLLOUT_STAGES:
+        to_prompt(record, config.columns)
+    else:
+        read_record(record, _KINDS[config.stage], config.columns)
+
+
+def read_data(config: TrainConfig) -> Iterator[str]:
+    """Read all records of a stage and report, in lines for people, which cannot be read. Data that
+    an earlier stage will write is left out. Raises `DataError` as the stage would: if more than
+    1 % cannot be read and the recipe does not allow it."""
+    for path in (config.data, config.val):
+        if path is None:
+            continue
+        if config.stage in TEXT_STAGES and is_prepared(path):
+            yield from summary(PrepareReport.from_dict(read_manifest(path)["report"]).inputs)
+        elif path.exists():
+            entries = [InputReport(str(file)) for file in expand_inputs([path])]
+            every_column = config.stage in ROLLOUT_STAGES
+            for entry in entries:
+                for line, record in usable_records(
+                    entry, config.columns, every_column=every_column
+                ):
+                    with entry.skipping(line):
+                        _read(config, record)
+                        entry.kept += 1
+            yield from summary(entries)
+            refuse_unread(entries, config.allow_unread)
 
 
 @dataclass(frozen=True)
@@ -235,6 +271,13 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
 
 def _check_out(out: Path) -> None:
     """Raises `ConfigError` if `out` cannot become a directory that this process writes to."""
+    place = out.resolve()  # `RUN/last` is a link
+    for path in (place, *place.parents):
+        if step_of(path) is not None and (path / "train_config.json").exists():
+            raise ConfigError(
+                f"out={out}: {path} is a checkpoint of another run",
+                hint="name a directory outside of it; a run starts from it with init_from=",
+            )
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise ConfigError(f"out={out}: {existing} is a file", hint="name a directory")

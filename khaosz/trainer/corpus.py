@@ -13,7 +13,7 @@ from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import InputReport, refuse_unread, summary
 from khaosz.data.records.texts import read_interleaved
 from khaosz.data.shards.manifest import PreparedData, PrepareReport, identity, read_manifest
-from khaosz.data.shards.prepare import prepare, prepared_from, shown_progress
+from khaosz.data.shards.prepare import change_of, prepare, prepared_from, shown_progress
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.files import write_atomic
@@ -105,8 +105,12 @@ class Corpus:
         written_now = False
         if not is_prepared(path):
             if self.resumed and is_prepared(out) and prepared_from(out, path):
-                if not path.exists():
-                    self.console.print(f"  {path} is gone: using {out}, which was prepared from it")
+                if self.parallel.is_main and (change := change_of(out, path)):
+                    what = "is gone" if change == "gone" else "has changed since"
+                    self.console.print(
+                        f"  {path} {what}: using {out}, which was prepared from it",
+                        soft_wrap=True,
+                    )
             elif self.parallel.is_main:
                 written_now = True
                 with shown_progress(self.console) as progress:

@@ -82,7 +82,7 @@ def test_client_does_not_import_torch(url: str) -> None:
 
 def test_oldest_exchange_is_dropped_when_the_context_is_full(url: str) -> None:
     out = chat(url, "a" * 30, "b" * 30, "c" * 30)
-    assert "(context full: the oldest 1 exchanges are dropped)" in out
+    assert "(context full: the oldest exchange is dropped)" in out
     too_long = chat(url, "a" * 200)
     assert f"the model's context is {CONTEXT}" in too_long and SCRIPT not in too_long
 

@@ -194,7 +194,7 @@ def test_oldest_exchange_is_dropped_when_the_context_is_full() -> None:
     assert terminal.say("a" * 20) == SCRIPT + "\n"
     assert terminal.say("b" * 20) == SCRIPT + "\n"
     text = terminal.say("c" * 20)
-    assert text.startswith("(context full: the oldest 1 exchanges are dropped)\n")
+    assert text.startswith("(context full: the oldest exchange is dropped)\n")
     assert [turn["content"] for turn in terminal.conversation.turns] == [
         "b" * 20,
         SCRIPT,
@@ -360,6 +360,18 @@ def test_a_whole_conversation_through_a_pipe(tmp_path: Path) -> None:
         {"role": "user", "content": "again"},
         {"role": "assistant", "content": SCRIPT},
     ]
+
+
+def test_a_context_that_the_template_fills_is_refused_at_the_start(tmp_path: Path) -> None:
+    directory = model_directory(tmp_path / "model")
+    for context, options, what in ((3, (), "template takes"), (60, ("--system", "a" * 90), "take")):
+        done = run_chat(directory, b"hi\n", "--context", str(context), *options)
+        assert done.returncode == 1
+        assert f"a context of {context} tokens has no room for a message" in done.stderr.decode()
+        assert what in done.stderr.decode()
+    done = run_chat(directory, b"a" * 70 + b"\n", "--context", "60")
+    said = f"the context is 60 of the model's {CONTEXT} (shorten the prompt, or allow a longer"
+    assert said in done.stdout.decode().replace("\n", " ")
 
 
 def test_invalid_utf8_does_not_end_the_chat(tmp_path: Path) -> None:

@@ -106,6 +106,9 @@ def test_seed_and_stop(service: Service) -> None:
         == answer_of(seed=1).message.content
         != answer_of(seed=2).message.content
     )
+    for seed in (-1, -(2**63), 2**64 + 1, -(10**40)):  # any integer; its lowest 64 bits count
+        assert answer_of(seed=seed).message.content == answer_of(seed=seed % 2**64).message.content
+    assert answer_of(seed=2**64 + 1).message.content == one.message.content
     text = one.message.content
     # Two characters, so that the stop string spans tokens.
     stop = text[8:10]
@@ -271,8 +274,7 @@ def test_models_and_health(service: Service) -> None:
                 "type": "string"}}}], "tool_choice": "required"},
             "tools",
         ),
-        ({"seed": 2**64}, "seed"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"),
     ],
 )  # fmt: skip
 def test_error_names_field(service: Service, more: dict[str, Any], param: str) -> None:
@@ -282,6 +284,18 @@ def test_error_names_field(service: Service, more: dict[str, Any], param: str) -
     assert caught.value.param == param
     assert param.split(".")[-1] in str(caught.value) or param == "response_format"
     assert caught.value.type == "invalid_request_error"
+
+
+def test_an_empty_prompt_is_named(service: Service) -> None:
+    for prompt in ([], [[]], ["x", []]):
+        body = json.dumps({"model": "tiny", "prompt": prompt})
+        status, _, answer = service.ask("POST", "/v1/completions", body)
+        error = answer["error"]
+        assert (status, error["param"].split(".")[0]) == (400, "prompt"), error
+        if prompt == []:
+            assert error["message"] == (
+                "prompt: is empty: send a text, token ids, or a list of either"
+            )
 
 
 def test_other_errors(service: Service) -> None:

@@ -125,7 +125,7 @@ def test_training_reads_rankings(service: Service, file: Path, tiny: Path, tmp_p
         ({"messages": [*ASKED, {"role": "assistant", "content": "x"}]}, "does not end with a user"),
         ({"messages": [{"role": "user", "content": " "}]}, "empty prompt"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
-        ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"),
         ({"sampling": {"temperatur": 1}}, "unknown field"),
     ],
 )

@@ -18,7 +18,7 @@ from rich.console import Console
 from tiny import Recipe, stopping_after, tiny_recipe, write_recipe
 
 from khaosz.config import TrainConfig
-from khaosz.errors import CheckpointError, TrainingError
+from khaosz.errors import CheckpointError, ConfigError, TrainingError
 from khaosz.files import FolderInUse, exclusive
 from khaosz.trainer.checkpoint import point, resolve, rotate
 from khaosz.trainer.run import run
@@ -40,6 +40,16 @@ def copied(finished: TrainConfig, recipe: Recipe) -> TrainConfig:
     shutil.copytree(finished.out, config.out, symlinks=True)
     point(config.out / "last", config.out / "step-000004")
     return config
+
+
+@pytest.mark.parametrize("name", ["last", "step-000008", "last/more", "best/data/x"])
+def test_a_checkpoint_of_another_run_is_no_output_directory(
+    finished: TrainConfig, recipe: Recipe, name: str
+) -> None:
+    before = sorted(path.name for path in (finished.out / "last").iterdir())
+    with pytest.raises(ConfigError, match="is a checkpoint of another run"):
+        run(recipe(out=finished.out / name), console=QUIET)
+    assert sorted(path.name for path in (finished.out / "last").iterdir()) == before
 
 
 def test_lock_excludes_processes_and_threads_until_the_holder_is_killed(tmp_path: Path) -> None:

@@ -196,3 +196,26 @@ def test_commands_say_what_they_skip(model_dir: Path, tmp_path: Path) -> None:
         assert result.get("unread") == 3 or result.get("skipped") == 2 or "inputs" in result
     shown = RUNNER.invoke(app, ["data", "show", str(texts), "--tokenizer", str(model_dir)])
     assert shown.exit_code == 0 and "not valid JSON" in shown.output
+
+
+@pytest.mark.parametrize("stage", GOOD)
+def test_dry_run_counts_unread_records(
+    stage: str, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the run would: with the file and line of each, also of `val`."""
+    monkeypatch.chdir(tmp_path)
+    data = write(Path("data.jsonl"), stage, 30, 3)
+    options = [f"data={data}", "out=out", f"tokenizer={tokenizer_dir}", "size=nano", "max_steps=1"]
+    options += ["init_from="] if stage != "pt" else []
+    if stage == "grpo":
+        Path("reward.py").write_text("def one(messages, answer, extra):\n    return 1.0\n")
+        options += ["reward_function=reward.py:one", "rollout.group=2"]
+    options += ["val="] if stage == "embed" else []
+    refused = RUNNER.invoke(app, ["train", stage, "--dry-run", *options])
+    assert isinstance(refused.exception, DataError), refused.output
+    assert "3 of 33 records cannot be read" in str(refused.exception)
+    assert "data.jsonl:31" in str(refused.exception)
+    assert "data.jsonl: 33 records, 30 kept, 3 not read" in refused.output
+    allowed = RUNNER.invoke(app, ["train", stage, "--dry-run", "--allow-unread", *options])
+    assert allowed.exit_code == 0, allowed.output
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []

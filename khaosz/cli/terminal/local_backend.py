@@ -17,6 +17,7 @@ from khaosz.cli.terminal.conversation import (
     sources_of,
     text_parts,
 )
+from khaosz.errors import ConfigError
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.parts import Part, PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
@@ -61,6 +62,20 @@ class LocalBackend:
         }
         generator = Generator.from_directory(model, context=context, **settings)
         return cls(generator, str(model), **settings)
+
+    def check_room(self, conversation: Conversation) -> None:
+        """Raises `ConfigError` for a context that the template and the system prompt fill."""
+        empty = len(
+            self.generator.chat_ids(conversation.with_system(conversation.with_message("")))
+        )
+        if empty >= self.generator.context:
+            system = " and the system prompt" if conversation.system else ""
+            raise ConfigError(
+                f"a context of {self.generator.context} tokens has no room for a message:"
+                f" the chat template{system} take{'' if system else 's'} {empty}",
+                hint="start with a longer --context"
+                + (", or a shorter --system" if system else ""),
+            )
 
     @property
     def about(self) -> str:

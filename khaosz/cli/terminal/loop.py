@@ -85,9 +85,8 @@ def answer(
                 match event:
                     case Truncated(count):
                         turns = turns[2 * count :]
-                        console.print(
-                            f"[dim](context full: the oldest {count} exchanges are dropped)[/dim]"
-                        )
+                        what = "exchange is" if count == 1 else f"{count} exchanges are"
+                        console.print(f"[dim](context full: the oldest {what} dropped)[/dim]")
                     case Part(kind, text):
                         if in_reasoning and kind == "content":
                             console.print("\n")

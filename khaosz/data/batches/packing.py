@@ -38,7 +38,7 @@ import numpy as np
 from khaosz.data.records.chat import cut_at_turn
 from khaosz.data.shards.mmap import MmapFileHandler
 from khaosz.errors import DataError, TokenFileError
-from khaosz.files import publish, write_json
+from khaosz.files import disk_error, publish, write_json
 
 OPEN_BINS = 512
 _FORMAT = 2  # part of the digest: a plan made by another algorithm is never reused
@@ -144,7 +144,7 @@ def read_plan(path: Path) -> PackingPlan:
             name: _mapped(path / f"{name}.bin", dtype, stats) for name, dtype in _ARRAYS.items()
         }
     except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"the packing plan {path} cannot be read: {error}", hint=hint) from error
+        raise DataError(f"the packing plan {disk_error(error, path)}", hint=hint) from error
     return PackingPlan(**arrays, stats=stats)
 
 

@@ -111,7 +111,7 @@ def detect(head: bytes, more: bytes = b"", *, whole: bool = False) -> Detected:
     if utf16 := _utf16(head):
         return utf16
     if decodes(head, whole=whole) and decodes(more):
-        return Detected("utf-8" if b"\x1b$" not in head else _escaped(head))
+        return Detected(_seven_bits(head))
     body = head if whole else head[: _end_of_line(head)]
     lines = [line for line in [*body.split(b"\n"), *more.split(b"\n")] if not line.isascii()]
     good = sum(map(decodes, lines))
@@ -176,7 +176,7 @@ def decodes(raw: bytes, encoding: str = "utf-8", whole: bool = True) -> bool:
 
 def decode_chunks(raw: Iterable[bytes], encoding: str) -> Iterator[str]:
     """Decode; invalid bytes become lone surrogates, so that only their record fails later."""
-    errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "khaosz.surrogates"
     name = "utf-8-sig" if encoding == "utf-8" else encoding
     decoder = codecs.getincrementaldecoder(name)(errors=errors)
     for chunk in raw:
@@ -195,10 +195,31 @@ def _end_of_line(piece: bytes) -> int:
     return end if end >= 0 else len(piece)
 
 
-def _escaped(head: bytes) -> str:
-    """ISO-2022-JP is ASCII with escape sequences."""
-    japanese = decodes(head, "iso2022_jp", whole=False)
-    return "iso2022_jp" if japanese and b"\x1b(" in head else "utf-8"
+def _seven_bits(head: bytes) -> str:
+    """ISO-2022-JP and -KR are ASCII with escape sequences, HZ (RFC 1843) is ASCII with ~{ and ~}.
+    Everything else that is valid UTF-8 is UTF-8."""
+    for mark, more, name in (
+        (b"\x1b$)C", b"\x0e", "iso2022_kr"),
+        (b"\x1b$", b"\x1b(", "iso2022_jp"),
+    ):
+        if mark in head and more in head and decodes(head, name, whole=False):
+            return name
+    if b"~{" in head and head.isascii() and decodes(head, "hz", whole=False):
+        high = [character for character in head.decode("hz", "ignore") if character > "\x7f"]
+        common = sum(map(COMMON_CHINESE.__contains__, high))
+        if common > 1 and 4 * common >= len(high):
+            return "hz"
+    return "utf-8"
+
+
+def _as_surrogates(error: UnicodeError) -> tuple[str, int]:
+    """As "surrogateescape", which does not take the bytes below 128 of 7-bit encodings."""
+    assert isinstance(error, UnicodeDecodeError)
+    raw = error.object[error.start : error.end]
+    return "".join(chr(0xDC00 + max(byte, 0x80)) for byte in raw), error.end
+
+
+codecs.register_error("khaosz.surrogates", _as_surrogates)
 
 
 def _utf16(head: bytes) -> Detected | None:

@@ -178,6 +178,8 @@ def _suffix_of(path: Path) -> str | None:
 
 def _require_suffix(path: Path) -> str:
     suffix = _suffix_of(path)
+    if suffix is None and not path.exists():
+        raise DataError(f"input {path} does not exist")
     if suffix is None:
         raise DataError(
             f"{path}: unsupported file type",

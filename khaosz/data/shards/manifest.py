@@ -15,6 +15,7 @@ from khaosz.data.records.report import InputReport
 from khaosz.data.shards.encode import EncodedBatch
 from khaosz.data.shards.mmap import MmapFileHandler, Stage
 from khaosz.errors import DataError, TokenFileError
+from khaosz.files import disk_error
 
 MANIFEST_FORMAT = 1
 GROUP_FIELDS = ("split", "source", "lang", "shards", "documents", "tokens", "bytes")
@@ -120,7 +121,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             else "run `khaosz data prepare` first",
         ) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", hint="prepare the data again") from error
+        reason = disk_error(error, path)
+        raise DataError(f"cannot read {reason}", hint="prepare the data again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         raise DataError(
             f"{path} is not a manifest of format {MANIFEST_FORMAT}",

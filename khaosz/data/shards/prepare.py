@@ -144,6 +144,16 @@ def prepared_from(out: Path, *inputs: str | Path) -> bool:
     return all(any(path == p or p in path.parents for p in places) for path in earlier)
 
 
+def change_of(out: Path, *inputs: str | Path) -> Literal["gone", "changed"] | None:
+    """What became of the inputs of a prepared directory, None if they hold what they held."""
+    try:
+        paths = expand_inputs(inputs)
+    except DataError:
+        return "gone"
+    now = [identity(path) for path in paths]
+    return None if _same_content(read_manifest(out), now, paths) else "changed"
+
+
 def _finished_report(
     out: Path, configuration: dict[str, Any], paths: list[Path] | None
 ) -> PrepareReport | None:

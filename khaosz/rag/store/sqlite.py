@@ -27,6 +27,7 @@ from khaosz.database import (
     transaction,
 )
 from khaosz.errors import DataError
+from khaosz.files import disk_error
 from khaosz.rag.store.records import SourceFile, indexed_text
 from khaosz.rag.store.sql import VERSION, Store
 from khaosz.rag.terms import terms
@@ -74,7 +75,7 @@ class SqliteStore(Store):
             elif path.is_file() and not path.stat().st_size:
                 raise DataError(f"{path} is empty, not a knowledge base", hint=hint)
         except OSError as error:
-            raise DataError(f"{path} cannot be used: {error}", hint=hint) from error
+            raise DataError(f"{path} cannot be used: {disk_error(error)}", hint=hint) from error
         with database_errors(path, hint=hint):
             examine(
                 *(path, VERSION, _SCHEMA),

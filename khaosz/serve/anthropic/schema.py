@@ -18,7 +18,7 @@ from khaosz.serve.messages import (
     text_only,
 )
 from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
-from khaosz.serve.schema import Retrieval, Stop, Tokens
+from khaosz.serve.schema import Retrieval, Seed, Stop, Tokens
 
 
 class Sent(BaseModel):
@@ -195,7 +195,7 @@ class MessagesRequest(CountRequest):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
     knowledge_base: str | None = None
     retrieval: Retrieval | None = None
     container: Unsupported = None

@@ -30,7 +30,15 @@ from khaosz.serve.messages import (
     text_only,
 )
 from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
-from khaosz.serve.schema import JsonObject, NamedSchema, PlainText, Retrieval, Tokens, Truncation
+from khaosz.serve.schema import (
+    JsonObject,
+    NamedSchema,
+    PlainText,
+    Retrieval,
+    Seed,
+    Tokens,
+    Truncation,
+)
 
 _STATELESS = "this server stores no responses: send the earlier items as input"
 
@@ -229,7 +237,7 @@ class ResponseRequest(InputCountRequest):
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None

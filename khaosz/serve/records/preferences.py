@@ -27,7 +27,7 @@ from khaosz.files import append
 from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.messages import MAX_MESSAGES, RequestModel
 from khaosz.serve.replies import Reply, exported, json_lines
-from khaosz.serve.schema import Sampling
+from khaosz.serve.schema import Sampling, Seed
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
@@ -62,7 +62,7 @@ class PreferenceRequest(RequestModel):
     ) = None
     finish_reasons: Annotated[list[Finish], Field(max_length=MAX_ANSWERS)] | None = None
     model: Annotated[str, Field(max_length=512)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    seed: Seed | None = None
     sampling: SampledWith | None = None
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import pytest
 from khaosz.data.records import charset
 from khaosz.data.records.charset import HEAD_BYTES, decode_bytes, detect, spread
 from khaosz.data.records.readers import open_source
+from khaosz.data.records.report import InputReport
 from khaosz.data.records.texts import read_texts
 from khaosz.rag.load.decode import decode
 
@@ -52,6 +53,9 @@ TABLE = [
     (JAPANESE, "shift_jis"),
     (JAPANESE, "euc_jp"),
     (JAPANESE, "iso2022_jp"),
+    (KOREAN, "iso2022_kr"),
+    (CHINESE, "hz"),
+    (CODE, "hz"),
     (JAPANESE, "utf-16-le"),
     (KOREAN, "euc_kr"),
     (ENGLISH, "cp1252"),
@@ -86,6 +90,7 @@ def test_encodings_of_prose_lists_and_long_files(text: str, encoding: str) -> No
         ("你好", "gb18030"),
         ("中文", "gbk"),
         ("求和", "gb2312"),
+        ("中文 ~ 2", "hz"),
         ("五月\n六月\n七月\n十二月", "big5"),
         ("パスワード", "euc_jp"),
         ("ありがとう", "shift_jis"),
@@ -95,6 +100,25 @@ def test_encodings_of_prose_lists_and_long_files(text: str, encoding: str) -> No
 )
 def test_short_texts(text: str, encoding: str) -> None:
     assert decode_bytes(text.encode(encoding))[0] == text
+
+
+@pytest.mark.parametrize(
+    "text", ["A~{b} and ~{c}", "echo ~{one,two}", "~{xy~} is a set", "see ~~{ab~}", "ref~{1}"]
+)
+def test_tildes_in_english_are_not_hz(text: str) -> None:
+    assert decode_bytes(text.encode()) == (text, charset.Detected("utf-8"))
+
+
+@pytest.mark.parametrize("encoding", ["iso2022_jp", "hz", "gb18030", "utf-8"])
+def test_damage_after_the_head_spoils_its_record_alone(tmp_path: Path, encoding: str) -> None:
+    text = JAPANESE if encoding == "iso2022_jp" else CHINESE
+    damage = {"iso2022_jp": b"\x1b$B\x30\x7f\x1b(B", "hz": b"~{\x30\x01~}"}.get(encoding, b"\xff")
+    line = json.dumps({"text": text}, ensure_ascii=False).encode(encoding) + b"\n"
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(line * (HEAD_BYTES // len(line) + 9) + b'{"text": "' + damage + b'"}\n' + line)
+    report = InputReport(str(path))
+    texts = [each for _, each in read_texts(path, report)]
+    assert set(texts) == {text} and report.unread == 1
 
 
 def test_doubt_is_said_with_the_name_of_the_file(tmp_path: Path) -> None:

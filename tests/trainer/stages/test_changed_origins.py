@@ -214,6 +214,7 @@ def test_prepared_data_of_a_run_suffices(
     context = run(config, resume=True, console=Console(file=said, width=1000))
     assert context.progress.step == 4
     assert ("is gone: using" in said.getvalue()) == (change == "gone")
+    assert ("raw.jsonl has changed since: using" in said.getvalue()) == (change == "replaced")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
