@@ -52,12 +52,17 @@ def test_a_full_context_is_no_dead_end(browser: Any, place: Service, viewport: A
             ask_and_wait(page, f"{i} {WORDS}")
             assert page.locator(".problem").count() == 0
         page.locator(".left-out").wait_for()
-        # The line is before the first message that the model sees.
+        # The line is before the first message that the model sees, and the meter counts the rest.
+        page.wait_for_function(
+            """() => {
+                 const above = [...document.querySelector(".left-out").parentElement.children]
+                   .findIndex(each => each.className === "left-out");
+                 return document.querySelector(".meter")?.title.includes(`left out: ${above}.`);
+               }"""
+        )
         order = page.locator(".column > *").evaluate_all("all => all.map(each => each.className)")
         above = order.index("left-out")
         assert 0 < above < len(order) - 2 and above % 2 == 0
-        # The meter counts the rest.
-        page.wait_for_function("() => document.querySelector('.meter')?.title.includes('left out')")
         value, label = meter(page)
         assert 0.5 < value <= 1
         assert f"of {CONTEXT:,} tokens" in label and f"left out: {above}." in label
