@@ -21,6 +21,7 @@ from khaosz.serve.errors import ApiError
 
 MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 30.0  # that the next part of a body may take
+WHOLE_BODY_SECONDS = 120.0  # that a body may take which is not streamed to its route
 _DRAINED = 32 << 20  # bytes read of a body too large, so that its sender reads the response
 # These routes stream the body, and have a limit of their own.
 _STREAMED = re.compile(r"PUT /v1/knowledge_bases/[^/]+/files/[^/]+")
@@ -166,8 +167,10 @@ async def _body(receive: Receive) -> bytes | None:
     """The whole body, None if it is too large. Raises TimeoutError when no more of it arrives."""
     parts: list[bytes] = []
     size = 0
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + WHOLE_BODY_SECONDS
     while size <= _DRAINED:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout_at(min(deadline, loop.time() + BODY_SECONDS)):
             message = await receive()
         if message["type"] != "http.request":  # the client left
             break

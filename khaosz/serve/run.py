@@ -68,7 +68,7 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app, record_routes
-        from khaosz.serve.connections import BACKLOG, limited_protocol
+        from khaosz.serve.connections import BACKLOG, LimitedServer, limited_protocol
         from khaosz.serve.guard import LOOPBACK, Guard
         from khaosz.serve.knowledge.catalogue import Catalogue
         from khaosz.serve.knowledge.library import Library
@@ -126,7 +126,7 @@ def serve(
                 )
         if (first := served.all[0].loaded) and (line := first.generator.memory_line):
             announce(line)
-        uvicorn.Server(config).run([listener])
+        LimitedServer(config).run([listener])
 
 
 def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model]:

@@ -8,8 +8,9 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, RemoteDisconnected
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def process(model: Path, data: Path, **options: Any) -> Iterator[tuple[list[str]
             messages.append(running.stderr.read())
 
 
+BODY = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{"
+BEGINNINGS = {"a head": HALF, "a body": BODY, "nothing": b"", "no HTTP": b"\x16\x03\x01\xff" * 50}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no RLIMIT_NOFILE")
 def test_half_open_connections_leave_room_for_others(tiny: Path, tmp_path: Path) -> None:
     import resource
@@ -74,10 +79,11 @@ def test_half_open_connections_leave_room_for_others(tiny: Path, tmp_path: Path)
 
     with process(tiny, tmp_path / "data", preexec_fn=limit) as (lines, messages):
         port = int(lines[-1].rpartition(":")[2].strip("/\n"))
-        with contextlib.ExitStack() as sockets:
-            for _ in range(300):
-                sockets.enter_context(connect(port, HALF))
-            assert live(port) == 200
+        for beginning in BEGINNINGS.values():
+            with contextlib.ExitStack() as sockets:
+                for _ in range(300):
+                    sockets.enter_context(connect(port, beginning))
+                assert live(port) == 200
     assert "out of system resource" not in messages[0] and "Traceback" not in messages[0]
 
 
@@ -106,6 +112,38 @@ def test_request_must_begin_and_arrive_in_time(tiny: Path, monkeypatch: pytest.M
         with connect(service.port, head) as slow:
             assert slow.recv(12) == b"HTTP/1.1 408"
         assert live(service.port) == 200
+
+
+def answers(port: int) -> bool:
+    try:
+        return live(port) == 200
+    except (ConnectionResetError, RemoteDisconnected):
+        return False
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [BODY, b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200]
+)
+def test_slow_body_and_unread_answer_make_room(tiny: Path, request_bytes: bytes) -> None:
+    """Connections that have a request, but wait for their clients."""
+    with (
+        served(tiny, http=limited_protocol(1)) as service,
+        connect(service.port, request_bytes),
+    ):
+        wait_until(lambda: answers(service.port), seconds=60)
+
+
+def test_body_has_a_time_for_all_its_parts(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "WHOLE_BODY_SECONDS", 0.5)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n\r\n"
+    with served(tiny) as service, connect(service.port, head) as slow:
+        slow.setblocking(False)
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                assert slow.recv(12) == b"HTTP/1.1 408"
+                break
+            slow.send(b" ")
+            time.sleep(0.02)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
