@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 5_059,
     "rewards": 2,
-    "serve": 7_220,
+    "serve": 7_248,
     "trainer": 4_731,
     "memory": 519,
     "folders": 103,
