@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import suppress
 from typing import Annotated, NoReturn
@@ -11,7 +12,7 @@ import typer
 from khaosz import __version__
 from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.inference import bench_app, model_app
-from khaosz.cli.output import printable, say
+from khaosz.cli.output import PrintableFormatter, PrintableGroup, printable, say
 from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
 from khaosz.errors import KhaoszError, one_line
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="A private, local, bilingual language model: train it, align it, talk to it.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},  # of all commands
+    cls=PrintableGroup,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -58,6 +60,8 @@ def main() -> None:
     for stream, errors in ((sys.stdin, "strict"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if hasattr(stream, "reconfigure"):  # a Windows console may not use UTF-8
             stream.reconfigure(encoding="utf-8", errors=errors)
+    if sys.stderr.isatty() and logging.lastResort is not None:  # it prints what packages log
+        logging.lastResort.setFormatter(PrintableFormatter())
     try:
         try:
             app()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, npu, mps, xpu or auto.")]
@@ -62,6 +65,33 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     """Print a text; on a terminal as `printable` has it, in a file or a pipe as it is."""
     stream = sys.stderr if err else sys.stdout
     typer.echo(printable(str(text)) if stream.isatty() else str(text), err=err, nl=nl)
+
+
+class PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class PrintableGroup(typer.core.TyperGroup):
+    """Commands whose usage errors quote arguments, such as file names, as `printable` has them."""
+
+    def make_context(self, *args: Any, **more: Any) -> Any:
+        with _printable_errors():
+            return super().make_context(*args, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _printable_errors():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+            error.message = printable(error.message)
+        raise
 
 
 def open_console(**options: Any) -> Any:

@@ -62,13 +62,13 @@ def check(output: bytes) -> None:
     assert "\x1b[2J" not in text and "␛[2J" in text
 
 
-def on_terminal(*command: str, cwd: Path) -> bytes:
+def on_terminal(*command: str, cwd: Path, start: tuple[str, ...] = ("-m", "khaosz")) -> bytes:
     """What a command prints on a terminal."""
     import pty
 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "khaosz", *command],
+        [sys.executable, *start, *command],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,
@@ -91,6 +91,19 @@ def test_server_of_a_chat(hostile: str, tmp_path: Path) -> None:
             terminal.send(keys, ">")
         assert terminal.quit() == 0
         check(terminal._raw)
+
+
+def test_usage_errors_and_logs(tmp_path: Path) -> None:
+    name = "m\u202e\x9b31m\x07"
+    for command in (("chat", "model", name), ("serve", f"--{name}"), (name,)):
+        text = on_terminal(*command, cwd=tmp_path).decode()
+        assert "rror: " in text and not {"\x07", "\x9b", "\u202e"} & set(text)
+    code = (
+        "import logging, khaosz.cli as cli\n"
+        f"cli.app = lambda: logging.getLogger('khaosz.serve').warning({'document' + ESCAPES!r})\n"
+        "cli.main()"
+    )
+    check(on_terminal(cwd=tmp_path, start=("-c", code)))
 
 
 def test_documents_and_file_names(tmp_path: Path) -> None:
