@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_305,
+    "cli": 2_334,
     "config": 1_209,
     "data": 5_558,
     "database": 182,
