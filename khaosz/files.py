@@ -164,14 +164,16 @@ def _holder(descriptor: int) -> str:
 
 def make_private(folder: Path) -> bool:
     """Take a folder and the files in it from all users but its owner (0700 and 0600); whether one
-    had access to it. Raises OSError."""
+    had access to it. Files that cannot be changed stay as they are. Raises OSError for the folder:
+    it may belong to another user."""
     if os.name == "nt":  # access is inherited from the user's folder
         return False
     was_open = bool(folder.stat().st_mode & 0o077)
     folder.chmod(0o700)
     for path in folder.rglob("*"):
-        if not path.is_symlink() and path.stat().st_mode & 0o077:
-            path.chmod(0o700 if path.is_dir() else 0o600)
+        with suppress(OSError):  # a database that closes removes its -wal
+            if not path.is_symlink() and path.stat().st_mode & 0o077:
+                path.chmod(0o700 if path.is_dir() else 0o600)
     return was_open
 
 

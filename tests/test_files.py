@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,3 +264,23 @@ def test_names_are_in_natural_order() -> None:
     ]  # fmt: skip
     assert sorted(reversed(ordered), key=natural_key) == ordered
     assert sorted(["01", "1", "x", ""], key=natural_key) == ["", "01", "1", "x"]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="needs files of two users")
+def test_private_folder_with_files_of_another_user() -> None:
+    """They stay as they are, and the others become private."""
+    with tempfile.TemporaryDirectory() as name:  # `tmp_path` is closed to other users
+        folder, paths = Path(name), [Path(name) / each for each in ("a", "b", "c")]
+        for path in paths:
+            path.write_text("x")
+            path.chmod(0o644)
+        for path in (folder, paths[0], paths[2]):
+            os.chown(path, 65534, 65534)
+        folder.chmod(0o755)
+        os.seteuid(65534)
+        try:
+            assert files.make_private(folder)
+        finally:
+            os.seteuid(0)
+        modes = [path.stat().st_mode & 0o777 for path in (folder, *paths)]
+    assert modes == [0o700, 0o600, 0o644, 0o600]

@@ -92,8 +92,11 @@ def serve(
         os.umask(0o077)  # what is written is for this user only
         with suppress(OSError):  # `Library` reports it
             data.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if make_private(data):
-                announce(f"{data} could be read by other users of this machine: it no longer can")
+            try:
+                if make_private(data):
+                    announce(f"{data} could be read by other users of this machine: now it cannot")
+            except PermissionError:
+                announce(f"{data} belongs to another user: who else can read it is not changed")
         library = Library(data, retrieval, max_upload=max_upload)
         app = build_app(
             served,
