@@ -88,8 +88,9 @@ class PrintableGroup(typer.core.TyperGroup):
 def _printable_errors() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
-        if hasattr(error, "format_message") and isinstance(getattr(error, "message", None), str):
+    except Exception as caught:
+        error: Any = caught  # its class is not public
+        if hasattr(error, "format_message") and isinstance(error.message, str):
             error.message = printable(error.message)
         raise
 
