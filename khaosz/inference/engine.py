@@ -224,7 +224,8 @@ class Engine:
         return Sequence.start(request, choice, cache, self.tokenizer, self.context)
 
     def _plan(self) -> Iterator[tuple[Sequence, Chunk]]:
-        """Decoding first, so that a long prompt delays no answer; then prompts, oldest first."""
+        """Decoding first, so that a long prompt delays no answer; then prompts, oldest first, but
+        short ones before long ones in up to half of a pass."""
         budget = self.step_tokens
         for sequence in self._running:
             if sequence.pending == 1 and sequence.generated:
@@ -234,16 +235,21 @@ class Engine:
                 ids = [sequence.ids[-1], *sequence.draft]
                 budget -= len(ids)
                 yield sequence, Chunk(ids, sequence.cache, len(ids), sequence.request.adapter)
-        for sequence in self._running:
-            if not sequence.generated:
-                if budget <= 0:
-                    return
-                first = sequence.cache.length
-                ids = sequence.ids[first : first + budget]
-                budget -= len(ids)
-                done = first + len(ids) == len(sequence.ids)
-                adapter = sequence.request.adapter
-                yield sequence, Chunk(ids, sequence.cache, int(done), adapter)
+        prompts = [sequence for sequence in self._running if not sequence.generated]
+        short, room = set(), budget // 2
+        for sequence in prompts:
+            if sequence.pending <= room:
+                room -= sequence.pending
+                short.add(id(sequence))
+        for sequence in sorted(prompts, key=lambda each: id(each) not in short):
+            if budget <= 0:
+                return
+            first = sequence.cache.length
+            ids = sequence.ids[first : first + budget]
+            budget -= len(ids)
+            done = first + len(ids) == len(sequence.ids)
+            adapter = sequence.request.adapter
+            yield sequence, Chunk(ids, sequence.cache, int(done), adapter)
 
     # -------------------------------------------------------------------------------------- answer
 

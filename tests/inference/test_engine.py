@@ -178,6 +178,21 @@ def test_generator_streams_match_batches() -> None:
         assert len(completion.logprobs) == completion.tokens
 
 
+def test_short_prompt_does_not_wait_for_long_ones() -> None:
+    """In up to half of a pass; the long ones share what it leaves."""
+    by = engine(step_tokens=16)
+    long = [by.add([5 + i] * 40, GREEDY) for i in range(4)]
+    by.step()
+    short = [by.add([20 + i] * 5, GREEDY) for i in range(2)]
+    by.step()
+    assert {output.request_id for output in by.take()} == {short[0]}
+    by.step()
+    assert {output.request_id for output in by.take()} == {*short}
+    outputs = finish(by)
+    for i, request_id in enumerate(long):
+        assert summary(outputs, request_id) == alone([5 + i] * 40, GREEDY)
+
+
 # ---------------------------------------------------------------------------------- cancel, errors
 
 
