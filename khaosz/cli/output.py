@@ -67,6 +67,9 @@ def say(text: object = "", *, err: bool = False, nl: bool = True) -> None:
     typer.echo(printable(str(text)) if stream.isatty() else str(text), err=err, nl=nl)
 
 
+_UsageError: Any = typer.BadParameter.__bases__[0]  # which typer does not export
+
+
 class PrintableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -88,10 +91,8 @@ class PrintableGroup(typer.core.TyperGroup):
 def _printable_errors() -> Iterator[None]:
     try:
         yield
-    except Exception as caught:
-        error: Any = caught  # its class is not public
-        if hasattr(error, "format_message") and isinstance(error.message, str):
-            error.message = printable(error.message)
+    except _UsageError as error:
+        error.message = printable(error.message)
         raise
 
 
