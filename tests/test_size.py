@@ -32,8 +32,8 @@ BUDGET = {
     "rag": 5_059,
     "rewards": 2,
     "serve": 7_248,
-    "trainer": 4_731,
-    "memory": 519,
+    "trainer": 4_738,
+    "memory": 520,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -50,6 +50,7 @@ class TrainingPlan:
     critic         a reward model is trained beside the policy
     rollout        answers that are sampled at the same time
     packed         the largest micro-batch, where sequences do not fill its rows
+    records        bytes of encoded records, where they are not in a mapped file
     """
 
     config: ModelConfig
@@ -66,6 +67,7 @@ class TrainingPlan:
     critic: bool = False
     rollout: int = 0
     packed: Packed | None = None
+    records: int = 0
 
     @property
     def tokens(self) -> int:
@@ -85,7 +87,7 @@ class TrainingPlan:
         # When the optimizer steps, and while answers are sampled, activations are gone.
         kept = 0 if self.several else state["gradients"]
         other = max(self._update(), self._sampling() - state["gradients"]) + kept
-        parts = {BASE: base + _LATER, **state, **forward}
+        parts = {BASE: base + _LATER, "records": self.records, **state, **forward}
         if not self.several:
             # Gradients come as activations go: the larger of the two counts.
             parts["gradients"] = max(0, state["gradients"] - passing)

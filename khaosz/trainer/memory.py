@@ -24,9 +24,12 @@ from khaosz.memory.training import TrainingPlan
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.calibration import rows_per_step
 from khaosz.trainer.open_run import new_shape, with_training_numbers
-from khaosz.trainer.stages.lengths import largest_micro_batch
+from khaosz.trainer.stages.lengths import input_bytes, largest_micro_batch
 
 _LEAST = "micro_batch=1 gradient_checkpointing=true"
+# Encoded pairs, prompts and texts stay in memory, 5 bytes for one of UTF-8 JSON: ids of 4 bytes
+# twice, once as a key, and a Python object for each of 20 tokens or so.
+_RECORDS = 5
 _SHORTEST = 128  # tokens of a window that is proposed
 
 
@@ -65,6 +68,7 @@ def training_plan(
         critic=config.stage == "ppo",
         rollout=config.rollout.prompts * config.rollout.group // parallel.world if rollouts else 0,
         packed=packed,
+        records=0 if text else _RECORDS * input_bytes(config),
     )
 
 

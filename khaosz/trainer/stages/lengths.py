@@ -75,6 +75,14 @@ def largest_micro_batch(
     return Packed(tokens, most, longest, several=passes > 1)
 
 
+def input_bytes(config: TrainConfig) -> int:
+    """Bytes of the files of records, 0 where they do not exist yet."""
+    with suppress(DataError, OSError):
+        paths = [path for path in (config.data, config.val) if path is not None]
+        return sum(path.stat().st_size for path in expand_inputs(paths))
+    return 0
+
+
 Lengths = list[tuple[int, int]]  # of the sequences of one example, and what is scored of each
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import pytest
 from strategies import CPU
 
-from khaosz.config import PreferenceConfig, TrainConfig
+from khaosz.config import PreferenceConfig, TrainConfig, preset
 from khaosz.data.batches.batch import IGNORE
 from khaosz.data.batches.sequences import SequenceBatch, TokenSequence
 from khaosz.data.records.pairs import TextEncoder, load_text_pairs
@@ -16,9 +17,10 @@ from khaosz.data.records.preference import load_pairs, load_prompts
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.memory.training import Packed
 from khaosz.trainer.calibration import compiler_problem
+from khaosz.trainer.memory import training_plan
 from khaosz.trainer.stages.dpo import DPOStrategy
 from khaosz.trainer.stages.embed import EmbedStrategy
-from khaosz.trainer.stages.lengths import largest_micro_batch
+from khaosz.trainer.stages.lengths import input_bytes, largest_micro_batch
 from khaosz.trainer.stages.pairs import PairSet
 from khaosz.trainer.strategy import BatchLayout
 
@@ -81,9 +83,20 @@ def test_texts(embedder: Recipe, tokenizer: Tokenizer, rows: int) -> None:
 
 @pytest.mark.parametrize("data", ["nowhere.jsonl", "empty.jsonl", "other.jsonl"])
 def test_nothing_is_known_of_data_that_cannot_be_read(
-    align: Recipe, tokenizer: Tokenizer, tmp_path: Any, data: str
+    align: Recipe, tokenizer: Tokenizer, tmp_path: Path, data: str
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "other.jsonl").write_text('{"a": 1}\nnot JSON\n')
     config = align("dpo", data=tmp_path / data)
     assert largest_micro_batch(config, tokenizer, CPU, 2) is None
+
+
+def test_bytes_of_the_records(align: Recipe, tmp_path: Path) -> None:
+    config = align("dpo")
+    size = config.data.stat().st_size
+    assert input_bytes(config) == size
+    copied = shutil.copy(config.data, tmp_path / "val.jsonl")
+    assert input_bytes(align("dpo", val=copied, val_fraction=0.0)) == 2 * size
+    assert input_bytes(align("dpo", data=tmp_path / "nowhere.jsonl")) == 0
+    plan = training_plan(config.updated(batch_tokens=256), preset("nano").model, CPU)
+    assert plan.memory(0).parts["records"] == 5 * size
