@@ -1,7 +1,7 @@
 """Files and folders below a folder that are not a person's own data, and how they are listed.
 
-Programs put them there: version control, caches, locks, unfinished downloads. Whoever walks a
-folder skips them, and says which.
+Programs put them there: version control, caches, locks, unfinished downloads. Code that walks a
+folder skips them, and reports which.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that is not read. excluded: it is no part of the folder's data, whatever is
+    """A file or folder that is not read. excluded: it does not belong to the folder's data, whatever is
     in it; otherwise it may be read another time."""
 
     path: Path

@@ -1,4 +1,4 @@
-"""Messages, names and numbers that nobody expects, on the page, in Chromium."""
+"""Unusual messages, names and numbers on the page, in Chromium."""
 
 from __future__ import annotations
 
