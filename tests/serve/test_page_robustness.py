@@ -405,3 +405,20 @@ def test_search_text_is_limited(browser: Any, place: Service) -> None:
         page.focus(".search input")
         page.keyboard.insert_text("z" * 300)
         page.get_by_text("No results.").wait_for()
+
+
+@pytest.mark.parametrize("language", ["en-US", "zh-CN"])
+def test_plain_http_is_not_called_private(browser: Any, place: Service, language: str) -> None:
+    """Browsers call HTTPS and this machine secure, HTTP in a network not."""
+    with open_page(browser, place.port, locale=language) as page:
+        claim = page.locator(".empty p")
+        claim.wait_for()
+        private = claim.inner_text()
+        page.add_init_script("Object.defineProperty(window, 'isSecureContext', {value: false})")
+        page.reload()
+        claim.wait_for()
+        assert claim.inner_text() != private
+        assert ("HTTPS" in claim.inner_text()) and "HTTPS" not in private
+        assert page.locator(".empty h1").inner_text() in (
+            "On your own server", "运行在你自己的服务器上",
+        )  # fmt: skip

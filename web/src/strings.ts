@@ -72,6 +72,8 @@ const en = {
     "This message and the system prompt are too long for the model's context. Shorten them, or choose a model with a larger one.",
   emptyTitle: "Private, on your own machine",
   emptyText: "What you write never leaves it.",
+  openTitle: "On your own server",
+  openText: "What you write is sent to it without encryption: use HTTPS or an SSH tunnel.",
   examples: [
     "Who are you?",
     "Explain how a rainbow forms, in three sentences.",
@@ -300,6 +302,8 @@ const zh: Strings = {
   contextFull: "这条消息加上系统提示词超出了模型的上下文，请缩短，或换用上下文更长的模型。",
   emptyTitle: "私密，运行在你自己的机器上",
   emptyText: "你输入的内容不会离开这台机器。",
+  openTitle: "运行在你自己的服务器上",
+  openText: "你输入的内容会未经加密地传到该服务器：请使用 HTTPS 或 SSH 隧道。",
   examples: ["你是谁？", "用三句话说明彩虹是怎样形成的。", "写一个统计词频的 Python 函数。"],
   systemPrompt: "系统提示词",
   systemHint: "给助手的指令，仅用于此对话",

@@ -99,8 +99,9 @@ function unansweredQuestion(last: Node): string | null {
 function Empty() {
   return (
     <div class="empty">
-      <h1>{t("emptyTitle")}</h1>
-      <p>{t("emptyText")}</p>
+      {/* Over HTTP from another machine, which browsers do not call secure, it does leave. */}
+      <h1>{t(isSecureContext ? "emptyTitle" : "openTitle")}</h1>
+      <p>{t(isSecureContext ? "emptyText" : "openText")}</p>
       <div class="examples">
         {list("examples").map((text) => (
           <button key={text} type="button" disabled={!canGenerate.value} onClick={() => void send(text)}>
