@@ -44,8 +44,8 @@ PATTERNS = {
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file or folder that is not read. excluded: it does not belong to the folder's data, whatever is
-    in it; otherwise it may be read another time."""
+    """A file or folder that is not read. excluded: it does not belong to the folder's data,
+    whatever is in it; otherwise it may be read another time."""
 
     path: Path
     reason: str
