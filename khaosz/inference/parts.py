@@ -22,7 +22,8 @@ from khaosz.inference.text_stream import possible_stop
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 _SPACE = " \t\r\n"
-_TOKEN = re.compile(rf'\\.|"|{CALLED}', re.DOTALL)  # of JSON, in or outside strings
+_IN_STRING, _OUTSIDE = re.compile(r'\\.|"', re.DOTALL), re.compile(rf'"|{CALLED}')  # of JSON
+_MARKER = re.compile(CALLED)
 _JSON = re.compile(r"\s*([\[{]|$)")
 _BARE_CALL = re.compile(r'\s*\{\s*("(name|parameters|arguments|type)|"?$)')
 _FENCES = "", "```", "```json", "{", "```json{"
@@ -189,15 +190,17 @@ class PartStream:
 
     def _end_of_call(self) -> int | None:
         """Where the end marker begins. A string of the JSON may hold the same text."""
-        for token in _TOKEN.finditer(self._pending, self._at):
-            if token[0] == CALLED and not self._quoted:
+        while True:
+            tokens = {True: _IN_STRING, False: _OUTSIDE, None: _MARKER}[self._quoted]
+            if (token := tokens.search(self._pending, self._at)) is None:
+                # The end may be a part of a token.
+                self._at = max(self._at, len(self._pending) - len(CALLED) + 1)
+                return None
+            if token[0] == CALLED:
                 return token.start()
-            if token[0] == '"' and self._quoted is not None:
+            if token[0] == '"':
                 self._quoted = not self._quoted
             self._at = token.end()
-        # The end may be a part of a token.
-        self._at = max(self._at, len(self._pending) - len(CALLED) + 1)
-        return None
 
     def _emit(
         self, parts: list[Part | ToolCall], kind: Literal["reasoning", "content"], text: str

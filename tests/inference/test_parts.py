@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from khaosz.inference.parts import Calls, Part, PartStream, ToolCall
@@ -152,6 +152,8 @@ PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", '{"name": "a"}',
           "<", '"', "\\", '{"name": "a", "arguments": {"x": "</tool_call>"}}', "```"]  # fmt: skip
 
 
+# A backslash before the marker, outside of a string, once hid it for ever.
+@example(["<tool_call>", "\\", "</tool_call>", "\\"], "marked", False, False, ())
 @given(
     st.lists(st.sampled_from(PIECES), max_size=12),
     st.sampled_from(["none", "marked", "bare"]),
