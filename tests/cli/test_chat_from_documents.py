@@ -70,7 +70,7 @@ def test_answer_without_citation_lists_the_passages(place: Path) -> None:
 def test_long_conversation_is_truncated_for_the_passages(place: Path) -> None:
     long = "企鹅住在哪里？" + "吗" * 400  # 1,200 tokens
     out = chat(place, long, long, long, options=("--docs", "khaosz.kb"))
-    assert "exchanges are dropped)" in out
+    assert "the oldest exchange is dropped)" in out
     assert out.count("[1] 企鹅.md") == 3
 
 
