@@ -70,7 +70,7 @@ def test_citation_of_a_chinese_pdf_opens_the_source(browser: Any, server: Any) -
         mark = page.locator("dialog mark")
         mark.wait_for()
         assert "营业收入为三百二十亿元" in mark.inner_text()
-        assert page.locator("dialog h2").inner_text() == "年报 2025.pdf"
+        assert page.locator("dialog h2").inner_text() == "年报 2025.pdf, 第 1 页"
         page.keyboard.press("Escape")
         answer.get_by_role("button", name="检索详情").click()
         inspector = page.locator("dialog")
