@@ -12,6 +12,8 @@ from typing import Any
 
 from fork_server import ForkServer
 
+from khaosz.serve.records.conversation_store import VERSION
+
 
 def ask(port: int, method: str, path: str, body: Any = None) -> Any:
     connection = HTTPConnection("127.0.0.1", port, timeout=30)
@@ -47,5 +49,5 @@ def test_records_survive_kill(fork_server: ForkServer, tiny: Path, tmp_path: Pat
     with fork_server.khaosz(*arguments) as server:
         stderr = server.stderr.read_text()
     assert (server.port, server.exit_code) == (0, 1)
-    assert "conversations.db has layout version 9, this program supports 1" in stderr
+    assert f"conversations.db has layout version 9, this program supports {VERSION}" in stderr
     assert "Traceback" not in stderr
