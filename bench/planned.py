@@ -117,12 +117,12 @@ def serve(model: str, context: int, sequences: int) -> dict[str, Any]:
         line = next(line for line in service.stdout if line.startswith("page:"))
         url = "http://127.0.0.1:" + re.sub(r"\D", "", line.rpartition(":")[2])
 
-        def ask(number: int) -> None:
-            prompt = [rng.randrange(source.config.vocab_size) for _ in range(context - 20)]
+        def ask(number: int, length: int = context - 20) -> None:
+            prompt = [rng.randrange(source.config.vocab_size) for _ in range(length)]
             body = {"model": "model", "prompt": prompt, "max_tokens": 16, "seed": number}
             httpx.post(f"{url}/v1/completions", json=body, timeout=900).raise_for_status()
 
-        ask(0)
+        ask(0, length=4)  # loads the model
         parts = httpx.get(f"{url}/health/ready").json()["memory"]["model"]
         with ThreadPoolExecutor(sequences) as pool:
             list(pool.map(ask, range(sequences)))
