@@ -31,7 +31,7 @@ _HAN = re.compile("[㐀-鿿]")
 # wrote it into four of five Chinese answers instead of the number.
 _INSTRUCTION = {
     "zh": (
-        "请根据上面的资料用一句完整的话回答，句末用 [1]、[2] 这样的编号注明出处。"
+        "请根据上面的资料用一句完整的话回答，句末用 {example} 这样的编号注明出处。"
         "资料中确实没有提到时，才回答：{refusal}"
     ),
     "en": (
@@ -93,7 +93,9 @@ def build_prompt(
 
     def with_passages(passages: Sequence[Hit], narrowed: bool = False) -> Prompt:
         parts = [_passage(i, hit) for i, hit in enumerate(passages, 1)]
-        instruction = _INSTRUCTION[language].format(refusal=REFUSAL[language])
+        # Small models copy the example: it names no passage that is not there.
+        example = "[1]、[2]" if len(passages) > 1 else "[1]"
+        instruction = _INSTRUCTION[language].format(refusal=REFUSAL[language], example=example)
         asked = _QUESTION[language] + question.strip()
         # In Chinese, models cite more often if they read the instruction last.
         parts += [asked, instruction] if language == "zh" else [instruction, asked]

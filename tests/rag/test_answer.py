@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -313,3 +314,10 @@ def test_local_model_has_three_import_paths() -> None:
     from khaosz.rag import chat_model
 
     assert rag.LocalModel is chat_model.LocalModel is LocalModel
+
+
+@pytest.mark.parametrize("question", ["问？", "Q?"])
+def test_prompt_gives_no_example_of_a_number_that_no_passage_has(question: str) -> None:
+    for count in (1, 2):
+        prompt = build_prompt(question, [hit("春天")] * count, lambda _: 0, 10)
+        assert {int(n) for n in re.findall(r"\[(\d+)\]", prompt.text)} <= {*range(1, count + 1)}

@@ -215,7 +215,7 @@ export function withoutTurn(conversation: Conversation, question: string): Conve
   const { parent } = conversation.nodes.find((node) => node.id === question)!;
   const nodes = conversation.nodes.map((node) => {
     if (!below.has(node.id) || ids.has(node.id)) return node;
-    // How many messages before it were left out is no longer known.
+    // The number of messages left out before it is unknown.
     const moved = { ...node, left_out: null };
     return ids.has(node.parent!) ? { ...moved, parent } : moved;
   });
