@@ -29,7 +29,7 @@ BUDGET = {
     "interop": 3_270,
     "model": 709,
     "parallel": 116,
-    "rag": 5_059,
+    "rag": 5_060,
     "rewards": 2,
     "serve": 7_248,
     "trainer": 4_738,
