@@ -26,14 +26,14 @@ BUDGET = {
     "evaluation": 519,
     "files": 253,
     "inference": 2_854,
-    "interop": 3_270,
+    "interop": 3_403,
     "model": 709,
     "parallel": 116,
     "rag": 5_060,
     "rewards": 2,
-    "serve": 7_248,
+    "serve": 7_249,
     "trainer": 4_738,
-    "memory": 520,
+    "memory": 521,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

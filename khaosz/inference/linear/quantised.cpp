@@ -242,9 +242,15 @@ extern "C" int khaosz_multiply(int type, const float* x, Long rows, Long columns
         case 6: return product<Plain<false, true>>(job, parallel, threads);
         case 7: return product<Plain<true, true>>(job, parallel, threads);
         case 8: return product<Q8_0>(job, parallel, threads);
+        case 10: return product<Q2_K>(job, parallel, threads);
+        case 11: return product<Q3_K>(job, parallel, threads);
         case 12: return product<K45<false>>(job, parallel, threads);
         case 13: return product<K45<true>>(job, parallel, threads);
         case 14: return product<Q6_K>(job, parallel, threads);
+        case 15: return product<Q8_K>(job, parallel, threads);
+        case 20: return product<IQ4_NL>(job, parallel, threads);
+        case 23: return product<IQ4_XS>(job, parallel, threads);
+        case 39: return product<MXFP4>(job, parallel, threads);
     }
     return 1;
 }

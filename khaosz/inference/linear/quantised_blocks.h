@@ -147,6 +147,39 @@ inline U32 spread(U32 x, int at) {
     return (four | four << 7 | four << 14 | four << 21) & 0x01010101;
 }
 
+// What 4-bit codes mean, plus 128: IQ4_NL and IQ4_XS; MXFP4, whose numbers are doubled.
+alignas(16) constexpr Byte IQ4[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                      129, 141, 153, 166, 181, 197, 217, 241};
+alignas(16) constexpr Byte FP4[16] = {128, 129, 130, 131, 132, 134, 136, 140,
+                                      128, 127, 126, 125, 124, 122, 120, 116};
+
+// The numbers that bytes below 16 mean.
+inline U32 meant(const Byte* numbers, U32 bytes) {
+#if defined(__AVX512BW__) && defined(SIMD)
+    const auto table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)numbers));
+    return U32(_mm512_shuffle_epi8(table, Register(bytes)));
+#elif defined(SIMD)
+    const auto table = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)numbers));
+    return U32(_mm256_shuffle_epi8(table, Register(bytes)));
+#else
+    Byte each[sizeof bytes];
+    std::memcpy(each, &bytes, sizeof bytes);
+    for (Byte& byte : each) byte = numbers[byte];
+    std::memcpy(&bytes, each, sizeof bytes);
+    return bytes;
+#endif
+}
+
+// 32 columns in 16 bytes at p: low halves, then high ones.
+inline void put_meant(U32* codes, int slot, const Byte* numbers, const Byte* p, Long stride) {
+    U32 words[4];
+    bytes16(p, stride, words);
+    for (int j = 0; j < 4; j++) {
+        put(codes, slot + j, meant(numbers, words[j] & 0x0f0f0f0f));
+        put(codes, slot + j + 4, meant(numbers, words[j] >> 4 & 0x0f0f0f0f));
+    }
+}
+
 template <bool MINIMUM, bool FIVE>
 struct Plain {  // Q4_0, Q4_1, Q5_0, Q5_1
     static constexpr int COLUMNS = 32, GROUP = 32, ZERO = FIVE ? 16 : 8;
@@ -176,6 +209,110 @@ struct Q8_0 {
         bytes16(p + 2, stride, words);
         bytes16(p + 18, stride, words + 4);
         for (int j = 0; j < 8; j++) put(codes, j, words[j] ^ 0x80808080);
+    }
+};
+
+struct IQ4_NL {
+    static constexpr int COLUMNS = 32, GROUP = 32, ZERO = 128, BYTES = 18;
+    static constexpr bool OFFSET = false;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32*) {
+        *scale = half(bytes4(p, stride));
+        put_meant(codes, 0, IQ4, p + 2, stride);
+    }
+};
+
+struct MXFP4 {
+    static constexpr int COLUMNS = 32, GROUP = 32, ZERO = 128, BYTES = 17;
+    static constexpr bool OFFSET = false;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32*) {
+        const U32 power = bytes4(p, stride) & 0xff, small = U32(power < 2);  // 2**(power - 128)
+        *scale = F32((small & 0x200000 << (power & 1)) | (~small & (power - 1) << 23));
+        put_meant(codes, 0, FP4, p + 1, stride);
+    }
+};
+
+struct IQ4_XS {
+    static constexpr int COLUMNS = 256, GROUP = 32, ZERO = 128, BYTES = 136;
+    static constexpr bool OFFSET = false;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32*) {
+        const U32 head = bytes4(p, stride), low = bytes4(p + 4, stride);
+        const F32 unit = half(head);
+        for (int g = 0; g < 8; g++) {  // factors of 6 bits, the highest two apart
+            const U32 factor = (low >> 4 * g & 15) | (head >> (16 + 2 * g) & 3) << 4;
+            scale[g] = unit * number(factor - 32);
+            put_meant(codes, 8 * g, IQ4, p + 8 + 16 * g, stride);
+        }
+    }
+};
+
+// Columns of 64 bytes at p, two bits each: 32 bytes are 128 columns, the lowest bits first. Bit i
+// of the bytes in `third` is the third bit of the 32 columns from 32 * i on.
+inline void put_quarters(U32* codes, const Byte* p, Long stride, const U32* third) {
+    U32 words[4];
+    for (int i = 0; i < 4; i++) {
+        bytes16(p + 16 * i, stride, words);
+        for (int s = 0; s < 4; s++) {
+            for (int j = 0; j < 4; j++) {
+                const int part = i / 2 * 4 + s, word = 4 * (i % 2) + j;
+                const U32 more = third ? third[word] >> part & 0x01010101 : U32{};
+                put(codes, 8 * part + word, (words[j] >> 2 * s & 0x03030303) | more << 2);
+            }
+        }
+    }
+}
+
+struct Q2_K {
+    static constexpr int COLUMNS = 256, GROUP = 16, ZERO = 0, BYTES = 84;
+    static constexpr bool OFFSET = true;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32* offset) {
+        const U32 head = bytes4(p + 80, stride);
+        const F32 unit = half(head), minimum = -half(head >> 16);
+        U32 factors[4];
+        bytes16(p, stride, factors);
+        for (int g = 0; g < 16; g++) {
+            const U32 factor = factors[g / 4] >> 8 * (g % 4);
+            scale[g] = unit * number(factor & 15), offset[g] = minimum * number(factor >> 4 & 15);
+        }
+        put_quarters(codes, p + 16, stride, nullptr);
+    }
+};
+
+struct Q3_K {
+    static constexpr int COLUMNS = 256, GROUP = 16, ZERO = 4, BYTES = 110;
+    static constexpr bool OFFSET = false;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32*) {
+        const F32 unit = half(bytes4(p + 106, stride) >> 16);
+        U32 factors[4], third[8];
+        bytes16(p + 94, stride, factors);  // from two bytes before: 16 of them end at the block's
+        const U32 low[2] = {factors[0] >> 16 | factors[1] << 16, factors[1] >> 16 | factors[2] << 16};
+        const U32 high = factors[2] >> 16 | factors[3] << 16;
+        for (int g = 0; g < 16; g++) {
+            const U32 four = low[g / 4 % 2] >> (8 * (g % 4) + g / 8 * 4) & 15;
+            const U32 two = high >> (8 * (g % 4) + g / 4 * 2) & 3;
+            scale[g] = unit * number((four | two << 4) - 32);
+        }
+        bytes16(p, stride, third);
+        bytes16(p + 16, stride, third + 4);
+        put_quarters(codes, p + 32, stride, third);
+    }
+};
+
+struct Q8_K {
+    static constexpr int COLUMNS = 256, GROUP = 32, ZERO = 128, BYTES = 292;
+    static constexpr bool OFFSET = false;
+
+    static void decode(const Byte* p, Long stride, U32* codes, F32* scale, F32*) {
+        for (int g = 0; g < 8; g++) scale[g] = F32(bytes4(p, stride));
+        U32 words[4];
+        for (int i = 0; i < 16; i++) {
+            bytes16(p + 4 + 16 * i, stride, words);
+            for (int j = 0; j < 4; j++) put(codes, 4 * i + j, words[j] ^ 0x80808080);
+        }
     }
 };
 

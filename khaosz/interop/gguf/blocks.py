@@ -1,7 +1,8 @@
 """The block formats of GGUF tensors, in numpy, whole rows at a time.
 
-Sources: ggml-common.h and ggml-quants.c of llama.cpp, the format's reference. Every quantised
-format here is affine in groups: weight = code * scale + offset, with an unsigned `code`.
+Sources: ggml-common.h and ggml-quants.c of llama.cpp, the format's reference; MXFP4 is of OCP's
+microscaling formats, version 1.0. Every quantised format here is affine in groups: weight = code *
+scale + offset, with an unsigned `code`. Values equal those of gguf-py to the bit.
 
 Shapes: R rows, C columns, G = C / group.
 """
@@ -14,24 +15,36 @@ import numpy as np
 
 from khaosz.interop.gguf.file import TENSOR_TYPES
 
+# What a 4-bit code stands for, in units of the scale: numbers of MXFP4 are doubled.
+_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_CENTRED = np.array([_IQ4, _FP4], dtype=np.int16) + 128
+_IQ4_CODES, _FP4_CODES = _CENTRED.astype(np.uint8)
+
 
 @dataclass(frozen=True)
 class AffineGroups:
-    """codes: uint8 (R, C) below 2**bits; scales, offsets: float32 (R, G)."""
+    """codes: uint8 (R, C) below 2**bits; scales, offsets: float32 (R, G); zero: the code of weight
+    0, of types without stored minima."""
 
     codes: np.ndarray
     bits: int
     group: int
     scales: np.ndarray
     offsets: np.ndarray
+    zero: int | None
 
-    @np.errstate(invalid="ignore")  # as in `affine`
+    @np.errstate(invalid="ignore", over="ignore")  # as in `affine`
     def dense(self) -> np.ndarray:
         """float32 (R, C)."""
         rows, columns = self.codes.shape
         grouped = self.codes.reshape(rows, -1, self.group).astype(np.float32)
-        grouped *= self.scales[:, :, None]
-        grouped += self.offsets[:, :, None]
+        if self.zero is None:
+            grouped *= self.scales[:, :, None]
+            grouped += self.offsets[:, :, None]
+        else:  # rounded once: a code of 8 bits and a scale of 17 are more than fp32 holds
+            grouped -= self.zero
+            grouped *= self.scales[:, :, None]
         return grouped.reshape(rows, columns)
 
 
@@ -39,12 +52,17 @@ def is_affine(kind: str) -> bool:
     return kind not in ("F32", "F16", "BF16")
 
 
-@np.errstate(invalid="ignore")  # a broken file's scales may be NaN; it is read anyway
+@np.errstate(
+    invalid="ignore", over="ignore"
+)  # a broken file's scales may be NaN; it is read anyway
 def affine(raw: np.ndarray, kind: str) -> AffineGroups:
     """Codes, scales and offsets of raw rows, uint8 (R, bytes of a row), of a quantised type."""
     size = TENSOR_TYPES[kind][2]
     rows = len(raw)
     blocks = np.ascontiguousarray(raw).reshape(-1, size)  # (B, bytes)
+    zero: int | None = None
+    offsets: np.ndarray | None = None
+    shifts: np.ndarray
     match kind:
         case "Q4_0" | "Q4_1" | "Q5_0" | "Q5_1":
             has_minimum, five = kind.endswith("1"), kind.startswith("Q5")
@@ -53,13 +71,44 @@ def affine(raw: np.ndarray, kind: str) -> AffineGroups:
             codes = _nibbles(blocks[:, -16:])
             if five:
                 codes |= _bits(blocks[:, at : at + 4]) << 4
-            zero = np.float32(16 if five else 8)
-            offsets = _halves(blocks, 2) if has_minimum else scales * -zero
+            if has_minimum:
+                offsets = _halves(blocks, 2)
+            else:
+                zero = 16 if five else 8
             bits = 5 if five else 4
         case "Q8_0":
             scales = _halves(blocks, 0)
             codes = blocks[:, 2:] ^ np.uint8(0x80)  # two's complement -> offset by 128
-            offsets, bits = scales * np.float32(-128), 8
+            zero, bits = 128, 8
+        case "IQ4_NL":
+            scales, codes = _halves(blocks, 0), _IQ4_CODES[_nibbles(blocks[:, 2:])]
+            zero, bits = 128, 8
+        case "IQ4_XS":
+            shifts = 2 * np.arange(8, dtype=np.uint16)
+            high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> shifts & 3
+            low = np.stack((blocks[:, 4:8] & 0xF, blocks[:, 4:8] >> 4), axis=2).reshape(-1, 8)
+            factors = (low | high << 4).astype(np.float32) - 32  # (B, 8)
+            scales = _halves(blocks, 0)[:, None] * factors
+            codes = _IQ4_CODES[_nibbles(blocks[:, 8:].reshape(-1, 16))]
+            zero, bits = 128, 8
+        case "MXFP4":
+            scales = _powers_of_two(blocks[:, 0])
+            codes, zero, bits = _FP4_CODES[_nibbles(blocks[:, 1:])], 128, 8
+        case "Q2_K":
+            factors = blocks[:, :16]
+            scales = _halves(blocks, 80)[:, None] * (factors & 0xF).astype(np.float32)
+            offsets = -(_halves(blocks, 82)[:, None] * (factors >> 4).astype(np.float32))
+            codes, bits = _quarters(blocks[:, 16:80]), 2
+        case "Q3_K":
+            # Byte j of the first 32 has the highest bit of weights j, j + 32 and so on.
+            shifts = np.arange(8, dtype=np.uint8)[:, None]
+            high = ((blocks[:, None, :32] >> shifts) & 1).reshape(-1, 256)
+            codes, zero, bits = _quarters(blocks[:, 32:96]) | high << 2, 4, 3
+            low = np.concatenate((blocks[:, 96:104] & 0xF, blocks[:, 96:104] >> 4), axis=1)
+            shifts = 2 * np.arange(4, dtype=np.uint8)[:, None]
+            high = (blocks[:, None, 104:108] >> shifts & 3).reshape(-1, 16)
+            factors = (low | high << 4).astype(np.float32) - 32  # (B, 16)
+            scales = _halves(blocks, 108)[:, None] * factors
         case "Q4_K" | "Q5_K":
             factors, minima = _k_scales(blocks[:, 4:16])  # (B, 8)
             scales = _halves(blocks, 0)[:, None] * factors
@@ -80,12 +129,18 @@ def affine(raw: np.ndarray, kind: str) -> AffineGroups:
             codes = (nibbles | ((high >> shifts) & 3) << 4).reshape(-1, 256)
             factors = blocks[:, 192:208].view(np.int8).astype(np.float32)  # (B, 16)
             scales = _halves(blocks, 208)[:, None] * factors
-            offsets, bits = scales * np.float32(-32), 6
+            zero, bits = 32, 6
+        case "Q8_K":  # 256 codes with one fp32 scale, and sums that only products need
+            scales = np.repeat(np.ascontiguousarray(blocks[:, :4]).view("<f4"), 8, axis=1)
+            codes, zero, bits = blocks[:, 4:260] ^ np.uint8(0x80), 128, 8
         case _:
             raise AssertionError(kind)
-    scales, offsets = scales.reshape(rows, -1), offsets.reshape(rows, -1)
-    codes = codes.reshape(rows, -1)
-    return AffineGroups(codes, bits, codes.shape[1] // scales.shape[1], scales, offsets)
+    scales, codes = scales.reshape(rows, -1), codes.reshape(rows, -1)
+    if offsets is None:
+        assert zero is not None
+        offsets = scales * np.float32(-zero)
+    offsets = offsets.reshape(rows, -1)
+    return AffineGroups(codes, bits, codes.shape[1] // scales.shape[1], scales, offsets, zero)
 
 
 def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
@@ -210,6 +265,20 @@ def _halves(blocks: np.ndarray, at: int) -> np.ndarray:
 def _nibbles(packed: np.ndarray) -> np.ndarray:
     """(B, 16) bytes -> (B, 32) codes: weight i in the low half of byte i, i + 16 in the high."""
     return np.concatenate((packed & 0xF, packed >> 4), axis=1)
+
+
+def _quarters(packed: np.ndarray) -> np.ndarray:
+    """(B, 64) bytes -> (B, 256) codes: 32 bytes are 128 weights, the lowest bits of all first."""
+    shifts = 2 * np.arange(4, dtype=np.uint8)[:, None]
+    halves = packed.reshape(-1, 2, 1, 32)
+    return (halves >> shifts & 3).reshape(-1, 256)
+
+
+def _powers_of_two(exponents: np.ndarray) -> np.ndarray:
+    """float32 of 2**(exponent - 128), half of what a scale of MXFP4 means. 0 and 1 give subnormal
+    numbers."""
+    wide = exponents.astype(np.uint32)
+    return np.where(wide < 2, 0x200000 << (wide & 1), (wide - 1) << 23).astype("<u4").view("<f4")
 
 
 def _pack_nibbles(codes: np.ndarray) -> np.ndarray:

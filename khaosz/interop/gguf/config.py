@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from typing import Any
 
@@ -51,9 +52,11 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     metadata, source = file.metadata, file.source
     family = metadata.get("general.architecture")
     if not isinstance(family, str) or family not in ARCHITECTURES:
+        close = difflib.get_close_matches(str(family), ARCHITECTURES, n=1, cutoff=0.5)
         raise ModelError(
             f"{source}: architecture {quoted(family)} is not supported",
-            hint=f"supported: {', '.join(ARCHITECTURES)}",
+            hint=(f"the nearest is {close[0]}; " if close else "")
+            + f"supported: {', '.join(ARCHITECTURES)}",
         )
 
     architecture, keys = ARCHITECTURES[family], Keys(file, family)

@@ -1,4 +1,7 @@
-"""The GGUF container, versions 2 and 3: metadata and tensors in one memory-mapped file.
+"""The GGUF container, versions 2 and 3: metadata and tensors in memory-mapped files.
+
+A model may be split into files NAME-00001-of-00003.gguf: each has keys split.no (from 0) and
+split.count, the first one the metadata, and all of them together split.tensors.count tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count, length, offset and
 size is checked against the bytes of the file before it is used, so a broken or hostile file takes
@@ -10,9 +13,10 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import re
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+SPLIT_NAME = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 # name: (number in the file, elements of a block, bytes of a block); ggml-common.h
 TENSOR_TYPES: dict[str, tuple[int, int, int]] = {
@@ -43,17 +48,25 @@ TENSOR_TYPES: dict[str, tuple[int, int, int]] = {
     "Q5_0": (6, 32, 22),
     "Q5_1": (7, 32, 24),
     "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110),
     "Q4_K": (12, 256, 144),
     "Q5_K": (13, 256, 176),
     "Q6_K": (14, 256, 210),
+    "Q8_K": (15, 256, 292),
+    "IQ4_NL": (20, 32, 18),
+    "IQ4_XS": (23, 256, 136),
     "BF16": (30, 1, 2),
+    "MXFP4": (39, 32, 17),
 }
 _NAME_OF = {number: name for name, (number, _, _) in TENSOR_TYPES.items()}
-# Supported by llama.cpp, not by us: named in the error.
+# Types of llama.cpp that are not read, and the nearest that is: by bits of a weight.
 _FOREIGN = {
-    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
-    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    9: ("Q8_1", "Q8_0"), 16: ("IQ2_XXS", "Q2_K"), 17: ("IQ2_XS", "Q2_K"), 18: ("IQ3_XXS", "Q3_K"),
+    19: ("IQ1_S", "Q2_K"), 21: ("IQ3_S", "Q3_K"), 22: ("IQ2_S", "Q2_K"), 24: ("I8", "Q8_0"),
+    25: ("I16", "F16"), 26: ("I32", "F32"), 27: ("I64", "F32"), 28: ("F64", "F32"),
+    29: ("IQ1_M", "Q2_K"), 34: ("TQ1_0", "Q2_K"), 35: ("TQ2_0", "Q2_K"), 40: ("NVFP4", "MXFP4"),
+    41: ("Q1_0", "Q2_K"),
 }  # fmt: skip
 
 
@@ -65,6 +78,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset: int  # in the file
     nbytes: int
+    part: int = 0  # which file, of a split model
 
 
 class _Cursor:
@@ -146,8 +160,8 @@ class GgufFile:
     def __init__(self, data: memoryview, source: str) -> None:
         """Parses from a buffer. Raises `ModelError` for anything that is not right."""
         self.source = source
-        self._data = data
-        self._map: mmap.mmap | None = None
+        self._data = [data]  # of all parts
+        self._maps: list[mmap.mmap] = []
         cursor = _Cursor(data, source)
         if bytes(cursor.take(4, "the magic")) != MAGIC:
             raise ModelError(f"{source}: not a GGUF file")
@@ -189,8 +203,33 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: str | Path) -> GgufFile:
-        """Maps a file into memory. Raises `ModelError`."""
+        """Maps a file into memory or, given any part of a split model, all of its files. Raises
+        `ModelError`, also for a part that is missing."""
         path = Path(path)
+        whole = cls._mapped(path)
+        count = whole._split("count", 1)
+        if count <= 1:
+            return whole
+        name = SPLIT_NAME.fullmatch(path.name)
+        number = whole._split("no", 0) + 1
+        if name is None or (int(name["number"]), int(name["count"])) != (number, count):
+            raise ModelError(
+                f"{path}: part {number} of {count} of a model, which its name does not say",
+                hint=f"name the parts NAME-{1:05}-of-{count:05}.gguf and so on",
+            )
+        files = [path.with_name(part) for part in split_names(path.name)]
+        for part, file in enumerate(files, 1):
+            if not file.exists():
+                raise ModelError(
+                    f"{path}: part {part} of {count} is missing: {file.name}",
+                    hint="all parts of a split model must be in one folder",
+                )
+        parts = [whole if file == path else cls._mapped(file) for file in files]
+        parts[0]._join(parts[1:])
+        return parts[0]
+
+    @classmethod
+    def _mapped(cls, path: Path) -> GgufFile:
         try:
             with open(path, "rb") as file:
                 if not os.fstat(file.fileno()).st_size:
@@ -199,13 +238,46 @@ class GgufFile:
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror or error}") from None
         opened = cls(memoryview(mapped), str(path))
-        opened._map = mapped
+        opened._maps = [mapped]
         return opened
+
+    def _split(self, key: str, default: int) -> int:
+        value = self.metadata.get(f"split.{key}", default)
+        if not isinstance(value, int) or not 0 <= value <= _MAX_ENTRIES:
+            raise ModelError(f"{self.source}: split.{key} {quoted(value)} is not a whole number")
+        return value
+
+    def _join(self, others: list[GgufFile]) -> None:
+        """Take the tensors of the other parts of a split model."""
+        count = len(others) + 1
+        for number, part in enumerate([self, *others]):
+            if (part._split("no", 0), part._split("count", 1)) != (number, count):
+                raise ModelError(
+                    f"{part.source}: part {part._split('no', 0) + 1} of {part._split('count', 1)},"
+                    f" not {number + 1} of {count}"
+                )
+            if number:
+                for name, tensor in part.tensors.items():
+                    if name in self.tensors:
+                        raise ModelError(f"{part.source}: tensor {quoted(name)} comes twice")
+                    self.tensors[name] = replace(tensor, part=number)
+                self._data += part._data
+                self._maps += part._maps
+        total = self._split("tensors.count", len(self.tensors))
+        if total != len(self.tensors):
+            raise ModelError(
+                f"{self.source}: the parts have {len(self.tensors)} tensors, not {total}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return sum(map(len, self._data))
 
     def release(self) -> None:
         """Release the pages that were read: the file stays mapped, and is read again on demand."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+        for mapped in self._maps if hasattr(mmap, "MADV_DONTNEED") else ():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def _entry(self, cursor: _Cursor) -> tuple[str, GgufTensor]:
         name = cursor.text("a tensor's name", _MAX_NAME)
@@ -216,10 +288,11 @@ class GgufFile:
         what = f"tensor {quoted(name)}"
         number, offset = cursor.number("I", what), cursor.number("Q", what)
         if number not in _NAME_OF:
-            known = _FOREIGN.get(number, f"number {number}")
+            known, nearest = _FOREIGN.get(number, (f"number {number}", ""))
             raise ModelError(
                 f"{self.source}: tensor {quoted(name)} is of unsupported type {known}",
-                hint=f"supported: {', '.join(TENSOR_TYPES)}",
+                hint=(f"the nearest is {nearest}; " if nearest else "")
+                + f"supported: {', '.join(TENSOR_TYPES)}",
             )
         kind = _NAME_OF[number]
         _, block, size = TENSOR_TYPES[kind]
@@ -236,8 +309,17 @@ class GgufFile:
         tensor = self.tensors[name]
         _, block, size = TENSOR_TYPES[tensor.type]
         row = tensor.shape[-1] // block * size
-        flat = np.frombuffer(self._data, np.uint8, tensor.nbytes, tensor.offset)
+        flat = np.frombuffer(self._data[tensor.part], np.uint8, tensor.nbytes, tensor.offset)
         return flat.reshape(-1, row)
+
+
+def split_names(name: str) -> list[str]:
+    """The names of all parts of a split model, of any one's; of another file, its own."""
+    match = SPLIT_NAME.fullmatch(name)
+    if match is None:
+        return [name]
+    parts = range(1, int(match["count"]) + 1)
+    return [f"{match['name']}-{part:05}-of-{match['count']}{name[-5:]}" for part in parts]
 
 
 @dataclass(frozen=True)

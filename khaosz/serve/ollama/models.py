@@ -14,6 +14,7 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import KhaoszError
 from khaosz.inference.parts import THINK
 from khaosz.interop.gguf.config import architecture_of
+from khaosz.interop.gguf.file import split_names
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config, read_json
 from khaosz.interop.models import is_gguf, open_tokenizer
@@ -156,7 +157,8 @@ def _read_facts(source: Path) -> Facts:
 def _files(source: Path) -> list[Path]:
     if source.is_dir():
         return sorted(path for path in source.iterdir() if path.is_file())
-    return [source] if source.is_file() else []
+    parts = [source.with_name(name) for name in split_names(source.name)]
+    return [path for path in parts if path.is_file()]
 
 
 def _unknown() -> dict[str, Any]:
