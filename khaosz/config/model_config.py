@@ -8,6 +8,14 @@ from pydantic import Field, model_validator
 
 from khaosz.config.closed import Closed
 
+# Of layers with `linear_attention`, a gated DeltaNet (khaosz/model/delta_net.py).
+DELTA_NET = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
 # What model families differ in.
 FEATURES = (
     "qk_norm",
@@ -25,6 +33,8 @@ FEATURES = (
     "no_rope_layers",
     "query_scaling",
     "layer_types",
+    "attn_output_gate",
+    *DELTA_NET,
 )
 
 
@@ -63,7 +73,7 @@ class RopeScaling(Closed):
         return self
 
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 
 
 class ModelConfig(Closed):
@@ -102,6 +112,12 @@ class ModelConfig(Closed):
     query_scaling: float = Field(default=0.0, ge=0, le=1e6)
     layer_types: tuple[LayerType, ...] | None = None
     sliding_window: int | None = Field(default=None, ge=1, le=2**31)
+    attn_output_gate: bool = False
+    linear_num_key_heads: int | None = Field(default=None, ge=1, le=2**31)
+    linear_num_value_heads: int | None = Field(default=None, ge=1, le=2**31)
+    linear_key_head_dim: int | None = Field(default=None, ge=1, le=2**31)
+    linear_value_head_dim: int | None = Field(default=None, ge=1, le=2**31)
+    linear_conv_kernel_dim: int | None = Field(default=None, ge=2, le=2**31)
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -131,6 +147,11 @@ class ModelConfig(Closed):
             raise ValueError(
                 "sliding_window and layer_types with sliding_attention require each other"
             )
+        linear = "linear_attention" in (self.layer_types or ())
+        if any((getattr(self, name) is not None) != linear for name in DELTA_NET):
+            raise ValueError(f"linear_attention in layer_types requires {', '.join(DELTA_NET)}")
+        if (self.linear_num_value_heads or 0) % (self.linear_num_key_heads or 1):
+            raise ValueError("linear_num_value_heads must be a multiple of linear_num_key_heads")
         scaling = self.rope_scaling
         for name in ("short_factor", "long_factor"):
             factors = scaling and getattr(scaling, name)
@@ -153,13 +174,30 @@ class ModelConfig(Closed):
     @property
     def cache_shapes(self) -> list[tuple[int, int]]:
         """Key/value heads and their width, of what each layer keeps of a position."""
-        return [(self.num_key_value_heads, self.head_dim)] * self.num_hidden_layers
+        each = self.num_key_value_heads, self.head_dim
+        layers = range(self.num_hidden_layers)
+        return [(0, 0) if self.state_shapes(layer) else each for layer in layers]
+
+    def layer_type(self, layer: int) -> LayerType:
+        return "full_attention" if self.layer_types is None else self.layer_types[layer]
+
+    def state_shapes(self, layer: int) -> tuple[tuple[int, ...], ...]:
+        """Of what a layer keeps of all positions together, in fp32: inputs of the convolution, and
+        a matrix for each value head."""
+        if self.layer_type(layer) != "linear_attention":
+            return ()
+        keys, values, key_width, value_width, kernel = (getattr(self, n) for n in DELTA_NET)
+        channels = 2 * keys * key_width + values * value_width
+        return (kernel - 1, channels), (values, key_width, value_width)
+
+    @property
+    def all_state_shapes(self) -> list[tuple[tuple[int, ...], ...]]:
+        """`state_shapes` of each layer."""
+        return [self.state_shapes(layer) for layer in range(self.num_hidden_layers)]
 
     def window(self, layer: int) -> int | None:
         """Positions that a layer sees, its own included; None for all."""
-        types = self.layer_types
-        sliding = types is not None and types[layer] == "sliding_attention"
-        return self.sliding_window if sliding else None
+        return self.sliding_window if self.layer_type(layer) == "sliding_attention" else None
 
     def rotary_kind(self, layer: int) -> int | None:
         """Which of the model's rotations a layer uses, None for none: 0 has `rope_theta` and
@@ -184,28 +222,39 @@ class ModelConfig(Closed):
             return None
         return scaling.original_max_position_embeddings
 
-    def block_parameters(self) -> int:
+    def block_parameters(self, layer: int = 0) -> int:
         """Parameters of one layer, exactly."""
+        width = self.hidden_size
+        norms = (4 if self.output_norms else 2) * width
+        return self._mixer_parameters(layer) + 3 * width * self.intermediate_size + norms
+
+    def _mixer_parameters(self, layer: int) -> int:
         width, head = self.hidden_size, self.head_dim
+        if shapes := self.state_shapes(layer):
+            (past, channels), (heads, _, values) = shapes
+            vectors = channels * (past + 1) + 2 * heads + values
+            return width * (channels + 2 * heads * values + 2 * heads) + vectors
         queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
-        attention = width * (queries + 2 * keys) + queries * width
-        bias = (queries + 2 * keys) if self.qkv_bias else 0
-        norms = (4 if self.output_norms else 2) * width + (2 * head if self.qk_norm else 0)
-        return attention + bias + 3 * width * self.intermediate_size + norms
+        gate = queries if self.attn_output_gate else 0
+        bias = (queries + gate + 2 * keys) if self.qkv_bias else 0
+        norms = 2 * head if self.qk_norm else 0
+        return width * (2 * queries + gate + 2 * keys) + bias + norms
 
     def embedding_parameters(self) -> int:
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     def parameters(self) -> int:
         """All parameters, exactly: `sum(p.numel())` of the network."""
-        blocks = self.num_hidden_layers * self.block_parameters()
-        return self.embedding_parameters() + blocks + self.hidden_size
+        return self.embedding_parameters() + self._blocks_parameters() + self.hidden_size
+
+    def _blocks_parameters(self) -> int:
+        return sum(self.block_parameters(layer) for layer in range(self.num_hidden_layers))
 
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token, forward and backward: 6 per weight in a matrix product, and
         12 * layers * query width * context / 2 for causal attention (Chowdhery et al. 2022,
         arXiv:2204.02311, appendix B)."""
-        matrices = self.num_hidden_layers * self.block_parameters()
-        matrices += self.vocab_size * self.hidden_size
+        matrices = self._blocks_parameters() + self.vocab_size * self.hidden_size
         queries = self.num_attention_heads * self.head_dim
-        return 6.0 * matrices + 6.0 * self.num_hidden_layers * queries * context
+        attending = sum(heads > 0 for heads, _ in self.cache_shapes)
+        return 6.0 * matrices + 6.0 * attending * queries * context

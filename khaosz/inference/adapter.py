@@ -16,7 +16,7 @@ from torch import Tensor
 from khaosz.config import ModelConfig
 from khaosz.interop.adapter import read_adapter
 from khaosz.model.lora import scale_of
-from khaosz.model.module import Linear, Part
+from khaosz.model.part import Linear, Part
 
 
 class Adapter:

@@ -63,20 +63,20 @@ class PrefixCache:
         owner: object = None,
     ) -> SequenceCache | None:
         """A cache of the longest cached prefix of `prompt` without its last token, whose logits
-        are needed. An entry that `prompt` continues is removed and returned; others, and caches of
-        `running` sequences, are copied. Only entries of `owner` are used, and all `running`
-        sequences must be its own."""
+        are needed; with recurrent layers, up to the last state that was kept. An entry that
+        `prompt` continues is removed and returned; others, and caches of `running` sequences, are
+        copied. Only entries of `owner` are used, and all `running` sequences must be its own."""
         needed = np.array(prompt[:-1], dtype=np.int32)
         best, length, chosen = None, _LEAST - 1, None
         for key, entry in self._entries.items():
             if entry.owner is not owner:
                 continue
-            shared = common_prefix(entry.ids, needed)
+            shared = entry.cache.reachable(common_prefix(entry.ids, needed))
             if shared > length:
                 best, length, chosen = entry.cache, shared, key
         for ids, cache in running:
             known = np.array(ids[: cache.length], dtype=np.int32)
-            shared = common_prefix(known, needed)
+            shared = cache.reachable(common_prefix(known, needed))
             if shared > length:
                 best, length, chosen = cache, shared, None
         if best is None:

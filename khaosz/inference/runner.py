@@ -27,8 +27,11 @@ from khaosz.interop.models import ModelSource, is_gguf, open_model
 from khaosz.memory.inference import Storage
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import BLOCK, SequenceCache
-from khaosz.model.module import Attention, Rotations
+from khaosz.model.module import Attention
+from khaosz.model.part import Part, Rotations
+from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import Rotary, Rotation
+from khaosz.model.states import States
 
 _AGAIN = 512  # positions that are computed again at a time
 TILE = 16  # positions of a tile of the deterministic path
@@ -153,7 +156,11 @@ class Runner:
     def new_cache(self, limit: int | None = None) -> SequenceCache:
         """An empty cache; `limit` as for `SequenceCache`."""
         return SequenceCache(
-            self.config.cache_shapes, dtype=self.cache_dtype, device=self.device, limit=limit
+            self.config.cache_shapes,
+            dtype=self.cache_dtype,
+            device=self.device,
+            limit=limit,
+            states=States(self.config.all_state_shapes, self.device),
         )
 
     @torch.inference_mode()
@@ -300,13 +307,15 @@ class Runner:
         self,
         chunks: Sequence[Chunk],
         pad: tuple[int, int],
-        part: Attention,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        part: Part,
+        *tensors: Tensor,
     ) -> Tensor:
         """Every chunk's queries (N, Q, H) over its own cache, to which keys and values (N, K, H)
-        of its new positions are added."""
+        of its new positions are added; or its recurrence."""
+        if isinstance(part, Recurrent):
+            return self._recur(chunks, pad, part, tensors)
+        assert isinstance(part, Attention)
+        queries, keys, values = tensors
         if queries.dtype != self.dtype:
             queries, keys = queries.to(self.dtype), keys.to(self.dtype)
         if len(chunks) == 1:
@@ -315,6 +324,26 @@ class Runner:
         split = zip(*(x.split_with_sizes(lengths) for x in (queries, keys, values)), strict=True)
         each = zip(chunks, split, strict=True)
         return torch.cat([self._attend_one(c.cache, pad, part, *tensors) for c, tensors in each])
+
+    def _recur(
+        self,
+        chunks: Sequence[Chunk],
+        pad: tuple[int, int],
+        part: Recurrent,
+        inputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """What a recurrent part gives at new positions (N, ...), from inputs (N, ...)."""
+        outputs, start = [], pad[0]
+        for chunk in chunks:
+            end = start + len(chunk.ids)
+            own = tuple(x[None, start:end] for x in inputs)
+            outputs.append(chunk.cache.states.scan(part, own, one_by_one=self.deterministic)[0])
+            start = end
+        if sum(pad):
+            first = outputs[0]
+            outputs = [first.new_zeros(n, *first.shape[1:]) for n in pad]
+            outputs.insert(1, first)
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
     def _attend_one(
         self,

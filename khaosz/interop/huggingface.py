@@ -28,7 +28,8 @@ _MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
 # Where a text model is in one that sees images, and the parts of that which are left out.
 _TEXT = (("model.language_model.", "model."), ("language_model.", ""))
-_IMAGES = ("vision_tower.", "multi_modal_projector.")
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
+_MORE = "mtp."  # predicts tokens beyond the next: a model of its own beside this one (Qwen3.5)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -207,7 +208,7 @@ class ModelDirectory:
                     self._files[name] = file, stored
                 elif is_head:
                     head = file, stored
-                elif not name.endswith("rotary_emb.inv_freq"):
+                elif not name.endswith("rotary_emb.inv_freq") and not name.startswith(_MORE):
                     raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         return head
 

@@ -17,6 +17,7 @@ from khaosz.memory.machine import Limit
 from khaosz.memory.parts import BASE, MAPPED, Memory
 from khaosz.model import parameter_shapes
 from khaosz.model.kv_cache import BLOCK, SequenceCache
+from khaosz.model.states import States
 
 _LEAST = 256  # tokens: with less context a model is of no use
 # Bytes of a weight that is packed (inference/linear/packed.py): codes of 4 bits, and a scale and a
@@ -53,8 +54,8 @@ class Storage:
         for name, shape in parameter_shapes(config).items():
             count, (kind, nbytes) = prod(shape), self.kinds.get(name, ("", 0))
             is_table = name == "embed_tokens.weight"
-            if len(shape) == 1:
-                own += 4 * count  # norms and biases, in fp32
+            if len(shape) != 2:
+                own += 4 * count  # norms, biases and convolutions, in fp32
             elif not kind:
                 own += count * self._element(config, is_table)
             elif is_table and not config.tie_word_embeddings:
@@ -210,10 +211,10 @@ def sequence_bytes(
     config: ModelConfig, dtype: torch.dtype, positions: int, limit: int | None = None
 ) -> int:
     """Bytes of one sequence's keys and values, with the room that it reserves ahead, up to `limit`
-    positions."""
-    return SequenceCache.capacity_at_most(positions, limit) * SequenceCache.bytes_per_position(
-        config.cache_shapes, dtype
-    )
+    positions; and of its states."""
+    each = SequenceCache.bytes_per_position(config.cache_shapes, dtype)
+    states = States.bytes_at_most(config.all_state_shapes)
+    return SequenceCache.capacity_at_most(positions, limit) * each + states
 
 
 def positions_in(config: ModelConfig, dtype: torch.dtype, room: int) -> int:

@@ -257,5 +257,6 @@ def layer_activations(
         each += 6 * queries
     each += 4 * heads + size * (queries + 4 * inner + window)
     if lora is not None:
-        each += size * lora.rank * len(lora.target_modules)
+        names = {name.split(".")[-2] for name in parameter_shapes(config)}
+        each += size * lora.rank * len(names & set(lora.target_modules))
     return tokens * each

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, in all layers.
+"""Keys and values of one sequence in all layers, or what recurrent layers have in their place.
 
 Shapes: L layers, K key/value heads, S positions, T new positions, H head width.
 """
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from khaosz.model.states import States
+
 BLOCK = 64  # a cache grows by a multiple of this many positions
 
 
@@ -20,6 +22,8 @@ class SequenceCache:
 
     With dtype int8 each head's key and value of a position have a scale of their own: half the
     memory of bf16, at the cost of dequantising what attention reads.
+
+    Recurrent layers have `states`. They go back to some lengths only: `reachable`.
     """
 
     def __init__(
@@ -29,6 +33,7 @@ class SequenceCache:
         dtype: torch.dtype,
         device: torch.device,
         limit: int | None = None,
+        states: States | None = None,
     ) -> None:
         """`shapes`: K and H of each layer, `ModelConfig.cache_shapes`; a layer that keeps other
         state has (0, 0). `limit`: positions beyond which no room is reserved ahead."""
@@ -38,6 +43,7 @@ class SequenceCache:
         self.ids: list[int] = []
         self.long = False
         self.shapes = list(shapes)
+        self.states = states or States([()] * len(self.shapes), device)
         self._stores = [
             torch.zeros(2 * heads, 0, width, dtype=dtype, device=device) for heads, width in shapes
         ]
@@ -57,7 +63,8 @@ class SequenceCache:
     @property
     def nbytes(self) -> int:
         """Bytes allocated, filled or not."""
-        return sum(tensor.nbytes for tensor in (*self._stores, *self._scales))
+        own = sum(tensor.nbytes for tensor in (*self._stores, *self._scales))
+        return own + self.states.nbytes
 
     def reserve(self, positions: int) -> None:
         """Make room for `positions` in total. A growing sequence gets up to half as much again, so
@@ -100,19 +107,32 @@ class SequenceCache:
 
     def advance(self, count: int) -> None:
         self.length += count
+        self.states.length = self.length
         assert self.length <= self.capacity, (self.length, self.capacity)
 
-    def truncate(self, length: int) -> None:
-        """Drop all positions from `length` on."""
+    def reachable(self, length: int) -> int:
+        """The largest length up to `length` that `truncate` and `fork` can give: with recurrent
+        layers that of a kept state."""
         assert 0 <= length <= self.length, (length, self.length)
+        return self.states.reachable(length)
+
+    def truncate(self, length: int) -> None:
+        """Drop all positions from `reachable(length)` on."""
+        length = self.reachable(length)
+        self.states = self.states.at(length)
         self.length = length
         del self.ids[length:]
 
     def fork(self, length: int) -> SequenceCache:
-        """A copy of the first `length` positions."""
-        assert 0 <= length <= self.length, (length, self.length)
-        first = self._stores[0]
-        copy = SequenceCache(self.shapes, dtype=first.dtype, device=first.device, limit=self.limit)
+        """A copy of the first `reachable(length)` positions."""
+        length, first = self.reachable(length), self._stores[0]
+        copy = SequenceCache(
+            self.shapes,
+            dtype=first.dtype,
+            device=first.device,
+            limit=self.limit,
+            states=self.states.at(length, copy=True),
+        )
         copy.reserve(length)
         pairs = (copy._stores, self._stores), (copy._scales, self._scales)
         for mine, theirs in pairs:

@@ -125,13 +125,18 @@ def named_adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def add_lora(
     model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None
 ) -> None:
-    """Wrap the target layers in place and freeze the rest. The CPU's `generator` draws A."""
+    """Wrap the target layers in place and freeze the rest. The CPU's `generator` draws A. Targets
+    that the model does not have are left out of its configuration."""
     adapted = any(isinstance(part, LoRALinear) for part in model.modules())
     assert not adapted, "the model has adapters already"
     model.requires_grad_(False)
     int8 = config.base == "int8"
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Linear) and name.rpartition(".")[2] in config.target_modules:
+    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    names = {name.rpartition(".")[2] for name, _ in linear}
+    if targets := [name for name in config.target_modules if name in names]:
+        config = config.updated(target_modules=targets)
+    for name, layer in linear:
+        if name.rpartition(".")[2] in targets:
             new = LoRALinear(layer, config, quantize_base=int8, generator=generator)
             model.set_submodule(name, new)
 

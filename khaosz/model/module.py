@@ -1,7 +1,7 @@
 """The parts of the network, for training and inference alike.
 
-A block is given what differs between the two: `attend`, attention over packed rows or over
-sequences' caches, and `linear`, how its linear layers multiply.
+A block is given what differs between the two: `attend`, which mixes positions of packed rows or of
+sequences with caches, and `linear`, how its linear layers multiply.
 
 Shapes: ... leading dimensions ((B, T) in training, (N,) new positions in the engine), D hidden
 width, Q query heads, K key/value heads, H head width, F feed-forward width.
@@ -9,7 +9,7 @@ width, Q query heads, K key/value heads, H head width, F feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -18,13 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from khaosz.config.model_config import ModelConfig
-from khaosz.model.rotary import Rotation, rotate
-
-Rotations = tuple[Rotation, ...]  # of a pass, by `ModelConfig.rotary_kind`
-# (part, queries (..., Q, H), keys (..., K, H), values (..., K, H)) -> (..., Q, H)
-Attend = Callable[["Attention", Tensor, Tensor, Tensor], Tensor]
-# (part, names of its linear layers, their input) -> their outputs
-Linear = Callable[["Part", tuple[str, ...], Tensor], Sequence[Tensor]]
+from khaosz.model.delta_net import GatedDeltaNet
+from khaosz.model.part import Attend, Linear, Part, RMSNorm, Rotations, linear
+from khaosz.model.recurrent import Recurrent
+from khaosz.model.rotary import rotate
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -32,39 +29,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Part(nn.Module):
-    """Half a block, in a layer of its own number: what mixes positions, or the feed-forward.
-
-    `PRODUCTS` names its linear layers, those with one input together: an engine may fuse them,
-    and computes them in a type and from a format of its own. Other parameters are vectors.
-    """
-
-    PRODUCTS: ClassVar[tuple[tuple[str, ...], ...]]
-    layer: int
-
-
-def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
-    """The outputs of a part's own linear layers: what training uses."""
-    return [getattr(part, name)(x) for name in names]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, computed in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
-
-
 class Attention(Part):
-    """Grouped-query attention with rotary positions and optional QK-norm or QKV bias.
+    """Grouped-query attention with rotary positions and optional QK-norm, QKV bias or output gate.
 
     window    positions that are seen, the query's own included; None for all
     scale     what scores are multiplied by; None for H ** -0.5
@@ -83,7 +49,9 @@ class Attention(Part):
         width, bias = config.hidden_size, config.qkv_bias
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(width, queries, bias=bias)
+        # With a gate, of each head the rows of its query, then those of its gate (Qwen3.5).
+        self.gated = config.attn_output_gate
+        self.q_proj = nn.Linear(width, queries * (2 if self.gated else 1), bias=bias)
         self.k_proj = nn.Linear(width, keys, bias=bias)
         self.v_proj = nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
@@ -94,8 +62,13 @@ class Attention(Part):
     def forward(self, x: Tensor, rotations: Rotations, attend: Attend, linear: Linear) -> Tensor:
         shape = (*x.shape[:-1], -1, self.head_dim)
         queries, keys, values = linear(self, self.QKV, x)
-        queries, keys = self._positioned(queries.view(shape), keys.view(shape), rotations)
+        queries = queries.view(shape)
+        if self.gated:
+            queries, gate = queries.unflatten(-2, (-1, 2)).unbind(-2)
+        queries, keys = self._positioned(queries, keys.view(shape), rotations)
         mixed = attend(self, queries, keys, values.view(shape))  # (..., Q, H)
+        if self.gated:
+            mixed = mixed * gate.sigmoid()
         return linear(self, self.OUT, mixed.flatten(-2))[0]
 
     def _positioned(
@@ -152,16 +125,24 @@ class MLP(Part):
         return linear(self, self.DOWN, self.activation(gate) * up)[0]
 
 
+# What mixes positions in layers without attention, and its name there.
+_MIXERS: dict[str, tuple[str, type[Recurrent]]] = {
+    "linear_attention": ("linear_attn", GatedDeltaNet),
+}
+
+
 class Block(nn.Module):
-    """Attention and feed-forward, each on the normalised residual stream (pre-norm). With
-    `output_norms` what they add is normalised too, as Gemma 3 does."""
+    """Attention, or what the layer has instead, and feed-forward, each on the normalised residual
+    stream (pre-norm). With `output_norms` what they add is normalised too, as Gemma 3 does."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(width, eps)
-        self.self_attn = Attention(config, layer)
+        name, kind = _MIXERS.get(config.layer_type(layer), ("self_attn", Attention))
+        self.mixer_name = name
+        self.add_module(name, kind(config, layer))
         self.attention_output_norm = RMSNorm(width, eps) if config.output_norms else None
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = MLP(config, layer)
@@ -172,10 +153,17 @@ class Block(nn.Module):
     ) -> Tensor:
         # `forward` skips the checks for hooks: 2 % of the decoding of a small model.
         normed = self.input_layernorm.forward(x)
-        mixed = self.self_attn.forward(normed, rotations, attend, linear)
+        mixed = self.mixer.forward(normed, rotations, attend, linear)
         x = x + self._scaled(mixed, self.attention_output_norm)
         fed = self.mlp.forward(self.post_attention_layernorm.forward(x), linear)
         return x + self._scaled(fed, self.mlp_output_norm)
+
+    @property
+    def mixer(self) -> Attention | Recurrent:
+        """What mixes positions."""
+        part = self._modules[self.mixer_name]
+        assert isinstance(part, Attention | Recurrent)
+        return part
 
     def _scaled(self, y: Tensor, norm: RMSNorm | None) -> Tensor:
         """What is added to the residual stream."""
@@ -185,16 +173,12 @@ class Block(nn.Module):
 
 def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a block's parameters, in their order."""
-    width, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    width, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    for part, rows in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{part}_proj.weight"] = (rows, width)
-        if config.qkv_bias:
-            shapes[f"self_attn.{part}_proj.bias"] = (rows,)
-    shapes["self_attn.o_proj.weight"] = (width, queries)
-    if config.qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head,)
+    if config.state_shapes(layer):
+        shapes |= _delta_net_shapes(config, layer)
+    else:
+        shapes |= _attention_shapes(config)
     if config.output_norms:
         shapes["attention_output_norm.weight"] = (width,)
     shapes["post_attention_layernorm.weight"] = (width,)
@@ -203,3 +187,35 @@ def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     if config.output_norms:
         shapes["mlp_output_norm.weight"] = (width,)
     return shapes
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    width, head = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    shapes: dict[str, tuple[int, ...]] = {}
+    gated = queries * (2 if config.attn_output_gate else 1)
+    for part, rows in (("q", gated), ("k", keys), ("v", keys)):
+        shapes[f"self_attn.{part}_proj.weight"] = (rows, width)
+        if config.qkv_bias:
+            shapes[f"self_attn.{part}_proj.bias"] = (rows,)
+    shapes["self_attn.o_proj.weight"] = (width, queries)
+    if config.qk_norm:
+        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head,)
+    return shapes
+
+
+def _delta_net_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    (past, channels), (heads, _, value_width) = config.state_shapes(layer)
+    width, values = config.hidden_size, heads * value_width
+    shapes: dict[str, tuple[int, ...]] = {
+        "dt_bias": (heads,),
+        "A_log": (heads,),
+        "in_proj_qkv.weight": (channels, width),
+        "in_proj_z.weight": (values, width),
+        "in_proj_b.weight": (heads, width),
+        "in_proj_a.weight": (heads, width),
+        "conv1d.weight": (channels, 1, past + 1),
+        "norm.weight": (value_width,),
+        "out_proj.weight": (width, values),
+    }
+    return {f"linear_attn.{name}": shape for name, shape in shapes.items()}

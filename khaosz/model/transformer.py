@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
-from khaosz.model.module import Attention, Block, RMSNorm, Rotations, block_shapes
+from khaosz.model.module import Attention, Block, block_shapes
+from khaosz.model.part import Part, RMSNorm, Rotations
+from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import Rotary
 
-Masks = dict[int | None, Tensor | None]  # by window: True where a query may see a key
+
+class Rows(NamedTuple):
+    """How the positions of packed rows may be mixed.
+
+    masks       by window: True where a query may see a key; None for all before it
+    documents   (B, T), the number of each position's document; None where a row is one
+    """
+
+    masks: dict[int | None, Tensor | None]
+    documents: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -56,23 +68,27 @@ class Transformer(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
         compiled = self.compiled_blocks if self.training else None
-        return (compiled or self.blocks)(x, self.rotary(positions), self._masks(ids, doc_ids))
+        return (compiled or self.blocks)(x, self.rotary(positions), self._rows(ids, doc_ids))
 
-    def _masks(self, ids: Tensor, doc_ids: Tensor | None) -> Masks:
-        mask = None if doc_ids is None else document_mask(doc_ids)
-        masks: Masks = {None: mask}
+    def _rows(self, ids: Tensor, doc_ids: Tensor | None) -> Rows:
+        documents = mask = None
+        if doc_ids is not None:
+            mask = document_mask(doc_ids)
+            if "linear_attention" in (self.config.layer_types or ()):
+                documents = F.pad(doc_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)
+        masks: dict[int | None, Tensor | None] = {None: mask}
         length, window = ids.shape[1], self.config.sliding_window
         if window is not None:
             masks[window] = mask
             if length > window:  # else a row is seen as a whole, which is faster without a mask
                 near = window_mask(length, window, ids.device)
                 masks[window] = near if mask is None else mask & near
-        return masks
+        return Rows(masks, documents)
 
-    def blocks(self, x: Tensor, rotations: Rotations, masks: Masks) -> Tensor:
+    def blocks(self, x: Tensor, rotations: Rotations, rows: Rows) -> Tensor:
         """The stack of layers on embedded input (B, T, D): what a trainer compiles. The embedding
         stays outside, because its compiled backward adds in no fixed order on a CPU."""
-        attend = partial(attend_rows, masks)
+        attend = partial(attend_rows, rows)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
@@ -105,10 +121,12 @@ class Transformer(nn.Module):
                     module.bias.zero_()
             elif isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
+            elif isinstance(module, Recurrent):
+                module.initialise(generator)
         for layer in self.layers:
-            assert isinstance(layer, Block) and isinstance(layer.self_attn, Attention)
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+            assert isinstance(layer, Block)
+            for part in (layer.mixer, layer.mlp):
+                getattr(part, part.PRODUCTS[-1][0]).weight.zero_()
         spread = self.config.initializer_range
         self.embed_tokens.weight.normal_(0.0, spread, generator=generator)
         if self.lm_head is not None:
@@ -152,12 +170,16 @@ def window_mask(length: int, window: int, device: torch.device) -> Tensor:
     return causal.triu(1 - window)
 
 
-def attend_rows(
-    masks: Masks, part: Attention, queries: Tensor, keys: Tensor, values: Tensor
-) -> Tensor:
+def attend_rows(rows: Rows, part: Part, *tensors: Tensor) -> Tensor:
     """Attention within rows (B, T, Q or K, H) by the mask of the part's window, or causal where
-    there is none."""
-    mask = masks[part.window]
+    there is none; recurrence from their beginning."""
+    if isinstance(part, Recurrent):
+        first = tensors[0]
+        state = part.new_state(len(first), first.device)
+        return part.scan(tensors, state, rows.documents)[0]
+    assert isinstance(part, Attention)
+    queries, keys, values = tensors
+    mask = rows.masks[part.window]
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if queries.shape[1] != keys.shape[1]:
         group = queries.shape[1] // keys.shape[1]

@@ -417,7 +417,8 @@ def _add_adapters(model: Transformer, origin: RunOrigin, config: TrainConfig) ->
     else:
         load_adapter(model, origin.checkpoint / ADAPTER, base=config.lora.base)
         for layer in named_adapters(model).values():
-            layer.config = config.lora
+            targets = layer.config.target_modules
+            layer.config = config.lora.updated(target_modules=targets)
     if isinstance(model, RewardModel):
         model.score.requires_grad_(True)
         if origin.checkpoint is not None:

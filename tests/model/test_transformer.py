@@ -17,7 +17,7 @@ from khaosz.config import ModelConfig
 from khaosz.inference.runner import Chunk, Runner
 from khaosz.model import Transformer
 from khaosz.model.kv_cache import SequenceCache
-from khaosz.model.module import RMSNorm
+from khaosz.model.part import RMSNorm
 from khaosz.model.rotary import rotary_frequencies
 
 torch.set_num_threads(1)

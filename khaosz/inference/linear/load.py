@@ -24,7 +24,8 @@ from khaosz.interop.gguf.blocks import affine, dequantize, is_affine
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import ModelSource
 from khaosz.model import Transformer
-from khaosz.model.module import Block, Linear, Part, RMSNorm
+from khaosz.model.module import Block
+from khaosz.model.part import Linear, Part, RMSNorm
 
 _TOUCHED = 512  # rows read from a map before its pages are released, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
@@ -104,14 +105,19 @@ def gguf_weights(
         if len(kinds) > 1:
             return SideBySide([matrix(name) for name in names])
         kind, raws = kinds.pop(), [model.raw(name) for name in names]
+        columns = model.columns(names[0])
+
+        def in_our_order(stored: Matrix) -> Matrix:
+            return stored if columns is None else OtherOrder(stored, columns)
+
         if library is not None and is_affine(kind) and min(map(len, raws)) >= LEAST_ROWS:
-            return MappedMatrix(library, raws, kind)
+            return in_our_order(MappedMatrix(library, raws, kind))
         model.file.release()  # what is packed is not needed from the map again
         if dtype == torch.bfloat16 and is_affine(kind):
             sample = affine(raws[0][:1], kind)
             columns = sample.codes.shape[1]
             if all(packable(len(raw), columns, sample.group, sample.bits) for raw in raws):
-                return pack(raws, kind)
+                return in_our_order(pack(raws, kind))
         whole = torch.float32 if library is not None else dtype
         return dense(model, names, whole if is_affine(kind) else unquantised)
 
@@ -222,6 +228,20 @@ class SideBySide:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+
+class OtherOrder:
+    """A matrix whose columns are stored in another order, which its inputs take."""
+
+    def __init__(self, matrix: Matrix, columns: np.ndarray) -> None:
+        self.matrix, self.inputs = matrix, torch.from_numpy(np.argsort(columns))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.matrix(x[..., self.inputs])
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
 
 
 class MappedRows:

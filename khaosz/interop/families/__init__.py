@@ -13,6 +13,7 @@ from khaosz.interop.families.hunyuan import HUNYUAN
 from khaosz.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from khaosz.interop.families.ministral3 import MINISTRAL3
 from khaosz.interop.families.phi3 import PHI3
+from khaosz.interop.families.qwen35 import QWEN35
 from khaosz.interop.families.smollm3 import SMOLLM3
 
 FAMILIES: dict[str, Family] = {
@@ -27,6 +28,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "ministral3": MINISTRAL3,
     "gemma3_text": GEMMA3,
+    "qwen3_5_text": QWEN35,
 }
 # Models that also see images: their text model, in `text_config`, is read alone.
-WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}

@@ -44,7 +44,8 @@ class Layout:
 
     top        of those outside blocks, by ours without ".weight"
     block      the prefix of a block's, with its number
-    parts      of those in a block, by ours; a name that is left out is the same
+    parts      of those in a block, by ours without ".weight" or else in full; a name that is left
+               out is the same
     fused      tensors that hold several of ours, one below the other
     changes    of parts that are stored as other numbers; "norm" for the last norm
     """
@@ -64,8 +65,11 @@ class Layout:
         rows = shapes[name][0]
         if not stem.startswith("layers."):
             return Stored(f"{self.top.get(stem, stem)}.{kind}", 0, rows, self.changes.get(stem))
-        _, index, part = stem.split(".", 2)
-        prefix, change = self.block.format(index), self.changes.get(part)
+        _, index, whole = name.split(".", 2)
+        part = whole.removesuffix(f".{kind}")
+        prefix, change = self.block.format(index), self.changes.get(part, self.changes.get(whole))
+        if whole in self.parts:
+            return Stored(f"{prefix}.{self.parts[whole]}", 0, rows, change)
         for tensor, members in self.fused.items():
             if part in members:
                 before = members[: members.index(part)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +12,9 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.families.family import tensors
+from khaosz.interop.families.family import Change, tensors
 from khaosz.interop.gguf.architectures import ARCHITECTURES
+from khaosz.interop.gguf.architectures.architecture import Keys, Order
 from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.config import (
     ROPE_FACTORS,
@@ -50,11 +51,13 @@ class GgufModel:
             tensor = file.tensors.get(stored)
             if tensor is None:
                 raise ModelError(f"{file.source}: tensor '{stored}' is missing")
-            shape = (sum(shapes[name][0] for name in names), *shapes[names[0]][1:])
+            shape = _stored_shape(shapes, names)
             if tensor.shape != shape:
                 raise ModelError(f"{file.source}: tensor '{stored}' is {tensor.shape}, not {shape}")
         known = {ROPE_FACTORS, *self.architecture.own}
         unexpected = file.tensors.keys() - members.keys() - known
+        left_out = self.architecture.left_out(Keys(file, file.metadata["general.architecture"]))
+        unexpected = {name for name in unexpected if not name.startswith(left_out)}
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
         # Only now are the sizes checked against tensors, and their cost bounded.
@@ -81,13 +84,18 @@ class GgufModel:
 
     @property
     def matrix_kinds(self) -> set[str]:
-        """The tensor types of all matrices; vectors are F32 in any file."""
-        stored = (self.file.tensors[place.name] for place in self.places.values())
-        return {tensor.type for tensor in stored if len(tensor.shape) > 1}
+        """The tensor types of all matrices; others are F32 in any file."""
+        return {self.kind(name) for name, shape in self.shapes.items() if len(shape) == 2}
 
     def is_reordered(self, name: str) -> bool:
         """Whether `raw` of a parameter is a copy."""
-        return self.architecture.heads(name, self.config) is not None
+        return self.architecture.reordered(name, self.config)[0] is not None
+
+    def columns(self, name: str) -> np.ndarray | None:
+        """Of each of our columns of a parameter the number of that of `raw`, where they differ. Not
+        reordered there: a block of a quantised row has several."""
+        rows, columns = self.architecture.reordered(name, self.config)
+        return rows if len(self.shapes[name]) == 1 else columns
 
     def nbytes(self, name: str) -> int:
         """Bytes of a parameter in the file."""
@@ -96,13 +104,15 @@ class GgufModel:
         return tensor.nbytes // tensor.shape[0] * place.count
 
     def raw(self, name: str) -> np.ndarray:
-        """uint8 (rows, bytes of a row): a view of the file, except for queries and keys that are
-        stored in pairs, whose rows are copied into our order (no row is requantised)."""
+        """uint8 (rows, bytes of a row): a view of the file, except for rows that are stored in
+        another order (of queries and keys in pairs), which are copied into ours; no row is
+        requantised."""
         place = self.places[name]
-        raw, heads = self.file.raw(place.name), self.architecture.heads(name, self.config)
-        if len(self.shapes[name]) > 1:  # a vector is one row
-            raw = raw[place.first : place.first + place.count]
-        return raw if heads is None else _to_halves(raw, heads)
+        raw, rows = self.file.raw(place.name), self.architecture.reordered(name, self.config)[0]
+        if len(self.shapes[name]) == 1:  # a vector is one row
+            return raw
+        raw = raw[place.first : place.first + place.count]
+        return raw if rows is None else raw[rows]
 
     def float32(self, name: str) -> np.ndarray:
         """The dequantised parameter, in memory of its own."""
@@ -127,12 +137,14 @@ class GgufModel:
     def fill(self, name: str, out: torch.Tensor) -> None:
         """Dequantise a parameter into `out`, contiguous and of its shape, some rows at a time."""
         raw, kind = self.raw(name), self.kind(name)
-        rows = out.view(len(raw), -1)
+        rows, columns, change = out.view(len(raw), -1), self.columns(name), self.places[name].change
         step = max(1, _CHUNK // rows.shape[1])
         for start in range(0, len(raw), step):
             part = dequantize(raw[start : start + step], kind)
+            part = part if columns is None else part[:, columns]
             # Of an F32 file this is the map itself: read-only, which torch does not take.
-            rows[start : start + step] = torch.from_numpy(np.require(part, requirements="W"))
+            numbers = torch.from_numpy(np.require(part, requirements="W"))
+            rows[start : start + step] = numbers if change is None else change.read(numbers)
 
 
 def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -172,10 +184,11 @@ def write_model(
         raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
     shapes, architecture = parameter_shapes(config), ARCHITECTURES[architecture_of(config)]
     entries = []
-    for tensor, names in tensors(architecture.layout.stored(shapes)).items():
+    places = architecture.layout.stored(shapes)
+    for tensor, names in tensors(places).items():
         name, stored = names[0], kind
-        shape = (sum(shapes[each][0] for each in names), *shapes[name][1:])
-        if len(shape) == 1:
+        shape = _stored_shape(shapes, names)
+        if len(shapes[name]) != 2:
             stored = "F32"
         elif kind.startswith("Q4") and name.startswith(("embed_tokens", "lm_head")):
             stored = "Q8_0"
@@ -184,7 +197,15 @@ def write_model(
                 f"{stored} takes blocks of 32, '{name}' has rows of {shape[-1]}", hint="use F16"
             )
         parts = [
-            partial(_rows, parameter, each, stored, architecture.heads(each, config), search)
+            partial(
+                _rows,
+                parameter,
+                each,
+                stored,
+                architecture.reordered(each, config),
+                places[each].change,
+                search,
+            )
             for each in names
         ]
         rows = partial(_joined, parts)
@@ -214,14 +235,17 @@ def _rows(
     parameter: Callable[[str], torch.Tensor],
     name: str,
     kind: str,
-    heads: int | None,
+    order: Order,
+    change: Change | None,
     search: bool,
 ) -> Iterator[np.ndarray]:
     weights = parameter(name).detach().cpu()
-    if weights.dim() == 1:
-        weights = weights[None]
-    if heads is not None:
-        weights = torch.from_numpy(_to_pairs(weights.float().numpy(), heads))
+    if change is not None:
+        weights = change.write(weights.float())
+    for axis, numbers in enumerate(order):
+        if numbers is not None:  # of ours among the stored ones, so that this is the other way
+            weights = weights.index_select(axis, torch.from_numpy(np.argsort(numbers)))
+    weights = weights[None] if weights.dim() == 1 else weights.flatten(1)
     step = max(1, _CHUNK // weights.shape[1])
     for start in range(0, len(weights), step):
         part = weights[start : start + step].float()
@@ -232,11 +256,7 @@ def _rows(
         yield quantize(part.numpy(), kind, search=search)
 
 
-def _to_pairs(rows: np.ndarray, heads: int) -> np.ndarray:
-    swapped = rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2)
-    return np.ascontiguousarray(swapped).reshape(rows.shape)
-
-
-def _to_halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    swapped = rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2)
-    return np.ascontiguousarray(swapped).reshape(rows.shape)
+def _stored_shape(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> tuple[int, ...]:
+    """Of parameters in one tensor; that of a convolution has no axis of one."""
+    rest = shapes[names[0]][1:]
+    return sum(shapes[name][0] for name in names), *(rest if len(rest) < 2 else rest[1:])

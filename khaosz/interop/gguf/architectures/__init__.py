@@ -7,6 +7,7 @@ from khaosz.interop.gguf.architectures.gemma3 import GEMMA3
 from khaosz.interop.gguf.architectures.granite import GRANITE
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
 from khaosz.interop.gguf.architectures.phi3 import PHI3
+from khaosz.interop.gguf.architectures.qwen35 import QWEN35
 from khaosz.interop.gguf.architectures.smollm3 import SMOLLM3
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -23,4 +24,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": PHI3,
     "mistral3": MISTRAL3,
     "gemma3": GEMMA3,
+    "qwen35": QWEN35,
 }

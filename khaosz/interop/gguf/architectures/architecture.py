@@ -11,7 +11,7 @@ import numpy as np
 
 from khaosz.config import ModelConfig
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.families.family import Layout, Values
+from khaosz.interop.families.family import Change, Layout, Values
 from khaosz.interop.gguf.file import GgufFile
 
 PARTS = {
@@ -59,8 +59,15 @@ class Keys:
         return whole
 
 
-def gguf_layout(fused: Mapping[str, tuple[str, ...]] | None = None, **parts: str) -> Layout:
-    return Layout(_TOP, "blk.{}", {**PARTS, **parts}, fused or {})
+def gguf_layout(
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    parts: Mapping[str, str] | None = None,
+    changes: Mapping[str, Change] | None = None,
+) -> Layout:
+    return Layout(_TOP, "blk.{}", {**PARTS, **(parts or {})}, fused or {}, changes or {})
+
+
+Order = tuple[np.ndarray | None, np.ndarray | None]  # of rows and of columns
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,9 @@ class Architecture:
     write      its own keys; raises `ModelError` for what they cannot say
     tensors    what its file has beside parameters
     own        keys and tensors that `read` takes, which would be refused otherwise
+    left_out   beginnings of names of tensors that are not read
+    order      where rows, or columns, of a parameter are stored in another order: for each of ours
+               the number of the stored one
     """
 
     family: str
@@ -82,11 +92,15 @@ class Architecture:
     write: Callable[[ModelConfig], Values] = lambda _: {}
     tensors: Callable[[ModelConfig], dict[str, np.ndarray]] = lambda _: {}
     own: frozenset[str] = frozenset()
+    left_out: Callable[[Keys], tuple[str, ...]] = lambda _: ()
+    order: Callable[[str, ModelConfig], Order] = lambda _name, _config: (None, None)
     layout: Layout = field(default_factory=gguf_layout)
 
-    def heads(self, name: str, config: ModelConfig) -> int | None:
-        """Heads of a parameter whose rows are stored in pairs; None for all others."""
-        if not self.paired or not name.startswith("layers."):
-            return None
+    def reordered(self, name: str, config: ModelConfig) -> Order:
+        """`order` of a parameter, and that of rows which are stored in pairs."""
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        return heads.get(name.split(".")[3])
+        if not self.paired or not name.startswith("layers.") or name.split(".")[3] not in heads:
+            return self.order(name, config)
+        count = heads[name.split(".")[3]]
+        pairs = np.arange(count * config.head_dim).reshape(count, -1, 2)
+        return pairs.swapaxes(1, 2).ravel(), None

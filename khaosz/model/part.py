@@ -1,0 +1,59 @@
+"""What all parts of a block have in common.
+
+Shapes: ... leading dimensions ((B, T) in training, (N,) new positions in the engine), Q query
+heads, K key/value heads, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from khaosz.model.rotary import Rotation
+
+Rotations = tuple[Rotation, ...]  # of a pass, by `ModelConfig.rotary_kind`
+# (part, names of its linear layers, their input) -> their outputs
+Linear = Callable[["Part", tuple[str, ...], Tensor], Sequence[Tensor]]
+
+
+class Attend(Protocol):
+    """What mixes positions. For `Attention`: queries (..., Q, H), keys and values (..., K, H) ->
+    (..., Q, H). For a `Recurrent` part: its inputs (..., any shape) -> what its `scan` gives."""
+
+    def __call__(self, part: Part, /, *tensors: Tensor) -> Tensor: ...
+
+
+class Part(nn.Module):
+    """Half a block, in a layer of its own number: what mixes positions, or the feed-forward.
+
+    `PRODUCTS` names its linear layers, those with one input together, the one that writes to the
+    residual stream last: an engine may fuse them, and computes them in a type and from a format of
+    its own. Other parameters are read in fp32.
+    """
+
+    PRODUCTS: ClassVar[tuple[tuple[str, ...], ...]]
+    layer: int
+
+
+def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    """The outputs of a part's own linear layers: what training uses."""
+    return [getattr(part, name)(x) for name in names]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in fp32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return weight * F.rms_norm(x.float(), weight.shape, None, self.eps).to(x.dtype)
