@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator
 from itertools import count
+from time import perf_counter
 
 from torch import Tensor
 
@@ -30,6 +31,10 @@ from khaosz.model.kv_cache import SequenceCache
 _log = logging.getLogger("khaosz.inference")
 # Of running sequences together, and of cached prefixes, where the free memory is not known.
 _CACHE_BYTES, _PREFIX_BYTES = 2 << 30, 512 << 20
+# A new request waits for the pass that runs: one that reads prompts should take no longer, where
+# another sequence is running, and where none is. Fewer tokens would read the weights too often.
+_SHARED_SECONDS, _ALONE_SECONDS = 0.5, 2.0
+_FEWEST_TOKENS = 64
 
 
 class Engine:
@@ -49,11 +54,12 @@ class Engine:
         lookup: bool = False,
     ) -> None:
         """`step_tokens` bounds a pass, so that a long prompt is taken in parts between tokens of
-        answers; `cache_bytes` bounds the keys and values of running sequences, by default what the
-        machine has free when a request comes; `prefix_bytes` those of cached prefixes, by default
-        one sequence that fills the context, at most half of that memory; `context` bounds the
-        tokens of prompt and answer below the model's own; `prompt_lookup` (old name: `lookup`)
-        drafts tokens from the prompt: the same output, often sooner."""
+        answers; a slow machine takes fewer, down to 64. `cache_bytes` bounds the keys and values of
+        running sequences, by default what the machine has free when a request comes;
+        `prefix_bytes` those of cached prefixes, by default one sequence that fills the context, at
+        most half of that memory; `context` bounds the tokens of prompt and answer below the
+        model's own; `prompt_lookup` (old name: `lookup`) drafts tokens from the prompt: the same
+        output, often sooner."""
         if tokenizer.vocab_size > runner.config.vocab_size:
             raise GenerationError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens, the model only"
@@ -73,6 +79,7 @@ class Engine:
         self._running: list[Sequence] = []
         self._outputs: deque[Output] = deque()
         self._ids = count()
+        self._seconds = 0.0  # for each token of a pass that reads prompts
 
     # ------------------------------------------------------------ requests: add, cancel, step, take
 
@@ -159,7 +166,12 @@ class Engine:
         planned = list(self._plan())
         if not planned:
             return
+        started = perf_counter()
         logits = self.runner.run([chunk for _, chunk in planned])
+        tokens = sum(len(chunk.ids) for _, chunk in planned)
+        if tokens >= _FEWEST_TOKENS:
+            each = (perf_counter() - started) / tokens
+            self._seconds = (self._seconds + each) / 2 if self._seconds else each
         for (sequence, chunk), rows in zip(planned, logits, strict=True):
             if chunk.want:
                 self._answer(sequence, rows)
@@ -223,10 +235,18 @@ class Engine:
     def _start(self, request: Request, choice: int, cache: SequenceCache) -> Sequence:
         return Sequence.start(request, choice, cache, self.tokenizer, self.context)
 
+    def _budget(self) -> int:
+        """Tokens of a pass: `step_tokens`, or the power of two that the measured rate allows."""
+        seconds = _SHARED_SECONDS if len(self._running) > 1 else _ALONE_SECONDS
+        if self._seconds * self.step_tokens <= seconds:
+            return self.step_tokens
+        allowed = max(_FEWEST_TOKENS, int(seconds / self._seconds))
+        return min(self.step_tokens, 1 << (allowed.bit_length() - 1))
+
     def _plan(self) -> Iterator[tuple[Sequence, Chunk]]:
         """Decoding first, so that a long prompt delays no answer; then prompts, oldest first, but
         short ones before long ones in up to half of a pass."""
-        budget = self.step_tokens
+        budget = self._budget()
         for sequence in self._running:
             if sequence.pending == 1 and sequence.generated:
                 room = min(sequence.limit - sequence.generated - 1, budget - 1)

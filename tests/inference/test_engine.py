@@ -193,6 +193,29 @@ def test_short_prompt_does_not_wait_for_long_ones() -> None:
         assert summary(outputs, request_id) == alone([5 + i] * 40, GREEDY)
 
 
+def test_slow_machine_takes_shorter_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new request waits for one pass, which is bounded in time."""
+    clock, sizes = [0.0], []
+
+    class Slow(Runner):
+        def run(self, chunks: Sequence[Chunk]) -> list[torch.Tensor]:
+            sizes.append(sum(len(chunk.ids) for chunk in chunks))
+            clock[0] += 0.004 * sizes[-1]
+            return super().run(chunks)
+
+    monkeypatch.setattr("khaosz.inference.engine.perf_counter", lambda: clock[0])
+    model = random_model(tokenizer().vocab_size, max_position_embeddings=4096)
+    by = Engine(Slow.from_module(model), tokenizer(), step_tokens=1024)
+    by.add([7] * 2000, replace(GREEDY, max_tokens=1))
+    by.step()
+    by.step()
+    assert sizes == [1024, 256]  # 2 s are 500 tokens
+    short = by.add([9] * 30, replace(GREEDY, max_tokens=1))
+    by.step()
+    assert sizes[2:] == [64]  # 0.5 s are 125 tokens
+    assert [output.request_id for output in by.take()] == [short]
+
+
 # ---------------------------------------------------------------------------------- cancel, errors
 
 
