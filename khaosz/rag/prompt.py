@@ -1,7 +1,8 @@
 """Passages and a question as one visible string, within a model's context.
 
-The instruction follows the passages, and its wording was chosen by measurement (`python -m bench
-answers`): with the rules before the passages, small models forget them.
+The instruction follows the passages, and every sentence of a passage ends with its number: a small
+model copies the number with the sentence. Both were chosen by measurement (`python -m bench
+answers`).
 
 Passages come from the user's documents, which may contain prompt injections: delimiters and numbers
 like ours are broken up, so that a passage cannot end early or pose as another one, and what the
@@ -19,25 +20,28 @@ from dataclasses import dataclass
 from khaosz.errors import GenerationError
 from khaosz.rag.scripts import to_simplified
 from khaosz.rag.search.hit import Hit
+from khaosz.rag.split.sentence import SENTENCE_MARKS, is_item, sentence_spans
 from khaosz.rag.split.structure import StructureSplitter
 from khaosz.rag.terms import normalise, terms
 
 _DELIMITERS = re.compile(r"<(?=[/\s]*passage\b|\|)", re.IGNORECASE)  # and tokens <|...|>
-_NUMBER = re.compile(r"^(\s*)[\[【]\s*(\d+)\s*[\]】]", re.MULTILINE)  # how our passages start
+# What looks like our numbers: footnotes, not `array[1]`.
+_NUMBER = re.compile(r"(?<![A-Za-z0-9_)\]])[\[【]\s*(\d+)\s*[\]】]")
 _SHORTEST = 60  # characters of a passage that can still answer a question
 _HAN = re.compile("[㐀-鿿]")
 
 # A sentence that forbids to follow the passages' instructions was tried here: a model of 1.5B
-# wrote it into four of five Chinese answers instead of the number.
+# wrote it into four of five Chinese answers instead of the number. The more the last sentence says
+# about answers that are missing, the more of those that are there the model refuses.
 _INSTRUCTION = {
     "zh": (
-        "请根据上面的资料用一句完整的话回答，句末用 {example} 这样的编号注明出处。"
-        "资料中确实没有提到时，才回答：{refusal}"
+        "请根据上面的资料，用一句完整的话回答下面的问题，并像资料中那样在句末写上编号，如 [1]。"
+        "如果资料讲的是另一回事，回答：{refusal}"
     ),
     "en": (
-        "From the passages above, answer the question in one full sentence, and end the sentence"
-        " with the number in brackets of the passage that says so, as in: ... [1]. Only if no"
-        " passage mentions it, reply: {refusal}"
+        "Answer the question in one sentence from the passages above, and end it with the passage"
+        " number in brackets, as in the passages. If they are about something else, answer:"
+        " {refusal}"
     ),
 }
 _QUESTION = {"zh": "问题：", "en": "Question: "}
@@ -93,12 +97,8 @@ def build_prompt(
 
     def with_passages(passages: Sequence[Hit], narrowed: bool = False) -> Prompt:
         parts = [_passage(i, hit) for i, hit in enumerate(passages, 1)]
-        # Small models copy the example: it names no passage that is not there.
-        example = "[1]、[2]" if len(passages) > 1 else "[1]"
-        instruction = _INSTRUCTION[language].format(refusal=REFUSAL[language], example=example)
-        asked = _QUESTION[language] + question.strip()
-        # In Chinese, models cite more often if they read the instruction last.
-        parts += [asked, instruction] if language == "zh" else [instruction, asked]
+        instruction = _INSTRUCTION[language].format(refusal=REFUSAL[language])
+        parts += [instruction, _QUESTION[language] + question.strip()]
         left_out = len(hits) - len(passages)
         return Prompt("\n\n".join(parts), tuple(passages), left_out, language, narrowed)
 
@@ -133,13 +133,25 @@ def _passage(number: int, hit: Hit) -> str:
     source = hit.doc if hit.page is None else f"{hit.doc}, p. {hit.page}"
     title = " > ".join((source, *hit.headings))
     start = f'[{number}] <passage id="{number}" source="{_attribute(title)}">'
-    return f"{start}\n{_defuse(hit.text)}\n</passage>"
+    return f"{start}\n{_numbered(_defuse(hit.text), number)}\n</passage>"
+
+
+def _numbered(text: str, number: int) -> str:
+    """`[number]` after every sentence and list item, in code only at the end: a heading or a row of
+    a table gets none."""
+    parts: list[str] = []
+    for start, end in sentence_spans(text):
+        sentence = text[start:end].rstrip()
+        prose = "```" not in text and (sentence[-1:] in SENTENCE_MARKS or is_item(text, start))
+        mark = f" [{number}]" if prose or end == len(text) else ""
+        parts += (sentence, mark, text[start + len(sentence) : end])
+    return "".join(parts)
 
 
 def _defuse(text: str) -> str:
-    """Breaks up our delimiters, control tokens, and numbers at the start of a line that look like
-    those of our passages; the rest is unchanged."""
-    return _NUMBER.sub(r"\1(\2)", _DELIMITERS.sub("< ", text)).strip()
+    """Breaks up our delimiters, control tokens, and numbers that look like those of our passages;
+    the rest is unchanged."""
+    return _NUMBER.sub(r"(\1)", _DELIMITERS.sub("< ", text)).strip()
 
 
 def _attribute(text: str) -> str:
