@@ -11,7 +11,7 @@ from pathlib import Path
 
 from khaosz.data.records.charset import decode_bytes
 from khaosz.errors import DataError
-from khaosz.folders import OTHER_TYPES, SPECIAL_FILES, OnSkip, Skipped
+from khaosz.folders import LINKED_FOLDERS, OTHER_TYPES, SPECIAL_FILES, OnSkip, Skipped
 from khaosz.rag.load.decode import clean
 from khaosz.rag.load.document import InputFile, OnProblem, Problem
 from khaosz.rag.load.formats import INSTEAD, format_of
@@ -76,7 +76,6 @@ class _Walk:
 
     def _folder(self, root: str) -> Iterator[InputFile]:
         """Depth first, with a stack of its own: folders nest deeper than Python may recurse."""
-        seen = {root}
         rules = self._with_ignore_file(DEFAULT_RULES, root, ())
         names: tuple[str, ...] = ()
         stack = [(names, rules, self._entries(root))]
@@ -105,11 +104,11 @@ class _Walk:
             elif entry.is_symlink() and not Path(real).is_relative_to(root):
                 hint = f"add {clean(real)} by itself"
                 self.on_problem(Problem(Path(entry.path), "is a link to outside the folder", hint))
+            elif is_folder and entry.is_symlink():
+                self.on_skip(Skipped(Path(entry.path), LINKED_FOLDERS))
             elif is_folder:
-                if real not in seen:  # a link may point to a folder above
-                    seen.add(real)
-                    inside = self._with_ignore_file(rules, real, names)
-                    stack.append((names, inside, self._entries(real)))
+                inside = self._with_ignore_file(rules, real, names)
+                stack.append((names, inside, self._entries(real)))
             else:
                 yield from self._file(Path(entry.path), real, "/".join(names), status)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from make_documents import load, load_one, problem_of
 
 from khaosz.errors import DataError
+from khaosz.folders import LINKED_FOLDERS, Skipped
 from khaosz.rag.load import Limits, Problem, WorkerPool, load_file, load_paths
 from khaosz.rag.load.ignore import is_ignored, parse_rules
 
@@ -183,14 +184,18 @@ def test_links_to_outside_are_problems(tmp_path: Path) -> None:
 
 
 @posix
-def test_links_inside_are_followed_once(tmp_path: Path) -> None:
+def test_links_inside_to_files_are_followed_once_and_to_folders_not(tmp_path: Path) -> None:
     files(tmp_path, "b/x.txt", ".hidden/y.txt")
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "c.txt").symlink_to(tmp_path / "b" / "x.txt")
     (tmp_path / "d.txt").symlink_to(tmp_path / ".hidden" / "y.txt")
     (tmp_path / "e").symlink_to(tmp_path / "b")
+    skipped: list[Skipped] = []
+    list(load_paths([tmp_path], on_problem=pytest.fail, on_skip=skipped.append))
     loaded, problems = load(tmp_path)
     assert not problems and list(loaded) == ["b/x.txt", "d.txt"]
+    linked = {each.path for each in skipped if each.reason == LINKED_FOLDERS}
+    assert linked == {tmp_path / "e", tmp_path / "b" / "up"}
     assert loaded["d.txt"][0].path == (tmp_path / ".hidden" / "y.txt").resolve()
 
 
