@@ -89,11 +89,15 @@ class CitationStream:
         self.invalid = 0
 
     def feed(self, piece: str) -> str:
-        text = _MARKER.sub(self._valid_markers, self._pending + piece)
-        marker = _OPEN_MARKER.search(text)
+        text, ended, out = self._pending + piece, 0, ""
+        for match in _MARKER.finditer(text):
+            out += text[ended : match.start()] + self._valid_markers(match)
+            ended = match.end()
+        # Not of what is left of a marker: what surrounded it would join to another one.
+        marker = _OPEN_MARKER.search(text, ended)
         cut = marker.start() if marker and len(text) - marker.start() <= _MAX_MARKER else len(text)
         self._pending = text[cut:]
-        return text[:cut]
+        return out + text[ended:cut]
 
     def finish(self) -> str:
         rest, self._pending = self._pending, ""

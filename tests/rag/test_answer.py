@@ -82,6 +82,12 @@ def test_invalid_markers_are_removed(knowledge_base: KnowledgeBase) -> None:
     assert answer.invalid == 2 and [c.number for c in answer.citations] == [1]
 
 
+def test_removed_marker_does_not_join_what_surrounds_it() -> None:
+    stream = CitationStream(3)
+    assert stream.feed("[1[9]") + stream.feed("1]") == "[11]"
+    assert (stream.used, stream.invalid) == ([], 1)
+
+
 @given(
     st.lists(
         st.sampled_from(["[", "]", "1", "3", "12", ", ", "【", "】", "，", "a", "。"]), max_size=30
