@@ -42,7 +42,7 @@ from khaosz.serve.prompts import (
 )
 from khaosz.serve.schema import ChatRequest, CompletionRequest
 from khaosz.serve.truncation import truncated
-from khaosz.serve.worker import Busy, Failed, Ticket
+from khaosz.serve.worker import Busy, Failed, Stopping, Ticket
 
 T = TypeVar("T")
 AnyRequest = ChatRequest | CompletionRequest
@@ -420,10 +420,10 @@ async def stream_events(
     try:
         async for each in layout.events(answer):
             yield each
+    except (TimeoutError, Stopping) as error:
+        yield layout.failed(as_api_error(error, path))
     except Failed:
         yield layout.failed(ApiError(500, "the answer failed"))
-    except TimeoutError as error:
-        yield layout.failed(as_api_error(error, path))
     except KhaoszError as error:
         yield layout.failed(ApiError(500, str(error)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -19,6 +20,7 @@ READ_SECONDS = 60.0  # for the client to take the next part of an answer
 MAX_CONNECTIONS = 1024
 BACKLOG = 16  # connections that the event loop accepts in one turn
 QUEUE = 512  # connections that the system keeps for the next turns
+_ENDING_SECONDS = 2  # of a shutdown, for answers to end
 # For models, databases and uploads, and for the connections accepted before the first one over the
 # limit is closed: asyncio accepts, calls connection_made and closes in three turns.
 _RESERVED_FILES = 64 + 3 * BACKLOG
@@ -102,9 +104,19 @@ def limited_protocol(
 
 class LimitedServer(uvicorn.Server):
     """Accepts `BACKLOG` connections in a turn, while the system queues more: without the queue,
-    clients of a burst would try again after a second."""
+    clients of a burst would try again after a second. Calls `interrupt` shortly before the time of
+    a shutdown is over, so that answers end with an error that says so, not with their socket."""
+
+    def __init__(self, config: uvicorn.Config, interrupt: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._interrupt = interrupt
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
             listener.listen(QUEUE)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        seconds = max(0, (self.config.timeout_graceful_shutdown or 0) - _ENDING_SECONDS)
+        asyncio.get_running_loop().call_later(seconds, self._interrupt)
+        await super().shutdown(sockets)

@@ -27,7 +27,7 @@ from khaosz.errors import (
 )
 from khaosz.serve.models import UnknownModel
 from khaosz.serve.retrieval_models import UnknownName, Unusable
-from khaosz.serve.worker import Busy, Failed
+from khaosz.serve.worker import Busy, Failed, Stopping
 
 _log = logging.getLogger("khaosz.serve")
 
@@ -169,6 +169,8 @@ def as_api_error(error: Exception, path: str) -> ApiError:
             return error
         case Busy():
             return ApiError(503, "the queue is full", code="queue_full")
+        case Stopping():
+            return ApiError(503, "the server is shutting down", code="shutting_down")
         case UnknownModel():
             message = f"model {str(error)!r} not found; GET /v1/models lists all models"
             return ApiError(404, message, param="model", code="model_not_found")

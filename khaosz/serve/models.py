@@ -161,6 +161,12 @@ class Models:
         loaded.used = time.monotonic()
         self._shrink_caches()
 
+    def interrupt(self) -> None:
+        """Running and waiting requests raise `Stopping`."""
+        for model in self.all:
+            if model.loaded is not None:
+                model.loaded.worker.interrupt()
+
     async def stop(self) -> None:
         """Running requests fail."""
         for model in self.all:

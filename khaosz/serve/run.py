@@ -129,7 +129,7 @@ def serve(
                 )
         if (first := served.all[0].loaded) and (line := first.generator.memory_line):
             announce(line)
-        LimitedServer(config).run([listener])
+        LimitedServer(config, served.interrupt).run([listener])
 
 
 def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model]:

@@ -37,6 +37,10 @@ class Failed(Exception):
     """An unexpected error of the engine; the log has it."""
 
 
+class Stopping(Failed):
+    """The service shuts down before the answer is complete."""
+
+
 @dataclass(eq=False)
 class Ticket:
     """One request, from the event loop's side."""
@@ -90,6 +94,11 @@ class EngineThread:
         if self._thread.ident is None:
             self._loop = asyncio.get_running_loop()
             self._thread.start()
+
+    def interrupt(self) -> None:
+        """Running and waiting requests raise `Stopping`."""
+        for ticket in self._open:
+            ticket.events.put_nowait(Stopping())
 
     async def stop(self) -> None:
         """Running requests fail."""

@@ -27,7 +27,7 @@ from khaosz.inference.generator import Generator
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
-from khaosz.serve.connections import limited_protocol
+from khaosz.serve.connections import LimitedServer, limited_protocol
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.knowledge.library import Library
 from khaosz.serve.models import Limits, Models
@@ -204,6 +204,7 @@ def served(
     timeout: float = 60.0,
     heartbeat: float = 5.0,
     http: Any = None,
+    drain: int | None = None,
     step_tokens: int | None = None,
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
@@ -226,9 +227,14 @@ def served(
     )
     app = Guard(inner, key=key, hosts=LOOPBACK, origins=origins)
     config = uvicorn.Config(
-        app, http=http or limited_protocol(), ws="none", lifespan="on", log_level="warning"
+        app,
+        http=http or limited_protocol(),
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        timeout_graceful_shutdown=drain,
     )
-    server = uvicorn.Server(config)
+    server = LimitedServer(config, all_models.interrupt)
     with listen("127.0.0.1", 0) as bound:
         thread = threading.Thread(target=server.run, args=([bound],))
         thread.start()

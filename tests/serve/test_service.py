@@ -18,7 +18,7 @@ from typing import Any
 
 import openai
 import pytest
-from serving import Service, open_requests, served, wait_until
+from serving import Service, open_requests, served, slowed, wait_until
 
 import khaosz.serve
 from khaosz.errors import ConfigError
@@ -445,6 +445,21 @@ def test_missing_package_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ConfigError, match="needs fastapi") as missing:
         serve_here(tiny, run.Address(port=0), 1.0, run.serve)
     assert missing.value.hint == "pip install 'khaosz[serve]'"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_answers_cut_by_a_shutdown_end_with_an_error(
+    tiny: Path, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with served(tiny, drain=2) as service:
+        slowed(service, "tiny")
+        connection = raw_request(service, {**LONG, "stream": stream})
+        wait_until(lambda: open_requests(service) == 1)
+    with connection, connection.makefile(encoding="utf-8") as response:
+        text = response.read()
+    assert text.startswith("HTTP/1.1 200" if stream else "HTTP/1.1 503")
+    assert '"code": "shutting_down"' in text or '"code":"shutting_down"' in text
+    assert not caplog.records
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")

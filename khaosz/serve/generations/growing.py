@@ -19,7 +19,7 @@ from khaosz.serve.generations.store import GenerationStore, Growth, Kind, Record
 from khaosz.serve.prompts import Continued
 from khaosz.serve.records.conversations import MAX_NODES
 from khaosz.serve.schema import ChatRequest
-from khaosz.serve.worker import Busy, Failed
+from khaosz.serve.worker import Busy, Failed, Stopping
 
 MAX_BYTES = 1 << 20  # of an answer as UTF-8, with its reasoning, calls and passages
 MAX_RUNNING = 64  # at a time
@@ -258,7 +258,7 @@ class Generations:
         await asyncio.wait({task})
         try:
             task.result()
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, Stopping):
             end = growing.end or "interrupted"
             final = growing.finished(end, end)
         except (ApiError, KhaoszError, Busy, Failed, TimeoutError, RecursionError) as error:
