@@ -60,6 +60,7 @@ def server(
 
 def test_citation_of_a_chinese_pdf_opens_the_source(browser: Any, server: Any) -> None:
     client, _, _ = server
+
     assert [base["id"] for base in client.ask("GET")[1]["data"]] == ["报告"]
     with open_page(browser, client.service.port, locale="zh-CN") as page:
         page.locator(".picker select").nth(1).select_option("报告")
@@ -70,7 +71,7 @@ def test_citation_of_a_chinese_pdf_opens_the_source(browser: Any, server: Any) -
         mark = page.locator("dialog mark")
         mark.wait_for()
         assert "营业收入为三百二十亿元" in mark.inner_text()
-        assert page.locator("dialog h2").inner_text() == "年报 2025.pdf, 第 1 页"
+        assert page.locator("dialog h2").inner_text() == "年报 2025.pdf，第 1 页"
         page.keyboard.press("Escape")
         answer.get_by_role("button", name="检索详情").click()
         inspector = page.locator("dialog")
@@ -83,6 +84,15 @@ def test_citation_of_a_chinese_pdf_opens_the_source(browser: Any, server: Any) -
         page.wait_for_selector(".empty")
         ask(page, "月球有多远？")
         page.get_by_text("资料中没有找到答案").wait_for()
+        # What was found is shown, and the model can be asked all the same.
+        found = last_answer(page).locator(".citations li")
+        assert found.all_inner_texts() == ["找到但未引用：", "1 年报 2025.pdf，第 1 页"]
+        anyway = page.get_by_role("button", name="仍然询问模型")
+        anyway.click()
+        anyway.wait_for(state="detached")
+        last_answer(page).get_by_role("button", name="检索详情").click()
+        page.locator("dialog").get_by_text("发送给模型的提示词").click()
+        assert "月球有多远？" in page.locator("dialog .prompt").inner_text()
 
 
 def test_server_stores_conversations(browser: Any, server: Any) -> None:

@@ -44,6 +44,9 @@ export interface Hit {
   start: number;
   end: number;
   page: number | null;
+  page_end?: number | null;
+  line?: number | null;
+  line_end?: number | null;
   headings: string[];
   text: string;
   score: number;
@@ -57,6 +60,10 @@ export interface Citation {
   end: number;
   doc: string;
   page: number | null;
+  /** Citations saved earlier lack these three. */
+  page_end?: number | null;
+  line?: number | null;
+  line_end?: number | null;
   text: string;
 }
 

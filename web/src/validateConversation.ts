@@ -87,9 +87,12 @@ function isCitation(value: unknown): value is Citation {
   return isFields(value) && isNumber(value.number) && isPassage(value);
 }
 
-function isPassage({ doc, hash, start, end, page, text }: Fields): boolean {
+function isPassage({ doc, hash, start, end, text, ...places }: Fields): boolean {
   const hasText = isText(doc) && isText(hash) && isText(text);
-  return hasText && isNumber(start) && isNumber(end) && (page === null || isNumber(page));
+  const { page, page_end, line, line_end } = places;
+  const hasPlaces = [page_end, line, line_end].every((each) => each == null || isNumber(each));
+  const hasPage = page === null || isNumber(page);
+  return hasText && isNumber(start) && isNumber(end) && hasPage && hasPlaces;
 }
 
 function isHit(value: unknown): value is Hit {

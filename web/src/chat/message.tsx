@@ -94,6 +94,9 @@ function Answer(props: { node: Node }) {
   const growing = running.value.has(node.id);
   const knowledgeBase = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
   const stats = usage.value.get(node.id);
+  // An answer that cites nothing shows what was found.
+  const cited = Boolean(node.citations?.length);
+  const sources = (cited ? node.citations : !growing && provisionalCitations(node)) || [];
   return (
     <>
       {node.reasoning && (
@@ -112,13 +115,15 @@ function Answer(props: { node: Node }) {
       ) : (
         growing && !node.reasoning && <span class="waiting" aria-hidden="true" />
       )}
-      {node.citations !== null && node.citations.length > 0 && (
-        <ul class="citations" aria-label={t("sources")}>
-          {node.citations.map((each) => (
+      {sources.length > 0 && (
+        <ul class="citations" aria-label={t(cited ? "sources" : "passages")}>
+          {!cited && <li class="note">{t("passagesFound")}</li>}
+          {sources.map((each) => (
             <li key={each.number}>
               <button
                 type="button"
-                aria-label={t("openSource", { n: each.number, doc: each.doc })}
+                class={cited ? "" : "uncited"}
+                aria-label={t("openSource", { n: each.number, doc: sourceLabel(each) })}
                 onClick={() => (opened.value = each)}
               >
                 <b>{each.number}</b> {sourceLabel(each)}

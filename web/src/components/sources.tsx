@@ -6,14 +6,25 @@ import { explain } from "../chat/state";
 import { number, t } from "../i18n";
 import { Dialog } from "./dialog";
 
-export function sourceLabel(each: { doc: string; page: number | null }): string {
-  return each.page === null ? each.doc : `${each.doc}, ${t("pageNumber", { n: each.page })}`;
+type Source = Pick<Citation, "doc" | "page" | "page_end" | "line" | "line_end">;
+
+/** The document, with pages or lines where they are known. */
+export function sourceLabel(each: Source): string {
+  const { doc, page, page_end, line, line_end } = each;
+  if (page !== null) return t("placeIn", { doc, place: span("page", page, page_end) });
+  if (line != null) return t("placeIn", { doc, place: span("line", line, line_end) });
+  return doc;
+}
+
+function span(unit: "page" | "line", first: number, last?: number | null): string {
+  if (last == null || last === first) return t(`${unit}Number`, { n: first });
+  return t(`${unit}Range`, { first, last });
 }
 
 /** The text around a passage, which is highlighted and scrolled into view. */
 export function SourcePanel(props: {
   knowledgeBase: string;
-  citation: Pick<Citation, "number" | "hash" | "start" | "end" | "doc" | "page" | "text">;
+  citation: Source & Pick<Citation, "number" | "hash" | "start" | "end" | "text">;
   onClose: () => void;
 }) {
   const { knowledgeBase, citation } = props;
