@@ -3,7 +3,8 @@
 Reasoning is between <think> and </think> before everything else, as in DeepSeek-R1 and Qwen3;
 their templates may open it at the end of the prompt. Tool calls are JSON between <tool_call> and
 </tool_call> (Hermes, Qwen, SmolLM2, ours) or, with templates without these markers, an answer
-that is one JSON object (Llama 3). Qwen2.5-Coder forgets the markers: with any template, an answer
+that is one JSON object (Llama 3). Between the markers there may be XML instead (Qwen3.5), or the
+call is XML without them (MiniCPM5). Qwen2.5-Coder forgets the markers: with any template, an answer
 that is the call of a known tool and nothing else, perhaps in a code block, is a call.
 """
 
@@ -13,23 +14,27 @@ import json
 import math
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from khaosz.inference.text_stream import possible_stop
+from khaosz.inference import xml_calls
+from khaosz.inference.text_stream import first_stop, possible_stop
 
 THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
+FUNCTION = f"{xml_calls.OPENING} name="
 _SPACE = " \t\r\n"
 _IN_STRING, _OUTSIDE = re.compile(r'\\.|"', re.DOTALL), re.compile(rf'"|{CALLED}')  # of JSON
 _MARKER = re.compile(CALLED)
+_NAME = re.compile(r"""\s*(["']?)[^"'<>\n]*(\1\s*(>|$)|$)""")  # of a function, or its beginning
 _JSON = re.compile(r"\s*([\[{]|$)")
 _BARE_CALL = re.compile(r'\s*\{\s*("(name|parameters|arguments|type)|"?$)')
 _FENCES = "", "```", "```json", "{", "```json{"
 _FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?", re.DOTALL)
 
-Calls = Literal["none", "marked", "bare"]
+Calls = Literal["none", "marked", "bare", "functions"]
+_MARKS: dict[Calls, tuple[str, ...]] = {"marked": (CALL,), "functions": (FUNCTION, CALL)}
 
 
 def opens_thought(prompt: str) -> bool:
@@ -61,9 +66,13 @@ class PartStream:
     def __init__(
         self, calls: Calls = "none", *, thinking: bool = False, tools: Collection[str] = ()
     ) -> None:
-        """`thinking`: the prompt has opened the reasoning already; `tools`: their names."""
-        self._calls = calls
+        """`thinking`: the prompt has opened the reasoning already; `tools`: their names or, for
+        the types of values in XML, the schemas of their parameters by name."""
         self._tools = frozenset(tools)
+        self._schemas = tools if isinstance(tools, Mapping) else {}
+        self._marks = _MARKS.get(calls, ())
+        self._mark = CALL  # that opened the call, and
+        self._closing = CALLED  # the one that ends it
         self._openings: tuple[str, ...] = (
             ("{",) if calls == "bare" else ()
         )  # of calls without markers
@@ -94,18 +103,26 @@ class PartStream:
         """The rest. A call without its end marker counts if it is complete. Another incomplete
         marker or call is text, or nothing if the output was `cut` at its limit."""
         parts: list[Part | ToolCall] = []
-        while self._state == "call" and CALLED in self._pending and not _calls_of(self._pending):
+        while (
+            self._state == "call"
+            and self._closing in self._pending
+            and not self._calls_in(self._pending)
+            and not (cut and self._is_xml(self._pending))  # in a value that was cut
+        ):
             self._at, self._quoted = 0, None  # a quotation mark is missing
             while self._step(parts):
                 pass
         rest, self._pending = self._pending, ""
         match self._state:
             case "reasoning":
-                self._emit(parts, "reasoning", _without_marker(rest, THOUGHT, cut).rstrip(_SPACE))
+                self._emit(
+                    parts, "reasoning", _without_marker(rest, (THOUGHT,), cut).rstrip(_SPACE)
+                )
             case "call":
-                calls = _calls_of(_without_marker(rest, CALLED, cut=True))
-                if not calls and not (cut and _JSON.match(rest)):
-                    self._emit(parts, "content", self._gap + CALL + rest)
+                body = _without_marker(rest, (self._closing,), cut=True)
+                calls = [] if cut and self._mark == FUNCTION else self._calls_in(body)
+                if not calls and not (cut and self._may_be_call(rest)):
+                    self._emit(parts, "content", self._gap + self._mark + rest)
                 parts += calls
             case "object":
                 calls = _calls_of(_unfenced(rest))
@@ -117,8 +134,8 @@ class PartStream:
             case "answer" if cut and '"name' in rest:
                 pass  # the beginning of a call
             case state:
-                marker = THINK if state == "begin" else CALL if self._calls == "marked" else ""
-                self._emit(parts, "content", _without_marker(rest, marker, cut))
+                marks = (THINK,) if state == "begin" else self._marks
+                self._emit(parts, "content", _without_marker(rest, marks, cut))
         return parts
 
     def _step(self, parts: list[Part | ToolCall]) -> bool:
@@ -135,7 +152,7 @@ class PartStream:
                     self._state = "answer"
                 return True
             case "reasoning":
-                return self._until(parts, "reasoning", THOUGHT, "answer")
+                return self._until(parts, "reasoning", (THOUGHT,), "answer")
             case "answer":
                 start = "".join(self._pending.split())
                 if start.startswith(self._openings):
@@ -146,8 +163,8 @@ class PartStream:
                     self._state = "content"
                 return True
             case "content":
-                if self._calls == "marked":
-                    return self._until(parts, "content", CALL, "call")
+                if self._marks:
+                    return self._until(parts, "content", self._marks, "call")
                 self._emit(parts, "content", self._pending)
                 self._pending = ""
                 return False
@@ -155,10 +172,11 @@ class PartStream:
                 end = self._end_of_call()
                 if end is None:
                     return False
-                body, rest = self._pending[:end], self._pending[end + len(CALLED) :]
-                calls = _calls_of(body)
+                body, rest = self._pending[:end], self._pending[end + len(self._closing) :]
+                calls = self._calls_in(body)
                 if not calls:
-                    self._emit(parts, "content", self._gap + CALL + body + CALLED)
+                    text = self._gap + self._mark + body + self._closing
+                    self._emit(parts, "content", text)
                 parts += calls
                 self._state, self._pending = "content", rest
                 self._trim = self._trim or bool(calls)
@@ -170,26 +188,40 @@ class PartStream:
         self,
         parts: list[Part | ToolCall],
         kind: Literal["reasoning", "content"],
-        mark: str,
+        marks: tuple[str, ...],
         then: Literal["answer", "call"],
     ) -> bool:
-        """Emit a part up to its closing marker, without the white space before it."""
-        text, met, rest = self._pending.partition(mark)
-        if met:
+        """Emit a part up to the first of its closing markers, without the white space before."""
+        text, start = self._pending, first_stop(self._pending, marks)
+        if start is not None:
+            self._mark = next(mark for mark in marks if text.startswith(mark, start))
+            self._closing = xml_calls.END if self._mark == FUNCTION else CALLED
+            text, rest = text[:start], text[start + len(self._mark) :]
             body = text.rstrip(_SPACE)
             self._emit(parts, kind, body)
             self._state, self._pending, self._gap = then, rest, text[len(body) :]
             self._at, self._quoted = 0, False
             self._trim = self._trim or then == "answer"
             return True
-        keep = possible_stop(text, (mark,))
+        keep = possible_stop(text, marks)
         ready = text[: len(text) - keep].rstrip(_SPACE)
         self._emit(parts, kind, ready)
         self._pending = text[len(ready) :]
         return False
 
     def _end_of_call(self) -> int | None:
-        """Where the end marker begins. A string of the JSON may hold the same text."""
+        """Where the end marker begins. A string of the JSON, or a value of the XML, may hold the
+        same text."""
+        if (is_xml := self._is_xml(self._pending)) is None:
+            return None
+        while is_xml:
+            end = self._pending.find(self._closing, self._at)
+            if end < 0:
+                self._at = max(self._at, len(self._pending) - len(self._closing) + 1)
+                return None
+            if self._quoted is None or self._calls_in(self._pending[:end]):
+                return end
+            self._at = end + 1
         while True:
             tokens = {True: _IN_STRING, False: _OUTSIDE, None: _MARKER}[self._quoted]
             if (token := tokens.search(self._pending, self._at)) is None:
@@ -202,6 +234,30 @@ class PartStream:
                 self._quoted = not self._quoted
             self._at = token.end()
 
+    def _is_xml(self, body: str) -> bool | None:
+        """None: too short to tell."""
+        start = body.lstrip()
+        if self._mark == FUNCTION or start.startswith(xml_calls.OPENING):
+            return True
+        return None if xml_calls.OPENING.startswith(start) else False
+
+    def _calls_in(self, body: str) -> list[ToolCall]:
+        """Of the text between the markers of a call; none if it is not complete."""
+        if not self._is_xml(body):
+            return _calls_of(body)
+        if self._mark == FUNCTION:
+            body = FUNCTION + body + xml_calls.END
+        numbers: dict[str, str] = {}
+        named = xml_calls.parse_calls(body, self._schemas, lambda text: _parsed(text, numbers))
+        calls = [_call_of({"name": name, "arguments": each}, numbers) for name, each in named]
+        return [call for call in calls if call is not None]
+
+    def _may_be_call(self, body: str) -> bool:
+        """Whether a cut text after an opening marker is the beginning of a call."""
+        if self._mark == FUNCTION:
+            return _NAME.match(body) is not None
+        return self._is_xml(body) is not False or _JSON.match(body) is not None
+
     def _emit(
         self, parts: list[Part | ToolCall], kind: Literal["reasoning", "content"], text: str
     ) -> None:
@@ -211,9 +267,9 @@ class PartStream:
             parts.append(Part(kind, text))
 
 
-def _without_marker(text: str, marker: str, cut: bool) -> str:
+def _without_marker(text: str, marks: tuple[str, ...], cut: bool) -> str:
     """Without the beginning of a marker, two characters or more, at the end of a `cut` output."""
-    keep = possible_stop(text, (marker,)) if cut and marker else 0
+    keep = possible_stop(text, marks) if cut else 0
     return text[:-keep] if keep > 1 else text
 
 

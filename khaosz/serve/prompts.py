@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
@@ -45,8 +46,8 @@ class Continued:
 @dataclass(frozen=True)
 class ResponseFormat:
     """How the model's text is parsed and formatted. `chat` chooses between the two layouts;
-    `calls`: how this model writes tool calls, and `tools`: which it may call; `reasoning`: the
-    prompt has opened the reasoning;
+    `calls`: how this model writes tool calls, and `tools`: the parameters of those that it may
+    call, by name; `reasoning`: the prompt has opened the reasoning;
     `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
     what the answer may cite; `left_out`: messages that the model does not see, None where the
     request does not allow it; `continued`: what the answer continues."""
@@ -54,7 +55,7 @@ class ResponseFormat:
     chat: bool
     logprobs: bool = False
     calls: Calls = "none"
-    tools: tuple[str, ...] = ()
+    tools: Mapping[str, Any] = field(default_factory=dict)
     reasoning: bool = False
     show_reasoning: bool = True
     one_call: bool = False
@@ -171,7 +172,7 @@ def chat_request(
         chat=True,
         logprobs=bool(request.logprobs),
         calls=call_format(tokenizer) if tools else "none",
-        tools=tuple(tool["function"]["name"] for tool in tools),
+        tools={tool["function"]["name"]: tool["function"].get("parameters") for tool in tools},
         reasoning=reasoning,
         show_reasoning=think,
         one_call=request.one_call,

@@ -11,7 +11,7 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.errors import GenerationError
 from khaosz.inference.grammar import check_schema
-from khaosz.inference.parts import CALL, CALLED, Calls
+from khaosz.inference.parts import CALL, CALLED, FUNCTION, Calls
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would continue to its last token
 # The space between JSON's tokens, bounded for the same reason.
@@ -33,6 +33,8 @@ For each call, return a JSON object with its name and arguments within <tool_cal
 def call_format(tokenizer: Tokenizer) -> Calls:
     """How this model writes tool calls."""
     template = tokenizer.chat_template_for(tools=True) or ""
+    if FUNCTION in template:
+        return "functions"
     return "bare" if "tools" in template and CALL not in template else "marked"
 
 

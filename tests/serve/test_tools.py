@@ -9,12 +9,12 @@ from typing import Any
 
 import openai
 import pytest
-from serving import WEATHER, Service, served
+from serving import WEATHER, Service, learnt, served
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.data.tokenizer.chat import render_chat
 from khaosz.serve.schema import ChatRequest
-from khaosz.serve.tools import add_tools
+from khaosz.serve.tools import add_tools, call_format
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}
@@ -256,3 +256,63 @@ def test_templates_see_a_request_as_it_was_sent(tiny: Path) -> None:
     assert json.loads(lines[3]) == {**messages[3], "thinking": "t"}
     assert json.loads(lines[4]) == {"role": "user", "content": parts}
     assert lines[5] == json.dumps([tool])
+
+
+FORECAST: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "forecast",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        },
+    },
+}
+# As MiniCPM5 and Qwen3.5 write a call.
+CALLS = {
+    "attributes": '<function name="forecast"><param name="city"><![CDATA[<5>]]></param>'
+    '<param name="days">3</param></function>',
+    "tags": "<tool_call>\n<function=forecast>\n<parameter=city>\n<5>\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+}
+
+
+@pytest.fixture(scope="module")
+def xml_caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    lessons = [
+        ([*user_turn(name), {"role": "assistant", "content": f"So: {call}"}], [FORECAST])
+        for name, call in CALLS.items()
+    ]
+    model = learnt(lessons, tmp_path_factory.mktemp("xml") / "taught")
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] += '{# <function name="f"><param name="x">1</param></function> #}'
+    (model / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with served(model) as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_in_xml(xml_caller: Service, name: str) -> None:
+    request = {**GREEDY, "messages": user_turn(name), "tools": [FORECAST]}
+    [choice] = xml_caller.client().chat.completions.create(**request).choices
+    [call] = choice.message.tool_calls or ()
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", "So:")
+    assert json.loads(call.function.arguments) == {"city": "<5>", "days": 3}
+    message, reason = streamed(xml_caller, **request)
+    assert (reason, message["content"]) == ("tool_calls", "So:")
+    assert json.loads(message["tool_calls"][0]["arguments"]) == {"city": "<5>", "days": 3}
+    [cut] = xml_caller.client().chat.completions.create(**{**request, "max_tokens": 12}).choices
+    assert cut.finish_reason == "length" and cut.message.content == "So:"
+
+
+def test_chat_template_decides_how_calls_are_written(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    for template, calls in (
+        ('{{ tools }}<function name="{{ name }}"><param name="x">', "functions"),
+        ("{{ tools }}<tool_call>\n<function={{ name }}>", "marked"),
+        ("{{ tools }}<tool_call>\n{{ call | tojson }}", "marked"),
+        ("{{ tools }}", "bare"),
+        ("{{ messages }}", "marked"),
+    ):
+        tokenizer.config["chat_template"] = template
+        assert call_format(tokenizer) == calls
