@@ -12,6 +12,7 @@ import typer
 from khaosz import __version__
 from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.inference import bench_app, model_app
+from khaosz.cli.models import models_app, pull_app
 from khaosz.cli.output import PrintableFormatter, PrintableGroup, printable, say
 from khaosz.cli.rag import rag_app
 from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
@@ -33,6 +34,8 @@ app.add_typer(preference_app, name="preference")
 app.add_typer(lora_app, name="lora")
 app.add_typer(model_app)
 app.add_typer(bench_app, name="bench")
+app.add_typer(pull_app)
+app.add_typer(models_app, name="models")
 app.add_typer(rag_app, name="rag")
 
 

@@ -1,15 +1,13 @@
-"""Commands that run or write a model: generate, chat, serve, pull, convert, quantize, init,
-bench."""
+"""Commands that run or write a model: generate, chat, serve, convert, quantize, init, bench."""
 
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from khaosz.cli.local_models import default_model, find_model
 from khaosz.cli.output import (
     AllowUnread,
     Context,
@@ -26,6 +24,7 @@ from khaosz.cli.output import (
     resolve_device,
     say,
 )
+from khaosz.interop.local_models import default_model, find_model, named_path
 
 model_app = typer.Typer()
 bench_app = typer.Typer(help="Benchmark a model on this machine.", no_args_is_help=True)
@@ -115,7 +114,9 @@ def chat(
     model: Annotated[
         Path | None,
         typer.Argument(
-            help="Model directory or .gguf file; default: the newest trained or pulled."
+            help="Model directory, .gguf file or name; default: the last trained or pulled.",
+            parser=named_path,
+            metavar="[MODEL]",
         ),
     ] = None,
     url: Annotated[
@@ -165,12 +166,15 @@ def chat(
         backend = ServerBackend(url, name)
     else:
         from khaosz.cli.terminal.local_backend import LocalBackend, sampling
+        from khaosz.interop.models import default_name
         from khaosz.rag.store import open_store
 
         sampling(settings)  # before the model is loaded
         if docs is not None:
             open_store(docs, new=False).close()
         path = model or (find_model(name) if name else default_model())
+        if model is None and name is None:
+            say(f"model: {default_name(path)} ({path})", err=True)
         backend = LocalBackend.from_path(
             path,
             device=resolve_device(device),
@@ -191,8 +195,8 @@ def serve(
     models: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Model directories or .gguf files, or NAME=PATH; default: the newest trained or"
-            " pulled. The first is loaded at start, others on first use.",
+            help="Model directories, .gguf files or names, or NAME=PATH; default: the last trained"
+            " or pulled. The first is loaded at start, others on first use.",
             metavar="[MODEL]...",
             show_default=False,
         ),
@@ -272,30 +276,6 @@ def serve(
         timeout=request_timeout,
         announce=say,
     )
-
-
-@model_app.command()
-def pull(
-    name: Annotated[
-        str, typer.Argument(help="smollm2, a local path, hf:OWNER/NAME[/FILE.gguf] or ms:...")
-    ],
-) -> None:
-    """Download an open model, or import a local one."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    from khaosz.interop.pull import pull as pull_model
-
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=progress_console()) as bars:
-        tasks: dict[str, Any] = {}
-
-        def show(file: str, done: int, total: int) -> None:
-            if file not in tasks:
-                tasks[file] = bars.add_task(file, total=total or None)
-            bars.update(tasks[file], completed=done, total=total or None)
-
-        path = pull_model(name, show)
-    say(f"{path}\nStart a chat:  khaosz chat {path}")
 
 
 @model_app.command()

@@ -13,9 +13,18 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from khaosz.interop.local_models import named_path
+
 Json = Annotated[bool, typer.Option("--json", help="Print one line of JSON.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, npu, mps, xpu or auto.")]
-ModelPath = Annotated[Path, typer.Argument(help="Model directory or .gguf file.")]
+ModelPath = Annotated[
+    Path,
+    typer.Argument(
+        help="Model directory, .gguf file or name; see `khaosz models`.",
+        parser=named_path,
+        metavar="MODEL",
+    ),
+]
 OutFolder = Annotated[Path, typer.Option(help="Output directory.")]
 Window = Annotated[int | None, typer.Option(help="Tokens; default: the training length.")]
 Temperature = Annotated[float, typer.Option(help="0: greedy.")]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from khaosz.cli.local_models import default_model
 from khaosz.cli.output import (
     Device,
     Json,
@@ -23,6 +22,7 @@ from khaosz.cli.output import (
     resolve_device,
     say,
 )
+from khaosz.interop.local_models import default_model
 
 if TYPE_CHECKING:
     from khaosz.rag.knowledge_base import AddReport, KnowledgeBase

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from khaosz.cli.output import (
     resolve_device,
     say,
 )
+
+if TYPE_CHECKING:
+    from khaosz.config import TrainConfig
 
 training_app = typer.Typer()
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True)
@@ -54,7 +57,7 @@ def train(
 
     if allow_unread:
         overrides = [*(overrides or []), "allow_unread=true"]
-    configs = load_stages(recipe, overrides)
+    configs = [_with_paths(config) for config in load_stages(recipe, overrides)]
     if dry_run:
         for stage in check_stages(configs, resume=resume or extend):
             say("\n".join(stage.lines()))
@@ -70,6 +73,19 @@ def train(
     if context is not None and context.parallel.is_main and context.complete:
         for command in next_commands(context):
             say(f"next:  {command}", err=True)
+
+
+def _with_paths(config: TrainConfig) -> TrainConfig:
+    """Paths instead of the names of pulled models."""
+    from khaosz.interop.local_models import trainable_model
+
+    changes = {}
+    for key in ("init_from", "reference", "reward_model"):
+        model: Path | None = getattr(config, key)
+        if model is not None and (path := trainable_model(model)) != model:
+            say(f"{key}: {model} is {path}", err=True)
+            changes[key] = path
+    return config.updated(**changes) if changes else config
 
 
 @training_app.command()

@@ -14,7 +14,8 @@ from khaosz.errors import ModelError
 from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
 from khaosz.interop.encoder import is_encoder
-from khaosz.interop.gguf.file import SPLIT_NAME
+from khaosz.interop.fetch.store import record_of
+from khaosz.interop.gguf.file import MAGIC, SPLIT_NAME
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.model import Transformer
@@ -24,7 +25,9 @@ ModelSource = GgufModel | huggingface.ModelDirectory
 
 def default_name(model: Path) -> str:
     """A model's name by its path: runs/demo/dpo/last is dpo, qwen.Q4_0.gguf and
-    qwen.Q4_0-00001-of-00002.gguf are qwen.Q4_0."""
+    qwen.Q4_0-00001-of-00002.gguf are qwen.Q4_0, and a pulled one is called as it was pulled."""
+    if (record := record_of(model)) is not None:
+        return record.name
     path = model.resolve()
     named = path.parent if path.name == "last" else path
     split = SPLIT_NAME.fullmatch(named.name)
@@ -32,7 +35,15 @@ def default_name(model: Path) -> str:
 
 
 def is_gguf(path: str | Path) -> bool:
-    return Path(path).suffix.lower() == ".gguf"
+    """Whether a path is a GGUF file by its name or, as Ollama's blobs, by its content."""
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, or not there
+        return False
 
 
 def load_model(

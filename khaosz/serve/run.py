@@ -12,6 +12,7 @@ from pathlib import Path
 
 from khaosz.errors import ConfigError
 from khaosz.files import make_private
+from khaosz.interop.local_models import named_path
 from khaosz.interop.models import default_name
 from khaosz.serve.models import Limits, Model, Models, describe
 
@@ -152,8 +153,9 @@ def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model
 def _name_and_path(argument: str) -> tuple[str, Path]:
     name, equals, path = argument.partition("=")
     if equals and name and not Path(argument).exists():
-        return name, Path(path)
-    return default_name(Path(argument)), Path(argument)
+        return name, named_path(path)
+    found = named_path(argument)
+    return default_name(found), found
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from scripted_model import CONTEXT, SCRIPT, model, model_directory, run_khaosz, tokenizer
 
-from khaosz.cli.local_models import newest_model
 from khaosz.cli.output import open_console
 from khaosz.cli.terminal.commands import COMMANDS
 from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Settings, Source
@@ -30,6 +29,7 @@ from khaosz.errors import (
 from khaosz.inference.generator import Generator as Model
 from khaosz.inference.parts import Part
 from khaosz.interop.huggingface import save_model
+from khaosz.interop.local_models import newest_model
 
 torch.set_num_threads(1)
 

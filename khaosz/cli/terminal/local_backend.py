@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from khaosz.cli.local_models import find_model, local_models
 from khaosz.cli.terminal.conversation import (
     Conversation,
     Events,
@@ -21,6 +20,7 @@ from khaosz.errors import ConfigError
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.parts import Part, PartStream, opens_thought
 from khaosz.inference.sampling import SamplingParams
+from khaosz.interop.local_models import find_model, local_models
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import ask
 from khaosz.rag.models.chat_models import LocalModel

@@ -157,8 +157,10 @@ class GgufFile:
     """`metadata` values are int, float, bool, str, list[str] or a numpy array; `raw` gives a
     tensor's bytes without a copy."""
 
-    def __init__(self, data: memoryview, source: str) -> None:
-        """Parses from a buffer. Raises `ModelError` for anything that is not right."""
+    def __init__(self, data: memoryview, source: str, *, size: int | None = None) -> None:
+        """Parses from a buffer, which with `size` is the start of a file of so many bytes. Raises
+        `ModelError` for anything that is not right."""
+        end = len(data) if size is None else size
         self.source = source
         self._data = [data]  # of all parts
         self._maps: list[mmap.mmap] = []
@@ -194,10 +196,10 @@ class GgufFile:
             if name in self.tensors:
                 raise ModelError(f"{source}: tensor {quoted(name)} comes twice")
             offset = start + tensor.offset
-            if tensor.offset % alignment or offset + tensor.nbytes > len(data):
+            if tensor.offset % alignment or offset + tensor.nbytes > end:
                 raise ModelError(
                     f"{source}: tensor {quoted(name)} ({tensor.nbytes:,} bytes at {offset:,}) lies"
-                    f" outside the file of {len(data):,} bytes or off its alignment"
+                    f" outside the file of {end:,} bytes or off its alignment"
                 )
             self.tensors[name] = GgufTensor(tensor.type, tensor.shape, offset, tensor.nbytes)
 
@@ -225,7 +227,7 @@ class GgufFile:
                     hint="all parts of a split model must be in one folder",
                 )
         parts = [whole if file == path else cls._mapped(file) for file in files]
-        parts[0]._join(parts[1:])
+        parts[0].join(parts[1:])
         return parts[0]
 
     @classmethod
@@ -247,8 +249,8 @@ class GgufFile:
             raise ModelError(f"{self.source}: split.{key} {quoted(value)} is not a whole number")
         return value
 
-    def _join(self, others: list[GgufFile]) -> None:
-        """Take the tensors of the other parts of a split model."""
+    def join(self, others: list[GgufFile]) -> None:
+        """Take the tensors of the other parts of a split model. Raises `ModelError`."""
         count = len(others) + 1
         for number, part in enumerate([self, *others]):
             if (part._split("no", 0), part._split("count", 1)) != (number, count):

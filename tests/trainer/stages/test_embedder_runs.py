@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny import stopping_after, write_recipe
 from translation import translation_pairs, written
 
-from khaosz.cli.local_models import newest_model
 from khaosz.config import TrainConfig
 from khaosz.errors import CheckpointError, ConfigError, DataError
+from khaosz.interop.local_models import newest_model
 from khaosz.interop.sentence_transformers import EmbedderSettings, load_embedder_settings
 from khaosz.rag.models.embedders import EngineEmbedder
 from khaosz.trainer.checkpoint import resolve
