@@ -7,6 +7,7 @@ import os
 import resource
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_server import HubServer, forked, hub_server
 
@@ -14,7 +15,9 @@ from khaosz.errors import FetchError, ModelError
 from khaosz.files import exclusive
 from khaosz.interop.fetch.pull import pull
 from khaosz.interop.fetch.store import models_folder, pulled_models, read_record
+from khaosz.interop.gguf.file import GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.local_models import find_model
 from khaosz.interop.models import load_model, open_tokenizer
 
 FOX = "m-q8_0.gguf"
@@ -167,9 +170,41 @@ def test_quantised_types_and_split_files_are_chosen(
     with pytest.raises(FetchError, match="no Q2_K file") as caught:
         pull("hf:me/many:Q2_K")
     assert caught.value.hint == "its files: m-Q4_K_M.gguf, m-Q8_0.gguf"
-    hub.add("me/split", {"m-Q8_0-00001-of-00002.gguf": new_gguf})
+    hub.add("me/split", {"m-Q8_0-00001-of-00002.gguf": new_gguf, "README.md": b"x"})
     with pytest.raises(FetchError, match=r"part m-Q8_0-00002-of-00002\.gguf is missing"):
         pull("hf:me/split:Q8_0")
+
+
+def test_all_parts_of_a_split_file_are_fetched(
+    hub: HubServer, tiny_folder: Path, tmp_path: Path
+) -> None:
+    whole = GgufFile.open(tiny_folder / "new.gguf")
+    whole_keys = {
+        key: value.tolist() if isinstance(value, np.ndarray) and value.dtype == bool else value
+        for key, value in whole.metadata.items()
+    }
+    names = sorted(whole.tensors)
+    parts: dict[str, bytes] = {}
+    for number, members in enumerate((names[:5], names[5:])):
+        keys = whole_keys if number == 0 else {}
+        keys = {**keys, "split.no": number, "split.count": 2, "split.tensors.count": len(names)}
+        tensors = [
+            TensorToWrite(name, "F32", whole.tensors[name].shape, lambda n=name: [whole.raw(n)])
+            for name in members
+        ]
+        file = tmp_path / f"m-F32-0000{number + 1}-of-00002.gguf"
+        write_gguf(file, keys, tensors)
+        parts[file.name] = file.read_bytes()
+    hub.add("me/split", parts)
+    path = pull("hf:me/split:F32")
+    assert path.name == "m-F32-00001-of-00002.gguf" and path.parent.name == "me--split--m-F32"
+    assert load_model(path).config.hidden_size == 32
+    assert pulled_models() == [path] and find_model("me--split--m-F32") == path
+    other = parts["m-F32-00002-of-00002.gguf"].replace(b"blk.1", b"blk.7")
+    hub.add("me/other", {**parts, "m-F32-00002-of-00002.gguf": other})
+    with pytest.raises(ModelError, match=r"tensor 'blk\.1"):
+        pull("hf:me/other:F32")
+    assert pulled_models() == [path]
 
 
 def test_missing_things_are_named(hub: HubServer, directory: dict[str, bytes]) -> None:
