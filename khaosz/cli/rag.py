@@ -46,7 +46,7 @@ Mode = Annotated[
 ]
 RerankerName = Annotated[
     str | None,
-    typer.Option("--reranker", help="Cross-encoder directory, or a yes/no model."),
+    typer.Option("--reranker", help="Cross-encoder or yes/no model: directory or .gguf."),
 ]
 MaxChars = Annotated[int | None, typer.Option(help="Maximum characters per chunk.")]
 

@@ -35,6 +35,7 @@ FEATURES = (
     "layer_types",
     "attn_output_gate",
     *DELTA_NET,
+    "bidirectional",
 )
 
 
@@ -118,6 +119,7 @@ class ModelConfig(Closed):
     linear_key_head_dim: int | None = Field(default=None, ge=1, le=2**31)
     linear_value_head_dim: int | None = Field(default=None, ge=1, le=2**31)
     linear_conv_kernel_dim: int | None = Field(default=None, ge=2, le=2**31)
+    bidirectional: bool = False
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -196,7 +198,8 @@ class ModelConfig(Closed):
         return [self.state_shapes(layer) for layer in range(self.num_hidden_layers)]
 
     def window(self, layer: int) -> int | None:
-        """Positions that a layer sees, its own included; None for all."""
+        """Positions that a layer sees, its own included; None for all. A bidirectional one sees as
+        many behind its own as before it."""
         return self.sliding_window if self.layer_type(layer) == "sliding_attention" else None
 
     def rotary_kind(self, layer: int) -> int | None:

@@ -83,15 +83,16 @@ class Generator:
         lookup: bool = False,
         context: int | None = None,
         memory_check: bool = True,
+        reranker: bool = False,
     ) -> Generator:
         """Of a model directory or a .gguf file; `dtype` as for `Runner.open`.
 
         `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
         the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a
         model or a context that does not fit, unless `memory_check` is off; `ConfigError` for a
-        context beyond the model's.
+        context beyond the model's. `reranker`: also of a file with output rows for yes and no only.
         """
-        source = open_model(path)
+        source = open_model(path, reranker=reranker)
         plan = plan_inference(source, device=device, dtype=dtype, context=context)
         base, limits = resident_memory(), memory_limits(device)
         if memory_check:
@@ -222,13 +223,20 @@ class Generator:
         """
         if pooling not in ("last", "mean"):
             raise GenerationError(f"pooling '{pooling}' is unknown", hint="last or mean")
+        pooled = self.pooled_states(texts, pooling)
+        return pooled / np.linalg.norm(pooled, axis=1, keepdims=True).clip(1e-12)
+
+    def pooled_states(
+        self, texts: Sequence[Prompt], pooling: Literal["last", "mean"]
+    ) -> np.ndarray:
+        """As `embed`, of any length."""
         chunks = [self._chunk(self.ids(text)) for text in texts]
-        vectors = np.empty((len(chunks), self.engine.runner.config.hidden_size), np.float32)
+        pooled = np.empty((len(chunks), self.engine.runner.config.hidden_size), np.float32)
         for first, some in self._passes(chunks):
             for row, states in enumerate(self.engine.runner.hidden(some), first):  # (T, D)
-                pooled = states[-1] if pooling == "last" else states.mean(0)
-                vectors[row] = (pooled / pooled.norm().clamp_min(1e-12)).cpu().numpy()
-        return vectors
+                state = states[-1] if pooling == "last" else states.mean(0)
+                pooled[row] = state.cpu().numpy()
+        return pooled
 
     def next_logits(self, prompts: Sequence[Prompt], ids: Sequence[int]) -> np.ndarray:
         """Logits of these ids as the next token of every prompt: float32 (prompts, ids).

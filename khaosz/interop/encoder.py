@@ -3,18 +3,24 @@ sentence-transformers: `config.json`, `model.safetensors`. Other features raise 
 
 from __future__ import annotations
 
+import base64
+import json
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import models, normalizers, pre_tokenizers
 from torch import Tensor
 
+from khaosz.data.tokenizer.files import read_directory
 from khaosz.errors import ModelError, quoted
 from khaosz.interop.huggingface import read_json, same_value, weight_files
 from khaosz.interop.tensor_file import DTYPES, TensorFile
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 _FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert")
+_CLASSES = {"xlm-roberta": "XLMRobertaTokenizer"}
 _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
                 "relu": "relu", "silu": "silu", "swish": "silu"}  # fmt: skip
 _LAYER = {
@@ -37,6 +43,58 @@ def is_encoder(directory: str | Path) -> bool:
         return read_json(Path(directory) / "config.json").get("model_type") in _FAMILIES
     except ModelError:
         return False
+
+
+def check_config(directory: str | Path) -> None:
+    """Raises `ModelError` for an unsupported feature in config.json."""
+    path = Path(directory) / "config.json"
+    _config(read_json(path), str(path), head=False)
+
+
+def encoder_tokenizer(directory: Path) -> tokenizers.Tokenizer:
+    """As transformers builds it. Raises `ModelError`, `TokenizerError`."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise ModelError(f"{path} is missing")
+    try:
+        made = tokenizers.Tokenizer.from_buffer(read_directory(directory)[0])
+    except ValueError as error:
+        raise ModelError(f"{path} is broken ({error})") from None
+    config = directory / "tokenizer_config.json"
+    settings = read_json(config) if config.is_file() else {}
+    _check_case(directory, made.normalizer, settings.get("do_lower_case"))
+    named = settings.get("tokenizer_class")
+    if named is None and is_encoder(directory):
+        named = _CLASSES.get(read_json(directory / "config.json")["model_type"])
+    if str(named).removesuffix("Fast") == "XLMRobertaTokenizer":
+        _as_xlm_roberta(made)
+    return made
+
+
+def _check_case(folder: Path, normalizer: Any, lower: Any) -> None:
+    """Raises `ModelError` where tokenizer_config.json contradicts tokenizer.json, of which
+    transformers reads one or the other, by the class of the tokenizer."""
+    bert = isinstance(normalizer, normalizers.BertNormalizer)
+    if bert and lower is not None and lower != normalizer.lowercase:
+        raise ModelError(
+            f"{folder / 'tokenizer_config.json'}: do_lower_case={lower} contradicts"
+            f" lowercase={normalizer.lowercase} in the normalizer of tokenizer.json",
+            hint="write the value that the model was trained with in both files",
+        )
+
+
+def _as_xlm_roberta(made: tokenizers.Tokenizer) -> None:
+    """transformers 5 splits at whitespace, where tokenizer.json of some models does not."""
+    steps = json.loads(made.to_str())
+    normalizer = steps["normalizer"] or {}
+    steps = normalizer.get("normalizers") or [normalizer]
+    charsmap = [step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"]
+    if isinstance(made.model, models.Unigram):
+        if charsmap:
+            made.normalizer = normalizers.Precompiled(base64.b64decode(charsmap[0]))
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+        )
 
 
 def load_encoder(

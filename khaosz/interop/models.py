@@ -13,11 +13,11 @@ from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import ModelError
 from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
-from khaosz.interop.encoder import is_encoder
 from khaosz.interop.fetch.store import record_of
-from khaosz.interop.gguf.file import MAGIC, SPLIT_NAME
+from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, is_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
+from khaosz.interop.retrieval import check_encoder, is_encoder
 from khaosz.model import Transformer
 
 ModelSource = GgufModel | huggingface.ModelDirectory
@@ -34,18 +34,6 @@ def default_name(model: Path) -> str:
     return split["name"] if split else named.name.removesuffix(".gguf")
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether a path is a GGUF file by its name or, as Ollama's blobs, by its content."""
-    path = Path(path)
-    if path.suffix.lower() == ".gguf":
-        return True
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:  # a folder, or not there
-        return False
-
-
 def load_model(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Transformer:
@@ -55,31 +43,52 @@ def load_model(
     Raises `ModelError` for a missing or cut file, an unsupported family or feature, a missing,
     unexpected or misshapen tensor (each by name).
     """
-    if is_gguf(path):
-        return load_gguf(path, dtype=dtype).to(device)
+    source = open_model(path)
+    if isinstance(source, GgufModel):
+        return load_gguf(source, dtype=dtype).to(device)
     return huggingface.load_model(path, device=device, dtype=dtype)
 
 
-def open_model(path: str | Path) -> ModelSource:
-    """The parameters of a model in either format, read one at a time. Raises `ModelError`."""
-    if is_gguf(path):
-        return GgufModel.open(path)
-    if huggingface.is_reward_model(path):
-        raise huggingface.not_generating(path)
-    return huggingface.ModelDirectory(path)
+def open_model(path: str | Path, *, reranker: bool = False) -> ModelSource:
+    """The parameters of a model in either format, read one at a time. Raises `ModelError`, also for
+    an embedder that sees later tokens, and unless `reranker` for a file without output rows."""
+    if not is_gguf(path):
+        if huggingface.is_reward_model(path):
+            raise huggingface.not_generating(path)
+        if is_encoder(path):
+            raise _encodes(path)
+        return huggingface.ModelDirectory(path)
+    file = GgufFile.open(path)
+    if is_encoder(file):
+        raise _encodes(path)
+    model = GgufModel(file)
+    if model.rerank_head is not None and not reranker:
+        raise ModelError(
+            f"{path} is a reranker: of its output it has the rows of yes and no only",
+            hint="name it as --reranker",
+        )
+    return model
+
+
+def _encodes(path: str | Path) -> ModelError:
+    return ModelError(
+        f"{path} is an encoder, which does not generate text",
+        hint="name it as --embedder, or a cross-encoder as --reranker",
+    )
 
 
 def check_model(path: str | Path) -> None:
     """Raises `ModelError` or `TokenizerError` for a model directory (a decoder or an encoder) or
     .gguf file that is missing, incomplete or of an unknown kind. Reads no weights."""
     path = Path(path)
-    if is_gguf(path):
+    if path.exists() and is_encoder(path):
+        check_encoder(path)
+    elif is_gguf(path):
         GgufModel.open(path)
-        return
-    if not is_encoder(path):
-        huggingface.load_config(Path(path))
-    huggingface.weight_files(path)
-    load_tokenizer(path)
+    else:
+        huggingface.load_config(path)
+        huggingface.weight_files(path)
+        load_tokenizer(path)
 
 
 def open_tokenizer(path: str | Path) -> Tokenizer:

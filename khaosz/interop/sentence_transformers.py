@@ -1,7 +1,9 @@
 """The settings of an embedder, stored with the model in the layout of sentence-transformers.
 
-    modules.json                      transformer, pooling, normalisation
+    modules.json                      transformer, pooling, projections, normalisation
     1_Pooling/config.json             which hidden states are pooled
+    2_Dense/                          a projection of pooled vectors (EmbeddingGemma has two)
+    1_LogitScore/config.json          of a reranker: the ids of its answers yes and no
     config_sentence_transformers.json prefixes ("prompts") of queries and documents
     sentence_bert_config.json         maximum tokens of a text
     tokenizer.json                    in ours, a post-processor adds the begin token
@@ -15,18 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import nn
+
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import ModelError, quoted
 from khaosz.files import write_json
-from khaosz.interop.huggingface import read_json
+from khaosz.interop.huggingface import WEIGHTS, read_json
+from khaosz.interop.prompts import known_prompts
+from khaosz.interop.tensor_file import DTYPES, TensorFile
 
 _MODULES = "modules.json"
 _POOLING = "1_Pooling"
 _NO_LENGTH = 10**9  # transformers writes 10^30 for "not set"
 _QUERY, _PASSAGE = ("query", "s2p_query"), ("document", "passage", "corpus")
-_KINDS = ("Transformer", "Pooling", "Normalize")
-
+_KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
+_LOGIT_SCORE = "LogitScore"
 
 Pooling = Literal["mean", "last", "cls"]
 _POOLINGS: dict[str, Pooling] = {
@@ -48,11 +55,13 @@ class EmbedderSettings:
     passage_prefix: str = ""
     max_length: int | None = None
     lower_case: bool = False  # of texts, before they are encoded
+    dense: tuple[str, ...] = ()  # subdirectories of projections, see `load_dense`
 
 
 def is_embedder(directory: str | Path) -> bool:
-    """Whether a model directory contains an embedder, not a language model."""
-    return (Path(directory) / _MODULES).is_file()
+    """Whether a model directory contains an embedder, not a language model or a reranker."""
+    path = Path(directory) / _MODULES
+    return path.is_file() and _LOGIT_SCORE not in path.read_text("utf-8", errors="replace")
 
 
 def save_embedder(
@@ -99,22 +108,27 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
     Raises `ModelError` for broken files and unsupported modules.
     """
     directory = Path(directory)
-    has_modules = is_embedder(directory)  # the directory of an encoder may lack them
-    modules = read_json(directory / _MODULES, list) if has_modules else []
-    if not all(isinstance(part, dict) for part in modules):
-        raise ModelError(f"{directory / _MODULES}: not a list of modules")
-    folder = _POOLING
-    for part in modules:
-        kind = str(part.get("type")).rpartition(".")[2]
+    modules = _modules(directory)
+    has_modules = bool(modules)  # the directory of an encoder may lack them
+    folder, dense = _POOLING, []
+    for kind, path in modules:
+        if kind == _LOGIT_SCORE:
+            raise ModelError(f"{directory} is a reranker", hint="name it as --reranker")
         if kind not in _KINDS:
             raise ModelError(
                 f"{directory / _MODULES}: module {quoted(kind)} is not supported",
                 hint=f"supported: {', '.join(_KINDS)}",
             )
         if kind == "Pooling":
-            folder = str(part.get("path"))
-    if Path(folder).name != folder:
-        raise ModelError(f"{directory / _MODULES}: {quoted(folder)} is not a subdirectory")
+            folder = path
+        elif kind == "Dense":
+            dense.append(path)
+    kinds = [kind for kind, _ in modules]
+    if kinds != sorted(kinds, key=_KINDS.index) or kinds.count("Pooling") > 1:
+        raise ModelError(
+            f"{directory / _MODULES}: the order {', '.join(kinds)} is not supported",
+            hint=f"supported: {', '.join(_KINDS)}",
+        )
     pooling = _read(directory / folder / "config.json", required=has_modules)
     pooling = pooling or {"pooling_mode": "mean"}
     modes = {key[13:] for key, on in pooling.items() if key.startswith("pooling_mode_") and on}
@@ -137,29 +151,117 @@ def load_embedder_settings(directory: str | Path) -> EmbedderSettings:
             f"{directory / folder / 'config.json'}: pooling {quoted(names)} is not supported",
             hint="supported: mean over all tokens with the prompt, first token, last token",
         )
-    prompts = _read(directory / "config_sentence_transformers.json").get("prompts") or {}
+    settings = _read(directory / "config_sentence_transformers.json")
+    prompts = settings.get("prompts") or {}
+    if not isinstance(prompts, dict):
+        prompts = {"query": None}  # rejected below
+    default = prompts.get(settings.get("default_prompt_name") or "")
+    if default is None and not prompts.keys() & {*_QUERY, *_PASSAGE}:
+        queries, passages = known_prompts(_names(directory))
+    else:
+        queries = passages = "" if default is None else default
+    query = next((prompts[name] for name in _QUERY if name in prompts), queries)
+    passage = next((prompts[name] for name in _PASSAGE if name in prompts), passages)
+    if not isinstance(query, str) or not isinstance(passage, str):
+        raise ModelError(
+            f"{directory / 'config_sentence_transformers.json'}: prompts are not strings"
+        )
+    max_length, lower_case = _text_settings(directory, default=has_modules)
+    pooled = _POOLINGS[modes.pop()]
+    return EmbedderSettings(pooled, query, passage, max_length, lower_case, tuple(dense))
+
+
+def load_reranker_settings(directory: str | Path) -> EmbedderSettings:
+    """Length and case of the texts of a cross-encoder. Raises `ModelError`."""
+    max_length, lower_case = _text_settings(Path(directory), default=True)
+    return EmbedderSettings(max_length=max_length, lower_case=lower_case)
+
+
+def _text_settings(directory: Path, *, default: bool) -> tuple[int | None, bool]:
+    """The maximum tokens of a text, by `default` those of the tokenizer, and whether it is
+    lower-cased."""
     transformer = _read(directory / "sentence_bert_config.json")
     max_length = transformer.get("max_seq_length")
-    if max_length is None and has_modules:
+    if max_length is None and default:
         max_length = _read(directory / "tokenizer_config.json").get("model_max_length")
         if isinstance(max_length, float) or (
             isinstance(max_length, int) and max_length > _NO_LENGTH
         ):
             max_length = None
-    if not isinstance(prompts, dict):
-        prompts = {"query": None}  # rejected below
-    query = next((prompts[name] for name in _QUERY if name in prompts), "")
-    passage = next((prompts[name] for name in _PASSAGE if name in prompts), "")
-    if not isinstance(query, str) or not isinstance(passage, str):
-        raise ModelError(
-            f"{directory / 'config_sentence_transformers.json'}: prompts are not strings"
-        )
     if max_length is not None and (type(max_length) is not int or max_length < 1):
         raise ModelError(
             f"{directory / 'sentence_bert_config.json'}: max_seq_length={quoted(max_length)}"
         )
-    lower_case = bool(transformer.get("do_lower_case"))
-    return EmbedderSettings(_POOLINGS[modes.pop()], query, passage, max_length, lower_case)
+    return max_length, bool(transformer.get("do_lower_case"))
+
+
+def _modules(directory: Path) -> list[tuple[str, str]]:
+    """The kinds and subdirectories of modules, none without modules.json."""
+    path = directory / _MODULES
+    modules = read_json(path, list) if path.is_file() else []
+    if not all(isinstance(part, dict) for part in modules):
+        raise ModelError(f"{path}: not a list of modules")
+    found = [(str(p.get("type")).rpartition(".")[2], str(p.get("path"))) for p in modules]
+    for kind, folder in found:
+        if kind != "Transformer" and Path(folder).name != folder:
+            raise ModelError(f"{path}: {quoted(folder)} is not a subdirectory")
+    return found
+
+
+def _names(directory: Path) -> list[str]:
+    """What a model is called: by its folder, of which Hugging Face's cache has one above those of
+    revisions, and in config.json."""
+    path = directory.resolve()
+    cached = [part for part in path.parts if part.startswith("models--")]
+    return [path.name, *cached, str(_read(path / "config.json").get("_name_or_path", ""))]
+
+
+def load_dense(directory: str | Path) -> list[nn.Module]:
+    """The projections of pooled vectors (B, D), in order. Raises `ModelError`."""
+    directory = Path(directory)
+    return [_dense(directory / name) for name in load_embedder_settings(directory).dense]
+
+
+def _dense(directory: Path) -> nn.Module:
+    config = read_json(directory / "config.json")
+    activation = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
+    if activation not in ("Identity", "Tanh") or config.get("use_residual"):
+        raise ModelError(
+            f"{directory / 'config.json'}: this projection is not supported",
+            hint="supported: Identity and Tanh, without a residual",
+        )
+    file = TensorFile(directory / WEIGHTS)
+    shape = config.get("out_features"), config.get("in_features")
+    shapes = {"linear.weight": shape} | ({"linear.bias": shape[:1]} if config.get("bias") else {})
+    stored = {name: entry.shape for name, entry in file.entries.items()}
+    if stored != shapes or any(entry.type not in DTYPES for entry in file.entries.values()):
+        raise ModelError(f"{file.path}: tensors {stored} are not those of config.json, {shapes}")
+    linear = nn.utils.skip_init(nn.Linear, shape[1], shape[0], bias="linear.bias" in shapes)
+    loaded = {name.removeprefix("linear."): file.read(name, torch.float32) for name in shapes}
+    linear.load_state_dict(loaded, assign=True)
+    tail = nn.Tanh() if activation == "Tanh" else nn.Identity()
+    return nn.Sequential(linear, tail).requires_grad_(False).eval()
+
+
+def rerank_instruction(directory: str | Path) -> str | None:
+    """What sentence-transformers gives the template of a reranker as its system message."""
+    settings = _read(Path(directory) / "config_sentence_transformers.json")
+    prompt = (settings.get("prompts") or {}).get(settings.get("default_prompt_name") or "")
+    return prompt if isinstance(prompt, str) and prompt else None
+
+
+def answer_ids(directory: str | Path) -> tuple[int, int] | None:
+    """The ids of yes and no by which a reranker scores; None where its files do not say them.
+    Raises `ModelError`."""
+    path = Path(directory)
+    folder = next((p for kind, p in _modules(path) if kind == _LOGIT_SCORE), None)
+    if folder is None:
+        return None
+    config = read_json(path / folder / "config.json")
+    ids = config.get("true_token_id"), config.get("false_token_id")
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ModelError(f"{path / folder / 'config.json'}: the ids {ids} are not supported")
+    return ids
 
 
 def _begin_with_bos(path: Path, tokenizer: Tokenizer) -> None:

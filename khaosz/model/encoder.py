@@ -1,7 +1,8 @@
-"""The BERT family of encoders: every token sees every other, positions are learned.
+"""Encoders, in which every token sees every other.
 
-BERT (Devlin et al. 2019, arXiv:1810.04805), RoBERTa and XLM-RoBERTa differ only in what counts as
-position 0. Embedders (E5, BGE, GTE) and cross-encoders are such models.
+BERT (Devlin et al. 2019, arXiv:1810.04805), RoBERTa and XLM-RoBERTa learn positions and differ only
+in what counts as position 0. Embedders (E5, BGE, GTE) and cross-encoders are such models.
+EmbeddingGemma (Vera et al. 2025, arXiv:2509.20354) is a bidirectional `Transformer`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from khaosz.model.transformer import Transformer
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -90,13 +93,25 @@ class Encoder(nn.Module):
             self.dense = nn.Linear(width, width)
             self.classes = nn.Linear(width, config.labels)
 
+    @property
+    def width(self) -> int:
+        """D of the hidden states."""
+        return self.config.hidden_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a text."""
+        return self.config.longest
+
     def forward(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) of ids (B, T), padded on the right to T; lengths (B,). The
         content of the padding has no effect."""
         length = ids.shape[1]
         places = torch.arange(length, device=ids.device)
+        types = torch.zeros_like(ids) if types is None else types
+        types = types.clamp(max=self.config.type_vocab_size - 1)  # RoBERTa has one type
         x = self.words(ids) + self.positions(places + self.config.first_position)
-        x = self.norm(x + self.types(torch.zeros_like(ids) if types is None else types))
+        x = self.norm(x + self.types(types))
         mask = None
         if int(lengths.min()) < length:
             mask = (places < lengths[:, None])[:, None, None]
@@ -107,3 +122,19 @@ class Encoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Class logits (B, labels), from the first token of hidden (B, T, D)."""
         return self.classes(torch.tanh(self.dense(hidden[:, 0])))
+
+
+class TransformerEncoder(nn.Module):
+    """A bidirectional `Transformer`, called as an `Encoder` is."""
+
+    def __init__(self, body: Transformer) -> None:
+        super().__init__()
+        assert body.config.bidirectional
+        self.body = body
+        self.width, self.longest = body.config.hidden_size, body.config.max_position_embeddings
+
+    def forward(self, ids: Tensor, lengths: Tensor, types: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) of ids (B, T), padded on the right to T; lengths (B,)."""
+        del types  # it has none
+        padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+        return self.body(ids, doc_ids=padding)

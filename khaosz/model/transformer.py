@@ -37,7 +37,8 @@ class Rows(NamedTuple):
 
 class Transformer(nn.Module):
     """A decoder-only language model. `forward` gives hidden states; `logits` is a separate call,
-    so that a loss can take them in chunks and a head can replace them."""
+    so that a loss can take them in chunks and a head can replace them. A `bidirectional` one is an
+    encoder: every position sees later ones too."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -60,7 +61,8 @@ class Transformer(nn.Module):
         """Hidden states (B, T, D) of token ids (B, T), after the final norm.
 
         `positions` (B, T) default to 0, 1, 2 and so on. `doc_ids` (B, T) keep packed documents
-        apart: a position attends to earlier positions of the same id only.
+        apart: a position attends to earlier positions of the same id only, in a bidirectional
+        model to all of the same id.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
@@ -71,17 +73,19 @@ class Transformer(nn.Module):
         return (compiled or self.blocks)(x, self.rotary(positions), self._rows(ids, doc_ids))
 
     def _rows(self, ids: Tensor, doc_ids: Tensor | None) -> Rows:
-        documents = mask = None
-        if doc_ids is not None:
-            mask = document_mask(doc_ids)
-            if "linear_attention" in (self.config.layer_types or ()):
-                documents = F.pad(doc_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)
-        masks: dict[int | None, Tensor | None] = {None: mask}
+        documents = None
+        if doc_ids is not None and "linear_attention" in (self.config.layer_types or ()):
+            documents = F.pad(doc_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)
         length, window = ids.shape[1], self.config.sliding_window
+        causal = not self.config.bidirectional
+        mask = None if doc_ids is None else document_mask(doc_ids, causal=causal)
+        if mask is None and not causal:  # without a mask, attention is causal
+            mask = torch.ones(1, length, dtype=torch.bool, device=ids.device)
+        masks: dict[int | None, Tensor | None] = {None: mask}
         if window is not None:
             masks[window] = mask
             if length > window:  # else a row is seen as a whole, which is faster without a mask
-                near = window_mask(length, window, ids.device)
+                near = window_mask(length, window, ids.device, causal=causal)
                 masks[window] = near if mask is None else mask & near
         return Rows(masks, documents)
 
@@ -157,17 +161,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def document_mask(doc_ids: Tensor) -> Tensor:
+def document_mask(doc_ids: Tensor, *, causal: bool = True) -> Tensor:
     """True where a query of packed documents (B, T) may see a key: (B, 1, T, T)."""
-    length = doc_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=doc_ids.device).tril()
-    return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & causal)[:, None]
+    same = (doc_ids[:, :, None] == doc_ids[:, None, :])[:, None]
+    return same.tril() if causal else same
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """True where a query may see a key within its window: (T, T)."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal.triu(1 - window)
+def window_mask(length: int, window: int, device: torch.device, *, causal: bool = True) -> Tensor:
+    """True where a query may see a key within its window, by default at or before its own position:
+    (T, T)."""
+    near = torch.ones(length, length, dtype=torch.bool, device=device).triu(1 - window)
+    return near.tril(0 if causal else window - 1)
 
 
 def attend_rows(rows: Rows, part: Part, *tensors: Tensor) -> Tensor:

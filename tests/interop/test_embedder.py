@@ -115,7 +115,11 @@ def test_unsupported_features_are_rejected(tmp_path: Path, tokenizer_dir: Path) 
     modules = json.loads((fresh() / "modules.json").read_text())
     dense = {"idx": 3, "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     (tmp_path / "modules.json").write_text(json.dumps([*modules, dense]))
-    with pytest.raises(ModelError, match="Dense"):
+    with pytest.raises(ModelError, match="order Transformer, Pooling, Normalize, Dense"):
+        load_embedder_settings(tmp_path)
+    lstm = {"idx": 3, "path": "3_LSTM", "type": "sentence_transformers.models.LSTM"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules, lstm]))
+    with pytest.raises(ModelError, match="LSTM"):
         load_embedder_settings(tmp_path)
     modules[1]["path"] = "../elsewhere"
     (tmp_path / "modules.json").write_text(json.dumps(modules))

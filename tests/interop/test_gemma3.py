@@ -18,7 +18,6 @@ class TestGemma3(FamilyTests):
     wide: ClassVar[dict[str, Any]] = {"embedding_multiplier": 8.0}
     refused: ClassVar[list[tuple[dict[str, Any], str]]] = [
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
-        ({"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not"),
         ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
         ({"layer_types": ["chunked_attention"] * 7}, "layer_types"),
     ]

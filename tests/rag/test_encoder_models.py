@@ -275,8 +275,8 @@ def test_refuses_folders_that_are_incomplete(tmp_path: Path) -> None:
         (broken / name).unlink()
         with pytest.raises(ModelError, match=message):
             EncoderEmbedder(broken)
-    (tmp_path / "body/modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
-    with pytest.raises(ModelError, match="Dense"):
+    (tmp_path / "body/modules.json").write_text('[{"type": "sentence_transformers.models.LSTM"}]')
+    with pytest.raises(ModelError, match="LSTM"):
         EncoderEmbedder(tmp_path / "body")
     with pytest.raises((ConfigError, ModelError)):
         open_embedder(str(tmp_path / "none"))

@@ -36,12 +36,14 @@ def _read(values: Values, source: str) -> Values:
         "hidden_activation": "gelu_pytorch_tanh",
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
-        "use_bidirectional_attention": None,
     }.items():
         if (value := values.pop(key, harmless)) not in (harmless, None, False):
             raise ModelError(f"{source}: {key}={quoted(value)} is not supported")
     types, window = _layer_types(values), values.pop("sliding_window", 4096)
     sliding = isinstance(types, list | tuple) and "sliding_attention" in types
+    bidirectional = bool(values.pop("use_bidirectional_attention", None))
+    if bidirectional and isinstance(window, int):
+        window = window // 2 + 1  # config.json has both sides of an embedder's window
     local = _read_rotations(values, source)
     width = values.get("hidden_size")
     scalar = values.pop("query_pre_attn_scalar", 256)
@@ -52,6 +54,7 @@ def _read(values: Values, source: str) -> Values:
         "hidden_act": "gelu_pytorch_tanh",
         "embedding_multiplier": width**0.5 if isinstance(width, int) and width > 0 else 1.0,
         "attention_multiplier": attention_multiplier(scale, values.get("head_dim")),
+        "bidirectional": bidirectional,
     }
     if sliding:
         fields |= {"layer_types": types, "sliding_window": window, "rope_local_theta": local}
@@ -86,7 +89,8 @@ def _write(config: ModelConfig, values: Values) -> None:
     values |= {
         "hidden_activation": config.hidden_act,
         "query_pre_attn_scalar": config.head_dim if scale is None else round(scale**-2),
-        "sliding_window": config.sliding_window or 4096,
+        "sliding_window": _stored_window(config),
+        "use_bidirectional_attention": config.bidirectional,
         "layer_types": list(
             config.layer_types or ("full_attention",) * config.num_hidden_layers
         ),
@@ -97,6 +101,11 @@ def _write(config: ModelConfig, values: Values) -> None:
             "sliding_attention": {**_PLAIN, "rope_theta": local},
         },
     }  # fmt: skip
+
+
+def _stored_window(config: ModelConfig) -> int:
+    window = config.sliding_window or 4096
+    return 2 * (window - 1) if config.bidirectional else window
 
 
 def _suits(config: ModelConfig) -> bool:
@@ -114,7 +123,7 @@ _NORMS = (
 GEMMA3 = Family(
     "Gemma3",
     frozenset({"qk_norm", "output_norms", "hidden_act", "embedding_multiplier"}),
-    frozenset({"attention_multiplier", "layer_types", "rope_local_theta"}),
+    frozenset({"attention_multiplier", "layer_types", "rope_local_theta", "bidirectional"}),
     defaults={
         "vocab_size": 262_208,
         "num_attention_heads": 8,

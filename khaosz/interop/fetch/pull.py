@@ -10,7 +10,6 @@ from pathlib import Path
 
 from khaosz.errors import FetchError, ModelError
 from khaosz.files import atomic_folder, atomic_path, disk_error, disk_hint
-from khaosz.interop.encoder import is_encoder
 from khaosz.interop.fetch.catalogue import Entry, catalogue, entry_of
 from khaosz.interop.fetch.sources import HuggingFace, ModelScope, Repository, sources
 from khaosz.interop.fetch.store import (
@@ -34,13 +33,15 @@ from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, split_names
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
+from khaosz.interop.retrieval import check_gguf, is_encoder
 
 _CONFIG_FILES = re.compile(
     r"(config|tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens"
-    r"|modules|sentence_bert_config|config_sentence_transformers|1_Pooling/config)\.json"
+    r"|modules|sentence_bert_config|config_sentence_transformers"
+    r"|\d_(?:Pooling|Dense|LogitScore)/config)\.json"
     r"|chat_template\.jinja|additional_chat_templates/[\w.-]+\.jinja"
 )
-_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?")
+_WEIGHTS = re.compile(r"model.*\.safetensors(\.index\.json)?|\d_Dense/model\.safetensors")
 _REFERENCE = re.compile(
     r"(?P<hub>hf|ms):(?P<repository>[\w.-]+/[\w.-]+)"
     r"(?::(?P<quant>[\w.-]+)|/(?P<file>[^@:]+\.gguf))?(?:@(?P<revision>[\w./-]+))?"
@@ -123,7 +124,7 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
                 failures.append((each.label, error))
                 task.note(f"{each.label}: {error}")
                 continue
-            GgufModel.open(file)
+            check_gguf(GgufFile.open(file))
             record = Record(
                 entry.name, entry.name, each.label, entry.revision, entry.licence, entry.file,
                 file.stat().st_size, {entry.file: f"sha256:{sha256_of(file)}"}, entry.memory,
@@ -200,7 +201,7 @@ def _pull_reference(reference: str, match: re.Match[str], task: _Task) -> Path:
                 except ModelError as error:
                     raise _refused(error, repository.name, size) from None
         if model:
-            GgufModel.open(stage / "files" / model)
+            check_gguf(GgufFile.open(stage / "files" / model))
         made = Record(
             name, reference, hub.label, repository.revision, repository.licence, model, size,
             digests, memory,
@@ -269,11 +270,14 @@ def _check_gguf(files: list[RemoteFile], task: _Task) -> int | None:
     size = sum(file.size for file in files)
     first = _header(files[0])
     architecture = first.metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if architecture not in ARCHITECTURES and not is_encoder(first):
         raise unsupported(f"{files[0].name} has the architecture {architecture}", size)
     try:
         if len(files) > 1:
             first.join([_header(file) for file in files[1:]])
+        if architecture not in ARCHITECTURES:
+            check_gguf(first)
+            return None
         model = GgufModel(first)
         model.tokenizer()
         return None if task.memory_of is None else task.memory_of(model)
@@ -312,11 +316,12 @@ def _pull_local(path: Path, folder: Path) -> Path:
     if target.exists():
         raise FetchError(f"{target} exists", hint="remove it, or rename the model")
     if path.is_dir():
-        load_config(path)
+        if not is_encoder(path):
+            load_config(path)
         with atomic_folder(target) as partial:
             shutil.copytree(path, partial, dirs_exist_ok=True)
     else:
-        GgufModel.open(path)
+        check_gguf(GgufFile.open(path))
         with atomic_path(target) as partial:
             shutil.copyfile(path, partial)
     return target

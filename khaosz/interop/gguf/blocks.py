@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from khaosz.interop.gguf.file import TENSOR_TYPES
+from khaosz.errors import ModelError
+from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile
 
 # What a 4-bit code stands for, in units of the scale: numbers of MXFP4 are doubled.
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -155,6 +156,17 @@ def dequantize(raw: np.ndarray, kind: str) -> np.ndarray:
             return wide.view(np.float32)
         case _:
             return affine(raw, kind).dense()
+
+
+def read_array(file: GgufFile, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """A dequantised tensor, float32, in memory of its own. Raises `ModelError` where it is missing
+    or does not have `shape`."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        raise ModelError(f"{file.source}: tensor '{name}' is missing")
+    if shape is not None and tensor.shape != shape:
+        raise ModelError(f"{file.source}: tensor '{name}' is {tensor.shape}, not {shape}")
+    return np.array(dequantize(file.raw(name), tensor.type), np.float32).reshape(tensor.shape)
 
 
 def quantize(weights: np.ndarray, kind: str, *, search: bool = False) -> np.ndarray:

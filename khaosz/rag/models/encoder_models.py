@@ -1,9 +1,7 @@
-"""Encoders that were trained for retrieval, from a local folder: BGE, multilingual E5, GTE and
-others of the BERT family, as embedders and as cross-encoders.
+"""Encoders that were trained for retrieval, from a local folder or .gguf file: BGE, multilingual
+E5, GTE and others of the BERT family, as embedders and as cross-encoders, and EmbeddingGemma.
 
-Folders have the layout of sentence-transformers: the pooling is read from
-`1_Pooling/config.json`, the prefixes of queries and passages from the prompts in
-`config_sentence_transformers.json`.
+Pooling, projections and prefixes are read from the model's files (`interop.retrieval`).
 """
 
 from __future__ import annotations
@@ -14,16 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
 from tokenizers import normalizers
 from torch import Tensor
 
-from khaosz.data.tokenizer.files import read_directory
 from khaosz.errors import ModelError
-from khaosz.interop.encoder import load_encoder
-from khaosz.interop.huggingface import read_json
-from khaosz.interop.sentence_transformers import load_embedder_settings
+from khaosz.interop.retrieval import (
+    dense_layers,
+    embedder_settings,
+    encoder_tokenizer,
+    load_encoder,
+    reranker_settings,
+)
+from khaosz.interop.sentence_transformers import EmbedderSettings
+from khaosz.model.encoder import Encoder, TransformerEncoder
 from khaosz.rag.models.protocols import GoodCosine, flatten, unit
 
 _BATCH = 4096  # tokens of one forward pass, with padding
@@ -37,15 +39,18 @@ class EncoderEmbedder:
 
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
+        self._settings = embedder_settings(folder)
         self._encoder = load_encoder(folder, device=device)
-        self._settings = load_embedder_settings(folder)
-        self._tokenizer = _WindowTokenizer(folder, self._encoder.config.longest)
+        self._dense = dense_layers(folder)
+        self._tokenizer = _WindowTokenizer(folder, self._encoder.longest, self._settings)
         self._device = device
+        probe = self._projected(torch.zeros(1, self._encoder.width))
+        self._dimension = probe.shape[1]
         self.name = str(folder.resolve())
 
     @property
     def dimension(self) -> int:
-        return self._encoder.config.hidden_size
+        return self._dimension
 
     def passages(self, texts: Sequence[str]) -> np.ndarray:
         return self._embed([self._settings.passage_prefix + text for text in texts])
@@ -64,9 +69,14 @@ class EncoderEmbedder:
         owners, encodings = flatten(self._tokenizer.windows(text) for text in texts)
         sums = np.zeros((len(texts), self.dimension), np.float32)
         for rows, hidden, lengths in _forward(self._encoder, encodings, self._device):
-            pooled = self._pool(hidden, lengths) * lengths[:, None]  # (B, D)
+            pooled = self._projected(self._pool(hidden, lengths)) * lengths[:, None]  # (B, D)
             np.add.at(sums, [owners[row] for row in rows], pooled.cpu().numpy())
         return unit(sums) if len(texts) else sums
+
+    def _projected(self, pooled: Tensor) -> Tensor:
+        for layer in self._dense:
+            pooled = layer(pooled)
+        return pooled
 
     def _pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         match self._settings.pooling:
@@ -88,9 +98,10 @@ class CrossEncoder:
 
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
-        self._encoder = load_encoder(folder, device=device, head=True)
-        self._tokenizer = _WindowTokenizer(folder, self._encoder.config.longest)
-        self._device = device
+        encoder = load_encoder(folder, device=device, head=True)
+        assert isinstance(encoder, Encoder)
+        self._encoder, self._device = encoder, device
+        self._tokenizer = _WindowTokenizer(folder, encoder.longest, reranker_settings(folder))
         if self._encoder.config.labels > 2:
             raise ModelError(
                 f"{folder} has {self._encoder.config.labels} classes: it is not a reranker",
@@ -109,20 +120,12 @@ class CrossEncoder:
 
 
 class _WindowTokenizer:
-    """A folder's tokenizer; it cuts texts to the context of the model."""
+    """A model's tokenizer; it cuts texts to the context of the model."""
 
-    def __init__(self, folder: Path, longest: int) -> None:
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            raise ModelError(f"{path} is missing")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(read_directory(folder)[0])
-        except ValueError as error:
-            raise ModelError(f"{path} is broken ({error})") from None
+    def __init__(self, path: Path, longest: int, settings: EmbedderSettings) -> None:
+        self._tokenizer = encoder_tokenizer(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        settings = load_embedder_settings(folder)
-        _check_case(folder, self._tokenizer.normalizer)
         if settings.lower_case:
             steps = [normalizers.Lowercase(), self._tokenizer.normalizer]
             self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
@@ -164,23 +167,9 @@ class _WindowTokenizer:
         return encoding
 
 
-def _check_case(folder: Path, normalizer: Any) -> None:
-    """Raises `ModelError` where tokenizer_config.json contradicts tokenizer.json, of which
-    transformers reads one or the other, by the class of the tokenizer."""
-    path = folder / "tokenizer_config.json"
-    lower = read_json(path).get("do_lower_case") if path.is_file() else None
-    bert = isinstance(normalizer, normalizers.BertNormalizer)
-    if bert and lower is not None and lower != normalizer.lowercase:
-        raise ModelError(
-            f"{path}: do_lower_case={lower} contradicts lowercase={normalizer.lowercase} in the"
-            " normalizer of tokenizer.json",
-            hint="write the value that the model was trained with in both files",
-        )
-
-
 @torch.no_grad()
 def _forward(
-    encoder: Any, encodings: Sequence[Any], device: str
+    encoder: Encoder | TransformerEncoder, encodings: Sequence[Any], device: str
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """Rows, their hidden states (B, T, D) and lengths (B,): texts of similar length together."""
     order = sorted(range(len(encodings)), key=lambda row: len(encodings[row].ids))
@@ -198,7 +187,6 @@ def _forward(
             length = len(encodings[row].ids)
             ids[i, :length] = torch.tensor(encodings[row].ids)
             types[i, :length] = torch.tensor(encodings[row].type_ids)
-        types.clamp_(max=encoder.config.type_vocab_size - 1)  # RoBERTa has one type
         lengths = torch.tensor([len(encodings[row].ids) for row in rows], device=device)
         yield rows, encoder(ids.to(device), lengths, types.to(device)), lengths
         first = last

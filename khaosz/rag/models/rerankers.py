@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
-from khaosz.interop.encoder import is_encoder
+from khaosz.interop.gguf.file import is_gguf
+from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import check_model
+from khaosz.interop.retrieval import is_encoder
+from khaosz.interop.sentence_transformers import answer_ids, rerank_instruction
 from khaosz.rag.models.encoder_models import CrossEncoder
 from khaosz.rag.models.http_client import split_address
 from khaosz.rag.models.protocols import Reranker, flatten
@@ -27,31 +33,45 @@ _NO_THINKING = "<think>\n\n</think>\n\n"
 
 
 class ChatReranker:
-    """Any chat model, asked whether a passage answers the query: the log odds of yes and no.
+    """A model that is asked whether a passage answers the query: the log odds of yes and no.
 
-    A passage longer than the context has the score of its best part. Raises `ModelError` for a
-    tokenizer in which yes and no start with the same token, `GenerationError` for a query that does
-    not fit in the context.
+    Any chat model, and Qwen3-Reranker, whose files may have a template of query and document, the
+    ids of both answers, or their output rows alone. A passage longer than the context has the score
+    of its best part. Raises `ModelError` for a tokenizer in which yes and no start with the same
+    token, `GenerationError` for a query that does not fit in the context.
     """
 
     def __init__(self, model: Path | str | Generator, *, device: str = "cpu") -> None:
+        path = None if isinstance(model, Generator) else Path(model)
         if not isinstance(model, Generator):
-            model = Generator.from_directory(model, device=device)
-        self._generator = model
-        encode = model.tokenizer.encode
-        self._answers = encode("yes")[0], encode("no")[0]
+            model = Generator.from_directory(model, device=device, reranker=True)
+        self._generator, self._rows, answers = model, None, None
+        self._system: list[dict[str, str]] = []
+        if path is not None and is_gguf(path):
+            head = GgufModel.open(path).rerank_head
+            self._rows = None if head is None else head.numpy()
+        elif path is not None:
+            answers = answer_ids(path)
+            if instruction := rerank_instruction(path):
+                self._system = [{"role": "system", "content": instruction}]
+        tokenizer = model.tokenizer
+        self._answers = answers or (tokenizer.encode("yes")[0], tokenizer.encode("no")[0])
         if self._answers[0] == self._answers[1]:
             raise ModelError("in this model's tokenizer yes and no start with the same token")
-        no_thinking = encode(_NO_THINKING)
-        # Keeps a reasoning model from thinking; without these special tokens it is longer.
-        self._prefix = no_thinking if len(no_thinking) <= 4 else []
+        self._pairs = _pair_tokenizer(tokenizer)
+        # Keeps a reasoning model from thinking; to others it is mere text.
+        reasons = len(tokenizer.encode("<think>")) == 1
+        self._prefix = tokenizer.encode(_NO_THINKING) if reasons else []
 
     def scores(self, query: str, passages: Sequence[str]) -> np.ndarray:
         """float32 (passages,): the logit of yes minus that of no."""
         owners, prompts = flatten(self._prompts(query, passage) for passage in passages)
         best = np.full(len(passages), -np.inf, np.float32)
         if prompts:
-            logits = self._generator.next_logits(prompts, self._answers)  # (prompts, 2)
+            if self._rows is None:
+                logits = self._generator.next_logits(prompts, self._answers)  # (prompts, 2)
+            else:
+                logits = self._generator.pooled_states(prompts, "last") @ self._rows.T
             np.maximum.at(best, owners, logits[:, 0] - logits[:, 1])
         return best
 
@@ -68,9 +88,29 @@ class ChatReranker:
         return [ids for part in parts for ids in self._prompts(query, part.text)]
 
     def _prompt(self, query: str, passage: str) -> list[int]:
-        text = f"<Instruct>: {_INSTRUCTION}\n\n<Query>: {query}\n\n<Document>: {passage}"
+        if self._pairs is not None:
+            pair = [{"role": "query", "content": query}, {"role": "document", "content": passage}]
+            chat = [*self._system, *pair]
+            return encode_chat(self._pairs, chat, add_generation_prompt=True)[0]
+        text = f"<Instruct>: {_INSTRUCTION}\n<Query>: {query}\n<Document>: {passage}"
         messages = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": text}]
         return [*self._generator.chat_ids(messages), *self._prefix]
+
+
+def _pair_tokenizer(tokenizer: Tokenizer) -> Tokenizer | None:
+    """A tokenizer whose chat template takes a query and a document, if the model has one: of
+    sentence-transformers, with these two roles, or llama.cpp's, which is not Jinja."""
+    templates = tokenizer.chat_templates
+    template = templates.get("rerank", "")
+    if template.endswith("\n"):
+        template += "{{ '' }}"  # Jinja leaves out a line end at the end
+    for n, name in enumerate(("query", "document")):
+        template = template.replace(f"{{{name}}}", f"{{{{ messages[{n}].content }}}}")
+    if not template:
+        template = templates.get("reranker") or templates.get("default") or ""
+        if not re.search("""["']document["']""", template):
+            return None
+    return Tokenizer(tokenizer.serialized, {**tokenizer.config, "chat_template": template})
 
 
 def check_reranker(name: str) -> None:
@@ -86,8 +126,8 @@ def check_reranker(name: str) -> None:
 
 
 def open_reranker(name: str, *, device: str = "cpu") -> Reranker:
-    """A folder with a cross-encoder (bge-reranker), or a model directory or .gguf file of a chat
-    model. Raises `ConfigError` and `ModelError`."""
+    """A model directory or .gguf file: of a cross-encoder (bge-reranker), of Qwen3-Reranker, or of
+    any chat model. Raises `ConfigError` and `ModelError`."""
     check_reranker(name)
     if is_encoder(name):
         return CrossEncoder(name, device=device)

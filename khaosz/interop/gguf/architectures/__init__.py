@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from khaosz.interop.gguf.architectures.architecture import Architecture
-from khaosz.interop.gguf.architectures.gemma3 import GEMMA3
+from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Architecture
+from khaosz.interop.gguf.architectures.gemma3 import GEMMA3, GEMMA_EMBEDDING
 from khaosz.interop.gguf.architectures.granite import GRANITE
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
 from khaosz.interop.gguf.architectures.phi3 import PHI3
@@ -13,7 +13,8 @@ from khaosz.interop.gguf.architectures.smollm3 import SMOLLM3
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", paired=True),
     "qwen2": Architecture("qwen2", read=lambda _: {"qkv_bias": True}),
-    "qwen3": Architecture("qwen3", read=lambda _: {"qk_norm": True}),
+    # Qwen3-Reranker has the rows of "yes" and "no" as `cls.output`.
+    "qwen3": Architecture("qwen3", read=lambda _: {"qk_norm": True}, own=frozenset({RERANK_HEAD})),
     "hunyuan-dense": Architecture(
         "hunyuan_v1_dense", read=lambda _: {"qk_norm": True, "qk_norm_after_rotary": True}
     ),
@@ -25,4 +26,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral3": MISTRAL3,
     "gemma3": GEMMA3,
     "qwen35": QWEN35,
+    "gemma-embedding": GEMMA_EMBEDDING,
 }

@@ -29,7 +29,12 @@ PARTS = {
     "mlp.down_proj": "ffn_down",
     "mlp_output_norm": "post_ffw_norm",
 }
+# The class logits of rerankers.
+RERANK_HEAD = "cls.output.weight"
 _TOP = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class Keys:
@@ -45,7 +50,7 @@ class Keys:
             raise ModelError(f"{self.source}: key '{self.prefix}.{name}' is missing")
         # Integers may stand for floats; arrays, of one number per layer, are not supported.
         if type(entry) is not kind and (kind, type(entry)) != (float, int):
-            what = {int: "a whole number", float: "a number", str: "a text"}[kind]
+            what = _KINDS[kind]
             raise ModelError(f"{self.source}: {self.prefix}.{name} = {quoted(entry)} is not {what}")
         return entry
 

@@ -40,7 +40,16 @@ def _read(keys: Keys) -> Values:
     return fields
 
 
+def _read_embedder(keys: Keys) -> Values:
+    fields = _read(keys)
+    if window := fields.get("sliding_window"):
+        fields["sliding_window"] = window // 2 + 1  # the key has both sides of a window
+    return {**fields, "bidirectional": True}
+
+
 def _write(config: ModelConfig) -> Values:
+    if config.bidirectional:
+        raise ModelError("embedders cannot be written to GGUF", hint="keep it in HF")
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     scale = config.attention_multiplier or config.head_dim**-0.5
     if scale != _scale(layers, config.hidden_size, heads, config.head_dim):
@@ -58,3 +67,9 @@ def _write(config: ModelConfig) -> Values:
 
 
 GEMMA3 = Architecture("gemma3_text", read=_read, write=_write, own=frozenset({_WINDOW, _LOCAL}))
+# Read alone: of the two, `gemma3` is the first with the family's name.
+GEMMA_EMBEDDING = Architecture(
+    "gemma3_text",
+    read=_read_embedder,
+    own=frozenset({_WINDOW, _LOCAL, "dense_2.weight", "dense_3.weight"}),
+)

@@ -1,0 +1,152 @@
+"""Embedders and cross-encoders by path: a directory of transformers or sentence-transformers, or a
+.gguf file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import tokenizers
+import torch
+from torch import Tensor
+
+from khaosz.errors import ModelError, quoted
+from khaosz.interop import encoder as directories
+from khaosz.interop import huggingface
+from khaosz.interop.gguf import encoder as gguf
+from khaosz.interop.gguf.blocks import read_array
+from khaosz.interop.gguf.file import GgufFile, is_gguf
+from khaosz.interop.gguf.model import GgufModel, load_gguf
+from khaosz.interop.prompts import known_prompts
+from khaosz.interop.sentence_transformers import (
+    EmbedderSettings,
+    Pooling,
+    load_dense,
+    load_embedder_settings,
+    load_reranker_settings,
+)
+from khaosz.model.encoder import Encoder, TransformerEncoder
+
+Dense = Callable[[Tensor], Tensor]  # of pooled vectors (B, D)
+_BIDIRECTIONAL = "gemma-embedding"
+_POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}  # llama.h: llama_pooling_type
+_RANK = 4
+
+
+def is_encoder(path: str | Path | GgufFile) -> bool:
+    """Whether a model sees later tokens too: one of the BERT family, or EmbeddingGemma."""
+    if isinstance(path, GgufFile) or is_gguf(path):
+        file = path if isinstance(path, GgufFile) else GgufFile.open(path)
+        return _architecture(file) in (gguf.ARCHITECTURE, _BIDIRECTIONAL)
+    return directories.is_encoder(path) or _is_bidirectional(Path(path))
+
+
+def check_gguf(file: GgufFile) -> None:
+    """Raises `ModelError` for a file of an unknown kind. Reads no weights."""
+    if _architecture(file) == gguf.ARCHITECTURE:
+        gguf.encoder_config(file)
+        gguf.encoder_tokenizer(file)
+    else:
+        GgufModel(file)
+
+
+def check_encoder(path: str | Path) -> None:
+    """Raises `ModelError` and `TokenizerError` for an encoder that is incomplete or of an unknown
+    kind. Reads no weights."""
+    if not is_gguf(path):
+        huggingface.weight_files(Path(path))
+        if directories.is_encoder(path):
+            directories.check_config(path)
+        else:
+            huggingface.ModelDirectory(path)
+    elif _architecture(file := GgufFile.open(path)) == gguf.ARCHITECTURE:
+        gguf.encoder_config(file)
+    encoder_tokenizer(path)
+
+
+def load_encoder(
+    path: str | Path, *, device: str | torch.device = "cpu", head: bool = False
+) -> Encoder | TransformerEncoder:
+    """In fp32 and evaluation mode; `head`: a cross-encoder. Raises `ModelError`."""
+    if directories.is_encoder(path):
+        return directories.load_encoder(path, device=device, head=head)
+    if is_gguf(path):
+        file = GgufFile.open(path)
+        if _architecture(file) == gguf.ARCHITECTURE:
+            return gguf.read_encoder(file, head=head).to(device)
+        body = load_gguf(path)
+    else:
+        body = huggingface.load_model(path)
+    if head:
+        raise ModelError(f"{path} is an embedder, not a reranker", hint="name it as --embedder")
+    return TransformerEncoder(body).requires_grad_(False).eval().to(device)
+
+
+def encoder_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
+    """With the special tokens of a text and of a pair. Raises `ModelError`, `TokenizerError`."""
+    if not is_gguf(path):
+        return directories.encoder_tokenizer(Path(path))
+    file = GgufFile.open(path)
+    if _architecture(file) == gguf.ARCHITECTURE:
+        serialized = gguf.encoder_tokenizer(file)
+    else:
+        serialized = GgufModel(file).tokenizer().serialized
+    try:
+        return tokenizers.Tokenizer.from_buffer(serialized)
+    except ValueError as error:
+        raise ModelError(f"{path}: its tokenizer cannot be read: {error}") from None
+
+
+def embedder_settings(path: str | Path) -> EmbedderSettings:
+    """Pooling, prefixes and length of an embedder; the defaults for a plain language model. A
+    prefix that the files do not say is that of the known model of the same name.
+
+    Raises `ModelError` for broken files and what is not supported.
+    """
+    if not is_gguf(path):
+        return load_embedder_settings(path)
+    file = GgufFile.open(path)
+    architecture = _architecture(file)
+    number = file.metadata.get(f"{architecture}.pooling_type")
+    if number == _RANK:
+        raise ModelError(f"{path} is a reranker, not an embedder", hint="name it as --reranker")
+    if number not in (None, 0, *_POOLINGS):
+        raise ModelError(f"{path}: {architecture}.pooling_type = {quoted(number)} is not supported")
+    names = [Path(path).name, str(file.metadata.get("general.name", ""))]
+    query, passage = known_prompts(names)
+    return EmbedderSettings(_POOLINGS.get(number or 1, "mean"), query, passage)
+
+
+def reranker_settings(path: str | Path) -> EmbedderSettings:
+    """Length and case of the texts of a cross-encoder. Raises `ModelError`."""
+    return EmbedderSettings() if is_gguf(path) else load_reranker_settings(path)
+
+
+def dense_layers(path: str | Path) -> list[Dense]:
+    """What is applied to pooled vectors, in order. Raises `ModelError`."""
+    if not is_gguf(path):
+        return list(load_dense(path))
+    file = GgufFile.open(path)
+    return [
+        _projection(torch.from_numpy(read_array(file, name)))
+        for name in ("dense_2.weight", "dense_3.weight")
+        if name in file.tensors
+    ]
+
+
+def _projection(weight: Tensor) -> Dense:
+    return lambda x: torch.nn.functional.linear(x, weight)
+
+
+def _architecture(file: GgufFile) -> str:
+    return str(file.metadata.get("general.architecture"))
+
+
+def _is_bidirectional(directory: Path) -> bool:
+    try:
+        values = huggingface.text_values(huggingface.read_json(directory / "config.json"))
+    except ModelError:
+        return False
+    return values.get("model_type") == "gemma3_text" and bool(
+        values.get("use_bidirectional_attention")
+    )
