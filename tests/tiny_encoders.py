@@ -145,7 +145,10 @@ def save_modules(path: Path, pooling: str, *dense: nn.Linear, **prompts: str) ->
     ]
     written: dict[str, Any] = {
         "modules.json": modules,
-        "1_Pooling/config.json": {f"pooling_mode_{pooling}": True},
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": SIZES["hidden_size"],
+            f"pooling_mode_{pooling}": True,
+        },
     }
     if prompts:
         written["config_sentence_transformers.json"] = {"prompts": prompts}

@@ -59,7 +59,23 @@ def pull(
         path = pull_model(name, show, note=note, source=source, memory_of=_memory)
     from khaosz.interop.models import default_name
 
-    say(f"{path}\nStart a chat:  khaosz chat {_short(default_name(path), path)}")
+    say(f"{path}\n{_next_step(_short(default_name(path), path), path)}")
+
+
+def _next_step(name: str, path: Path) -> str:
+    from khaosz.interop.fetch.catalogue import entry_of
+    from khaosz.interop.fetch.store import record_of
+    from khaosz.interop.retrieval import is_encoder
+
+    record = record_of(path)
+    entry = None if record is None else entry_of(record.name)
+    kind = "embedder" if entry is None and is_encoder(path) else entry and entry.kind
+    match kind:
+        case "embedder":
+            return f"Search with it:  khaosz rag add FILES --embedder {name}"
+        case "reranker":
+            return f"Rank with it:  khaosz rag search QUERY --reranker {name}"
+    return f"Start a chat:  khaosz chat {name}"
 
 
 def _short(name: str, path: Path) -> str:

@@ -97,6 +97,14 @@ def _as_xlm_roberta(made: tokenizers.Tokenizer) -> None:
         )
 
 
+def is_cross_encoder(directory: str | Path) -> bool:
+    """Whether an encoder has a classification head."""
+    if not is_encoder(directory):
+        return False
+    architectures = read_json(Path(directory) / "config.json").get("architectures") or [""]
+    return str(architectures[0]).endswith("ForSequenceClassification")
+
+
 def load_encoder(
     directory: str | Path, *, device: str | torch.device = "cpu", head: bool = False
 ) -> Encoder:

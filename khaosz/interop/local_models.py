@@ -50,6 +50,7 @@ def default_model() -> Path:
     """The model for texts that was trained or pulled last. Raises `ModelError`."""
     from khaosz.interop.fetch.catalogue import entry_of
     from khaosz.interop.fetch.store import pulled_at, pulled_models, record_of
+    from khaosz.interop.retrieval import is_encoder
 
     def writes(model: Path) -> bool:
         record = record_of(model)
@@ -58,7 +59,8 @@ def default_model() -> Path:
 
     times = {model: _trained_at(model) for model in trained_models(RUNS)}
     times |= {model: pulled_at(model) for model in pulled_models() if writes(model)}
-    return max(times, key=lambda model: times[model]) if times else newest_model(RUNS)
+    newest = sorted(times, key=lambda model: times[model], reverse=True)
+    return next((m for m in newest if not is_encoder(m)), None) or newest_model(RUNS)
 
 
 def named_path(argument: str) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 _SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
 # As their model cards have them.
@@ -27,3 +28,8 @@ def known_prompts(names: Iterable[str]) -> tuple[str, str]:
         if re.search(rf"(?<![a-z0-9]){pattern}(?![a-z])", text):
             return query, passage
     return "", ""
+
+
+def known_pooling(names: Iterable[str]) -> Literal["cls", "mean"]:
+    """The pooling of a file of an early converter, which says none."""
+    return "cls" if re.search(r"(?<![a-z0-9])bge-", "\n".join(names).lower()) else "mean"

@@ -14,13 +14,15 @@ from khaosz.errors import ModelError, quoted
 from khaosz.interop import encoder as directories
 from khaosz.interop import huggingface
 from khaosz.interop.gguf import encoder as gguf
+from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD
 from khaosz.interop.gguf.blocks import read_array
 from khaosz.interop.gguf.file import GgufFile, is_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf
-from khaosz.interop.prompts import known_prompts
+from khaosz.interop.prompts import known_pooling, known_prompts
 from khaosz.interop.sentence_transformers import (
     EmbedderSettings,
     Pooling,
+    is_embedder,
     load_dense,
     load_embedder_settings,
     load_reranker_settings,
@@ -31,6 +33,7 @@ Dense = Callable[[Tensor], Tensor]  # of pooled vectors (B, D)
 _BIDIRECTIONAL = "gemma-embedding"
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}  # llama.h: llama_pooling_type
 _RANK = 4
+_DENSE = ("dense_2.weight", "dense_3.weight")
 
 
 def is_encoder(path: str | Path | GgufFile) -> bool:
@@ -104,17 +107,30 @@ def embedder_settings(path: str | Path) -> EmbedderSettings:
     Raises `ModelError` for broken files and what is not supported.
     """
     if not is_gguf(path):
+        if directories.is_cross_encoder(path) and not is_embedder(path):
+            raise _reranks(path)
         return load_embedder_settings(path)
     file = GgufFile.open(path)
     architecture = _architecture(file)
     number = file.metadata.get(f"{architecture}.pooling_type")
-    if number == _RANK:
-        raise ModelError(f"{path} is a reranker, not an embedder", hint="name it as --reranker")
+    if number == _RANK or RERANK_HEAD in file.tensors:
+        raise _reranks(path)
     if number not in (None, 0, *_POOLINGS):
         raise ModelError(f"{path}: {architecture}.pooling_type = {quoted(number)} is not supported")
+    missing = [name for name in _DENSE if name not in file.tensors]
+    if architecture == _BIDIRECTIONAL and missing:
+        raise ModelError(
+            f"{path}: tensor '{missing[0]}' is missing: the file was converted without the"
+            " projections that are part of the model",
+            hint="use a file converted with --sentence-transformers-dense-modules",
+        )
     names = [Path(path).name, str(file.metadata.get("general.name", ""))]
     query, passage = known_prompts(names)
-    return EmbedderSettings(_POOLINGS.get(number or 1, "mean"), query, passage)
+    return EmbedderSettings(_POOLINGS.get(number or 0, known_pooling(names)), query, passage)
+
+
+def _reranks(path: str | Path) -> ModelError:
+    return ModelError(f"{path} is a reranker, not an embedder", hint="name it as --reranker")
 
 
 def reranker_settings(path: str | Path) -> EmbedderSettings:
@@ -129,7 +145,7 @@ def dense_layers(path: str | Path) -> list[Dense]:
     file = GgufFile.open(path)
     return [
         _projection(torch.from_numpy(read_array(file, name)))
-        for name in ("dense_2.weight", "dense_3.weight")
+        for name in _DENSE
         if name in file.tensors
     ]
 

@@ -14,9 +14,8 @@ from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.inference.runner import storage_of
-from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
-from khaosz.interop.models import is_gguf
+from khaosz.interop.models import is_gguf, open_model
 from khaosz.model import parameter_shapes
 from khaosz.serve.worker import Busy, EngineThread
 
@@ -250,11 +249,13 @@ def describe(name: str, source: Path, adapters: dict[str, Path]) -> Model:
     if not source.exists():
         raise ModelError(f"{source} does not exist")
     if is_gguf(source):
-        model = GgufModel.open(source)
+        model = open_model(source)
         config = model.config
         weights = sum(storage_of(model, "cpu", None).weights(config))  # those in the file included
     else:
         config = load_config(source)
+        if config.bidirectional:
+            open_model(source)  # raises
         weights = 4 * sum(prod(shape) for shape in parameter_shapes(config).values())  # fp32
     for path in adapters.values():
         Adapter(config, path)

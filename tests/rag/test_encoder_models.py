@@ -240,7 +240,7 @@ def test_special_tokens_of_other_files(tmp_path: Path) -> None:
 def test_refuses_contradictions(
     name: str, content: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    folder_of("bert", tmp_path, labels=1)
+    folder_of("bert", tmp_path, labels=int(name == "config.json"))
     made = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     made.normalizer = normalizers.BertNormalizer(lowercase=True)
     made.save(str(tmp_path / "tokenizer.json"))

