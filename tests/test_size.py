@@ -29,7 +29,7 @@ BUDGET = {
     "interop": 5_076,
     "model": 1_049,
     "parallel": 116,
-    "rag": 5_118,
+    "rag": 5_122,
     "rewards": 2,
     "serve": 7_274,
     "trainer": 4_739,

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import tokenizers
 import torch
-from torch import Tensor
+from torch import nn
 
 from khaosz.errors import ModelError, quoted
 from khaosz.interop import encoder as directories
@@ -29,7 +28,6 @@ from khaosz.interop.sentence_transformers import (
 )
 from khaosz.model.encoder import Encoder, TransformerEncoder
 
-Dense = Callable[[Tensor], Tensor]  # of pooled vectors (B, D)
 _BIDIRECTIONAL = "gemma-embedding"
 _POOLINGS: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}  # llama.h: llama_pooling_type
 _RANK = 4
@@ -133,25 +131,29 @@ def _reranks(path: str | Path) -> ModelError:
     return ModelError(f"{path} is a reranker, not an embedder", hint="name it as --reranker")
 
 
+def is_named_embedder(path: str | Path) -> bool:
+    """Whether a model's files say that it embeds; an encoder or any other model may do so too."""
+    if not is_gguf(path):
+        return is_embedder(path)
+    file = GgufFile.open(path)
+    return file.metadata.get(f"{_architecture(file)}.pooling_type") in _POOLINGS
+
+
 def reranker_settings(path: str | Path) -> EmbedderSettings:
     """Length and case of the texts of a cross-encoder. Raises `ModelError`."""
     return EmbedderSettings() if is_gguf(path) else load_reranker_settings(path)
 
 
-def dense_layers(path: str | Path) -> list[Dense]:
-    """What is applied to pooled vectors, in order. Raises `ModelError`."""
+def dense_layers(path: str | Path) -> nn.Sequential:
+    """What is applied to pooled vectors (B, D), often nothing. Raises `ModelError`."""
     if not is_gguf(path):
-        return list(load_dense(path))
+        return nn.Sequential(*load_dense(path))
     file = GgufFile.open(path)
-    return [
-        _projection(torch.from_numpy(read_array(file, name)))
-        for name in _DENSE
-        if name in file.tensors
-    ]
-
-
-def _projection(weight: Tensor) -> Dense:
-    return lambda x: torch.nn.functional.linear(x, weight)
+    found = [read_array(file, name) for name in _DENSE if name in file.tensors]
+    layers = nn.Sequential(*(nn.Linear(w.shape[1], w.shape[0], bias=False) for w in found))
+    weights = {f"{i}.weight": torch.from_numpy(w) for i, w in enumerate(found)}
+    layers.load_state_dict(weights, assign=True)
+    return layers.requires_grad_(False)
 
 
 def _architecture(file: GgufFile) -> str:

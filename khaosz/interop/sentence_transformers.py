@@ -61,7 +61,7 @@ class EmbedderSettings:
 def is_embedder(directory: str | Path) -> bool:
     """Whether a model directory contains an embedder, not a language model or a reranker."""
     path = Path(directory) / _MODULES
-    return path.is_file() and _LOGIT_SCORE not in path.read_text("utf-8", errors="replace")
+    return path.is_file() and "Pooling" in path.read_text("utf-8", errors="replace")
 
 
 def save_embedder(

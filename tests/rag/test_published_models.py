@@ -106,6 +106,8 @@ def test_scores_of_cross_encoders(tmp_path: Path) -> None:
             float(model(**tokenizer("the cat", text, return_tensors="pt")).logits) for text in TEXTS
         ]
     assert np.ptp(expected) > 0.01
+    # sentence-transformers 6 writes it beside a cross-encoder too.
+    (folder / "modules.json").write_text('[{"path": "", "type": "a.transformer.Transformer"}]')
     for path in (folder, file):
         close(open_reranker(str(path)).scores("the cat", TEXTS), expected, SCORE)
 
@@ -465,7 +467,8 @@ def test_faults_of_gguf_encoders_are_named(tmp_path: Path) -> None:
     less = {name: tensor for name, tensor in good.items() if name != "blk.1.ffn_up.bias"}
     refused(open_embedder, written({}, less), "blk.1.ffn_up.bias' is missing")
     refused(open_embedder, written({}, {**good, "blk.0.x": good["token_types.weight"]}), "blk.0.x")
-    refused(open_reranker, written({}), "cls.output.weight' is missing")
+    path = written({"bert.pooling_type": None})
+    refused(open_reranker, path, "cls.output.weight' is missing")
     with pytest.raises(ModelError, match="does not generate"):
         load_model(path)
 
@@ -502,6 +505,24 @@ def test_what_is_not_an_embedder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "gemma.gguf"
     decoder_gguf("gemma-embedding", body, tokenizer, path, GEMMA_NAMES, extra, {})
     refused(check_embedder, path, "dense_2.weight' is missing")
+
+
+def test_what_is_not_a_reranker_is_refused(tmp_path: Path) -> None:
+    tokenizer = marked_tokenizer(tmp_path / "embedder", begin=False)
+    model = qwen(tokenizer.vocab_size)
+    model.save_pretrained(tmp_path / "embedder")
+    tiny.save_modules(tmp_path / "embedder", "lasttoken")
+    path = tmp_path / "embedder.gguf"
+    decoder_gguf("qwen3", model, tokenizer, path, QWEN_NAMES, {"pooling_type": LAST}, {})
+    for each in (tmp_path / "embedder", path):
+        refused(open_reranker, each, "is an embedder, not a reranker")
+    config = transformers.Qwen3Config(
+        **{**SHAPE, "vocab_size": tokenizer.vocab_size}, num_labels=1, pad_token_id=0
+    )
+    classifier = transformers.Qwen3ForSequenceClassification(config)
+    classifier.save_pretrained(tmp_path / "classifier")
+    tokenizer.save(tmp_path / "classifier")
+    refused(open_reranker, tmp_path / "classifier", "sequence classifier on a decoder")
 
 
 def test_early_files_of_bge_say_no_pooling(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Encoders of the BERT family in GGUF files: `general.architecture` "bert", which stands for
-RoBERTa and XLM-RoBERTa too. Their position tables begin at position 0: converters cut the rows
-before it off (conversion/bert.py of llama.cpp).
+XLM-RoBERTa too. Its table of positions begins at position 0: converters cut the rows before it off
+(conversion/bert.py of llama.cpp).
 
-Tokenizers are WordPiece ("bert"), Unigram ("t5") and byte-level BPE ("gpt2"). They are written as
-tokenizer.json, as transformers builds those of the same models.
+Tokenizers are WordPiece ("bert") and Unigram ("t5"). They are written as tokenizer.json, as
+transformers builds those of the same models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Keys
 from khaosz.interop.gguf.blocks import read_array
 from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.gguf.sentencepiece import SPACE
-from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 ARCHITECTURE = "bert"
@@ -127,10 +126,6 @@ def encoder_tokenizer(file: GgufFile) -> bytes:
     metadata, source = file.metadata, file.source
     keys = Keys(file, "tokenizer.ggml")
     kind = keys.value("model", str)
-    if kind == "gpt2":
-        tokenizer = tokenizer_from_metadata(metadata, source)
-        spec = json.loads(tokenizer.serialized)
-        return _with_pairs(spec, (tokenizer.bos_id, tokenizer.eos_id), roberta=True)
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not tokens:
         raise ModelError(f"{source}: tokenizer.ggml.tokens is missing")
@@ -148,7 +143,7 @@ def encoder_tokenizer(file: GgufFile) -> bytes:
     else:
         raise ModelError(
             f"{source}: tokenizer {quoted(kind)} of an encoder is not supported",
-            hint="WordPiece ('bert'), Unigram ('t5') and byte-level BPE ('gpt2') are",
+            hint="WordPiece ('bert') and Unigram ('t5') are",
         )
     begin, finish = (_id_of(names, keys, *places) for places in around.values())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -41,11 +41,10 @@ class EncoderEmbedder:
         folder = Path(directory)
         self._settings = embedder_settings(folder)
         self._encoder = load_encoder(folder, device=device)
-        self._dense = dense_layers(folder)
+        self._dense = dense_layers(folder).to(device)
         self._tokenizer = _WindowTokenizer(folder, self._encoder.longest, self._settings)
         self._device = device
-        probe = self._projected(torch.zeros(1, self._encoder.width))
-        self._dimension = probe.shape[1]
+        self._dimension = self._dense(torch.zeros(1, self._encoder.width, device=device)).shape[1]
         self.name = str(folder.resolve())
 
     @property
@@ -69,14 +68,9 @@ class EncoderEmbedder:
         owners, encodings = flatten(self._tokenizer.windows(text) for text in texts)
         sums = np.zeros((len(texts), self.dimension), np.float32)
         for rows, hidden, lengths in _forward(self._encoder, encodings, self._device):
-            pooled = self._projected(self._pool(hidden, lengths)) * lengths[:, None]  # (B, D)
+            pooled = self._dense(self._pool(hidden, lengths)) * lengths[:, None]  # (B, D)
             np.add.at(sums, [owners[row] for row in rows], pooled.cpu().numpy())
         return unit(sums) if len(texts) else sums
-
-    def _projected(self, pooled: Tensor) -> Tensor:
-        for layer in self._dense:
-            pooled = layer(pooled)
-        return pooled
 
     def _pool(self, hidden: Tensor, lengths: Tensor) -> Tensor:
         match self._settings.pooling:

@@ -14,8 +14,9 @@ from khaosz.errors import ConfigError, GenerationError, ModelError
 from khaosz.inference.generator import Generator
 from khaosz.interop.gguf.file import is_gguf
 from khaosz.interop.gguf.model import GgufModel
+from khaosz.interop.huggingface import is_reward_model
 from khaosz.interop.models import check_model
-from khaosz.interop.retrieval import is_encoder
+from khaosz.interop.retrieval import is_encoder, is_named_embedder
 from khaosz.interop.sentence_transformers import answer_ids, rerank_instruction
 from khaosz.rag.models.embedders import model_path
 from khaosz.rag.models.encoder_models import CrossEncoder
@@ -121,7 +122,15 @@ def check_reranker(name: str) -> None:
         raise ConfigError(
             "a reranker is a local folder or file", hint="use a cross-encoder or a chat model"
         )
-    check_model(model_path(name, "reranker"))
+    path = model_path(name, "reranker")
+    if is_named_embedder(path):
+        raise ModelError(f"{path} is an embedder, not a reranker", hint="name it as --embedder")
+    if is_reward_model(path):
+        raise ModelError(
+            f"{path}: a sequence classifier on a decoder is not supported as a reranker",
+            hint="use Qwen3-Reranker as it was published, or a cross-encoder of the BERT family",
+        )
+    check_model(path)
 
 
 def open_reranker(name: str, *, device: str = "cpu") -> Reranker:
