@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
+from torch import nn
 
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.errors import ModelError
+from khaosz.interop.retrieval import dense_layers
 from khaosz.interop.sentence_transformers import (
     EmbedderSettings,
     is_embedder,
@@ -128,3 +131,38 @@ def test_unsupported_features_are_rejected(tmp_path: Path, tokenizer_dir: Path) 
     (tmp_path / "modules.json").write_text("{")
     with pytest.raises(ModelError, match="not valid JSON"):
         load_embedder_settings(tmp_path)
+
+
+def test_default_prompt_and_projections(tmp_path: Path, tokenizer_dir: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_embedder(tmp_path, EmbedderSettings(), 32, load_tokenizer(tokenizer_dir))
+    prompts = {"prompts": {"all": "x: ", "query": "q: "}, "default_prompt_name": "all"}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    (tmp_path / "modules.json").write_text(json.dumps([*modules[:2], dense]))
+    layer = nn.Linear(32, 5)
+    config = {"in_features": 32, "out_features": 5, "bias": True}
+    config["activation_function"] = "torch.nn.modules.activation.Tanh"
+    (tmp_path / "2_Dense").mkdir()
+    path = tmp_path / "2_Dense/config.json"
+    path.write_text(json.dumps(config))
+    weights = {"linear.weight": layer.weight.data, "linear.bias": layer.bias.data}
+    save_file(weights, tmp_path / "2_Dense/model.safetensors")
+    settings = load_embedder_settings(tmp_path)
+    assert (settings.query_prefix, settings.passage_prefix) == ("q: ", "x: ")
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(dense_layers(tmp_path)(x), torch.tanh(layer(x)))
+    for changes, message in (
+        ({"activation_function": "torch.nn.modules.activation.ReLU"}, "not supported"),
+        ({"use_residual": True}, "not supported"),
+        ({"out_features": 6}, "not those of config.json"),
+        ({"bias": False}, "not those of config.json"),
+    ):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ModelError, match=message):
+            dense_layers(tmp_path)
+    (tmp_path / "2_Dense/model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        dense_layers(tmp_path)

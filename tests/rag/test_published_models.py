@@ -22,6 +22,7 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import KhaoszError, ModelError
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
+from khaosz.interop.huggingface import config_from_hf, config_to_hf, load_config
 from khaosz.interop.local_models import default_model
 from khaosz.interop.models import check_model, load_model, open_model
 from khaosz.rag.models.embedders import check_embedder, open_embedder
@@ -261,7 +262,10 @@ def test_embedding_gemma(tmp_path: Path) -> None:
          "dense_2_feat_in": 32, "dense_2_feat_out": 48},
         {"dense_2.weight": dense[0].weight, "dense_3.weight": dense[1].weight},
     )  # fmt: skip
-    assert json.loads((folder / "config.json").read_text())["sliding_window"] == 10
+    written = json.loads((folder / "config.json").read_text())
+    ours = load_config(folder)
+    assert (written["sliding_window"], ours.sliding_window) == (10, 6)
+    assert config_from_hf(config_to_hf(ours)) == ours
     published = {
         folder: ("the fox ", "no "),
         file: ("task: search result | query: ", "title: none | text: "),
@@ -333,7 +337,8 @@ CHAT = (
 _ROLE = '{{{{ messages | selectattr("role", "eq", "{}") | map(attribute="content") | first }}}}'
 # As Qwen/Qwen3-Reranker-0.6B has for sentence-transformers: other words, to tell them apart.
 ROLES = (
-    f"<|im_start|>user\n<Query>: {_ROLE.format('query')}\n<Document>: {_ROLE.format('document')}"
+    f"<|im_start|>user\n{_ROLE.format('system')}\n<Query>: {_ROLE.format('query')}\n"
+    f"<Document>: {_ROLE.format('document')}"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
 
@@ -389,6 +394,9 @@ def test_qwen3_reranker(tmp_path: Path) -> None:
     )
     template = ROLES.replace(_ROLE.format("query"), "{query}")
     template = template.replace(_ROLE.format("document"), "{document}")
+    template = template.replace(_ROLE.format("system"), "the quick fox")
+    prompts = {"prompts": {"web": "the quick fox"}, "default_prompt_name": "web"}
+    (plain / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     template = template.removesuffix("\n")  # which Jinja leaves out
     expected = expected_scores(model, card, template, passages, [30, 31])
     close(open_reranker(str(plain)).scores("企鹅", passages), expected, SCORE)
