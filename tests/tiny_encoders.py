@@ -23,7 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "the cat sat", "北京是首都，the cat", "a", "The Dogs run\n and cats sleep", " 北　京 Ａ the ",
-    "naïve ﬁt",
+    "naïve ﬁt", "都atttt",
 ]  # fmt: skip
 SIZES = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64)
 LONGEST = 40
@@ -69,6 +69,7 @@ PIECES = [
     ("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -3.0), ("▁the", -4.0),
     ("▁cat", -5.0), ("cat", -6.5), ("s", -5.5), ("北京", -7.0), ("北", -8.0), ("京", -8.25),
     ("▁a", -5.0), ("是", -6.0), ("▁sat", -6.0), ("A", -7.5), ("fi", -6.0), ("t", -7.0),
+    ("都a", -8.0), ("atttt", -3.0),
     ("<mask>", 0.0),
 ]  # fmt: skip
 
@@ -115,7 +116,7 @@ def save_xlm_roberta(path: Path, labels: int = 0) -> Any:
     )
     made.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
     config = transformers.XLMRobertaConfig(
-        **SIZES, vocab_size=len(PIECES), max_position_embeddings=LONGEST + 2, type_vocab_size=1,
+        **SIZES, vocab_size=len(PIECES) + 1, max_position_embeddings=LONGEST + 2, type_vocab_size=1,
         pad_token_id=1, bos_token_id=0, eos_token_id=2,
         **({"num_labels": labels} if labels else {}),
     )  # fmt: skip
@@ -253,13 +254,14 @@ def bert_gguf(model: Any, path: Path, pooling: int | None, labels: int = 0) -> N
             "tokenizer.ggml.mask_token_id": 4,
         }
     else:
-        types = [{"<": 3}.get(piece[0], 1) for piece, _ in PIECES]
+        types = [{"<": 3}.get(piece[0], 1) for piece, _ in PIECES] + [5]
         types[3] = 2
+        unused = (f"[PAD{len(PIECES)}]", -10_000.0)  # of rows beyond the vocabulary
         metadata |= {
             "tokenizer.ggml.model": "t5",
             "tokenizer.ggml.pre": "default",
-            "tokenizer.ggml.tokens": [piece for piece, _ in PIECES],
-            "tokenizer.ggml.scores": np.array([score for _, score in PIECES], np.float32),
+            "tokenizer.ggml.tokens": [piece for piece, _ in [*PIECES, unused]],
+            "tokenizer.ggml.scores": np.array([s for _, s in [*PIECES, unused]], np.float32),
             "tokenizer.ggml.token_type": np.array(types, np.int32),
             "tokenizer.ggml.add_space_prefix": True,
             "tokenizer.ggml.remove_extra_whitespaces": True,

@@ -25,7 +25,7 @@ from khaosz.interop.gguf.sentencepiece import SPACE
 from khaosz.model.encoder import Encoder, EncoderConfig
 
 ARCHITECTURE = "bert"
-_NORMAL, _CONTROL = 1, 3
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 _TOP = {
     "words": "token_embd",
     "positions": "position_embd",
@@ -138,7 +138,7 @@ def encoder_tokenizer(file: GgufFile) -> bytes:
         around = {"cls": ("cls", "bos", "[CLS]"), "sep": ("seperator", "eos", "[SEP]")}
     elif kind == "t5":
         names = tokens
-        spec = _unigram(names, keys)
+        spec = _unigram(names, types, keys)
         around = {"bos": ("bos", "cls", "<s>"), "eos": ("eos", "seperator", "</s>")}
     else:
         raise ModelError(
@@ -192,10 +192,13 @@ def _word_pieces(names: list[str], keys: Keys) -> dict[str, Any]:
     }
 
 
-def _unigram(names: list[str], keys: Keys) -> dict[str, Any]:
+def _unigram(names: list[str], types: np.ndarray, keys: Keys) -> dict[str, Any]:
     scores = keys.file.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, np.ndarray) or len(scores) != len(names):
         raise ModelError(f"{keys.source}: tokenizer.ggml.scores is not one number for each token")
+    # Unused rows have far lower scores, and an unknown character costs 10 more than the lowest.
+    used = types != _UNUSED
+    scores = np.where(used, scores, scores[used].min(initial=0.0))
     prefix = keys.value("add_space_prefix", bool, True)
     metaspace = {
         "type": "Metaspace",
