@@ -17,6 +17,7 @@ import torch
 from tokenizers import models, normalizers, pre_tokenizers, processors
 from torch import nn
 
+from khaosz.interop.gguf.blocks import quantize
 from khaosz.interop.gguf.file import TensorToWrite, write_gguf
 
 transformers = pytest.importorskip("transformers")
@@ -169,15 +170,19 @@ def save_modules(path: Path, pooling: str, *dense: nn.Linear, **prompts: str) ->
         save_file({"linear.weight": layer.weight.data}, path / f"{i}_Dense/model.safetensors")
 
 
-def write_tensors(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> None:
-    def rows(values: np.ndarray) -> list[np.ndarray]:
-        return [values.view(np.uint8)]
+def write_tensors(
+    path: Path, metadata: dict[str, Any], tensors: dict[str, Any], kind: str = "F32"
+) -> None:
+    """`kind` of matrices; vectors are F32."""
 
-    arrays = {
-        name: np.ascontiguousarray(tensor.detach().float().numpy())
-        for name, tensor in tensors.items()
-    }
-    entries = [TensorToWrite(n, "F32", a.shape, partial(rows, a)) for n, a in arrays.items()]
+    def rows(values: np.ndarray, kind: str) -> list[np.ndarray]:
+        return [quantize(values if values.ndim > 1 else values[None], kind)]
+
+    entries = []
+    for name, tensor in tensors.items():
+        values = np.ascontiguousarray(tensor.detach().float().numpy())
+        stored = kind if values.ndim > 1 else "F32"
+        entries.append(TensorToWrite(name, stored, values.shape, partial(rows, values, stored)))
     write_gguf(path, metadata, entries)
 
 
@@ -221,7 +226,9 @@ def bert_tensors(model: Any, labels: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def bert_gguf(model: Any, path: Path, pooling: int | None, labels: int = 0) -> None:
+def bert_gguf(
+    model: Any, path: Path, pooling: int | None, labels: int = 0, kind: str = "F32"
+) -> None:
     wordpiece = model.config.model_type == "bert"
     metadata: dict[str, Any] = {
         "general.architecture": "bert",
@@ -274,4 +281,4 @@ def bert_gguf(model: Any, path: Path, pooling: int | None, labels: int = 0) -> N
             "tokenizer.ggml.add_bos_token": True,
             "tokenizer.ggml.add_eos_token": True,
         }
-    write_tensors(path, metadata, bert_tensors(model, labels))
+    write_tensors(path, metadata, bert_tensors(model, labels), kind)

@@ -333,6 +333,11 @@ def _model(
     made = earlier.writer(path)
     is_reward = is_reward_model(path) if made is None else made.config.stage == "rm"
     shape = load_config(path) if made is None else made.shape
+    if shape.bidirectional:
+        raise ModelError(
+            f"{path} is an encoder, which cannot be trained here",
+            hint="stage=embed makes an embedder of a language model",
+        )
     if reward is not None and is_reward != reward:
         if reward:
             raise ModelError(

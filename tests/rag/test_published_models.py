@@ -21,6 +21,7 @@ from khaosz.cli import app
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import KhaoszError, ModelError
+from khaosz.interop.gguf import blocks
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
 from khaosz.interop.huggingface import config_from_hf, config_to_hf, load_config
 from khaosz.interop.local_models import default_model
@@ -95,6 +96,21 @@ def test_context_begins_behind_the_padding_id(tmp_path: Path) -> None:
         assert embedder._encoder.longest == LONGEST
         close(embedder.passages([full]), expected, VECTOR)
         assert embedder.tokens([full]) == LONGEST
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_quantised_encoder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors of the dequantised weights, which are read some rows at a time."""
+    monkeypatch.setattr(blocks, "_CHUNK", 96)
+    model = tiny.save_xlm_roberta(tmp_path / "model")
+    tiny.bert_gguf(model, tmp_path / "model.gguf", CLS, kind=kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                raw = blocks.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(blocks.dequantize(raw, kind).copy()))
+    expected = reference(model, tmp_path / "model", TEXTS, "cls")
+    close(open_embedder(str(tmp_path / "model.gguf")).passages(TEXTS), expected, VECTOR)
 
 
 def test_scores_of_cross_encoders(tmp_path: Path) -> None:
@@ -539,3 +555,15 @@ def test_early_files_of_bge_say_no_pooling(tmp_path: Path) -> None:
         tiny.bert_gguf(model, tmp_path / name, None)
         expected = reference(model, tmp_path / "model", TEXTS, pooling)
         close(open_embedder(str(tmp_path / name)).passages(TEXTS), expected, VECTOR)
+
+
+def test_encoder_is_refused_before_training_begins(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    gemma(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox\n" * 50)
+    run = ["init_from=" + str(tmp_path / "model"), "out=" + str(tmp_path / "out")]
+    data = [f"data={tmp_path / 'text.txt'}", "val=", "window=64"]
+    result = CliRunner().invoke(app, ["train", "pt", *run, *data])
+    assert isinstance(result.exception, ModelError) or result.exit_code == 1
+    assert "is an encoder, which cannot be trained" in f"{result.output}{result.exception}"
+    assert not (tmp_path / "out").exists()

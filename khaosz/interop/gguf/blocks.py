@@ -16,6 +16,9 @@ import numpy as np
 from khaosz.errors import ModelError
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile
 
+# Weights dequantised at a time, which takes several copies of them.
+_CHUNK = 1 << 20
+
 # What a 4-bit code stands for, in units of the scale: numbers of MXFP4 are doubled.
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _FP4 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -166,7 +169,13 @@ def read_array(file: GgufFile, name: str, shape: tuple[int, ...] | None = None) 
         raise ModelError(f"{file.source}: tensor '{name}' is missing")
     if shape is not None and tensor.shape != shape:
         raise ModelError(f"{file.source}: tensor '{name}' is {tensor.shape}, not {shape}")
-    return np.array(dequantize(file.raw(name), tensor.type), np.float32).reshape(tensor.shape)
+    raw, array = file.raw(name), np.empty(tensor.shape, np.float32)
+    rows = array.reshape(len(raw), -1)
+    step = max(1, _CHUNK // rows.shape[1])
+    for start in range(0, len(raw), step):
+        rows[start : start + step] = dequantize(raw[start : start + step], tensor.type)
+    file.release()
+    return array
 
 
 def quantize(weights: np.ndarray, kind: str, *, search: bool = False) -> np.ndarray:
