@@ -11,7 +11,8 @@ from khaosz.errors import did_you_mean
 
 LORA_TARGETS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj",  # of recurrent layers
+    # Of recurrent layers.
+    "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj", "out_proj",
 )  # fmt: skip
 
 

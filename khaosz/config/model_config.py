@@ -36,6 +36,7 @@ FEATURES = (
     "attn_output_gate",
     *DELTA_NET,
     "bidirectional",
+    "conv_L_cache",
 )
 
 
@@ -74,7 +75,7 @@ class RopeScaling(Closed):
         return self
 
 
-LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention", "conv"]
 
 
 class ModelConfig(Closed):
@@ -120,6 +121,7 @@ class ModelConfig(Closed):
     linear_value_head_dim: int | None = Field(default=None, ge=1, le=2**31)
     linear_conv_kernel_dim: int | None = Field(default=None, ge=2, le=2**31)
     bidirectional: bool = False
+    conv_L_cache: int | None = Field(default=None, ge=2, le=2**31)
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -152,6 +154,8 @@ class ModelConfig(Closed):
         linear = "linear_attention" in (self.layer_types or ())
         if any((getattr(self, name) is not None) != linear for name in DELTA_NET):
             raise ValueError(f"linear_attention in layer_types requires {', '.join(DELTA_NET)}")
+        if ("conv" in (self.layer_types or ())) != (self.conv_L_cache is not None):
+            raise ValueError("conv_L_cache and layer_types with conv require each other")
         if (self.linear_num_value_heads or 0) % (self.linear_num_key_heads or 1):
             raise ValueError("linear_num_value_heads must be a multiple of linear_num_key_heads")
         scaling = self.rope_scaling
@@ -186,6 +190,8 @@ class ModelConfig(Closed):
     def state_shapes(self, layer: int) -> tuple[tuple[int, ...], ...]:
         """Of what a layer keeps of all positions together, in fp32: inputs of the convolution, and
         a matrix for each value head."""
+        if self.layer_type(layer) == "conv":
+            return (((self.conv_L_cache or 0) - 1, self.hidden_size),)
         if self.layer_type(layer) != "linear_attention":
             return ()
         keys, values, key_width, value_width, kernel = (getattr(self, n) for n in DELTA_NET)
@@ -233,6 +239,8 @@ class ModelConfig(Closed):
 
     def _mixer_parameters(self, layer: int) -> int:
         width, head = self.hidden_size, self.head_dim
+        if self.layer_type(layer) == "conv":
+            return width * (4 * width + (self.conv_L_cache or 0))
         if shapes := self.state_shapes(layer):
             (past, channels), (heads, _, values) = shapes
             vectors = channels * (past + 1) + 2 * heads + values

@@ -22,6 +22,7 @@ from khaosz.model.delta_net import GatedDeltaNet
 from khaosz.model.part import Attend, Linear, Part, RMSNorm, Rotations, linear
 from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import rotate
+from khaosz.model.short_convolution import ShortConvolution
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -128,6 +129,7 @@ class MLP(Part):
 # What mixes positions in layers without attention, and its name there.
 _MIXERS: dict[str, tuple[str, type[Recurrent]]] = {
     "linear_attention": ("linear_attn", GatedDeltaNet),
+    "conv": ("conv", ShortConvolution),
 }
 
 
@@ -175,10 +177,15 @@ def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a block's parameters, in their order."""
     width, inner = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    if config.state_shapes(layer):
-        shapes |= _delta_net_shapes(config, layer)
-    else:
-        shapes |= _attention_shapes(config)
+    match config.layer_type(layer):
+        case "linear_attention":
+            shapes |= _delta_net_shapes(config, layer)
+        case "conv":
+            shapes["conv.conv.weight"] = (width, 1, config.conv_L_cache or 0)
+            shapes["conv.in_proj.weight"] = (3 * width, width)
+            shapes["conv.out_proj.weight"] = (width, width)
+        case _:
+            shapes |= _attention_shapes(config)
     if config.output_norms:
         shapes["attention_output_norm.weight"] = (width,)
     shapes["post_attention_layernorm.weight"] = (width,)

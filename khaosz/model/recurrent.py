@@ -53,13 +53,13 @@ class CausalConvolution(nn.Module):
             return (whole * taps).sum(1, keepdim=True), whole[:, 1:]
         y = x * taps[-1]
         for back in range(1, width):
-            part = whole[:, width - 1 - back : width - 1 - back + length] * taps[-1 - back]
+            part = whole[:, width - 1 - back : width - 1 - back + length]
             if documents is not None:
                 same = documents[:, back:] == documents[:, :-back]
                 # Positions before the first belong to no document.
                 same = torch.cat((same.new_zeros(len(same), min(back, length)), same), dim=1)
                 part = part * same[..., None]
-            y = y + part
+            y = torch.addcmul(y, part, taps[-1 - back])
         return y, whole[:, length:].clone()
 
     def initialise(self, generator: torch.Generator) -> None:

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
 
     def _rows(self, ids: Tensor, doc_ids: Tensor | None) -> Rows:
         documents = None
-        if doc_ids is not None and "linear_attention" in (self.config.layer_types or ()):
+        if doc_ids is not None and any(self.config.all_state_shapes):
             documents = F.pad(doc_ids.diff(dim=1) != 0, (1, 0)).cumsum(1)
         length, window = ids.shape[1], self.config.sliding_window
         causal = not self.config.bidirectional

@@ -10,6 +10,7 @@ from khaosz.interop.families.family import Family
 from khaosz.interop.families.gemma3 import GEMMA3
 from khaosz.interop.families.granite import GRANITE
 from khaosz.interop.families.hunyuan import HUNYUAN
+from khaosz.interop.families.lfm2 import LFM2
 from khaosz.interop.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from khaosz.interop.families.ministral3 import MINISTRAL3
 from khaosz.interop.families.phi3 import PHI3
@@ -29,6 +30,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": MINISTRAL3,
     "gemma3_text": GEMMA3,
     "qwen3_5_text": QWEN35,
+    "lfm2": LFM2,
 }
 # Models that also see images: their text model, in `text_config`, is read alone.
 WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}

@@ -127,6 +127,7 @@ def hf_layout(
     parts: Mapping[str, str] | None = None,
     fused: Mapping[str, tuple[str, ...]] | None = None,
     changes: Mapping[str, Change] | None = None,
+    top: Mapping[str, str] | None = None,
 ) -> Layout:
-    top = {"embed_tokens": "model.embed_tokens", "norm": "model.norm"}
-    return Layout(top, "model.layers.{}", parts or {}, fused or {}, changes or {})
+    names = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", **(top or {})}
+    return Layout(names, "model.layers.{}", parts or {}, fused or {}, changes or {})

@@ -91,13 +91,14 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     sliding = "attention.sliding_window"
     if sliding not in architecture.own and 0 < count(sliding, 0) < context:
         raise ModelError(f"{source}: sliding windows of attention are not supported")
+    many = "attention.head_count_kv" in architecture.own  # a number for each layer
     fields: dict[str, Any] = {
         "vocab_size": table.shape[0],
         "hidden_size": width,
         "intermediate_size": count("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "num_key_value_heads": heads if many else count("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": context,
         "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),

@@ -57,6 +57,7 @@ _PATTERNS = {
     "llama-bpe": (_LLAMA3,),
     "llama3": (_LLAMA3,),
     "llama-v3": (_LLAMA3,),
+    "lfm2": (_LLAMA3,),
     "smollm": (_DIGIT, _GPT2),
     "refact": (_DIGIT, _GPT2),
     "qwen35": (_QWEN35,),
@@ -68,8 +69,8 @@ _PATTERNS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 # These match whole words of the vocabulary before they apply merges.
-_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "minicpm5", "tekken")
-_BEGINS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # with a begin token, by default
+_IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3", "lfm2", "minicpm5", "tekken")
+_BEGINS = ("llama-bpe", "llama3", "llama-v3", "lfm2", "tekken")  # with a begin token, by default
 # A control token of one of these names ends an answer in llama.cpp, whatever the keys say.
 _END_NAMES = (
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|eom_id|>",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Architecture
 from khaosz.interop.gguf.architectures.gemma3 import GEMMA3, GEMMA_EMBEDDING
 from khaosz.interop.gguf.architectures.granite import GRANITE
+from khaosz.interop.gguf.architectures.lfm2 import LFM2
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
 from khaosz.interop.gguf.architectures.phi3 import PHI3
 from khaosz.interop.gguf.architectures.qwen35 import QWEN35
@@ -27,4 +28,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3": GEMMA3,
     "qwen35": QWEN35,
     "gemma-embedding": GEMMA_EMBEDDING,
+    "lfm2": LFM2,
 }

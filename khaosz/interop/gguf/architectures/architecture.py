@@ -59,6 +59,16 @@ class Keys:
             # Stored in fp32: 1e-6 must become 1e-6 again, not 9.99999997e-07.
             return float(str(np.float32(self.value(name, float, default))))
 
+    def counts(self, name: str, length: int) -> list[int]:
+        """One for each of `length` layers, or one for all."""
+        entry = self.file.metadata.get(f"{self.prefix}.{name}")
+        if not isinstance(entry, np.ndarray):
+            return [self.count(name)] * length
+        if len(entry) != length or entry.dtype.kind not in "iu":
+            key = f"{self.prefix}.{name}"
+            raise ModelError(f"{self.source}: {key} is not one whole number for each of {length}")
+        return [int(count) for count in entry]
+
     def count(self, name: str, default: int | None = None) -> int:
         whole: int = self.value(name, int, default)
         return whole
@@ -68,8 +78,11 @@ def gguf_layout(
     fused: Mapping[str, tuple[str, ...]] | None = None,
     parts: Mapping[str, str] | None = None,
     changes: Mapping[str, Change] | None = None,
+    top: Mapping[str, str] | None = None,
 ) -> Layout:
-    return Layout(_TOP, "blk.{}", {**PARTS, **(parts or {})}, fused or {}, changes or {})
+    return Layout(
+        {**_TOP, **(top or {})}, "blk.{}", {**PARTS, **(parts or {})}, fused or {}, changes or {}
+    )
 
 
 Order = tuple[np.ndarray | None, np.ndarray | None]  # of rows and of columns
