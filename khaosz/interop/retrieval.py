@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import tokenizers
@@ -26,6 +27,7 @@ from khaosz.interop.sentence_transformers import (
     load_embedder_settings,
     load_reranker_settings,
 )
+from khaosz.interop.tensor_file import TensorFile
 from khaosz.model.encoder import Encoder, TransformerEncoder
 
 _BIDIRECTIONAL = "gemma-embedding"
@@ -81,6 +83,14 @@ def load_encoder(
     if head:
         raise ModelError(f"{path} is an embedder, not a reranker", hint="name it as --embedder")
     return TransformerEncoder(body).requires_grad_(False).eval().to(device)
+
+
+def encoder_parameters(path: str | Path) -> int:
+    """Numbers in an encoder's file, heads included. Reads no weights. Raises `ModelError`."""
+    if is_gguf(path):
+        return sum(prod(tensor.shape) for tensor in GgufFile.open(path).tensors.values())
+    files = [TensorFile(file) for file in huggingface.weight_files(Path(path))]
+    return sum(prod(entry.shape) for file in files for entry in file.entries.values())
 
 
 def encoder_tokenizer(path: str | Path) -> tokenizers.Tokenizer:

@@ -51,11 +51,11 @@ def check_memory(
     what: str,
     smaller: Iterable[tuple[str, Memory]] = (),
     *,
-    override: str,
+    override: str | None,
 ) -> None:
     """Raises `NotEnoughMemoryError` with the sum, and the changes of `smaller` (in words, and what
-    would be needed then) that would fit; `smaller` is not read otherwise. Where no limit can be
-    read everything passes."""
+    would be needed then) that would fit; `smaller` is not read otherwise. `override`: the option
+    that skips this check. Where no limit can be read everything passes."""
     limit = memory.exceeded(limits)
     if limit is None:
         return
@@ -69,7 +69,7 @@ def check_memory(
     raise NotEnoughMemoryError(
         f"{what} needs about {amount(memory.total)} of memory,"
         f" {amount(limit.free + base)} are available ({limit.name}): {memory.sum(' + ')}",
-        hint=f"{would}; {override} skips this check",
+        hint=would if override is None else f"{would}; {override} skips this check",
     )
 
 

@@ -20,14 +20,15 @@ from typer.testing import CliRunner
 from khaosz.cli import app
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.files import template_processing
-from khaosz.errors import KhaoszError, ModelError
+from khaosz.errors import KhaoszError, ModelError, NotEnoughMemoryError
 from khaosz.interop.gguf import blocks
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
 from khaosz.interop.huggingface import config_from_hf, config_to_hf, load_config
 from khaosz.interop.local_models import default_model
 from khaosz.interop.models import check_model, load_model, open_model
+from khaosz.memory.machine import Limit
 from khaosz.rag.models.embedders import check_embedder, open_embedder
-from khaosz.rag.models.encoder_models import EncoderEmbedder
+from khaosz.rag.models.encoder_models import EncoderEmbedder, check_encoder_memory
 from khaosz.rag.models.rerankers import open_reranker
 
 transformers = pytest.importorskip("transformers")
@@ -547,6 +548,17 @@ def test_what_is_not_a_reranker_is_refused(tmp_path: Path) -> None:
     classifier.save_pretrained(tmp_path / "classifier")
     tokenizer.save(tmp_path / "classifier")
     refused(open_reranker, tmp_path / "classifier", "sequence classifier on a decoder")
+
+
+def test_encoder_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    model = tiny.save_bert(tmp_path / "model")
+    tiny.bert_gguf(model, tmp_path / "model.gguf", MEAN, kind="Q8_0")
+    least = 4 * sum(tensor.numel() for tensor in tiny.bert_tensors(model, 0).values())
+    for name in ("model", "model.gguf"):
+        check_encoder_memory(tmp_path / name, [Limit("this machine", 2 * least)])
+        with pytest.raises(NotEnoughMemoryError, match=f"{name} needs about") as error:
+            check_encoder_memory(tmp_path / name, [Limit("this machine", least - 1)])
+        assert error.value.hint == "a smaller model is needed"
 
 
 def test_early_files_of_bge_say_no_pooling(tmp_path: Path) -> None:

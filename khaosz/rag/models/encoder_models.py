@@ -20,11 +20,14 @@ from khaosz.errors import ModelError
 from khaosz.interop.retrieval import (
     dense_layers,
     embedder_settings,
+    encoder_parameters,
     encoder_tokenizer,
     load_encoder,
     reranker_settings,
 )
 from khaosz.interop.sentence_transformers import EmbedderSettings
+from khaosz.memory.machine import Limit, memory_limits, resident_memory
+from khaosz.memory.parts import BASE, Memory, check_memory
 from khaosz.model.encoder import Encoder, TransformerEncoder
 from khaosz.rag.models.protocols import GoodCosine, flatten, unit
 
@@ -40,6 +43,7 @@ class EncoderEmbedder:
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
         self._settings = embedder_settings(folder)
+        check_encoder_memory(folder, memory_limits(device))
         self._encoder = load_encoder(folder, device=device)
         self._dense = dense_layers(folder).to(device)
         self._tokenizer = _WindowTokenizer(folder, self._encoder.longest, self._settings)
@@ -92,6 +96,7 @@ class CrossEncoder:
 
     def __init__(self, directory: Path | str, *, device: str = "cpu") -> None:
         folder = Path(directory)
+        check_encoder_memory(folder, memory_limits(device))
         encoder = load_encoder(folder, device=device, head=True)
         assert isinstance(encoder, Encoder)
         self._encoder, self._device = encoder, device
@@ -111,6 +116,12 @@ class CrossEncoder:
             score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
             np.maximum.at(best, [owners[row] for row in rows], score.cpu().numpy())
         return best
+
+
+def check_encoder_memory(path: Path, limits: Sequence[Limit]) -> None:
+    """Raises `NotEnoughMemoryError` for an encoder whose weights, in fp32, do not fit."""
+    parts = {BASE: resident_memory(), "weights": 4 * encoder_parameters(path)}
+    check_memory(Memory(parts), limits, str(path), override=None)
 
 
 class _WindowTokenizer:
