@@ -24,6 +24,9 @@ from khaosz.rag.terms import is_character, normalise, terms
 # reach it, and 2 to 4 % of questions on another subject altogether.
 MIN_OVERLAP = 0.34
 CHARACTER = 0.25  # weight of a single Chinese character against a pair or a word
+# Share of a question's Chinese characters, of three or more, that will do too: words are pairs, and
+# an abbreviation shares none ("餐补" with "餐费补贴").
+MIN_CHARACTERS = 0.75
 _FEW = 5  # passages of a knowledge base that a prompt holds as a whole
 _STEM = 5  # letters that two forms of a word share: employ, employees
 _LETTER = re.compile("[a-z]")
@@ -55,8 +58,10 @@ def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit])
         return True
     lines = [to_simplified(normalise(line)) for line in query.splitlines() if line.strip()]
     passages = [to_simplified(normalise(indexed_text(hit.headings, hit.text))) for hit in hits]
-    if any(overlap(line, passage) >= MIN_OVERLAP for line in lines for passage in passages):
-        return True
+    for line in lines:
+        for passage in passages:
+            if overlap(line, passage) >= MIN_OVERLAP or _characters(line, passage) >= MIN_CHARACTERS:
+                return True
     # Of a few passages, none was left out by the retriever, and a paraphrase may share no word
     # with its answer: "when is the agreement over", "the contract ends on 3 May".
     return few and any(
@@ -82,6 +87,13 @@ def _is_foreign(query: str, hits: Sequence[Hit]) -> bool:
     model may still read them."""
     script = _HAN if _HAN.search(query) else _LETTER
     return bool(hits) and not any(script.search(normalise(hit.text)) for hit in hits)
+
+
+def _characters(question: str, passage: str) -> float:
+    """The share of the question's Chinese characters that the passage has, without common ones; 0
+    of fewer than three."""
+    characters = {each for each in terms(question) if is_character(each) and not is_common(each)}
+    return len(characters.intersection(passage)) / len(characters) if len(characters) > 2 else 0.0
 
 
 def overlap(question: str, passage: str) -> float:
