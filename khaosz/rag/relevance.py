@@ -60,7 +60,10 @@ def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit])
     passages = [to_simplified(normalise(indexed_text(hit.headings, hit.text))) for hit in hits]
     for line in lines:
         for passage in passages:
-            if overlap(line, passage) >= MIN_OVERLAP or _characters(line, passage) >= MIN_CHARACTERS:
+            if (
+                overlap(line, passage) >= MIN_OVERLAP
+                or _characters(line, passage) >= MIN_CHARACTERS
+            ):
                 return True
     # Of a few passages, none was left out by the retriever, and a paraphrase may share no word
     # with its answer: "when is the agreement over", "the contract ends on 3 May".
