@@ -29,7 +29,7 @@ BUDGET = {
     "interop": 5_227,
     "model": 1_086,
     "parallel": 116,
-    "rag": 5_130,
+    "rag": 5_139,
     "rewards": 2,
     "serve": 7_274,
     "trainer": 4_744,
