@@ -233,7 +233,8 @@ def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, contex
     The most is there in the MLP: residual stream, normalised input and its copy in the compute
     type (D: 4 + 4 + e), gate and up side by side, silu(gate) and its product with up (4 F e). Or in
     attention over a cache: the mask (N, S), as bool and as a number. No scores: the kernel computes
-    them in tiles.
+    them in tiles. Or in a recurrent layer, in fp32: inputs of the convolution, its sum and a copy;
+    queries, keys, values and solutions of each head, and products of positions in a chunk of 64.
     """
     size, width = dtype.itemsize, config.hidden_size
     stream = positions * width * (8 + size)
@@ -241,4 +242,9 @@ def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, contex
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     attention = 4 * positions * heads * config.head_dim * size
     attention += positions * context * (1 + size)
-    return stream + max(mlp, attention)
+    recurrent = 0
+    for shapes in config.all_state_shapes:
+        channels = sum(shape[1] for shape in shapes[:1])
+        each = sum(heads * (8 * keys + 5 * values + 256) for heads, keys, values in shapes[1:])
+        recurrent = max(recurrent, 4 * positions * (4 * channels + each))
+    return stream + max(mlp, attention, recurrent)

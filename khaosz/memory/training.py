@@ -154,11 +154,17 @@ class TrainingPlan:
         is there, and a chunk of logits."""
         config, tokens, size = self.config, self.tokens, dtype.itemsize
         layers, width = config.num_hidden_layers, config.hidden_size
-        each = layer_activations(config, tokens, self.window, dtype, self.lora)
+        kinds = [config.layer_type(layer) for layer in range(layers)]
+        each = {
+            kind: layer_activations(
+                config, tokens, self.window, dtype, self.lora, kinds.index(kind)
+            )
+            for kind in set(kinds)
+        }
         if self.gradient_checkpointing:  # the inputs of all layers, and one layer in full
-            activations = layers * 4 * tokens * width + each
+            activations = layers * 4 * tokens * width + max(each.values())
         else:
-            activations = layers * each
+            activations = sum(each[kind] for kind in kinds)
         # The final norm's input, its product without weights and with them; cosines and sines.
         activations += tokens * (12 * width + 8 * config.head_dim + 12)
         matrices = self._parameters()[1]
@@ -228,8 +234,9 @@ def layer_activations(
     window: int,
     dtype: torch.dtype,
     lora: LoRAConfig | None = None,
+    layer: int = 0,
 ) -> int:
-    """Bytes that autograd keeps of one layer for N tokens in packed rows.
+    """Bytes that autograd keeps of a layer for N tokens in packed rows.
 
     In fp32, of each norm its input, its product without weights and with them (4 D each, and 4 for
     the scale), which is the input of linear layers; queries and keys before and after QK-norm and
@@ -240,12 +247,23 @@ def layer_activations(
     Under autocast the residual stream stays fp32, and every linear layer has a copy of its input in
     the compute type of its own: five of the norms'. A weight that is frozen keeps no input: what
     norms multiply with their weights is not kept; an adapter keeps its own input and r numbers.
+
+    Of a recurrent layer the numbers are measured: the triangular systems of a DeltaNet's chunks
+    and their solutions take most of it, in fp32.
     """
     width, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     queries, keys = heads * config.head_dim, kv_heads * config.head_dim
     frozen = lora is not None
-    if dtype == torch.float32:
+    shapes = config.state_shapes(layer)
+    if len(shapes) == 2:
+        (_, channels), (heads, key_width, value_width) = shapes
+        key_heads = (channels - heads * value_width) // (2 * key_width)
+        each = 24 * width + heads * (72 * key_width + 32 * value_width + 800) + 9 * channels
+        each += 32 * key_heads * key_width + size * 4 * inner
+    elif shapes:
+        each = 56 * width + size * 4 * inner
+    elif dtype == torch.float32:
         each = (16 if frozen else 24) * width + 8
         if config.qk_norm:
             each += (4 if frozen else 8) * (queries + keys) + 4 * (heads + kv_heads)
@@ -255,7 +273,9 @@ def layer_activations(
         if config.qk_norm:
             each += (4 if frozen else 6) * (queries + keys) + 4 * (heads + kv_heads)
         each += 6 * queries
-    each += 4 * heads + size * (queries + 4 * inner + window)
+    if not shapes:
+        each += 4 * heads + size * (queries + 4 * inner + window)
+        each += (4 + 2 * size) * queries if config.attn_output_gate else 0
     if lora is not None:
         names = {name.split(".")[-2] for name in parameter_shapes(config)}
         each += size * lora.rank * len(names & set(lora.target_modules))

@@ -73,6 +73,35 @@ def test_activations_of_a_layer(dtype: torch.dtype, changes: dict[str, Any]) -> 
     assert each - layer_activations(two, 128, 64, dtype) in (0, 256, 192)
 
 
+DELTA_NET: dict[str, Any] = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("linear_attention", DELTA_NET),
+        ("linear_attention", {**DELTA_NET, "linear_value_head_dim": 16}),
+        ("conv", {"conv_L_cache": 3}),
+        ("full_attention", {"attn_output_gate": True, "qk_norm": True}),
+    ],
+)
+def test_activations_of_other_layers(
+    dtype: torch.dtype, kind: str, changes: dict[str, Any]
+) -> None:
+    two, three = (
+        ModelConfig.parse({**SHAPE, **changes, "num_hidden_layers": n, "layer_types": (kind,) * n})
+        for n in (2, 3)
+    )
+    each = kept(three, dtype, None) - kept(two, dtype, None)
+    planned = layer_activations(two, 128, 64, dtype)
+    # A fit to shapes of one size and another: enough, and not much more than that.
+    assert 0.95 * each <= planned <= 1.35 * each, (each, planned)
+
+
 def test_activations_of_a_frozen_layer_with_adapters() -> None:
     lora = LoRAConfig(rank=4)
     two, three = (ModelConfig(**SHAPE, num_hidden_layers=n, qk_norm=True) for n in (2, 3))
