@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import tokenizers
 import torch
 from torch import nn
 
-from khaosz.errors import ModelError, quoted
+from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop import encoder as directories
 from khaosz.interop import huggingface
 from khaosz.interop.gguf import encoder as gguf
@@ -96,16 +98,34 @@ def encoder_parameters(path: str | Path) -> int:
 def encoder_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
     """With the special tokens of a text and of a pair. Raises `ModelError`, `TokenizerError`."""
     if not is_gguf(path):
-        return directories.encoder_tokenizer(Path(path))
+        with tokenizer_errors(path):
+            return directories.encoder_tokenizer(Path(path))
+        raise AssertionError
     file = GgufFile.open(path)
     if _architecture(file) == gguf.ARCHITECTURE:
         serialized = gguf.encoder_tokenizer(file)
     else:
         serialized = GgufModel(file).tokenizer().serialized
-    try:
+    with tokenizer_errors(path):
         return tokenizers.Tokenizer.from_buffer(serialized)
-    except ValueError as error:
-        raise ModelError(f"{path}: its tokenizer cannot be read: {error}") from None
+    raise AssertionError
+
+
+@contextmanager
+def tokenizer_errors(path: str | Path) -> Iterator[None]:
+    """Raises `ModelError` for what the library raises and, of a damaged charsmap, panics about."""
+    try:
+        yield
+    except BaseException as error:
+        raise _tokenizer_error(error, path) from None
+
+
+def _tokenizer_error(error: BaseException, path: str | Path) -> BaseException:
+    """Other errors are returned as they are."""
+    # The second is pyo3's, which no module exports.
+    if isinstance(error, ValueError) or type(error).__name__ == "PanicException":
+        return ModelError(f"{path}: its tokenizer is damaged: {one_line(str(error))}")
+    return error
 
 
 def embedder_settings(path: str | Path) -> EmbedderSettings:

@@ -22,6 +22,7 @@ from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import KhaoszError, ModelError, NotEnoughMemoryError
 from khaosz.interop.gguf import blocks
+from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
 from khaosz.interop.huggingface import config_from_hf, config_to_hf, load_config
 from khaosz.interop.local_models import default_model
@@ -475,8 +476,6 @@ def test_faults_of_gguf_encoders_are_named(tmp_path: Path) -> None:
         return path
 
     tiny.bert_gguf(model, path, MEAN)
-    from khaosz.interop.gguf.file import GgufFile
-
     metadata = dict(GgufFile.open(path).metadata)
     check_model(path)
     for changes, message in (
@@ -579,3 +578,17 @@ def test_encoder_is_refused_before_training_begins(tmp_path: Path) -> None:
     assert isinstance(result.exception, ModelError) or result.exit_code == 1
     assert "is an encoder, which cannot be trained" in f"{result.output}{result.exception}"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("length", [2, 30])
+def test_damaged_charsmap_is_named(length: int, tmp_path: Path, capfd: Any) -> None:
+    """The library panics about it, which is not one of Python's `Exception`s."""
+    model, path = tiny.save_xlm_roberta(tmp_path / "model"), tmp_path / "model.gguf"
+    tiny.bert_gguf(model, path, MEAN)
+    metadata = dict(GgufFile.open(path).metadata)
+    metadata["tokenizer.ggml.precompiled_charsmap"] = np.frombuffer(
+        tiny.CHARSMAP[:length], np.uint8
+    )
+    tiny.write_tensors(path, metadata, tiny.bert_tensors(model, 0))
+    refused(lambda name: open_embedder(name).passages(TEXTS), path, "its tokenizer is damaged")
+    capfd.readouterr()  # the library prints its panic

@@ -24,6 +24,7 @@ from khaosz.interop.retrieval import (
     encoder_tokenizer,
     load_encoder,
     reranker_settings,
+    tokenizer_errors,
 )
 from khaosz.interop.sentence_transformers import EmbedderSettings
 from khaosz.memory.machine import Limit, memory_limits, resident_memory
@@ -128,7 +129,7 @@ class _WindowTokenizer:
     """A model's tokenizer; it cuts texts to the context of the model."""
 
     def __init__(self, path: Path, longest: int, settings: EmbedderSettings) -> None:
-        self._tokenizer = encoder_tokenizer(path)
+        self._path, self._tokenizer = path, encoder_tokenizer(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if settings.lower_case:
@@ -136,26 +137,30 @@ class _WindowTokenizer:
             self._tokenizer.normalizer = normalizers.Sequence([step for step in steps if step])
         self._longest = min(longest, settings.max_length or longest)
 
+    def _encode(self, text: str, pair: str | None = None, **options: bool) -> Any:
+        with tokenizer_errors(self._path):
+            return self._tokenizer.encode(text, pair, **options)
+
     def windows(self, text: str) -> Iterator[Any]:
-        marks = len(self._tokenizer.encode("").ids)
+        marks = len(self._encode("").ids)
         for part in self._parts(text, self._longest - marks):
-            yield self._truncate(self._tokenizer.encode(part))
+            yield self._truncate(self._encode(part))
 
     def pairs(self, query: str, passage: str) -> Iterator[Any]:
-        encoding = self._tokenizer.encode(query, passage)
+        encoding = self._encode(query, passage)
         if len(encoding.ids) <= self._longest:
             yield encoding
             return
         # The query gets half of the context at most, so that a part of the passage is read.
-        marks = len(self._tokenizer.encode("", "").ids)
+        marks = len(self._encode("", "").ids)
         query = next(self._parts(query, (self._longest - marks) // 2))
-        used = len(self._tokenizer.encode(query, add_special_tokens=False).ids)
+        used = len(self._encode(query, add_special_tokens=False).ids)
         for part in self._parts(passage, self._longest - marks - used):
-            yield self._truncate(self._tokenizer.encode(query, part))
+            yield self._truncate(self._encode(query, part))
 
     def _parts(self, text: str, size: int) -> Iterator[str]:
         """The text in parts of at most `size` tokens."""
-        offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
+        offsets = self._encode(text, add_special_tokens=False).offsets
         if len(offsets) <= size:
             yield text
             return
