@@ -27,7 +27,9 @@ CHARACTER = 0.25  # weight of a single Chinese character against a pair or a wor
 # Share of a question's Chinese characters, of three or more, that will do too: words are pairs, and
 # an abbreviation shares none ("餐补" with "餐费补贴").
 MIN_CHARACTERS = 0.75
-_FEW = 5  # passages of a knowledge base that a prompt holds as a whole
+_FEW = 5  # passages of a knowledge base: the retriever leaves none out
+# Where a prompt holds the whole knowledge base, a paraphrase that shares little will do too.
+_WHOLE, _LESS_OVERLAP = 3, 0.15
 _STEM = 5  # letters that two forms of a word share: employ, employees
 _LETTER = re.compile("[a-z]")
 _HAN = re.compile("[㐀-鿿]")
@@ -45,7 +47,8 @@ def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit])
     """False if the passages are plainly unrelated to the question. query: lines that each count
     alone, since of a follow-up the question before may name the subject. Without hits it is True
     for a knowledge base of a few passages, all in another script than the question."""
-    few = knowledge_base.store.chunk_count <= _FEW
+    chunks = knowledge_base.store.chunk_count
+    few, least = chunks <= _FEW, _LESS_OVERLAP if chunks <= _WHOLE else MIN_OVERLAP
     if not hits:
         return few and _is_foreign(query, knowledge_base.first_hits(_FEW))
     is_dense = any("dense" in hit.legs for hit in hits)
@@ -60,10 +63,7 @@ def has_relevant(knowledge_base: KnowledgeBase, query: str, hits: Sequence[Hit])
     passages = [to_simplified(normalise(indexed_text(hit.headings, hit.text))) for hit in hits]
     for line in lines:
         for passage in passages:
-            if (
-                overlap(line, passage) >= MIN_OVERLAP
-                or _characters(line, passage) >= MIN_CHARACTERS
-            ):
+            if overlap(line, passage) >= least or _characters(line, passage) >= MIN_CHARACTERS:
                 return True
     # Of a few passages, none was left out by the retriever, and a paraphrase may share no word
     # with its answer: "when is the agreement over", "the contract ends on 3 May".

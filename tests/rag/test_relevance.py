@@ -56,6 +56,7 @@ class Directions:
     [
         (LEASE, "When does the contract with Miller end?"),
         (LEASE, "How long is the notice period?"),
+        ("租金每月 4800 元，押金为两个月的租金。", "每个月房租多少钱？"),
         (LEASE, "When is the agreement over?"),
         (LEASE, "what is the deadline for cancelling?"),
         (LEASE, "合同什么时候到期？"),  # another language, and all that is stored
