@@ -248,13 +248,16 @@ class Engine:
         short ones before long ones in up to half of a pass."""
         budget = self._budget()
         for sequence in self._running:
-            if sequence.pending == 1 and sequence.generated:
-                room = min(sequence.limit - sequence.generated - 1, budget - 1)
+            if sequence.generated:
+                # More than one is pending where a recurrent state went back further.
+                ids = sequence.ids[sequence.cache.length :]
+                room = min(sequence.limit - sequence.generated - 1, budget - len(ids))
                 if sequence.prompt_lookup is not None and room > 0:
                     sequence.draft = sequence.prompt_lookup.propose()[:room]
-                ids = [sequence.ids[-1], *sequence.draft]
+                want = 1 + len(sequence.draft)
+                ids += sequence.draft
                 budget -= len(ids)
-                yield sequence, Chunk(ids, sequence.cache, len(ids), sequence.request.adapter)
+                yield sequence, Chunk(ids, sequence.cache, want, sequence.request.adapter)
         prompts = [sequence for sequence in self._running if not sequence.generated]
         short, room = set(), budget // 2
         for sequence in prompts:

@@ -29,7 +29,6 @@ M = TypeVar("M", bound=Transformer)
 # Where a text model is in one that sees images, and the parts of that which are left out.
 _TEXT = (("model.language_model.", "model."), ("language_model.", ""))
 _IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
-_MORE = "mtp."  # predicts tokens beyond the next: a model of its own beside this one (Qwen3.5)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -189,7 +188,7 @@ class ModelDirectory:
 
     def _locate(self, directory: Path, expected: Container[str]) -> tuple[TensorFile, str] | None:
         """Fill `_files`; the head of tied embeddings, if there is one."""
-        head = None
+        head, left_out = None, read_family(directory).left_out
         for path in weight_files(directory):
             file = TensorFile(path)
             for stored, entry in file.entries.items():
@@ -208,7 +207,7 @@ class ModelDirectory:
                     self._files[name] = file, stored
                 elif is_head:
                     head = file, stored
-                elif not name.endswith("rotary_emb.inv_freq") and not name.startswith(_MORE):
+                elif not name.endswith("rotary_emb.inv_freq") and not name.startswith(left_out):
                     raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         return head
 

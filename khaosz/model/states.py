@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,21 +33,20 @@ class States:
         self._layers = [i for i, each in enumerate(self.shapes) if each]
         self._now: dict[int, State] = {i: self._zeros(i) for i in self._layers}
         self._kept: dict[int, dict[int, State]] = {}  # by length and layer
-        # Of the last pass, by layer: the part, its inputs and the state before them.
-        self._last: dict[int, tuple[Recurrent, tuple[Tensor, ...], State]] = {}
-        self._start = 0  # the length before it
+        self._last: dict[int, list[_Pass]] = {}  # by layer, the latest last
         self._marks: list[int] = []  # positions of a pass, from its start, whose states are kept
 
     @staticmethod
     def bytes_at_most(shapes: Sequence[tuple[tuple[int, ...], ...]]) -> int:
-        """Of a sequence: its state, that before the last pass, and those that are kept."""
+        """Of a sequence: its state, those before the last two passes, and those that are kept."""
         numbers = sum(torch.Size(shape).numel() for each in shapes for shape in each)
-        return 4 * (2 + SNAPSHOTS) * numbers
+        return 4 * (3 + SNAPSHOTS) * numbers
 
     @property
     def nbytes(self) -> int:
         # Another thread may read this while one computes: `list` copies in one step.
-        states = [*list(self._now.values()), *(last[2] for last in list(self._last.values()))]
+        states = list(self._now.values())
+        states += [each.before for passes in list(self._last.values()) for each in list(passes)]
         for kept in list(self._kept.values()):
             states += list(kept.values())
         return sum(tensor.nbytes for state in states for tensor in state)
@@ -58,13 +58,13 @@ class States:
         if layer == self._layers[0]:
             self._marks = self._plan(count)
         state = self._now[layer]
-        self._last.pop(layer, None)
+        # A draft that is computed in tiles has two passes.
+        passes = self._last[layer] = self._last.get(layer, [])[-1:] if one_by_one else []
         ends = range(1, count + 1) if one_by_one else sorted({*self._marks, count})
-        if 1 < count <= _RECENT:
-            self._start = self.length
+        if one_by_one or 1 < count <= _RECENT:
             # The state of one position may be written in place.
-            before = _copied(state) if len(ends) > 1 else state
-            self._last[layer] = part, inputs, before
+            before = _copied(state) if one_by_one or len(ends) > 1 else state
+            passes.append(_Pass(part, inputs, before, self.length, one_by_one))
         outputs = []
         for start, end in pairwise((0, *ends)):
             output, state = part.scan(tuple(x[:, start:end] for x in inputs), state)
@@ -89,7 +89,10 @@ class States:
 
     def reachable(self, length: int) -> int:
         """The largest length up to `length` whose state is known."""
-        if not self._layers or length == self.length or (self._last and length >= self._start):
+        if not self._layers or length == self.length:
+            return length
+        passes = self._last.get(self._layers[0])
+        if passes and length >= passes[0].start:
             return length
         return max((place for place in self._kept if place <= length), default=0)
 
@@ -108,16 +111,31 @@ class States:
     def _state(self, layer: int, length: int) -> State:
         if length == self.length:
             return _copied(self._now[layer])
-        if layer in self._last and length >= self._start:
-            part, inputs, before = self._last[layer]
-            count = length - self._start
-            if not count:
-                return _copied(before)
-            return part.scan(tuple(x[:, :count] for x in inputs), _copied(before))[1]
+        for each in reversed(self._last.get(layer, [])):
+            if length >= each.start:
+                return each.after(length - each.start)
         return _copied(self._kept[length][layer]) if length else self._zeros(layer)
 
     def _zeros(self, layer: int) -> State:
         return tuple(torch.zeros(1, *shape, device=self.device) for shape in self.shapes[layer])
+
+
+class _Pass(NamedTuple):
+    """A short pass: its inputs, and the state and the length before it."""
+
+    part: Recurrent
+    inputs: tuple[Tensor, ...]
+    before: State
+    start: int
+    one_by_one: bool
+
+    def after(self, count: int) -> State:
+        """The state after its first positions, in memory of its own."""
+        state, step = _copied(self.before), 1 if self.one_by_one else max(1, count)
+        for start in range(0, count, step):
+            inputs = tuple(x[:, start : min(start + step, count)] for x in self.inputs)
+            _, state = self.part.scan(inputs, state)
+        return state
 
 
 def _copied(state: State) -> State:

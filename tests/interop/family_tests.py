@@ -195,7 +195,8 @@ class FamilyTests:
     def _answers(
         self, model: Transformer, prompt: list[int], **settings: Any
     ) -> list[tuple[list[int], int]]:
-        engine = Engine(Runner.from_module(model), bytewise(), step_tokens=23, **settings)
+        runner = Runner.from_module(model, deterministic=settings.pop("deterministic", False))
+        engine = Engine(runner, bytewise(), step_tokens=23, **settings)
         engine.end_ids.clear()
         answers = []
         for turn in range(3):

@@ -69,6 +69,15 @@ class TestQwen35(FamilyTests):
             last = runner.run([Chunk(row[each.length :], each)])[0]
             close(last, expected[0, -1:], ROUNDING)
 
+    def test_drafts_in_tiles(self, model: Transformer) -> None:
+        """A deterministic runner computes a draft in two passes where it crosses a tile."""
+        prompt = [20, 21, 22, 20, 21, 22, 20, 21]
+        plain, drafted = (
+            self._answers(model, prompt, prompt_lookup=lookup, deterministic=True)
+            for lookup in (False, True)
+        )
+        assert plain == drafted
+
     def test_text_model_is_read_alone(self, tmp_path: Path) -> None:
         """Of a model that sees images and predicts tokens beyond the next, as published."""
         text = {**COMMON, **SHAPE, "model_type": "qwen3_5_text", "tie_word_embeddings": True}

@@ -60,6 +60,19 @@ def test_a_draft_is_taken_back_in_part(runner: Runner, length: int) -> None:
     check(runner, cache)
 
 
+def test_bits_depend_on_the_past_alone(runner: Runner) -> None:
+    """Deterministic: whatever the passes were, across tiles, and after drafts were taken back."""
+    tiles = Runner(runner.config, runner.weights, deterministic=True)
+    whole = filled(tiles, 45)
+    for counts, length in (((3, 40, 1), 44), ((30, 5), 31), ((29, 4), 30), ((14, 4, 1, 1), 19)):
+        cache = filled(tiles, *counts)
+        cache.truncate(length)
+        assert cache.length == length
+        tiles.run([Chunk(IDS[length:45], cache)])
+        one, other = (tiles.run([Chunk(IDS[45:46], c.fork(45))])[0] for c in (cache, whole))
+        assert torch.equal(one, other)
+
+
 def test_a_draft_across_a_kept_state(runner: Runner) -> None:
     cache = filled(runner, 510, 5)
     cache.truncate(511)
@@ -98,8 +111,9 @@ def test_memory_is_bounded_and_planned(runner: Runner) -> None:
     each = 4 * 2 * (3 * 32 + 2 * 8 * 8)  # fp32, two layers: inputs of 32 channels, two matrices
     states = cache.states.nbytes
     assert states == (SNAPSHOTS + 2) * each  # the current one, and that before the last pass
+    # With tiles that before the last but one, too.
+    assert states + each == States.bytes_at_most(runner.config.all_state_shapes)
     assert cache.nbytes <= sequence_bytes(runner.config, runner.cache_dtype, 2600)
-    assert states == States.bytes_at_most(runner.config.all_state_shapes)
 
 
 def test_prefixes_continue_from_kept_states(runner: Runner) -> None:

@@ -97,6 +97,7 @@ class Family:
                         keys that it used
     write               adds keys of config.json for fields that have no common key
     suits               whether the features have values that the family can have
+    left_out            beginnings of names of tensors that are not read
     """
 
     name: str
@@ -108,6 +109,7 @@ class Family:
     write: Callable[[ModelConfig, Values], None] = lambda _config, _values: None
     suits: Callable[[ModelConfig], bool] = lambda _: True
     layout: Layout = field(default_factory=lambda: hf_layout())
+    left_out: tuple[str, ...] = ()
 
     @property
     def architecture(self) -> str:

@@ -83,4 +83,5 @@ QWEN35 = Family(
     read=_read,
     write=_write,
     layout=hf_layout(changes=dict.fromkeys(_NORMS, ONE_PLUS)),
+    left_out=("mtp.",),  # predict tokens beyond the next, from what this model computes
 )
