@@ -37,6 +37,13 @@ FEATURES = (
     *DELTA_NET,
     "bidirectional",
     "conv_L_cache",
+    "global_head_dim",
+    "value_norm",
+    "num_kv_shared_layers",
+    "use_double_wide_mlp",
+    "hidden_size_per_layer_input",
+    "layer_scalar",
+    "final_logit_softcapping",
 )
 
 
@@ -47,10 +54,11 @@ class RopeScaling(Closed):
     frequencies divided, high ones unchanged, a ramp between (Llama 3.1). `yarn`: the NTK-by-parts
     ramp and an attention temperature (Peng et al. 2023, arXiv:2309.00071). `longrope`: a factor
     for each frequency, those of `long_factor` in sequences beyond the original context, those of
-    `short_factor` in others (Ding et al. 2024, arXiv:2402.13753).
+    `short_factor` in others (Ding et al. 2024, arXiv:2402.13753). `proportional`: of the pairs of a
+    head the first `proportion` rotates, each as it would in a whole rotation (Gemma 4).
     """
 
-    rope_type: Literal["linear", "llama3", "yarn", "longrope"]
+    rope_type: Literal["linear", "llama3", "yarn", "longrope", "proportional"]
     factor: float = Field(ge=1.0, le=1e6)
     original_max_position_embeddings: int | None = Field(default=None, ge=1, le=2**31)
     low_freq_factor: float = Field(default=1.0, gt=0, le=1e6)
@@ -61,6 +69,7 @@ class RopeScaling(Closed):
     truncate: bool = True
     short_factor: tuple[float, ...] | None = None
     long_factor: tuple[float, ...] | None = None
+    proportion: float = Field(default=1.0, gt=0, le=1)
 
     @model_validator(mode="after")
     def _needs_original(self) -> RopeScaling:
@@ -122,6 +131,13 @@ class ModelConfig(Closed):
     linear_conv_kernel_dim: int | None = Field(default=None, ge=2, le=2**31)
     bidirectional: bool = False
     conv_L_cache: int | None = Field(default=None, ge=2, le=2**31)
+    global_head_dim: int | None = Field(default=None, ge=2, le=2**31)
+    value_norm: bool = False
+    num_kv_shared_layers: int = Field(default=0, ge=0, le=2**31)
+    use_double_wide_mlp: bool = False
+    hidden_size_per_layer_input: int = Field(default=0, ge=0, le=2**31)
+    layer_scalar: bool = False
+    final_logit_softcapping: float | None = Field(default=None, gt=0, le=1e6)
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -131,8 +147,9 @@ class ModelConfig(Closed):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions (got {self.head_dim})")
+        for width in (self.head_dim, self.widest_head):
+            if width % 2:
+                raise ValueError(f"head_dim must be even for rotary positions (got {width})")
         if self.qk_norm and self.qkv_bias:
             raise ValueError("qk_norm and qkv_bias exclude each other: no model family has both")
         if self.qk_norm_after_rotary and not self.qk_norm:
@@ -158,6 +175,9 @@ class ModelConfig(Closed):
             raise ValueError("conv_L_cache and layer_types with conv require each other")
         if (self.linear_num_value_heads or 0) % (self.linear_num_key_heads or 1):
             raise ValueError("linear_num_value_heads must be a multiple of linear_num_key_heads")
+        if self.global_head_dim is not None and self.rope_local_theta is None:
+            raise ValueError("global_head_dim requires rope_local_theta")
+        self._check_sharing()
         scaling = self.rope_scaling
         for name in ("short_factor", "long_factor"):
             factors = scaling and getattr(scaling, name)
@@ -172,17 +192,33 @@ class ModelConfig(Closed):
             )
         return self
 
+    def _check_sharing(self) -> None:
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        types = self.layer_types or ("full_attention",) * self.num_hidden_layers
+        if own < 1 or set(types[own:]) - set(types[:own]):
+            raise ValueError(
+                f"num_kv_shared_layers is {self.num_kv_shared_layers} of {self.num_hidden_layers}:"
+                " each needs an earlier layer of its type with keys and values of its own"
+            )
+        if self.use_double_wide_mlp and not self.num_kv_shared_layers:
+            raise ValueError("use_double_wide_mlp requires num_kv_shared_layers")
+
+    @property
+    def widest_head(self) -> int:
+        """The head width of layers that see everything, whose rotation has `rope_theta`."""
+        return self.global_head_dim or self.head_dim
+
     @property
     def rotary_dim(self) -> int:
-        """Elements of a head that are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
+        """Elements of a head that are rotated, in layers that see everything."""
+        return int(self.widest_head * self.partial_rotary_factor)
 
     @property
     def cache_shapes(self) -> list[tuple[int, int]]:
         """Key/value heads and their width, of what each layer keeps of a position."""
-        each = self.num_key_value_heads, self.head_dim
-        layers = range(self.num_hidden_layers)
-        return [(0, 0) if self.state_shapes(layer) else each for layer in layers]
+        heads, layers = self.num_key_value_heads, range(self.num_hidden_layers)
+        stored = [self.kv_layer(i) == i and not self.state_shapes(i) for i in layers]
+        return [(heads, self.head_width(i)) if stored[i] else (0, 0) for i in layers]
 
     def layer_type(self, layer: int) -> LayerType:
         return "full_attention" if self.layer_types is None else self.layer_types[layer]
@@ -203,6 +239,22 @@ class ModelConfig(Closed):
         """`state_shapes` of each layer."""
         return [self.state_shapes(layer) for layer in range(self.num_hidden_layers)]
 
+    def head_width(self, layer: int) -> int:
+        """The head width of a layer."""
+        return self.widest_head if self.window(layer) is None else self.head_dim
+
+    def kv_layer(self, layer: int) -> int:
+        """The layer whose keys and values a layer reads: its own or, of the last
+        `num_kv_shared_layers`, the last one before them with the same type."""
+        own = self.num_hidden_layers - self.num_kv_shared_layers
+        kind = self.layer_type(layer)
+        return max(i for i in range(own) if self.layer_type(i) == kind) if layer >= own else layer
+
+    def feed_forward_width(self, layer: int) -> int:
+        """F of a layer: with `use_double_wide_mlp` it doubles where keys and values are shared."""
+        double = self.use_double_wide_mlp and self.kv_layer(layer) != layer
+        return self.intermediate_size * (2 if double else 1)
+
     def window(self, layer: int) -> int | None:
         """Positions that a layer sees, its own included; None for all. A bidirectional one sees as
         many behind its own as before it."""
@@ -221,7 +273,8 @@ class ModelConfig(Closed):
         the rotation that not every family can have."""
         fields = type(self).model_fields
         own = {n for n in FEATURES if getattr(self, n) != fields[n].default}
-        return frozenset(own | ({"longrope"} if self.rope_border is not None else set()))
+        kind = self.rope_scaling.rope_type if self.rope_scaling is not None else ""
+        return frozenset(own | ({kind} & {"longrope", "proportional"}))
 
     @property
     def rope_border(self) -> int | None:
@@ -233,26 +286,33 @@ class ModelConfig(Closed):
 
     def block_parameters(self, layer: int = 0) -> int:
         """Parameters of one layer, exactly."""
-        width = self.hidden_size
+        width, each = self.hidden_size, self.hidden_size_per_layer_input
         norms = (4 if self.output_norms else 2) * width
-        return self._mixer_parameters(layer) + 3 * width * self.intermediate_size + norms
+        extra = 2 * width * each + (width if each else 0) + int(self.layer_scalar)
+        inner = self.feed_forward_width(layer)
+        return self._mixer_parameters(layer) + 3 * width * inner + norms + extra
 
     def _mixer_parameters(self, layer: int) -> int:
-        width, head = self.hidden_size, self.head_dim
+        width, head = self.hidden_size, self.head_width(layer)
         if self.layer_type(layer) == "conv":
             return width * (4 * width + (self.conv_L_cache or 0))
         if shapes := self.state_shapes(layer):
             (past, channels), (heads, _, values) = shapes
             vectors = channels * (past + 1) + 2 * heads + values
             return width * (channels + 2 * heads * values + 2 * heads) + vectors
-        queries, keys = self.num_attention_heads * head, self.num_key_value_heads * head
+        shared = self.kv_layer(layer) != layer
+        queries = self.num_attention_heads * head
+        keys = 0 if shared else self.num_key_value_heads * head
         gate = queries if self.attn_output_gate else 0
         bias = (queries + gate + 2 * keys) if self.qkv_bias else 0
-        norms = 2 * head if self.qk_norm else 0
+        norms = (1 if shared else 2) * head if self.qk_norm else 0
         return width * (2 * queries + gate + 2 * keys) + bias + norms
 
     def embedding_parameters(self) -> int:
-        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        """Those of the embeddings, the per-layer one with its projection and norm included."""
+        width, each = self.hidden_size, self.hidden_size_per_layer_input
+        tables = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
+        return tables + self.num_hidden_layers * each * (self.vocab_size + width) + each
 
     def parameters(self) -> int:
         """All parameters, exactly: `sum(p.numel())` of the network."""
@@ -265,7 +325,9 @@ class ModelConfig(Closed):
         """Training FLOPs per token, forward and backward: 6 per weight in a matrix product, and
         12 * layers * query width * context / 2 for causal attention (Chowdhery et al. 2022,
         arXiv:2204.02311, appendix B)."""
+        layers = range(self.num_hidden_layers)
         matrices = self._blocks_parameters() + self.vocab_size * self.hidden_size
-        queries = self.num_attention_heads * self.head_dim
-        attending = sum(heads > 0 for heads, _ in self.cache_shapes)
-        return 6.0 * matrices + 6.0 * attending * queries * context
+        matrices += len(layers) * self.hidden_size_per_layer_input * self.hidden_size
+        widths = [self.head_width(layer) for layer in layers if not self.state_shapes(layer)]
+        queries = self.num_attention_heads * sum(widths)
+        return 6.0 * matrices + 6.0 * queries * context

@@ -25,7 +25,7 @@ from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import ModelDirectory
 from khaosz.interop.models import ModelSource, is_gguf, open_model
 from khaosz.memory.inference import Storage
-from khaosz.model import Transformer
+from khaosz.model import Transformer, capped
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import Attention
 from khaosz.model.part import Part, Rotations
@@ -258,8 +258,11 @@ class Runner:
         x = weights.embed(ids)  # (N, D)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
+        embedded = None
+        if weights.inputs is not None and weights.embed_per_layer is not None:
+            embedded = weights.inputs.forward(x, weights.embed_per_layer(ids), linear)
         for block in weights.blocks:
-            x = block(x, rotations, attend, linear)
+            x = block(x, rotations, attend, linear, embedded)
         for chunk in chunks:
             chunk.cache.advance(len(chunk.ids))
             if self.config.rope_border is not None:
@@ -270,7 +273,7 @@ class Runner:
         normed = weights.norm(hidden)
         if self.config.logits_scaling != 1.0:
             normed = normed / self.config.logits_scaling
-        return weights.head(normed).float()
+        return capped(weights.head(normed).float(), self.config.final_logit_softcapping)
 
     def _rotations(
         self, positions: list[int], chunks: Sequence[Chunk], pad: tuple[int, int]
@@ -311,17 +314,18 @@ class Runner:
         *tensors: Tensor,
     ) -> Tensor:
         """Every chunk's queries (N, Q, H) over its own cache, to which keys and values (N, K, H)
-        of its new positions are added; or its recurrence."""
+        of its new positions are added where the layer has its own; or its recurrence."""
         if isinstance(part, Recurrent):
             return self._recur(chunks, pad, part, tensors)
         assert isinstance(part, Attention)
-        queries, keys, values = tensors
+        queries, *stored = tensors
         if queries.dtype != self.dtype:
-            queries, keys = queries.to(self.dtype), keys.to(self.dtype)
+            queries, stored = queries.to(self.dtype), [x.to(self.dtype) for x in stored]
+        new = [queries, *stored]
         if len(chunks) == 1:
-            return self._attend_one(chunks[0].cache, pad, part, queries, keys, values)
+            return self._attend_one(chunks[0].cache, pad, part, *new)
         lengths = [len(chunk.ids) for chunk in chunks]
-        split = zip(*(x.split_with_sizes(lengths) for x in (queries, keys, values)), strict=True)
+        split = zip(*(x.split_with_sizes(lengths) for x in new), strict=True)
         each = zip(chunks, split, strict=True)
         return torch.cat([self._attend_one(c.cache, pad, part, *tensors) for c, tensors in each])
 
@@ -351,17 +355,18 @@ class Runner:
         pad: tuple[int, int],
         part: Attention,
         queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        *stored: Tensor,
     ) -> Tensor:
         """(T, Q, H) queries at the last T of S positions over the keys and values of a sequence."""
         before, behind = pad
         length, heads, width = queries.shape
-        if before + behind:
-            keys, values = keys[before : length - behind], values[before : length - behind]
         # The first position that the first query sees.
         first = 0 if part.window is None else max(0, cache.length - before - part.window + 1)
-        seen = cache.write(part.layer, keys, values, behind, first)  # (2K, S, H)
+        if stored:
+            keys, values = (x[before : length - behind] for x in stored)
+            seen = cache.write(part.layer, keys, values, behind, first)  # (2K, S, H)
+        else:
+            seen = cache.read(part.source, length - before - behind, behind, first)
         if seen.dtype != self.dtype:  # a cache may be in a smaller one
             seen = seen.to(self.dtype)
         keys, values = seen[None].chunk(2, dim=1)  # (1, K, S, H)

@@ -28,7 +28,9 @@ _MAX_LAYERS = 10_000  # far above any model, few enough to list their names
 M = TypeVar("M", bound=Transformer)
 # Where a text model is in one that sees images, and the parts of that which are left out.
 _TEXT = (("model.language_model.", "model."), ("language_model.", ""))
-_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.")
+_IMAGES = ("vision_tower.", "multi_modal_projector.", "visual.", "embed_vision.")
+_SOUNDS = ("audio_tower.", "embed_audio.")
+_DERIVED = "rotary_emb.inv_freq"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 
@@ -167,7 +169,8 @@ class ModelDirectory:
             raise ModelError(f"{directory}: {count} layers are not supported")
         self.rewards = is_reward_model(directory)
         self.shapes = (reward_shapes if self.rewards else parameter_shapes)(self.config)
-        self._places = read_family(directory).layout.stored(self.shapes)
+        layout = read_family(directory).layout
+        self._places, self._unread = layout.stored(self.shapes), layout.unread(self.config)
         self._images = read_json(directory / "config.json")["model_type"] in WITH_IMAGES
         self._files: dict[str, tuple[TensorFile, str]] = {}  # by their tensor's name
         members = tensors(self._places)
@@ -195,7 +198,7 @@ class ModelDirectory:
                 # A body saved without its head (Qwen3-Embedding) omits "model.".
                 name = f"model.{stored}" if f"model.{stored}" in expected else stored
                 if self._images:
-                    if stored.removeprefix("model.").startswith(_IMAGES):
+                    if stored.removeprefix("model.").startswith(_IMAGES + _SOUNDS):
                         continue
                     name = next(
                         (n + stored[len(p) :] for p, n in _TEXT if stored.startswith(p)), name
@@ -207,7 +210,9 @@ class ModelDirectory:
                     self._files[name] = file, stored
                 elif is_head:
                     head = file, stored
-                elif not name.endswith("rotary_emb.inv_freq") and not name.startswith(left_out):
+                elif not (
+                    name in self._unread or name.endswith(_DERIVED) or name.startswith(left_out)
+                ):
                     raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
         return head
 

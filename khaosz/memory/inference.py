@@ -57,8 +57,11 @@ class Storage:
             if len(shape) != 2:
                 own += 4 * count  # norms, biases and convolutions, in fp32
             elif not kind:
-                own += count * self._element(config, is_table)
-            elif is_table and not config.tie_word_embeddings:
+                is_rows = name == "embed_per_layer.weight"
+                own += count * (
+                    self.embedding.itemsize if is_rows else self._element(config, is_table)
+                )
+            elif name == "embed_per_layer.weight" or (is_table and not config.tie_word_embeddings):
                 continue  # read row by row, and released
             elif kind in ("F32", "F16", "BF16"):
                 own += count * plain.itemsize
@@ -78,8 +81,9 @@ class Storage:
         numbers, and pages of the file around the rows that are read from it."""
         packed = self.kinds and self.dtype == torch.bfloat16 and not self.native
         if not packed:
-            return _TOUCHED if self.kinds and not config.tie_word_embeddings else 0
-        inputs = max(config.hidden_size, config.intermediate_size)
+            rows = not config.tie_word_embeddings or config.hidden_size_per_layer_input
+            return _TOUCHED if self.kinds and rows else 0
+        inputs = max(config.hidden_size, _widest(config))
         return 18 * positions * inputs + 16 * 512 * inputs + _TOUCHED
 
     def _element(self, config: ModelConfig, is_table: bool) -> int:
@@ -235,16 +239,23 @@ def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, contex
     attention over a cache: the mask (N, S), as bool and as a number. No scores: the kernel computes
     them in tiles. Or in a recurrent layer, in fp32: inputs of the convolution, its sum and a copy;
     queries, keys, values and solutions of each head, and products of positions in a chunk of 64.
+    Inputs of each layer, while all layers run: rows of the embedding, their scaled copy, what is
+    projected and normalised (4 L P each).
     """
     size, width = dtype.itemsize, config.hidden_size
     stream = positions * width * (8 + size)
-    mlp = 4 * positions * config.intermediate_size * size
+    mlp = 4 * positions * _widest(config) * size
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
-    attention = 4 * positions * heads * config.head_dim * size
+    attention = 4 * positions * heads * config.widest_head * size
     attention += positions * context * (1 + size)
     recurrent = 0
     for shapes in config.all_state_shapes:
         channels = sum(shape[1] for shape in shapes[:1])
         each = sum(heads * (8 * keys + 5 * values + 256) for heads, keys, values in shapes[1:])
         recurrent = max(recurrent, 4 * positions * (4 * channels + each))
-    return stream + max(mlp, attention, recurrent)
+    inputs = 16 * positions * config.num_hidden_layers * config.hidden_size_per_layer_input
+    return stream + inputs + max(mlp, attention, recurrent)
+
+
+def _widest(config: ModelConfig) -> int:
+    return max(map(config.feed_forward_width, range(config.num_hidden_layers)))

@@ -14,6 +14,7 @@ from khaosz.config import LoRAConfig, ModelConfig
 from khaosz.memory.inference import pass_buffers, sequence_bytes
 from khaosz.memory.parts import BASE, Memory
 from khaosz.model import parameter_shapes
+from khaosz.model.module import block_shapes
 
 # Logits of a chunk at most (trainer/loss.py).
 CHUNK_LOGITS = 1 << 23
@@ -134,7 +135,8 @@ class TrainingPlan:
 
     def _matrices(self) -> list[tuple[int, ...]]:
         shapes = parameter_shapes(self.config)
-        return [s for name, s in shapes.items() if name.startswith("layers.") and len(s) == 2]
+        inside = ("layers.", "per_layer_inputs.")
+        return [s for name, s in shapes.items() if name.startswith(inside) and len(s) == 2]
 
     def _adapters(self) -> tuple[int, list[tuple[int, ...]]]:
         """Parameters of the adapters, and the shapes of the matrices that have one."""
@@ -154,19 +156,20 @@ class TrainingPlan:
         is there, and a chunk of logits."""
         config, tokens, size = self.config, self.tokens, dtype.itemsize
         layers, width = config.num_hidden_layers, config.hidden_size
-        kinds = [config.layer_type(layer) for layer in range(layers)]
-        each = {
-            kind: layer_activations(
-                config, tokens, self.window, dtype, self.lora, kinds.index(kind)
-            )
-            for kind in set(kinds)
-        }
+        each = [
+            layer_activations(config, tokens, self.window, dtype, self.lora, layer)
+            for layer in range(layers)
+        ]
         if self.gradient_checkpointing:  # the inputs of all layers, and one layer in full
-            activations = layers * 4 * tokens * width + max(each.values())
+            activations = layers * 4 * tokens * width + max(each)
         else:
-            activations = sum(each[kind] for kind in kinds)
+            activations = sum(each)
         # The final norm's input, its product without weights and with them; cosines and sines.
-        activations += tokens * (12 * width + 8 * config.head_dim + 12)
+        rotated = config.widest_head + (config.head_dim if config.rope_local_theta else 0)
+        activations += tokens * (12 * width + 8 * rotated + 12)
+        # Of the inputs of each layer: the norm's input, its product, and their sum with the rows.
+        numbers = 12 if self.lora is None else 4
+        activations += tokens * layers * numbers * config.hidden_size_per_layer_input
         matrices = self._parameters()[1]
         if self.critic:
             activations *= 2
@@ -184,7 +187,8 @@ class TrainingPlan:
             parts["logits"] = self._loss(dtype)
         brief = self.lora is not None or self.gradient_checkpointing
         # Backward of the MLP: the gradients of its four products.
-        passing = activations + parts["buffers"] + 4 * tokens * config.intermediate_size * size
+        inner = max(map(config.feed_forward_width, range(layers)))
+        passing = activations + parts["buffers"] + 4 * tokens * inner * size
         parts["allocator"] = int((_MORE_HOLES if brief else _HOLES) * passing)
         return parts
 
@@ -195,7 +199,8 @@ class TrainingPlan:
         config, size = self.config, dtype.itemsize
         vocabulary, width = config.vocab_size, config.hidden_size
         chunk = max(1, min(self.loss_chunk, CHUNK_LOGITS // vocabulary, self.scored))
-        logits = (5 * 4 + 1 + size) * chunk * vocabulary
+        numbers = 5 if config.final_logit_softcapping is None else 7  # capped, and their slope
+        logits = (numbers * 4 + 1 + size) * chunk * vocabulary
         head = (4 + (size if dtype != torch.float32 else 0)) * vocabulary * width
         return logits + head + 2 * size * self.scored * width
 
@@ -250,10 +255,15 @@ def layer_activations(
 
     Of a recurrent layer the numbers are measured: the triangular systems of a DeltaNet's chunks
     and their solutions take most of it, in fp32.
+    Norms of what is added keep their input and product, in fp32; that of values its input. An
+    embedding of the layer keeps the stream as its gate's input, the gate before and after its
+    activation, the product and what its norm keeps; the scale of a layer keeps its input.
     """
-    width, inner, size = config.hidden_size, config.intermediate_size, dtype.itemsize
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    queries, keys = heads * config.head_dim, kv_heads * config.head_dim
+    width, inner, size = config.hidden_size, config.feed_forward_width(layer), dtype.itemsize
+    head, shared = config.head_width(layer), config.kv_layer(layer) != layer
+    heads, kv_heads = config.num_attention_heads, 0 if shared else config.num_key_value_heads
+    repeated = config.num_key_value_heads < heads
+    queries, keys = heads * head, kv_heads * head
     frozen = lora is not None
     shapes = config.state_shapes(layer)
     if len(shapes) == 2:
@@ -267,16 +277,23 @@ def layer_activations(
         each = (16 if frozen else 24) * width + 8
         if config.qk_norm:
             each += (4 if frozen else 8) * (queries + keys) + 4 * (heads + kv_heads)
-        each += 4 * (queries + keys) + (8 * queries if kv_heads < heads else 4 * keys)
+        each += 4 * (queries + keys) + (8 * queries if repeated else 4 * keys)
     else:
         each = (18 if frozen else 26) * width + 8
         if config.qk_norm:
             each += (4 if frozen else 6) * (queries + keys) + 4 * (heads + kv_heads)
-        each += 6 * queries
+        each += 6 * queries if not shared else 4 * queries if repeated else 0
     if not shapes:
         each += 4 * heads + size * (queries + 4 * inner + window)
         each += (4 + 2 * size) * queries if config.attn_output_gate else 0
+    norm = (4 if frozen else 8 if dtype == torch.float32 else 6) * width + 4
+    each += 2 * norm if config.output_norms else 0
+    each += 4 * (keys + kv_heads) if config.value_norm else 0
+    each += 4 * width if config.layer_scalar and not frozen else 0
+    if config.hidden_size_per_layer_input:
+        gate = size if frozen else 3 * size if dtype == torch.float32 else 4 * size
+        each += norm + gate * config.hidden_size_per_layer_input + (0 if frozen else size * width)
     if lora is not None:
-        names = {name.split(".")[-2] for name in parameter_shapes(config)}
+        names = {name.split(".")[-2] for name in block_shapes(config, layer)}
         each += size * lora.rank * len(names & set(lora.target_modules))
     return tokens * each

@@ -3,11 +3,12 @@ devices, ranks or losses."""
 
 from khaosz.model.fingerprint import parameters_fingerprint, weights_fingerprint
 from khaosz.model.reward import RewardModel, reward_shapes
-from khaosz.model.transformer import Transformer, evaluating, parameter_shapes
+from khaosz.model.transformer import Transformer, capped, evaluating, parameter_shapes
 
 __all__ = [
     "RewardModel",
     "Transformer",
+    "capped",
     "evaluating",
     "parameter_shapes",
     "parameters_fingerprint",

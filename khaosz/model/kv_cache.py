@@ -93,17 +93,22 @@ class SequenceCache:
         """Write T new positions (T, K, H) after the last. Returns the keys and values (2K, S, H)
         from position `first` on, and those of `extra` positions more: int8 as fp32, others as
         stored. `advance` moves the length, once per pass."""
-        end = self.length + len(keys)
-        new, seen = slice(self.length, end), slice(first, end + extra)
+        new = slice(self.length, self.length + len(keys))
         both = torch.cat((keys, values), dim=1).transpose(0, 1)  # (2K, T, H)
         store = self._stores[layer]  # (2K, capacity, H)
         if not self._scales:
             store[:, new] = both
-            return store[:, seen]
+            return self.read(layer, len(keys), extra, first)
         both, scales = both.float(), self._scales[layer]
         scales[:, new] = both.abs().amax(-1, keepdim=True) / 127
         store[:, new] = (both / scales[:, new].clamp_min(1e-30)).round().to(torch.int8)
-        return store[:, seen] * scales[:, seen]
+        return self.read(layer, len(keys), extra, first)
+
+    def read(self, layer: int, new: int, extra: int, first: int = 0) -> Tensor:
+        """The keys and values that `write` of `new` positions returned in this pass, for layers
+        that share them."""
+        seen, store = slice(first, self.length + new + extra), self._stores[layer]
+        return store[:, seen] if not self._scales else store[:, seen] * self._scales[layer][:, seen]
 
     def advance(self, count: int) -> None:
         self.length += count

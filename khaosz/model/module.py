@@ -9,7 +9,7 @@ width, Q query heads, K key/value heads, H head width, F feed-forward width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -19,15 +19,11 @@ from torch import Tensor, nn
 
 from khaosz.config.model_config import ModelConfig
 from khaosz.model.delta_net import GatedDeltaNet
-from khaosz.model.part import Attend, Linear, Part, RMSNorm, Rotations, linear
+from khaosz.model.part import ACTIVATIONS, Attend, Linear, Part, RMSNorm, Rotations, linear
+from khaosz.model.per_layer import PerLayerInput, Scale
 from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import rotate
 from khaosz.model.short_convolution import ShortConvolution
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
 
 
 class Attention(Part):
@@ -35,6 +31,8 @@ class Attention(Part):
 
     window    positions that are seen, the query's own included; None for all
     scale     what scores are multiplied by; None for H ** -0.5
+    source    the layer whose keys and values are read: its own, or an earlier one; `is_source` of
+              one that a later layer reads
     """
 
     QKV, OUT = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
@@ -42,69 +40,75 @@ class Attention(Part):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.layer, self.head_dim = layer, config.head_width(layer)
+        self.source = config.kv_layer(layer)
+        later = range(layer + 1, config.num_hidden_layers)
+        self.is_source = any(config.kv_layer(other) == layer for other in later)
         self.window, self.scale = config.window(layer), config.attention_multiplier
         self.rotary, self.interleaved = config.rotary_kind(layer), config.rope_interleaved
         self.norm_last = config.qk_norm_after_rotary
-        self.heads = [config.num_attention_heads, config.num_key_value_heads]
-        width, bias = config.hidden_size, config.qkv_bias
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
+        queries = config.num_attention_heads * self.head_dim
+        keys = config.num_key_value_heads * self.head_dim
+        width, bias, shared = config.hidden_size, config.qkv_bias, self.source != layer
+        self.heads = [config.num_attention_heads, *([] if shared else [config.num_key_value_heads])]
         # With a gate, of each head the rows of its query, then those of its gate (Qwen3.5).
         self.gated = config.attn_output_gate
         self.q_proj = nn.Linear(width, queries * (2 if self.gated else 1), bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
+        self.k_proj = None if shared else nn.Linear(width, keys, bias=bias)
+        self.v_proj = None if shared else nn.Linear(width, keys, bias=bias)
         self.o_proj = nn.Linear(queries, width, bias=False)
         # QK-norm: per head, weighted, before the rotation or after it.
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        eps, norm = config.rms_norm_eps, config.qk_norm
+        self.q_norm = RMSNorm(self.head_dim, eps) if norm else None
+        self.k_norm = RMSNorm(self.head_dim, eps) if norm and not shared else None
+        self.value_eps = eps if config.value_norm else None
+
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        return self.PRODUCTS if self.source == self.layer else (self.QKV[:1], self.OUT)
 
     def forward(self, x: Tensor, rotations: Rotations, attend: Attend, linear: Linear) -> Tensor:
         shape = (*x.shape[:-1], -1, self.head_dim)
-        queries, keys, values = linear(self, self.QKV, x)
-        queries = queries.view(shape)
+        queries, *stored = (y.view(shape) for y in linear(self, self.products()[0], x))
         if self.gated:
             queries, gate = queries.unflatten(-2, (-1, 2)).unbind(-2)
-        queries, keys = self._positioned(queries, keys.view(shape), rotations)
-        mixed = attend(self, queries, keys, values.view(shape))  # (..., Q, H)
+        queries, *keys = self._positioned([queries, *stored[:1]], rotations)
+        values = stored[1:]
+        if self.value_eps is not None:
+            norm = partial(F.rms_norm, normalized_shape=(self.head_dim,), eps=self.value_eps)
+            values = [norm(y.float()).to(y.dtype) for y in values]
+        mixed = attend(self, queries, *keys, *values)  # (..., Q, H)
         if self.gated:
             mixed = mixed * gate.sigmoid()
         return linear(self, self.OUT, mixed.flatten(-2))[0]
 
-    def _positioned(
-        self, queries: Tensor, keys: Tensor, rotations: Rotations
-    ) -> tuple[Tensor, Tensor]:
-        """Queries and keys normalised and rotated, where the layer does so."""
+    def _positioned(self, heads: Sequence[Tensor], rotations: Rotations) -> Sequence[Tensor]:
+        """Queries, and keys where there are some, normalised and rotated as the layer does."""
         if self.rotary is None:
-            joined = self._joined(queries, keys)
-            queries, keys = joined.split_with_sizes(self.heads, dim=-2)
-            return queries, keys
+            return self._joined(heads).split_with_sizes(self.heads, dim=-2)
         rotation = rotations[self.rotary]
         if self.norm_last:
-            rotated = rotate(torch.cat((queries, keys), dim=-2), rotation, self.interleaved)
-            rotated = self._joined(*rotated.split_with_sizes(self.heads, dim=-2))
+            rotated = rotate(torch.cat(list(heads), dim=-2), rotation, self.interleaved)
+            rotated = self._joined(rotated.split_with_sizes(self.heads, dim=-2))
         else:
-            rotated = rotate(self._joined(queries, keys), rotation, self.interleaved)
-        queries, keys = rotated.split_with_sizes(self.heads, dim=-2)
+            rotated = rotate(self._joined(heads), rotation, self.interleaved)
+        queries, *keys = rotated.split_with_sizes(self.heads, dim=-2)
         if rotation.scale is not None:
             queries = queries * rotation.scale.to(queries.dtype)
-        return queries, keys
+        return [queries, *keys]
 
-    def _joined(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def _joined(self, heads: Sequence[Tensor]) -> Tensor:
         """Queries and keys side by side (..., Q + K, H), normalised where the model does so."""
-        if self.q_norm is None or self.k_norm is None:
-            return torch.cat((queries, keys), dim=-2)
-        if queries.dtype == torch.float32:
-            return torch.cat((self.q_norm.forward(queries), self.k_norm.forward(keys)), dim=-2)
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        if not norms:
+            return torch.cat(list(heads), dim=-2)
+        if heads[0].dtype == torch.float32:
+            each = zip(norms, heads, strict=True)
+            return torch.cat([norm.forward(x) for norm, x in each], dim=-2)
         # One norm without weights, then theirs: the same bits, and 1 to 2 % of a small model's
         # decoding in bf16.
-        weights = [
-            norm.weight.expand(heads, -1)
-            for norm, heads in zip((self.q_norm, self.k_norm), self.heads, strict=True)
-        ]
-        both = torch.cat((queries, keys), dim=-2)
-        both = F.rms_norm(both, (self.head_dim,), None, self.q_norm.eps).to(both.dtype)
+        weights = [norm.weight.expand(n, -1) for norm, n in zip(norms, self.heads, strict=True)]
+        both = torch.cat(list(heads), dim=-2)
+        both = F.rms_norm(both, (self.head_dim,), None, norms[0].eps).to(both.dtype)
         return torch.cat(weights) * both
 
 
@@ -116,10 +120,11 @@ class MLP(Part):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.activation = layer, _ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.layer, self.activation = layer, ACTIVATIONS[config.hidden_act]
+        width, inner = config.hidden_size, config.feed_forward_width(layer)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, linear: Linear) -> Tensor:
         gate, up = linear(self, self.GATE_UP, x)
@@ -135,7 +140,8 @@ _MIXERS: dict[str, tuple[str, type[Recurrent]]] = {
 
 class Block(nn.Module):
     """Attention, or what the layer has instead, and feed-forward, each on the normalised residual
-    stream (pre-norm). With `output_norms` what they add is normalised too, as Gemma 3 does."""
+    stream (pre-norm). With `output_norms` what they add is normalised too, as Gemma 3 does. Gemma 4
+    adds an embedding of the token for each layer, and scales the stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -149,16 +155,31 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(width, eps)
         self.mlp = MLP(config, layer)
         self.mlp_output_norm = RMSNorm(width, eps) if config.output_norms else None
+        self.per_layer_input = self.per_layer_norm = None
+        if config.hidden_size_per_layer_input:
+            self.per_layer_input = PerLayerInput(config, layer)
+            self.per_layer_norm = RMSNorm(width, eps)
+        self.layer_scalar = Scale() if config.layer_scalar else None
 
     def forward(
-        self, x: Tensor, rotations: Rotations, attend: Attend, linear: Linear = linear
+        self,
+        x: Tensor,
+        rotations: Rotations,
+        attend: Attend,
+        linear: Linear = linear,
+        embedded: Tensor | None = None,
     ) -> Tensor:
+        """`embedded`: (..., L, P), what `PerLayerInputs` has for all layers."""
         # `forward` skips the checks for hooks: 2 % of the decoding of a small model.
         normed = self.input_layernorm.forward(x)
         mixed = self.mixer.forward(normed, rotations, attend, linear)
         x = x + self._scaled(mixed, self.attention_output_norm)
         fed = self.mlp.forward(self.post_attention_layernorm.forward(x), linear)
-        return x + self._scaled(fed, self.mlp_output_norm)
+        x = x + self._scaled(fed, self.mlp_output_norm)
+        if self.per_layer_input is not None and embedded is not None:
+            added = self.per_layer_input.forward(x, embedded, linear)
+            x = x + self._scaled(added, self.per_layer_norm)
+        return x if self.layer_scalar is None else self.layer_scalar.forward(x)
 
     @property
     def mixer(self) -> Attention | Recurrent:
@@ -175,7 +196,7 @@ class Block(nn.Module):
 
 def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a block's parameters, in their order."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width, inner = config.hidden_size, config.feed_forward_width(layer)
     shapes: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
     match config.layer_type(layer):
         case "linear_attention":
@@ -185,7 +206,7 @@ def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
             shapes["conv.in_proj.weight"] = (3 * width, width)
             shapes["conv.out_proj.weight"] = (width, width)
         case _:
-            shapes |= _attention_shapes(config)
+            shapes |= _attention_shapes(config, layer)
     if config.output_norms:
         shapes["attention_output_norm.weight"] = (width,)
     shapes["post_attention_layernorm.weight"] = (width,)
@@ -193,21 +214,31 @@ def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     shapes["mlp.down_proj.weight"] = (width, inner)
     if config.output_norms:
         shapes["mlp_output_norm.weight"] = (width,)
+    if each := config.hidden_size_per_layer_input:
+        shapes["per_layer_input.gate.weight"] = (each, width)
+        shapes["per_layer_input.projection.weight"] = (width, each)
+        shapes["per_layer_norm.weight"] = (width,)
+    if config.layer_scalar:
+        shapes["layer_scalar.weight"] = (1,)
     return shapes
 
 
-def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    width, head = config.hidden_size, config.head_dim
+def _attention_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    width, head, shared = (
+        config.hidden_size,
+        config.head_width(layer),
+        config.kv_layer(layer) != layer,
+    )
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     shapes: dict[str, tuple[int, ...]] = {}
     gated = queries * (2 if config.attn_output_gate else 1)
-    for part, rows in (("q", gated), ("k", keys), ("v", keys)):
+    for part, rows in (("q", gated), ("k", keys), ("v", keys))[: 1 if shared else 3]:
         shapes[f"self_attn.{part}_proj.weight"] = (rows, width)
         if config.qkv_bias:
             shapes[f"self_attn.{part}_proj.bias"] = (rows,)
     shapes["self_attn.o_proj.weight"] = (width, queries)
-    if config.qk_norm:
-        shapes["self_attn.q_norm.weight"] = shapes["self_attn.k_norm.weight"] = (head,)
+    for part in ("q", "k")[: 1 if shared else 2] if config.qk_norm else ():
+        shapes[f"self_attn.{part}_norm.weight"] = (head,)
     return shapes
 
 

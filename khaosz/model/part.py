@@ -7,6 +7,7 @@ heads, K key/value heads, H head width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -20,9 +21,16 @@ Rotations = tuple[Rotation, ...]  # of a pass, by `ModelConfig.rotary_kind`
 Linear = Callable[["Part", tuple[str, ...], Tensor], Sequence[Tensor]]
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
 class Attend(Protocol):
-    """What mixes positions. For `Attention`: queries (..., Q, H), keys and values (..., K, H) ->
-    (..., Q, H). For a `Recurrent` part: its inputs (..., any shape) -> what its `scan` gives."""
+    """What mixes positions. For `Attention`: queries (..., Q, H), and keys and values (..., K, H)
+    where the part does not read those of an earlier layer -> (..., Q, H). For a `Recurrent` part:
+    its inputs (..., any shape) -> what its `scan` gives."""
 
     def __call__(self, part: Part, /, *tensors: Tensor) -> Tensor: ...
 
@@ -37,6 +45,10 @@ class Part(nn.Module):
 
     PRODUCTS: ClassVar[tuple[tuple[str, ...], ...]]
     layer: int
+
+    def products(self) -> tuple[tuple[str, ...], ...]:
+        """`PRODUCTS` that this part has."""
+        return self.PRODUCTS
 
 
 def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:

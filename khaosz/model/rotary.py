@@ -49,7 +49,9 @@ class Rotary(nn.Module):
             self.register_buffer("long_inverse_frequency", long, persistent=False)
         self.local = config.rope_local_theta is not None
         if config.rope_local_theta is not None:
-            local = inverse_frequencies(config.rotary_dim, config.rope_local_theta)
+            local = inverse_frequencies(
+                int(config.head_dim * config.partial_rotary_factor), config.rope_local_theta
+            )
             self.register_buffer("local_inverse_frequency", local, persistent=False)
 
     def forward(self, positions: Tensor, long: bool | None = None) -> tuple[Rotation, ...]:
@@ -118,6 +120,10 @@ def rotary_frequencies(config: ModelConfig, *, long: bool = False) -> tuple[Tens
             return _llama3(inverse, scaling), 1.0
         case RopeScaling(rope_type="longrope") as scaling:
             return _longrope(inverse, scaling, long)
+        case RopeScaling(rope_type="proportional") as scaling:
+            rotated = int(scaling.proportion * config.rotary_dim // 2)
+            still = torch.arange(len(inverse)) >= rotated
+            return inverse.masked_fill(still, 0.0) / scaling.factor, 1.0
         case scaling:
             return _yarn(inverse, scaling, config)
 

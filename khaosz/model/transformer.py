@@ -19,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
 from khaosz.model.module import Attention, Block, block_shapes
-from khaosz.model.part import Part, RMSNorm, Rotations
+from khaosz.model.part import Part, RMSNorm, Rotations, linear
+from khaosz.model.per_layer import PerLayerInputs, Scale
 from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import Rotary
 
@@ -46,6 +47,11 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
         self.compiled_blocks: Callable[..., Tensor] | None = None  # `blocks`, while training
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_per_layer = self.per_layer_inputs = None
+        if each := config.hidden_size_per_layer_input:
+            outputs = config.num_hidden_layers * each
+            self.embed_per_layer = nn.Embedding(config.vocab_size, outputs)
+            self.per_layer_inputs = PerLayerInputs(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = (
@@ -69,8 +75,11 @@ class Transformer(nn.Module):
         x = self.embed_tokens(ids)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
-        compiled = self.compiled_blocks if self.training else None
-        return (compiled or self.blocks)(x, self.rotary(positions), self._rows(ids, doc_ids))
+        embedded = None
+        if self.embed_per_layer is not None and self.per_layer_inputs is not None:
+            embedded = self.per_layer_inputs.forward(x, self.embed_per_layer(ids), linear)
+        blocks, rows = self.compiled_blocks if self.training else None, self._rows(ids, doc_ids)
+        return (blocks or self.blocks)(x, self.rotary(positions), rows, embedded)
 
     def _rows(self, ids: Tensor, doc_ids: Tensor | None) -> Rows:
         documents = None
@@ -89,15 +98,18 @@ class Transformer(nn.Module):
                 masks[window] = near if mask is None else mask & near
         return Rows(masks, documents)
 
-    def blocks(self, x: Tensor, rotations: Rotations, rows: Rows) -> Tensor:
+    def blocks(
+        self, x: Tensor, rotations: Rotations, rows: Rows, embedded: Tensor | None = None
+    ) -> Tensor:
         """The stack of layers on embedded input (B, T, D): what a trainer compiles. The embedding
         stays outside, because its compiled backward adds in no fixed order on a CPU."""
-        attend = partial(attend_rows, rows)
+        attend = partial(attend_rows, rows, {})
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotations, attend, use_reentrant=False)
+                rest = rotations, attend, linear, embedded
+                x = checkpoint(layer, x, *rest, use_reentrant=False)
             else:
-                x = layer(x, rotations, attend)
+                x = layer(x, rotations, attend, linear, embedded)
         return self.norm(x)
 
     @property
@@ -107,7 +119,8 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""
-        return F.linear(self.head_input(hidden), self.output_weight.to(hidden.dtype))
+        logits = F.linear(self.head_input(hidden), self.output_weight.to(hidden.dtype))
+        return capped(logits, self.config.final_logit_softcapping)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """What `output_weight` multiplies: hidden states (..., D), scaled where logits are."""
@@ -123,15 +136,18 @@ class Transformer(nn.Module):
                 module.weight.uniform_(-bound, bound, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
-            elif isinstance(module, RMSNorm):
+            elif isinstance(module, RMSNorm | Scale):
                 module.weight.fill_(1.0)
             elif isinstance(module, Recurrent):
                 module.initialise(generator)
         for layer in self.layers:
             assert isinstance(layer, Block)
-            for part in (layer.mixer, layer.mlp):
-                getattr(part, part.PRODUCTS[-1][0]).weight.zero_()
+            for part in (layer.mixer, layer.mlp, layer.per_layer_input):
+                if part is not None:
+                    getattr(part, part.PRODUCTS[-1][0]).weight.zero_()
         spread = self.config.initializer_range
+        if self.embed_per_layer is not None:
+            self.embed_per_layer.weight.normal_(0.0, spread, generator=generator)
         self.embed_tokens.weight.normal_(0.0, spread, generator=generator)
         if self.lm_head is not None:
             self.lm_head.weight.zero_()
@@ -153,6 +169,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     check them first, and the first embedding on the meta device takes a second."""
     width = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (config.vocab_size, width)}
+    if each := config.hidden_size_per_layer_input:
+        outputs = config.num_hidden_layers * each
+        shapes["embed_per_layer.weight"] = (config.vocab_size, outputs)
+        shapes["per_layer_inputs.projection.weight"] = (outputs, width)
+        shapes["per_layer_inputs.norm.weight"] = (each,)
     for i in range(config.num_hidden_layers):
         shapes |= {f"layers.{i}.{name}": shape for name, shape in block_shapes(config, i).items()}
     shapes["norm.weight"] = (width,)
@@ -174,15 +195,26 @@ def window_mask(length: int, window: int, device: torch.device, *, causal: bool 
     return near.tril(0 if causal else window - 1)
 
 
-def attend_rows(rows: Rows, part: Part, *tensors: Tensor) -> Tensor:
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits within -cap to cap: cap * tanh(logits / cap); as they are without a cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def attend_rows(
+    rows: Rows, shared: dict[int, tuple[Tensor, ...]], part: Part, *tensors: Tensor
+) -> Tensor:
     """Attention within rows (B, T, Q or K, H) by the mask of the part's window, or causal where
-    there is none; recurrence from their beginning."""
+    there is none; recurrence from their beginning. `shared` gets the keys and values that later
+    layers read."""
     if isinstance(part, Recurrent):
         first = tensors[0]
         state = part.new_state(len(first), first.device)
         return part.scan(tensors, state, rows.documents)[0]
     assert isinstance(part, Attention)
-    queries, keys, values = tensors
+    queries, *stored = tensors
+    if part.is_source:
+        shared[part.layer] = tuple(stored)
+    keys, values = stored or shared[part.source]
     mask = rows.masks[part.window]
     queries, keys, values = (x.transpose(1, 2) for x in (queries, keys, values))
     if queries.shape[1] != keys.shape[1]:

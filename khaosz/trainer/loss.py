@@ -16,20 +16,24 @@ import torch
 from torch import Tensor
 
 from khaosz.data.batches.batch import IGNORE
+from khaosz.model import capped
 
 # Logits of a chunk at most, for any vocabulary: 32 MB in fp32, of which a few copies live.
 CHUNK_LOGITS = 1 << 23
 
-ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+ChunkLoss = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, Tensor]]
 
 
-def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss sum (fp32 scalar) and its gradient by the logits (C, V) of one chunk.
 
     -log softmax(h W^T)[y], whose gradient is softmax(h W^T) - onehot(y).
-    A row labelled `IGNORE` (padding, so that a compiled chunk has one shape) has no effect.
+    A row labelled `IGNORE` (padding, so that a compiled chunk has one shape) has no effect. `cap`:
+    of logits, as in `capped`.
     """
-    logits = (hidden @ weight.t()).float()  # (C, V)
+    logits = capped((hidden @ weight.t()).float(), cap)  # (C, V)
     scored = labels != IGNORE
     top = logits.amax(-1, keepdim=True)
     exponentials = (logits - top).exp()
@@ -38,13 +42,21 @@ def chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, 
     loss = torch.where(scored[:, None], total.log() + top - chosen, 0.0).sum()
     vocabulary = torch.arange(weight.shape[0], device=weight.device)
     gradient = exponentials / total - (vocabulary == labels[:, None]).float()
+    if cap is not None:
+        gradient = gradient * (1 - (logits / cap).square())
     return loss, torch.where(scored[:, None], gradient, 0.0).to(hidden.dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, inner: ChunkLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk: int,
+        inner: ChunkLoss,
+        cap: float | None,
     ) -> Tensor:
         # The whole function runs outside autocast; hidden's dtype is the compute type.
         compute_weight = weight.to(hidden.dtype)
@@ -54,7 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            part_loss, gradient = inner(hidden[part], compute_weight, labels[part])
+            part_loss, gradient = inner(hidden[part], compute_weight, labels[part], cap)
             loss += part_loss
             if grad_hidden is not None and grad_weight is not None:
                 torch.mm(gradient, compute_weight, out=grad_hidden[part])
@@ -73,7 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # In place: nothing else holds them, and the weight's is as large as the embedding.
         hidden = grad_hidden.mul_(scale) if ctx.needs_input_grad[0] else None
         weight = grad_weight.mul_(scale).to(ctx.weight_dtype) if ctx.needs_input_grad[1] else None
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None, None, None
 
 
 def cross_entropy_sum(
@@ -84,6 +96,7 @@ def cross_entropy_sum(
     chunk: int = 1024,
     dtype: torch.dtype = torch.float32,
     inner: ChunkLoss = chunk_loss,
+    cap: float | None = None,
 ) -> Tensor:
     """Sum over scored positions of -log P(label): fp32 scalar.
 
@@ -92,7 +105,7 @@ def cross_entropy_sum(
     before the matrix product: selected, not multiplied, so that neither a NaN there nor their cost
     has an effect. Without scored positions the sum and its gradients are 0. A compiled `inner` gets
     whole chunks only: the last one is padded with ignored rows, because every new shape would be
-    compiled again.
+    compiled again. `cap`: of the model's logits.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     scored = targets != IGNORE
@@ -105,4 +118,4 @@ def cross_entropy_sum(
         flat = torch.cat((flat, flat.new_zeros(missing, flat.shape[1])))
         targets = torch.cat((targets, targets.new_full((missing,), IGNORE)))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _ChunkedCrossEntropy.apply(flat.to(dtype), weight, targets, chunk, inner)
+        return _ChunkedCrossEntropy.apply(flat.to(dtype), weight, targets, chunk, inner, cap)

@@ -91,6 +91,11 @@ class Muon(Optimizer):
             parameter.add_(direction, alpha=-lr * scale)
 
 
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is a matrix of the blocks, or of what they take beside their input."""
+    return parameter.ndim == 2 and name.startswith(("layers.", "per_layer_inputs."))
+
+
 def build_optimizers(
     model: Transformer, config: TrainConfig, *, dtype: torch.dtype = torch.float32
 ) -> list[Optimizer]:
@@ -102,7 +107,7 @@ def build_optimizers(
     assert config.lr is not None and config.embedding_lr is not None
     assert config.weight_decay is not None
     trained = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in model.layers.parameters() if p.ndim == 2 and p.requires_grad]
+    matrices = [p for n, p in model.named_parameters() if is_matrix(n, p) and p.requires_grad]
     inside = {id(p) for p in matrices}
     others = [p for p in trained if id(p) not in inside]
     groups: list[dict[str, Any]] = [

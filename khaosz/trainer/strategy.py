@@ -142,6 +142,7 @@ class PTStrategy(Strategy):
             chunk=compute.loss_chunk,
             dtype=compute.dtype,
             inner=compute.inner,
+            cap=model.config.final_logit_softcapping,
         )
 
 

@@ -99,8 +99,13 @@ class FamilyTests:
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config)
         randomised(model, 0.2)
+        cls.prepare(model)
         model.save_pretrained(path)
         return path
+
+    @classmethod
+    def prepare(cls, theirs: torch.nn.Module) -> None:
+        """Change what is not a parameter of the model that transformers has."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -130,12 +135,14 @@ class FamilyTests:
     def test_every_feature_matters(self, model: Transformer, expected: Tensor) -> None:
         """Without any one of its features the network computes something else."""
         for name in model.config.features - self.structural:
-            if name == "longrope":
+            if name in ("longrope", "proportional"):
                 changes: dict[str, Any] = {"rope_scaling": None}
             else:
                 changes = {name: ModelConfig.model_fields[name].default}
             if name == "partial_rotary_factor" and "longrope" in model.config.features:
                 changes["rope_scaling"] = None
+            if name == "rope_local_theta":
+                changes[name] = model.config.rope_theta
             if name == "qk_norm":
                 changes["qk_norm_after_rotary"] = False
             if name == "layer_types":

@@ -20,6 +20,11 @@ VISION = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
+GEMMA4 = {
+    "sliding_window": 9, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 276,
+    "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 8.0, "mscale": 1.0,
     "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16,
@@ -39,17 +44,24 @@ def older_name(name: str) -> str:
     [
         ("gemma3", "gemma3_text", {"sliding_window": 9}),
         ("mistral3", "ministral3", {"rope_parameters": YARN}),
+        ("gemma4", "gemma4_text", GEMMA4),
     ],
 )
 def test_text_model_is_read_alone(
     tmp_path: Path, outer: str, inner: str, more: dict[str, Any], older: bool
 ) -> None:
-    tied = outer == "gemma3"
+    tied = outer.startswith("gemma")
     text = {**COMMON, **more, "model_type": inner, "tie_word_embeddings": tied}
-    vision = {**VISION, "model_type": "siglip_vision_model" if tied else "pixtral"}
-    config = transformers.AutoConfig.for_model(
-        outer, text_config=text, vision_config=vision, tie_word_embeddings=tied
-    )
+    kinds = {"gemma3": "siglip_vision_model", "mistral3": "pixtral", "gemma4": "gemma4_vision"}
+    vision = {**VISION, "model_type": kinds[outer]}
+    parts: dict[str, Any] = {"text_config": text, "vision_config": vision}
+    if outer == "gemma4":
+        vision |= {"head_dim": 16, "num_key_value_heads": 2}
+        parts["audio_config"] = {
+            "model_type": "gemma4_audio", "hidden_size": 32, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "output_proj_dims": 32,
+        }  # fmt: skip
+    config = transformers.AutoConfig.for_model(outer, **parts, tie_word_embeddings=tied)
     torch.manual_seed(0)
     theirs = transformers.AutoModelForImageTextToText.from_config(config)
     randomised(theirs, 0.2)

@@ -64,7 +64,14 @@ def kept(config: ModelConfig, dtype: torch.dtype, lora: LoRAConfig | None) -> in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": True}, {"qk_norm": True, "num_key_value_heads": 2}, {"qkv_bias": True}],
+    [
+        {},
+        {"qk_norm": True},
+        {"qk_norm": True, "num_key_value_heads": 2},
+        {"qkv_bias": True},
+        {"qk_norm": True, "output_norms": True},
+        {"value_norm": True, "layer_scalar": True},
+    ],
 )
 def test_activations_of_a_layer(dtype: torch.dtype, changes: dict[str, Any]) -> None:
     two, three = (ModelConfig(**SHAPE, num_hidden_layers=n).updated(**changes) for n in (2, 3))
@@ -100,6 +107,28 @@ def test_activations_of_other_layers(
     planned = layer_activations(two, 128, 64, dtype)
     # A fit to shapes of one size and another: enough, and not much more than that.
     assert 0.95 * each <= planned <= 1.35 * each, (each, planned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=4)])
+def test_activations_of_a_layer_that_shares_keys(
+    dtype: torch.dtype, lora: LoRAConfig | None
+) -> None:
+    one, two = (
+        ModelConfig(**SHAPE, num_hidden_layers=3, qk_norm=True, num_kv_shared_layers=n)
+        for n in (1, 2)
+    )
+    sizes = [layer_activations(two, 128, 64, dtype, lora, layer) for layer in (0, 2)]
+    assert kept(two, dtype, lora) - kept(one, dtype, lora) == sizes[1] - sizes[0]
+
+
+def test_activations_of_embeddings_of_a_layer() -> None:
+    two, three = (
+        ModelConfig(**SHAPE, num_hidden_layers=n, hidden_size_per_layer_input=16) for n in (2, 3)
+    )
+    each = kept(three, torch.float32, None) - kept(two, torch.float32, None)
+    # Beside the layer's own: 12 bytes of a number of all layers' inputs, and a scale.
+    assert each == layer_activations(two, 128, 64, torch.float32) + 128 * (12 * 16 + 4)
 
 
 def test_activations_of_a_frozen_layer_with_adapters() -> None:

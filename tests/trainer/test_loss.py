@@ -20,13 +20,14 @@ from khaosz.trainer.strategy import Compute, PTStrategy
 
 
 def reference(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, cap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     hidden = hidden.detach().double().requires_grad_()
     weight = weight.detach().double().requires_grad_()
-    loss = F.cross_entropy(
-        (hidden @ weight.t()).flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    logits = (hidden @ weight.t()).flatten(0, -2)
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    loss = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     loss.backward()
     assert hidden.grad is not None and weight.grad is not None
     return loss.detach(), hidden.grad, weight.grad
@@ -39,16 +40,17 @@ def grad_of(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 @pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_float64_reference(chunk: int, masked: bool) -> None:
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_equals_the_float64_reference(chunk: int, masked: bool, cap: float | None) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(3, 20, 16, requires_grad=True)
     weight = torch.randn(50, 16, requires_grad=True)
     labels = torch.randint(0, 50, (3, 20))
     if masked:
         labels[torch.rand(3, 20) < 0.6] = IGNORE
-    loss = cross_entropy_sum(hidden, weight, labels, chunk=chunk)
+    loss = cross_entropy_sum(hidden, weight, labels, chunk=chunk, cap=cap)
     (loss / 7).backward()
-    expected, grad_hidden, grad_weight = reference(hidden, weight, labels)
+    expected, grad_hidden, grad_weight = reference(hidden, weight, labels, cap)
     # fp32 sums of at most 60 terms of size about 10: 1e-4 absolute is a few hundred ulp.
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-4)
     torch.testing.assert_close(grad_of(hidden).double() * 7, grad_hidden, rtol=1e-4, atol=1e-5)
@@ -130,10 +132,10 @@ def test_compiled_inner_loss_gets_whole_chunks() -> None:
     shapes = []
 
     def inner(
-        h: torch.Tensor, w: torch.Tensor, y: torch.Tensor
+        h: torch.Tensor, w: torch.Tensor, y: torch.Tensor, cap: float | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         shapes.append(len(h))
-        return chunk_loss(h, w, y)
+        return chunk_loss(h, w, y, cap)
 
     loss = cross_entropy_sum(hidden, weight, labels, chunk=16, inner=inner)
     loss.backward()

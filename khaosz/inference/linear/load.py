@@ -26,6 +26,7 @@ from khaosz.interop.models import ModelSource
 from khaosz.model import Transformer
 from khaosz.model.module import Block
 from khaosz.model.part import Linear, Part, RMSNorm
+from khaosz.model.per_layer import PerLayerInputs
 
 _TOUCHED = 512  # rows read from a map before its pages are released, 32 MB at most
 _REFINED = 32  # tokens of each position whose logits are exact
@@ -44,13 +45,16 @@ class Matrix(Protocol):
 class Weights:
     """The network's blocks and final norm, and what an engine puts in the place of its other
     parts: `linear` multiplies for the blocks, `embed` gives fp32 rows (M, D) of token ids. The
-    residual stream stays in fp32, and `head` takes it so."""
+    residual stream stays in fp32, and `head` takes it so. `inputs` and the rows of its embedding
+    (M, L * P) are there in models that have them."""
 
     blocks: Sequence[Block] | nn.ModuleList
     norm: RMSNorm
     linear: Linear
     embed: Callable[[Sequence[int]], Tensor]
     head: Matrix
+    inputs: PerLayerInputs | None = None
+    embed_per_layer: Callable[[Sequence[int]], Tensor] | None = None
 
 
 def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
@@ -62,7 +66,10 @@ def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
         return [F.linear(x, y.weight.to(dtype), b) for y, b in zip(layers, biases, strict=True)]
 
     table, head = model.embed_tokens.weight, DenseMatrix(model.output_weight.to(dtype))
-    return Weights(model.layers, model.norm, linear, partial(_rows, table), head)
+    second = model.embed_per_layer
+    rows = None if second is None else partial(_rows, second.weight)
+    inputs = model.per_layer_inputs
+    return Weights(model.layers, model.norm, linear, partial(_rows, table), head, inputs, rows)
 
 
 def dense_weights(
@@ -77,14 +84,19 @@ def dense_weights(
     def vector(name: str) -> Tensor:
         return source.read(name, torch.float32, device)
 
-    blocks, products = _frozen(source.config, matrix, vector, dtype)
+    blocks, inputs, products = _frozen(source.config, matrix, vector, dtype)
     embedding, tied = "embed_tokens.weight", source.config.tie_word_embeddings
     head = dense(source, (embedding if tied else "lm_head.weight",), dtype, device)
     stored = source.dtype(embedding)
     # The rows are as exact as they are stored, and the head's own where those are.
     exact = tied and torch.promote_types(dtype, stored) == dtype
     table = head.weight if exact else source.read(embedding, stored, device)
-    return Weights(blocks, _norm(source, device), products, partial(_rows, table), head)
+    rows = None
+    if inputs is not None:
+        name = "embed_per_layer.weight"
+        rows = partial(_rows, source.read(name, source.dtype(name), device))
+    norm = _norm(source, device)
+    return Weights(blocks, norm, products, partial(_rows, table), head, inputs, rows)
 
 
 def gguf_weights(
@@ -97,7 +109,7 @@ def gguf_weights(
     map; without, they are packed where PyTorch's kernel takes them, else dense. F32, F16 and BF16
     are dense, in the dtype `unquantised`.
 
-    The embedding is read row by row from the memory map: a token needs one row.
+    Embeddings are read row by row from the memory map: a token needs one row.
     """
 
     def matrix(*names: str) -> Matrix:
@@ -124,7 +136,7 @@ def gguf_weights(
     def vector(name: str) -> Tensor:
         return model.read(name, torch.float32)
 
-    blocks, products = _frozen(model.config, matrix, vector, dtype)
+    blocks, inputs, products = _frozen(model.config, matrix, vector, dtype)
     tied = model.config.tie_word_embeddings
     name = "embed_tokens.weight" if tied else "lm_head.weight"
     head = matrix(name)
@@ -134,7 +146,8 @@ def gguf_weights(
         head = RefinedHead(head, MappedRows(model, name))
     model.file.release()
     rows = MappedRows(model, "embed_tokens.weight")
-    return Weights(blocks, _norm(model, "cpu"), products, rows, head)
+    second = None if inputs is None else MappedRows(model, "embed_per_layer.weight")
+    return Weights(blocks, _norm(model, "cpu"), products, rows, head, inputs, second)
 
 
 def _norm(source: ModelSource, device: str | torch.device) -> RMSNorm:
@@ -149,18 +162,24 @@ def _frozen(
     matrix: Callable[..., Matrix],
     vector: Callable[[str], Tensor],
     dtype: torch.dtype,
-) -> tuple[list[Block], Products]:
-    """The blocks of a network that will not change, their vectors by name, and the products that
-    take the place of their linear layers, which stay on the meta device."""
+) -> tuple[list[Block], PerLayerInputs | None, Products]:
+    """The blocks of a network that will not change, and its inputs of each layer; their vectors by
+    name, and the products that take the place of their linear layers, which stay on the meta
+    device."""
     with torch.device("meta"):
         blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
+        inputs = PerLayerInputs(config) if config.hidden_size_per_layer_input else None
+    places: list[tuple[str, nn.Module]] = [(f"layers.{i}", block) for i, block in enumerate(blocks)]
+    if inputs is not None:
+        places.append(("per_layer_inputs", inputs))
 
-    def products(index: int) -> dict[tuple[str, ...], Product]:
+    def products(place: tuple[str, nn.Module]) -> dict[tuple[str, ...], Product]:
+        prefix, root = place
         made: dict[tuple[str, ...], Product] = {}
         linear: set[nn.Module] = set()
-        for path, part in blocks[index].named_modules(prefix=f"layers.{index}"):
+        for path, part in root.named_modules(prefix=prefix):
             if isinstance(part, Part):
-                for names in part.PRODUCTS:
+                for names in part.products():
                     layers = {f"{path}.{name}": getattr(part, name) for name in names}
                     linear.update(layers.values())
                     biases = [vector(f"{n}.bias") for n, y in layers.items() if y.bias is not None]
@@ -169,7 +188,7 @@ def _frozen(
                         [layer.out_features for layer in layers.values()],
                         torch.cat(biases).to(dtype) if biases else None,
                     )
-        for path, module in blocks[index].named_modules(prefix=f"layers.{index}"):
+        for path, module in root.named_modules(prefix=prefix):
             for name, _ in [] if module in linear else module.named_parameters(recurse=False):
                 value = nn.Parameter(vector(f"{path}.{name}"), requires_grad=False)
                 module.register_parameter(name, value)
@@ -177,7 +196,7 @@ def _frozen(
 
     # Repacking waits for the disk and for memory in turn, so two at a time are sooner done.
     with ThreadPoolExecutor(2) as pool:
-        return blocks, Products(list(pool.map(products, range(len(blocks)))), dtype)
+        return blocks, inputs, Products(list(pool.map(products, places)), dtype)
 
 
 def _rows(table: Tensor, ids: Sequence[int]) -> Tensor:

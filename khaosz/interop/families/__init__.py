@@ -8,6 +8,7 @@ from __future__ import annotations
 from khaosz.interop.families.ernie import ERNIE
 from khaosz.interop.families.family import Family
 from khaosz.interop.families.gemma3 import GEMMA3
+from khaosz.interop.families.gemma4 import GEMMA4
 from khaosz.interop.families.granite import GRANITE
 from khaosz.interop.families.hunyuan import HUNYUAN
 from khaosz.interop.families.lfm2 import LFM2
@@ -29,8 +30,14 @@ FAMILIES: dict[str, Family] = {
     "phi3": PHI3,
     "ministral3": MINISTRAL3,
     "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
     "qwen3_5_text": QWEN35,
     "lfm2": LFM2,
 }
-# Models that also see images: their text model, in `text_config`, is read alone.
-WITH_IMAGES = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
+# Models that also see images or hear: their text model, in `text_config`, is read alone.
+WITH_IMAGES = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral3": "ministral3",
+    "qwen3_5": "qwen3_5_text",
+}

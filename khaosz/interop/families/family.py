@@ -38,6 +38,9 @@ class Stored:
     change: Change | None = None
 
 
+_SHARED = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names of parameters in a format.
@@ -59,6 +62,12 @@ class Layout:
     def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
         """The place of each parameter, by our names."""
         return {name: self._place(name, shapes) for name in shapes}
+
+    def unread(self, config: ModelConfig) -> set[str]:
+        """Tensors that a file may have of layers that read the keys and values of others."""
+        layers = [i for i in range(config.num_hidden_layers) if config.kv_layer(i) != i]
+        parts = [self.parts.get(name, name) for name in _SHARED]
+        return {f"{self.block.format(i)}.{part}.weight" for i in layers for part in parts}
 
     def _place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Stored:
         stem, _, kind = name.rpartition(".")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from khaosz.data.batches.batch import IGNORE, Batch
-from khaosz.model import Transformer
+from khaosz.model import Transformer, capped
 from khaosz.trainer.loss import CHUNK_LOGITS
 from khaosz.trainer.strategy import Compute, hidden_states
 
@@ -30,6 +30,7 @@ class _TokenLogprobs(torch.autograd.Function):
         chunk: int,
         temperature: float,
         entropy: bool,
+        cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         table = weight.to(hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -37,7 +38,7 @@ class _TokenLogprobs(torch.autograd.Function):
         entropies, totals = torch.zeros_like(logprobs), torch.empty_like(logprobs)
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ table.t()).to(wide) / temperature
+            logits = capped((hidden[part] @ table.t()).to(wide), cap) / temperature
             total = logits.logsumexp(-1)
             logprobs[part] = logits.gather(-1, labels[part, None])[:, 0] - total
             totals[part] = total
@@ -45,7 +46,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 shares = (logits - total[:, None]).exp_()
                 entropies[part] = total - (shares * logits).sum(-1)
         ctx.save_for_backward(hidden, weight, labels, totals, entropies)
-        ctx.chunk, ctx.temperature = chunk, temperature
+        ctx.chunk, ctx.temperature, ctx.cap = chunk, temperature, cap
         ctx.set_materialize_grads(False)
         return logprobs, entropies
 
@@ -58,8 +59,8 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight)
         for start in range(0, len(labels), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            logits = (hidden[part] @ table.t()).to(totals.dtype) / ctx.temperature
-            logprobs = logits - totals[part, None]  # (C, V)
+            logits = capped((hidden[part] @ table.t()).to(totals.dtype), ctx.cap)
+            logprobs = logits / ctx.temperature - totals[part, None]  # (C, V)
             shares = logprobs.exp()
             gradient = torch.zeros_like(shares)
             if by_logprob is not None:
@@ -68,10 +69,12 @@ class _TokenLogprobs(torch.autograd.Function):
                 gradient[rows, labels[part]] += by_logprob[part]
             if by_entropy is not None:
                 gradient -= shares * (logprobs + entropies[part, None]) * by_entropy[part, None]
+            if ctx.cap is not None:
+                gradient = gradient * (1 - (logits / ctx.cap).square())
             gradient = (gradient / ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = gradient @ table
             grad_weight += (gradient.t() @ hidden[part]).to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def token_logprobs(
@@ -82,16 +85,17 @@ def token_logprobs(
     chunk: int = 1024,
     temperature: float = 1.0,
     entropy: bool = False,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """log P(label) and entropy of each position: two (N,) tensors, fp32 or wider.
 
     hidden (N, D), weight (V, D), labels (N,), none of them ignored. `temperature` divides the
     logits, for policies that are sampled at a temperature other than 1. Without `entropy`, which
-    costs a softmax, the second is zeros.
+    costs a softmax, the second is zeros. `cap`: of the model's logits.
     """
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, labels, chunk, temperature, entropy)
+        return _TokenLogprobs.apply(hidden, weight, labels, chunk, temperature, entropy, cap)
 
 
 def batch_logprobs(
@@ -112,4 +116,5 @@ def batch_logprobs(
         chunk=compute.loss_chunk,
         temperature=temperature,
         entropy=entropy,
+        cap=model.config.final_logit_softcapping,
     )

@@ -17,23 +17,26 @@ def drawn(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values(chunk: int, temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 2.0)])
+def test_values(chunk: int, temperature: float, cap: float | None) -> None:
     hidden, weight, labels = drawn(torch.float64)
     actual, entropy = token_logprobs(
-        hidden, weight, labels, chunk=chunk, temperature=temperature, entropy=True
+        hidden, weight, labels, chunk=chunk, temperature=temperature, entropy=True, cap=cap
     )
-    every = F.log_softmax(hidden @ weight.t() / temperature, -1)
+    logits = hidden @ weight.t()
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    every = F.log_softmax(logits / temperature, -1)
     assert torch.allclose(actual, every.gather(-1, labels[:, None])[:, 0], rtol=1e-12)
     assert torch.allclose(entropy, -(every.exp() * every).sum(-1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_gradients_of_both(temperature: float) -> None:
+@pytest.mark.parametrize(("temperature", "cap"), [(1.0, None), (0.7, None), (0.7, 2.0)])
+def test_gradients_of_both(temperature: float, cap: float | None) -> None:
     hidden, weight, labels = drawn(torch.float64)
 
     def both(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return token_logprobs(h, w, labels, chunk=4, temperature=temperature, entropy=True)
+        return token_logprobs(h, w, labels, chunk=4, temperature=temperature, entropy=True, cap=cap)
 
     assert torch.autograd.gradcheck(both, (hidden.requires_grad_(), weight.requires_grad_()))
 
