@@ -94,16 +94,17 @@ class Generator:
         """
         source = open_model(path, reranker=reranker)
         plan = plan_inference(source, device=device, dtype=dtype, context=context)
+        gguf = source if isinstance(source, GgufModel) else None
+        # First, since a large vocabulary takes 100 MB, which the plan counts as taken.
+        tokenizer = open_tokenizer(path) if gguf is None else gguf.tokenizer()
         base, limits = resident_memory(), memory_limits(device)
         if memory_check:
             explicit = context is not None
             plan = fitted(plan, base, limits, str(path), explicit=explicit, device=device)
-        if isinstance(source, GgufModel) and torch.device(device).type == "cpu":  # parsed once
-            runner = Runner.from_gguf(source, dtype=dtype, deterministic=deterministic)
-            tokenizer = source.tokenizer()
+        if gguf is not None and torch.device(device).type == "cpu":  # parsed once
+            runner = Runner.from_gguf(gguf, dtype=dtype, deterministic=deterministic)
         else:
             runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
-            tokenizer = open_tokenizer(path)
         return cls(
             runner,
             tokenizer,

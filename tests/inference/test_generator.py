@@ -17,6 +17,7 @@ from khaosz.inference.generator import Completion, Generator, Piece, generate
 from khaosz.inference.runner import Runner
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.huggingface import save_model
+from khaosz.memory.parts import BASE
 from khaosz.model import Transformer
 
 torch.set_num_threads(1)
@@ -336,3 +337,18 @@ def test_directory_without_model_or_tokenizer(tmp_path: Path) -> None:
     save_model(random_model(300), tmp_path)
     with pytest.raises(TokenizerError):
         generate(tmp_path, "x")
+
+
+def test_planned_memory_counts_the_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(random_model(tokenizer().vocab_size), tmp_path)
+    tokenizer().save(tmp_path)
+    opened = []
+    monkeypatch.setattr(
+        "khaosz.inference.generator.open_tokenizer",
+        lambda path: opened.append(path) or tokenizer(),
+    )
+    monkeypatch.setattr("khaosz.inference.generator.resident_memory", lambda: len(opened))
+    memory = Generator.from_directory(tmp_path).memory
+    assert memory is not None and memory.parts[BASE] == 1
