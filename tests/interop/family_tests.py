@@ -104,8 +104,8 @@ class FamilyTests:
         return path
 
     @classmethod
-    def prepare(cls, theirs: torch.nn.Module) -> None:
-        """Change what is not a parameter of the model that transformers has."""
+    def prepare(cls, model: torch.nn.Module) -> None:
+        """Change what random numbers would make unlike a trained model, theirs or ours."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -238,6 +238,7 @@ class FamilyTests:
         shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, **self.wide}
         wide = Transformer(model.config.updated(**shape))
         randomised(wide, 0.1)
+        self.prepare(wide)
         path = tmp_path / "model.gguf"
         save_gguf(wide, bytewise(), path, "Q8_0")
         reference = logits_of(load_gguf(path), ids())[0]

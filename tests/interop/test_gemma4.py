@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from family_tests import FamilyTests, close, ids, logits_of
 from safetensors.torch import load_file, save_file
+from tiny_models import bytewise
 
 from khaosz.data.batches.batch import Batch
 from khaosz.data.batches.dataset import TokenDataset
+from khaosz.interop.gguf.file import GgufFile
+from khaosz.interop.gguf.model import save_gguf
 from khaosz.interop.huggingface import WEIGHTS, load_model
 from khaosz.model import Transformer
 from khaosz.parallel import ParallelContext
@@ -23,7 +27,7 @@ LAYERS = ["sliding_attention", "full_attention"] * 3
 
 class TestGemma4(FamilyTests):
     theirs = "gemma4_text"
-    architecture = None
+    architecture = "gemma4"
     config: ClassVar[dict[str, Any]] = {
         "num_hidden_layers": 6,
         "layer_types": LAYERS,
@@ -44,7 +48,10 @@ class TestGemma4(FamilyTests):
             "hidden_size_per_layer_input",
         }
     )
-    wide: ClassVar[dict[str, Any]] = {"embedding_multiplier": 8.0}
+    wide: ClassVar[dict[str, Any]] = {
+        "embedding_multiplier": 8.0,
+        "hidden_size_per_layer_input": 32,
+    }
     refused: ClassVar[list[tuple[dict[str, Any], str]]] = [
         ({"hidden_activation": "gelu"}, "hidden_activation='gelu' is not supported"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention='all' is not"),
@@ -57,13 +64,13 @@ class TestGemma4(FamilyTests):
     ]
 
     @classmethod
-    def prepare(cls, theirs: torch.nn.Module) -> None:
+    def prepare(cls, model: torch.nn.Module) -> None:
         """Scales of layers, and queries as small as trained ones: scores are not divided by
         H ** 0.5, and rounding would grow with them."""
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            for name, tensor in theirs.state_dict().items():
-                if name.endswith("layer_scalar"):
+            for name, tensor in model.state_dict().items():
+                if "layer_scalar" in name:
                     tensor.uniform_(0.6, 1.4, generator=generator)
                 if name.endswith("q_norm.weight"):
                     tensor.mul_(0.3)
@@ -78,6 +85,17 @@ class TestGemma4(FamilyTests):
         save_file(tensors, tmp_path / WEIGHTS)
         (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
         close(logits_of(load_model(tmp_path), ids()), expected)
+
+    def test_gguf_stores_what_llama_cpp_reads(self, model: Transformer, tmp_path: Path) -> None:
+        save_gguf(model, bytewise(), tmp_path / "model.gguf", "F32")
+        file = GgufFile.open(tmp_path / "model.gguf")
+        values = {key.removeprefix("gemma4."): value for key, value in file.metadata.items()}
+        pattern = values["attention.sliding_window_pattern"]
+        assert pattern.dtype == bool and pattern.tolist() == [True, False] * 3
+        assert values["feed_forward_length"].tolist() == [48] * 4 + [96] * 2
+        assert (values["attention.key_length"], values["attention.key_length_swa"]) == (16, 12)
+        factors = file.raw("rope_freqs.weight").view("<f4").ravel()
+        assert (factors == [1.0] * 2 + [np.float32(1e30)] * 6).all()
 
     def test_losses_read_capped_logits(self, model: Transformer) -> None:
         tokens, labels = ids()[:, :-1], ids()[:, 1:]

@@ -95,7 +95,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     fields: dict[str, Any] = {
         "vocab_size": table.shape[0],
         "hidden_size": width,
-        "intermediate_size": count("feed_forward_length"),
+        "intermediate_size": next(iter(keys.counts("feed_forward_length", layers)), 0),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": heads if many else count("attention.head_count_kv", heads),

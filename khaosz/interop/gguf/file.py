@@ -392,7 +392,7 @@ def _encoded(value: Any) -> bytes:
         case str():
             return struct.pack("<I", _STRING) + _text(value)
         case np.ndarray():
-            kind = {"u1": 0, "i4": 5, "f4": 6}[value.dtype.str[1:]]
+            kind = {"u1": 0, "i4": 5, "f4": 6, "b1": 7}[value.dtype.str[1:]]
             return struct.pack("<IIQ", _ARRAY, kind, len(value)) + value.tobytes()
         case list():
             return struct.pack("<IIQ", _ARRAY, _STRING, len(value)) + b"".join(map(_text, value))

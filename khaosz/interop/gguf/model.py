@@ -55,13 +55,14 @@ class GgufModel:
             if tensor.shape != shape:
                 raise ModelError(f"{file.source}: tensor '{stored}' is {tensor.shape}, not {shape}")
         known = {ROPE_FACTORS, *self.architecture.own}
+        known |= self.architecture.layout.unread(self.config)
         unexpected = file.tensors.keys() - members.keys() - known
         left_out = self.architecture.left_out(Keys(file, file.metadata["general.architecture"]))
         unexpected = {name for name in unexpected if not name.startswith(left_out)}
         if unexpected:
             raise ModelError(f"{file.source}: unexpected tensor {quoted(min(unexpected))}")
         # Only now are the sizes checked against tensors, and their cost bounded.
-        if ROPE_FACTORS in file.tensors:
+        if ROPE_FACTORS in file.tensors and ROPE_FACTORS not in self.architecture.own:
             self.config = with_llama3(self.config, file)
         check_rotary(self.config, file.source)
 

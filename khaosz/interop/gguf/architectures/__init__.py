@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Architecture
 from khaosz.interop.gguf.architectures.gemma3 import GEMMA3, GEMMA_EMBEDDING
+from khaosz.interop.gguf.architectures.gemma4 import GEMMA4
 from khaosz.interop.gguf.architectures.granite import GRANITE
 from khaosz.interop.gguf.architectures.lfm2 import LFM2
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
@@ -26,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": PHI3,
     "mistral3": MISTRAL3,
     "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
     "qwen35": QWEN35,
     "gemma-embedding": GEMMA_EMBEDDING,
     "lfm2": LFM2,
