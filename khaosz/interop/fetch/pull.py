@@ -15,6 +15,7 @@ from khaosz.interop.fetch.sources import HuggingFace, ModelScope, Repository, so
 from khaosz.interop.fetch.store import (
     RECORD,
     Record,
+    drop_stage,
     models_folder,
     publish_model,
     read_record,
@@ -106,6 +107,7 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
         task.report(f"checking {entry.file}", 0, 0)
         if entry.sha256 is None or has_digest(here, f"sha256:{entry.sha256}"):
             touch(here.parent)
+            drop_stage(entry.name)
             task.note(f"{entry.name} is here already")
             return here
     if entry.architecture not in ARCHITECTURES:
@@ -177,24 +179,28 @@ def _pull_reference(reference: str, match: re.Match[str], task: _Task) -> Path:
             task.note(f"{hub.label}: {error}; using what is here")
             return here
         raise FetchError(f"{match['repository']}: {error}", hint=error.hint) from error
-    files, name = _selected(match, repository)
+    names, name = _selected(match, repository)
+    files = {file: hub.described(repository.files[file]) for file in names}
     model = "" if "config.json" in files else min(files)
-    size = sum(repository.files[file].size for file in files)
-    digests = {file: repository.files[file].digest for file in files}
+    size = sum(file.size for file in files.values())
+    digests = {file: files[file].digest for file in files}
+    if unknown := [file for file, digest in digests.items() if not digest]:
+        task.note(f"no hash is published, and none checked, of {', '.join(unknown)}")
     folder = models_folder() / name
     record = read_record(folder)
-    if record is not None and record.files == digests and _is_whole(record, folder):
+    same = record is not None and record.files == digests and not unknown
+    if record is not None and same and _is_whole(record, folder):
         touch(folder)
+        drop_stage(name)
         task.note(f"{reference} is here already")
         return record.path(folder)
-    gguf = [repository.files[file] for file in files] if model else []
-    memory = _check_gguf(gguf, task) if model else None
+    memory = _check_gguf(list(files.values()), task) if model else None
     at = f" at {repository.revision[:12]}" if repository.revision else ""
     task.note(_facts(f"{reference}{at}", size, repository.licence, memory))
     with staging(name) as stage:
         # The configuration first: an unsupported family is refused before the weights come.
         for file in sorted(files, key=lambda f: (f != "config.json", f.endswith("tensors"), f)):
-            download(repository.files[file], stage, task.report)
+            download(files[file], stage, task.report)
             if file == "config.json" and not is_encoder(stage / "files"):
                 try:
                     load_config(stage / "files")
@@ -219,7 +225,8 @@ def referenced(reference: str) -> Path | None:
 
 
 def _is_whole(record: Record, folder: Path) -> bool:
-    return all((folder / file).is_file() for file in record.files)
+    paths = [folder / file for file in record.files]
+    return all(map(Path.is_file, paths)) and record.bytes == sum(p.stat().st_size for p in paths)
 
 
 def _selected(match: re.Match[str], repository: Repository) -> tuple[list[str], str]:

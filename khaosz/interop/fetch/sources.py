@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -80,7 +81,10 @@ class HuggingFace:
         check_online()
         if entry.sha256 is None:
             repository = self.repository(entry.huggingface, entry.revision)
-            return download(_listed(repository, entry.file), stage, report)
+            file = self.described(_listed(repository, entry.file))
+            if not file.digest:
+                raise FetchError("it publishes no hash")
+            return download(file, stage, report)
         probe(self.endpoint)
         url = self._url(entry.huggingface, entry.file, entry.revision or "main")
         file = RemoteFile(entry.file, url, entry.bytes, f"sha256:{entry.sha256}", self._headers())
@@ -92,19 +96,38 @@ class HuggingFace:
 
         api = HfApi(endpoint=self.endpoint, library_name="khaosz", library_version=__version__)
         with network_errors(self.endpoint):
-            info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
+            try:
+                info = api.model_info(name, revision=revision, files_metadata=True, timeout=30)
+            except (KeyError, TypeError, ValueError) as error:  # of its parser
+                raise FetchError(
+                    f"{host_of(self.endpoint)} did not return a list of files"
+                ) from error
         tags = [tag.removeprefix("license:") for tag in info.tags or () if "license:" in tag]
         headers, files = self._headers(), {}
         for each in info.siblings or ():
             path, size = each.rfilename, each.size
+            digest = f"git:{each.blob_id}" if each.blob_id else ""
             if each.lfs is not None:
                 size, digest = each.lfs.size, f"sha256:{each.lfs.sha256}"
-            else:
-                digest = f"git:{each.blob_id}"
-            if size is not None and is_inside(path):
+            if is_inside(path):
                 url = self._url(name, path, info.sha or revision or "main")
-                files[path] = RemoteFile(path, url, size, digest, headers)
+                files[path] = RemoteFile(path, url, -1 if size is None else size, digest, headers)
         return Repository(name, info.sha, tags[0] if tags else None, files)
+
+    def described(self, file: RemoteFile) -> RemoteFile:
+        """A file whose size or hash the list of a mirror left out."""
+        if file.size >= 0 and file.digest:
+            return file
+        from huggingface_hub import get_hf_file_metadata
+
+        with network_errors(file.url):
+            found = get_hf_file_metadata(file.url, endpoint=self.endpoint, timeout=30)
+        if found.size is None:
+            raise FetchError(f"{host_of(file.url)} does not say how large {file.name} is")
+        kind = {64: "sha256", 40: "git"}.get(len(found.etag or ""))
+        is_hash = kind is not None and re.fullmatch("[0-9a-f]+", found.etag or "")
+        digest = file.digest or (f"{kind}:{found.etag}" if is_hash else "")
+        return replace(file, size=found.size, digest=digest)
 
     def _url(self, repository: str, file: str, revision: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -155,6 +178,9 @@ class ModelScope:
                     each.path, url, each.size, f"sha256:{each.sha256.lower()}", headers
                 )
         return Repository(name, revision, None, files)
+
+    def described(self, file: RemoteFile) -> RemoteFile:
+        return file
 
     def is_reachable(self) -> bool:
         try:

@@ -133,12 +133,23 @@ def publish_model(stage: Path, record: Record) -> Path:
     if target.exists():
         os.replace(target, stale)
     publish(ready, target)
+    _clear(stage)
+    return record.path(target)
+
+
+def drop_stage(name: str) -> None:
+    """Remove what an interrupted pull of another revision left, of a model that is here."""
+    if (models_folder() / ".pulling" / name).exists():
+        with suppress(FetchError), staging(name) as stage:
+            _clear(stage)
+
+
+def _clear(stage: Path) -> None:
     for left in stage.iterdir():
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         elif left.name != ".lock":
             left.unlink(missing_ok=True)
-    return record.path(target)
 
 
 def touch(folder: Path) -> None:

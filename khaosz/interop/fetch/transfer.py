@@ -30,7 +30,8 @@ _AGAIN = "run the command again to resume"
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """`name` within its model; `digest` is "sha256:" or "git:" (a git blob's) and hex digits."""
+    """`name` within its model; `digest` is "sha256:" or "git:" (a git blob's) and hex digits, or
+    "" where the host publishes no hash: such a file is never resumed."""
 
     name: str
     url: str
@@ -40,7 +41,7 @@ class RemoteFile:
 
     @property
     def part_name(self) -> str:
-        return f"{self.digest.replace(':', '-')}.part"
+        return f"{self.digest.replace(':', '-') or 'no-hash'}.part"
 
 
 def session() -> Any:
@@ -113,9 +114,11 @@ def download(file: RemoteFile, stage: Path, report: Progress) -> Path:
     """The file as `stage/files/NAME`, with its hash. Raises `FetchError`, and OSError when the disk
     refuses; what has arrived stays for the next time."""
     target = stage / "files" / file.name
-    if target.exists() and has_digest(target, file.digest):
+    if target.exists() and file.digest and has_digest(target, file.digest):
         return target
     part = stage / file.part_name
+    if not file.digest:
+        part.unlink(missing_ok=True)
     check_room(stage, file.size - (part.stat().st_size if part.exists() else 0))
     while True:
         resumed = part.exists() and part.stat().st_size > 0
@@ -232,7 +235,10 @@ def sha256_of(path: Path) -> str:
 
 
 def has_digest(path: Path, digest: str) -> bool:
+    """Whether a file has a hash; one that is not published is had by every file."""
     kind, _, expected = digest.partition(":")
+    if not digest:
+        return True
     if kind == "sha256":
         return sha256_of(path) == expected
     with path.open("rb") as file:

@@ -27,6 +27,7 @@ class HubServer:
     pause       seconds between 16 KB of a file
     sent        what is sent instead of a file's content, by name
     redirect    address of another host that files are redirected to
+    lists_names_only  sizes and hashes are in the answer to HEAD alone
     """
 
     files: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class HubServer:
     sent: dict[str, bytes] = field(default_factory=dict)
     redirect: str | None = None
     ignores_ranges: bool = False
+    lists_names_only: bool = False
     log: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
     port: int = 0
 
@@ -80,7 +82,19 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._empty(200)
+        """Of a file, its commit, size and hash."""
+        path = unquote(urlsplit(self.path).path)
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        found = None if match is None else self.hub.at(match[1], match[2])
+        if match is None or found is None:
+            self._empty(200)
+            return
+        content = found[1][match[3]]
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", found[0])
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
 
     def do_GET(self) -> None:
         hub, headers = self.hub, self.headers
@@ -115,7 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             siblings = []
             for name, content in found[1].items():
-                sibling = {
+                sibling: dict[str, object] = {
                     "rfilename": name,
                     "size": len(content),
                     "blobId": hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest(),
@@ -123,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if name.endswith((".gguf", ".safetensors")):
                     sha256 = hashlib.sha256(content).hexdigest()
                     sibling["lfs"] = {"sha256": sha256, "size": len(content), "pointerSize": 130}
-                siblings.append(sibling)
+                siblings.append({"rfilename": name} if self.hub.lists_names_only else sibling)
             self._json(
                 {"id": repository, "sha": found[0], "siblings": siblings, "tags": ["license:mit"]}
             )

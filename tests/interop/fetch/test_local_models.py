@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,8 +73,8 @@ def test_last_model_that_was_pulled_or_trained_is_the_default(
     other = pull("hf:me/other:Q8_0")
 
     def age(path: Path, seconds: int) -> None:
-        now = path.stat().st_mtime
-        os.utime(path, (now - seconds, now - seconds))
+        at = time.time() - seconds
+        os.utime(path, (at, at))
 
     age(pulled.parent / "pulled.json", 20)
     assert default_model() == other
