@@ -140,11 +140,11 @@ def _row(entry: Entry) -> dict[str, Any]:
     import importlib.util
 
     from khaosz.interop.fetch.pull import entry_path
-    from khaosz.interop.gguf.architectures import ARCHITECTURES
+    from khaosz.interop.gguf.architectures import READABLE
 
     if entry.package is not None:
         here = "yes" if importlib.util.find_spec(entry.package) else "no"
-    elif entry.architecture not in ARCHITECTURES:
+    elif entry.architecture not in READABLE:
         here = "unsupported"
     else:
         here = "yes" if entry_path(entry) is not None else "no"

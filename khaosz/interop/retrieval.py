@@ -16,6 +16,7 @@ from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop import encoder as directories
 from khaosz.interop import huggingface
 from khaosz.interop.gguf import encoder as gguf
+from khaosz.interop.gguf.architectures import ENCODER
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD
 from khaosz.interop.gguf.blocks import read_array
 from khaosz.interop.gguf.file import GgufFile, is_gguf
@@ -42,13 +43,13 @@ def is_encoder(path: str | Path | GgufFile) -> bool:
     """Whether a model sees later tokens too: one of the BERT family, or EmbeddingGemma."""
     if isinstance(path, GgufFile) or is_gguf(path):
         file = path if isinstance(path, GgufFile) else GgufFile.open(path)
-        return _architecture(file) in (gguf.ARCHITECTURE, _BIDIRECTIONAL)
+        return _architecture(file) in (ENCODER, _BIDIRECTIONAL)
     return directories.is_encoder(path) or _is_bidirectional(Path(path))
 
 
 def check_gguf(file: GgufFile) -> None:
     """Raises `ModelError` for a file of an unknown kind. Reads no weights."""
-    if _architecture(file) == gguf.ARCHITECTURE:
+    if _architecture(file) == ENCODER:
         gguf.encoder_config(file)
         gguf.encoder_tokenizer(file)
     else:
@@ -64,7 +65,7 @@ def check_encoder(path: str | Path) -> None:
             directories.check_config(path)
         else:
             huggingface.ModelDirectory(path)
-    elif _architecture(file := GgufFile.open(path)) == gguf.ARCHITECTURE:
+    elif _architecture(file := GgufFile.open(path)) == ENCODER:
         gguf.encoder_config(file)
     encoder_tokenizer(path)
 
@@ -77,7 +78,7 @@ def load_encoder(
         return directories.load_encoder(path, device=device, head=head)
     if is_gguf(path):
         file = GgufFile.open(path)
-        if _architecture(file) == gguf.ARCHITECTURE:
+        if _architecture(file) == ENCODER:
             return gguf.read_encoder(file, head=head).to(device)
         body = load_gguf(path)
     else:
@@ -102,7 +103,7 @@ def encoder_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
             return directories.encoder_tokenizer(Path(path))
         raise AssertionError
     file = GgufFile.open(path)
-    if _architecture(file) == gguf.ARCHITECTURE:
+    if _architecture(file) == ENCODER:
         serialized = gguf.encoder_tokenizer(file)
     else:
         serialized = GgufModel(file).tokenizer().serialized
@@ -195,6 +196,4 @@ def _is_bidirectional(directory: Path) -> bool:
         values = huggingface.text_values(huggingface.read_json(directory / "config.json"))
     except ModelError:
         return False
-    return values.get("model_type") == "gemma3_text" and bool(
-        values.get("use_bidirectional_attention")
-    )
+    return values.get("use_bidirectional_attention") is True

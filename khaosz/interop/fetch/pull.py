@@ -30,7 +30,7 @@ from khaosz.interop.fetch.transfer import (
     read_range,
     sha256_of,
 )
-from khaosz.interop.gguf.architectures import ARCHITECTURES
+from khaosz.interop.gguf.architectures import ARCHITECTURES, READABLE
 from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, split_names
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
@@ -110,7 +110,7 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
             drop_stage(entry.name)
             task.note(f"{entry.name} is here already")
             return here
-    if entry.architecture not in ARCHITECTURES:
+    if entry.architecture not in READABLE:
         raise unsupported(f"{entry.name} has the architecture {entry.architecture}", entry.bytes)
     task.note(_facts(entry.name, entry.bytes, entry.licence, entry.memory))
     if not entry.confirmed:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import ModelError, quoted
+from khaosz.interop.gguf.architectures import ENCODER
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Keys
 from khaosz.interop.gguf.blocks import read_array
 from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.gguf.sentencepiece import SPACE
 from khaosz.model.encoder import Encoder, EncoderConfig
 
-ARCHITECTURE = "bert"
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 _TOP = {
     "words": "token_embd",
@@ -68,7 +68,7 @@ def read_encoder(file: GgufFile, *, head: bool = False) -> Encoder:
 
 def encoder_config(file: GgufFile, *, head: bool = False) -> EncoderConfig:
     """Raises `ModelError` as `read_encoder` does, but for tensors."""
-    keys, shapes = Keys(file, ARCHITECTURE), {name: t.shape for name, t in file.tensors.items()}
+    keys, shapes = Keys(file, ENCODER), {name: t.shape for name, t in file.tensors.items()}
     if keys.value("attention.causal", bool, False):
         raise ModelError(f"{file.source}: causal attention of BERT is not supported")
     width, heads, layers = (

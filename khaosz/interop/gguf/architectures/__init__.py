@@ -32,3 +32,5 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma-embedding": GEMMA_EMBEDDING,
     "lfm2": LFM2,
 }
+ENCODER = "bert"  # and XLM-R: read by `interop/gguf/encoder.py`
+READABLE = frozenset({*ARCHITECTURES, ENCODER})
