@@ -59,6 +59,23 @@ def test_vocabulary_there_and_back(family: str) -> None:
     assert (again.begin_ids, again.bos_id) == (ours.begin_ids, ours.bos_id)
 
 
+def test_listed_merges_are_taken_as_they_are() -> None:
+    """Gemma 4's files list them and have no scores of use."""
+    ours = converted("gemma")
+    metadata = tokenizer_to_metadata(ours, ours.vocab_size)
+    metadata["tokenizer.ggml.model"] = "gemma4"
+    merges = json.loads(ours.serialized)["model"]["merges"]
+    metadata["tokenizer.ggml.merges"] = [" ".join(merge) for merge in merges]
+    metadata["tokenizer.ggml.scores"] = np.full(ours.vocab_size, -1000, np.float32)
+    del metadata["tokenizer.ggml.add_space_prefix"]
+    again = tokenizer_from_metadata(metadata, "file")
+    for text in texts():
+        assert again.encode(text) == ours.encode(text), text
+    metadata["tokenizer.ggml.merges"].append("no token")
+    with pytest.raises(ModelError, match="merge 'no token' is not made of tokens"):
+        tokenizer_from_metadata(metadata, "file")
+
+
 def by_score(text: str, scores: dict[str, float]) -> list[str]:
     """What SentencePiece does: join the neighbours of the highest score, the first ones first."""
     pieces = list(text)

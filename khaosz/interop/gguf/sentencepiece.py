@@ -43,7 +43,7 @@ def scores_of(vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> dict
 
 
 def spec_of(
-    vocab: dict[str, int], scores: Mapping[str, float], unknown: str | None, prefix: bool
+    vocab: dict[str, int], merges: list[list[str]], unknown: str | None, prefix: bool
 ) -> dict[str, Any]:
     """What tokenizer.json says of the normaliser, decoder and model. `prefix`: whether a space is
     put before a text."""
@@ -63,7 +63,7 @@ def spec_of(
             "byte_fallback": has_bytes,
             "ignore_merges": False,
             "vocab": vocab,
-            "merges": merges_of(scores),
+            "merges": merges,
         },
     }
 

@@ -1,5 +1,5 @@
 """Tokenizers of GGUF files <-> ours: byte-level BPE ("gpt2") with a named pre-tokenizer, and
-SentencePiece ("llama")."""
+SentencePiece ("llama"; "gemma4", which lists its merges)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.gguf.sentencepiece import SPACE, prefix_of, scores_of, spec_of
+from khaosz.interop.gguf.sentencepiece import SPACE, merges_of, prefix_of, scores_of, spec_of
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -97,12 +97,12 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         return None if value is None else value.tolist()
 
     model, pre = get("model", str), get("pre", str, "default")
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "gemma4"):
         raise ModelError(
             f"{source}: tokenizer {quoted(model)} is not supported",
-            hint="byte-level BPE ('gpt2') and SentencePiece ('llama') are",
+            hint="byte-level BPE ('gpt2') and SentencePiece ('llama', 'gemma4') are",
         )
-    pieces = model == "llama"
+    pieces = model != "gpt2"
     if not pieces and pre not in _PATTERNS:
         raise ModelError(
             f"{source}: pre-tokenizer {quoted(pre)} is not supported",
@@ -123,18 +123,19 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     if pieces:
-        scores = get("scores", np.ndarray)
-        if scores is None or len(scores) != len(tokens):
-            raise ModelError(f"{source}: tokenizer.ggml.scores is not one number for each token")
-        known = zip(tokens, scores.tolist(), types, strict=True)
-        made = spec_of(
-            vocab,
-            {token: score for token, score, kind in known if kind == _NORMAL},
-            next(
-                (token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None
-            ),
-            get("add_space_prefix", bool, True),
-        )
+        if model == "gemma4":  # its merges are listed, as those of byte-level BPE
+            pairs = _merge_pairs(vocab, merges, source)
+        else:
+            scores = get("scores", np.ndarray)
+            if scores is None or len(scores) != len(tokens):
+                raise ModelError(
+                    f"{source}: tokenizer.ggml.scores is not one number for each token"
+                )
+            known = zip(tokens, scores.tolist(), types, strict=True)
+            pairs = merges_of({token: score for token, score, kind in known if kind == _NORMAL})
+        unknown = (token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN)
+        prefix = get("add_space_prefix", bool, model == "llama")
+        made = spec_of(vocab, pairs, next(unknown, None), prefix)
     else:
         made = _byte_level(vocab, merges, pre, source)
     spec = {
@@ -186,14 +187,20 @@ _ID_KEYS = {
 }  # fmt: skip
 
 
-def _byte_level(vocab: dict[str, int], merges: list[str], pre: str, source: str) -> dict[str, Any]:
-    """What tokenizer.json says of byte-level BPE. Raises `ModelError`."""
+def _merge_pairs(vocab: dict[str, int], merges: list[str], source: str) -> list[list[str]]:
+    """Raises `ModelError` for a merge that is not made of tokens."""
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
         pairs.append([left, right])
+    return pairs
+
+
+def _byte_level(vocab: dict[str, int], merges: list[str], pre: str, source: str) -> dict[str, Any]:
+    """What tokenizer.json says of byte-level BPE. Raises `ModelError`."""
+    pairs = _merge_pairs(vocab, merges, source)
     steps: list[dict[str, Any]] = [
         {"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False}
         for p in _PATTERNS[pre]

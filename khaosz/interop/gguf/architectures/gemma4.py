@@ -1,5 +1,5 @@
 """Gemma 4: heads of two widths, a feed-forward width for each layer, and the pairs that rotate as
-divisors of frequencies. llama.cpp writes "gemma4" tokenizers, which are not read yet."""
+divisors of frequencies."""
 
 from __future__ import annotations
 
