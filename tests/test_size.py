@@ -26,7 +26,7 @@ BUDGET = {
     "evaluation": 519,
     "files": 253,
     "inference": 3_066,
-    "interop": 5_554,
+    "interop": 5_559,
     "model": 1_209,
     "parallel": 116,
     "rag": 5_143,
