@@ -375,7 +375,7 @@ def test_unknown_tensor_types_are_named(tmp_path: Path) -> None:
 
 def test_unknown_architectures_name_the_nearest(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_gguf(model(), tokenizer, tmp_path / "a.gguf", "F32")
-    for name, nearest in (("gemma2", "gemma3"), ("llama4", "llama")):
+    for name, nearest in (("gemma2", "gemma4"), ("llama4", "llama")):
         path = rewritten(tmp_path / "a.gguf", "b.gguf", metadata={"general.architecture": name})
         with pytest.raises(ModelError, match=f"architecture '{name}' is not supported") as error:
             GgufModel.open(path)

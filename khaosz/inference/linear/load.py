@@ -117,10 +117,10 @@ def gguf_weights(
         if len(kinds) > 1:
             return SideBySide([matrix(name) for name in names])
         kind, raws = kinds.pop(), [model.raw(name) for name in names]
-        columns = model.columns(names[0])
+        order = model.columns(names[0])
 
         def in_our_order(stored: Matrix) -> Matrix:
-            return stored if columns is None else OtherOrder(stored, columns)
+            return stored if order is None else OtherOrder(stored, order)
 
         if library is not None and is_affine(kind) and min(map(len, raws)) >= LEAST_ROWS:
             return in_our_order(MappedMatrix(library, raws, kind))
