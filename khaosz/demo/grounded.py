@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from khaosz.demo.facts import Fact
-from khaosz.demo.texts import sentences
 from khaosz.errors import GenerationError
-from khaosz.rag.prompt import REFUSAL, build_prompt, language_of
+from khaosz.rag.prompt import REFUSAL, build_prompt, numbered
 from khaosz.rag.search.hit import Hit
 
 MISSING = 0.25  # share of the questions without their passage
@@ -58,9 +57,9 @@ def grounded_records(
             continue
         holding = [i for i, hit in enumerate(prompt.passages, 1) if fact.answer in hit.text]
         number = holding[0] if holding else None
-        if number is not None and fact.answer not in prompt.text:
+        answer = REFUSAL[prompt.language] if number is None else numbered(fact.answer, number)
+        if number is not None and answer.removesuffix(f"[{number}]").rstrip() not in prompt.text:
             continue  # the prompt has escaped marks in it, so it can't be copied
-        answer = REFUSAL[prompt.language] if number is None else cited(fact.answer, number)
         yield {
             "messages": [*prompt.messages, {"role": "assistant", "content": answer}],
             "lang": prompt.language,
@@ -69,14 +68,6 @@ def grounded_records(
             "citation": number,
             "passages": len(prompt.passages),
         }
-
-
-def cited(answer: str, number: int) -> str:
-    """The answer with the number after each sentence, as the prompt demands."""
-    # Straight quotes don't show whether they open or close: a sentence may end within them.
-    parts = [answer] if '"' in answer else sentences(answer)
-    glue = " " if language_of(answer) == "en" else ""
-    return glue.join(f"{part}[{number}]" for part in parts)
 
 
 def _hit(fact: Fact) -> Hit:

@@ -134,10 +134,10 @@ def _passage(number: int, hit: Hit) -> str:
     source = hit.doc if hit.page is None else f"{hit.doc}, p. {hit.page}"
     title = " > ".join((source, *hit.headings))
     start = f'[{number}] <passage id="{number}" source="{_attribute(title)}">'
-    return f"{start}\n{_numbered(_defuse(hit.text), number)}\n</passage>"
+    return f"{start}\n{numbered(_defuse(hit.text), number)}\n</passage>"
 
 
-def _numbered(text: str, number: int) -> str:
+def numbered(text: str, number: int) -> str:
     """`[number]` after every sentence and list item, in code only at the end: a heading or a row of
     a table gets none."""
     parts: list[str] = []

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from khaosz.cli import app
 from khaosz.data.records.chat import to_messages
 from khaosz.demo.facts import Fact, unit_facts
-from khaosz.demo.grounded import cited, grounded_records
+from khaosz.demo.grounded import grounded_records
 from khaosz.demo.texts import Unit
 from khaosz.errors import ConfigError, DataError
 from khaosz.evaluation import groundedness
@@ -46,6 +46,10 @@ def letters(messages: list[dict[str, str]]) -> int:
     return sum(len(message["content"]) for message in messages)
 
 
+def words(text: str) -> str:
+    return "".join(text.split())
+
+
 @pytest.fixture(scope="module")
 def records() -> list[dict[str, Any]]:
     return [r for seed in range(4) for r in grounded_records(FACTS, letters, 2000, seed)]
@@ -59,25 +63,19 @@ def test_an_answer_is_in_the_passage_that_it_cites(records: list[dict[str, Any]]
     for record in answered:
         prompt, said = (message["content"] for message in record["messages"])
         _, passage = prompt.split(f'<passage id="{record["citation"]}"', 1)
-        assert record["answer"] in passage.partition("</passage>")[0]
+        passage = passage.partition("</passage>")[0]
+        assert words(record["answer"]) in words(strip_markers(passage))
+        assert said.rpartition("[")[0].rstrip() in passage
         stream = CitationStream(record["passages"])
         text = stream.feed(said) + stream.finish()
         assert (stream.used, stream.invalid) == ([record["citation"]], 0)
-        assert strip_markers(text) == record["answer"]
+        assert words(strip_markers(text)) == words(record["answer"])
         to_messages(record)  # what `stage = "sft"` reads
     for record in refused:
         asked = record["messages"][0]["content"].rpartition("问题：")[2]
         (word,) = (word for word in WORDS if word in asked)
         assert f"成语：{word}" not in record["messages"][0]["content"]
         assert record["messages"][1]["content"] == REFUSAL["zh"] and record["citation"] is None
-
-
-def test_every_sentence_has_its_marker() -> None:
-    assert cited("道理很深。并不好懂。", 2) == "道理很深。[2]并不好懂。[2]"
-    assert (
-        cited("It ends in May. It began in June.", 1) == "It ends in May.[1] It began in June.[1]"
-    )
-    assert cited('他说："好。"', 1) == '他说："好。"[1]'
 
 
 class Parrot:
@@ -121,7 +119,7 @@ def test_a_passage_without_room_is_not_cited() -> None:
         prompt = record["messages"][0]["content"]
         assert letters(record["messages"][:1]) <= 500
         assert (record["answer"] is None) == (record["citation"] is None)
-        assert record["answer"] is None or record["answer"] in prompt
+        assert record["answer"] is None or words(record["answer"]) in words(strip_markers(prompt))
 
 
 def test_facts_of_statutes_and_of_python() -> None:
