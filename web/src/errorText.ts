@@ -35,6 +35,7 @@ const chinese: Record<string, string> = {
   model_not_found: "服务上没有此模型",
   request_timeout: "回答用时超过了服务的限制",
   queue_full: "服务繁忙，请稍后重试",
+  shutting_down: "服务正在关闭",
   not_enough_memory: "内存不足，无法加载此模型",
   model_unusable: "此模型目前无法使用，详情见服务的日志",
   revision_conflict: "此对话已在别处修改",
