@@ -295,10 +295,16 @@ def convert(
 @model_app.command()
 def quantize(
     model: ModelPath,
-    to: Annotated[str, typer.Option(help="int8 (Q8_0), int4 (Q4_1), or a GGUF type.")] = "int4",
+    to: Annotated[
+        str, typer.Option(help="int8 (Q8_0), int4 (Q4_1), q4_k_m, q6_k, or a GGUF type.")
+    ] = "int4",
     out: Annotated[Path | None, typer.Option(help="Output .gguf file.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Held-out texts; default: the built-in sample.")
+    ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(help="Texts: columns that they use count more (q4_k_m, q6_k)."),
     ] = None,
     report: Annotated[bool, typer.Option(help="Measure the loss of quality.")] = True,
     allow_unread: AllowUnread = False,
@@ -315,6 +321,7 @@ def quantize(
         report=report,
         console=progress_console(),
         allow_unread=allow_unread,
+        imatrix=imatrix,
     )
     print_result(as_json, result, format_quality(result))
 

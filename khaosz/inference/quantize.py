@@ -19,7 +19,11 @@ from khaosz.data.records.texts import read_texts
 from khaosz.data.tokenizer import Tokenizer, train_tokenizer
 from khaosz.errors import ConfigError, ModelError
 from khaosz.files import SAMPLE_DIR
+from khaosz.inference.importance import measure_importance
 from khaosz.inference.runner import Chunk, Runner
+from khaosz.interop.gguf.config import FILE_TYPES
+from khaosz.interop.gguf.file import SPLIT_NAME
+from khaosz.interop.gguf.mixed import MIXED
 from khaosz.interop.gguf.model import write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.models import is_gguf, open_model, open_tokenizer, write_served
@@ -110,23 +114,38 @@ def quantize_model(
     report: bool,
     console: Console,
     allow_unread: bool = False,
+    imatrix: Path | None = None,
 ) -> dict[str, Any]:
     """Write `model` quantised; the file's path and size and, with `report`, its quality against
-    the unquantised model on `data`. Raises `ModelError`, also when `out` exists."""
-    kind = _KINDS.get(to, to)
-    out = out or Path(f"{str(model).removesuffix('.gguf')}-{kind}.gguf")
+    the unquantised model on `data`. `imatrix`: texts that say which columns matter. Raises
+    `ModelError`, also when `out` exists."""
+    kind = _KINDS.get(to.lower(), to.upper() if to.upper() in FILE_TYPES else to)
+    out = out or Path(f"{_without_suffix(model)}-{kind}.gguf")
+    if imatrix is not None and kind not in MIXED:
+        raise ModelError(f"--imatrix has no effect on {kind}", hint=f"--to {' or '.join(MIXED)}")
     if out.exists() or not is_gguf(out):
         problem = "exists" if out.exists() else "does not end in .gguf"
         raise ModelError(f"{out} {problem}", hint="name another file with --out")
-    if report and data is not None:
-        counts = InputReport(str(data))
-        for _ in read_texts(data, counts):
+    for path in filter(None, (data if report else None, imatrix)):
+        counts = InputReport(str(path))
+        for _ in read_texts(path, counts):
             pass
         refuse_unread([counts], allow_unread)
         console.print("\n".join(summary([counts])), highlight=False, markup=False, soft_wrap=True)
     source, tokenizer = open_model(model), open_tokenizer(model)
-    with console.status(f"quantising to {kind}"):
-        write_model(source.config, source.read, tokenizer, out, kind, search=True)
+    importance = None
+    if imatrix is not None:
+        with console.status("measuring importance") as status:
+            texts = (text for _, text in read_texts(imatrix))
+            importance = measure_importance(
+                Runner.open(model, dtype=torch.float32), tokenizer, texts, status.update
+            )
+    with console.status(f"quantising to {kind}") as status:
+
+        def progress(done: int, all: int) -> None:
+            status.update(f"quantising to {kind}: {done} of {all} tensors")
+
+        write_model(source.config, source.read, tokenizer, out, kind, True, importance, progress)
         write_modelfile(out, tokenizer, source.config.max_position_embeddings)
     parameters = source.config.parameters()
     result: dict[str, Any] = {
@@ -147,6 +166,11 @@ def quantize_model(
             )
         result["quality"] = quality.as_dict()
     return result
+
+
+def _without_suffix(model: Path) -> str:
+    split = SPLIT_NAME.fullmatch(model.name)
+    return str(model.with_name(split["name"]) if split else model).removesuffix(".gguf")
 
 
 def format_quality(result: dict[str, Any]) -> str:

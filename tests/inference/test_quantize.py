@@ -12,7 +12,7 @@ from tiny_models import random_model, tokenizer
 from typer.testing import CliRunner
 
 from khaosz.cli import app
-from khaosz.errors import ConfigError, ModelError
+from khaosz.errors import ConfigError, KhaoszError, ModelError
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import save_model
 
@@ -73,6 +73,25 @@ def test_quantising_reports_quality(directory: Path, texts: Path, tmp_path: Path
     shown = RUNNER.invoke(app, ["quantize", str(directory), "--to", "Q4_0", "--data", str(texts)])
     assert "same token" in shown.stdout and "Q4_0" in shown.stdout
     assert (directory.parent / "model-Q4_0.gguf").exists()
+
+
+def test_importance_changes_weights(directory: Path, texts: Path, tmp_path: Path) -> None:
+    plain, weighted = tmp_path / "plain.gguf", tmp_path / "weighted.gguf"
+    words = ["quantize", str(directory), "--to", "q4_k_m", "--no-report", "--json", "--out"]
+    assert run(*words, str(plain))["type"] == "Q4_K_M"
+    run(*words, str(weighted), "--imatrix", str(texts))
+    name = "layers.0.self_attn.q_proj.weight"
+    files = GgufModel.open(plain), GgufModel.open(weighted)
+    assert [file.kind(name) for file in files] == ["Q5_0", "Q5_0"]  # rows of 64
+    assert (files[0].raw(name) != files[1].raw(name)).any()
+    words = ["quantize", str(directory), "--imatrix", str(texts), "--out", str(tmp_path / "x.gguf")]
+    with pytest.raises(ModelError, match="--imatrix has no effect on Q8_0"):
+        run(*words, "--to", "int8")
+    (tmp_path / "empty.txt").write_text("")
+    words[3] = str(tmp_path / "empty.txt")
+    with pytest.raises(KhaoszError):
+        run(*words, "--to", "q6_k")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_quantize_errors_are_reported(directory: Path, tmp_path: Path) -> None:

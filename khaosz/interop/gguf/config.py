@@ -18,6 +18,9 @@ from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.huggingface import check_rotary, model_type
 from khaosz.model.rotary import rotary_frequencies
 
+# What can be written: llama.cpp's numbers of types and mixtures.
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3}
+FILE_TYPES |= {"Q4_K_M": 15, "Q6_K": 18}
 ROPE_FACTORS = "rope_freqs.weight"
 _OUR_SCALING = "khaosz.rope_scaling"
 # What refutes a common network, unless an architecture reads it: keys, and their values without.
@@ -177,9 +180,7 @@ def config_to_metadata(config: ModelConfig, kind: str) -> dict[str, Any]:
     values: dict[str, Any] = {
         "general.architecture": family,
         "general.name": "KHAOSZ",
-        "general.file_type": {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[
-            kind
-        ],
+        "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": 2,
         f"{family}.block_count": config.num_hidden_layers,
         f"{family}.context_length": config.max_position_embeddings,

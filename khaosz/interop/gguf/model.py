@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Keys, Order
 from khaosz.interop.gguf.blocks import dequantize, quantize, read_array
 from khaosz.interop.gguf.config import (
+    FILE_TYPES,
     ROPE_FACTORS,
     architecture_of,
     config_from_metadata,
@@ -25,6 +27,7 @@ from khaosz.interop.gguf.config import (
     with_llama3,
 )
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
+from khaosz.interop.gguf.mixed import MIXED, SEARCHED, mixed_kinds, quantize_mixed
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
 from khaosz.interop.huggingface import check_rotary
 from khaosz.model import Transformer, parameter_shapes
@@ -182,23 +185,36 @@ def write_model(
     path: Path,
     kind: str,
     search: bool = False,
+    importance: Mapping[str, np.ndarray] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a .gguf; its parameters are requested one at a time, by name. `kind`: F32, F16, BF16,
-    Q8_0, Q4_0 or Q4_1; `search` looks for better scales than ggml's reference rounding.
+    Q8_0, Q4_0, Q4_1, or the mixtures of types Q4_K_M and Q6_K; `search` looks for better scales
+    than ggml's reference rounding, as mixtures always do. `importance`: what errors of each column
+    of a matrix cost, float32 (C,) by name, for the K types and Q5_0. `progress` is called with the
+    number of tensors that are written, and of all.
 
     Vectors stay F32. With 4 bits the embedding and the head are Q8_0: they are few, and quality
-    depends on them most. Raises `ModelError` for rows that are not whole blocks of 32.
+    depends on them most; mixtures are llama.cpp's. Raises `ModelError` for rows that are not whole
+    blocks of 32.
     """
-    if kind not in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"):
-        raise ModelError(f"cannot write tensors of type '{kind}'", hint="F16, Q8_0, Q4_0, Q4_1")
+    kind = kind.upper() if kind.upper() in FILE_TYPES else kind
+    if kind not in FILE_TYPES:
+        raise ModelError(f"cannot write tensors of type '{kind}'", hint=", ".join(FILE_TYPES))
     shapes, architecture = parameter_shapes(config), ARCHITECTURES[architecture_of(config)]
-    entries = []
+    entries: list[TensorToWrite] = []
     places = architecture.layout.stored(shapes)
-    for tensor, names in tensors(places).items():
+    members = tensors(places)
+    mixed = {}
+    if kind in MIXED:
+        mixed = mixed_kinds(kind, {t: _stored_shape(shapes, names) for t, names in members.items()})
+    for tensor, names in members.items():
         name, stored = names[0], kind
         shape = _stored_shape(shapes, names)
         if len(shapes[name]) != 2:
             stored = "F32"
+        elif mixed:
+            stored = mixed[tensor]
         elif kind.startswith("Q4") and name.startswith(("embed_tokens", "lm_head")):
             stored = "Q8_0"
         if shape[-1] % TENSOR_TYPES[stored][1]:
@@ -214,10 +230,11 @@ def write_model(
                 architecture.reordered(each, config),
                 places[each].change,
                 search,
+                (importance or {}).get(each),
             )
             for each in names
         ]
-        rows = partial(_joined, parts)
+        rows = partial(_joined, parts, partial(progress or _silent, len(entries), len(members)))
         entries.append(TensorToWrite(tensor, stored, shape, rows))
     more = architecture.tensors(config)
     if config.rope_scaling is not None and config.rope_scaling.rope_type == "llama3":
@@ -235,7 +252,14 @@ def _bytes(values: np.ndarray) -> list[np.ndarray]:
     return [values.view(np.uint8)]
 
 
-def _joined(parts: Sequence[Callable[[], Iterator[np.ndarray]]]) -> Iterator[np.ndarray]:
+def _silent(done: int, all: int) -> None:
+    pass
+
+
+def _joined(
+    parts: Sequence[Callable[[], Iterator[np.ndarray]]], begin: Callable[[], None]
+) -> Iterator[np.ndarray]:
+    begin()
     for part in parts:
         yield from part()
 
@@ -247,6 +271,7 @@ def _rows(
     order: Order,
     change: Change | None,
     search: bool,
+    importance: np.ndarray | None,
 ) -> Iterator[np.ndarray]:
     weights = parameter(name).detach().cpu()
     if change is not None:
@@ -254,15 +279,23 @@ def _rows(
     for axis, numbers in enumerate(order):
         if numbers is not None:  # of ours among the stored ones, so that this is the other way
             weights = weights.index_select(axis, torch.from_numpy(np.argsort(numbers)))
+            if axis == 1 and importance is not None:
+                importance = importance[np.argsort(numbers)]
     weights = weights[None] if weights.dim() == 1 else weights.flatten(1)
     step = max(1, _CHUNK // weights.shape[1])
-    for start in range(0, len(weights), step):
+
+    def converted(start: int) -> np.ndarray:
         part = weights[start : start + step].float()
         largest = float(part.abs().max())
         # Scales are fp16 as well. `not <=` is true of NaN, too.
         if not largest <= (_LARGEST_HALF if kind not in ("F32", "BF16") else _LARGEST_SINGLE):
             raise ModelError(f"'{name}' has a weight of {largest:g}, which {kind} cannot hold")
-        yield quantize(part.numpy(), kind, search=search)
+        if kind in SEARCHED:
+            return quantize_mixed(part.numpy(), kind, importance)
+        return quantize(part.numpy(), kind, search=search)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # numpy lets others run
+        yield from pool.map(converted, range(0, len(weights), step))
 
 
 def _stored_shape(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> tuple[int, ...]:
