@@ -50,7 +50,7 @@ class Source(Protocol):
     def label(self) -> str: ...
 
     def carries(self, entry: Entry) -> bool:
-        """Whether it can have this model. Asks nobody."""
+        """Whether it can have this model. Sends no request."""
 
     def bring(self, entry: Entry, stage: Path, report: Progress) -> Path:
         """The entry's file in `stage/files`, with its hash. Raises `FetchError`, OSError."""

@@ -106,7 +106,7 @@ def test_folder_of_the_user_is_a_source(
     assert not pulled_models()
     (share / "models/tiny.gguf").write_bytes(new_gguf)
     assert pull("tiny", source=str(share)).read_bytes() == new_gguf
-    assert not hub.log, "nobody else is asked"
+    assert not hub.log, "no request to the hub"
 
 
 def test_unknown_hash_is_the_one_that_the_hub_publishes(
