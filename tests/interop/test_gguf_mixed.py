@@ -37,7 +37,7 @@ def shapes(
 
 def test_mixture_of_types_is_that_of_llama_cpp() -> None:
     """Of 24 layers llama.cpp gives more bits to 12: the first and last 3 and every third between.
-    Its published files of Qwen2.5-Coder-0.5B and Gemma 3 270M have these very types."""
+    Its published file of Gemma 3 270M has these rules' types."""
     more = {0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23}
     kinds = mixed_kinds("Q4_K_M", shapes(1024, 24, tied=False))
     for part in ("attn_v", "ffn_down"):
