@@ -71,7 +71,7 @@ def test_models_are_written_tensor_by_tensor(peaks: dict[str, float], action: st
 
 def test_a_bf16_directory_is_loaded_without_a_copy(peaks: dict[str, float]) -> None:
     size = CONFIG.parameters() / (1 << 20)  # in millions of bytes per byte of a weight
-    assert 2 * size < peaks["engine in bf16"] < 2 * size + ROOM, peaks
-    # Not from below: memory that the allocator kept from before may be used again.
+    # Less from below, or nothing: memory that the allocator kept from before may be used again.
+    assert size < peaks["engine in bf16"] < 2 * size + ROOM, peaks
     assert peaks["engine in fp32"] < 4 * size + ROOM, peaks
     assert peaks["module"] < 4 * size + ROOM, peaks
