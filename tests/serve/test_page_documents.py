@@ -50,7 +50,7 @@ def test_uploads_and_finds_a_chinese_pdf(browser: Any, knowledge: KnowledgeClien
         page.keyboard.press("Enter")
         hit = page.locator(".hit").first
         hit.wait_for()
-        assert "年报 2025.pdf, p. 1" in hit.inner_text() and "#1" in hit.inner_text()
+        assert "年报 2025.pdf, pp. 1–2" in hit.inner_text() and "#1" in hit.inner_text()
         hit.click()
         mark = page.locator("dialog mark")
         mark.wait_for()
