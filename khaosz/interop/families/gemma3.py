@@ -120,27 +120,31 @@ _NORMS = (
     "post_attention_layernorm", "mlp_output_norm", "norm",
 )  # fmt: skip
 
+# Of Gemma 4 too.
+DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+    "tie_word_embeddings": True,
+}
+NORM_NAMES = {
+    "attention_output_norm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+
 GEMMA3 = Family(
     "Gemma3",
     frozenset({"qk_norm", "output_norms", "hidden_act", "embedding_multiplier"}),
     frozenset({"attention_multiplier", "layer_types", "rope_local_theta", "bidirectional"}),
-    defaults={
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-    },
+    defaults=DEFAULTS,
     read=_read,
     write=_write,
     suits=_suits,
     layout=hf_layout(
-        {
-            "attention_output_norm": "post_attention_layernorm",
-            "post_attention_layernorm": "pre_feedforward_layernorm",
-            "mlp_output_norm": "post_feedforward_layernorm",
-        },
+        NORM_NAMES,
         changes=dict.fromkeys(_NORMS, ONE_PLUS),
     ),
 )

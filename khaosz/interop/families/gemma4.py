@@ -10,7 +10,7 @@ from typing import Any
 from khaosz.config import ModelConfig
 from khaosz.errors import ModelError, quoted
 from khaosz.interop.families.family import Family, Values, hf_layout
-from khaosz.interop.families.gemma3 import gemma3_layers
+from khaosz.interop.families.gemma3 import DEFAULTS, NORM_NAMES, gemma3_layers
 
 _LOCAL = {"rope_type": "default", "rope_theta": 10_000.0}
 _PROPORTIONAL = {
@@ -149,22 +149,13 @@ GEMMA4 = Family(
         "num_kv_shared_layers", "use_double_wide_mlp", "hidden_size_per_layer_input",
         "final_logit_softcapping",
     }),
-    defaults={
-        "vocab_size": 262_144,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131_072,
-        "tie_word_embeddings": True,
-    },
+    defaults={**DEFAULTS, "vocab_size": 262_144},
     read=_read,
     write=_write,
     suits=_suits,
     layout=hf_layout(
         {
-            "attention_output_norm": "post_attention_layernorm",
-            "post_attention_layernorm": "pre_feedforward_layernorm",
-            "mlp_output_norm": "post_feedforward_layernorm",
+            **NORM_NAMES,
             "per_layer_input.gate": "per_layer_input_gate",
             "per_layer_input.projection": "per_layer_projection",
             "per_layer_norm": "post_per_layer_input_norm",
