@@ -3,6 +3,7 @@
 #   make demo PIP_ARGS="--index-url URL_OF_PYTORCHS_CPU_WHEELS --extra-index-url YOUR_MIRROR"
 PYTHON ?= python3
 PIP_ARGS ?=
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 ARGS ?=
 
 ifeq ($(OS),Windows_NT)
@@ -17,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python -m khaosz demo $(ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -m "not slow and not network and not gpu and not browser" $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not network and not gpu and not browser" $(ARGS)
 
 test-all: .venv/ready-clients
 	$(BIN)/python -m pytest -m "not gpu" $(ARGS)

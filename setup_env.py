@@ -19,9 +19,10 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 FAST = "not slow and not network and not gpu and not browser"
+WORKERS = ["-n", "logical", "--maxprocesses", "4", "--dist", "loadfile"]
 COMMANDS = {
     "demo": ("train", ["-m", "khaosz", "demo"]),
-    "test": ("dev", ["-m", "pytest", "-m", FAST]),
+    "test": ("dev", ["-m", "pytest", *WORKERS, "-m", FAST]),
 }
 # "train" includes chat in the terminal and in the browser, for the model that the demo trains.
 EXTRAS = {"train": "train,serve,rag,structured,terminal", "dev": "dev", "clients": "dev,clients"}
