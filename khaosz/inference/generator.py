@@ -3,8 +3,8 @@ embeddings; text, messages or ids."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
+from khaosz.data.tokenizer.thinking import Thinking, thinking_of
 from khaosz.errors import ConfigError, GenerationError
 from khaosz.inference.engine import Engine
 from khaosz.inference.linear.native import library
@@ -21,6 +22,7 @@ from khaosz.inference.runner import Chunk, Runner, storage_of
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer
+from khaosz.interop.sampling import FALLBACK, sampling_defaults, sampling_values
 from khaosz.memory.inference import InferencePlan
 from khaosz.memory.machine import Limit, memory_limits, resident_memory
 from khaosz.memory.parts import Memory, check_memory
@@ -60,14 +62,17 @@ class Generator:
         lookup: bool = False,
         context: int | None = None,
         memory: Memory | None = None,
+        sampling: Mapping[str, float] | None = None,
     ) -> None:
         """A `Transformer` is read in every pass, so it may be trained between calls. `lookup` is
-        the old name of `prompt_lookup`; `context` as for `Engine`; `memory`: what was planned."""
+        the old name of `prompt_lookup`; `context` as for `Engine`; `memory`: what was planned;
+        `sampling`: parameters of requests that name none, by default `FALLBACK`."""
         runner = model if isinstance(model, Runner) else Runner.from_module(model)
         self.engine = Engine(
             runner, tokenizer, prompt_lookup=prompt_lookup or lookup, context=context
         )
         self.memory = memory
+        self.sampling = FALLBACK if sampling is None else sampling
         self.model, self.tokenizer = model, tokenizer
         self._live = isinstance(model, Transformer)
 
@@ -111,6 +116,7 @@ class Generator:
             prompt_lookup=prompt_lookup or lookup,
             context=plan.context,
             memory=plan.memory(base),
+            sampling=sampling_defaults(path),
         )
 
     @property
@@ -128,6 +134,17 @@ class Generator:
         """Positions a prompt and its answer may fill together."""
         return self.engine.context
 
+    def params(self, **asked: Any) -> SamplingParams:
+        """What is asked, by the names of `SamplingParams`, over this model's own sampling. Raises
+        `GenerationError` for a value out of range."""
+        return SamplingParams(**sampling_values(self.sampling, asked))
+
+    @property
+    def thinking(self) -> Thinking:
+        """Whether answers begin with thoughts, by the chat template."""
+        template = self.tokenizer.chat_template_for(None)
+        return thinking_of(template, self.tokenizer.template_variables)
+
     def prompt_ids(self, text: str, *, limit: int | None = None) -> list[int]:
         """Ids of a text to continue, with what the tokenizer adds before and after a text: the
         begin token where documents are trained so. For `limit` see `Tokenizer.encode`."""
@@ -139,24 +156,51 @@ class Generator:
         messages: Sequence[dict[str, Any]],
         tools: Sequence[dict[str, Any]] | None = None,
         *,
+        template_kwargs: Mapping[str, Any] | None = None,
         limit: int | None = None,
     ) -> list[int]:
-        """Ids of a conversation, with the marker that starts the assistant's turn."""
+        """Ids of a conversation, with the marker that starts the assistant's turn.
+        `template_kwargs`: variables of the chat template, such as enable_thinking."""
         return encode_chat(
-            self.tokenizer, list(messages), tools, add_generation_prompt=True, limit=limit
+            self.tokenizer,
+            list(messages),
+            tools,
+            add_generation_prompt=True,
+            template_kwargs=template_kwargs,
+            limit=limit,
         )[0]
 
-    def ids(self, prompt: Prompt, *, limit: int | None = None) -> list[int]:
+    def ids(
+        self,
+        prompt: Prompt,
+        *,
+        template_kwargs: Mapping[str, Any] | None = None,
+        limit: int | None = None,
+    ) -> list[int]:
         """A text to continue, messages to answer, or ids as they are."""
         if isinstance(prompt, str):
             return self.prompt_ids(prompt, limit=limit)
         if len(prompt) and isinstance(prompt[0], dict):
-            return self.chat_ids(prompt)  # type: ignore[arg-type]
+            return self.chat_ids(prompt, template_kwargs=template_kwargs)  # type: ignore[arg-type]
         return list(prompt)  # type: ignore[arg-type]
 
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Completion:
-        """The whole answer; the same text that `stream` yields in pieces."""
-        return self.generate_batch([prompt], params)[0]
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_budget: int | None = None,
+    ) -> Completion:
+        """The whole answer; the same text that `stream` yields in pieces.
+        `chat_template_kwargs`: variables of the chat template, such as enable_thinking;
+        `thinking_budget`: tokens of thoughts, as in `SamplingParams`."""
+        if chat_template_kwargs and (isinstance(prompt, str) or not isinstance(prompt[0], dict)):
+            raise GenerationError("is for messages", param="chat_template_kwargs")
+        if thinking_budget is not None:
+            params = replace(params or self.params(), thinking_budget=thinking_budget)
+        ids = self.ids(prompt, template_kwargs=chat_template_kwargs)
+        return self.generate_batch([ids], params)[0]
 
     def generate_batch(
         self,
@@ -165,10 +209,11 @@ class Generator:
     ) -> list[Completion]:
         """Answers to all prompts, computed together; the `n` choices of a prompt follow each other.
 
-        `params` are one for all, or one each. Raises `GenerationError` before anything is computed
-        if a prompt or parameter is out of range, and at the end if an answer failed.
+        `params` are one for all, or one each; by default this model's own. Raises `GenerationError`
+        before anything is computed if a prompt or parameter is out of range, and at the end if an
+        answer failed.
         """
-        params = params or SamplingParams()
+        params = params or self.params()
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise GenerationError(f"{len(prompts)} prompts with {len(each)} sets of parameters")
@@ -199,7 +244,7 @@ class Generator:
         that the tokenizer does not have. Nothing is computed before the first piece is requested;
         closing the stream cancels the request.
         """
-        params = params or SamplingParams()
+        params = params or self.params()
         if params.n != 1:
             raise GenerationError("a stream has one choice", hint="set n to 1")
         ids = self.ids(prompt)
@@ -211,9 +256,13 @@ class Generator:
         messages: Sequence[dict[str, Any]],
         params: SamplingParams | None = None,
         tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        thinking_budget: int | None = None,
     ) -> Completion:
-        """The assistant's answer to a conversation."""
-        return self.generate(self.chat_ids(messages, tools), params)
+        """The assistant's answer to a conversation; keywords as for `generate`."""
+        ids = self.chat_ids(messages, tools, template_kwargs=chat_template_kwargs)
+        return self.generate(ids, params, thinking_budget=thinking_budget)
 
     def embed(
         self, texts: Sequence[Prompt], pooling: Literal["last", "mean"] = "mean"
@@ -352,11 +401,20 @@ def generate(
     model: str | Path | Generator,
     prompt: Prompt,
     params: SamplingParams | None = None,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    thinking_budget: int | None = None,
 ) -> Completion:
-    """Continue a text (str) or answer a conversation (a list of messages).
+    """Continue a text (str) or answer a conversation (a list of messages); keywords as for
+    `Generator.generate`.
 
     `model` is a model directory or .gguf file, loaded for this call, or a `Generator` kept between
     calls. Raises `ModelError`, `GenerationError`.
     """
     generator = model if isinstance(model, Generator) else Generator.from_directory(model)
-    return generator.generate(prompt, params)
+    return generator.generate(
+        prompt,
+        params,
+        chat_template_kwargs=chat_template_kwargs,
+        thinking_budget=thinking_budget,
+    )

@@ -18,10 +18,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from khaosz.data.tokenizer.thinking import THINK, THOUGHT
 from khaosz.inference import xml_calls
 from khaosz.inference.text_stream import first_stop, possible_stop
 
-THINK, THOUGHT = "<think>", "</think>"
 CALL, CALLED = "<tool_call>", "</tool_call>"
 FUNCTION = f"{xml_calls.OPENING} name="
 _SPACE = " \t\r\n"
@@ -35,11 +35,6 @@ _FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*(?:```\s*)?", re.DOTALL)
 
 Calls = Literal["none", "marked", "bare", "functions"]
 _MARKS: dict[Calls, tuple[str, ...]] = {"marked": (CALL,), "functions": (FUNCTION, CALL)}
-
-
-def opens_thought(prompt: str) -> bool:
-    """Whether a prompt ends by opening the reasoning, as with some templates."""
-    return prompt.rstrip().endswith(THINK)
 
 
 @dataclass(frozen=True)

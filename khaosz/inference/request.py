@@ -20,6 +20,7 @@ from khaosz.inference.sampling import (
     sample,
 )
 from khaosz.inference.text_stream import TextStream
+from khaosz.inference.thoughts import ThoughtLimit
 from khaosz.model.kv_cache import SequenceCache
 
 
@@ -77,6 +78,7 @@ class Sequence:
     matcher: Matcher | None
     prompt_lookup: PromptLookup | None
     limit: int  # tokens it may generate
+    thoughts: ThoughtLimit | None = None
     cached_tokens: int = 0
     generated: int = 0
     draft: list[int] = field(default_factory=list)
@@ -94,6 +96,9 @@ class Sequence:
         counts = None
         if needs_counts(params):
             counts = TokenCounts(tokenizer.vocab_size, request.prompt)
+        thoughts = None
+        if params.thinking_budget is not None and request.matcher is None:
+            thoughts = ThoughtLimit(tokenizer, params.thinking_budget, request.prompt)
         return cls(
             request=request,
             choice=choice,
@@ -105,6 +110,7 @@ class Sequence:
             matcher=None if request.matcher is None else request.matcher.copy(),
             prompt_lookup=PromptLookup(request.prompt) if request.prompt_lookup else None,
             limit=min(params.max_tokens, context - len(request.prompt)),
+            thoughts=thoughts,
             cached_tokens=cache.length,
         )
 
@@ -145,12 +151,17 @@ class Sequence:
         return self.output(text, chosen, logprobs, reason)
 
     def _choose(self, logits: Tensor) -> int:
+        if self.thoughts is not None and (forced := self.thoughts.forced()) is not None:
+            self.thoughts.add(forced)
+            return forced
         if self.matcher is not None:
             logits = self.matcher.mask(logits)
         # By position in the whole sequence: an answer continued with its seed has the same noise.
         token = sample(logits, self.request.params, self.counts, self.noise, len(self.ids))
         if self.matcher is not None:
             self.matcher.accept(token)
+        if self.thoughts is not None:
+            self.thoughts.add(token)
         return token
 
     def _push(self, token: int, ends: Ids[int] | set[int]) -> tuple[str, str | None]:

@@ -32,9 +32,10 @@ class SamplingParams:
     arXiv:2202.00666). `repetition_penalty` is CTRL's (Keskar et al. 2019, arXiv:1909.05858) over
     prompt and output; `presence_penalty` and `frequency_penalty` are OpenAI's, over the output.
     `logit_bias` adds to single tokens. `n` choices share one prompt. `logprobs` asks for that many
-    alternatives beside each token's own log-probability. `seed` (64 bits) fixes the answer;
-    without one each request has another. `json_schema` (a JSON text), `regex` or
-    `lark` (a grammar in llguidance's syntax) constrains the output.
+    alternatives beside each token's own log-probability. `thinking_budget` bounds the tokens of the
+    model's thoughts; then they are closed, and the answer follows. `seed` (64 bits) fixes the
+    answer; without one each request has another. `json_schema` (a JSON text), `regex` or `lark` (a
+    grammar in llguidance's syntax) constrains the output.
     """
 
     max_tokens: int = 256
@@ -54,6 +55,7 @@ class SamplingParams:
     json_schema: str | None = None
     regex: str | None = None
     lark: str | None = None
+    thinking_budget: int | None = None
 
     def __post_init__(self) -> None:
         biases = self.logit_bias.values()
@@ -87,6 +89,11 @@ class SamplingParams:
                 "logprobs",
                 self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS,
                 f"between 0 and {MAX_LOGPROBS}",
+            ),
+            (
+                "thinking_budget",
+                self.thinking_budget is None or self.thinking_budget >= 0,
+                ">= 0",
             ),
             (
                 "regex",

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
-from khaosz.errors import ModelError
+from khaosz.data.tokenizer.files import read_template
+from khaosz.data.tokenizer.thinking import Thinking, thinking_of
+from khaosz.errors import ModelError, TokenizerError
 from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
 from khaosz.interop.fetch.store import record_of
@@ -19,6 +21,8 @@ from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.retrieval import check_encoder, is_encoder
 from khaosz.model import Transformer
+
+_NAMED = {"bos_token": "", "eos_token": ""}  # variables that a template may add to text
 
 ModelSource = GgufModel | huggingface.ModelDirectory
 
@@ -106,6 +110,18 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
                 hint="use the tokenizer the model was trained with",
             )
     return tokenizer
+
+
+def thinking_in(path: str | Path) -> Thinking:
+    """What the chat template of a model does, without loading its vocabulary. Raises
+    `ModelError`."""
+    if is_gguf(path):
+        template = GgufFile.open(path).metadata.get("tokenizer.chat_template")
+        return thinking_of(template if isinstance(template, str) else None, _NAMED)
+    try:
+        return thinking_of(read_template(Path(path)), _NAMED)
+    except TokenizerError:  # told when the model is loaded
+        return Thinking()
 
 
 def convert(source: str | Path, target: str | Path, *, kind: str | None = None) -> Path:

@@ -248,12 +248,11 @@ class Answering:
         raw_request: Request,
         layout: Layout,
         *,
-        think: bool = True,
         prefill: str = "",
     ) -> Response:
-        """Answer a conversation. `think` and `prefill` as for `chat_request`."""
+        """Answer a conversation. `prefill` as for `chat_request`."""
 
-        prepare = partial(self._prepare, request, think=think, prefill=prefill)
+        prepare = partial(self._prepare, request, prefill=prefill)
         return await self._send(request, raw_request, layout, prepare)
 
     async def open_chat(self, request: ChatRequest, continued: Continued | None = None) -> Answer:
@@ -266,7 +265,6 @@ class Answering:
         request: ChatRequest,
         use: Use,
         *,
-        think: bool = True,
         prefill: str = "",
         continued: Continued | None = None,
     ) -> EngineRequest:
@@ -280,9 +278,7 @@ class Answering:
             context = await chat_context(kept, use, self._library)
 
         def encode() -> EngineRequest:
-            return chat_request(
-                kept, use.generator, context, think=think, prefill=prefill, continued=continued
-            )
+            return chat_request(kept, use.generator, context, prefill=prefill, continued=continued)
 
         prepared = await self.in_encoder(encode, "messages")
         if request.truncation == "auto":
@@ -300,13 +296,13 @@ class Answering:
 
         return await self._send(request, raw_request, layout, prepare)
 
-    async def count(self, request: ChatRequest, *, think: bool = True, prefill: str = "") -> int:
+    async def count(self, request: ChatRequest, *, prefill: str = "") -> int:
         """Tokens of a prompt, which may not fit into the context. Raises as `chat_request` does."""
         use = await self.models.take(request.model)
 
         def encode() -> EngineRequest:
             limit = COUNTED * use.generator.context
-            return chat_request(request, use.generator, think=think, prefill=prefill, limit=limit)
+            return chat_request(request, use.generator, prefill=prefill, limit=limit)
 
         try:
             encoded = await self.in_encoder(encode, "messages")

@@ -125,6 +125,7 @@ def build_app(
             return {**card, "kind": "rerank"}
         model = models.find(name)
         parent = None if name == model.name else model.name
+        card |= {"thinking": model.thinking.kind, "sampling": dict(model.sampling)}
         return {**card, "kind": "chat", "context": model.context, "parent": parent}
 
     @app.get("/health/live", response_model=Live, responses=errors())

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from khaosz.data.tokenizer.thinking import Thinking
 from khaosz.errors import ConfigError, ModelError, NotEnoughMemoryError
 from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.inference.runner import storage_of
 from khaosz.interop.huggingface import load_config
-from khaosz.interop.models import is_gguf, open_model
+from khaosz.interop.models import is_gguf, open_model, thinking_in
+from khaosz.interop.sampling import FALLBACK, sampling_defaults
 from khaosz.model import parameter_shapes
 from khaosz.serve.worker import Busy, EngineThread
 
@@ -49,13 +51,16 @@ class Loaded:
 
 @dataclass
 class Model:
-    """A served model, under its own name and those of its adapters."""
+    """A served model, under its own name and those of its adapters. `sampling`: what a request
+    that names nothing gets."""
 
     name: str
     source: Path
     adapters: dict[str, Path]
     context: int
     weights: int  # bytes when it is loaded
+    thinking: Thinking = field(default_factory=Thinking)
+    sampling: Mapping[str, float] = field(default_factory=lambda: FALLBACK)
     loaded: Loaded | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -259,4 +264,6 @@ def describe(name: str, source: Path, adapters: dict[str, Path]) -> Model:
         weights = 4 * sum(prod(shape) for shape in parameter_shapes(config).values())  # fp32
     for path in adapters.values():
         Adapter(config, path)
-    return Model(name, source, adapters, config.max_position_embeddings, weights)
+    thinking, sampling = thinking_in(source), sampling_defaults(source)
+    context = config.max_position_embeddings
+    return Model(name, source, adapters, context, weights, thinking, sampling)

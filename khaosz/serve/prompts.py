@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.chat import encode_control
 from khaosz.data.tokenizer.messages import text_of_parts
+from khaosz.data.tokenizer.thinking import opens_thought
 from khaosz.inference.generator import Generator
-from khaosz.inference.parts import THINK, THOUGHT, Calls, opens_thought
+from khaosz.inference.parts import Calls
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.answer import REWRITE_TOKENS
 from khaosz.serve.errors import ApiError
@@ -86,9 +88,11 @@ async def chat_context(request: ChatRequest, use: Use, library: Library | None) 
         raise ApiError(404, f"knowledge base {request.knowledge_base!r} not found")
     generator = use.generator
     tools = request.allowed_tools
+    kwargs = request.template_kwargs(generator.thinking)
 
     def count(messages: list[dict[str, Any]]) -> int:
-        return len(generator.chat_ids(*add_tools(messages, tools, generator.tokenizer)))
+        prompt = add_tools(messages, tools, generator.tokenizer)
+        return len(generator.chat_ids(*prompt, template_kwargs=kwargs))
 
     async def ask_model(messages: list[dict[str, Any]]) -> str:
         ids = await asyncio.to_thread(_prompt_without_reasoning, messages, generator)
@@ -119,7 +123,8 @@ def _in_one_text(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prompt_without_reasoning(messages: list[dict[str, Any]], generator: Generator) -> list[int]:
-    ids = generator.chat_ids(messages)
+    kwargs = generator.thinking.template_kwargs(None, False)
+    ids = generator.chat_ids(messages, template_kwargs=kwargs)
     return _close_reasoning(ids, generator) if _opens_reasoning(ids, generator) else ids
 
 
@@ -129,7 +134,7 @@ def _opens_reasoning(prompt: list[int], generator: Generator) -> bool:
 
 
 def _close_reasoning(prompt: list[int], generator: Generator) -> list[int]:
-    return [*prompt, *generator.tokenizer.encode(f"\n{THOUGHT}\n\n")]
+    return [*prompt, *encode_control(generator.tokenizer, generator.thinking.close)]
 
 
 def chat_request(
@@ -137,14 +142,12 @@ def chat_request(
     generator: Generator,
     context: RetrievalContext | StoredContext | None = None,
     *,
-    think: bool = True,
     prefill: str = "",
     continued: Continued | None = None,
     limit: int | None = None,
 ) -> EngineRequest:
-    """`think`: the answer may begin with reasoning; `prefill`: a text that the answer continues;
-    `continued`: an answer of this server that is continued; `limit`: tokens from which on the rest
-    is not read, by default the context.
+    """`prefill`: a text that the answer continues; `continued`: an answer of this server that is
+    continued; `limit`: tokens from which on the rest is not read, by default the context.
 
     Raises `GenerationError`, `DataError` and `TokenizerError` for an invalid request."""
     tokenizer, limit = generator.tokenizer, limit or generator.context
@@ -152,18 +155,21 @@ def chat_request(
     messages = (
         context.messages if context else [message.for_template() for message in request.messages]
     )
-    prompt = generator.chat_ids(*add_tools(messages, tools, tokenizer), limit=limit)
+    think = request.enable_thinking is not False
+    if prefill:
+        request = request.model_copy(update={"reasoning_effort": "none"})
+    kwargs = request.template_kwargs(generator.thinking)
+    prompt = generator.chat_ids(
+        *add_tools(messages, tools, tokenizer), template_kwargs=kwargs, limit=limit
+    )
     lark, schema = None, request.json_schema
     if request.must_call or (tools and schema is not None):
         schema = None if request.must_call else schema
         lark = call_grammar(tools, tokenizer, several=not request.one_call, or_else=schema)
-    params = request.params(lark)
+    params = request.params(generator.sampling, lark)
     reasoning = _opens_reasoning(prompt, generator)
     if reasoning and (params.form is not None or prefill or not think):  # no grammar allows it
         prompt, reasoning = _close_reasoning(prompt, generator), False
-    elif not think and "enable_thinking" in (tokenizer.chat_template_for(tools or None) or ""):
-        # What Qwen3's template writes for `enable_thinking=False`.
-        prompt = [*prompt, *tokenizer.encode(f"{THINK}\n\n{THOUGHT}\n\n")]
     if prefill:
         prompt = [*prompt, *tokenizer.encode(prefill, limit=limit)]
     if continued is not None:
@@ -188,7 +194,7 @@ def text_request(request: CompletionRequest, generator: Generator) -> EngineRequ
         prompts = [_gap_ids(each, request.suffix, generator) for each in request.prompts]
     else:
         prompts = [generator.ids(each, limit=generator.context) for each in request.prompts]
-    return EngineRequest(prompts, request.params(), ResponseFormat(chat=False))
+    return EngineRequest(prompts, request.params(generator.sampling), ResponseFormat(chat=False))
 
 
 def _gap_ids(prompt: Prompt, suffix: str, generator: Generator) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
+from khaosz.data.tokenizer.thinking import ThinkingKind
 from khaosz.errors import DocumentCode
 
 
@@ -22,7 +23,9 @@ class Reply(BaseModel):
 
 
 class ModelCard(Reply):
-    """`context` in tokens. `parent`: the model that an adapter belongs to."""
+    """`context` in tokens. `parent`: the model that an adapter belongs to. Of chat models:
+    `thinking`: whether answers begin with thoughts, by the chat template, and whether
+    enable_thinking switches them; `sampling`: parameters of requests that name none."""
 
     id: str
     object: Literal["model"]
@@ -31,6 +34,8 @@ class ModelCard(Reply):
     kind: Literal["chat", "embedding", "rerank"]
     context: int | None
     parent: str | None
+    thinking: ThinkingKind | None = None
+    sampling: dict[str, float] | None = None
 
 
 class ModelList(Reply):

@@ -7,10 +7,13 @@ Types are strict, and an unknown field is an error that names it. Ranges repeat 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
+from khaosz.data.tokenizer.chat import reserved_name
+from khaosz.data.tokenizer.thinking import SWITCHES, Effort, Thinking
 from khaosz.inference.sampling import (
     MAX_BIASES,
     MAX_CHOICES,
@@ -19,6 +22,7 @@ from khaosz.inference.sampling import (
     MAX_STOPS,
     SamplingParams,
 )
+from khaosz.interop.sampling import sampling_values
 from khaosz.rag.answer import PASSAGES
 from khaosz.serve.messages import (
     MAX_MESSAGES,
@@ -79,7 +83,17 @@ class ChatRetrieval(Retrieval):
     ask_anyway: bool = False
 
 
+def _not_reserved(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if (name := reserved_name(kwargs)) is not None:
+        raise ValueError(f"{name} is set by the chat itself")
+    return kwargs
+
+
 Tokens = Annotated[int, Field(ge=1)]
+# Variables of the chat template, such as enable_thinking; vLLM's name.
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_not_reserved), Field(max_length=64)]
+# Tokens of thoughts; then they are closed, and the answer follows.
+Budget = Annotated[int, Field(ge=0)]
 # Any integer, as in OpenAI's API: its lowest 64 bits, so -1 is 2**64 - 1.
 Seed = Annotated[int, AfterValidator(lambda seed: seed % 2**64)]
 # As in OpenAI's Responses API. auto: the oldest turns are left out where the context is full.
@@ -122,24 +136,26 @@ class SamplingRequest(Sampling):
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def params(self) -> SamplingParams:
-        """Raises `GenerationError` for a value out of range."""
-        return self._params(self.max_tokens)
+    def params(self, defaults: Mapping[str, float]) -> SamplingParams:
+        """`defaults`: of the model. Raises `GenerationError` for a value out of range."""
+        return self._params(defaults, self.max_tokens)
 
-    def _params(self, max_tokens: int | None, **more: Any) -> SamplingParams:
+    def _params(
+        self, defaults: Mapping[str, float], max_tokens: int | None, **more: Any
+    ) -> SamplingParams:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         same_names = {
             "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "n", "seed",
             "presence_penalty", "frequency_penalty", "typical_p",
         }  # fmt: skip
-        values = {"temperature": 1.0, **self.model_dump(include=same_names, exclude_none=True)}
+        asked = self.model_dump(include=same_names, exclude_none=True)
         if self.top_p == 0:  # the smallest nucleus: the most likely token
-            values["top_p"] = 1e-9
+            asked["top_p"] = 1e-9
         return SamplingParams(
             max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
             stop=tuple(stop or ()),
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            **values,
+            **sampling_values(defaults, asked),
             **more,
         )
 
@@ -194,7 +210,9 @@ class ChatRequest(SamplingRequest):
     prompt_cache_key: Ignored = None
     prompt_cache_options: Ignored = None
     prompt_cache_retention: Ignored = None
-    reasoning_effort: Ignored = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    thinking_budget: Budget | None = None
     safety_identifier: Ignored = None
     service_tier: Ignored = None
     store: Ignored = None
@@ -254,13 +272,32 @@ class ChatRequest(SamplingRequest):
         limit = self.max_completion_tokens  # the newer name, where both are given
         return self.max_tokens if limit is None else limit
 
-    def params(self, lark: str | None = None) -> SamplingParams:
+    @property
+    def enable_thinking(self) -> bool | None:
+        """None: as the template does by default."""
+        given = self.chat_template_kwargs or {}
+        for name in SWITCHES:
+            if isinstance(given.get(name), bool):
+                return bool(given[name])
+        return None if self.reasoning_effort is None else self.reasoning_effort != "none"
+
+    def template_kwargs(self, thinking: Thinking) -> dict[str, Any]:
+        """For the chat template of a model. No grammar allows thoughts."""
+        enable = self.enable_thinking
+        if enable is None and (self.json_schema is not None or self.must_call):
+            enable = False
+        effort = self.reasoning_effort if thinking.efforts else None
+        return thinking.template_kwargs(self.chat_template_kwargs, enable, effort)
+
+    def params(self, defaults: Mapping[str, float], lark: str | None = None) -> SamplingParams:
         """`lark`: a grammar of the tool calls, and of the text where both are possible."""
         return self._params(
+            defaults,
             self.token_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=None if lark else self.json_schema,
             lark=lark,
+            thinking_budget=self.thinking_budget,
         )
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from khaosz.errors import ContextLengthError
@@ -22,7 +22,8 @@ def truncated(request: ChatRequest, generator: Generator) -> tuple[ChatRequest, 
     room = prompt_room(request.token_limit, generator)
     if request.knowledge_base is not None:
         room = min(room, generator.context // 2)
-    kept, left_out = last_turns(request.messages, room, generator, request.allowed_tools)
+    kwargs = request.template_kwargs(generator.thinking)
+    kept, left_out = last_turns(request.messages, room, generator, request.allowed_tools, kwargs)
     return request.model_copy(update={"messages": kept}), left_out
 
 
@@ -37,6 +38,7 @@ def last_turns(
     room: int,
     generator: Generator,
     tools: Sequence[dict[str, Any]] = (),
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[list[Message], int]:
     """The leading system messages, and the last turns that fit into `room` tokens with them; and
     how many messages are left out. A turn starts at a user message; the last one always remains.
@@ -55,7 +57,8 @@ def last_turns(
         rest = [each.for_template() for each in (*messages[:head], *messages[cut:])]
         prompt = add_tools(rest, tools, generator.tokenizer)
         try:
-            return len(generator.chat_ids(*prompt, limit=room)) <= room
+            ids = generator.chat_ids(*prompt, template_kwargs=template_kwargs, limit=room)
+            return len(ids) <= room
         except ContextLengthError:
             return False
 

@@ -16,9 +16,10 @@ from khaosz.cli.terminal.conversation import (
     sources_of,
     text_parts,
 )
+from khaosz.data.tokenizer.thinking import opens_thought
 from khaosz.errors import ConfigError
 from khaosz.inference.generator import Generator, Piece
-from khaosz.inference.parts import Part, PartStream, opens_thought
+from khaosz.inference.parts import Part, PartStream
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.local_models import find_model, local_models
 from khaosz.rag import KnowledgeBase

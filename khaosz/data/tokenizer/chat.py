@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from datetime import datetime
 from functools import lru_cache
@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from khaosz.data.tokenizer.tokenizer import Tokenizer
 
 
+# Template variables that callers cannot set: those that the chat itself sets, and transformers'
+# own arguments.
+RESERVED = frozenset(
+    ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template",
+     "conversation", "tokenize", "raise_exception", "strftime_now")
+)  # fmt: skip
 # Template variables that `{% generation %}` prints around its body; undefined prints nothing.
 _START, _END = "khaosz_generation_start", "khaosz_generation_end"
 
@@ -120,16 +126,28 @@ def _compile(template: str) -> jinja2.Template:
         ) from error
 
 
+def reserved_name(template_kwargs: Mapping[str, Any]) -> str | None:
+    """The first name that is not a caller's to set, such as messages or bos_token."""
+    taken = (
+        name for name in template_kwargs
+        if name in RESERVED or name.endswith("_token") or name in (_START, _END)
+    )  # fmt: skip
+    return next(taken, None)
+
+
 def render_chat(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     *,
+    template_kwargs: Mapping[str, Any] | None = None,
     start_mark: str = "",
     end_mark: str = "",
 ) -> str:
-    """The chat as the model reads it. Raises DataError for a chat that the template rejects."""
+    """The chat as the model reads it. `template_kwargs`: variables of the template, such as
+    enable_thinking. Raises DataError for a chat that the template rejects, and for a variable that
+    is not the caller's."""
     template = tokenizer.chat_template_for(tools)
     if template is None:
         raise DataError(
@@ -137,6 +155,8 @@ def render_chat(
             hint="use a chat model, or add chat_template to its tokenizer_config.json",
         )
     check_messages(messages)
+    if (name := reserved_name(template_kwargs or {})) is not None:
+        raise DataError(f"chat_template_kwargs: {name} is set by the chat itself")
     variables = tokenizer.template_variables
 
     def forms() -> Forms:
@@ -147,8 +167,18 @@ def render_chat(
         for_template(messages, forms),
         None if tools is None else tools_for_template(tools, forms),
         add_generation_prompt,
-        {**variables, _START: start_mark, _END: end_mark},
+        {**(template_kwargs or {}), **variables, _START: start_mark, _END: end_mark},
     )
+
+
+def render_template(
+    template: str,
+    messages: list[Message],
+    add_generation_prompt: bool,
+    variables: dict[str, Any],
+) -> str:
+    """A chat by a template alone, to learn what the template does. Raises DataError."""
+    return _render(template, messages, None, add_generation_prompt, variables)
 
 
 def _render(
@@ -156,7 +186,7 @@ def _render(
     messages: list[Message],
     tools: Tools,
     add_generation_prompt: bool,
-    variables: dict[str, str],
+    variables: dict[str, Any],
 ) -> str:
     compiled = _compile(template)
     # Our own template is trusted, and `data prepare` renders it a million times.
@@ -164,13 +194,14 @@ def _render(
     try:
         with limit:
             parts, size = [], 0
-            for part in compiled.generate(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+            context = {
+                "documents": None,
                 **variables,
-            ):
+                "messages": messages,
+                "tools": tools,
+                "add_generation_prompt": add_generation_prompt,
+            }
+            for part in compiled.generate(context):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_TEXT:
@@ -197,20 +228,23 @@ def encode_chat(
     tools: Sequence[dict[str, Any]] | None = None,
     add_generation_prompt: bool = False,
     *,
+    template_kwargs: Mapping[str, Any] | None = None,
     need_mask: bool = False,
     limit: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Ids and loss mask of a chat, both of the same length. The mask is 1 on the assistant's text,
     its tool calls and the end of its turn.
 
-    Special tokens written inside messages are text. Raises DataError for a bad chat, and with
-    `need_mask` for a template without `{% generation %}`; ContextLengthError early for a long chat
-    that has more than `limit` tokens.
+    Special tokens written inside messages and `template_kwargs` are text. Raises DataError for a
+    bad chat, and with `need_mask` for a template without `{% generation %}`; ContextLengthError
+    early for a long chat that has more than `limit` tokens.
     """
     check_messages(messages)
     nonce = secrets.token_hex(16)
     pattern = tokenizer.special_pattern
-    rendered, literals = _render_marked(tokenizer, messages, tools, add_generation_prompt, nonce)
+    rendered, literals = _render_marked(
+        tokenizer, messages, tools, add_generation_prompt, template_kwargs or {}, nonce
+    )
     encoder = tokenizer.control_encoder
     text = ""
     spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
@@ -253,11 +287,19 @@ def encode_chat(
     return ids, loss_mask
 
 
+def encode_control(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a template's own text: the names of control tokens in it are those tokens."""
+    encoder = tokenizer.control_encoder
+    aliased = tokenizer.special_pattern.sub(lambda match: encoder.aliases[match[0]], text)
+    return encoder.encode(aliased)[0]
+
+
 def _render_marked(
     tokenizer: Tokenizer,
     messages: Sequence[dict[str, Any]],
     tools: Sequence[dict[str, Any]] | None,
     add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any],
     nonce: str,
 ) -> tuple[str, list[str]]:
     """The chat with marks around what is generated and in place of every name of a control token
@@ -281,6 +323,7 @@ def _render_marked(
             [change(message) for message in messages],
             None if tools is None else [change(tool) for tool in tools],
             add_generation_prompt,
+            template_kwargs={name: change(value) for name, value in template_kwargs.items()},
             start_mark=f"{nonce}S",
             end_mark=f"{nonce}E",
         )

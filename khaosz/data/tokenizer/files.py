@@ -66,6 +66,18 @@ def read_directory(directory: Path) -> tuple[bytes, dict[str, Any], dict[str, li
     return _with_tokens(serialized, missing, rows), config, ids
 
 
+def read_template(directory: Path) -> str | None:
+    """The chat template of a directory without reading its vocabulary; None where there is none.
+    Raises TokenizerError for a file that is broken."""
+    config = _read(directory / _CONFIG)
+    _read_templates(directory, config)
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = (each for each in value if isinstance(each, dict) and each.get("name") == "default")
+        value = next(named, {}).get("template")
+    return value if isinstance(value, str) else None
+
+
 def template_processing(
     begin: list[tuple[str, int]], finish: list[tuple[str, int]]
 ) -> dict[str, Any] | None:

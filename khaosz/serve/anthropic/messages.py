@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from khaosz.data.tokenizer.thinking import SWITCHES
 from khaosz.serve.answering import Answering
 from khaosz.serve.anthropic.output import MessageLayout
 from khaosz.serve.anthropic.schema import (
@@ -35,7 +36,7 @@ from khaosz.serve.translation import function_call, function_tool, text_content,
 
 _SAME = {
     "model", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed",
-    "stream", "knowledge_base", "retrieval",
+    "stream", "knowledge_base", "retrieval", "thinking_budget",
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def message_routes(answering: Answering) -> APIRouter:
         """Answer a conversation, as Anthropic's API does."""
         chat, prefill = chat_of(request)
         layout = MessageLayout(request.model)
-        return await answering.chat(chat, raw_request, layout, think=request.think, prefill=prefill)
+        return await answering.chat(chat, raw_request, layout, prefill=prefill)
 
     @router.post(
         "/v1/messages/count_tokens",
@@ -64,7 +65,7 @@ def message_routes(answering: Answering) -> APIRouter:
     async def count(request: CountRequest) -> dict[str, int]:
         """The tokens of a request."""
         chat, prefill = chat_of(request)
-        return {"input_tokens": await answering.count(chat, think=request.think, prefill=prefill)}
+        return {"input_tokens": await answering.count(chat, prefill=prefill)}
 
     return router
 
@@ -116,6 +117,10 @@ def chat_of(request: CountRequest) -> tuple[ChatRequest, str]:
     if format is not None:
         schema = {"name": "output", "schema": format.schema_}
         values["response_format"] = {"type": "json_schema", "json_schema": schema}
+    kwargs = {SWITCHES[0]: request.think, **(request.chat_template_kwargs or {})}
+    values["chat_template_kwargs"] = kwargs
+    if request.think and request.thinking is not None:
+        values.setdefault("thinking_budget", request.thinking.budget_tokens)
     if isinstance(request, MessagesRequest):
         values["stop"] = request.stop_sequences or None
     return translated_chat(values), prefill

@@ -18,7 +18,7 @@ from khaosz.serve.messages import (
     text_only,
 )
 from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
-from khaosz.serve.schema import Retrieval, Seed, Stop, Tokens
+from khaosz.serve.schema import Budget, Retrieval, Seed, Stop, TemplateKwargs, Tokens
 
 
 class Sent(BaseModel):
@@ -136,10 +136,11 @@ class NoChoice(RequestModel):
 
 
 class Thinking(RequestModel):
-    """Without it, and with "disabled", the answer has no thinking blocks."""
+    """Without it, and with "disabled", the answer has no thinking blocks. budget_tokens: as
+    thinking_budget."""
 
     type: Literal["enabled", "adaptive", "between_tools", "disabled"]
-    budget_tokens: Ignored = None
+    budget_tokens: Budget | None = None
     display: Ignored = None
 
 
@@ -178,6 +179,7 @@ class CountRequest(RequestModel):
     speed: Ignored = None
     user_profile_id: Ignored = None
     workspace_id: Ignored = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
     @property
     def think(self) -> bool:
@@ -185,7 +187,8 @@ class CountRequest(RequestModel):
 
 
 class MessagesRequest(CountRequest):
-    """min_p, repetition_penalty, seed, knowledge_base and retrieval are not Anthropic's."""
+    """min_p, repetition_penalty, seed, thinking_budget, chat_template_kwargs, knowledge_base and
+    retrieval are not Anthropic's."""
 
     max_tokens: Tokens
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
@@ -196,6 +199,7 @@ class MessagesRequest(CountRequest):
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Seed | None = None
+    thinking_budget: Budget | None = None
     knowledge_base: str | None = None
     retrieval: Retrieval | None = None
     container: Unsupported = None

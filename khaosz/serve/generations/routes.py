@@ -141,7 +141,7 @@ def generation_routes(conversations: ConversationStore, answering: Answering) ->
                 "request": {k: v for k, v in sent.items() if k not in ("parent", "message")},
                 "context": None,
                 # A grammar holds from the first character of a text.
-                "grammar": request.params().form is not None or request.must_call,
+                "grammar": request.params({}).form is not None or request.must_call,
             },
         )
         record = await generations.start(record, request)

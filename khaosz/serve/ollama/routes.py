@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from khaosz import __version__
+from khaosz.data.tokenizer.thinking import SWITCHES
 from khaosz.serve.answering import Answering
 from khaosz.serve.errors import ApiError, errors
 from khaosz.serve.ollama.models import Catalogue
@@ -80,9 +81,8 @@ def ollama_routes(answering: Answering, vectors: Vectors, catalogue: Catalogue) 
             function_tool(t.function.name, t.function.description, t.function.parameters)
             for t in request.tools or ()
         ] or None
-        think = request.think is not False
         made = translated_chat(values)
-        return await answering.chat(made, raw_request, layout, think=think, prefill=prefill)
+        return await answering.chat(made, raw_request, layout, prefill=prefill)
 
     @router.post(
         "/generate",
@@ -101,8 +101,7 @@ def ollama_routes(answering: Answering, vectors: Vectors, catalogue: Catalogue) 
             return await answering.complete(made, raw_request, layout)
         system = [{"role": "system", "content": request.system}] if request.system else []
         values["messages"] = [*system, {"role": "user", "content": request.prompt}]
-        think = request.think is not False
-        return await answering.chat(translated_chat(values), raw_request, layout, think=think)
+        return await answering.chat(translated_chat(values), raw_request, layout)
 
     async def load(model: str, layout: OllamaLayout, streams: bool) -> Response:
         start = time.perf_counter()
@@ -201,6 +200,11 @@ def _values(request: OllamaRequest, model: str) -> dict[str, Any]:
     elif isinstance(request.format, dict):
         schema = {"name": "format", "schema": request.format}
         values["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if isinstance(request.think, str):
+        values["reasoning_effort"] = request.think
+    kwargs = {} if not isinstance(request.think, bool) else {SWITCHES[0]: request.think}
+    values["chat_template_kwargs"] = {**kwargs, **(request.chat_template_kwargs or {})} or None
+    values["thinking_budget"] = request.thinking_budget
     values["knowledge_base"] = request.knowledge_base
     if request.retrieval is not None:
         values["retrieval"] = request.retrieval.model_dump()
@@ -209,6 +213,8 @@ def _values(request: OllamaRequest, model: str) -> dict[str, Any]:
 
 def _continued(request: GenerateRequest, values: dict[str, Any]) -> CompletionRequest:
     """Raises `ApiError` for fields that need a chat."""
+    for name in ("reasoning_effort", "chat_template_kwargs", "thinking_budget"):
+        values.pop(name, None)
     for name in ("response_format", "logprobs", "knowledge_base"):
         if values.pop(name, None):
             field = "format" if name == "response_format" else name

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from khaosz.data.tokenizer.thinking import Effort
 from khaosz.inference.sampling import MAX_LOGPROBS, MAX_STOPS
 from khaosz.serve.messages import (
     MAX_MESSAGES,
@@ -17,7 +18,7 @@ from khaosz.serve.messages import (
 )
 from khaosz.serve.openai.vectors import MAX_INPUTS
 from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
-from khaosz.serve.schema import Penalty, Retrieval, Stop
+from khaosz.serve.schema import Budget, Penalty, Retrieval, Stop, TemplateKwargs
 
 
 def _no_images(value: Any) -> None:
@@ -78,13 +79,16 @@ class Options(RequestModel):
 
 
 class OllamaRequest(RequestModel):
-    """Fields of chats and completions. knowledge_base and retrieval are not Ollama's."""
+    """Fields of chats and completions. chat_template_kwargs, thinking_budget, knowledge_base and
+    retrieval are not Ollama's. think: whether the answer has thoughts, or their effort."""
 
     model: str
     options: Options | None = None
     format: Literal["", "json"] | dict[str, Any] | None = None
     stream: bool | None = None
-    think: bool | str | None = None
+    think: bool | Effort | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    thinking_budget: Budget | None = None
     truncate: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

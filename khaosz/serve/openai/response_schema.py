@@ -17,6 +17,7 @@ from pydantic import (
     Tag,
 )
 
+from khaosz.data.tokenizer.thinking import Effort
 from khaosz.inference.sampling import MAX_LOGPROBS
 from khaosz.serve.messages import (
     MAX_MESSAGES,
@@ -31,11 +32,13 @@ from khaosz.serve.messages import (
 )
 from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
 from khaosz.serve.schema import (
+    Budget,
     JsonObject,
     NamedSchema,
     PlainText,
     Retrieval,
     Seed,
+    TemplateKwargs,
     Tokens,
     Truncation,
 )
@@ -194,7 +197,7 @@ class TextConfig(RequestModel):
 class ReasoningConfig(RequestModel):
     """effort: "none" asks the model not to reason."""
 
-    effort: str | None = None
+    effort: Effort | None = None
     context: Ignored = None
     generate_summary: Ignored = None
     mode: Ignored = None
@@ -222,14 +225,12 @@ class InputCountRequest(RequestModel):
     previous_response_id: Stored = None
     conversation: Stored = None
     personality: Ignored = None
-
-    @property
-    def think(self) -> bool:
-        return self.reasoning is None or self.reasoning.effort != "none"
+    chat_template_kwargs: TemplateKwargs | None = None
 
 
 class ResponseRequest(InputCountRequest):
-    """top_k, min_p, repetition_penalty, seed, knowledge_base and retrieval are not OpenAI's."""
+    """top_k, min_p, repetition_penalty, seed, thinking_budget, chat_template_kwargs, knowledge_base
+    and retrieval are not OpenAI's."""
 
     max_output_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -238,6 +239,7 @@ class ResponseRequest(InputCountRequest):
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Seed | None = None
+    thinking_budget: Budget | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None

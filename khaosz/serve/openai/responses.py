@@ -33,7 +33,8 @@ from khaosz.serve.translation import function_tool, text_content, translated_cha
 
 _SAME = {
     "model", "parallel_tool_calls", "truncation", "temperature", "top_p", "top_k", "min_p",
-    "repetition_penalty", "seed", "stream", "knowledge_base", "retrieval",
+    "repetition_penalty", "seed", "stream", "knowledge_base", "retrieval", "chat_template_kwargs",
+    "thinking_budget",
 }  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def response_routes(answering: Answering) -> APIRouter:
     async def respond(request: ResponseRequest, raw_request: Request) -> Response:
         """Answer a list of items, as OpenAI's Responses API does."""
         layout = ResponseLayout(request)
-        return await answering.chat(chat_of(request), raw_request, layout, think=request.think)
+        return await answering.chat(chat_of(request), raw_request, layout)
 
     @router.post(
         "/v1/responses/input_tokens",
@@ -57,7 +58,7 @@ def response_routes(answering: Answering) -> APIRouter:
     )
     async def count(request: InputCountRequest) -> dict[str, Any]:
         """The tokens of a request."""
-        tokens = await answering.count(chat_of(request), think=request.think)
+        tokens = await answering.count(chat_of(request))
         return {"object": "response.input_tokens", "input_tokens": tokens}
 
     @router.get("/v1/responses/{response}", response_model=None, responses=errors(404))
@@ -73,6 +74,8 @@ def chat_of(request: InputCountRequest) -> ChatRequest:
     """Raises `ApiError` for fields that do not go together."""
     values = request.model_dump(include=_SAME, exclude_none=True)
     values["messages"] = list(messages_of(request))
+    if request.reasoning is not None:
+        values["reasoning_effort"] = request.reasoning.effort
     values["tools"] = [
         function_tool(tool.name, tool.description, tool.parameters) for tool in request.tools or ()
     ] or None

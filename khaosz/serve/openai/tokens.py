@@ -15,7 +15,7 @@ from khaosz.serve.messages import MAX_MESSAGES, Message, RequestModel
 from khaosz.serve.models import Models
 from khaosz.serve.prompts import COUNTED
 from khaosz.serve.replies import Reply
-from khaosz.serve.schema import Tokens, Truncation
+from khaosz.serve.schema import TemplateKwargs, Tokens, Truncation
 from khaosz.serve.truncation import last_turns, prompt_room
 
 
@@ -28,11 +28,14 @@ class TokenizeRequest(RequestModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
     truncation: Truncation | None = None
     max_tokens: Tokens | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
 
     @model_validator(mode="after")
     def _check_one_of(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("give one of prompt and messages")
+        if self.chat_template_kwargs is not None and self.messages is None:
+            raise ValueError("chat_template_kwargs needs messages")
         if self.truncation == "auto" and self.messages is None:
             raise ValueError("truncation needs messages")
         return self
@@ -72,11 +75,13 @@ def _tokenized(request: TokenizeRequest, generator: Generator) -> dict[str, Any]
     limit = COUNTED * generator.context
     more = {}
     if request.messages is not None:
+        kwargs = generator.thinking.template_kwargs(request.chat_template_kwargs, None)
         kept: Sequence[Message] = request.messages
         if request.truncation == "auto":
             room = prompt_room(request.max_tokens, generator)
-            kept, more["left_out"] = last_turns(kept, room, generator)
-        ids = generator.chat_ids([message.for_template() for message in kept], limit=limit)
+            kept, more["left_out"] = last_turns(kept, room, generator, (), kwargs)
+        messages = [message.for_template() for message in kept]
+        ids = generator.chat_ids(messages, template_kwargs=kwargs, limit=limit)
     else:
         assert request.prompt is not None
         ids = generator.prompt_ids(request.prompt, limit=limit)
