@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_502,
     "config": 1_317,
-    "data": 5_558,
+    "data": 5_667,
     "database": 182,
     "demo": 1_166,
     "doctor": 72,
