@@ -38,6 +38,15 @@ DocumentCode = Literal[
 ]
 
 
+FetchCode = Literal[
+    "no_network",  # a host could not be reached, or sent nothing
+    "disk_full",
+    "wrong_hash",
+    "being_pulled",  # by another process
+    "not_allowed",  # gated or private
+]
+
+
 class KhaoszError(Exception):
     """A user's mistake: `message` says what is wrong, `hint` how to fix it."""
 
@@ -67,7 +76,13 @@ class TokenFileError(DataError):
 
 
 class FetchError(DataError):
-    pass
+    """`code`: as that of `DocumentError`, where the reason has one."""
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, code: FetchCode | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.code = code
 
 
 class TokenizerError(KhaoszError):

@@ -28,6 +28,7 @@ from khaosz.errors import FetchError, one_line
 SAMPLE_DIR = Path(__file__).parent / "data" / "sample"
 _BLOCK = 32 << 20
 _PIECE = 1 << 20
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a file system without locks answers, as some network file systems are.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -191,7 +192,7 @@ def disk_error(error: Exception, place: Path | None = None) -> str:
 
 def disk_hint(error: OSError) -> str | None:
     """What to do about an error of `disk_error`, or None."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in DISK_FULL:
         return "free some space, and run the command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "choose another place, or change its permissions"

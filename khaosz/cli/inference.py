@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -196,7 +197,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             help="Model directories, .gguf files or names, or NAME=PATH; default: the last trained"
-            " or pulled. The first is loaded at start, others on first use.",
+            " or pulled, or none yet. The first is loaded at start, others on first use.",
             metavar="[MODEL]...",
             show_default=False,
         ),
@@ -262,7 +263,7 @@ def serve(
         raise ConfigError(f"--memory-limit is {memory_limit:g}, not a number of GB above 0")
     memory = None if memory_limit is None else int(memory_limit * (1 << 30))
     run(
-        models or [str(default_model())],
+        models or _default_models(),
         loras=lora or (),
         embedders=embedder or (),
         rerankers=reranker or (),
@@ -274,8 +275,19 @@ def serve(
         deterministic=deterministic,
         limits=Limits(max_queue, max_batch, memory, context, not no_memory_check),
         timeout=request_timeout,
+        source=os.environ.get("KHAOSZ_MODEL_SOURCE") or None,
         announce=say,
     )
+
+
+def _default_models() -> list[str]:
+    """The default model, if there is one: the page fetches the first."""
+    from khaosz.errors import ModelError
+
+    try:
+        return [str(default_model())]
+    except ModelError:
+        return []
 
 
 @model_app.command()

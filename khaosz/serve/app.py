@@ -13,9 +13,12 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from khaosz import __version__
+from khaosz.interop.local_models import RUNS
 from khaosz.serve.answering import Answering
 from khaosz.serve.anthropic.messages import message_routes, model_info
 from khaosz.serve.anthropic.schema import ModelInfo, ModelPage
+from khaosz.serve.catalogue.pulls import Pulls
+from khaosz.serve.catalogue.routes import catalogue_routes
 from khaosz.serve.errors import ApiError, errors, explain_errors
 from khaosz.serve.generations.routes import generation_routes
 from khaosz.serve.knowledge.library import Library
@@ -66,20 +69,25 @@ def build_app(
     *,
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
+    pulls: Pulls | None = None,
+    runs: Path = RUNS,
     timeout: float = TIMEOUT,
     heartbeat: float = HEARTBEAT,
     routers: Sequence[Routes] = (),
 ) -> FastAPI:
     """The service of these models; it stops their threads when it ends. `library`: knowledge bases;
-    `routers`: further routes, such as `record_routes`. `timeout` and
-    `heartbeat` are in seconds."""
+    `pulls`: models that are added, of the catalogue and below `runs`; `routers`: further routes,
+    such as `record_routes`. `timeout` and `heartbeat` are in seconds."""
     retrieval = retrieval or RetrievalModels()
     meters = Meters(models)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        models.give_back(await models.take(models.names[0]))
+        if models.names:
+            models.give_back(await models.take(models.names[0]))
         yield
+        if pulls is not None:
+            await pulls.stop()
         await models.stop()
 
     # No /docs: that page loads its scripts from another host.
@@ -97,7 +105,10 @@ def build_app(
         ollama_routes(answering, vectors, Catalogue(models, retrieval)),
     )
     knowledge = [] if library is None else [knowledge_routes(library)]
-    for router in (*openai, vector_routes(vectors), *others, *knowledge, page_routes(), *routers):
+    more = [] if pulls is None else [catalogue_routes(pulls, runs)]
+    for router in (
+        *openai, vector_routes(vectors), *others, *knowledge, *more, page_routes(), *routers,
+    ):  # fmt: skip
         app.include_router(router if isinstance(router, APIRouter) else router(answering))
 
     @app.get("/v1/models", response_model=ModelList | ModelPage, responses=errors())
@@ -108,7 +119,8 @@ def build_app(
         if _ANTHROPIC not in request.headers:
             return {"object": "list", "data": cards}
         data = [model_info(card) for card in cards]
-        return {"data": data, "has_more": False, "first_id": names[0], "last_id": names[-1]}
+        first, last = (names[0], names[-1]) if names else (None, None)
+        return {"data": data, "has_more": False, "first_id": first, "last_id": last}
 
     @app.get("/v1/models/{model:path}", response_model=ModelCard | ModelInfo, responses=errors(404))
     async def one_model(model: str, request: Request) -> dict[str, Any]:
@@ -166,16 +178,21 @@ def build_app(
         """Counters in Prometheus' text format."""
         return Response(meters.text(), media_type=meters.content_type)
 
-    names = {
-        "EmbeddingRequest": list(retrieval.embedders),
-        "RerankRequest": list(retrieval.rerankers),
-        "OllamaEmbedRequest": with_latest(retrieval.embedders),
-        "OllamaEmbeddingsRequest": with_latest(retrieval.embedders),
-        "OllamaChatRequest": with_latest(models.names),
-        "GenerateRequest": with_latest(models.names),
-        **dict.fromkeys(_WITH_MODEL, models.names),
-    }
-    patch_openapi(app.openapi(), names)
+    def name_models() -> None:
+        names = {
+            "EmbeddingRequest": list(retrieval.embedders),
+            "RerankRequest": list(retrieval.rerankers),
+            "OllamaEmbedRequest": with_latest(retrieval.embedders),
+            "OllamaEmbeddingsRequest": with_latest(retrieval.embedders),
+            "OllamaChatRequest": with_latest(models.names),
+            "GenerateRequest": with_latest(models.names),
+            **dict.fromkeys(_WITH_MODEL, models.names),
+        }
+        patch_openapi(app.openapi(), names)
+
+    name_models()
+    if pulls is not None:
+        pulls.on_added = name_models
     return app
 
 

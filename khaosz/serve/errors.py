@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import sqlite3
@@ -25,6 +24,7 @@ from khaosz.errors import (
     NotEnoughMemoryError,
     TokenizerError,
 )
+from khaosz.files import DISK_FULL
 from khaosz.serve.models import UnknownModel
 from khaosz.serve.retrieval_models import UnknownName, Unusable
 from khaosz.serve.worker import Busy, Failed, Stopping
@@ -38,7 +38,6 @@ _HEADERS = {
     503: {"retry-after": "1"},  # seconds; the queue is full or a file in use
     504: {"x-should-retry": "false"},  # it would take as long; OpenAI's client retries by itself
 }
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Fields of `SamplingParams` that requests spell otherwise.
 _FIELDS = {"json_schema": "response_format", "lark": "tools"}
 # Fields of `ChatRequest` that other protocols spell otherwise, by the beginning of their paths.
@@ -127,7 +126,7 @@ def map_disk_full() -> Iterator[None]:
     try:
         yield
     except (OSError, sqlite3.OperationalError) as error:
-        full = error.errno in _DISK_FULL if isinstance(error, OSError) else is_full(error)
+        full = error.errno in DISK_FULL if isinstance(error, OSError) else is_full(error)
         if not full:
             raise
         raise ApiError(507, "the disk is full", code="disk_full") from None

@@ -94,31 +94,42 @@ class Models:
         device: str = "cpu",
         deterministic: bool = False,
     ) -> None:
-        """Raises `ConfigError` for a duplicate name, a model larger than the limit, and a context
-        beyond that of every model."""
+        """`models` may be empty, and more added later. Raises `ConfigError` for a duplicate name, a
+        model larger than the limit, and a context beyond that of every model."""
         self.limits, self.device, self.deterministic = limits, device, deterministic
         self.started = int(time.time())
         self._by_name: dict[str, Model] = {}
+        self.all: list[Model] = []
+        longest = max((model.context for model in models), default=0)
         for model in models:
-            for name in model.names:
-                if name in self._by_name:
-                    raise ConfigError(f"two models are named {name!r}", hint="NAME=PATH names one")
-                self._by_name[name] = model
-            if limits.memory is not None and model.weights > limits.memory:
-                raise ConfigError(
-                    f"{model.name} needs {model.weights >> 20:,} MB, --memory-limit leaves"
-                    f" {limits.memory >> 20:,}"
-                )
-        self.all = list(models)
-        if limits.context is not None:
-            longest = max(model.context for model in models)
-            if limits.context > longest:
-                raise ConfigError(
-                    f"--context {limits.context:,} is beyond {longest:,}, the models' own"
-                )
-            for model in models:
-                model.context = min(model.context, limits.context)
+            self.add(model)
+        if models and limits.context is not None and limits.context > longest:
+            raise ConfigError(
+                f"--context {limits.context:,} is beyond {longest:,}, the models' own"
+            )
         self._load_lock = asyncio.Lock()
+
+    def add(self, model: Model) -> None:
+        """Serve one more model, which is loaded on first use. Raises `ConfigError` for a duplicate
+        name and a model larger than the limit."""
+        for i, name in enumerate(model.names):
+            if name in self._by_name or name in model.names[:i]:
+                raise ConfigError(f"two models are named {name!r}", hint="NAME=PATH names one")
+        limit = self.limits.memory
+        if limit is not None and model.weights > limit:
+            raise ConfigError(
+                f"{model.name} needs {model.weights >> 20:,} MB, --memory-limit leaves"
+                f" {limit >> 20:,}"
+            )
+        if self.limits.context is not None:
+            model.context = min(model.context, self.limits.context)
+        self._by_name |= dict.fromkeys(model.names, model)
+        self.all.append(model)
+
+    def name_of(self, source: Path) -> str | None:
+        """The name by which the model at this path is served, None if it is not."""
+        source = source.resolve()
+        return next((each.name for each in self.all if each.source.resolve() == source), None)
 
     @property
     def names(self) -> list[str]:
@@ -137,9 +148,10 @@ class Models:
             loaded.worker.check_capacity()
 
     def preload(self) -> None:
-        """Load the first model before the event loop runs, so that its errors end the start.
-        Raises `ModelError`."""
-        self.all[0].loaded = self._load(self.all[0])
+        """Load the first model, if there is one, before the event loop runs, so that its errors end
+        the start. Raises `ModelError`."""
+        if self.all:
+            self.all[0].loaded = self._load(self.all[0])
 
     async def take(self, name: str) -> Use:
         """Load the model if needed and mark it as in use. Every use must be given back.

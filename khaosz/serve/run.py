@@ -41,10 +41,12 @@ def serve(
     deterministic: bool = False,
     limits: Limits,
     timeout: float,
+    source: str | None = None,
     announce: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; running requests are finished first. `models` are paths, or
-    NAME=PATH; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
+    NAME=PATH, or none: then the page proposes one, and `source` is where it is fetched from, as
+    `pull` takes it; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
     `rerankers` as `RetrievalModels` takes them. `data`: the folder for documents, conversations and
     preferences; `runs`: that of training runs; `max_upload`: bytes of a document. `timeout`:
     seconds for a request. `deterministic`: answers do not depend on other requests or caches.
@@ -69,6 +71,7 @@ def serve(
         import uvicorn
 
         from khaosz.serve.app import build_app, record_routes
+        from khaosz.serve.catalogue.pulls import Pulls
         from khaosz.serve.connections import BACKLOG, LimitedServer, limited_protocol
         from khaosz.serve.guard import LOOPBACK, Guard
         from khaosz.serve.knowledge.catalogue import Catalogue
@@ -103,6 +106,8 @@ def serve(
             served,
             retrieval=retrieval,
             library=library,
+            pulls=Pulls(served, source),
+            runs=runs,
             timeout=timeout,
             routers=record_routes(data, runs),
         )
@@ -120,15 +125,16 @@ def serve(
             timeout_graceful_shutdown=DRAIN,
         )
         url = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-        announce(f"{', '.join(served.names)}: {url}/v1")
-        announce(f"page: {url}/")
+        announce(f"{', '.join(served.names) or 'no model yet'}: {url}/v1")
+        announce(f"page: {url}/{'' if served.names else ' (it fetches a model on request)'}")
         for base in library.bases():
             if base.embedder is not None and base.embedder not in retrieval.embedders:
                 announce(
                     f"knowledge base {base.name!r}: its embedder {base.embedder!r} is not available"
                     f" (--embedder {base.embedder}=SOURCE), so it is searched lexically only"
                 )
-        if (first := served.all[0].loaded) and (line := first.generator.memory_line):
+        first = served.all[0].loaded if served.all else None
+        if first is not None and (line := first.generator.memory_line):
             announce(line)
         LimitedServer(config, served.interrupt).run([listener])
 
@@ -140,11 +146,11 @@ def named_models(models: Sequence[str], loras: Sequence[str] = ()) -> list[Model
     for lora in loras:
         key, equals, path = lora.partition("=")
         owner, colon, name = key.rpartition(":")
-        owner = owner if colon else sources[0][0]
+        owner = owner if colon else sources[0][0] if sources else ""
         if not (equals and name and path) or owner not in adapters:
             raise ConfigError(
                 f"--lora {lora!r} is not NAME=DIR or MODEL:NAME=DIR",
-                hint=f"models here: {', '.join(adapters)}",
+                hint=f"models here: {', '.join(adapters) or 'none'}",
             )
         adapters[owner][name] = Path(path)
     return [describe(name, path, adapters[name]) for name, path in sources]

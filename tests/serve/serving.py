@@ -27,6 +27,7 @@ from khaosz.inference.generator import Generator
 from khaosz.interop.huggingface import save_model
 from khaosz.model import Transformer
 from khaosz.serve.app import build_app
+from khaosz.serve.catalogue.pulls import Pulls
 from khaosz.serve.connections import LimitedServer, limited_protocol
 from khaosz.serve.guard import LOOPBACK, Guard
 from khaosz.serve.knowledge.library import Library
@@ -208,9 +209,10 @@ def served(
     step_tokens: int | None = None,
     retrieval: RetrievalModels | None = None,
     library: Library | None = None,
+    runs: Path | None = None,
     routers: Sequence[APIRouter] = (),
 ) -> Iterator[Service]:
-    """`models` and `loras` as the command's arguments."""
+    """`models` and `loras` as the command's arguments; `runs`: serve the catalogue, too."""
     described = named_models([str(each) for each in models], loras)
     all_models = Models(described, limits or Limits(64), deterministic=deterministic)
     all_models.preload()
@@ -221,6 +223,8 @@ def served(
         all_models,
         retrieval=retrieval,
         library=library,
+        pulls=None if runs is None else Pulls(all_models),
+        runs=runs or Path(),
         timeout=timeout,
         heartbeat=heartbeat,
         routers=routers,

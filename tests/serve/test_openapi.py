@@ -56,7 +56,8 @@ def test_document_names_models_and_no_422(service: Service) -> None:
 
 
 def test_405_lists_allowed_methods(tiny: Path, tmp_path: Path) -> None:
-    with served(tiny, routers=record_routes(tmp_path, tmp_path / "runs")) as service:
+    runs = tmp_path / "runs"
+    with served(tiny, runs=runs, routers=record_routes(tmp_path, runs)) as service:
         for path, operations in service.ask("GET", "/openapi.json")[2]["paths"].items():
             filled = re.sub(r"{\w+}", "00000000-0000-4000-8000-000000000000", path)
             status, headers, _ = service.ask("TRACE", filled)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,7 @@ def propose(source: str | None, free: int | None) -> Proposal:
     """The best model of which half of the `free` bytes of memory hold 4,096 tokens, and that a
     reachable source has. Raises `FetchError` where none has one."""
     reached = [each for each in sources(source) if _is_reachable(each)]
-    for name in _BEST:
-        entry = catalogue()[name]
-        fits = free is None or entry.memory <= free / 2
-        if not (fits and entry.bytes <= _LARGEST and entry.architecture in ARCHITECTURES):
-            continue
+    for entry in fitting(free):
         if having := [each.label for each in reached if each.carries(entry)]:
             room = "" if free is None else f" of {free / 1e9:.1f} GB that are free"
             return Proposal(
@@ -46,6 +43,18 @@ def propose(source: str | None, free: int | None) -> Proposal:
         "no model of the catalogue fits this machine and its sources",
         hint="`khaosz models` lists them all",
     )
+
+
+def fitting(free: int | None) -> Iterator[Entry]:
+    """The models of which half of the `free` bytes of memory hold 4,096 tokens, the best first.
+    Sends no request."""
+    for name in _BEST:
+        # A catalogue of one's own may lack some of them.
+        entry = catalogue().get(name)
+        if entry is None or (free is not None and entry.memory > free / 2):
+            continue
+        if entry.bytes <= _LARGEST and entry.architecture in ARCHITECTURES:
+            yield entry
 
 
 def _is_reachable(source: Any) -> bool:

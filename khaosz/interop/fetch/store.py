@@ -114,7 +114,9 @@ def staging(name: str) -> Iterator[Path]:
             yield folder
     except FolderInUse as holder:
         raise FetchError(
-            f"{name} is being pulled by {holder}", hint="wait for it, or end it"
+            f"{name} is being pulled by {holder}",
+            hint="wait for it, or end it",
+            code="being_pulled",
         ) from None
 
 
@@ -137,8 +139,17 @@ def publish_model(stage: Path, record: Record) -> Path:
     return record.path(target)
 
 
+def staged_bytes(name: str) -> int:
+    """What an interrupted pull of this model has received."""
+    folder = models_folder() / ".pulling" / name
+    parts = [path for path in folder.glob("*") if path.suffix in (".part", ".pip")]
+    with suppress(OSError):  # a pull has just ended
+        return sum(path.stat().st_size for path in parts)
+    return 0
+
+
 def drop_stage(name: str) -> None:
-    """Remove what an interrupted pull of another revision left, of a model that is here."""
+    """Remove what an interrupted pull left, of another revision if the model is here."""
     if (models_folder() / ".pulling" / name).exists():
         with suppress(FetchError), staging(name) as stage:
             _clear(stage)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from khaosz.errors import FetchError, one_line
+from khaosz.errors import FetchCode, FetchError, one_line
 from khaosz.files import publish
 
 Progress = Callable[[str, int, int], None]  # file, bytes so far, bytes in all (0: unknown)
@@ -79,17 +79,24 @@ def network_errors(url: str) -> Iterator[None]:
     try:
         yield
     except OfflineModeIsEnabled:
-        raise FetchError("HF_HUB_OFFLINE is set", hint="unset it to download") from None
+        raise FetchError(
+            "HF_HUB_OFFLINE is set", hint="unset it to download", code="no_network"
+        ) from None
     except (HfHubHTTPError, http.HTTPStatusError) as error:
-        raise FetchError(*_refusal(error, host)[:1], hint=_refusal(error, host)[1]) from error
+        message, hint = _refusal(error, host)
+        denied = error.response.status_code in (401, 403)
+        code: FetchCode | None = "not_allowed" if denied else None
+        raise FetchError(message, hint=hint, code=code) from error
     except http.TimeoutException as error:
         what = "could not be reached" if isinstance(error, http.ConnectTimeout) else "sent nothing"
-        raise FetchError(f"timeout: {host} {what} for {timeout_s():.0f} s", hint=_AGAIN) from error
+        raise FetchError(
+            f"timeout: {host} {what} for {timeout_s():.0f} s", hint=_AGAIN, code="no_network"
+        ) from error
     except http.RequestError as error:
         reason = one_line(str(error)) or type(error).__name__
         if isinstance(error, http.ConnectError):
-            raise FetchError(f"cannot connect to {host}: {reason}") from error
-        raise FetchError(f"{host}: {reason}", hint=_AGAIN) from error
+            raise FetchError(f"cannot connect to {host}: {reason}", code="no_network") from error
+        raise FetchError(f"{host}: {reason}", hint=_AGAIN, code="no_network") from error
 
 
 def _refusal(error: Any, host: str) -> tuple[str, str | None]:
@@ -132,6 +139,7 @@ def download(file: RemoteFile, stage: Path, report: Progress) -> Path:
                 f"{file.name} from {host_of(file.url)} does not have its published hash"
                 f" {file.digest}; it was removed",
                 hint="try another source with --from",
+                code="wrong_hash",
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     publish(part, target)
@@ -145,6 +153,7 @@ def check_room(folder: Path, needed: int) -> None:
         raise FetchError(
             f"{needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free",
             hint="free some space, or set KHAOSZ_CACHE to another disk",
+            code="disk_full",
         )
 
 
@@ -159,6 +168,7 @@ def _transfer(file: RemoteFile, part: Path, report: Progress) -> None:
             at = 0
         if at == file.size and part.exists():
             return
+        report(file.name, at, file.size)  # also after silence: `report` may end the transfer
         try:
             _receive(file, part, at, report)
             failed: Exception | None = None
@@ -171,7 +181,11 @@ def _transfer(file: RemoteFile, part: Path, report: Progress) -> None:
         if failures >= _ATTEMPTS:
             if failed is not None:
                 raise failed
-            raise FetchError(f"{file.name}: {now:,} of {file.size:,} bytes received", hint=_AGAIN)
+            raise FetchError(
+                f"{file.name}: {now:,} of {file.size:,} bytes received",
+                hint=_AGAIN,
+                code="no_network",
+            )
         time.sleep(_PAUSE_S * (1 + failures))
 
 

@@ -137,7 +137,7 @@ class Wheelhouse(Carriers):
     def __init__(self, folder: Path) -> None:
         self.folder, self.asked = folder, list[str]()
 
-    def _fetch(self, name: str, packages: Packages, stage: Path) -> Path:
+    def _fetch(self, name: str, packages: Packages, stage: Path, watch: object) -> Path:
         self.asked.append(name)
         if not (wheel := self.folder / f"{name}.whl").exists():
             raise FetchError(f"package {name} is gone")
