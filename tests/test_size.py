@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 2_510,
     "config": 1_317,
-    "data": 5_667,
+    "data": 5_680,
     "database": 182,
     "demo": 1_166,
     "doctor": 72,
@@ -32,7 +32,7 @@ BUDGET = {
     "rag": 5_143,
     "rewards": 2,
     "serve": 7_750,
-    "trainer": 4_764,
+    "trainer": 4_781,
     "memory": 582,
     "folders": 103,
 }
