@@ -2,6 +2,7 @@
 
     python -m bench answers MODEL --language zh --cmrc cmrc2018_dev_a.json --out answers.jsonl
     python -m bench answers --floor --cmrc cmrc2018_dev_a.json      (no model: what is never asked)
+    python -m bench answers --quotes --cmrc cmrc2018_dev_a.json     (no model: sentences as answers)
 
 Documents and questions are in `bench/questions/`: 100 answerable and 100 unanswerable questions per
 language, of which 50 are on another subject altogether ("far") and 50 on the subject of a document
@@ -27,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import as_markdown, describe
-from khaosz.evaluation.answers import Graded, Question, graded_answers, report
+from khaosz.evaluation.answers import Graded, Question, contains_answer, graded_answers, report
 from khaosz.rag import KnowledgeBase
-from khaosz.rag.answer import PASSAGES
+from khaosz.rag.answer import PASSAGES, ask, strip_markers
 from khaosz.rag.models.chat_models import open_chat_model
+from khaosz.rag.quote import PASSAGES as QUOTE_PASSAGES
 from khaosz.rag.relevance import has_relevant
 
 QUESTIONS = Path(__file__).parent / "questions"
@@ -40,7 +42,11 @@ KINDS = ("answerable", "near", "far")
 
 def own(language: str) -> tuple[dict[str, str], dict[str, list[Question]]]:
     """Documents by name, and questions by kind."""
-    data = tomllib.loads((QUESTIONS / f"{language}.toml").read_text(encoding="utf-8"))
+    return read_questions(QUESTIONS / f"{language}.toml")
+
+
+def read_questions(file: Path) -> tuple[dict[str, str], dict[str, list[Question]]]:
+    data = tomllib.loads(file.read_text(encoding="utf-8"))
     documents = {each["name"]: each["text"].strip() + "\n" for each in data["documents"]}
     answerable = [
         Question(question, tuple(answers.split("|")), each["name"])
@@ -99,6 +105,35 @@ def refused(base: KnowledgeBase, questions: Sequence[Question]) -> int:
     )
 
 
+def quoted(
+    base: KnowledgeBase, questions: Sequence[Question], k: int = QUOTE_PASSAGES
+) -> tuple[int, int]:
+    """How many of the quoted sentences contain an expected answer, and how many questions get
+    none."""
+    replies = [ask(base, each.question, None, k=k) for each in questions]
+    texts = ["".join(reply) for reply in replies]
+    right = sum(
+        contains_answer(strip_markers(text), each.answers)
+        for text, each in zip(texts, questions, strict=True)
+    )
+    return right, sum(reply.quote is None for reply in replies)
+
+
+def quotes(options: argparse.Namespace) -> None:
+    for language in ("zh", "en"):
+        documents, kinds = own(language)
+        base = base_of(documents, options.embedder)
+        parts = {kind: (base, questions) for kind, questions in kinds.items()}
+        if language == "zh" and options.cmrc is not None:
+            stored, questions = cmrc(options.cmrc)
+            parts["CMRC"] = base_of(stored, options.embedder), questions
+        for kind, (base, questions) in parts.items():
+            right, none = quoted(base, questions)
+            values = {"task": "quotes", "language": language, "questions": kind}
+            counts = {"asked": len(questions), "right": right, "no answer": none}
+            print(json.dumps(values | counts, ensure_ascii=False), flush=True)
+
+
 def floor(options: argparse.Namespace) -> None:
     for language in ("zh", "en"):
         documents, kinds = own(language)
@@ -147,13 +182,17 @@ def main() -> None:
     parser.add_argument("-k", type=int, default=PASSAGES, help="passages in a prompt")
     parser.add_argument("--every", type=int, default=1, help="ask only every n-th question")
     parser.add_argument("--floor", action="store_true", help="ask no model")
+    parser.add_argument("--quotes", action="store_true", help="quote sentences, without a model")
     options = parser.parse_args()
     print(as_markdown(describe()), file=sys.stderr)
     if options.floor:
         floor(options)
         return
+    if options.quotes:
+        quotes(options)
+        return
     if options.model is None:
-        parser.error("a model is needed, or --floor")
+        parser.error("a model is needed, or --floor or --quotes")
     lines = options.out.read_text(encoding="utf-8").splitlines() if options.out.exists() else []
     records: list[dict[str, Any]] = [json.loads(line) for line in lines]
     answered = {(each.pop("kind"), each["question"]): each for each in records}

@@ -40,6 +40,7 @@ Base = Annotated[
     typer.Option("--kb", help="Knowledge base: a file, or postgresql://user@host/db#NAME."),
 ]
 DEFAULT_BASE = "khaosz.kb"
+_LEAST_CONTEXT = 1024  # tokens, for a passage and an answer
 Collection = Annotated[str | None, typer.Option(help="Restrict to this collection.")]
 Mode = Annotated[
     str | None, typer.Option(help="lexical, dense or hybrid; default: hybrid with an embedder.")
@@ -303,9 +304,13 @@ def ask(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model directory, .gguf file or http://host/v1#model; default: as in `chat`."
+            help="Model directory, .gguf file or http://host/v1#model; default: as in `chat`,"
+            " without one a sentence is quoted."
         ),
     ] = None,
+    quote: Annotated[
+        bool, typer.Option("--quote", help="Quote the sentence that answers, without a model.")
+    ] = False,
     k: Annotated[int, typer.Option("-k", help="Maximum passages.")] = 3,
     mode: Mode = None,
     collection: Collection = None,
@@ -324,15 +329,25 @@ def ask(
     """Answer a question from the documents and list the sources."""
     from dataclasses import asdict
 
-    from khaosz.cli.terminal.conversation import NO_CITATION, NOT_ASKED, NOTHING_FOUND, sources_of
+    from khaosz.cli.terminal.conversation import (
+        NO_CITATION,
+        NO_SENTENCE,
+        NOT_ASKED,
+        NOTHING_FOUND,
+        sources_of,
+    )
+    from khaosz.errors import ConfigError
     from khaosz.rag.answer import ask as answer_question
     from khaosz.rag.models.chat_models import open_chat_model
 
+    if quote and model is not None:
+        raise ConfigError("--quote asks no model", hint="leave out --quote or --model")
+    name, without = (None, "") if quote else (model, "") if model else _default_reader()
     with _open_base(kb) as base:
         reply = answer_question(
             base,
             question,
-            lambda: open_chat_model(model or str(default_model()), device=resolve_device(device)),
+            None if name is None else lambda: open_chat_model(name, device=resolve_device(device)),
             k=k,
             mode=_mode(mode),
             collection=collection,
@@ -352,6 +367,7 @@ def ask(
                 "text": reply.text,
                 "found": reply.found,
                 "asked": reply.asked,
+                "quoted": reply.quote is not None,
                 "citations": [asdict(citation) for citation in reply.citations],
                 "left_out": reply.prompt.left_out if reply.prompt else 0,
                 "narrowed": bool(reply.prompt and reply.prompt.narrowed),
@@ -365,12 +381,36 @@ def ask(
     if reply.prompt and reply.prompt.narrowed:
         say("(the best passage was too long: only part of it was sent)", err=True)
     sources, cited = sources_of(reply)
+    if name is None:
+        if reply.quote is None:
+            say(NO_SENTENCE if reply.hits else NOTHING_FOUND, err=True)
+        for source in sources if reply.quote else ():
+            say(source)
+        if without:
+            say(f"({without})", err=True)
+        return
     if not reply.asked:
         say(NOT_ASKED + " `--anyway` asks it." if reply.hits else NOTHING_FOUND, err=True)
     elif not cited:
         say(NO_CITATION)
     for source in sources:
         say(source)
+
+
+def _default_reader() -> tuple[str | None, str]:
+    """The default model, if it can read passages, else None and why the answer is a quote."""
+    from khaosz.errors import ModelError
+    from khaosz.interop.models import open_model
+
+    fetch = "`khaosz pull` proposes a model that answers in its own words"
+    try:
+        model = default_model()
+    except ModelError:
+        return None, f"quoted, since no model is on this machine: {fetch}"
+    context = open_model(model).config.max_position_embeddings
+    if context < _LEAST_CONTEXT:
+        return None, f"quoted, since {model} reads only {context:,} tokens: {fetch}"
+    return str(model), ""
 
 
 def _open_base(where: str) -> KnowledgeBase:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.models.protocols import ChatModel, Messages, Reranker
-from khaosz.rag.prompt import REFUSAL, Prompt, build_prompt, is_refusal, language_of
+from khaosz.rag.prompt import FIRST_CJK, REFUSAL, Prompt, build_prompt, is_refusal, language_of
+from khaosz.rag.quote import PASSAGES as QUOTE_PASSAGES
+from khaosz.rag.quote import Quote, find_quote
 from khaosz.rag.relevance import has_relevant
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.rag.search.search import merge_neighbours
@@ -43,8 +46,9 @@ class Answer:
     """Iterate over it for the text as it streams; the other fields are complete at the end.
 
     found: False if no hit is relevant, and at the end also if the model says that the answer is
-    not in the passages. prompt: as sent to the model; None if it was not asked. hits: all of them,
-    best first. invalid: how many markers named no passage and were removed.
+    not in the passages. prompt: as sent to the model; None if it was not asked. quote: the answer
+    without a model. hits: all of them, best first. invalid: how many markers named no passage and
+    were removed.
     """
 
     question: str
@@ -56,9 +60,22 @@ class Answer:
     text: str = ""
     citations: list[Citation] = field(default_factory=list)
     invalid: int = 0
+    quote: Quote | None = None
+
+    @property
+    def passages(self) -> Sequence[Hit]:
+        """What the numbers in the answer name."""
+        if self.quote is not None:
+            return (self.quote.hit,)
+        return self.prompt.passages if self.prompt else ()
 
     def __iter__(self) -> Iterator[str]:
-        passages = self.prompt.passages if self.prompt else ()
+        passages = self.passages
+        if self.quote is not None:
+            yield from self._emit(self.quote.text)  # brackets in it are the document's
+            yield from self._emit("[1]" if self.text[-1] >= FIRST_CJK else " [1]")
+            self.citations += citations([1], passages)
+            return
         stream = CitationStream(len(passages))
         for piece in self.pieces:
             yield from self._emit(stream.feed(piece))
@@ -130,7 +147,7 @@ def strip_markers(text: str) -> str:
 def ask(
     knowledge_base: KnowledgeBase,
     question: str,
-    model: ChatModel | Callable[[], ChatModel],
+    model: ChatModel | Callable[[], ChatModel] | None,
     *,
     history: Messages = (),
     k: int = PASSAGES,
@@ -142,10 +159,16 @@ def ask(
     anyway: bool = False,
 ) -> Answer:
     """Retrieve, build the prompt, and generate the answer while it is iterated. `model` may be a
-    function that opens it, called only if it is needed. anyway: ask the model although no passage
-    seems relevant. Raises the errors of `KnowledgeBase.search` and `build_prompt`."""
+    function that opens it, called only if it is needed; without one the answer is quoted (`Quote`),
+    and `max_tokens`, `temperature` and `anyway` are not used. anyway: ask the model although no
+    passage seems relevant. Raises the errors of `KnowledgeBase.search` and `build_prompt`."""
     is_follow_up = any(message["role"] == "user" for message in history)
     query = question
+    if model is None:
+        return _quoted(
+            knowledge_base, question, contextual_query(question, history, ""),
+            max(k, QUOTE_PASSAGES), mode=mode, collection=collection, reranker=reranker,
+        )  # fmt: skip
     if is_follow_up:
         rewritten = _opened(model).stream(rewrite_messages(question, history), REWRITE_TOKENS, 0.0)
         query = contextual_query(question, history, "".join(rewritten))
@@ -164,6 +187,15 @@ def ask(
     )
     pieces = chat_model.stream([*history, *prompt.messages], max_tokens, temperature)
     return Answer(question, query, hits, found, prompt, pieces)
+
+
+def _quoted(
+    knowledge_base: KnowledgeBase, question: str, query: str, k: int, **search: Any
+) -> Answer:
+    hits = knowledge_base.search(query, k, **search)
+    quote = find_quote(knowledge_base, question, hits, query=query)
+    refusal = [] if quote else [REFUSAL[language_of(question)]]
+    return Answer(question, query, hits, quote is not None, None, iter(refusal), quote=quote)
 
 
 def rewrite_messages(question: str, history: Messages) -> list[dict[str, str]]:

@@ -28,7 +28,7 @@ _DELIMITERS = re.compile(r"<(?=[/\s]*passage\b|\|)", re.IGNORECASE)  # and token
 # What looks like our numbers: footnotes, not `array[1]`.
 _NUMBER = re.compile(r"(?<![A-Za-z0-9_)\]])[\[【]\s*(\d+)\s*[\]】]")
 _SHORTEST = 60  # characters of a passage that can still answer a question
-_FIRST_CJK = "\u2e80"
+FIRST_CJK = "\u2e80"
 _HAN = re.compile("[㐀-鿿]")
 
 # A sentence that forbids to follow the passages' instructions was tried here: a model of 1.5B
@@ -148,7 +148,7 @@ def numbered(text: str, number: int) -> str:
             "```" not in text and (sentence[-1:] in SENTENCE_MARKS or is_item(text, start))
         ):
             # In Chinese, a number after a space would seem to begin the next sentence.
-            sentence += f"[{number}]" if sentence[-1:] >= _FIRST_CJK else f" [{number}]"
+            sentence += f"[{number}]" if sentence[-1:] >= FIRST_CJK else f" [{number}]"
             gap = gap or " "
         parts += (sentence, gap)
     return "".join(parts).rstrip()

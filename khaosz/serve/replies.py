@@ -140,11 +140,39 @@ class HitReply(Reply):
     legs: dict[Literal["lexical", "dense", "rerank"], LegReply]
 
 
+class CitationReply(Reply):
+    """`[number]` in an answer: characters `start` to `end` of the text with the SHA-256 `hash`;
+    pages and lines as in a hit."""
+
+    number: int
+    hash: str
+    start: int
+    end: int
+    doc: str
+    doc_id: str
+    page: int | None
+    page_end: int | None
+    line: int | None
+    line_end: int | None
+    headings: list[str]
+    text: str
+
+
+class QuoteReply(CitationReply):
+    """The sentence or table row that answers, at its own place; `number`: of the hit that it is
+    from. answer: it on one line, of a row each cell with its head."""
+
+    answer: str
+
+
 class SearchReply(Reply):
+    """quote: None where no sentence answers the query."""
+
     object: Literal["search"]
     query: str
     mode: Literal["lexical", "dense", "hybrid"]
     hits: list[HitReply]
+    quote: QuoteReply | None
 
 
 class PassageReply(Reply):
@@ -204,24 +232,6 @@ class RetrievalReply(Reply):
     prompt: str | None
     left_out: int
     narrowed: bool
-
-
-class CitationReply(Reply):
-    """`[number]` in an answer: characters `start` to `end` of the text with the SHA-256 `hash`;
-    pages and lines as in a hit."""
-
-    number: int
-    hash: str
-    start: int
-    end: int
-    doc: str
-    doc_id: str
-    page: int | None
-    page_end: int | None
-    line: int | None
-    line_end: int | None
-    headings: list[str]
-    text: str
 
 
 class AnswerMessage(Reply):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -113,3 +114,21 @@ def test_rag_ask_prints_the_sources(place: Path, tmp_path: Path, name: str, prin
     done = run_khaosz(*command, cwd=place)
     assert done.returncode == 0, done.stderr.decode()
     assert printed in done.stdout.decode().replace("\r\n", "\n")
+
+
+def test_rag_ask_quotes_without_a_model_that_reads(place: Path, tmp_path: Path) -> None:
+    """None is on the machine, then only one of 96 tokens of context."""
+    kb, question = str(place / "khaosz.kb"), "企鹅住在哪里？"
+    command = ["rag", "ask", question, "--kb", kb]
+    for why in ("no model is on this machine", "reads only 96 tokens"):
+        done = run_khaosz(*command, cwd=tmp_path, KHAOSZ_CACHE=str(tmp_path))
+        assert done.returncode == 0, done.stderr.decode()
+        assert (
+            done.stdout.decode().replace("\r\n", "\n") == "企鹅住在南极。[1]\n[1] 企鹅.md, line 1\n"
+        )
+        assert why in done.stderr.decode() and "`khaosz pull`" in done.stderr.decode()
+        model_directory(tmp_path / "runs/short/last", model("Yes"))
+    done = run_khaosz(*command, "--quote", "--json", cwd=place)
+    reply = json.loads(done.stdout)
+    assert (reply["text"], reply["quoted"], reply["asked"]) == ("企鹅住在南极。[1]", True, False)
+    assert [citation["line"] for citation in reply["citations"]] == [1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_life_of_a_knowledge_base(bases: KnowledgeClient, tmp_path: Path) -> Non
         "hash": hit["hash"], "doc": "城市.md", "length": len(text), "page": None, "start": start,
         "end": start + 2, "text_start": start - 3, "text": text[start - 3 : start + 5],
     }  # fmt: skip
+    _, found = bases.ask("POST", "/笔记 1/search", json.dumps({"query": "故宫在哪里？"}))
+    quote = found["quote"]
+    assert text[quote["start"] : quote["end"]] == quote["text"] == quote["answer"]
+    assert (quote["doc"], quote["number"], "故宫" in quote["text"]) == ("城市.md", 1, True)
+    assert quote["text"] != hit["text"]
+    _, found = bases.ask("POST", "/笔记 1/search", json.dumps({"query": "Who won the match?"}))
+    assert found["quote"] is None
     assert bases.search("笔记 1", "penguins", name="城*") == []
     assert [hit["doc"] for hit in bases.search("笔记 1", "penguins", name="*.md")] == [
         "鸟 birds.md"

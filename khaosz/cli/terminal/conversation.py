@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 NO_CITATION = "The answer cites no source. Passages in the prompt:"
 
 NOT_ASKED = "The passages found seem to be about something else: the model was not asked."
+NO_SENTENCE = "No sentence of the passages found answers the question."
 NOTHING_FOUND = "No passage has a word of the question; an embedder also finds by meaning."
 
 Turns = list[dict[str, str]]
@@ -70,7 +71,7 @@ class Source:
 def sources_of(reply: Answer) -> tuple[tuple[Source, ...], bool]:
     """Sources that an answer cites, else the passages of its prompt, or those that were found if
     the model was not asked; and whether it cites any."""
-    passages = enumerate(reply.prompt.passages if reply.prompt else reply.hits, start=1)
+    passages = enumerate(reply.passages or reply.hits, start=1)
     given = {number: Source(number, hit.place) for number, hit in passages}
     cited = tuple(given[citation.number] for citation in reply.citations)
     return cited or tuple(given.values()), bool(cited) or not given

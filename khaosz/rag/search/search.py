@@ -66,7 +66,7 @@ def search(
                 vector, depth, allowed, collection=collection, name=name
             )
         hits = _distinct_hits(store, fuse(rankings), limit if reranker is None else 4 * limit)
-        hits = _with_places(store, hits)
+        hits = with_places(store, hits)
     return hits if reranker is None else _rerank(reranker, query, hits)[:limit]
 
 
@@ -74,7 +74,7 @@ def first_hits(store: Store, limit: int, collection: str | None = None) -> list[
     """The first chunks of a collection, with score 0."""
     with store.reading():
         numbers = store.chunk_numbers(collection=collection)[:limit].tolist()
-        return _hits(store, [(number, 0.0, {}) for number in numbers])
+        return with_places(store, _hits(store, [(number, 0.0, {}) for number in numbers]))
 
 
 def _rerank(reranker: Reranker, query: str, hits: list[Hit]) -> list[Hit]:
@@ -122,8 +122,8 @@ def _hits(store: Store, fused: Sequence[Fused]) -> list[Hit]:
     return hits
 
 
-def _with_places(store: Store, hits: Sequence[Hit]) -> list[Hit]:
-    """The hits with their pages and lines."""
+def with_places(store: Store, hits: Sequence[Hit]) -> list[Hit]:
+    """The hits, or parts of them, with their pages and lines."""
     chunks = {chunk.id: chunk for chunk in store.chunks([hit.chunk for hit in hits])}
     owners = store.owners([chunk.document for chunk in chunks.values()])
     last: dict[int, int] = {}  # where the last hit of each document starts

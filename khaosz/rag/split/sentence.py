@@ -84,7 +84,8 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
         if end > start:
             spans.append((opened, end))
             start = opened = end
-            line = max(line, end)
+            # A short rest of a line after a sentence does not make the line a short one.
+            line = max(line, text.rfind("\n", line, end) + 1)
     if opened < len(text):
         spans.append((opened, len(text)))
     return spans

@@ -18,7 +18,14 @@ from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.knowledge.catalogue import FileRow
 from khaosz.serve.knowledge.ingest import Base
 from khaosz.serve.knowledge.library import MAX_NAME, Library, file_name
-from khaosz.serve.knowledge.search import MAX_AROUND, SearchRequest, hit_bodies, passage, searcher
+from khaosz.serve.knowledge.search import (
+    MAX_AROUND,
+    SearchRequest,
+    hit_bodies,
+    passage,
+    searcher,
+    with_quote,
+)
 from khaosz.serve.knowledge.uploads import BLOCK, TooLarge
 from khaosz.serve.messages import RequestModel
 from khaosz.serve.replies import (
@@ -163,15 +170,16 @@ def knowledge_routes(library: Library) -> APIRouter:
 
     @router.post("/{kb}/search", response_model=SearchReply, responses=errors(400, 404, 409))
     async def search(kb: str, request: SearchRequest) -> dict[str, Any]:
-        """Passages for a query, best first."""
+        """Passages for a query, best first, and the sentence that answers it, without a model."""
         base = await asyncio.to_thread(library.base, kb)
         checked = await searcher(base, request, library.retrieval)
-        hits = await checked.run(request.query, lambda _, hits: hits, request.name)
+        hits, quote = await checked.run(request.query, with_quote(request.query), request.name)
         return {
             "object": "search",
             "query": request.query,
             "mode": checked.mode,
             "hits": hit_bodies(hits),
+            "quote": quote,
         }
 
     @router.get(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from pydantic import Field
 
 from khaosz.errors import KhaoszError
+from khaosz.rag.answer import citations
 from khaosz.rag.knowledge_base import KnowledgeBase
 from khaosz.rag.models.protocols import Reranker
+from khaosz.rag.quote import PASSAGES as QUOTE_PASSAGES
+from khaosz.rag.quote import find_quote
 from khaosz.rag.search.hit import Hit, Mode
 from khaosz.serve.errors import ApiError
 from khaosz.serve.knowledge.ingest import Base
@@ -95,6 +98,23 @@ def _reranker(retrieval: RetrievalModels, name: str) -> Reranker:
         raise ApiError(400, message, param="reranker") from None
     except KhaoszError:
         raise ApiError(409, f"the reranker {name!r} cannot be opened", param="reranker") from None
+
+
+def with_quote(
+    query: str,
+) -> Callable[[KnowledgeBase, list[Hit]], tuple[list[Hit], dict[str, Any] | None]]:
+    """For `Searcher.run`: the hits, and the body of the sentence among them that answers."""
+
+    def use(base: KnowledgeBase, hits: list[Hit]) -> tuple[list[Hit], dict[str, Any] | None]:
+        quote = find_quote(base, query, hits[:QUOTE_PASSAGES])
+        if quote is None:
+            return hits, None
+        number = next(n for n, hit in enumerate(hits, 1) if hit.chunk == quote.hit.chunk)
+        (body,) = citations([1], [quote.hit])
+        text = {"number": number, "text": quote.hit.text, "answer": quote.text}
+        return hits, asdict(body) | text
+
+    return use
 
 
 def hit_bodies(hits: Sequence[Hit]) -> list[dict[str, Any]]:
