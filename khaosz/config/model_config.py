@@ -16,6 +16,9 @@ DELTA_NET = (
     "linear_value_head_dim",
     "linear_conv_kernel_dim",
 )
+# Of layers with experts (khaosz/model/mixture.py).
+EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
+_MOST_EXPERTS = 100_000  # of all layers: twice as many as the largest models have
 # What model families differ in.
 FEATURES = (
     "qk_norm",
@@ -44,6 +47,10 @@ FEATURES = (
     "hidden_size_per_layer_input",
     "layer_scalar",
     "final_logit_softcapping",
+    *EXPERTS,
+    "norm_topk_prob",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
 )
 
 
@@ -138,6 +145,12 @@ class ModelConfig(Closed):
     hidden_size_per_layer_input: int = Field(default=0, ge=0, le=2**31)
     layer_scalar: bool = False
     final_logit_softcapping: float | None = Field(default=None, gt=0, le=1e6)
+    num_experts: int | None = Field(default=None, ge=1, le=4096)
+    num_experts_per_tok: int | None = Field(default=None, ge=1, le=4096)
+    moe_intermediate_size: int | None = Field(default=None, ge=1, le=2**31)
+    norm_topk_prob: bool = False
+    mlp_only_layers: tuple[int, ...] | None = None
+    router_aux_loss_coef: float = Field(default=0.001, ge=0, le=1e6)
     initializer_range: float = Field(default=0.02, gt=0, le=100)
 
     @model_validator(mode="after")
@@ -178,6 +191,7 @@ class ModelConfig(Closed):
         if self.global_head_dim is not None and self.rope_local_theta is None:
             raise ValueError("global_head_dim requires rope_local_theta")
         self._check_sharing()
+        self._check_experts()
         scaling = self.rope_scaling
         for name in ("short_factor", "long_factor"):
             factors = scaling and getattr(scaling, name)
@@ -202,6 +216,33 @@ class ModelConfig(Closed):
             )
         if self.use_double_wide_mlp and not self.num_kv_shared_layers:
             raise ValueError("use_double_wide_mlp requires num_kv_shared_layers")
+
+    def _check_experts(self) -> None:
+        """Raises ValueError."""
+        experts = self.num_experts
+        if any((getattr(self, name) is None) != (experts is None) for name in EXPERTS):
+            raise ValueError(f"{', '.join(EXPERTS)} require each other")
+        if experts is None:
+            fields = type(self).model_fields
+            for name in ("norm_topk_prob", "mlp_only_layers", "router_aux_loss_coef"):
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"{name} requires num_experts")
+            return
+        if experts * self.num_hidden_layers > _MOST_EXPERTS:  # before their names are listed
+            raise ValueError(f"{experts} experts in {self.num_hidden_layers} layers are too many")
+        if (self.num_experts_per_tok or 0) > experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is above num_experts ({experts})"
+            )
+        if self.num_kv_shared_layers or self.use_double_wide_mlp:
+            raise ValueError("no model family has num_experts and num_kv_shared_layers")
+        layers = self.mlp_only_layers or ()
+        if list(layers) != sorted(set(layers)) or any(
+            not 0 <= layer < self.num_hidden_layers for layer in layers
+        ):
+            raise ValueError(
+                f"mlp_only_layers must be ascending numbers of the {self.num_hidden_layers} layers"
+            )
 
     @property
     def widest_head(self) -> int:
@@ -250,8 +291,15 @@ class ModelConfig(Closed):
         kind = self.layer_type(layer)
         return max(i for i in range(own) if self.layer_type(i) == kind) if layer >= own else layer
 
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of a layer is a mixture of experts."""
+        return self.num_experts is not None and layer not in (self.mlp_only_layers or ())
+
     def feed_forward_width(self, layer: int) -> int:
-        """F of a layer: with `use_double_wide_mlp` it doubles where keys and values are shared."""
+        """F of a layer, of one expert where it has some: with `use_double_wide_mlp` it doubles
+        where keys and values are shared."""
+        if self.moe_intermediate_size is not None and self.has_experts(layer):
+            return self.moe_intermediate_size
         double = self.use_double_wide_mlp and self.kv_layer(layer) != layer
         return self.intermediate_size * (2 if double else 1)
 
@@ -284,12 +332,15 @@ class ModelConfig(Closed):
             return None
         return scaling.original_max_position_embeddings
 
-    def block_parameters(self, layer: int = 0) -> int:
-        """Parameters of one layer, exactly."""
+    def block_parameters(self, layer: int = 0, *, active: bool = False) -> int:
+        """Parameters of one layer, exactly; with `active` those that a token is computed with."""
         width, each = self.hidden_size, self.hidden_size_per_layer_input
         norms = (4 if self.output_norms else 2) * width
         extra = 2 * width * each + (width if each else 0) + int(self.layer_scalar)
         inner = self.feed_forward_width(layer)
+        if self.num_experts is not None and self.has_experts(layer):
+            inner *= (self.num_experts_per_tok or 0) if active else self.num_experts
+            extra += width * self.num_experts
         return self._mixer_parameters(layer) + 3 * width * inner + norms + extra
 
     def _mixer_parameters(self, layer: int) -> int:
@@ -318,15 +369,20 @@ class ModelConfig(Closed):
         """All parameters, exactly: `sum(p.numel())` of the network."""
         return self.embedding_parameters() + self._blocks_parameters() + self.hidden_size
 
-    def _blocks_parameters(self) -> int:
-        return sum(self.block_parameters(layer) for layer in range(self.num_hidden_layers))
+    def active_parameters(self) -> int:
+        """Those that a token is computed with: of experts the chosen ones."""
+        return self.embedding_parameters() + self._blocks_parameters(True) + self.hidden_size
+
+    def _blocks_parameters(self, active: bool = False) -> int:
+        layers = range(self.num_hidden_layers)
+        return sum(self.block_parameters(layer, active=active) for layer in layers)
 
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs per token, forward and backward: 6 per weight in a matrix product, and
         12 * layers * query width * context / 2 for causal attention (Chowdhery et al. 2022,
         arXiv:2204.02311, appendix B)."""
         layers = range(self.num_hidden_layers)
-        matrices = self._blocks_parameters() + self.vocab_size * self.hidden_size
+        matrices = self._blocks_parameters(active=True) + self.vocab_size * self.hidden_size
         matrices += len(layers) * self.hidden_size_per_layer_input * self.hidden_size
         widths = [self.head_width(layer) for layer in layers if not self.state_shapes(layer)]
         queries = self.num_attention_heads * sum(widths)

@@ -35,7 +35,7 @@ class Adapter:
         scale = scale_of(lora)
         self._updates: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         for path in (name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")):
-            _, index, _, name = path.split(".")  # layers.INDEX.part.name
+            _, index, _, name = path.split(".", 3)  # layers.INDEX.part.name
             a, b = (tensors[f"{path}.{which}"].float() for which in ("lora_A", "lora_B"))
             self._updates[int(index), name] = a.to(device, dtype), (scale * b).to(device, dtype)
 
@@ -58,11 +58,16 @@ def adapted(linear: Linear, spans: Spans) -> Linear:
     if not spans:
         return linear
 
-    def both(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
-        outputs = linear(part, names, x)
-        for adapter, rows in spans:
+    def both(
+        part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        outputs = linear(part, names, x, rows)
+        for adapter, span in spans:
+            if rows is not None:  # those of the span among the rows that are here
+                ends = torch.tensor([span.start, span.stop], device=rows.device)
+                span = slice(*torch.searchsorted(rows, ends).tolist())
             for name, y in zip(names, outputs, strict=True):
-                adapter.add(part.layer, name, x[rows], y[rows])
+                adapter.add(part.layer, name, x[span], y[span])
         return outputs
 
     return both

@@ -43,7 +43,8 @@ def measure_importance(
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, np.ndarray]:
     """The mean squared inputs of each matrix, float32 (C,), by the name of its parameter, over the
-    first tokens of `texts`. Raises `ModelError` for texts without tokens."""
+    first tokens of `texts`; of an expert over those that were routed to it, and nothing of one
+    without any. Raises `ModelError` for texts without tokens."""
     weights = runner.weights()
     paths = {
         part: path
@@ -60,10 +61,12 @@ def measure_importance(
         sums[name] = sums.get(name, torch.zeros(rows.shape[1])) + rows.square().sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
-    def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    def linear(
+        part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+    ) -> Sequence[Tensor]:
         for name in names:
             add(f"{paths[part]}.{name}.weight", x)
-        return weights.linear(part, names, x)
+        return weights.linear(part, names, x, rows)
 
     measured = replace(weights, linear=linear, head=_Head(partial(add, f"{head}.weight")))
     runner.weights = lambda: measured

@@ -28,7 +28,7 @@ from khaosz.memory.inference import Storage
 from khaosz.model import Transformer, capped
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.module import Attention
-from khaosz.model.part import Part, Rotations
+from khaosz.model.part import Linear, Part, Rotations
 from khaosz.model.recurrent import Recurrent
 from khaosz.model.rotary import Rotary, Rotation
 from khaosz.model.states import States
@@ -255,6 +255,8 @@ class Runner:
         rotations = self._rotations(positions, chunks, pad)
         attend = partial(self._attend, chunks, pad)
         linear = adapted(weights.linear, _spans(chunks, pad))
+        if self.deterministic:
+            linear = partial(_row_by_row, linear)
         x = weights.embed(ids)  # (N, D)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
@@ -391,6 +393,17 @@ class Runner:
             enable_gqa=heads != kv_heads,
         )
         return mixed[0].transpose(0, 1)
+
+
+def _row_by_row(
+    linear: Linear, part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+) -> Sequence[Tensor]:
+    """`linear`, for an expert one row at a time: how many rows of a tile it has depends on others
+    than the row's past, and products of one shape do not."""
+    if rows is None:
+        return linear(part, names, x, rows)
+    each = [linear(part, names, x[i : i + 1], rows[i : i + 1]) for i in range(len(rows))]
+    return [torch.cat(outputs) for outputs in zip(*each, strict=True)]
 
 
 def _gguf_types(

@@ -19,7 +19,7 @@ from khaosz.config.model_config import FEATURES
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import write_json
 from khaosz.interop.families import FAMILIES, WITH_IMAGES
-from khaosz.interop.families.family import Family, Stored, tensors
+from khaosz.interop.families.family import Family, Stored, stored_shape, tensors
 from khaosz.interop.tensor_file import DTYPES, TensorFile, write_tensors
 from khaosz.model import RewardModel, Transformer, parameter_shapes, reward_shapes
 from khaosz.model.rotary import Rotary, rotary_frequencies
@@ -87,12 +87,9 @@ def write_directory(
 
     def tensor(theirs: str) -> Tensor:
         parts = [_changed(parameter(name), stored[name], dtype) for name in members[theirs]]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(sizes[theirs])
 
-    def shape(names: list[str]) -> tuple[int, ...]:
-        return sum(shapes[name][0] for name in names), *shapes[names[0]][1:]
-
-    sizes = {theirs: shape(names) for theirs, names in members.items()}
+    sizes = {theirs: stored_shape(stored, shapes, names) for theirs, names in members.items()}
     write_tensors(directory / WEIGHTS, sizes, dtype, tensor)
 
 
@@ -179,8 +176,7 @@ class ModelDirectory:
             if theirs not in self._files:
                 raise ModelError(f"{directory}: tensor '{theirs}' is missing")
             file, stored = self._files[theirs]
-            rows = sum(self.shapes[name][0] for name in names)
-            shape = (rows, *self.shapes[names[0]][1:])
+            shape = stored_shape(self._places, self.shapes, names)
             if (actual := file.entries[stored].shape) != shape:
                 raise ModelError(f"{directory}: tensor '{theirs}' is {actual}, expected {shape}")
         if head is not None and not self.rewards and not self._is_embedding(*head):

@@ -2,6 +2,7 @@
 devices, ranks or losses."""
 
 from khaosz.model.fingerprint import parameters_fingerprint, weights_fingerprint
+from khaosz.model.mixture import is_router
 from khaosz.model.reward import RewardModel, reward_shapes
 from khaosz.model.transformer import Transformer, capped, evaluating, parameter_shapes
 
@@ -10,6 +11,7 @@ __all__ = [
     "Transformer",
     "capped",
     "evaluating",
+    "is_router",
     "parameter_shapes",
     "parameters_fingerprint",
     "reward_shapes",

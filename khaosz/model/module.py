@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from khaosz.config.model_config import ModelConfig
 from khaosz.model.delta_net import GatedDeltaNet
+from khaosz.model.mixture import Mixture
 from khaosz.model.part import ACTIVATIONS, Attend, Linear, Part, RMSNorm, Rotations, linear
 from khaosz.model.per_layer import PerLayerInput, Scale
 from khaosz.model.recurrent import Recurrent
@@ -153,7 +154,7 @@ class Block(nn.Module):
         self.add_module(name, kind(config, layer))
         self.attention_output_norm = RMSNorm(width, eps) if config.output_norms else None
         self.post_attention_layernorm = RMSNorm(width, eps)
-        self.mlp = MLP(config, layer)
+        self.mlp = (Mixture if config.has_experts(layer) else MLP)(config, layer)
         self.mlp_output_norm = RMSNorm(width, eps) if config.output_norms else None
         self.per_layer_input = self.per_layer_norm = None
         if config.hidden_size_per_layer_input:
@@ -210,8 +211,14 @@ def block_shapes(config: ModelConfig, layer: int) -> dict[str, tuple[int, ...]]:
     if config.output_norms:
         shapes["attention_output_norm.weight"] = (width,)
     shapes["post_attention_layernorm.weight"] = (width,)
-    shapes["mlp.gate_proj.weight"] = shapes["mlp.up_proj.weight"] = (inner, width)
-    shapes["mlp.down_proj.weight"] = (width, inner)
+    prefixes = ["mlp."]
+    if config.has_experts(layer):
+        count = config.num_experts or 0
+        shapes["mlp.gate.weight"] = (count, width)
+        prefixes = [f"mlp.experts.{i}." for i in range(count)]
+    for prefix in prefixes:
+        shapes[f"{prefix}gate_proj.weight"] = shapes[f"{prefix}up_proj.weight"] = (inner, width)
+        shapes[f"{prefix}down_proj.weight"] = (width, inner)
     if config.output_norms:
         shapes["mlp_output_norm.weight"] = (width,)
     if each := config.hidden_size_per_layer_input:

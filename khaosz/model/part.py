@@ -17,8 +17,15 @@ from torch import Tensor, nn
 from khaosz.model.rotary import Rotation
 
 Rotations = tuple[Rotation, ...]  # of a pass, by `ModelConfig.rotary_kind`
-# (part, names of its linear layers, their input) -> their outputs
-Linear = Callable[["Part", tuple[str, ...], Tensor], Sequence[Tensor]]
+
+
+class Linear(Protocol):
+    """The outputs of linear layers of a part, by their names, for the input that they share.
+    `rows`: of which rows of the pass the input is, ascending, where it is not of all."""
+
+    def __call__(
+        self, part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None, /
+    ) -> Sequence[Tensor]: ...
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,10 +57,20 @@ class Part(nn.Module):
         """`PRODUCTS` that this part has."""
         return self.PRODUCTS
 
+    def linear_layer(self, name: str) -> nn.Module:
+        """One of `products`."""
+        return self.get_submodule(name) if "." in name else getattr(self, name)
 
-def linear(part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    def writers(self) -> Sequence[str]:
+        """The linear layers that write to the residual stream."""
+        return self.products()[-1]
+
+
+def linear(
+    part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+) -> Sequence[Tensor]:
     """The outputs of a part's own linear layers: what training uses."""
-    return [getattr(part, name)(x) for name in names]
+    return [part.linear_layer(name)(x) for name in names]
 
 
 class RMSNorm(nn.Module):

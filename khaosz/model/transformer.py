@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
+from khaosz.model.mixture import Router
 from khaosz.model.module import Attention, Block, block_shapes
 from khaosz.model.part import Part, RMSNorm, Rotations, linear
 from khaosz.model.per_layer import PerLayerInputs, Scale
@@ -136,6 +137,9 @@ class Transformer(nn.Module):
                 module.weight.uniform_(-bound, bound, generator=generator)
                 if module.bias is not None:
                     module.bias.zero_()
+            elif isinstance(module, Router):
+                bound = self.config.hidden_size**-0.5
+                module.weight.uniform_(-bound, bound, generator=generator)
             elif isinstance(module, RMSNorm | Scale):
                 module.weight.fill_(1.0)
             elif isinstance(module, Recurrent):
@@ -143,8 +147,8 @@ class Transformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Block)
             for part in (layer.mixer, layer.mlp, layer.per_layer_input):
-                if part is not None:
-                    getattr(part, part.PRODUCTS[-1][0]).weight.zero_()
+                for name in [] if part is None else part.writers():
+                    part.get_parameter(f"{name}.weight").zero_()
         spread = self.config.initializer_range
         if self.embed_per_layer is not None:
             self.embed_per_layer.weight.normal_(0.0, spread, generator=generator)

@@ -60,8 +60,10 @@ class Weights:
 def live_weights(model: Transformer, dtype: torch.dtype) -> Weights:
     """A module's own blocks and parameters as they are now; cast to `dtype` where they are used."""
 
-    def linear(part: Part, names: tuple[str, ...], x: Tensor) -> list[Tensor]:
-        layers, x = [getattr(part, name) for name in names], x.to(dtype)
+    def linear(
+        part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+    ) -> list[Tensor]:
+        layers, x = [part.linear_layer(name) for name in names], x.to(dtype)
         biases = [None if layer.bias is None else layer.bias.to(dtype) for layer in layers]
         return [F.linear(x, y.weight.to(dtype), b) for y, b in zip(layers, biases, strict=True)]
 
@@ -180,7 +182,7 @@ def _frozen(
         for path, part in root.named_modules(prefix=prefix):
             if isinstance(part, Part):
                 for names in part.products():
-                    layers = {f"{path}.{name}": getattr(part, name) for name in names}
+                    layers = {f"{path}.{name}": part.linear_layer(name) for name in names}
                     linear.update(layers.values())
                     biases = [vector(f"{n}.bias") for n, y in layers.items() if y.bias is not None]
                     made[names] = Product(
@@ -226,7 +228,9 @@ class Products:
     ) -> None:
         self.layers, self.dtype = layers, dtype
 
-    def __call__(self, part: Part, names: tuple[str, ...], x: Tensor) -> Sequence[Tensor]:
+    def __call__(
+        self, part: Part, names: tuple[str, ...], x: Tensor, rows: Tensor | None = None
+    ) -> Sequence[Tensor]:
         x = x if x.dtype == self.dtype else x.to(self.dtype)
         return self.layers[part.layer][names](x)
 

@@ -6,7 +6,8 @@ the table of GGUF architectures; what it computes follows from `ModelConfig` alo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,14 +31,17 @@ ONE_PLUS = Change(lambda weight: weight + 1, lambda weight: weight - 1)
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a parameter is: in `count` rows of a tensor from row `first` on."""
+    """Where a parameter is: in `count` rows of a tensor from row `first` on. `experts`: of how
+    many the tensor holds as many rows, as its first axis; 0 without that axis."""
 
     name: str
     first: int
     count: int
     change: Change | None = None
+    experts: int = 0
 
 
+_EXPERT = re.compile(r"mlp\.experts\.(?P<number>\d+)\.(?P<layer>\w+)")
 _SHARED = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 
 
@@ -50,6 +54,7 @@ class Layout:
     parts      of those in a block, by ours without ".weight" or else in full; a name that is left
                out is the same
     fused      tensors that hold several of ours, one below the other
+    stacked    the same of linear layers of an expert, for all experts: (experts, rows, columns)
     changes    of parts that are stored as other numbers; "norm" for the last norm
     """
 
@@ -57,6 +62,7 @@ class Layout:
     block: str
     parts: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     changes: Mapping[str, Change] = field(default_factory=dict)
 
     def stored(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
@@ -79,12 +85,35 @@ class Layout:
         prefix, change = self.block.format(index), self.changes.get(part, self.changes.get(whole))
         if whole in self.parts:
             return Stored(f"{prefix}.{self.parts[whole]}", 0, rows, change)
+        if self.stacked and (match := _EXPERT.fullmatch(part)):
+            return self._stacked(index, int(match["number"]), match["layer"], shapes)
         for tensor, members in self.fused.items():
             if part in members:
                 before = members[: members.index(part)]
                 first = sum(shapes[f"layers.{index}.{other}.{kind}"][0] for other in before)
                 return Stored(f"{prefix}.{tensor}.{kind}", first, rows, change)
         return Stored(f"{prefix}.{self.parts.get(part, part)}.{kind}", 0, rows, change)
+
+    def _stacked(
+        self, index: str, expert: int, layer: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Stored:
+        experts = shapes[f"layers.{index}.mlp.gate.weight"][0]
+        prefix = f"layers.{index}.mlp.experts.{expert}"
+        [(tensor, members)] = [item for item in self.stacked.items() if layer in item[1]]
+        rows = [shapes[f"{prefix}.{other}.weight"][0] for other in members]
+        place = members.index(layer)
+        first = expert * sum(rows) + sum(rows[:place])
+        name = f"{self.block.format(index)}.{tensor}.weight"
+        return Stored(name, first, rows[place], experts=experts)
+
+
+def stored_shape(
+    stored: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]
+) -> tuple[int, ...]:
+    """The shape of a tensor that holds parameters, by our names."""
+    rows, experts = sum(stored[name].count for name in names), stored[names[0]].experts
+    first = (experts, rows // experts) if experts else (rows,)
+    return *first, *shapes[names[0]][1:]
 
 
 def tensors(stored: Mapping[str, Stored]) -> dict[str, list[str]]:
@@ -139,6 +168,7 @@ def hf_layout(
     fused: Mapping[str, tuple[str, ...]] | None = None,
     changes: Mapping[str, Change] | None = None,
     top: Mapping[str, str] | None = None,
+    stacked: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Layout:
     names = {"embed_tokens": "model.embed_tokens", "norm": "model.norm", **(top or {})}
-    return Layout(names, "model.layers.{}", parts or {}, fused or {}, changes or {})
+    return Layout(names, "model.layers.{}", parts or {}, fused or {}, stacked or {}, changes or {})

@@ -1,11 +1,12 @@
-"""Granite without experts, of IBM: Llama with four multipliers."""
+"""Granite and Granite MoE, of IBM: Llama with four multipliers, and with experts."""
 
 from __future__ import annotations
 
 import math
 
 from khaosz.config import ModelConfig
-from khaosz.interop.families.family import Family, Values
+from khaosz.interop.families.family import Family, Values, hf_layout
+from khaosz.interop.families.mixtures import COEFFICIENT, EXPERTS
 
 _KEYS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 
@@ -37,4 +38,42 @@ GRANITE = Family(
     extra={"mlp_bias": False},
     read=_read,
     write=_write,
+)
+
+
+def _read_experts(values: Values, source: str) -> Values:
+    return {
+        **_read(values, source),
+        "num_experts": values.pop("num_local_experts", 8),
+        "num_experts_per_tok": values.pop("num_experts_per_tok", 2),
+        "moe_intermediate_size": values.get("intermediate_size"),
+        "norm_topk_prob": True,
+        COEFFICIENT: values.pop(COEFFICIENT, 0.001),
+    }
+
+
+def _write_experts(config: ModelConfig, values: Values) -> None:
+    _write(config, values)
+    values |= {
+        "num_local_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "intermediate_size": config.moe_intermediate_size,
+        COEFFICIENT: config.router_aux_loss_coef,
+    }
+
+
+GRANITE_MOE = Family(
+    "GraniteMoe",
+    always=EXPERTS | {"norm_topk_prob"},
+    sometimes=frozenset({"attention_multiplier", *_KEYS, COEFFICIENT}),
+    defaults={"max_position_embeddings": 2048},
+    read=_read_experts,
+    write=_write_experts,
+    layout=hf_layout(
+        {"mlp.gate": "block_sparse_moe.router.layer"},
+        stacked={
+            "block_sparse_moe.input_linear": ("gate_proj", "up_proj"),
+            "block_sparse_moe.output_linear": ("down_proj",),
+        },
+    ),
 )

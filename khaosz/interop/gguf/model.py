@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from khaosz.config import ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.families.family import Change, tensors
+from khaosz.interop.families.family import Change, Stored, stored_shape, tensors
 from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD, Keys, Order
 from khaosz.interop.gguf.blocks import dequantize, quantize, read_array
@@ -30,7 +31,7 @@ from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, writ
 from khaosz.interop.gguf.mixed import MIXED, SEARCHED, mixed_kinds, quantize_mixed
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
 from khaosz.interop.huggingface import check_rotary
-from khaosz.model import Transformer, parameter_shapes
+from khaosz.model import Transformer, is_router, parameter_shapes
 from khaosz.model.rotary import Rotary
 
 # Weights converted at a time: looking for scales takes about ten fp32 copies of them.
@@ -54,7 +55,7 @@ class GgufModel:
             tensor = file.tensors.get(stored)
             if tensor is None:
                 raise ModelError(f"{file.source}: tensor '{stored}' is missing")
-            shape = _stored_shape(shapes, names)
+            shape = _stored_shape(self.places, shapes, names)
             if tensor.shape != shape:
                 raise ModelError(f"{file.source}: tensor '{stored}' is {tensor.shape}, not {shape}")
         known = {ROPE_FACTORS, *self.architecture.own}
@@ -96,8 +97,10 @@ class GgufModel:
 
     @property
     def matrix_kinds(self) -> set[str]:
-        """The tensor types of all matrices; others are F32 in any file."""
-        return {self.kind(name) for name, shape in self.shapes.items() if len(shape) == 2}
+        """The tensor types of all matrices that are multiplied as they are stored; others are F32
+        in any file."""
+        matrices = (name for name, shape in self.shapes.items() if len(shape) == 2)
+        return {self.kind(name) for name in matrices if not is_router(name)}
 
     def is_reordered(self, name: str) -> bool:
         """Whether `raw` of a parameter is a copy."""
@@ -113,7 +116,8 @@ class GgufModel:
         """Bytes of a parameter in the file."""
         place = self.places[name]
         tensor = self.file.tensors[place.name]
-        return tensor.nbytes // tensor.shape[0] * place.count
+        rows = tensor.shape[0] if len(tensor.shape) == 1 else prod(tensor.shape[:-1])
+        return tensor.nbytes // rows * place.count
 
     def raw(self, name: str) -> np.ndarray:
         """uint8 (rows, bytes of a row): a view of the file, except for rows that are stored in
@@ -207,11 +211,13 @@ def write_model(
     members = tensors(places)
     mixed = {}
     if kind in MIXED:
-        mixed = mixed_kinds(kind, {t: _stored_shape(shapes, names) for t, names in members.items()})
+        mixed = mixed_kinds(
+            kind, {t: _stored_shape(places, shapes, names) for t, names in members.items()}
+        )
     for tensor, names in members.items():
         name, stored = names[0], kind
-        shape = _stored_shape(shapes, names)
-        if len(shapes[name]) != 2:
+        shape = _stored_shape(places, shapes, names)
+        if len(shapes[name]) != 2 or is_router(name):
             stored = "F32"
         elif mixed:
             stored = mixed[tensor]
@@ -298,7 +304,9 @@ def _rows(
         yield from pool.map(converted, range(0, len(weights), step))
 
 
-def _stored_shape(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> tuple[int, ...]:
+def _stored_shape(
+    places: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]
+) -> tuple[int, ...]:
     """Of parameters in one tensor; that of a convolution has no axis of one."""
-    rest = shapes[names[0]][1:]
-    return sum(shapes[name][0] for name in names), *(rest if len(rest) < 2 else rest[1:])
+    shape = stored_shape(places, shapes, names)
+    return shape if len(shapes[names[0]]) < 3 else (shape[0], *shape[2:])

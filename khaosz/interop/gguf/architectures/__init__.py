@@ -8,6 +8,7 @@ from khaosz.interop.gguf.architectures.gemma4 import GEMMA4
 from khaosz.interop.gguf.architectures.granite import GRANITE
 from khaosz.interop.gguf.architectures.lfm2 import LFM2
 from khaosz.interop.gguf.architectures.mistral3 import MISTRAL3
+from khaosz.interop.gguf.architectures.mixtures import GRANITE_MOE, QWEN3_MOE
 from khaosz.interop.gguf.architectures.phi3 import PHI3
 from khaosz.interop.gguf.architectures.qwen35 import QWEN35
 from khaosz.interop.gguf.architectures.smollm3 import SMOLLM3
@@ -31,6 +32,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen35": QWEN35,
     "gemma-embedding": GEMMA_EMBEDDING,
     "lfm2": LFM2,
+    "qwen3moe": QWEN3_MOE,
+    "granitemoe": GRANITE_MOE,
 }
 ENCODER = "bert"  # and XLM-R: read by `interop/gguf/encoder.py`
 READABLE = frozenset({*ARCHITECTURES, ENCODER})

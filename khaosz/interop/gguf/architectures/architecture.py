@@ -27,7 +27,14 @@ PARTS = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
     "mlp_output_norm": "post_ffw_norm",
+}
+# Of all experts of a layer.
+_STACKED = {
+    "ffn_gate_exps": ("gate_proj",),
+    "ffn_up_exps": ("up_proj",),
+    "ffn_down_exps": ("down_proj",),
 }
 # The class logits of rerankers.
 RERANK_HEAD = "cls.output.weight"
@@ -81,7 +88,12 @@ def gguf_layout(
     top: Mapping[str, str] | None = None,
 ) -> Layout:
     return Layout(
-        {**_TOP, **(top or {})}, "blk.{}", {**PARTS, **(parts or {})}, fused or {}, changes or {}
+        {**_TOP, **(top or {})},
+        "blk.{}",
+        {**PARTS, **(parts or {})},
+        fused or {},
+        _STACKED,
+        changes or {},
     )
 
 
