@@ -1,6 +1,7 @@
 """Configuration with closed fields: an unknown key is an error that suggests the nearest one."""
 
 from khaosz.config.align_config import (
+    EXPERT_TARGETS,
     LORA_TARGETS,
     LoRAConfig,
     PreferenceConfig,
@@ -23,6 +24,7 @@ from khaosz.config.stages import PAIR_STAGES, ROLLOUT_STAGES
 from khaosz.config.train_config import ParallelConfig, ScheduleConfig, TrainConfig
 
 __all__ = [
+    "EXPERT_TARGETS",
     "LORA_TARGETS",
     "PAIR_STAGES",
     "ROLLOUT_STAGES",

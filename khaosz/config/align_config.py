@@ -14,6 +14,8 @@ LORA_TARGETS = (
     # Of recurrent layers.
     "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj", "out_proj",
 )  # fmt: skip
+# Of every expert; only if named, as in PEFT: adapters of all experts are many.
+EXPERT_TARGETS = ("experts.gate_proj", "experts.up_proj", "experts.down_proj")
 
 
 class LoRAConfig(Closed):
@@ -33,9 +35,10 @@ class LoRAConfig(Closed):
     @field_validator("target_modules")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = (*LORA_TARGETS, *EXPERT_TARGETS)
         for name in value:
-            if name not in LORA_TARGETS:
-                hint = did_you_mean(name, LORA_TARGETS, f"known: {', '.join(LORA_TARGETS)}")
+            if name not in known:
+                hint = did_you_mean(name, known, f"known: {', '.join(known)}")
                 raise ValueError(f"unknown module {name!r}, {hint}")
         return tuple(dict.fromkeys(value))
 

@@ -14,14 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from khaosz.config import LoRAConfig, ModelConfig
+from khaosz.config import EXPERT_TARGETS, LoRAConfig, ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
 from khaosz.interop.huggingface import read_json
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer, write_served
 from khaosz.model import RewardModel, Transformer, parameter_shapes, parameters_fingerprint
-from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters
+from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters, target_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -115,22 +115,19 @@ def read_adapter(
     `layers.0.mlp.up_proj.lora_A`: A (r, inputs) and B (outputs, r). Raises `ModelError` as
     `load_adapter` does."""
     config = _read_config(directory, base)
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, weight in parameter_shapes(model).items():
-        layer = name.rpartition(".")[0]
-        if len(weight) == 2 and layer.rpartition(".")[2] in config.target_modules:
-            shapes[f"{layer}.lora_A"] = (config.rank, weight[1])
-            shapes[f"{layer}.lora_B"] = (weight[0], config.rank)
     path = directory / WEIGHTS
     if not path.exists():
         pickled = (directory / "adapter_model.bin").exists()
         hint = "adapter_model.bin is a pickle and is not read: load it with PEFT and save it again"
         raise ModelError(f"{directory}: {WEIGHTS} not found", hint=hint if pickled else None)
-    stored = {f"{_PREFIX}{name}.weight": name for name in shapes}
     loaded: dict[str, Tensor] = {}
     try:
         with safe_open(str(path), framework="pt") as file:
             names = set(file.keys())
+            if any(".experts." in name for name in names):
+                config = _with_experts(config)
+            shapes = _shapes(model, config)
+            stored = {f"{_PREFIX}{name}.weight": name for name in shapes}
             for name in sorted(names - stored.keys()):
                 raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
             for name, ours in stored.items():
@@ -143,6 +140,23 @@ def read_adapter(
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
     return config, loaded
+
+
+def _with_experts(config: LoRAConfig) -> LoRAConfig:
+    """In PEFT "up_proj" means that of experts too, where experts are layers; only tensors tell."""
+    named = [f"experts.{name}" for name in config.target_modules]
+    targets = dict.fromkeys([*config.target_modules, *(n for n in named if n in EXPERT_TARGETS)])
+    return config.updated(target_modules=list(targets))
+
+
+def _shapes(model: ModelConfig, config: LoRAConfig) -> dict[str, tuple[int, int]]:
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, weight in parameter_shapes(model).items():
+        layer = name.rpartition(".")[0]
+        if len(weight) == 2 and target_of(layer) in config.target_modules:
+            shapes[f"{layer}.lora_A"] = (config.rank, weight[1])
+            shapes[f"{layer}.lora_B"] = (weight[0], config.rank)
+    return shapes
 
 
 def merge_adapter(
@@ -223,8 +237,11 @@ def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
             raise ModelError(f"{path}: {one_line(key)}={quoted(value)} is not supported")
     if not isinstance(targets := values.get("target_modules"), list):
         raise ModelError(f"{path}: target_modules={quoted(targets)} is not a list of names")
-    # PEFT matches the end of a name: "self_attn.q_proj" means every q_proj.
-    keys = {"target_modules": [str(name).rpartition(".")[2] for name in targets], "base": base}
+    # PEFT matches the end of a name: "self_attn.q_proj" means every q_proj. Names of experts are
+    # our own.
+    names = [str(name) for name in targets]
+    names = [name if name in EXPERT_TARGETS else name.rpartition(".")[2] for name in names]
+    keys = {"target_modules": names, "base": base}
     # A missing value is 0: off for dropout and rsLoRA, rejected for the rank and alpha.
     keys |= {ours: values.get(theirs, 0) for theirs, ours in _OURS.items()}
     try:

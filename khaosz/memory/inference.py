@@ -15,7 +15,7 @@ import torch
 from khaosz.config import SIZES, ModelConfig, preset
 from khaosz.memory.machine import Limit
 from khaosz.memory.parts import BASE, MAPPED, Memory
-from khaosz.model import parameter_shapes
+from khaosz.model import is_router, parameter_shapes
 from khaosz.model.kv_cache import BLOCK, SequenceCache
 from khaosz.model.states import States
 
@@ -54,8 +54,8 @@ class Storage:
         for name, shape in parameter_shapes(config).items():
             count, (kind, nbytes) = prod(shape), self.kinds.get(name, ("", 0))
             is_table = name == "embed_tokens.weight"
-            if len(shape) != 2:
-                own += 4 * count  # norms, biases and convolutions, in fp32
+            if len(shape) != 2 or is_router(name):
+                own += 4 * count  # norms, biases, convolutions and routers, in fp32
             elif not kind:
                 is_rows = name == "embed_per_layer.weight"
                 own += count * (
@@ -240,7 +240,9 @@ def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, contex
     them in tiles. Or in a recurrent layer, in fp32: inputs of the convolution, its sum and a copy;
     queries, keys, values and solutions of each head, and products of positions in a chunk of 64.
     Inputs of each layer, while all layers run: rows of the embedding, their scaled copy, what is
-    projected and normalised (4 L P each).
+    projected and normalised (4 L P each). In a mixture all positions may choose the same expert:
+    beside its products, their input, its output and that times the expert's weight, and the sum
+    (4 D each); probabilities, and indices of the k experts.
     """
     size, width = dtype.itemsize, config.hidden_size
     stream = positions * width * (8 + size)
@@ -248,6 +250,9 @@ def pass_buffers(config: ModelConfig, dtype: torch.dtype, positions: int, contex
     heads = config.num_attention_heads + 2 * config.num_key_value_heads
     attention = 4 * positions * heads * config.widest_head * size
     attention += positions * context * (1 + size)
+    if config.num_experts is not None:
+        mlp += positions * (16 * width + 16 * config.num_experts)
+        mlp += 40 * positions * (config.num_experts_per_tok or 0)
     recurrent = 0
     for shapes in config.all_state_shapes:
         channels = sum(shape[1] for shape in shapes[:1])

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from khaosz.config import LoRAConfig, ModelConfig
+from khaosz.config import EXPERT_TARGETS, LoRAConfig, ModelConfig
 from khaosz.memory.inference import pass_buffers, sequence_bytes
 from khaosz.memory.parts import BASE, Memory
 from khaosz.model import parameter_shapes
+from khaosz.model.lora import target_of
 from khaosz.model.module import block_shapes
 
 # Logits of a chunk at most (trainer/loss.py).
@@ -145,7 +146,8 @@ class TrainingPlan:
         targets: list[tuple[int, ...]] = [
             shape
             for name, shape in parameter_shapes(self.config).items()
-            if len(shape) == 2 and name.split(".")[-2] in self.lora.target_modules
+            if len(shape) == 2
+            and target_of(name.removesuffix(".weight")) in self.lora.target_modules
         ]
         return sum(self.lora.rank * sum(shape) for shape in targets), targets
 
@@ -286,6 +288,11 @@ def layer_activations(
     if not shapes:
         each += 4 * heads + size * (queries + 4 * inner + window)
         each += (4 + 2 * size) * queries if config.attn_output_gate else 0
+    chosen = (config.num_experts_per_tok or 0) if config.has_experts(layer) else 0
+    if chosen:
+        each += (chosen - 1) * size * 4 * inner
+        still = frozen and not set(EXPERT_TARGETS) & set(lora.target_modules if lora else ())
+        each += _routed(config, size, still)
     norm = (4 if frozen else 8 if dtype == torch.float32 else 6) * width + 4
     each += 2 * norm if config.output_norms else 0
     each += 4 * (keys + kv_heads) if config.value_norm else 0
@@ -294,6 +301,25 @@ def layer_activations(
         gate = size if frozen else 3 * size if dtype == torch.float32 else 4 * size
         each += norm + gate * config.hidden_size_per_layer_input + (0 if frozen else size * width)
     if lora is not None:
-        names = {name.split(".")[-2] for name in block_shapes(config, layer)}
-        each += size * lora.rank * len(names & set(lora.target_modules))
+        layers = (name.removesuffix(".weight") for name in block_shapes(config, layer))
+        names = set(map(target_of, layers)) & set(lora.target_modules)
+        each += size * lora.rank * len(names - set(EXPERT_TARGETS))
+        each += size * lora.rank * chosen * len(names & set(EXPERT_TARGETS))
     return tokens * each
+
+
+def _routed(config: ModelConfig, size: int, frozen: bool) -> int:
+    """Bytes of a token that autograd keeps of a mixture beside the products of its k experts: of
+    each the token's input, its output, that times the expert's weight, and indices; probabilities
+    of the router, which the load-balancing loss computes again. With experts that are frozen the
+    inputs of the router and of the last product are not kept."""
+    experts, chosen, width = (
+        config.num_experts or 0,
+        config.num_experts_per_tok or 0,
+        config.hidden_size,
+    )
+    each = 32 * chosen + 4 * experts + 4 + (8 * experts if config.router_aux_loss_coef else 0)
+    if frozen:
+        inner = config.moe_intermediate_size or 0
+        return each + (4 + size) * chosen * width - 4 * width - size * chosen * inner
+    return each + (8 + size) * chosen * width

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from khaosz.config import LoRAConfig
+from khaosz.config import EXPERT_TARGETS, LORA_TARGETS, LoRAConfig
+from khaosz.errors import ConfigError
 
 
 def scale_of(config: LoRAConfig) -> float:
@@ -115,6 +116,13 @@ class _Int8Product(torch.autograd.Function):
         return gradient @ (codes * scales).to(gradient.dtype), None, None
 
 
+def target_of(layer: str) -> str:
+    """The name in `target_modules` of a linear layer: "q_proj" of "layers.0.self_attn.q_proj",
+    "experts.up_proj" of "layers.0.mlp.experts.7.up_proj"."""
+    *path, name = layer.split(".")
+    return f"{path[-2]}.{name}" if path[-2:-1] == ["experts"] else name
+
+
 def named_adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers, each under the name of the layer it stands for: one at least."""
     found = {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
@@ -126,17 +134,24 @@ def add_lora(
     model: nn.Module, config: LoRAConfig, generator: torch.Generator | None = None
 ) -> None:
     """Wrap the target layers in place and freeze the rest. The CPU's `generator` draws A. Targets
-    that the model does not have are left out of its configuration."""
+    that the model does not have are left out of its configuration. Raises `ConfigError` if it has
+    none of them."""
     adapted = any(isinstance(part, LoRALinear) for part in model.modules())
     assert not adapted, "the model has adapters already"
     model.requires_grad_(False)
     int8 = config.base == "int8"
     linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    names = {name.rpartition(".")[2] for name, _ in linear}
-    if targets := [name for name in config.target_modules if name in names]:
-        config = config.updated(target_modules=targets)
+    names = {target_of(name) for name, _ in linear}
+    targets = [name for name in config.target_modules if name in names]
+    if not targets:
+        known = [name for name in (*LORA_TARGETS, *EXPERT_TARGETS) if name in names]
+        raise ConfigError(
+            f"the model has no layers named {', '.join(config.target_modules)}",
+            hint=f"target_modules of this model: {', '.join(known)}",
+        )
+    config = config.updated(target_modules=targets)
     for name, layer in linear:
-        if name.rpartition(".")[2] in targets:
+        if target_of(name) in targets:
             new = LoRALinear(layer, config, quantize_base=int8, generator=generator)
             model.set_submodule(name, new)
 

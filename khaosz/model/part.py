@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +57,8 @@ class Part(nn.Module):
         """`PRODUCTS` that this part has."""
         return self.PRODUCTS
 
-    def linear_layer(self, name: str) -> nn.Module:
-        """One of `products`."""
+    def linear_layer(self, name: str) -> Any:
+        """One of `products`: an `nn.Linear`, or what has taken its place."""
         return self.get_submodule(name) if "." in name else getattr(self, name)
 
     def writers(self) -> Sequence[str]:

@@ -147,8 +147,9 @@ class Transformer(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Block)
             for part in (layer.mixer, layer.mlp, layer.per_layer_input):
-                for name in [] if part is None else part.writers():
-                    part.get_parameter(f"{name}.weight").zero_()
+                if part is not None:
+                    for name in part.writers():
+                        part.linear_layer(name).weight.zero_()
         spread = self.config.initializer_range
         if self.embed_per_layer is not None:
             self.embed_per_layer.weight.normal_(0.0, spread, generator=generator)

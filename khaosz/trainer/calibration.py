@@ -168,7 +168,8 @@ def _compute(
     model.compiled_blocks = None
     inner = chunk_loss
     if compiled:
-        model.compiled_blocks = torch.compile(model.blocks, dynamic=False)
+        if model.config.num_experts is None:  # an expert has another number of rows each time
+            model.compiled_blocks = torch.compile(model.blocks, dynamic=False)
         inner = torch.compile(chunk_loss, dynamic=False)
     return Compute(dtype, config.loss_chunk, inner)
 

@@ -22,6 +22,7 @@ from khaosz.data.batches.sequences import (
     pack_sequences,
 )
 from khaosz.model import RewardModel, Transformer
+from khaosz.model.mixture import balance_loss, recorded_routing
 from khaosz.parallel import ParallelContext
 from khaosz.trainer.loss import ChunkLoss, chunk_loss, cross_entropy_sum
 
@@ -172,4 +173,17 @@ class LossModule(nn.Module):
         self.critic = strategy.critic  # registered, so that its gradients are reduced too
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.strategy.loss(self.model, batch, self.compute)
+        """The strategy's loss sum; of a mixture of experts with its load-balancing loss, weighted
+        so that the mean over a step is that of its micro-batches."""
+        config, strategy = self.model.config, self.strategy
+        if config.num_experts is None or not config.router_aux_loss_coef:
+            return strategy.loss(self.model, batch, self.compute)
+        with recorded_routing(self.model) as logits:
+            loss = strategy.loss(self.model, batch, self.compute)
+        if not logits:  # no gradients, or no layer with experts
+            return loss
+        written = (batch.doc_ids >= 0).flatten()  # the rest is padding
+        balance = balance_loss(logits, config.num_experts_per_tok or 0, written)
+        balance = balance * strategy.count(batch)
+        strategy.add_metrics(router_aux_loss=balance)
+        return loss + config.router_aux_loss_coef * balance

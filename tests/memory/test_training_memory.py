@@ -80,6 +80,17 @@ def test_activations_of_a_layer(dtype: torch.dtype, changes: dict[str, Any]) -> 
     assert each - layer_activations(two, 128, 64, dtype) in (0, 256, 192)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_mixture(dtype: torch.dtype) -> None:
+    # All tokens are the same one, so that each expert has all or none of them: `kept` takes
+    # matrices of other numbers of rows for copies of weights.
+    experts = {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    shape = {**SHAPE, **experts, "norm_topk_prob": True, "router_aux_loss_coef": 0.0}
+    two, three = (ModelConfig(**shape, num_hidden_layers=n) for n in (2, 3))
+    each = kept(three, dtype, None) - kept(two, dtype, None)
+    assert each == layer_activations(two, 128, 64, dtype)
+
+
 DELTA_NET: dict[str, Any] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
     "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
