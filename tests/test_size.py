@@ -25,15 +25,15 @@ BUDGET = {
     "errors": 86,
     "evaluation": 519,
     "files": 253,
-    "inference": 3_255,
-    "interop": 6_091,
+    "inference": 3_275,
+    "interop": 6_098,
     "model": 1_325,
     "parallel": 116,
     "rag": 5_446,
     "rewards": 2,
     "serve": 7_776,
     "trainer": 4_777,
-    "memory": 582,
+    "memory": 596,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
