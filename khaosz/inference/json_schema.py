@@ -8,7 +8,7 @@ here into something at least as strict, or refused before the first token. Sourc
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from typing import Any
@@ -282,7 +282,8 @@ def _check_ends(root: Schema) -> None:
     targets = {
         ref: target
         for schema in _schemas(root)
-        if isinstance(ref := schema.get("$ref"), str) and (target := _target(root, ref)) is not None
+        if isinstance(ref := schema.get("$ref"), str)
+        and (target := target_of(root, ref)) is not None
     }
     finite: set[str] = set()
     while more := {
@@ -293,7 +294,7 @@ def _check_ends(root: Schema) -> None:
         raise _fail("", "no finite value fits it: a reference requires itself")
 
 
-def _target(root: Schema, ref: str) -> object | None:
+def target_of(root: Mapping[str, Any], ref: str) -> object | None:
     """What a local JSON pointer refers to. llguidance checks all others."""
     if ref != "#" and not ref.startswith("#/"):
         return None

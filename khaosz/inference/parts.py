@@ -243,7 +243,12 @@ class PartStream:
         if self._mark == FUNCTION:
             body = FUNCTION + body + xml_calls.END
         numbers: dict[str, str] = {}
-        named = xml_calls.parse_calls(body, self._schemas, lambda text: _parsed(text, numbers))
+        named = xml_calls.parse_calls(
+            body,
+            self._schemas,
+            lambda text: _parsed(text, numbers),
+            strings=self._quoted is not None,
+        )
         calls = [_call_of({"name": name, "arguments": each}, numbers) for name, each in named]
         return [call for call in calls if call is not None]
 

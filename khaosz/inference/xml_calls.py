@@ -21,6 +21,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from xml.sax.saxutils import unescape
 
+from khaosz.inference.json_schema import target_of
+
 OPENING = "<function"
 END = "</function>"
 # The forms =x> and name="x">.
@@ -30,7 +32,7 @@ _PARAMETER = re.compile(rf"\s*<(?P<tag>param(?:eter)?){_NAMED}")
 _CLOSED = re.compile(rf"\s*{END}\s*")
 _CDATA, _CDATA_END = "<![CDATA[", "]]>"
 _ENTITIES = {"&quot;": '"', "&apos;": "'"}
-_TYPES: dict[str, Callable[[Any], bool]] = {
+TYPES: dict[str, Callable[[Any], bool]] = {
     "null": lambda value: value is None,
     "boolean": lambda value: isinstance(value, bool),
     "integer": lambda value: _is_number(value) and (isinstance(value, int) or value.is_integer()),
@@ -43,10 +45,11 @@ _DEPTH = 8  # of references and alternatives in a schema
 
 
 def parse_calls(
-    text: str, schemas: Mapping[str, Any], parse: Callable[[str], Any]
+    text: str, schemas: Mapping[str, Any], parse: Callable[[str], Any], *, strings: bool = True
 ) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments of the calls that `text` is; none if it is anything else, or one is
-    incomplete. `schemas`: of the parameters of each tool; `parse`: JSON, raises ValueError."""
+    incomplete. `schemas`: of the parameters of each tool; `parse`: JSON, raises ValueError;
+    `strings`: a marker in a string of JSON ends nothing, and every string ends."""
     calls, at = [], 0
     while at < len(text):
         opening = _FUNCTION.match(text, at)
@@ -55,15 +58,16 @@ def parse_calls(
         name, at = opening["name"].strip(), opening.end()
         schema, arguments = schemas.get(name) or {}, {}
         while (parameter := _PARAMETER.match(text, at)) is not None:
-            raw = _value(
-                text, parameter.end(), f"</{parameter['tag']}>", parameter["xml"] is not None
-            )
+            key, properties = parameter["name"].strip(), schema.get("properties")
+            known = properties.get(key) if isinstance(properties, dict) else None
+            types = _types(known, schema)
+            nested = strings and bool(types & {"array", "object"})
+            end, is_xml = f"</{parameter['tag']}>", parameter["xml"] is not None
+            raw = _value(text, parameter.end(), end, is_xml, nested)
             if raw is None:
                 return []
-            key, (value, at) = parameter["name"].strip(), raw
-            properties = schema.get("properties")
-            known = properties.get(key) if isinstance(properties, dict) else None
-            arguments[key] = _typed(value, _types(known, schema), parse)
+            value, at = raw
+            arguments[key] = _typed(value, types, parse)
         closed = _CLOSED.match(text, at)
         if closed is None:
             return []
@@ -72,17 +76,21 @@ def parse_calls(
     return calls
 
 
-def _value(text: str, at: int, end: str, is_xml: bool) -> tuple[str, int] | None:
+def _value(text: str, at: int, end: str, is_xml: bool, nested: bool) -> tuple[str, int] | None:
     """A value and where its end marker ends. Templates put a line break at both of its ends.
-    Sections of CDATA may hold any marker."""
+    Sections of CDATA may hold any marker, and so may strings in JSON that is `nested`."""
     start, sections = at, []
-    while (section := at + _space(text, at)) < len(text) and text.startswith(_CDATA, section):
-        stop = text.find(_CDATA_END, section)
+    while (
+        is_xml
+        and (section := at + _space(text, at)) < len(text)
+        and text.startswith(_CDATA, section)
+    ):
+        stop = _find(text, _CDATA_END, section + len(_CDATA), nested)
         if stop < 0:
             return None
         sections.append(text[section + len(_CDATA) : stop])
         at = stop + len(_CDATA_END)
-    stop = text.find(end, at)
+    stop = _find(text, end, at, nested)
     if stop < 0:
         return None
     after = stop + len(end)
@@ -90,6 +98,15 @@ def _value(text: str, at: int, end: str, is_xml: bool) -> tuple[str, int] | None
         return "".join(sections), after
     value = text[start:stop].removeprefix("\n").removesuffix("\n")
     return (unescape(value, _ENTITIES) if is_xml else value), after
+
+
+def _find(text: str, marker: str, at: int, nested: bool) -> int:
+    """Where a marker begins, outside of strings if the text is the JSON of a list or an object."""
+    start = at + _space(text, at)
+    if not nested or text[start : start + 1] not in ("[", "{"):
+        return text.find(marker, at)
+    tokens = re.compile(rf'"(?:\\.|[^"\\])*+"?|{re.escape(marker)}', re.DOTALL)
+    return next((t.start() for t in tokens.finditer(text, at) if t[0] == marker), -1)
 
 
 def _space(text: str, at: int) -> int:
@@ -100,12 +117,8 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
     """JSON types that a schema allows; none where it doesn't say."""
     if not isinstance(schema, dict) or depth > _DEPTH:
         return set()
-    reference = schema.get("$ref")
-    if isinstance(reference, str) and reference.startswith("#/"):
-        target: Any = root
-        for key in reference[2:].split("/"):
-            target = target.get(key) if isinstance(target, dict) else None
-        return _types(target, root, depth + 1)
+    if isinstance(reference := schema.get("$ref"), str) and reference.startswith("#/"):
+        return _types(target_of(root, reference), root, depth + 1)
     listed = schema.get("type")
     types = {each for each in (listed if isinstance(listed, list) else [listed]) if each}
     for alternatives in ("anyOf", "oneOf", "allOf"):
@@ -113,7 +126,7 @@ def _types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[str]:
             types |= _types(each, root, depth + 1)
     for value in [*(schema.get("enum") or ()), *([schema["const"]] if "const" in schema else ())]:
         if not listed:
-            types |= {name for name, holds in _TYPES.items() if holds(value)} or {"string"}
+            types |= {name for name, holds in TYPES.items() if holds(value)} or {"string"}
     return types
 
 
@@ -126,7 +139,9 @@ def _typed(text: str, types: set[str], parse: Callable[[str], Any]) -> Any:
         value = parse(_PYTHON.get(literal, literal))
     except (ValueError, RecursionError):
         return text
-    return value if any(each in _TYPES and _TYPES[each](value) for each in types) else text
+    if isinstance(value, str) and literal[0] in "-0123456789":  # a number that Python can't hold
+        return value if types & {"integer", "number"} else text
+    return value if any(each in TYPES and TYPES[each](value) for each in types) else text
 
 
 def _is_number(value: Any) -> bool:

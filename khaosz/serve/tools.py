@@ -4,6 +4,7 @@ grammar."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.errors import GenerationError
 from khaosz.inference.grammar import check_schema
 from khaosz.inference.parts import CALL, CALLED, FUNCTION, Calls
+from khaosz.inference.xml_grammar import Form, function_rules
 
 MAX_CALLS = 8  # of one answer that must call: a weak model would continue to its last token
 # The space between JSON's tokens, bounded for the same reason.
@@ -80,38 +82,61 @@ def call_grammar(
     """A Lark grammar, in llguidance's dialect, of calls of these tools and nothing else, unless the
     model may also answer with JSON of the schema `or_else`. Raises `GenerationError` for a schema
     that it cannot hold."""
-    bare = call_format(tokenizer) == "bare"
+    template, bare = tokenizer.chat_template_for(tools=True) or "", call_format(tokenizer) == "bare"
+    attributes = FUNCTION in template
+    xml = attributes or ("<function=" in template and not bare)
+    form = Form(tags=not attributes, quote=lambda text: _quoted(text, tokenizer))
     key = "parameters" if bare else "arguments"
-    start = "call" if bare or not several else f'call ("\\n" call){{0,{MAX_CALLS - 1}}}'
-    body = " | ".join(f"f{i}" for i in range(len(tools)))
-    markers = _marker(CALL, tokenizer), _marker(CALLED, tokenizer)
-    call = "body" if bare else f'{markers[0]} "\\n" body "\\n" {markers[1]}'
-    rules = [f"start: {start}", f"call: {call}", f"body: {body}"]
-    if or_else is not None:
-        schema = check_schema(json.loads(or_else), "json_schema")
-        # Some models forget the markers, and would be left with the text.
-        rules[0] += " | text" if bare else " | body | text"
-        rules.append(f"text: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}")
+    json_bodies, xml_bodies, rules = [], [], []
     for i, tool in enumerate(tools):
-        function = tool["function"]
-        opening = f'{{"name": {json.dumps(function["name"])}, "{key}": '
+        function, written = tool["function"], None
         schema = {"type": "object", **(function.get("parameters") or {})}
         try:
             if schema["type"] != "object":
                 raise GenerationError("cannot be used: their type is not object")
-            schema = check_schema(schema, "lark")
+            held = check_schema(schema, "lark")
+            if xml:
+                written = function_rules(f"f{i}", function["name"], schema, form, _LAYOUT)
         except GenerationError as error:
             if or_else is None:
                 why = f"with the parameters of {function['name']!r} {error.reason}"
                 raise GenerationError(why, param="lark", hint=error.hint) from None
-            schema = {"type": "object"}  # no call was asked for: as without a grammar
-        schema = {**schema, "x-guidance": _LAYOUT}
-        rules.append(f'f{i}: {json.dumps(opening)} a{i} "}}"')
-        rules.append(f"a{i}: %json {json.dumps(schema)}")
-    return "\n".join(rules) + "\n"
+            held = {"type": "object"}  # no call was asked for: as without a grammar
+        if written is None:
+            opening = f'{{"name": {json.dumps(function["name"])}, "{key}": '
+            written = [
+                f'f{i}: {json.dumps(opening)} a{i} "}}"',
+                f"a{i}: %json {json.dumps({**held, 'x-guidance': _LAYOUT})}",
+            ]
+            json_bodies.append(f"f{i}")
+        else:
+            xml_bodies.append(f"f{i}")
+        rules += written
+    marked = json_bodies + ([] if attributes else xml_bodies)
+    calls = xml_bodies if attributes else []
+    if bare:
+        calls = json_bodies
+    elif marked:
+        body = f"( {' | '.join(marked)} )"
+        calls = [*calls, f'{form.quote(CALL)} "\\n" {body} "\\n" {form.quote(CALLED)}']
+    gap = "" if attributes else '"\\n" '
+    more = "" if bare or not several else f" ({gap}call){{0,{MAX_CALLS - 1}}}"
+    start = [f"call{more}"]
+    if or_else is not None:
+        schema = check_schema(json.loads(or_else), "json_schema")
+        # Some models forget the markers, and would be left with the text.
+        start += [*([] if bare else json_bodies), "text"]
+        rules.append(f"text: %json {json.dumps({**schema, 'x-guidance': _LAYOUT})}")
+    return "\n".join([f"start: {' | '.join(start)}", f"call: {' | '.join(calls)}", *rules]) + "\n"
 
 
-def _marker(text: str, tokenizer: Tokenizer) -> str:
-    """A marker that is a token of its own is written as that token only."""
-    token = tokenizer.special_ids.get(text)
-    return json.dumps(text) if token is None else f"<[{token}]>"
+def _quoted(text: str, tokenizer: Tokenizer) -> str:
+    """A text as grammar. A special token in it is written as that token only."""
+    special = [name for name in tokenizer.special_ids if name in text]
+    names = "|".join(re.escape(name) for name in sorted(special, key=len, reverse=True))
+    parts = re.split(f"({names})", text) if special else [text]
+    return " ".join(
+        json.dumps(part) if part not in special else f"<[{tokenizer.special_ids[part]}]>"
+        for part in parts
+        if part
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from khaosz.data.batches.batch import IGNORE
+from khaosz.data.batches.batch import IGNORE, SHAPE_STEP
 from khaosz.model import capped
 
 # Logits of a chunk at most, for any vocabulary: 32 MB in fp32, of which a few copies live.
@@ -88,6 +88,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None, None, None
 
 
+def missing_rows(count: int, chunk: int) -> int:
+    """Rows of padding that make the last chunk a multiple of `SHAPE_STEP`, or whole."""
+    last = count % chunk
+    return min(-last % SHAPE_STEP, -last % chunk)
+
+
 def cross_entropy_sum(
     hidden: Tensor,
     weight: Tensor,
@@ -103,9 +109,9 @@ def cross_entropy_sum(
     At most `chunk` tokens' logits exist together, fewer with a large vocabulary. hidden (..., D),
     weight (V, D), labels (...) with `IGNORE` where nothing is scored. Those positions are left out
     before the matrix product: selected, not multiplied, so that neither a NaN there nor their cost
-    has an effect. Without scored positions the sum and its gradients are 0. A compiled `inner` gets
-    whole chunks only: the last one is padded with ignored rows, because every new shape would be
-    compiled again. `cap`: of the model's logits.
+    has an effect. Without scored positions the sum and its gradients are 0. The last chunk is
+    padded with ignored rows to a multiple of `SHAPE_STEP`; for a compiled `inner` to a whole chunk,
+    because every new shape would be compiled again. `cap`: of the model's logits.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     scored = targets != IGNORE
@@ -113,7 +119,7 @@ def cross_entropy_sum(
         rows = scored.nonzero().squeeze(1)
         flat, targets = flat.index_select(0, rows), targets.index_select(0, rows)
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
-    missing = -len(targets) % chunk if inner is not chunk_loss else 0
+    missing = missing_rows(len(targets), chunk) if inner is chunk_loss else -len(targets) % chunk
     if missing:
         flat = torch.cat((flat, flat.new_zeros(missing, flat.shape[1])))
         targets = torch.cat((targets, targets.new_full((missing,), IGNORE)))

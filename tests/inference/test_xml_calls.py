@@ -105,6 +105,9 @@ def test_calls_whole_or_in_pieces(calls: Calls, text: str, expected: dict[str, A
         ("scale", "NaN", "NaN"),
         ("at", "[1, 2]", [1, 2]),
         ("at", "[1, 2", "[1, 2"),
+        ("at", '["</parameter></param>]]>"]', ["</parameter></param>]]>"]),
+        ("at", '["\\"</function>"]', ['"</function>']),
+        ("scale", "1e999", float("inf")),
         ("place", '{"lat": 1}', {"lat": 1}),
         ("unit", "C", "C"),
         ("unit", "1", 1),
@@ -129,6 +132,15 @@ def test_call_cut_at_the_limit_shows_no_markup(text: str) -> None:
         assert shown["content"].strip() == "so", text[:at]
         assert not shown["calls"] or at > text.rindex("</function>"), text[:at]
     assert summary([text], calls, cut=True)["calls"]
+
+
+def test_cdata_is_text_between_tags() -> None:
+    """As vLLM reads Qwen3-Coder's calls: a file of XML may be what is written."""
+    for text in ("<![CDATA[a]]>", "<![CDATA[a"):
+        call = f"<tool_call>\n<function=weather>\n<parameter=city>\n{text}\n</parameter>\n"
+        assert summary([call + "</function>\n</tool_call>"], "marked")["calls"] == [
+            ("weather", {"city": text})
+        ]
 
 
 PIECES = [PARIS, NOW, QWEN, "<function name=", "</function>", "<tool_call>", "</tool_call>", " ",

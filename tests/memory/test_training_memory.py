@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from khaosz.errors import NotEnoughMemoryError
 from khaosz.interop.huggingface import save_model
 from khaosz.memory.machine import Limit
 from khaosz.memory.parts import BASE
-from khaosz.memory.training import TrainingPlan, layer_activations
+from khaosz.memory.training import Packed, TrainingPlan, layer_activations
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora
 from khaosz.trainer.checks import check_stages
@@ -173,6 +174,16 @@ def test_logits_of_a_chunk_are_bounded_by_the_vocabulary() -> None:
     expected = 25 * 128 * 65_536 + 4 * 65_536 * 256 + 8 * 4_096 * 256
     assert plan.memory(0).parts["logits"] == expected
     assert "logits" not in TrainingPlan(config, rows=16, window=256, head=False).memory(0).parts
+
+
+def test_kernels_of_each_shape_are_counted_in_bf16() -> None:
+    config, packed = preset("nano").model, Packed(512, 64, 128, True, shapes=(5, 3))
+    plan = TrainingPlan(config, rows=4, window=128, packed=packed)
+    assert "kernels" not in plan.memory(0).parts
+    half = replace(plan, dtypes=(torch.bfloat16,))
+    # Three products of each of a layer's four shapes of matrices, and of the logits.
+    assert half.memory(0).parts["kernels"] == 3 * (5 * 4 + 3) * 700 * 1024
+    assert replace(half, head=False).memory(0).parts["kernels"] == 3 * 5 * 4 * 700 * 1024
 
 
 def test_the_base_is_counted_once() -> None:

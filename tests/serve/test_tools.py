@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from serving import WEATHER, Service, learnt, served
 from khaosz.data.tokenizer import load_tokenizer
 from khaosz.data.tokenizer.chat import render_chat
 from khaosz.serve.schema import ChatRequest
-from khaosz.serve.tools import add_tools, call_format
+from khaosz.serve.tools import add_tools, call_format, call_grammar
 
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 GREEDY: dict[str, Any] = {"model": "taught", "temperature": 0, "max_tokens": 200}
@@ -303,6 +304,86 @@ def test_calls_in_xml(xml_caller: Service, name: str) -> None:
     assert json.loads(message["tool_calls"][0]["arguments"]) == {"city": "<5>", "days": 3}
     [cut] = xml_caller.client().chat.completions.create(**{**request, "max_tokens": 12}).choices
     assert cut.finish_reason == "length" and cut.message.content == "So:"
+
+
+# The ends of a template that writes XML, and special tokens as MiniCPM5's tokenizer has them.
+DIALECTS = {
+    "attributes": ('{# <function name="f"> #}', ("<function", "</function>", "<param", "</param>")),
+    "tags": ("{# <tool_call> <function=f> #}", ("<tool_call>", "</tool_call>")),
+}
+
+
+@pytest.fixture(scope="module")
+def xml_forced(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    models = [tmp_path_factory.mktemp("xml") / name for name in DIALECTS]
+    for model, (template, names) in zip(models, DIALECTS.values(), strict=True):
+        shutil.copytree(tiny, model)
+        tokenizer = (model / "tokenizer.json").read_text(encoding="utf-8")
+        for i, name in enumerate(names):
+            tokenizer = tokenizer.replace(f"<|reserved_{i}|>", name)
+        (model / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config["chat_template"] += template
+        (model / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with served(*models) as running:
+        yield running
+
+
+PLACE: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "place",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 8},
+                "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+                "unit": {"enum": ["C", "F"]},
+            },
+            "required": ["name", "days", "tags"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_forced_calls_in_xml(xml_forced: Service, name: str) -> None:
+    """By random weights: the call is always complete and its arguments fit their schema. A schema
+    that XML cannot hold is forced as JSON."""
+    validator = pytest.importorskip("jsonschema_rs").Draft202012Validator
+    code = {"type": "string", "pattern": "^[A-Z]{3}$"}
+    parameters = {"type": "object", "properties": {"code": code}, "required": ["code"]}
+    parameters["additionalProperties"] = False
+    airport = {"name": "airport", "parameters": parameters}
+    tools = {"place": PLACE, "airport": {"type": "function", "function": airport}}
+    for seed, chosen in enumerate(["place", "airport", None]):
+        named = {"type": "function", "function": {"name": chosen}}
+        request: dict[str, Any] = {
+            "model": name, "messages": user_turn("the fox"), "tools": [*tools.values()],
+            "seed": seed, "tool_choice": named if chosen else "required", "max_tokens": 1500,
+            "parallel_tool_calls": False,
+        }  # fmt: skip
+        [choice] = xml_forced.client().chat.completions.create(**request).choices
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        [call] = choice.message.tool_calls or ()
+        assert call.type == "function" and call.function.name in ([chosen] if chosen else tools)
+        parameters = tools[call.function.name]["function"]["parameters"]
+        validator(parameters).validate(json.loads(call.function.arguments))
+    message, reason = streamed(xml_forced, **request)
+    assert reason == "tool_calls" and message["content"] == ""
+    assert message["tool_calls"][0] == call.function.model_dump()
+
+
+def test_a_model_is_forced_to_its_own_form_of_calls(xml_forced: Service) -> None:
+    for name, start in (("attributes", '<[{<function}]> " name=\\"place\\">"'),
+                        ("tags", '"<function=place>\\n"')):  # fmt: skip
+        model = next(each for each in xml_forced.models.all if each.name == name)
+        assert model.loaded is not None
+        tokenizer = model.loaded.generator.tokenizer
+        for token, i in tokenizer.special_ids.items():
+            start = start.replace(f"{{{token}}}", str(i))
+        assert f"f0: {start} " in call_grammar([PLACE], tokenizer, several=True)
 
 
 def test_chat_template_decides_how_calls_are_written(tiny: Path) -> None:

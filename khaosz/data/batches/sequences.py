@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from khaosz.data.batches.batch import IGNORE, Batch
+from khaosz.data.batches.batch import IGNORE, Batch, padded
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,14 @@ def fit_rows(lengths: Sequence[int], window: int) -> list[list[int]]:
     return rows
 
 
+def packed_shape(
+    lengths: Sequence[int], placed: Sequence[Sequence[int]], window: int
+) -> tuple[int, int]:
+    """Rows and their length, for sequences `placed` by `fit_rows`."""
+    fullest = max(sum(lengths[i] for i in row) for row in placed)
+    return len(placed), min(window, padded(fullest))
+
+
 def group_into_batches(
     groups: Sequence[Sequence[int]], lengths: Sequence[int], window: int, rows: int
 ) -> list[list[int]]:
@@ -133,11 +141,14 @@ def pack_sequences(
     sequences: Sequence[TokenSequence], window: int, pad_id: int, *, rows: int | None = None
 ) -> SequenceBatch:
     """Pack into rows of `window` tokens; with `rows`, into at least that many, so that a compiled
-    model sees one shape. Without `rows`, all rows are as long as the fullest one."""
-    placed = fit_rows([len(s.ids) for s in sequences], window)
-    fullest = max(sum(len(sequences[i].ids) for i in row) for row in placed)
-    assert fullest <= window, f"a sequence of {fullest} tokens in a window of {window}"
-    shape = (len(placed), fullest) if rows is None else (max(rows, len(placed)), window)
+    model sees one shape. Without `rows`, all rows are as long as the fullest one, in whole steps of
+    `SHAPE_STEP`."""
+    lengths = [len(s.ids) for s in sequences]
+    assert max(lengths) <= window, f"a sequence of {max(lengths)} tokens in a window of {window}"
+    placed = fit_rows(lengths, window)
+    shape = packed_shape(lengths, placed, window)
+    if rows is not None:
+        shape = max(rows, len(placed)), window
     ids = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, IGNORE, dtype=torch.int64)
     positions = torch.zeros(shape, dtype=torch.int64)

@@ -10,7 +10,13 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, TrainConfig
-from khaosz.data.batches.sequences import fit_rows, group_into_batches, rows_with_least_padding
+from khaosz.data.batches.batch import padded
+from khaosz.data.batches.sequences import (
+    fit_rows,
+    group_into_batches,
+    packed_shape,
+    rows_with_least_padding,
+)
 from khaosz.data.records.layouts import Rated, read_record
 from khaosz.data.records.pairs import TextEncoder, to_texts
 from khaosz.data.records.preference import encode_pair, encode_prompt, to_prompt
@@ -57,7 +63,7 @@ def largest_micro_batch(
         fitted = config.stage in PAIR_STAGES and config.micro_batch is None
         if fitted:
             rows = rows_with_least_padding([step[:2] for step in steps], window, rows)
-    tokens = most = passes = 0
+    sizes, targets, passes = set[int](), set[int](), 0
     for groups, lengths, scored in steps:
         if config.stage == "embed":
             placed = fit_rows(lengths, window)
@@ -67,12 +73,13 @@ def largest_micro_batch(
             batches = group_into_batches(groups, lengths, window, rows)
         passes = max(passes, len(batches))
         for members in batches:
-            placed = fit_rows([lengths[i] for i in members], window)
-            fullest = max(sum(lengths[members[i]] for i in row) for row in placed)
-            tokens = max(tokens, rows * window if one_shape else len(placed) * fullest)
-            most = max(most, sum(scored[i] for i in members))
+            its = [lengths[i] for i in members]
+            shape = packed_shape(its, fit_rows(its, window), window)
+            sizes.add(rows * window if one_shape else shape[0] * shape[1])
+            targets.add(padded(sum(scored[i] for i in members)))
     longest = max(length for example in examples for length, _ in example)
-    return Packed(tokens, most, longest, several=passes > 1)
+    shapes = len(sizes), len(targets)
+    return Packed(max(sizes), max(targets), longest, several=passes > 1, shapes=shapes)
 
 
 def input_bytes(config: TrainConfig) -> int:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from khaosz.data.batches.batch import IGNORE, Batch
 from khaosz.model import Transformer, capped
-from khaosz.trainer.loss import CHUNK_LOGITS
+from khaosz.trainer.loss import CHUNK_LOGITS, missing_rows
 from khaosz.trainer.strategy import Compute, hidden_states
 
 
@@ -94,8 +95,14 @@ def token_logprobs(
     costs a softmax, the second is zeros. `cap`: of the model's logits.
     """
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
+    count = len(labels)
+    missing = missing_rows(count, chunk)
+    hidden, labels = pad(hidden, (0, 0, 0, missing)), pad(labels, (0, missing))
     with torch.autocast(hidden.device.type, enabled=False):
-        return _TokenLogprobs.apply(hidden, weight, labels, chunk, temperature, entropy, cap)
+        logprobs, entropies = _TokenLogprobs.apply(
+            hidden, weight, labels, chunk, temperature, entropy, cap
+        )
+    return logprobs[:count], entropies[:count]
 
 
 def batch_logprobs(

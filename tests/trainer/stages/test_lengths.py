@@ -10,7 +10,7 @@ import pytest
 from strategies import CPU
 
 from khaosz.config import PreferenceConfig, TrainConfig, preset
-from khaosz.data.batches.batch import IGNORE
+from khaosz.data.batches.batch import IGNORE, padded
 from khaosz.data.batches.sequences import SequenceBatch, TokenSequence
 from khaosz.data.records.pairs import TextEncoder, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
@@ -28,10 +28,11 @@ Recipe = Callable[..., TrainConfig]
 
 
 def largest(batches: list[SequenceBatch], *, scored: bool = True) -> Packed:
-    counts = [int((batch.labels != IGNORE).sum()) if scored else 0 for batch in batches]
+    counts = [padded(int((batch.labels != IGNORE).sum())) if scored else 0 for batch in batches]
     longest = max(int(batch.positions[batch.doc_ids >= 0].max()) + 1 for batch in batches)
-    tokens = max(batch.ids.numel() for batch in batches)
-    return Packed(tokens, max(counts), longest, several=len(batches) > 1)
+    sizes = {batch.ids.numel() for batch in batches}
+    shapes = len(sizes), len({*counts})
+    return Packed(max(sizes), max(counts), longest, several=len(batches) > 1, shapes=shapes)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16])

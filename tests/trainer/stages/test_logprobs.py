@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from khaosz.data.batches.batch import SHAPE_STEP
+from khaosz.trainer.loss import cross_entropy_sum
 from khaosz.trainer.stages.logprobs import token_logprobs
 
 
@@ -55,3 +60,24 @@ def test_without_tokens() -> None:
     actual, _ = token_logprobs(hidden[:0].requires_grad_(), weight.requires_grad_(), labels[:0])
     actual.sum().backward()
     assert actual.shape == (0,) and weight.grad is not None and not weight.grad.any()
+
+
+@pytest.mark.parametrize("loss", [token_logprobs, cross_entropy_sum])
+def test_any_number_of_tokens_has_few_shapes(loss: Any) -> None:
+    """In bf16 oneDNN keeps a kernel for each shape of a matrix product."""
+    hidden, weight = torch.randn(400, 6, requires_grad=True), torch.randn(17, 6)
+    labels, shapes = torch.arange(400) % 17, set[int]()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if function._schema.name in ("aten::mm", "aten::addmm_"):
+                shapes.update(size for matrix in args[-2:] for size in matrix.shape)
+            return function(*args, **kwargs or {})
+
+    with Shapes():
+        for count in range(1, 400, 3):
+            result = loss(hidden[:count], weight, labels[:count], chunk=170)
+            (result[0] if isinstance(result, tuple) else result).sum().backward()
+    assert shapes - {6, 17} == {SHAPE_STEP, 2 * SHAPE_STEP, 170}
