@@ -17,9 +17,10 @@ import re
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -101,7 +102,18 @@ def exclusive(folder: Path) -> Iterator[bool]:
     """
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
+    try:
+        with holding(folder / ".lock") as is_held:
+            yield is_held
+    finally:
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def holding(path: Path) -> Iterator[bool]:
+    """Hold the lock of the lock file `path`, as `exclusive` does."""
     descriptor, is_held = _lock(path)
     try:
         yield is_held
@@ -111,9 +123,19 @@ def exclusive(folder: Path) -> Iterator[bool]:
             with suppress(OSError):
                 path.unlink()
         os.close(descriptor)
-        if is_new:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process or thread changes the file `path`, and keep them from it for the
+    block. Raises OSError."""
+    with ExitStack() as stack:
+        while True:
+            with suppress(FolderInUse):
+                stack.enter_context(holding(path.with_name(f".{path.name}.lock")))
+                break
+            time.sleep(0.01)
+        yield
 
 
 def _lock(path: Path) -> tuple[int, bool]:

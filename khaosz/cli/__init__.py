@@ -14,8 +14,9 @@ from khaosz.cli.data import data_app, tokenizer_app
 from khaosz.cli.inference import bench_app, model_app
 from khaosz.cli.models import models_app, pull_app
 from khaosz.cli.output import PrintableFormatter, PrintableGroup, printable, say
+from khaosz.cli.preference import preference_app
 from khaosz.cli.rag import rag_app
-from khaosz.cli.training import eval_app, lora_app, preference_app, training_app
+from khaosz.cli.training import eval_app, lora_app, training_app
 from khaosz.errors import KhaoszError, one_line
 
 app = typer.Typer(

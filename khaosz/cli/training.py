@@ -1,4 +1,4 @@
-"""Commands that train and evaluate: train, demo, doctor, preference, lora, eval."""
+"""Commands that train and evaluate: train, demo, doctor, lora, eval."""
 
 from __future__ import annotations
 
@@ -12,10 +12,7 @@ from khaosz.cli.output import (
     Columns,
     Device,
     Json,
-    MaxTokens,
-    ModelPath,
     OutFolder,
-    TopP,
     Window,
     parse_columns,
     print_notes,
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
 
 training_app = typer.Typer()
 eval_app = typer.Typer(help="Evaluate a model.", no_args_is_help=True)
-preference_app = typer.Typer(help="Collect human preferences.", no_args_is_help=True)
 lora_app = typer.Typer(help="Merge LoRA adapters.", no_args_is_help=True)
 
 
@@ -160,38 +156,6 @@ def doctor(as_json: Json = False) -> None:
 
     report = examine()
     print_result(as_json, report, format_report(report))
-
-
-@preference_app.command("collect")
-def preference_collect(
-    model: ModelPath,
-    prompts: Annotated[Path, typer.Option(help="Records with prompts: jsonl, json, parquet.")],
-    out: Annotated[Path, typer.Option(help="File (.jsonl) to append rankings to.")],
-    n: Annotated[int, typer.Option("-n", help="Answers per prompt.")] = 4,
-    temperature: Annotated[float, typer.Option(help="Above 0, so that answers differ.")] = 0.9,
-    top_p: TopP = 0.95,
-    max_tokens: MaxTokens = 256,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
-    column: Columns = None,
-    allow_unread: AllowUnread = False,
-    device: Device = "auto",
-) -> None:
-    """Sample answers and rank them blind; run again to continue."""
-    from khaosz.cli.collect import collect
-    from khaosz.inference.sampling import SamplingParams
-
-    params = SamplingParams(max_tokens, temperature, top_p=top_p)
-    collect(
-        model,
-        prompts,
-        out,
-        n,
-        seed,
-        params=params,
-        device=resolve_device(device),
-        columns=parse_columns(column),
-        allow_unread=allow_unread,
-    )
 
 
 @eval_app.command("preference")

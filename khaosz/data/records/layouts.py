@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from hashlib import blake2b
 from itertools import chain, combinations, product
@@ -64,13 +64,15 @@ class Conversation:
 @dataclass(frozen=True)
 class Pair:
     """Two answers to one prompt. Pairs of one ranking share a `group` and belong in one batch
-    (Ouyang et al. 2022, arXiv:2203.02155, section 3.5)."""
+    (Ouyang et al. 2022, arXiv:2203.02155, section 3.5); `shared`: by several rankings, in which
+    the same two answers may be compared more than once."""
 
     prompt: list[Message]
     chosen: str
     rejected: str
     margin: float | None = None
     group: str | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -235,7 +237,18 @@ def _renamed(value: Any, columns: ColumnsConfig) -> Any:
 @lru_cache(maxsize=1)
 def known_columns() -> frozenset[str]:
     """Every key that a row reads: the columns of a table that are worth reading."""
-    others = ("lang", "source", "tools", "functions", "margin", *SYSTEMS, "context", "history")
+    others = (
+        "lang",
+        "source",
+        "tools",
+        "functions",
+        "margin",
+        "pairs",
+        "ranking_group",
+        *SYSTEMS,
+        "context",
+        "history",
+    )
     negatives = ("negative", "negatives", "neg", *(f"negative_{i}" for i in range(1, 17)))
     keys = chain.from_iterable(chain.from_iterable(row.keys for row in LAYOUTS))
     return frozenset((*keys, *others, *negatives, *LABELS, *ANSWERS, *_PROMPTS))
@@ -395,16 +408,38 @@ def _last_turn_and_rejected(fields: Fields) -> list[Pair]:
 
 
 def _ranking(fields: Fields) -> list[Pair]:
-    """K(K-1)/2 pairs of K answers, fewer where some are ranked equal."""
+    """K(K-1)/2 pairs of K answers, fewer where some are ranked equal; only those in `pairs`, as
+    [better, worse], where it is there. Pairs of all records with the same `ranking_group` weigh as
+    one ranking."""
     refuse_tools(fields)
-    prompt, answers, ranking = prompt_of(fields)[0], fields["answers"], fields["ranking"]
+    prompt = prompt_of(fields)[0]
+    texts, levels = ranking_levels(fields)
+    chosen = None
+    if "pairs" in fields:
+        place = {answer: n for n, level in enumerate(levels) for answer in level}
+        try:
+            chosen = {(better, worse) for better, worse in fields["pairs"]}
+            ordered = all(place[better] < place[worse] for better, worse in chosen)
+        except (TypeError, ValueError, KeyError):
+            ordered = False
+        if not ordered:
+            raise DataError("pairs is not a list of [better, worse] in the order of ranking")
+    pairs = ranked_pairs(prompt, texts, levels, chosen)
+    if isinstance(group := fields.get("ranking_group"), str):
+        return [replace(pair, group=group, shared=True) for pair in pairs]
+    return pairs
+
+
+def ranking_levels(fields: Fields) -> tuple[list[str], list[list[int]]]:
+    """The answers of a ranking, and their numbers, best first, ties together. Raises DataError."""
+    answers, ranking = fields["answers"], fields["ranking"]
     if not isinstance(answers, list) or not isinstance(ranking, list):
         raise DataError("answers or ranking is not a list")
     levels = [level if isinstance(level, list) else [level] for level in ranking]
     indices = list(chain(*levels))
     if not all(type(i) is int for i in indices) or sorted(indices) != list(range(len(answers))):
         raise DataError("ranking does not name every answer once", hint="such as [2, [0, 3], 1]")
-    return ranked_pairs(prompt, [_text_answer(answer) for answer in answers], levels)
+    return [_text_answer(answer) for answer in answers], levels
 
 
 def _two_answers(
@@ -441,13 +476,18 @@ def levels_of(scores: Iterable[float]) -> list[list[int]]:
 
 
 def ranked_pairs(
-    prompt: list[Message], texts: list[str], levels: Sequence[Sequence[int]]
+    prompt: list[Message],
+    texts: list[str],
+    levels: Sequence[Sequence[int]],
+    chosen: Container[tuple[int, int]] | None = None,
 ) -> list[Pair]:
+    """The pairs of a ranking, or those of `chosen`."""
     group = blake2b(json.dumps([prompt, texts, levels]).encode(), digest_size=16).hexdigest()
     return [
         Pair(prompt, texts[better], texts[worse], group=group)
         for above, below in combinations(levels, 2)
         for better, worse in product(above, below)
+        if chosen is None or (better, worse) in chosen
     ]
 
 

@@ -65,6 +65,7 @@ class EncodedPair:
     truncated: int = 0
     margin: float | None = None
     group: str | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +165,8 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, window: int) -> EncodedPair:
     if np.array_equal(chosen[:room], rejected[:room]):
         raise LeftOut(f"{IDENTICAL} within the window")
     cut = (len(chosen) > room) + (len(rejected) > room)
-    return EncodedPair(ids, chosen[:room], rejected[:room], cut, pair.margin, pair.group)
+    more = pair.margin, pair.group, pair.shared
+    return EncodedPair(ids, chosen[:room], rejected[:room], cut, *more)
 
 
 def load_pairs(

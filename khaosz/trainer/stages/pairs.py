@@ -28,8 +28,8 @@ STEPS_TO_FIT = 16
 class PairSet:
     """Encoded pairs, and with a frozen reference the log-probabilities it gives their answers.
 
-    A draw is one pair, or all pairs of one ranking, which share the forward passes of its answers
-    and count as one pair.
+    A draw is one pair, or all pairs of one ranking, or of all rankings of a shared group, which
+    share the forward passes of its answers and count as one pair.
     reference: (pairs, 2) fp32, chosen and rejected; NaN where it is not computed.
     """
 
@@ -46,7 +46,8 @@ class PairSet:
                 self.draws.append([i])
                 continue
             answers = frozenset((pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()))
-            if answers in compared.get(pair.group, {answers}):  # the ranking, or the same again
+            # The ranking begins, or the same one again.
+            if pair.group not in compared or (answers in compared[pair.group] and not pair.shared):
                 draw_of[pair.group], compared[pair.group] = [], set()
                 self.draws.append(draw_of[pair.group])
             draw_of[pair.group].append(i)

@@ -1,0 +1,1 @@
+"""Rankings of several annotators: their files, their agreement, and what training gets."""
