@@ -39,6 +39,7 @@ RANK = {
 }
 # Of `cli` and `data`, what computes; everything else there runs without torch.
 USES_TORCH = {
+    "cli/answers.py",
     "cli/collect.py",
     "data/batches/batch.py",
     "data/batches/dataset.py",

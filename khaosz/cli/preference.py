@@ -13,7 +13,6 @@ from khaosz.cli.output import (
     Device,
     Json,
     MaxTokens,
-    ModelPath,
     TopP,
     parse_columns,
     print_result,
@@ -25,10 +24,37 @@ preference_app = typer.Typer(help="Collect and merge preferences of people.", no
 
 @preference_app.command("collect")
 def preference_collect(
-    model: ModelPath,
-    prompts: Annotated[Path, typer.Option(help="Records with prompts: jsonl, json, parquet.")],
-    out: Annotated[Path, typer.Option(help="File (.jsonl) to append rankings to.")],
-    n: Annotated[int, typer.Option("-n", help="Answers per prompt.")] = 4,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Model directories, .gguf files or names; http://host/v1#model; MODEL+ADAPTER or"
+            " an adapter's directory. Default: those of --answers.",
+            metavar="[MODEL]...",
+            show_default=False,
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Records with prompts: jsonl, json, parquet. Default: of --answers."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File (.jsonl) to append rankings to.")] = None,
+    annotator: Annotated[
+        str | None, typer.Option(help="Your name, kept in the rankings; each ranks all prompts.")
+    ] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(
+            help="File (.jsonl) of answers, sampled ahead, that several annotators rank; default"
+            " for several models: OUT.answers.jsonl."
+        ),
+    ] = None,
+    answers_only: Annotated[
+        bool, typer.Option("--answers-only", help="Sample the answers and stop.")
+    ] = False,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Answers of each model; default: 4 of one, 1 of each of several."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Above 0, so that answers differ.")] = 0.9,
     top_p: TopP = 0.95,
     max_tokens: MaxTokens = 256,
@@ -37,17 +63,23 @@ def preference_collect(
     allow_unread: AllowUnread = False,
     device: Device = "auto",
 ) -> None:
-    """Sample answers and rank them blind; run again to continue."""
+    """Rank answers of one or several models blind; run again to continue."""
     from khaosz.cli.collect import collect
+    from khaosz.errors import ConfigError
     from khaosz.inference.sampling import SamplingParams
 
+    if not models and answers is None:
+        raise ConfigError("no models", hint="name them, or a file of answers with --answers")
     params = SamplingParams(max_tokens, temperature, top_p=top_p)
     collect(
-        model,
+        models or [],
         prompts,
         out,
         n,
         seed,
+        annotator=annotator,
+        answers=answers,
+        answers_only=answers_only,
         params=params,
         device=resolve_device(device),
         columns=parse_columns(column),

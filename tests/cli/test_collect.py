@@ -82,7 +82,9 @@ def session(monkeypatch: pytest.MonkeyPatch, model_dir: Path, prompts: Path) -> 
 def read(path: Path) -> list[dict[str, Any]]:
     raw = path.read_bytes()
     assert raw.endswith(b"\n")
-    return [json.loads(line) for line in raw.splitlines()]
+    records = [json.loads(line) for line in raw.splitlines()]
+    assert all(record.pop("created") > 1.7e9 for record in records)
+    return records
 
 
 def test_rankings_become_records(session: Session, tmp_path: Path) -> None:
@@ -120,7 +122,7 @@ def test_prompt_and_answers_are_shown_before_the_ranking(session: Session, tmp_p
     session.collect("a>b>c>d>e>f\n", out, n=6, params=params)
     (record,) = read(out)
     shown = session.output.split("ranking> ")[0]
-    assert "3 records, 3 kept" in shown and "1 / 3" in shown
+    assert "3 records, 3 kept" in shown and "1 of 3" in shown
     assert f"user: {QUESTIONS[0]}" in shown
     positions = [shown.index(f"\n{letter}: ") for letter in "ABCDEF"]
     assert positions == sorted(positions)
@@ -190,7 +192,7 @@ def test_invalid_entries_are_asked_again(session: Session, tmp_path: Path) -> No
     assert hints[2].startswith("'c' is missing")
     assert hints[3].startswith("'d' is not an answer")
     assert hints[4].startswith("'a' occurs twice")
-    assert hints[5].endswith("like a>b>c; s: skip, q: quit)")
+    assert hints[5].endswith("like a>b>c; s: skip, u: undo, q: quit)")
 
 
 @pytest.mark.parametrize(
@@ -235,12 +237,12 @@ def test_any_entry_is_a_ranking_or_an_error(entry: str, n: int) -> None:
 def test_truncated_last_line_is_removed(session: Session, tmp_path: Path) -> None:
     out = tmp_path / "r.jsonl"
     session.collect("a>b>c\nb>a>c\n", out)
-    whole = out.read_bytes()
+    whole, answers = out.read_bytes(), [each["answers"] for each in read(out)]
     first = whole.index(b"\n") + 1
     console = Console(file=io.StringIO())
     both = ranked_prompts(out, console)
     assert len(both) == 2
-    for end in range(first + 1, len(whole) - 1):
+    for end in range(first + 1, len(whole) - 1, 7):
         out.write_bytes(whole[:end])
         assert len(ranked_prompts(out, console)) == 1, end
         assert out.read_bytes() == whole[:first], end
@@ -251,7 +253,7 @@ def test_truncated_last_line_is_removed(session: Session, tmp_path: Path) -> Non
     # Truncated inside the first line: the session starts again from an empty file.
     out.write_bytes(whole[: first // 2])
     assert session.collect("a>b>c\nb>a>c\nq\n", out) == Collected(ranked=2, remaining=1)
-    assert out.read_bytes() == whole
+    assert [each["answers"] for each in read(out)] == answers
     assert f"{out}: line 1 was truncated and is removed" in session.output
 
 

@@ -10,6 +10,7 @@ append to a file and take rankings back at the same time.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from khaosz.data.records.report import text_hash
 from khaosz.data.records.turns import Message
 from khaosz.errors import DataError
 from khaosz.files import append, disk_hint, locked, write_atomic
+
+_LINE_START = b'{"prompt": ['  # of every line that we write
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,26 @@ def _line(record: dict[str, Any]) -> bytes:
 def _not_written(path: Path, error: OSError) -> DataError:
     what = f"cannot write {path}: {error.strerror or error}"
     return DataError(what, hint=disk_hint(error))
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether a last line without a line end is an incomplete line of ours."""
+    ours = line.startswith(_LINE_START) or _LINE_START.startswith(line)
+    return ours and isinstance(parse_line(line), Skip)
+
+
+def repair_last_line(path: Path) -> bool:
+    """Remove an incomplete last line of ours, left by a crash, and end a complete one; whether one
+    was removed. Raises OSError."""
+    with locked(path):
+        raw = path.read_bytes()
+        last = raw.rpartition(b"\n")[2]
+        if last and is_torn(last):
+            os.truncate(path, len(raw) - len(last))
+            return True
+        if last:
+            append(path, b"\n")
+        return False
 
 
 def take_back(path: Path, annotator: str | None) -> dict[str, Any] | None:

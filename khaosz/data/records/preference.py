@@ -212,17 +212,20 @@ def load_pairs(
 
 def load_prompts(
     paths: Paths,
-    tokenizer: Tokenizer,
-    window: int,
+    tokenizer: Tokenizer | None = None,
+    window: int = 0,
     *,
     val_fraction: float = 0.0,
     seed: int = 0,
     columns: ColumnsConfig | None = None,
     allow_unread: bool = False,
 ) -> PreferenceData[Prompt]:
-    """Every prompt that leaves room for an answer in `window` tokens; otherwise as `load_pairs`."""
+    """Every prompt that leaves room for an answer in `window` tokens; otherwise as `load_pairs`.
+    Without a tokenizer, every prompt, not encoded."""
 
     def encode(item: Prompt) -> Prompt:
+        if tokenizer is None:
+            return item
         return replace(item, prompt_ids=encode_prompt(tokenizer, item.prompt, window))
 
     data: PreferenceData[Prompt] = _opened(paths, window, val_fraction)
@@ -273,6 +276,8 @@ def _loaded(data: PreferenceData[Item], allow_unread: bool) -> PreferenceData[It
     for name in ("prompt", "chosen", "rejected"):
         if hasattr(items[0], f"{name}_ids"):
             n = [len(getattr(item, f"{name}_ids")) for item in items]
+            if not any(n):  # not encoded
+                continue
             p50, p95 = map(float, np.percentile(n, (50, 95)))
             report.lengths[name] = {"mean": sum(n) / len(n), "p50": p50, "p95": p95, "max": max(n)}
     return data
