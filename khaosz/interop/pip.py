@@ -119,7 +119,8 @@ def _largest(folder: Path) -> int:
     sizes = [0]
     for path in folder.rglob("*"):
         with suppress(OSError):  # removed meanwhile
-            sizes.append(path.stat().st_size if path.is_file() else 0)
+            if path.is_file() and path.name not in ("requirements.txt", ".stderr"):
+                sizes.append(path.stat().st_size)
     return max(sizes)
 
 

@@ -105,6 +105,7 @@ def test_put_get_delete(service: Service) -> None:
         "citations": [{"number": 1, "hash": "ab", "page": None, "score": 0.5}],
         "retrieval": {"query": "春眠", "found": True, "hits": []},
         "left_out": 2,
+        "sampling": {"temperature": 0.7, "top_k": 20, "thinking": False},
         "finish_reason": "stop",
     }
     body = {
@@ -125,7 +126,7 @@ def test_put_get_delete(service: Service) -> None:
     status, found = get(service, f"/{id}")
     assert status == 200
     unset = {"reasoning": None, "citations": None, "retrieval": None, "model": None}
-    unset |= {"left_out": None}
+    unset |= {"left_out": None, "sampling": None}
     filled = [{**unset, "finish_reason": None, **each} for each in body["nodes"]]  # type: ignore[attr-defined]
     assert found == {**summary, **body, "nodes": filled}
     status, _, gone = service.ask("DELETE", f"/v1/conversations/{id}")

@@ -26,16 +26,20 @@ _SWITCH = """\
 """
 
 
-@pytest.fixture(scope="module")
-def switched(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The taught model, which thinks, with a switch in its template."""
-    folder = tmp_path_factory.mktemp("thinking") / "switched"
+def switched_model(taught: Path, folder: Path) -> Path:
     shutil.copytree(taught, folder)
     assert CHAT_TEMPLATE.endswith(_MARKER)
     template = CHAT_TEMPLATE.removesuffix(_MARKER) + _SWITCH
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     recommended = {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.1}
     (folder / "generation_config.json").write_text(json.dumps(recommended))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def switched(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """The taught model, which thinks, with a switch in its template."""
+    folder = switched_model(taught, tmp_path_factory.mktemp("thinking") / "switched")
     with served(folder, taught) as running:
         yield running
 

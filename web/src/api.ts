@@ -30,6 +30,52 @@ export interface ModelCard {
   kind: "chat" | "embedding" | "rerank";
   context: number | null;
   parent: string | null;
+  /** Whether answers begin with thoughts, and what the switch is by default. */
+  thinking?: "switch_on" | "switch_off" | "always" | "none" | null;
+  /** Parameters of requests that name none. */
+  sampling?: Record<string, number> | null;
+}
+
+export interface Pull {
+  name: string;
+  state: "running" | "complete" | "failed" | "cancelled";
+  bytes: number;
+  total: number;
+  rate: number | null;
+  remaining: number | null; // seconds
+  source: string | null;
+  model: string | null;
+  error: string | null;
+  code: string | null;
+}
+
+/** A model of the catalogue, or a file on the server's machine. */
+export interface CatalogueEntry {
+  name: string;
+  origin: "catalogue" | "pulled" | "trained" | "ollama" | "lmstudio" | "hub";
+  bytes: number;
+  memory: number | null;
+  memory_is_whole: boolean;
+  fits: boolean | null;
+  here: boolean;
+  problem: string | null;
+  served: string | null;
+  staged: number;
+  sources: string[];
+  kind: "chat" | "translation" | null;
+  licence: string | null;
+  limited: boolean;
+  languages: string | null;
+  thinking: string | null;
+  pull: Pull | null;
+}
+
+export interface Catalogue {
+  free_memory: number | null;
+  memory_limit: number | null;
+  free_disk: number;
+  proposed: string | null;
+  data: CatalogueEntry[];
 }
 
 export interface RetrieverScore {
@@ -288,11 +334,17 @@ export function countTokens(
   return sendJson<PromptSize>("POST", "/tokenize", body);
 }
 
+/** How many tokens a text has. */
+export async function countText(model: string, prompt: string): Promise<number> {
+  return (await sendJson<{ count: number }>("POST", "/tokenize", { model, prompt })).count;
+}
+
 /** Features are known; until then the page can't know where conversations are stored. */
 export const connected = signal(false);
 
 /** Optional parts of the server; views of missing parts are hidden. */
 export const features = signal({
+  catalogue: false,
   conversations: false,
   generations: false,
   knowledgeBases: false,
@@ -305,6 +357,7 @@ export async function discoverFeatures(): Promise<void> {
   const has = (path: string) => path in document.paths;
   batch(() => {
     features.value = {
+      catalogue: has("/v1/catalogue"),
       conversations: has("/v1/conversations"),
       generations: has("/v1/generations/{generation}"),
       knowledgeBases: has("/v1/knowledge_bases"),

@@ -12,13 +12,14 @@ import { Dialog } from "./components/dialog";
 import { Icon } from "./components/icons";
 import { DocumentsView } from "./documents/view";
 import { t } from "./i18n";
+import { ModelsView } from "./models/view";
 import { PreferencesView } from "./preferences/view";
 import { href, route } from "./router";
 import { Keys, SettingsView } from "./settings";
 import { TrainingView } from "./training/view";
 
 interface View {
-  name: "chat" | "documents" | "training" | "preferences" | "settings";
+  name: "chat" | "models" | "documents" | "training" | "preferences" | "settings";
   available: () => boolean;
   view: FunctionComponent;
 }
@@ -26,6 +27,7 @@ interface View {
 /** Views in the order of the menu; those that the server does not support are hidden. */
 export const views: View[] = [
   { name: "chat", available: () => true, view: ChatView },
+  { name: "models", available: () => features.value.catalogue, view: ModelsView },
   { name: "documents", available: () => features.value.knowledgeBases, view: DocumentsView },
   { name: "training", available: () => features.value.runs, view: TrainingView },
   { name: "preferences", available: () => features.value.preferences, view: PreferencesView },

@@ -33,6 +33,8 @@ const chinese: Record<string, string> = {
   file_busy: "另一个程序正在写入此文件，请稍后重试",
   disk_full: "服务所在的磁盘已满",
   model_not_found: "服务上没有此模型",
+  licence_not_accepted: "请先接受此模型的许可证",
+  pull_not_found: "此模型没有在下载",
   request_timeout: "回答用时超过了服务的限制",
   queue_full: "服务繁忙，请稍后重试",
   shutting_down: "服务正在关闭",

@@ -37,6 +37,13 @@ export function list<K extends "examples" | "shortcutList">(key: K): Strings[K] 
   return texts.value[key];
 }
 
+/** Bytes, in decimal units as disks have them. */
+export function fileSize(bytes: number): string {
+  if (bytes < 1000) return `${Math.round(bytes)} B`;
+  if (bytes < 1e6) return `${number(bytes / 1000)} kB`;
+  return bytes < 1e9 ? `${number(bytes / 1e6, bytes < 1e8 ? 1 : 0)} MB` : `${number(bytes / 1e9, 2)} GB`;
+}
+
 /** A number with the separators of the language, such as 12,345; a dash for what is none. */
 export function number(value: number, digits = 0): string {
   if (!Number.isFinite(value)) return "–";

@@ -1,7 +1,9 @@
 import { useSignal } from "@preact/signals";
 import { connected } from "./api";
 import { importAll } from "./chat/persistence";
-import { explain } from "./chat/state";
+import { defaults, setDefaults } from "./chat/sampling";
+import { SamplingForm } from "./chat/samplingForm";
+import { current, explain } from "./chat/state";
 import { language, list, setLanguage, t, type Language } from "./i18n";
 import { conversationStorage } from "./conversationStorage";
 import { theme, type Theme } from "./theme";
@@ -55,6 +57,22 @@ export function SettingsView() {
         ]}
         onChoose={(value) => (theme.value = value as Theme)}
       />
+      <h2>{t("newConversations")}</h2>
+      <details class="defaults">
+        <summary>{t("defaultsOf")}</summary>
+        <div class="form">
+          <SamplingForm
+            {...defaults.value}
+            onChange={(change) => {
+              setDefaults({ ...defaults.value, ...change });
+              if (!current.value.nodes.length) current.value = { ...current.value, ...defaults.value };
+            }}
+          />
+          <button type="button" onClick={() => setDefaults({ system: null, settings: {} })}>
+            {t("reset")}
+          </button>
+        </div>
+      </details>
       <h2>{t("conversations")}</h2>
       <div class="row">
         <button type="button" disabled={!connected.value} onClick={() => void save()}>

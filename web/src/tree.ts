@@ -13,6 +13,8 @@ export interface Node {
   retrieval: Retrieval | null;
   /** Of an answer: the oldest messages before it, which the model did not see. */
   left_out: number | null;
+  /** Of an answer: the sampling that was in force; answers saved earlier lack it. */
+  sampling?: Record<string, number | boolean> | null;
   model: string | null;
   finish_reason: string | null;
   created: number;
@@ -21,11 +23,16 @@ export interface Node {
 export interface Settings {
   temperature?: number;
   top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  repetition_penalty?: number;
   max_tokens?: number;
   seed?: number;
   presence_penalty?: number;
   frequency_penalty?: number;
   stop?: string[];
+  thinking?: boolean;
+  thinking_budget?: number;
 }
 
 /** The fields of a conversation beside its messages. */

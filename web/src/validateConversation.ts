@@ -51,6 +51,7 @@ function validateNode(value: unknown): Node {
     citations: Array.isArray(value.citations) ? value.citations.filter(isCitation) : null,
     retrieval: validateRetrieval(value.retrieval),
     left_out: isCount(value.left_out) ? value.left_out : null,
+    ...(isFields(value.sampling) ? { sampling: validateSampling(value.sampling) } : {}),
     model: textOrNull(value.model),
     finish_reason: textOrNull(value.finish_reason),
     created: isNumber(created) ? created : 0,
@@ -71,14 +72,21 @@ function checkTree(nodes: Node[]): void {
   if (reached.size !== nodes.length) throw new SyntaxError("messages without a root");
 }
 
+function validateSampling(value: Fields): Record<string, number | boolean> {
+  const entries = Object.entries(value).filter(([, each]) => isNumber(each) || typeof each === "boolean");
+  return Object.fromEntries(entries) as Record<string, number | boolean>;
+}
+
 const NUMERIC = [
-  "temperature", "top_p", "max_tokens", "seed", "presence_penalty", "frequency_penalty",
+  "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed",
+  "presence_penalty", "frequency_penalty", "thinking_budget",
 ] as const; // prettier-ignore
 
-function validateSettings(value: unknown): Settings {
+export function validateSettings(value: unknown): Settings {
   const settings: Settings = {};
   if (!isFields(value)) return settings;
   for (const name of NUMERIC) if (isNumber(value[name])) settings[name] = value[name];
+  if (typeof value.thinking === "boolean") settings.thinking = value.thinking;
   if (Array.isArray(value.stop)) settings.stop = value.stop.filter(isText);
   return settings;
 }

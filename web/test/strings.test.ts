@@ -17,5 +17,5 @@ test("both languages have all texts, with the same placeholders", () => {
 
 test("Chinese texts are translated", () => {
   const same = Object.keys(en).filter((key) => en[key as "chat"] === zh[key as "chat"]);
-  expect(same).toEqual(["topP"]);
+  expect(same).toEqual(["topP", "topK", "minP"]);
 });

@@ -111,8 +111,11 @@ class Pulls:
             current.state, current.discard = "cancelled", discard
             current.cancel()
             return current
+        if current is not None and current.thread is not None and current.thread.is_alive():
+            current.discard = discard  # it ends as soon as its source sends something
+            return current
         self._pulls.pop(name, None)
-        if discard and current is None:
+        if discard:
             Thread(target=drop_stage, args=(name,), daemon=True).start()
         return current
 

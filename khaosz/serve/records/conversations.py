@@ -31,7 +31,7 @@ Title = Annotated[str, Field(max_length=MAX_TITLE)]
 
 class Node(RequestModel):
     """A message. `parent`: the message before it, None for the first. `left_out`: of an answer, the
-    oldest messages that the model did not see."""
+    oldest messages that the model did not see; `sampling`: the parameters in force."""
 
     id: Id
     parent: Id | None
@@ -42,6 +42,7 @@ class Node(RequestModel):
     citations: list[dict[str, Any]] | None = None
     retrieval: dict[str, Any] | None = None
     left_out: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    sampling: Annotated[dict[str, bool | float], Field(max_length=32)] | None = None
     model: str | None = None
     finish_reason: str | None = None
 

@@ -5,6 +5,7 @@ import { Icon } from "../components/icons";
 import { number, t } from "../i18n";
 import { send } from "./generation";
 import { update } from "./persistence";
+import { canSwitch, isThinking } from "./sampling";
 import {
   canGenerate, current, generating, knowledgeBases, model, models, promptSize, selectModel, stop,
 } from "./state"; // prettier-ignore
@@ -87,6 +88,7 @@ export function Composer(props: { onSettings: () => void }) {
             </select>
           </label>
         )}
+        {canSwitch(model.value) && <ThinkingSwitch />}
         <button type="button" class="quiet" aria-label={t("chatSettings")} title={t("chatSettings")} onClick={props.onSettings}>
           <Icon name="tune" />
         </button>
@@ -109,6 +111,23 @@ export function Composer(props: { onSettings: () => void }) {
         )}
       </div>
     </form>
+  );
+}
+
+/** Of this conversation; the template of the model has it. */
+function ThinkingSwitch() {
+  const { settings } = current.value;
+  const on = isThinking(model.value, settings);
+  return (
+    <button
+      type="button"
+      class="quiet switch"
+      aria-pressed={on}
+      title={t("thinkingHint")}
+      onClick={() => update({ settings: { ...settings, thinking: !on } })}
+    >
+      <Icon name="thought" /> <span>{t("thinkingSwitch")}</span>
+    </button>
   );
 }
 

@@ -2,8 +2,8 @@
 
 import { batch } from "@preact/signals";
 import {
-  ApiError, features, getJson, sendJson, streamChat, streamGeneration, Unreachable,
-  type Chunk, type Generation,
+  ApiError, countText, features, getJson, sendJson, streamChat, streamGeneration, Unreachable,
+  type Chunk, type Generation, type ModelCard,
 } from "../api"; // prettier-ignore
 import { conversationStorage } from "../conversationStorage";
 import { t } from "../i18n";
@@ -23,9 +23,10 @@ import {
 } from "../tree";
 import { validateConversation } from "../validateConversation";
 import { latest, save, saved, setState, trackAnswered } from "./persistence";
+import { inForce, requestSettings } from "./sampling";
 import {
   announcement, canGenerate, continuable, current, explain, generating, model, problem, refreshList,
-  running, stopAnswer, usage, type Running,
+  running, stopAnswer, thoughts, usage, type Running,
 } from "./state"; // prettier-ignore
 
 export async function send(text: string): Promise<void> {
@@ -53,7 +54,8 @@ export async function regenerate(node: Node, anyway = false): Promise<void> {
 export async function answer(question: string, anyway = false): Promise<void> {
   const chosen = model.value;
   if (chosen === null || generating.value) return;
-  const node = newNode(question, "assistant", "", chosen.id);
+  const fresh = newNode(question, "assistant", "", chosen.id);
+  const node = { ...fresh, sampling: inForce(chosen, current.value.settings) };
   const messages = path({ ...current.value, selected: question });
   const { id, selected: previous } = current.value;
   const stored = features.value.generations;
@@ -63,12 +65,13 @@ export async function answer(question: string, anyway = false): Promise<void> {
   );
   const rest = empty.reduce((left, { id }) => without(left, id), current.value);
   current.value = withNode(rest, node);
+  began.add(node.id);
   const growing = begin(id, node.id, stored ? "requested" : "no");
   rename("chat", id);
   // Save the question first, so that it survives a failed answer.
   trackAnswered(current.value);
   await save(current.value);
-  const body = requestBody(latest(id)!, messages, chosen.id, anyway);
+  const body = requestBody(latest(id)!, messages, chosen, anyway);
   if (stored) {
     await generate(growing, `/v1/conversations/${id}/generations`, {
       ...body, parent: question, message: node.id,
@@ -86,6 +89,9 @@ export async function answer(question: string, anyway = false): Promise<void> {
   end(growing);
   if (!stored || (!content && !reasoning)) await save(latest(id)!);
 }
+
+/** Answers that this window has asked for. */
+const began = new Set<string>();
 
 /** Continue an answer that was stopped, was interrupted or has reached its length. */
 export async function continueAnswer(node: Node): Promise<void> {
@@ -214,6 +220,16 @@ async function reload(id: string): Promise<boolean> {
   return true;
 }
 
+/** A thought has ended. One that another window started is shown at once, in no time of its own. */
+function noteThought({ conversation, node, stored, firstTokenAt }: Running, text: string): void {
+  if (stored === "yes" && !began.has(node)) return;
+  const seconds = (performance.now() - (firstTokenAt ?? performance.now())) / 1000;
+  const set = (tokens: number | null) => (thoughts.value = new Map(thoughts.value).set(node, { seconds, tokens }));
+  set(null);
+  const chosen = latest(conversation)?.nodes.find((each) => each.id === node)?.model;
+  if (chosen) void countText(chosen, text).then(set, () => undefined); // the number is optional
+}
+
 function note(node: string, { usage: tokens, timings, can_continue }: Partial<Generation>): void {
   if (tokens) {
     const seconds = timings?.generation_seconds ?? 0;
@@ -258,6 +274,7 @@ async function collect(growing: Running, chunks: AsyncIterable<Chunk>): Promise<
       }
       for (const { delta, finish_reason } of chunk.choices) {
         if (delta.content || delta.reasoning_content) growing.firstTokenAt ??= performance.now();
+        if (reasoning && !content && delta.content) noteThought(growing, reasoning);
         content += delta.content ?? "";
         reasoning += delta.reasoning_content ?? "";
         if (delta.citations) rest = { ...rest, citations: delta.citations };
@@ -287,14 +304,15 @@ function isTemporary(error: unknown): boolean {
   return error instanceof Unreachable || (error instanceof ApiError && error.code === null && error.status >= 502);
 }
 
-function requestBody(conversation: Conversation, messages: Node[], model: string, anyway: boolean) {
+function requestBody(conversation: Conversation, messages: Node[], model: ModelCard, anyway: boolean) {
   const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
   return {
-    model,
+    model: model.id,
+    // Without the thoughts of earlier answers.
     messages: [...system, ...messages.map(({ role, content }) => ({ role, content }))],
     truncation: "auto",
     stream_options: { include_usage: true },
-    ...conversation.settings,
+    ...requestSettings(model, conversation.settings),
     ...(conversation.knowledge_base ? { knowledge_base: conversation.knowledge_base } : {}),
     ...(conversation.knowledge_base && anyway ? { retrieval: { ask_anyway: true } } : {}),
   };

@@ -10,8 +10,9 @@ import { siblings, type Node } from "../tree";
 import { continueAnswer, edit, regenerate } from "./generation";
 import { isComposing } from "./composer";
 import { DeleteMessage } from "./deletion";
+import { Details } from "./details";
 import { select } from "./persistence";
-import { canGenerate, continuable, current, generating, running, usage } from "./state";
+import { canGenerate, continuable, current, generating, running, thoughts, usage } from "./state";
 
 const SHORTEST = 0.01; // s between first and last token: answers that arrive at once have no rate
 
@@ -87,10 +88,28 @@ function Editor(props: { node: Node; onDone: () => void }) {
   );
 }
 
+/** Folded, unless the user opens it, also while it grows. */
+function Thought({ node, text, growing }: { node: Node; text: string; growing: boolean }) {
+  const open = useSignal(false);
+  const took = thoughts.value.get(node.id);
+  const parts = [
+    t("reasoning"),
+    took && t("inSeconds", { n: number(took.seconds, took.seconds < 10 ? 1 : 0) }),
+    took && took.tokens !== null && t("tokens", { n: number(took.tokens) }),
+  ];
+  return (
+    <details class="thought" open={open.value} onToggle={(event) => (open.value = event.currentTarget.open)}>
+      <summary>{growing ? t("thinking") : parts.filter(Boolean).join(" · ")}</summary>
+      <Markdown text={text} finished={!growing} />
+    </details>
+  );
+}
+
 function Answer(props: { node: Node }) {
   const { node } = props;
   const opened = useSignal<Citation | Hit | null>(null);
   const inspecting = useSignal(false);
+  const detailed = useSignal(false);
   const growing = running.value.has(node.id);
   const knowledgeBase = node.retrieval?.knowledge_base ?? current.value.knowledge_base;
   const stats = usage.value.get(node.id);
@@ -100,10 +119,7 @@ function Answer(props: { node: Node }) {
   return (
     <>
       {node.reasoning && (
-        <details class="thought" open={growing && !node.content}>
-          <summary>{growing && !node.content ? t("thinking") : t("reasoning")}</summary>
-          <Markdown text={node.reasoning} finished={!growing || Boolean(node.content)} />
-        </details>
+        <Thought node={node} text={node.reasoning} growing={growing && !node.content} />
       )}
       {node.content ? (
         <Markdown
@@ -175,6 +191,15 @@ function Answer(props: { node: Node }) {
               <Icon name="search" />
             </button>
           )}
+          <button
+            type="button"
+            class="quiet"
+            aria-label={t("answerDetails")}
+            title={t("answerDetails")}
+            onClick={() => (detailed.value = true)}
+          >
+            <Icon name="info" />
+          </button>
           <span class="metadata">
             {node.model}
             {stats && ` · ${t("tokens", { n: number(stats.usage.completion_tokens) })}`}
@@ -188,6 +213,7 @@ function Answer(props: { node: Node }) {
           </span>
         </div>
       )}
+      {detailed.value && <Details node={node} onClose={() => (detailed.value = false)} />}
       {inspecting.value && node.retrieval && (
         <Inspector
           retrieval={node.retrieval}

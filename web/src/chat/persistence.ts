@@ -6,9 +6,10 @@ import { t } from "../i18n";
 import { uuid } from "../platform";
 import { go } from "../router";
 import {
-  leafBelow, merge, newConversation, withBase, type Conversation, type Node,
+  leafBelow, merge, withBase, type Conversation, type Node,
 } from "../tree"; // prettier-ignore
 import { validateConversation } from "../validateConversation";
+import { freshConversation } from "./sampling";
 import { current, explain, problem, refreshList, running } from "./state";
 
 /** The conversation in the address: one that loads late is shown only if it is still this one. */
@@ -18,7 +19,7 @@ export async function open(id: string | null): Promise<void> {
   requestedId = id;
   problem.value = null;
   if (id === null) {
-    if (current.value.nodes.length) current.value = newConversation();
+    if (current.value.nodes.length) current.value = freshConversation();
     return;
   }
   if (id === current.value.id) return;
@@ -42,7 +43,7 @@ function isRunning(id: string): boolean {
 
 export function startNewChat(): void {
   requestedId = null;
-  current.value = { ...newConversation(), knowledge_base: current.value.knowledge_base };
+  current.value = { ...freshConversation(), knowledge_base: current.value.knowledge_base };
   problem.value = null;
   go("chat");
 }

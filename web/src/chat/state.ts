@@ -20,7 +20,8 @@ import {
 import { conversationStorage, type Listed } from "../conversationStorage";
 import { errorText } from "../errorText";
 import { t } from "../i18n";
-import { newConversation, path, type Conversation } from "../tree";
+import { path, type Conversation } from "../tree";
+import { freshConversation } from "./sampling";
 
 export const models = signal<ModelCard[]>([]);
 export const selectedModel = signal<string | null>(localStorage.getItem("khaosz.model"));
@@ -28,7 +29,7 @@ export const knowledgeBases = signal<KnowledgeBase[]>([]);
 export const conversations = signal<Listed[]>([]);
 export const moreConversations = signal(false); // than are listed
 export const search = signal("");
-export const current = signal<Conversation>(newConversation());
+export const current = signal<Conversation>(freshConversation());
 export const problem = signal<string | null>(null);
 
 /** An answer being generated, which may belong to a conversation that is not open. */
@@ -67,6 +68,8 @@ export async function stopAnswer(answer: Running): Promise<void> {
 export const announcement = signal(""); // for screen readers
 /** By message. A map, since ids of imported conversations may be any text. */
 export const usage = signal<ReadonlyMap<string, { usage: Usage; seconds: number }>>(new Map());
+/** How long a model thought, and in how many tokens, by message; of answers that this window saw grow. */
+export const thoughts = signal<ReadonlyMap<string, { seconds: number; tokens: number | null }>>(new Map());
 /** Answers that the server can continue. */
 export const continuable = signal<ReadonlySet<string>>(new Set());
 

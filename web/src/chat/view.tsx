@@ -1,9 +1,10 @@
 import { useSignal } from "@preact/signals";
 import { Fragment } from "preact";
 import { useEffect, useRef } from "preact/hooks";
-import { connected } from "../api";
+import { connected, features } from "../api";
 import { Icon } from "../components/icons";
 import { list, t } from "../i18n";
+import { href } from "../router";
 import { answer, send } from "./generation";
 import { Composer } from "./composer";
 import { Message } from "./message";
@@ -97,6 +98,18 @@ function unansweredQuestion(last: Node): string | null {
 }
 
 function Empty() {
+  if (connected.value && features.value.catalogue && model.value === null) {
+    return (
+      <div class="empty">
+        <h1>{t("noModelYet")}</h1>
+        <p>
+          <a class="button" href={href("models")}>
+            {t("chooseModel")}
+          </a>
+        </p>
+      </div>
+    );
+  }
   return (
     <div class="empty">
       {/* Over HTTP from another machine, which browsers do not call secure, it does leave. */}

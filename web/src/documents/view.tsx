@@ -4,7 +4,7 @@ import { startNewChat, update } from "../chat/persistence";
 import { current, knowledgeBases, models } from "../chat/state";
 import { Dialog } from "../components/dialog";
 import { Icon } from "../components/icons";
-import { number, t } from "../i18n";
+import { fileSize, number, t } from "../i18n";
 import { errorText } from "../errorText";
 import { go, href, route } from "../router";
 import { Search } from "./search";
@@ -278,7 +278,7 @@ function FileStatus(props: { file: FileState }) {
     case "ready":
       return (
         <>
-          {`${size(file.bytes)} · ${t("passageCount", { n: number(file.chunks) })}`}
+          {`${fileSize(file.bytes)} · ${t("passageCount", { n: number(file.chunks) })}`}
           {file.error && <span class="partial"><FileError file={file} /></span>}
         </>
       );
@@ -301,11 +301,6 @@ function FileError(props: { file: FileState }) {
   const { error, code } = props.file;
   const message = error ?? "";
   return <span title={message}>{errorText(message, code)}</span>;
-}
-
-function size(bytes: number): string {
-  if (bytes < 1000) return `${bytes} B`;
-  return bytes < 1_000_000 ? `${number(bytes / 1000)} kB` : `${number(bytes / 1_000_000, 1)} MB`;
 }
 
 function Confirm(props: { name: string; onConfirm: () => void; onClose: () => void }) {
