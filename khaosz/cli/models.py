@@ -198,6 +198,9 @@ def _local_row(name: str, origin: str, path: Path) -> dict[str, Any]:
     try:
         source = open_model(path)
         context = min(4096, source.config.max_position_embeddings)
+        row["parameters"] = source.config.parameters()
+        if source.config.num_experts is not None:
+            row["active_parameters"] = source.config.active_parameters()
         row["memory"] = plan_inference(source, context=context).memory(400 << 20).total
     except KhaoszError as error:
         row["problem"] = f"not usable: {str(error).removeprefix(f'{path}: ')}"

@@ -97,7 +97,9 @@ class CheckedStage:
         lines += [f"  {one.name} = {one.value}  {one.reason}" for one in self.derived]
         if self.tokenizer is None:
             lines.append("  tokenizer: trained on the data, or by an earlier stage")
-        lines.append(f"  parameters: {self.shape.parameters():,}")
+        count, active = self.shape.parameters(), self.shape.active_parameters()
+        some = f", {active:,} of them for a token" if active < count else ""
+        lines.append(f"  parameters: {count:,}{some}")
         lines.append(f"  device: {self.parallel.device}, {self.parallel.world} processes")
         steps = "measured and counted when the run starts"
         if config.max_steps is not None:

@@ -118,6 +118,16 @@ def changed(file: GgufFile, path: Path, **changes: Any) -> Path:
     return path
 
 
+def test_granite_without_rotation_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(**{**MIXTURE, "qk_norm": False, "logits_scaling": 8.0})
+    save_gguf(model, bytewise(), tmp_path / "model.gguf")
+    file = GgufFile.open(tmp_path / "model.gguf")
+    assert GgufModel(file).config.logits_scaling == 8.0
+    file.metadata["granitemoe.rope.scaling.finetuned"] = False
+    with pytest.raises(ModelError, match=r"rope\.scaling\.finetuned = False is not supported"):
+        GgufModel(file)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -243,3 +253,14 @@ def test_importance_of_experts(tmp_path: Path) -> None:
     )
     reference, scale = logits_of(model, ids()), float(logits_of(model, ids()).abs().max())
     assert (logits_of(load_gguf(path), ids()) - reference).abs().mean() < 0.1 * scale
+
+
+def test_deterministic_bits_depend_on_the_past_alone() -> None:
+    """How many positions of a tile an expert has depends on others too."""
+    runner = Runner.from_module(tiny_model(**MIXTURE), deterministic=True)
+    tokens, whole = ids()[0].tolist(), runner.new_cache()
+    [expected] = runner.run([Chunk(tokens, whole, len(tokens))])
+    cache, parts = runner.new_cache(), []
+    for start, end in ((0, 5), (5, 6), (6, 23), (23, len(tokens))):
+        parts += runner.run([Chunk(tokens[start:end], cache, end - start)])
+    assert torch.equal(torch.cat(parts), expected)

@@ -65,7 +65,10 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     architecture, keys = ARCHITECTURES[family], Keys(file, family)
     value, number, count = keys.value, keys.number, keys.count
     if count("expert_count", 0) and "expert_count" not in architecture.own:
-        raise ModelError(f"{source}: mixtures of experts are not supported")
+        what = (
+            "Mixtral and other mixtures of experts" if family == "llama" else "mixtures of experts"
+        )
+        raise ModelError(f"{source}: {what} as architecture {family} are not supported")
     heads, width = count("attention.head_count"), count("embedding_length")
     layers, context = count("block_count"), count("context_length")
     table = file.tensors.get("token_embd.weight")

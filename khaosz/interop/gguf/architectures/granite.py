@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from khaosz.config import ModelConfig
+from khaosz.errors import ModelError
 from khaosz.interop.families.family import Values
 from khaosz.interop.families.granite import attention_multiplier
 from khaosz.interop.gguf.architectures.architecture import Architecture, Keys
 
+_ROTATES = "rope.scaling.finetuned"  # in this architecture: whether anything is rotated
 _FIELDS = {
     "embedding_scale": "embedding_multiplier",
     "residual_scale": "residual_multiplier",
@@ -15,6 +17,8 @@ _FIELDS = {
 
 
 def _read(keys: Keys) -> Values:
+    if not keys.value(_ROTATES, bool, True):
+        raise ModelError(f"{keys.source}: {keys.prefix}.{_ROTATES} = False is not supported")
     # llama.cpp takes 0 as unset.
     fields: Values = {ours: keys.number(key, 1.0) or 1.0 for key, ours in _FIELDS.items()}
     width = keys.count("embedding_length") // max(1, keys.count("attention.head_count"))
