@@ -47,6 +47,19 @@ def default_cache() -> Path:
     return (Path(xdg) if xdg else Path.home() / ".cache") / "khaosz"
 
 
+def config_folder() -> Path:
+    """`KHAOSZ_CONFIG`, or `khaosz` in the platform's configuration folder of this user."""
+    if chosen := os.environ.get("KHAOSZ_CONFIG"):
+        return Path(chosen)
+    if sys.platform == "win32":
+        roaming = os.environ.get("APPDATA")
+        return (Path(roaming) if roaming else Path.home() / "AppData" / "Roaming") / "khaosz"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "khaosz"
+    xdg = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".config") / "khaosz"
+
+
 def verify_sha256(path: Path, expected: str) -> None:
     """Remove `path` and raise FetchError unless its SHA-256 is `expected` (lower-case hex)."""
     with path.open("rb") as file:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from khaosz.cli.models import chosen_model
 from khaosz.cli.output import (
     AllowUnread,
     Context,
@@ -17,8 +18,6 @@ from khaosz.cli.output import (
     MaxTokens,
     ModelPath,
     NoMemoryCheck,
-    Temperature,
-    TopP,
     print_json,
     print_result,
     progress_console,
@@ -35,6 +34,20 @@ Deterministic = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
 
+# Without these, a model is sampled as it wants to be.
+OwnTemperature = Annotated[float | None, typer.Option(help="0: greedy. Default: the model's own.")]
+OwnTopP = Annotated[float | None, typer.Option(help="Nucleus sampling; 1: off.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0: off.")]
+MinP = Annotated[float | None, typer.Option(help="Share of the top probability; 0: off.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="Over prompt and answer; 1: off.")]
+PresencePenalty = Annotated[float | None, typer.Option(help="Over the answer; 0: off.")]
+FrequencyPenalty = Annotated[float | None, typer.Option(help="Over the answer; 0: off.")]
+Think = Annotated[
+    bool | None,
+    typer.Option("--think/--no-think", help="Switch thinking, where the chat template can."),
+]
+ThinkingBudget = Annotated[int | None, typer.Option(help="Maximum tokens of thoughts.")]
+
 
 @model_app.command()
 def generate(
@@ -43,12 +56,16 @@ def generate(
     chat: Annotated[str | None, typer.Option(help="Message to answer.")] = None,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.8,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0: off.")] = 0,
-    top_p: TopP = 0.95,
-    min_p: Annotated[float, typer.Option(help="Share of the top probability; 0: off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1: off.")] = 1.0,
+    temperature: OwnTemperature = None,
+    top_k: TopK = None,
+    top_p: OwnTopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
     seed: Seed = None,
+    think: Think = None,
+    thinking_budget: ThinkingBudget = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Stop before this text; repeatable.")
     ] = None,
@@ -73,18 +90,19 @@ def generate(
 
     if (prompt is None) == (chat is None):
         raise GenerationError("give either --prompt TEXT or --chat TEXT")
-    params = SamplingParams(
-        max_tokens,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
-        json_schema=None if json_schema is None else _read_text("--json-schema", json_schema),
-        regex=regex,
-    )
+    options: dict[str, Any] = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty, "seed": seed, "thinking_budget": thinking_budget,
+    }  # fmt: skip
+    asked = {name: value for name, value in options.items() if value is not None}
+    asked |= {
+        "max_tokens": max_tokens,
+        "stop": tuple(stop or ()),
+        "json_schema": None if json_schema is None else _read_text("--json-schema", json_schema),
+        "regex": regex,
+    }
+    SamplingParams(**asked)  # before the model is loaded
     generator = Generator.from_directory(
         model,
         device=resolve_device(device),
@@ -97,9 +115,11 @@ def generate(
         ids = generator.prompt_ids(prompt)
     else:
         messages = [{"role": "system", "content": system}] if system else []
-        ids = generator.chat_ids([*messages, {"role": "user", "content": chat}])
+        messages.append({"role": "user", "content": str(chat)})
+        kwargs = generator.thinking.template_kwargs(None, think)
+        ids = generator.chat_ids(messages, template_kwargs=kwargs)
     text, piece = "", None
-    for piece in generator.stream(ids, params):
+    for piece in generator.stream(ids, generator.params(**asked)):
         text += piece.text
         if not as_json:
             say(piece.text, nl=False)
@@ -129,13 +149,19 @@ def chat(
     docs: Annotated[
         str | None, typer.Option(help="Knowledge base to answer from: a file, or the server's.")
     ] = None,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 0.9,
-    repetition_penalty: Annotated[
-        float | None, typer.Option(help="1: off. Default: 1.1, or the server's with --url.")
+    temperature: OwnTemperature = None,
+    top_p: OwnTopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    presence_penalty: PresencePenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Maximum new tokens.", show_default="1024")
     ] = None,
-    max_tokens: MaxTokens = 256,
     seed: Seed = None,
+    think: Think = None,
+    thinking_budget: ThinkingBudget = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     deterministic: Deterministic = False,
     context: Context = None,
@@ -144,6 +170,7 @@ def chat(
 ) -> None:
     """Chat with a model in the terminal; /help lists the commands."""
     from khaosz.cli.terminal.conversation import ChatBackend, Conversation, Settings
+    from khaosz.cli.terminal.defaults import read_defaults
     from khaosz.cli.terminal.loop import run_chat
     from khaosz.errors import ConfigError
 
@@ -154,11 +181,15 @@ def chat(
         raise ConfigError(
             "--deterministic has no effect with --url", hint="start the server with it"
         )
-    if repetition_penalty is None:
-        repetition_penalty = 1.1 if url is None else 1.0
-    settings = Settings(
-        max_tokens, temperature, top_p, repetition_penalty=repetition_penalty, seed=seed
-    )
+    options = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k,
+        "min_p": min_p, "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        "seed": seed, "think": think, "thinking_budget": thinking_budget, "system": system,
+    }  # fmt: skip
+    kept = read_defaults() | {name: v for name, v in options.items() if v is not None}
+    system = kept.pop("system", None)
+    settings = Settings(**kept)
     conversation = Conversation(settings, system, documents=docs)
     backend: ChatBackend
     if url is not None:  # without importing torch
@@ -170,10 +201,10 @@ def chat(
         from khaosz.interop.models import default_name
         from khaosz.rag.store import open_store
 
-        sampling(settings)  # before the model is loaded
+        sampling(settings, {})  # before the model is loaded
         if docs is not None:
             open_store(docs, new=False).close()
-        path = model or (find_model(name) if name else default_model())
+        path = model or (find_model(name) if name else chosen_model(ask=True))
         if model is None and name is None:
             say(f"model: {default_name(path)} ({path})", err=True)
         backend = LocalBackend.from_path(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,12 +39,20 @@ def pull(
     ] = None,
 ) -> None:
     """Download an open model, or import a local one."""
+    if name is None and (name := _proposed(source)) is None:
+        return
+    path = _fetch(name, source)
+    from khaosz.interop.models import default_name
+
+    say(f"{path}\n{_next_step(_short(default_name(path), path), path)}")
+
+
+def _fetch(name: str, source: str | None) -> Path:
+    """Pull a model and show how far it is."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
     from khaosz.interop.fetch.pull import pull as pull_model
 
-    if name is None and (name := _proposed(source)) is None:
-        return
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=progress_console()) as bars:
         tasks: dict[str, Any] = {}
@@ -56,10 +65,33 @@ def pull(
         def note(line: str) -> None:
             bars.print(line, highlight=False, markup=False)
 
-        path = pull_model(name, show, note=note, source=source, memory_of=_memory)
-    from khaosz.interop.models import default_name
+        return pull_model(name, show, note=note, source=source, memory_of=_memory)
 
-    say(f"{path}\n{_next_step(_short(default_name(path), path), path)}")
+
+def chosen_model(*, ask: bool = False) -> Path:
+    """The model that was trained or pulled last. Where there is none, and `ask` on a terminal, one
+    of the catalogue is pulled if the user agrees. Raises `ModelError`, with the command that pulls
+    one."""
+    from khaosz.errors import ModelError
+    from khaosz.interop.local_models import default_model
+
+    with suppress(ModelError):
+        return default_model()
+    if ask and sys.stdin.isatty() and sys.stdout.isatty():
+        say("No model is on this machine yet. / 本机还没有模型。")
+        if (name := _proposed(None)) is not None:
+            return _fetch(name, None)
+    pull_it = f"khaosz pull {_suited()}"
+    raise ModelError("no model found on this machine", hint=f"{pull_it}, or train one: khaosz demo")
+
+
+def _suited() -> str:
+    """A name of the catalogue for this machine, without asking the network."""
+    from khaosz.interop.fetch.propose import fitting
+    from khaosz.memory.machine import memory_limits
+
+    free = min((limit.free for limit in memory_limits()), default=None)
+    return next((entry.name for entry in fitting(free)), "NAME")
 
 
 def _next_step(name: str, path: Path) -> str:

@@ -143,13 +143,15 @@ def test_control_characters_are_shown() -> None:
     assert text == "a␛]52;c;aGk=b\\x9b2Jc\n\n[1] x␛[2Jy.md, lines 1-9\n"
 
 
-def test_reasoning_is_dimmed_and_not_added_to_turns() -> None:
+def test_reasoning_is_one_dimmed_line_and_not_added_to_turns() -> None:
     console = open_console(file=io.StringIO(), force_terminal=True, width=60, emoji=False)
     conversation = Conversation(Settings())
     parts = Part("reasoning", "hm"), Part("content", "Yes."), Finished("stop")
     answer(conversation, "?", ScriptedBackend(*parts), console)
-    assert output(console) == "\x1b[2mhm\x1b[0m\n\nYes.\n"
+    assert output(console).endswith("\x1b[2mthought for 0 s  (/thoughts shows them)\x1b[0m\nYes.\n")
     assert conversation.turns[-1]["content"] == "Yes."
+    handle_input("/thoughts", conversation, ScriptedBackend(), console)
+    assert output(console).endswith("\x1b[2mhm\x1b[0m\n")
 
 
 def test_sources_follow_the_answer() -> None:
@@ -303,7 +305,7 @@ def test_set_changes_one_setting(line: str, name: str, value: float) -> None:
 def test_set_rejects_invalid_values() -> None:
     terminal = Terminal()
     before = terminal.conversation.settings
-    assert terminal.do("/set").startswith("settings: max_tokens 24, temperature 0.0, top_p 0.9")
+    assert terminal.do("/set").startswith("settings: max_tokens 24, temperature 0.0, top_p 1.0")
     assert terminal.do("/set warmth 3").startswith("settings: max_tokens 24")
     assert terminal.do("/set top_k 1.5") == "top_k must be a number, not '1.5'\n"
     assert terminal.do("/set seed [b]") == "seed must be a number, not '[b]'\n"

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from khaosz.cli.terminal.conversation import ChatBackend, Conversation, Settings, load, save
+from khaosz.cli.terminal.defaults import TYPES, save_defaults
 from khaosz.errors import KhaoszError
+from khaosz.interop.sampling import FALLBACK, NAMES
 
 HELP = '''\
 /help               show this list                       显示本说明
 /docs BASE          answer from a knowledge base; off    根据知识库回答；/docs off 关闭
 /model NAME         switch models; without NAME: list    切换模型；不写名称则列出
 /system TEXT        set the system message, restart      设置系统提示并重新开始
-/set NAME VALUE     temperature, top_p, top_k, min_p, repetition_penalty, max_tokens, seed
+/set                show the settings in force           显示生效的设置
+/set NAME VALUE     change one; VALUE default: the model's own
+                    修改一项；VALUE 写 default 则用模型自己的值
+                    temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+                    frequency_penalty, max_tokens, seed, thinking_budget, context
+/set save           keep settings and system message for new chats
+                    将设置与系统提示存为新对话的默认值
+/think on | off     answer with or without thinking      开启或关闭思考
+/thoughts           show the thoughts of the last answer 显示上一个回答的思考过程
 /retry              answer the last message again        重新回答上一句
 /anyway             ask again, though no passage fits    没有相关段落也让模型回答
 /reset              clear the conversation               清空对话，重新开始
@@ -27,9 +37,16 @@ HELP = '''\
 
 """..."""           a message of several lines           多行消息
 ...\\                continues on the next line           行末反斜杠：下一行继续'''
-COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
+COMMANDS = tuple(
+    dict.fromkeys(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
+)
 
-_SETTABLE = {field.name: field.type for field in fields(Settings)}
+_SETTABLE = {name: kind for name, kind in TYPES.items() if kind is not bool}
+# What is in force where neither the user nor the model says.
+_OFF = {
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0,
+    "presence_penalty": 0.0, "frequency_penalty": 0.0, "seed": "none", "thinking_budget": "none",
+}  # fmt: skip
 
 
 def is_command(text: str) -> bool:
@@ -58,6 +75,11 @@ def run_command(
         case "/system":
             conversation.system = argument or None
             conversation.turns.clear()
+        case "/think":
+            _think(conversation, backend, argument, console)
+        case "/thoughts":
+            text = conversation.thoughts.strip() or "the last answer has no thoughts"
+            console.print(text, style="dim", markup=False, soft_wrap=True)
         case "/retry" | "/anyway":
             if len(conversation.turns) < 2:
                 _print(console, "nothing to retry")
@@ -66,7 +88,7 @@ def run_command(
                 turns, anyway = conversation.turns[:-2], verb == "/anyway"
                 retried = replace(conversation, turns=turns, anyway=anyway)
                 answer(retried, message, backend, console)
-                conversation.turns = retried.turns
+                conversation.turns, conversation.thoughts = retried.turns, retried.thoughts
         case "/set":
             _set(conversation, backend, argument, console)
         case "/docs":
@@ -109,20 +131,71 @@ def _model(backend: ChatBackend, argument: str, console: Console) -> None:
         _print(console, f"{'*' if name == backend.name else ' '} {name}")
 
 
+def describe_sampling(backend: ChatBackend, settings: Settings) -> str:
+    """Which sampling is in force, in one line."""
+    values = settings.in_force(backend.sampling)
+    shown = ", ".join(f"{name} {value:g}" for name, value in values.items() if name in NAMES)
+    asked = settings.asked().keys() & set(NAMES)
+    if backend.sampling and backend.sampling != FALLBACK:
+        source = "the model's own, where not set" if asked else "the model's own"
+    else:
+        source = "the server's" if not backend.sampling else "usual values"
+    line = f"sampling: {shown}  ({source})" if shown else f"sampling: {source}"
+    if backend.thinking in ("switch_on", "switch_off"):
+        on = backend.thinking == "switch_on" if settings.think is None else settings.think
+        line += f"; thinking {'on' if on else 'off'}"
+    return line
+
+
+def _think(
+    conversation: Conversation, backend: ChatBackend, argument: str, console: Console
+) -> None:
+    if argument not in ("on", "off", ""):
+        _print(console, "/think on | off")
+        return
+    if argument:
+        conversation.settings = replace(conversation.settings, think=argument == "on")
+    kind, think = backend.thinking, conversation.settings.think
+    if kind in ("none", "always"):
+        _print(console, f"this model {'never' if kind == 'none' else 'always'} thinks: no switch")
+        return
+    on = kind == "switch_on" if think is None else think
+    _print(console, f"thinking is {'on' if on else 'off'}")
+
+
 def _set(conversation: Conversation, backend: ChatBackend, argument: str, console: Console) -> None:
     name, _, value = argument.partition(" ")
+    value = value.strip()
+    if name == "save" and not value:
+        _print(console, f"saved {save_defaults(conversation.settings, conversation.system)}")
+        return
+    if name == "context" and value.isdecimal():
+        backend.resize(int(value))
+        _print(console, backend.about)
+        return
     if name not in _SETTABLE:
-        values = ", ".join(f"{key} {getattr(conversation.settings, key)}" for key in _SETTABLE)
-        _print(console, f"settings: {values}")
+        _print(console, _all_settings(conversation, backend))
         return
-    try:
-        number: Any = float(value) if _SETTABLE[name] == "float" else int(value)
-    except ValueError:
-        _print(console, f"{name} must be a number, not '{value}'")
-        return
+    number: Any = Settings().max_tokens if name == "max_tokens" else None
+    if value != "default":
+        try:
+            number = _SETTABLE[name](value)
+        except ValueError:
+            _print(console, f"{name} must be a number, not '{value}'")
+            return
     settings = replace(conversation.settings, **{name: number})
     backend.check(settings)
     conversation.settings = settings
+
+
+def _all_settings(conversation: Conversation, backend: ChatBackend) -> str:
+    settings = conversation.settings
+    own = {name: value for name, value in backend.sampling.items() if name in _SETTABLE}
+    values = {**_OFF, **settings.in_force(own)}
+    lines = [f"settings: {', '.join(f'{key} {values[key]}' for key in _SETTABLE)}"]
+    lines += [backend.about, describe_sampling(backend, settings)]
+    lines += [f"system: {conversation.system}"] if conversation.system else []
+    return "\n".join(lines)
 
 
 def _save(conversation: Conversation, argument: str, console: Console) -> None:

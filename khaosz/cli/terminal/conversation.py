@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from khaosz.errors import DataError
 from khaosz.files import write_json
 from khaosz.inference.parts import Part, ToolCall
+from khaosz.interop.sampling import sampling_values
 
 if TYPE_CHECKING:
     from khaosz.rag.answer import Answer
@@ -26,15 +27,30 @@ Turns = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are sampled. The backend checks the ranges."""
+    """How answers are sampled. None: as the model wants it; `think`: as its template does by
+    default. The backend checks the ranges."""
 
-    max_tokens: int = 256
-    temperature: float = 0.7
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: int = 1024
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
+    thinking_budget: int | None = None
+    think: bool | None = None
+
+    def asked(self) -> dict[str, Any]:
+        """The sampling parameters that are set, `max_tokens` among them."""
+        values = {name: value for name, value in vars(self).items() if value is not None}
+        values.pop("think", None)
+        return values
+
+    def in_force(self, defaults: Mapping[str, float]) -> dict[str, Any]:
+        """With those of the model; seed and budget only where they are set."""
+        return sampling_values(defaults, self.asked())
 
 
 @dataclass
@@ -44,6 +60,8 @@ class Conversation:
     turns: Turns = field(default_factory=list)
     documents: str | None = None  # knowledge base to answer from
     anyway: bool = False  # ask the model although no passage seems relevant
+    thoughts: str = ""  # of the last answer: they are not sent to the model again
+    warned: set[str] = field(default_factory=set)  # languages that the model lacks
 
     @property
     def messages(self) -> Turns:
@@ -84,6 +102,21 @@ class Truncated:
     exchanges: int
 
 
+@dataclass(frozen=True)
+class Warned:
+    """The model is known to lack the `language` of the message."""
+
+    language: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Thought:
+    """The thoughts are complete; their tokens, where they can be counted."""
+
+    tokens: int | None
+
+
 def text_parts(parts: Iterable[Part | ToolCall]) -> Iterator[Part]:
     """Answer and reasoning of a parsed stream; tool calls are never requested here."""
     return (part for part in parts if isinstance(part, Part))
@@ -100,7 +133,20 @@ class Finished:
     asked: bool = True
 
 
-Events = Generator[Truncated | Part | Finished, None, None]
+Event = Truncated | Warned | Part | Thought | Finished
+Events = Generator[Event, None, None]
+
+
+def with_thought(events: Events, count: Callable[[str], int | None]) -> Events:
+    """The events, and `Thought` behind the last part of the reasoning."""
+    text = ""
+    for event in events:
+        if isinstance(event, Part) and event.kind == "reasoning":
+            text += event.text
+        elif text:
+            yield Thought(count(text))
+            text = ""
+        yield event
 
 
 class ChatBackend(Protocol):
@@ -113,6 +159,17 @@ class ChatBackend(Protocol):
     @property
     def about(self) -> str:
         """Its address and context length, for people."""
+
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        """How the current model wants to be sampled; empty where that is not known."""
+
+    @property
+    def thinking(self) -> str | None:
+        """Whether its answers begin with thoughts, as /v1/models has it; None: not known."""
+
+    def resize(self, context: int) -> None:
+        """Change the context. Raises `KhaoszError` where that cannot be done."""
 
     def models(self) -> list[str]:
         """Names that `choose` accepts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from khaosz.cli.terminal.conversation import (
     Settings,
     Truncated,
     Turns,
+    Warned,
     sources_of,
     text_parts,
+    with_thought,
 )
 from khaosz.data.tokenizer.thinking import opens_thought
 from khaosz.errors import ConfigError
 from khaosz.inference.generator import Generator, Piece
 from khaosz.inference.parts import Part, PartStream
 from khaosz.inference.sampling import SamplingParams
+from khaosz.interop.languages import known_languages, language_warning
 from khaosz.interop.local_models import find_model, local_models
+from khaosz.interop.models import default_name
 from khaosz.rag import KnowledgeBase
 from khaosz.rag.answer import ask
 from khaosz.rag.models.chat_models import LocalModel
@@ -42,6 +46,7 @@ class LocalBackend:
         memory_check: bool = True,
     ) -> None:
         self.generator, self.name = generator, name
+        self._languages = known_languages(Path(name))
         self._device, self._deterministic = device, deterministic
         self._memory_check = memory_check
         self._base: tuple[str, KnowledgeBase] | None = None
@@ -82,18 +87,32 @@ class LocalBackend:
     def about(self) -> str:
         return f"context {self.generator.context} tokens"
 
+    @property
+    def sampling(self) -> Mapping[str, float]:
+        return self.generator.sampling
+
+    @property
+    def thinking(self) -> str:
+        return self.generator.thinking.kind
+
     def models(self) -> list[str]:
         return [str(path) for path in local_models()]
 
     def choose(self, name: str) -> None:
-        path = find_model(name)
+        self._open(find_model(name), None)
+
+    def resize(self, context: int) -> None:
+        self._open(Path(self.name), context)
+
+    def _open(self, path: Path, context: int | None) -> None:
         self.generator = Generator.from_directory(
             path,
             device=self._device,
             deterministic=self._deterministic,
+            context=context,
             memory_check=self._memory_check,
         )
-        self.name = str(path)
+        self.name, self._languages = str(path), known_languages(path)
 
     def knowledge_bases(self) -> list[str]:
         return [DEFAULT_BASE] if Path(DEFAULT_BASE).exists() else []
@@ -102,7 +121,7 @@ class LocalBackend:
         self._knowledge_base(name)
 
     def check(self, settings: Settings) -> None:
-        sampling(settings)
+        sampling(settings, self.sampling)
 
     def close(self) -> None:
         if self._base is not None:
@@ -110,16 +129,23 @@ class LocalBackend:
             self._base = None
 
     def answer(self, conversation: Conversation, message: str) -> Events:
-        if conversation.documents is not None:
-            return self._from_documents(conversation, message)
-        return self._from_itself(conversation, message)
+        answered = self._from_itself if conversation.documents is None else self._from_documents
+        tokenizer = self.generator.tokenizer
+
+        def count(text: str) -> int:
+            return len(tokenizer.encode(text))
+
+        warning = language_warning(message, self._languages, default_name(Path(self.name)))
+        if warning is not None and warning.language not in conversation.warned:
+            yield Warned(warning.language, warning.message)
+        yield from with_thought(answered(conversation, message), count)
 
     def _from_itself(self, conversation: Conversation, message: str) -> Events:
-        params = sampling(conversation.settings)
+        params = sampling(conversation.settings, self.sampling)
         turns = conversation.with_message(message)
         answer_tokens = min(params.max_tokens, self.generator.context // 4)
         kept, ids = self._truncate(conversation, turns, self.generator.context - answer_tokens)
-        model = _ChatModel(self.generator, params)
+        model = _ChatModel(self.generator, conversation.settings)
         parts = model.parts(ids, params)  # refuses a prompt that is too long
         if len(kept) < len(turns):
             yield Truncated((len(turns) - len(kept)) // 2)
@@ -133,7 +159,7 @@ class LocalBackend:
         context = self.generator.context
         # At least half of the context is for the passages.
         turns, _ = self._truncate(conversation, conversation.turns, context // 2, fewest=0)
-        model = _ChatModel(self.generator, sampling(settings))
+        model = _ChatModel(self.generator, settings)
         limit = min(settings.max_tokens, context // 4)
         history = conversation.with_system(turns)
         reply = ask(
@@ -154,7 +180,8 @@ class LocalBackend:
         """The last turns that fit into `max_tokens`, and the ids of their prompt."""
         while True:
             messages = conversation.with_system(turns)
-            ids = self.generator.chat_ids(messages) if messages else []
+            kwargs = _template_kwargs(self.generator, conversation.settings)
+            ids = self.generator.chat_ids(messages, template_kwargs=kwargs) if messages else []
             if len(ids) <= max_tokens or len(turns) <= fewest:
                 return turns, ids
             turns = turns[2:]
@@ -170,15 +197,20 @@ class LocalBackend:
 class _ChatModel(LocalModel):
     """A `ChatModel` for `khaosz.rag.answer.ask` that records finish reason and reasoning."""
 
-    def __init__(self, generator: Generator, params: SamplingParams) -> None:
+    def __init__(self, generator: Generator, settings: Settings) -> None:
         super().__init__(generator)
-        self._seed = params.seed
+        self._settings = settings
         self.reason: str | None = None
         self._reasoning: list[Part] = []
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float) -> Iterator[str]:
-        params = SamplingParams(max_tokens, temperature, seed=self._seed)
-        for part in self.parts(self._generator.chat_ids(messages), params):
+        settings = self._settings
+        params = SamplingParams(
+            max_tokens, temperature, seed=settings.seed, thinking_budget=settings.thinking_budget
+        )
+        kwargs = _template_kwargs(self._generator, settings)
+        ids = self._generator.chat_ids(messages, template_kwargs=kwargs)
+        for part in self.parts(ids, params):
             if part.kind == "reasoning":
                 self._reasoning.append(part)
             else:
@@ -201,6 +233,10 @@ class _ChatModel(LocalModel):
         return taken
 
 
-def sampling(settings: Settings) -> SamplingParams:
+def sampling(settings: Settings, defaults: Mapping[str, float]) -> SamplingParams:
     """Raises GenerationError for a value out of range."""
-    return SamplingParams(**vars(settings))  # the names are the same
+    return SamplingParams(**settings.in_force(defaults))  # the names are the same
+
+
+def _template_kwargs(generator: Generator, settings: Settings) -> dict[str, Any]:
+    return generator.thinking.template_kwargs(None, settings.think)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from contextlib import closing
+from time import perf_counter
 
 from rich.console import Console
 from rich.markup import escape
 
 from khaosz.cli.output import open_console
-from khaosz.cli.terminal.commands import COMMANDS, is_command, run_command
+from khaosz.cli.terminal.commands import COMMANDS, describe_sampling, is_command, run_command
 from khaosz.cli.terminal.conversation import (
     NO_CITATION,
     NOT_ASKED,
@@ -17,7 +18,9 @@ from khaosz.cli.terminal.conversation import (
     ChatBackend,
     Conversation,
     Finished,
+    Thought,
     Truncated,
+    Warned,
 )
 from khaosz.cli.terminal.input import open_reader
 from khaosz.errors import KhaoszError
@@ -32,6 +35,7 @@ def run_chat(backend: ChatBackend, conversation: Conversation) -> None:
     console = open_console(highlight=False, emoji=False)
     console.print(f"[bold]{escape(backend.name)}[/bold]  {escape(backend.about)}, ", end="")
     console.print("/help for commands")
+    console.print(describe_sampling(backend, conversation.settings), style="dim", markup=False)
     if conversation.documents is not None:
         console.print(f"answering from {conversation.documents}", markup=False)
     read = open_reader(COMMANDS)
@@ -77,7 +81,8 @@ def answer(
     """Stream one answer. Ctrl-C stops it and keeps the partial answer. On an error the conversation
     is unchanged."""
     turns = conversation.with_message(message)
-    answer_text, in_reasoning = "", False
+    answer_text = ""
+    thoughts = _Thoughts(console)
     finished = Finished("interrupted")
     with closing(backend.answer(conversation, message)) as events:
         try:
@@ -87,22 +92,57 @@ def answer(
                         turns = turns[2 * count :]
                         what = "exchange is" if count == 1 else f"{count} exchanges are"
                         console.print(f"[dim](context full: the oldest {what} dropped)[/dim]")
-                    case Part(kind, text):
-                        if in_reasoning and kind == "content":
-                            console.print("\n")
-                        in_reasoning = kind == "reasoning"
-                        answer_text += "" if in_reasoning else text
-                        style = "dim" if in_reasoning else None
-                        _print_verbatim(console, text, end="", style=style)
+                    case Warned(language, text) if language not in conversation.warned:
+                        conversation.warned.add(language)
+                        _print_verbatim(console, f"({text})")
+                    case Part("reasoning", text):
+                        thoughts.add(text)
+                    case Thought(tokens):
+                        thoughts.fold(tokens)
+                    case Part(_, text):
+                        thoughts.fold()
+                        answer_text += text
+                        _print_verbatim(console, text, end="", style=None)
                     case Finished():
                         finished = event
         except KeyboardInterrupt:
             pass
+    thoughts.fold()
+    conversation.thoughts = thoughts.text
     if finished.reason != "stop":
         console.print(f" [dim]\\[{escape(finished.reason or 'incomplete')}][/dim]", end="")
     console.print()
     _print_sources(console, finished)
     conversation.turns = [*turns, {"role": "assistant", "content": answer_text}]
+
+
+class _Thoughts:
+    """Thoughts are one dimmed line, which counts seconds on a terminal; /thoughts prints them."""
+
+    def __init__(self, console: Console) -> None:
+        self.text = ""
+        self._console, self._started = console, 0.0
+        self._shown = -1  # seconds
+
+    def add(self, text: str) -> None:
+        if not self.text:
+            self._started = perf_counter()
+        self.text += text
+        seconds = int(perf_counter() - self._started)
+        if self._console.is_terminal and seconds > self._shown:
+            self._shown = seconds
+            self._line(f"thinking, {seconds} s", end="\r")
+
+    def fold(self, tokens: int | None = None) -> None:
+        """Once, when the thoughts end."""
+        if not self._started:
+            return
+        seconds, self._started = perf_counter() - self._started, 0.0
+        counted = "" if tokens is None else f", {tokens:,} tokens"
+        self._line(f"thought for {seconds:.0f} s{counted}  (/thoughts shows them)", end="\n")
+
+    def _line(self, text: str, end: str) -> None:
+        self._console.print(text, end=end, style="dim", markup=False, highlight=False)
 
 
 def _print_verbatim(

@@ -6,15 +6,18 @@ from typing import Any
 
 from khaosz.cli.terminal.conversation import (
     Conversation,
+    Event,
     Events,
     Finished,
     Settings,
     Source,
     Truncated,
     Turns,
+    Warned,
     text_parts,
+    with_thought,
 )
-from khaosz.errors import DataError, ModelError, ServerError, did_you_mean
+from khaosz.errors import ConfigError, DataError, ModelError, ServerError, did_you_mean
 from khaosz.inference.parts import Part, PartStream
 from khaosz.rag.models.http_client import check_url, deltas, read_events, read_json
 from khaosz.rag.search.hit import location
@@ -39,6 +42,29 @@ class ServerBackend:
     def about(self) -> str:
         context = self._context
         return f"at {self._url}" + (f", context {context} tokens" if context else "")
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        values = self._card.get("sampling")
+        numbers = values.items() if isinstance(values, dict) else ()
+        return {name: value for name, value in numbers if isinstance(value, int | float)}
+
+    @property
+    def thinking(self) -> str | None:
+        kind = self._card.get("thinking")
+        return kind if isinstance(kind, str) else None
+
+    def _count(self, text: str) -> int | None:
+        if not self._can_count:
+            return None
+        try:
+            count = read_json(self._tokenize, {"model": self.name, "prompt": text})["count"]
+        except (ServerError, KeyError, TypeError):
+            return None
+        return count if isinstance(count, int) else None
+
+    def resize(self, context: int) -> None:
+        raise ConfigError("the context is the server's", hint="start it with --context")
 
     def models(self) -> list[str]:
         self._cards = self._read_cards()
@@ -86,9 +112,7 @@ class ServerBackend:
             kept = kept[2:]
         if len(kept) < len(turns):
             yield Truncated((len(turns) - len(kept)) // 2)
-        if first is not None:
-            yield first
-        yield from events
+        yield from with_thought(_chained(first, events), self._count)
 
     def _events(self, conversation: Conversation, turns: Turns) -> Events:
         parts = PartStream()  # for servers that leave <think> in the text
@@ -100,6 +124,8 @@ class ServerBackend:
             retrieval = event.get("retrieval") or {}
             hits += retrieval.get("hits") or []
             asked = asked and bool(retrieval.get("asked", retrieval.get("found", True)))
+            if isinstance(warning := event.get("warning"), dict):
+                yield Warned(str(warning.get("language")), str(warning.get("message")))
             for delta, finish_reason in deltas(event):
                 reason = finish_reason or reason
                 cited += delta.get("citations") or []
@@ -115,19 +141,15 @@ class ServerBackend:
             "model": self.name,
             "messages": conversation.with_system(turns),
             "stream": True,
-            "max_tokens": settings.max_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
+            # Not every server supports all of these: what is not set is not sent.
+            **settings.asked(),
         }
+        if settings.think is not None:
+            body["chat_template_kwargs"] = {"enable_thinking": settings.think}
         if conversation.documents is not None:  # greedy, so that the answer quotes
             body |= {"knowledge_base": conversation.documents, "temperature": 0.0}
             if conversation.anyway:
                 body["retrieval"] = {"ask_anyway": True}
-        # Not every server supports these: defaults are not sent.
-        default = Settings()
-        for name in ("seed", "top_k", "min_p", "repetition_penalty"):
-            if (value := getattr(settings, name)) != getattr(default, name):
-                body[name] = value
         return body
 
     def _truncate(self, conversation: Conversation, turns: Turns) -> Turns:
@@ -136,11 +158,10 @@ class ServerBackend:
         if not self._can_count or not context:
             return turns
         answer_tokens = min(conversation.settings.max_tokens, context // 4)
-        address = self._url.removesuffix("/v1") + "/tokenize"
         while len(turns) > 1:
             body = {"model": self.name, "messages": conversation.with_system(turns)}
             try:
-                count = read_json(address, body)["count"]
+                count = read_json(self._tokenize, body)["count"]
             except (ServerError, KeyError, TypeError):
                 self._can_count = False
                 return turns
@@ -150,9 +171,16 @@ class ServerBackend:
         return turns
 
     @property
+    def _tokenize(self) -> str:
+        return self._url.removesuffix("/v1") + "/tokenize"
+
+    @property
+    def _card(self) -> dict[str, Any]:
+        return next((card for card in self._cards if card["id"] == self.name), {})
+
+    @property
     def _context(self) -> int | None:
-        card = next((card for card in self._cards if card["id"] == self.name), {})
-        length = card.get("context") or card.get("max_model_len")
+        length = self._card.get("context") or self._card.get("max_model_len")
         return length if isinstance(length, int) else None
 
     def _chat_models(self) -> list[str]:
@@ -174,6 +202,12 @@ class ServerBackend:
             hint = did_you_mean(name, names, f"available: {', '.join(names[:8])}")
             raise ModelError(f"model '{name}' not found at {self._url}", hint=hint)
         return name
+
+
+def _chained(first: Event | None, events: Events) -> Events:
+    if first is not None:
+        yield first
+    yield from events
 
 
 def _sources(cited: list[Any], hits: list[Any]) -> tuple[tuple[Source, ...], bool]:
