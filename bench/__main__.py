@@ -30,6 +30,11 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "rag": ("bench.rag", [], "retrieval: right answers, ingestion, a million chunks"),
     "rag_split": ("bench.rag_split", [], "splitters: MB/s, sentence ends, evidence; peers and us"),
     "answers": ("bench.answers", [], "questions about documents: right, cited, refused"),
+    "questions": (
+        "bench.plain_questions",
+        [],
+        "plain questions in both languages: right, language kept, cut; llama.cpp and us",
+    ),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
     "serve": ("bench.serve", [], "the service: overhead per token, 64 clients for ten minutes"),
     "planned": (

@@ -27,6 +27,7 @@ from khaosz.interop.gguf.mixed import MIXED
 from khaosz.interop.gguf.model import write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.models import is_gguf, open_model, open_tokenizer, write_served
+from khaosz.interop.sampling import recommended_sampling
 from khaosz.model import parameter_shapes
 
 _KINDS = {"int8": "Q8_0", "int4": "Q4_1"}
@@ -145,7 +146,10 @@ def quantize_model(
         def progress(done: int, all: int) -> None:
             status.update(f"quantising to {kind}: {done} of {all} tensors")
 
-        write_model(source.config, source.read, tokenizer, out, kind, True, importance, progress)
+        write_model(
+            source.config, source.read, tokenizer, out, kind, True, importance, progress,
+            recommended_sampling(model),
+        )  # fmt: skip
         write_modelfile(out, tokenizer, source.config.max_position_embeddings)
     parameters = source.config.parameters()
     result: dict[str, Any] = {

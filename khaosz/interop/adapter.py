@@ -20,6 +20,7 @@ from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
 from khaosz.interop.huggingface import read_json
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer, write_served
+from khaosz.interop.sampling import recommended_sampling
 from khaosz.model import RewardModel, Transformer, parameter_shapes, parameters_fingerprint
 from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters, target_of
 
@@ -195,7 +196,7 @@ def merge_adapter(
         a, b = (tensors[f"{layer}.{part}"].float() for part in ("lora_A", "lora_B"))
         return merged_weight(weight, a, b, lora)
 
-    write_served(out, model.config, merged, tokenizer)
+    write_served(out, model.config, merged, tokenizer, recommended_sampling(base))
     return out
 
 

@@ -7,7 +7,7 @@ families, we load. A feature that is not supported is rejected by name, never ig
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,10 +46,11 @@ def save_model(
     bos_id: int | None = None,
     eos_ids: list[int] | None = None,
     pad_id: int | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write `config.json`, `generation_config.json` and `model.safetensors` (the parameters as
     they are: fp32 masters stay fp32), each file atomically. A `RewardModel` is written as a
-    sequence classifier of one label."""
+    sequence classifier of one label. `sampling`: what the model recommends."""
     write_directory(
         directory,
         model.config,
@@ -57,6 +58,7 @@ def save_model(
         dtype=model.embed_tokens.weight.dtype,
         rewards=isinstance(model, RewardModel),
         token_ids={"bos_token_id": bos_id, "eos_token_id": eos_ids, "pad_token_id": pad_id},
+        sampling=sampling,
     )
 
 
@@ -68,6 +70,7 @@ def write_directory(
     dtype: torch.dtype = torch.float32,
     rewards: bool = False,
     token_ids: dict[str, Any],
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """`save_model` for parameters that are requested one at a time, by name; `token_ids` are keys
     of config.json."""
@@ -79,7 +82,10 @@ def write_directory(
         values["architectures"] = [FAMILIES[model_type(config)].reward_architecture]
         values |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     else:
-        write_json(directory / "generation_config.json", {**token_ids, "do_sample": True})
+        write_json(
+            directory / "generation_config.json",
+            {**token_ids, "do_sample": True, **(sampling or {})},
+        )
     write_json(directory / "config.json", values)
     shapes = (reward_shapes if rewards else parameter_shapes)(config)
     stored = _family(config).layout.stored(shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,9 +58,14 @@ def entry_languages(entry: Entry) -> Languages:
     return frozenset(each.strip() for each in entry.languages.split(","))
 
 
-def language_warning(text: str, known: Languages | None, name: str) -> LanguageWarning | None:
-    """Of a message to the model `name`, which is known to lack the message's language."""
-    language = language_of(text)
+def language_warning(
+    text: str, known: Languages | None, name: str, earlier: Sequence[str] = ()
+) -> LanguageWarning | None:
+    """Of a message to the model `name`, which is known to lack the message's language; none if an
+    `earlier` message was in it, and got the warning."""
+    language = language_of(text) if known is not None else None
+    if language in map(language_of, earlier):
+        return None
     if known is None or language is None or language in known:
         return None
     other = next(each.name for each in fitting(None) if language in entry_languages(each))

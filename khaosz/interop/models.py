@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, is_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.retrieval import check_encoder, is_encoder
+from khaosz.interop.sampling import recommended_sampling
 from khaosz.model import Transformer
 
 _NAMED = {"bos_token": "", "eos_token": ""}  # variables that a template may add to text
@@ -141,11 +142,14 @@ def convert(source: str | Path, target: str | Path, *, kind: str | None = None) 
     if kind is not None and not is_gguf(target):
         raise ModelError("--to is for .gguf outputs", hint="a directory is always fp32")
     model, tokenizer = open_model(source), open_tokenizer(source)
+    sampling = recommended_sampling(source)
     if is_gguf(target):
-        write_model(model.config, model.read, tokenizer, target, kind or "F16")
+        write_model(model.config, model.read, tokenizer, target, kind or "F16", sampling=sampling)
         write_modelfile(target, tokenizer, model.config.max_position_embeddings)
         return target
-    write_served(target, model.config, lambda name: model.read(name, torch.float32), tokenizer)
+    write_served(
+        target, model.config, lambda name: model.read(name, torch.float32), tokenizer, sampling
+    )
     return target
 
 
@@ -154,6 +158,7 @@ def write_served(
     config: ModelConfig,
     parameter: Callable[[str], Tensor],
     tokenizer: Tokenizer,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write a model directory in fp32 with its tokenizer; its parameters are requested one at a
     time, by name. Raises `ModelError` when the disk refuses."""
@@ -163,7 +168,11 @@ def write_served(
         with atomic_folder(directory) as partial:
             tokenizer.save(partial)
             huggingface.write_directory(
-                partial, config, parameter, token_ids={**ids, "eos_token_id": ends}
+                partial,
+                config,
+                parameter,
+                token_ids={**ids, "eos_token_id": ends},
+                sampling=sampling,
             )
     except OSError as error:
         what = f"cannot write {directory}: {error.strerror or error}"

@@ -14,13 +14,10 @@ from typing import Any
 from khaosz.interop.fetch.catalogue import Entry, catalogue, entry_of
 from khaosz.interop.fetch.store import record_of
 from khaosz.interop.gguf.file import GgufFile, is_gguf
+from khaosz.interop.gguf.sampling import sampling_from_metadata
 
 FALLBACK: Mapping[str, float] = {"temperature": 0.8, "top_p": 0.95}
 
-_GGUF = {
-    "temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-    "repetition_penalty": "penalty_repeat",
-}  # fmt: skip
 # The ranges of `SamplingParams`.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 100.0), "top_k": (0, 2**31), "top_p": (1e-9, 1.0), "min_p": (0.0, 0.999),
@@ -29,37 +26,31 @@ _RANGES: Mapping[str, tuple[float, float]] = {
 }  # fmt: skip
 NAMES = tuple(_RANGES)
 _PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-_PREFIX = "general.sampling."
 
 
 def sampling_defaults(model: str | Path) -> dict[str, float]:
     """Sampling parameters of a model directory or .gguf file, by their names in `SamplingParams`;
     `FALLBACK` for a model that nothing is known of. A value out of range is not used."""
-    path = Path(model)
-    own = own_sampling(path)
-    entry = known_entry(path)
-    known = {} if entry is None else _in_range(entry.sampling)
-    values = {**known, **own}
+    values = recommended_sampling(model)
     return values if "temperature" in values else {**FALLBACK, **values}
 
 
-def own_sampling(path: Path) -> dict[str, float]:
-    """What the files themselves say."""
+def recommended_sampling(model: str | Path) -> dict[str, float]:
+    """What the files of a model and the catalogue say; also written beside models that are made of
+    it."""
+    entry = known_entry(Path(model))
+    known = {} if entry is None else _in_range(entry.sampling)
+    return {**known, **_own_sampling(Path(model))}
+
+
+def _own_sampling(path: Path) -> dict[str, float]:
     folder = path if path.is_dir() else path.parent
     stored: dict[str, float] = {}
     if path.is_file() and is_gguf(path):
-        metadata = GgufFile.open(path).metadata
-        stored = _in_range({name: metadata.get(_PREFIX + key) for name, key in _GGUF.items()})
-        if metadata.get(f"{_PREFIX}penalty_last_n") == 0:
-            stored.pop("repetition_penalty", None)
+        stored = _in_range(sampling_from_metadata(GgufFile.open(path).metadata))
         if len(list(folder.glob("*.gguf"))) > 1:  # whose is generation_config.json?
             return stored
     return {**stored, **_in_range(_generation_config(folder))}
-
-
-def gguf_sampling(values: Mapping[str, float]) -> dict[str, float]:
-    """Sampling parameters as keys of GGUF metadata; those that it has no key for are left out."""
-    return {_PREFIX + key: values[name] for name, key in _GGUF.items() if name in values}
 
 
 def sampling_values(defaults: Mapping[str, float], asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,5 +95,6 @@ def _in_range(values: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         if least <= value <= most:
-            usable[name] = int(value) if name == "top_k" else float(value)
+            # GGUF's numbers have 32 bits: 0.8 would be 0.800000011920929.
+            usable[name] = int(value) if name == "top_k" else float(f"{value:.6g}")
     return usable

@@ -20,10 +20,12 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from khaosz.data.tokenizer import Tokenizer
+from khaosz.data.tokenizer.messages import text_of_parts
 from khaosz.errors import ContextLengthError, KhaoszError
 from khaosz.inference.generator import Generator
 from khaosz.inference.parts import Part, PartStream, ToolCall
 from khaosz.inference.request import Logprob, Output
+from khaosz.interop.languages import language_warning
 from khaosz.rag.answer import CitationStream
 from khaosz.rag.prompt import is_refusal
 from khaosz.serve.errors import ApiError, as_api_error
@@ -182,9 +184,11 @@ class Answer:
 
     def prompt_fields(self) -> dict[str, Any]:
         """What the model got in its prompt, and what it did not: `retrieval` with a knowledge base,
-        `left_out` with `truncation: auto`."""
+        `left_out` with `truncation: auto`; and a `warning`."""
         context, left_out = self.format.context, self.format.left_out
         fields: dict[str, Any] = {"retrieval": context.body()} if context else {}
+        if self.format.warning is not None:
+            fields["warning"] = self.format.warning
         return fields if left_out is None else {**fields, "left_out": left_out}
 
     def token(self, token: int, value: float) -> dict[str, Any]:
@@ -281,10 +285,25 @@ class Answering:
             return chat_request(kept, use.generator, context, prefill=prefill, continued=continued)
 
         prepared = await self.in_encoder(encode, "messages")
+        if (warning := self._language_warning(request)) is not None:
+            prepared = replace(prepared, format=replace(prepared.format, warning=warning))
         if request.truncation == "auto":
             format = replace(prepared.format, left_out=left_out)
             prepared = replace(prepared, format=format)
         return prepared
+
+    def _language_warning(self, request: ChatRequest) -> dict[str, str] | None:
+        """At the first message in a language that the model is known to lack."""
+        texts = [
+            text_of_parts(message.for_template().get("content"))
+            for message in request.messages
+            if message.role == "user"
+        ]
+        known = self.models.find(request.model).languages
+        if not texts or known is None:
+            return None
+        warning = language_warning(texts[-1], known, request.model, texts[:-1])
+        return None if warning is None else warning.body()
 
     async def complete(
         self, request: CompletionRequest, raw_request: Request, layout: Layout

@@ -138,6 +138,7 @@ def build_app(
         model = models.find(name)
         parent = None if name == model.name else model.name
         card |= {"thinking": model.thinking.kind, "sampling": dict(model.sampling)}
+        card["languages"] = None if model.languages is None else sorted(model.languages)
         return {**card, "kind": "chat", "context": model.context, "parent": parent}
 
     @app.get("/health/live", response_model=Live, responses=errors())

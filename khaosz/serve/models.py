@@ -16,6 +16,7 @@ from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.inference.runner import storage_of
 from khaosz.interop.huggingface import load_config
+from khaosz.interop.languages import Languages, known_languages
 from khaosz.interop.models import is_gguf, open_model, thinking_in
 from khaosz.interop.sampling import FALLBACK, sampling_defaults
 from khaosz.model import parameter_shapes
@@ -52,7 +53,7 @@ class Loaded:
 @dataclass
 class Model:
     """A served model, under its own name and those of its adapters. `sampling`: what a request
-    that names nothing gets."""
+    that names nothing gets; `languages`: None for a model that the catalogue does not have."""
 
     name: str
     source: Path
@@ -61,6 +62,7 @@ class Model:
     weights: int  # bytes when it is loaded
     thinking: Thinking = field(default_factory=Thinking)
     sampling: Mapping[str, float] = field(default_factory=lambda: FALLBACK)
+    languages: Languages | None = None
     loaded: Loaded | None = None
     loading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -278,4 +280,5 @@ def describe(name: str, source: Path, adapters: dict[str, Path]) -> Model:
         Adapter(config, path)
     thinking, sampling = thinking_in(source), sampling_defaults(source)
     context = config.max_position_embeddings
-    return Model(name, source, adapters, context, weights, thinking, sampling)
+    languages = known_languages(source)
+    return Model(name, source, adapters, context, weights, thinking, sampling, languages)

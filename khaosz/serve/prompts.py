@@ -52,7 +52,8 @@ class ResponseFormat:
     call, by name; `reasoning`: the prompt has opened the reasoning;
     `show_reasoning`: it is part of the answer; `one_call`: further calls are dropped; `context`:
     what the answer may cite; `left_out`: messages that the model does not see, None where the
-    request does not allow it; `continued`: what the answer continues."""
+    request does not allow it; `warning`: that the model lacks the language of the request;
+    `continued`: what the answer continues."""
 
     chat: bool
     logprobs: bool = False
@@ -63,6 +64,7 @@ class ResponseFormat:
     one_call: bool = False
     context: RetrievalContext | StoredContext | None = None
     left_out: int | None = None
+    warning: dict[str, str] | None = None
     continued: Continued | None = None
 
 

@@ -25,7 +25,8 @@ class Reply(BaseModel):
 class ModelCard(Reply):
     """`context` in tokens. `parent`: the model that an adapter belongs to. Of chat models:
     `thinking`: whether answers begin with thoughts, by the chat template, and whether
-    enable_thinking switches them; `sampling`: parameters of requests that name none."""
+    enable_thinking switches them; `sampling`: parameters of requests that name none; `languages`:
+    those that the catalogue knows of, None for other models."""
 
     id: str
     object: Literal["model"]
@@ -36,6 +37,17 @@ class ModelCard(Reply):
     parent: str | None
     thinking: ThinkingKind | None = None
     sampling: dict[str, float] | None = None
+    languages: list[str] | None = None
+
+
+class LanguageWarningReply(Reply):
+    """The model is known to lack the `language` of the request's last message, its first in that
+    language; `model` of the catalogue has it. `message` is in that language."""
+
+    code: Literal["language"]
+    language: Literal["zh", "en"]
+    model: str
+    message: str
 
 
 class ModelList(Reply):
@@ -269,7 +281,8 @@ class TokensUsed(Reply):
 
 
 class ChatCompletion(Reply):
-    """left_out: the oldest messages that the model did not see; with `truncation: auto` only."""
+    """left_out: the oldest messages that the model did not see; with `truncation: auto` only.
+    warning: in a stream, in the first chunk."""
 
     id: str
     object: Literal["chat.completion"]
@@ -279,6 +292,7 @@ class ChatCompletion(Reply):
     usage: TokensUsed
     retrieval: RetrievalReply | None = None
     left_out: int | None = None
+    warning: LanguageWarningReply | None = None
 
 
 class TextCompletion(Reply):

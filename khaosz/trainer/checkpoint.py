@@ -34,6 +34,7 @@ from khaosz.errors import CheckpointError, TrainingError, one_line
 from khaosz.files import atomic_folder, digest, disk_error, remove_folder, sync, write_json
 from khaosz.interop.adapter import save_adapter
 from khaosz.interop.huggingface import save_model
+from khaosz.interop.sampling import recommended_sampling
 from khaosz.interop.sentence_transformers import EmbedderSettings, save_embedder
 from khaosz.model import Transformer
 from khaosz.model.lora import merge_lora
@@ -83,13 +84,13 @@ def _write(context: TrainContext, directory: Path) -> None:
     tokenizer = context.tokenizer
     state = directory / "state"
     state.mkdir()
+    base = context.config.init_from
     if context.config.lora is not None:
-        base = context.config.init_from or "a model of its own"
         origin = {name: context.fingerprints[name]["hash"] for name in context.fingerprints}
         save_adapter(
             context.model,
             directory / ADAPTER,
-            base,
+            base or "a model of its own",
             base_weights=origin.get("init_from"),
             base_tokenizer=origin.get("tokenizer"),
         )
@@ -99,6 +100,7 @@ def _write(context: TrainContext, directory: Path) -> None:
         bos_id=tokenizer.bos_id,
         eos_ids=list(tokenizer.end_ids),
         pad_id=tokenizer.pad_id,
+        sampling=None if base is None else recommended_sampling(base),
     )
     if context.config.stage == "embed":
         embed, width = context.config.embed, context.model.config.hidden_size

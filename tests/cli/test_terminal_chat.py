@@ -6,6 +6,7 @@ import io
 import json
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from scripted_model import CONTEXT, SCRIPT, model, model_directory, run_khaosz, 
 from khaosz.cli.output import open_console
 from khaosz.cli.terminal.commands import COMMANDS
 from khaosz.cli.terminal.conversation import Conversation, Events, Finished, Settings, Source
+from khaosz.cli.terminal.defaults import read_defaults
 from khaosz.cli.terminal.local_backend import LocalBackend
 from khaosz.cli.terminal.loop import answer, handle_input
+from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import (
+    ConfigError,
     DataError,
     GenerationError,
     KhaoszError,
@@ -27,7 +31,9 @@ from khaosz.errors import (
     TokenizerError,
 )
 from khaosz.inference.generator import Generator as Model
+from khaosz.inference.generator import Piece
 from khaosz.inference.parts import Part
+from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.huggingface import save_model
 from khaosz.interop.local_models import newest_model
 
@@ -433,3 +439,59 @@ def test_load_restores_a_saved_conversation(tmp_path: Path) -> None:
     terminal.do("/system")
     assert "1 exchanges" in terminal.do(f"/load {tmp_path / 'a.json'}")
     assert terminal.conversation.messages == saved
+
+
+def test_thinking_is_switched_where_the_template_can() -> None:
+    terminal = Terminal()
+    assert terminal.do("/think off") == "this model never thinks: no switch\n"
+    assert terminal.do("/think maybe") == "/think on | off\n"
+    assert terminal.do("/thoughts") == "the last answer has no thoughts\n"
+    by = tokenizer()
+    template = by.config["chat_template"] + "{% if enable_thinking is false %}X{% endif %}"
+    switched = Tokenizer(by.serialized, {**by.config, "chat_template": template})
+    terminal.backend.generator = Model(model(), switched)
+    assert terminal.do("/think") == "thinking is off\n"
+    assert terminal.do("/think on") == "thinking is on\n"
+    assert terminal.do("/think off") == "thinking is off\n"
+    prompts: list[list[int]] = []
+    stream = terminal.backend.generator.stream
+
+    def recorded(ids: list[int], params: SamplingParams) -> Iterator[Piece]:
+        prompts.append(ids)
+        return stream(ids, params)
+
+    terminal.backend.generator.stream = recorded  # type: ignore[method-assign, assignment]
+    terminal.say("hi")
+    assert switched.decode(prompts[0]).endswith("X")
+
+
+def test_settings_are_kept_for_new_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KHAOSZ_CONFIG", str(tmp_path / "config"))
+    assert read_defaults() == {}
+    terminal = Terminal()
+    terminal.console.width = 400
+    terminal.do('/system Say "ok"\\n简短。')
+    for line in ("/set temperature 0.5", "/set top_k 7", "/set max_tokens default"):
+        terminal.do(line)
+    assert terminal.do("/set save") == f"saved {tmp_path / 'config' / 'chat.toml'}\n"
+    assert read_defaults() == {"temperature": 0.5, "top_k": 7, "system": 'Say "ok"\\n简短。'}
+    directory = model_directory(tmp_path / "model")
+    lines = b"/set\n/set temperature default\n/set\n"
+    done = run_khaosz("chat", str(directory), "--device", "cpu", "--top-k", "9", lines=lines)
+    out = " ".join(done.stdout.decode().split())
+    assert "sampling: temperature 0.5, top_k 9 (" in out
+    assert "sampling: temperature 0.8, top_p 0.95, top_k 9 (" in out and 'system: Say "ok"' in out
+    (tmp_path / "config" / "chat.toml").write_text("temprature = 1\n")
+    with pytest.raises(ConfigError, match="unknown setting 'temprature'"):
+        read_defaults()
+    (tmp_path / "config" / "chat.toml").write_text('top_k = "many"\n')
+    with pytest.raises(ConfigError, match="top_k is not of type int"):
+        read_defaults()
+
+
+def test_without_a_model_the_command_that_pulls_one_is_named(tmp_path: Path) -> None:
+    done = run_khaosz("chat", cwd=tmp_path, KHAOSZ_CACHE=str(tmp_path))
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    said = done.stderr.decode().splitlines()
+    assert said[0] == "error: no model found on this machine"
+    assert said[1].startswith("hint: khaosz pull ")

@@ -40,7 +40,10 @@ def switched_model(taught: Path, folder: Path) -> Path:
 def switched(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The taught model, which thinks, with a switch in its template."""
     folder = switched_model(taught, tmp_path_factory.mktemp("thinking") / "switched")
-    with served(folder, taught) as running:
+    record = {"name": "smollm2-135m", "reference": "", "source": "", "revision": None}
+    record |= {"licence": None, "model": "", "bytes": 1}  # an English model
+    (folder / "pulled.json").write_text(json.dumps(record))
+    with served(f"switched={folder}", taught) as running:
         yield running
 
 
@@ -60,7 +63,10 @@ def test_models_say_what_they_do(switched: Service) -> None:
     cards = {card["id"]: card for card in switched.ask("GET", "/v1/models")[2]["data"]}
     card = cards["switched"]
     assert card["thinking"] == "switch_on"
-    assert card["sampling"] == {"temperature": 0.3, "top_k": 20, "repetition_penalty": 1.1}
+    assert card["sampling"] == {
+        "temperature": 0.3, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1,
+    }  # fmt: skip
+    assert (card["languages"], cards["taught"]["languages"]) == (["en"], None)
     assert cards["taught"]["thinking"] == "none"
     assert cards["taught"]["sampling"] == {"temperature": 0.8, "top_p": 0.95}
 
@@ -127,3 +133,27 @@ def test_a_budget_in_a_stream(switched: Service) -> None:
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "一"
     assert not any("think>" in delta.get("content", "") for delta in deltas)
+
+
+def test_a_language_that_the_model_lacks(switched: Service) -> None:
+    """Said at the first message in it, in every protocol, and in the first chunk of a stream."""
+    question = [{"role": "user", "content": "你好，你是谁？"}]
+    body = {**BASE, "messages": question, "max_tokens": 4}
+    warning = ask(switched, "/v1/chat/completions", **body)["warning"]
+    assert warning["code"] == "language" and warning["language"] == "zh"
+    assert warning["model"] in warning["message"] and "中文" in warning["message"]
+    text = switched.raw("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}))
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [chunk.get("warning") for chunk in chunks[:2]] == [warning, None]
+    claude = {"model": "switched", "messages": question, "max_tokens": 4}
+    assert ask(switched, "/v1/messages", **claude)["warning"] == warning
+    item = {"model": "switched", "input": question[0]["content"], "max_output_tokens": 4}
+    assert ask(switched, "/v1/responses", **item)["warning"] == warning
+    options = {"model": "switched", "messages": question, "stream": False}
+    assert ask(switched, "/api/chat", **options)["warning"] == warning
+    again = [*question, {"role": "assistant", "content": "?"}, *question]
+    for messages in (again, THINK):
+        answer = ask(switched, "/v1/chat/completions", **{**body, "messages": messages})
+        assert "warning" not in answer
+    plain = ask(switched, "/v1/chat/completions", **{**body, "model": "taught"})
+    assert "warning" not in plain  # nothing is known of it

@@ -29,6 +29,7 @@ from khaosz.interop.gguf.config import (
 )
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.mixed import MIXED, SEARCHED, mixed_kinds, quantize_mixed
+from khaosz.interop.gguf.sampling import sampling_to_metadata
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
 from khaosz.interop.huggingface import check_rotary
 from khaosz.model import Transformer, is_router, parameter_shapes
@@ -191,12 +192,13 @@ def write_model(
     search: bool = False,
     importance: Mapping[str, np.ndarray] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    sampling: Mapping[str, float] | None = None,
 ) -> None:
     """Write a .gguf; its parameters are requested one at a time, by name. `kind`: F32, F16, BF16,
     Q8_0, Q4_0, Q4_1, or the mixtures of types Q4_K_M and Q6_K; `search` looks for better scales
     than ggml's reference rounding, as mixtures always do. `importance`: what errors of each column
     of a matrix cost, float32 (C,) by name, for the K types and Q5_0. `progress` is called with the
-    number of tensors that are written, and of all.
+    number of tensors that are written, and of all. `sampling`: what the model recommends.
 
     Vectors stay F32. With 4 bits the embedding and the head are Q8_0: they are few, and quality
     depends on them most; mixtures are llama.cpp's. Raises `ModelError` for rows that are not whole
@@ -250,6 +252,7 @@ def write_model(
     metadata = {
         **config_to_metadata(config, kind),
         **tokenizer_to_metadata(tokenizer, config.vocab_size),
+        **sampling_to_metadata(sampling or {}),
     }
     write_gguf(path, metadata, entries)
 

@@ -17,7 +17,7 @@ from khaosz.serve.messages import (
     Unsupported,
     text_only,
 )
-from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
+from khaosz.serve.replies import CitationReply, LanguageWarningReply, Reply, RetrievalReply
 from khaosz.serve.schema import Budget, Retrieval, Seed, Stop, TemplateKwargs, Tokens
 
 
@@ -260,6 +260,7 @@ class MessageReply(Reply):
     usage: MessageUsage
     citations: list[CitationReply] | None = None
     retrieval: RetrievalReply | None = None
+    warning: LanguageWarningReply | None = None
 
 
 class TokensCount(Reply):

@@ -53,6 +53,7 @@ class Growing:
         """The answer's prompt is known."""
         record = self.record
         record.head.left_out = answer.format.left_out
+        record.head.warning = answer.format.warning
         context = answer.format.context
         if record.resume is not None and context is not None:
             record.head.retrieval = {

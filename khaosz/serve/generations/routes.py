@@ -20,7 +20,15 @@ from khaosz.serve.generations.growing import Generations, Growing
 from khaosz.serve.generations.store import GenerationStore, Head, Record
 from khaosz.serve.records.conversation_store import ConversationStore
 from khaosz.serve.records.conversations import Id
-from khaosz.serve.replies import Called, CitationReply, Reply, RetrievalReply, TokensUsed, streamed
+from khaosz.serve.replies import (
+    Called,
+    CitationReply,
+    LanguageWarningReply,
+    Reply,
+    RetrievalReply,
+    TokensUsed,
+    streamed,
+)
 from khaosz.serve.schema import ChatRequest
 
 
@@ -98,6 +106,7 @@ class Generation(GenerationSummary):
     not_found: bool
     retrieval: StoredRetrieval | None
     left_out: int | None
+    warning: LanguageWarningReply | None
 
 
 class GenerationList(Reply):
@@ -233,7 +242,10 @@ async def _events(growing: Growing, offset: int) -> AsyncIterator[str]:
 
     await growing.until_opened()
     if not offset:
-        prompt = {"retrieval": record.head.retrieval, "left_out": record.head.left_out}
+        head = record.head
+        prompt = {
+            "retrieval": head.retrieval, "left_out": head.left_out, "warning": head.warning,
+        }  # fmt: skip
         present: dict[str, Any] = {k: v for k, v in prompt.items() if v is not None}
         yield chunk(0, {"role": "assistant", "content": ""}, None, **present)
     async for at, kind, text in growing.texts(offset):
@@ -284,5 +296,5 @@ def _whole(record: Record, offset: int = 0) -> dict[str, Any]:
         **_summary(record), "offset": offset, "reasoning": reasoning[offset:],
         "content": content[max(0, offset - len(reasoning)) :], "tool_calls": tail.tool_calls,
         "citations": tail.citations, "not_found": tail.not_found, "retrieval": head.retrieval,
-        "left_out": head.left_out,
+        "left_out": head.left_out, "warning": head.warning,
     }  # fmt: skip

@@ -31,13 +31,14 @@ RUNNING = ("queued", "running")
 @dataclass
 class Head:
     """What is known before the first token. `parent`: the message that is answered; `left_out`:
-    messages that the model does not see."""
+    messages that the model does not see; `warning`: that it lacks the language."""
 
     parent: str
     model: str
     created: int
     retrieval: dict[str, Any] | None = None
     left_out: int | None = None
+    warning: dict[str, str] | None = None
 
 
 @dataclass

@@ -17,7 +17,7 @@ from khaosz.serve.messages import (
     Unsupported,
 )
 from khaosz.serve.openai.vectors import MAX_INPUTS
-from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
+from khaosz.serve.replies import CitationReply, LanguageWarningReply, Reply, RetrievalReply
 from khaosz.serve.schema import Budget, Penalty, Retrieval, Stop, TemplateKwargs
 
 
@@ -222,6 +222,7 @@ class Ended(Reply):
     citations: list[CitationReply] | None = None
     retrieval: RetrievalReply | None = None
     left_out: int | None = None
+    warning: LanguageWarningReply | None = None
 
 
 class OllamaCalled(Reply):

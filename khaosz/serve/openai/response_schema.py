@@ -30,7 +30,7 @@ from khaosz.serve.messages import (
     Unsupported,
     text_only,
 )
-from khaosz.serve.replies import CitationReply, Reply, RetrievalReply
+from khaosz.serve.replies import CitationReply, LanguageWarningReply, Reply, RetrievalReply
 from khaosz.serve.schema import (
     Budget,
     JsonObject,
@@ -377,6 +377,7 @@ class ResponseReply(Reply):
     citations: list[CitationReply] | None = None
     retrieval: RetrievalReply | None = None
     left_out: int | None = None
+    warning: LanguageWarningReply | None = None
 
 
 class InputCount(Reply):
