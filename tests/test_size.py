@@ -31,7 +31,7 @@ BUDGET = {
     "parallel": 116,
     "rag": 5_446,
     "rewards": 2,
-    "serve": 7_851,
+    "serve": 7_854,
     "trainer": 4_798,
     "memory": 596,
     "folders": 103,

@@ -46,6 +46,10 @@ def hub(tmp_path: Path, tiny_gguf: bytes, monkeypatch: pytest.MonkeyPatch) -> It
         entries = {
             KNOWN: known,
             "limited": {**known, "licence": "Terms, limited", "file": "limited.gguf"},
+            # Known to have Chinese, and proposed to no machine.
+            "qwen3-0.6b": {
+                **known, "languages": "zh, en", "cache_mb": 10**9, "file": "chinese.gguf",
+            },
             "huge": {**known, "bytes": 1 << 60, "file": "huge.gguf"},
             "nowhere": {
                 **known, "huggingface": None, "modelscope": "me/tiny", "file": "nowhere.gguf",

@@ -51,6 +51,17 @@ def test_the_first_model_is_fetched_by_a_click(
         page.keyboard.press("Escape")
         ask(page, "fox")
         assert KNOWN in last_answer(page).locator(".metadata").inner_text()
+        # It lacks Chinese: said once, with the way to one that has it.
+        ask(page, "春眠不觉晓，处处闻啼鸟")
+        last_answer(page, 1)
+        notice = page.locator(".notice")
+        assert f"{KNOWN} was not trained for Chinese" in notice.inner_text()
+        last_answer(page, 1).get_by_role("button", name="Regenerate").click()
+        notice.get_by_role("link", name="Go to qwen3-0.6b").click()
+        page.locator(".named", has_text="qwen3-0.6b").wait_for()
+        page.go_back()
+        last_answer(page, 1)
+        assert notice.count() == 0
 
 
 def test_a_licence_is_accepted_and_a_failure_is_one_line_in_chinese(

@@ -151,11 +151,18 @@ export interface Delta {
   citations?: Citation[];
 }
 
+export interface LanguageWarning {
+  language: "zh" | "en";
+  model: string;
+}
+
 export interface Chunk {
   choices: { index: number; delta: Delta; finish_reason: string | null }[];
   usage?: Usage | null;
   retrieval?: Retrieval;
   left_out?: number;
+  /** In the first chunk: the model is known to lack the language of the question; `model` has it. */
+  warning?: LanguageWarning | null;
   /** The last chunk of a stored generation has these. */
   timings?: Timings;
   can_continue?: boolean;

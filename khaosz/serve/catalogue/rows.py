@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from khaosz.errors import KhaoszError, one_line
+from khaosz.errors import FetchError, KhaoszError, one_line
 from khaosz.inference.generator import plan_inference
 from khaosz.interop.fetch.catalogue import Entry, catalogue
 from khaosz.interop.fetch.elsewhere import models_elsewhere
@@ -46,7 +46,10 @@ class Row:
 def rows(runs: Path, source: str | None) -> list[Row]:
     """The catalogue in its order, then trained models below `runs`, other pulled ones, and files of
     other programs. `source`: as `pull` takes it. Reads headers of files; sends no request."""
-    labelled = sources(source)
+    try:
+        labelled = sources(source)
+    except FetchError:  # huggingface_hub is not installed, as a pull will say
+        labelled = []
     known = [_of_entry(entry, labelled) for entry in catalogue().values() if _writes(entry)]
     paths = {row.path for row in known}
     local = [row for row in _local(runs) if row is not None and row.path not in paths]

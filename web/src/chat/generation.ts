@@ -26,7 +26,7 @@ import { latest, save, saved, setState, trackAnswered } from "./persistence";
 import { inForce, requestSettings } from "./sampling";
 import {
   announcement, canGenerate, continuable, current, explain, generating, model, problem, refreshList,
-  running, stopAnswer, thoughts, usage, type Running,
+  running, stopAnswer, thoughts, usage, warnOfLanguage, type Running,
 } from "./state"; // prettier-ignore
 
 export async function send(text: string): Promise<void> {
@@ -265,6 +265,10 @@ async function collect(growing: Running, chunks: AsyncIterable<Chunk>): Promise<
       if (chunk.retrieval) {
         const knowledge_base = chunk.retrieval.knowledge_base ?? latest(id)?.knowledge_base ?? null;
         rest = { ...rest, retrieval: { ...chunk.retrieval, knowledge_base } };
+      }
+      if (chunk.warning) {
+        const asked = latest(id)?.nodes.find((each) => each.id === node)?.model;
+        warnOfLanguage(id, chunk.warning, asked ?? "");
       }
       if (chunk.left_out !== undefined) rest = { ...rest, left_out: chunk.left_out };
       if (chunk.timings) note(node, chunk as Partial<Generation>);

@@ -13,6 +13,7 @@ import {
   Unreachable,
   type ChatMessage,
   type KnowledgeBase,
+  type LanguageWarning,
   type ModelCard,
   type PromptSize,
   type Usage,
@@ -68,6 +69,17 @@ export async function stopAnswer(answer: Running): Promise<void> {
 export const announcement = signal(""); // for screen readers
 /** By message. A map, since ids of imported conversations may be any text. */
 export const usage = signal<ReadonlyMap<string, { usage: Usage; seconds: number }>>(new Map());
+/** That the model lacks the language of a conversation; shown once for each. */
+export const languageWarning = signal<(LanguageWarning & { conversation: string; lacks: string }) | null>(null);
+const warned = new Set<string>();
+
+export function warnOfLanguage(conversation: string, warning: LanguageWarning, lacks: string): void {
+  const key = `${conversation} ${warning.language}`;
+  if (warned.has(key)) return;
+  warned.add(key);
+  languageWarning.value = { ...warning, conversation, lacks };
+}
+
 /** How long a model thought, and in how many tokens, by message; of answers that this window saw grow. */
 export const thoughts = signal<ReadonlyMap<string, { seconds: number; tokens: number | null }>>(new Map());
 /** Answers that the server can continue. */

@@ -9,8 +9,8 @@ import { answer, send } from "./generation";
 import { Composer } from "./composer";
 import { Message } from "./message";
 import {
-  canGenerate, connect, countContextTokens, current, generating, leftOut, model, problem,
-  visibleNodes,
+  canGenerate, connect, countContextTokens, current, generating, languageWarning, leftOut, model,
+  models, problem, selectModel, visibleNodes,
 } from "./state"; // prettier-ignore
 import { isEmpty, type Node } from "../tree";
 import { ChatSettings } from "./chatSettings";
@@ -61,6 +61,7 @@ export function ChatView() {
               </Fragment>
             ))
           )}
+          <Warning />
           {(problem.value || unanswered) && (
             <div class="problem" role={problem.value ? "alert" : undefined}>
               <span>{problem.value ?? t("unanswered")}</span>
@@ -87,6 +88,35 @@ export function ChatView() {
         <Composer onSettings={() => (settingsOpen.value = true)} />
       </div>
       {settingsOpen.value && <ChatSettings onClose={() => (settingsOpen.value = false)} />}
+    </div>
+  );
+}
+
+/** The model lacks the language of the question; another one has it. */
+function Warning() {
+  const warning = languageWarning.value;
+  if (warning === null || warning.conversation !== current.value.id) return null;
+  const language = t(warning.language === "zh" ? "inChinese" : "inEnglish");
+  const close = () => (languageWarning.value = null);
+  return (
+    <div class="notice" role="status">
+      <span>{t("lacksLanguage", { name: warning.lacks, other: warning.model, language })}</span>
+      <span>
+        {models.value.some((each) => each.id === warning.model) ? (
+          <button type="button" onClick={() => (selectModel(warning.model), close())}>
+            {t("switchTo", { name: warning.model })}
+          </button>
+        ) : (
+          features.value.catalogue && (
+            <a class="button" href={href("models", warning.model)} onClick={close}>
+              {t("switchTo", { name: warning.model })}
+            </a>
+          )
+        )}
+        <button type="button" class="quiet" aria-label={t("close")} onClick={close}>
+          <Icon name="close" />
+        </button>
+      </span>
     </div>
   );
 }

@@ -1,10 +1,11 @@
 import { useSignal } from "@preact/signals";
-import { useEffect } from "preact/hooks";
+import { useEffect, useRef } from "preact/hooks";
 import type { Catalogue, CatalogueEntry, Pull } from "../api";
 import { connected } from "../api";
 import { errorText } from "../errorText";
 import { fileSize, language, number, t } from "../i18n";
 import { models } from "../chat/state";
+import { route } from "../router";
 import { cancel, catalogue, problem, pulls, refreshCatalogue, start, chatWith } from "./state";
 
 export function ModelsView() {
@@ -70,8 +71,15 @@ function List(props: { title: string; entries: CatalogueEntry[] }) {
 
 function Entry({ entry, primary }: { entry: CatalogueEntry; primary?: boolean }) {
   const pull = pulls.value.get(entry.name);
+  const item = useRef<HTMLLIElement>(null);
+  const isNamed = route.value.id === entry.name; // in the address
+  useEffect(() => {
+    if (!isNamed) return;
+    item.current?.scrollIntoView({ block: "center" });
+    item.current?.querySelector("button")?.focus();
+  }, [isNamed]);
   return (
-    <li aria-label={entry.name}>
+    <li ref={item} aria-label={entry.name} class={isNamed ? "named" : ""}>
       <div class="models-text">
         <b>{entry.name}</b>
         <span class="facts">
