@@ -83,7 +83,8 @@ def _parameters(callback: Callable[..., Any]) -> Iterator[Parameter]:
         option = name.replace("_", "-")
         # Inside Annotated an option takes no default: typer stores its first name there.
         first = (info.default,) if isinstance(info.default, str) else ()
-        names = (*first, *(info.param_decls or ()))
+        declared = (*first, *(info.param_decls or ()))
+        names = tuple(name for each in declared for name in each.split("/"))
         if not names:
             # a switch without an explicit name also gets one that turns it off
             names = (f"--{option}", f"--no-{option}") if kind is bool else (f"--{option}",)
