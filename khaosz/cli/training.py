@@ -14,6 +14,7 @@ from khaosz.cli.output import (
     Json,
     OutFolder,
     Window,
+    check_choice,
     parse_columns,
     print_notes,
     print_result,
@@ -139,14 +140,37 @@ def demo(
     offline: Annotated[
         bool, typer.Option("--offline", help="Use the built-in sample only.")
     ] = False,
+    only: Annotated[
+        str, typer.Option(help="Acts to run, with commas: documents, model, assistant.")
+    ] = "",
+    skip: Annotated[str, typer.Option(help="Acts to leave out, with commas.")] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model of the assistant: a file, or a name that is fetched if needed."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Run the demo: download texts, train a tokenizer, pretrain, fine-tune, evaluate."""
-    from khaosz.demo.run import DemoStopped, run_demo
+    """Run the demo in three acts: answers from documents, a model trained here, an assistant."""
+    from khaosz.demo.assistant import can_ask
+    from khaosz.demo.run import ACTS, run_demo
+    from khaosz.demo.training import DemoStopped
 
+    def confirm(question: str) -> bool:
+        return typer.confirm(question, err=True)
+
+    named = {"only": only.split(",") if only else [], "skip": skip.split(",") if skip else []}
+    for option, names in named.items():
+        for name in names:
+            check_choice(option, name, tuple(ACTS))
+    acts = [act for act in named["only"] or ACTS if act not in named["skip"]]
     try:
-        run_demo(minutes=minutes, out=out, offline=offline, console=progress_console())
+        reached = run_demo(
+            minutes=minutes, out=out, offline=offline, acts=acts, model=model,
+            confirm=confirm if can_ask() else None, console=progress_console(),
+        )  # fmt: skip
     except DemoStopped as stop:
         raise typer.Exit(128 + stop.number) from None
+    print_result(as_json, reached, "")
 
 
 @training_app.command()

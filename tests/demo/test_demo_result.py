@@ -12,7 +12,8 @@ from tiny_models import chain_model, tokenizer
 
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.demo.corpus import DemoCorpus
-from khaosz.demo.run import _show_result
+from khaosz.demo.facts import Fact
+from khaosz.demo.training import _show_result
 from khaosz.errors import TrainingError
 from khaosz.interop.huggingface import save_model
 
@@ -27,23 +28,31 @@ def demo_of(folder: Path, *, answers: bool) -> DemoCorpus:
         save_model(chain_model(by, chain), last, bos_id=by.bos_id, eos_ids=[*by.end_ids])
         by.save(last)
         (folder / stage / "metrics.jsonl").write_text('{"step": 7, "loss": 2.0}\n')
-    (folder / "val.jsonl").write_text('{"text": "the quick brown fox"}\n')
+    text = "the quick brown fox jumps over the lazy dog " * 4
+    (folder / "val.jsonl").write_text(json.dumps({"text": text, "lang": "en"}) + "\n")
     questions = [{"prompt": question} for question in ("你是谁？", "Who are you?")]
     (folder / "prompts.json").write_text(json.dumps(questions))
     paths = [folder / "val.jsonl"] * 8
     return DemoCorpus(*paths, prompts=folder / "prompts.json", stats={})
 
 
+CASE = Fact("u", "idioms", "zh", "x", "y", "y", "d")
+
+
 def test_empty_answers_are_an_error(tmp_path: Path) -> None:
     corpus = demo_of(tmp_path, answers=False)
-    with pytest.raises(TrainingError, match="2 of 2 answers are empty: fine-tuning had 7") as error:
-        _show_result(tmp_path, corpus, Console(file=io.StringIO()))
+    with pytest.raises(TrainingError, match="answers are empty: fine-tuning had 7") as error:
+        _show_result(tmp_path, corpus, [CASE, CASE], Console(file=io.StringIO()))
     assert "--minutes" in (error.value.hint or "")
 
 
-def test_answers_are_shown_and_saved(tmp_path: Path) -> None:
+def test_results_are_shown_scored_and_saved(tmp_path: Path) -> None:
     text = io.StringIO()
-    _show_result(tmp_path, demo_of(tmp_path, answers=True), Console(file=text))
-    assert "Who are you?" in text.getvalue() and "bits per byte" in text.getvalue()
+    wrong = Fact("u", "laws", "zh", "x", "z", "z", "d")
+    corpus = demo_of(tmp_path, answers=True)
+    reached = _show_result(tmp_path, corpus, [CASE, wrong], Console(file=text))
+    assert (reached["cases"], reached["right"], reached["steps"]["sft"]) == (2, 1, 7)
+    assert "word for word: 1 of 2" in text.getvalue() and "bits per byte" in text.getvalue()
+    assert "the quick brown fox" in text.getvalue()
     saved = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
-    assert [turn["answer"] for turn in saved] == ["y", "y"]
+    assert [turn["answer"] for turn in saved][1:] == ["y", "y"]
