@@ -422,8 +422,9 @@ def token_table(backend: tokenizers.Tokenizer, vocab_size: int) -> tuple[list[by
     Byte-level vocabularies write bytes in GPT-2's alphabet. SentencePiece ones (Llama 2) write
     spaces as U+2581 and single bytes as <0xE4>. The bytes of an added token are its name.
     """
-    spec = json.loads(backend.to_str())
-    steps = _components(spec.get("pre_tokenizer")) + _components(spec.get("decoder"))
+    # Not of `to_str`, which writes the vocabulary and all merges as well.
+    parts = [part for part in (backend.pre_tokenizer, backend.decoder) if part is not None]
+    steps = [step for part in parts for step in _components(json.loads(part.__getstate__()))]
     byte_level = any(step["type"] == "ByteLevel" for step in steps)
     leading_space = not byte_level and any(
         (step["type"] == "Strip" and step.get("start", 0) > 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.gguf.sentencepiece import SPACE, merges_of, prefix_of, scores_of, spec_of
+from khaosz.interop.gguf.sentencepiece import (
+    SPACE,
+    merges_of,
+    prefix_of,
+    scores_of,
+    spec_of,
+    without_collection,
+)
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -122,6 +130,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_CONTROL, _USER_DEFINED)
     ]
+    pairs: Sequence[Sequence[str]]
     if pieces:
         if model == "gemma4":  # its merges are listed, as those of byte-level BPE
             pairs = _merge_pairs(vocab, merges, source)
@@ -178,7 +187,8 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     stored = get_ids(_END_IDS)
     model_ids = {key: [i] for key, i in ids.items() if key in ("bos", "pad")}
     model_ids["eos"] = list(dict.fromkeys([*ends, *(named if stored is None else stored)]))
-    return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config, model_ids)
+    with without_collection():
+        return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config, model_ids)
 
 
 _ID_KEYS = {
