@@ -26,7 +26,7 @@ BUDGET = {
     "evaluation": 519,
     "files": 270,
     "inference": 3_414,
-    "interop": 6_205,
+    "interop": 6_270,
     "model": 1_325,
     "parallel": 116,
     "rag": 5_447,

@@ -18,6 +18,8 @@ from khaosz.config import EXPERT_TARGETS, LoRAConfig, ModelConfig
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
+from khaosz.interop.families import FAMILIES
+from khaosz.interop.families.family import tensors as stored_tensors
 from khaosz.interop.huggingface import read_json
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer, write_served
 from khaosz.interop.sampling import recommended_sampling
@@ -62,13 +64,14 @@ def save_adapter(
         "base_model_name_or_path": str(base),
         "inference_mode": True,
         **{theirs: getattr(config, ours) for theirs, ours in _OURS.items()},
-        "target_modules": list(config.target_modules),
+        "target_modules": _targets(model, config),
         "bias": "none",
     }
     origin = {"base_weights": base_weights, "base_tokenizer": base_tokenizer}
     known = {name: value for name, value in origin.items() if value is not None}
     state = adapter_state(model).items()
-    tensors = {f"{_PREFIX}{name}.weight": tensor.cpu() for name, tensor in state}
+    theirs = _peft_names(model.config)
+    tensors = {_stored_name(name, theirs): tensor.cpu() for name, tensor in state}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (
@@ -115,7 +118,8 @@ def read_adapter(
     """The configuration and the matrices of an adapter, by names such as
     `layers.0.mlp.up_proj.lora_A`: A (r, inputs) and B (outputs, r). Raises `ModelError` as
     `load_adapter` does."""
-    config = _read_config(directory, base)
+    theirs = _peft_names(model)
+    config = _read_config(directory, base, theirs)
     path = directory / WEIGHTS
     if not path.exists():
         pickled = (directory / "adapter_model.bin").exists()
@@ -127,20 +131,58 @@ def read_adapter(
             names = set(file.keys())
             if any(".experts." in name for name in names):
                 config = _with_experts(config)
+            renamed = [name for ours, name in theirs.items() if name != ours]
+            if not any(f"{_PREFIX}{layer}.lora_A.weight" in names for layer in renamed):
+                theirs = {layer: layer for layer in theirs}  # an earlier version wrote our names
+                config = _read_config(directory, base, theirs)
             shapes = _shapes(model, config)
-            stored = {f"{_PREFIX}{name}.weight": name for name in shapes}
+            stored = {_stored_name(name, theirs): name for name in shapes}
             for name in sorted(names - stored.keys()):
                 raise ModelError(f"{path}: unexpected tensor {quoted(name)}")
-            for name, ours in stored.items():
+            for name, own in stored.items():
                 shape = tuple(file.get_slice(name).get_shape()) if name in names else "missing"
-                if shape != shapes[ours]:
-                    raise ModelError(f"{path}: tensor '{name}' is {shape}, expected {shapes[ours]}")
-                loaded[ours] = file.get_tensor(name)
-                if not loaded[ours].dtype.is_floating_point:
-                    raise ModelError(f"{path}: tensor '{name}' is {loaded[ours].dtype}")
+                if shape != shapes[own]:
+                    raise ModelError(f"{path}: tensor '{name}' is {shape}, expected {shapes[own]}")
+                loaded[own] = file.get_tensor(name)
+                if not loaded[own].dtype.is_floating_point:
+                    raise ModelError(f"{path}: tensor '{name}' is {loaded[own].dtype}")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: broken or cut short ({one_line(str(error))})") from None
     return config, loaded
+
+
+def _peft_names(model: ModelConfig) -> dict[str, str]:
+    """Linear layers as transformers' class names them, from which PEFT takes its names, by ours.
+    Those that are a part of a tensor there keep ours, and PEFT does not find them."""
+    shapes = parameter_shapes(model)
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    names = {name.removesuffix(".weight"): name.removesuffix(".weight") for name in matrices}
+    family = next((family for family in FAMILIES.values() if family.has(model)), None)
+    if family is not None:
+        for tensor, members in stored_tensors(family.layout.stored(shapes)).items():
+            ours = members[0].removesuffix(".weight")
+            if len(members) == 1 and ours in names and ours.startswith("layers."):
+                names[ours] = tensor.removeprefix("model.").removesuffix(".weight")
+    return names
+
+
+def _stored_name(name: str, theirs: dict[str, str]) -> str:
+    """Of a matrix such as "layers.0.mlp.up_proj.lora_A"."""
+    layer, _, matrix = name.rpartition(".")
+    return f"{_PREFIX}{theirs[layer]}.{matrix}.weight"
+
+
+def _targets(model: Transformer, config: LoRAConfig) -> list[str]:
+    """`target_modules` for PEFT, which takes every layer whose name ends so."""
+    theirs = _peft_names(model.config)
+    if all(ours == name for ours, name in theirs.items()):
+        return list(config.target_modules)
+    adapted = {theirs[name] for name in named_adapters(model)}
+    # With the part of the block where another part has a layer of the same name.
+    others = {name.rpartition(".")[2] for name in theirs.values() if name not in adapted}
+    kinds = {name.split(".", 2)[2] for name in adapted}
+    ends = {kind: kind.rpartition(".")[2] for kind in sorted(kinds)}
+    return [*dict.fromkeys(kind if end in others else end for kind, end in ends.items())]
 
 
 def _with_experts(config: LoRAConfig) -> LoRAConfig:
@@ -227,7 +269,10 @@ def _read_values(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
+def _read_config(
+    directory: Path, base: Literal["fp32", "int8"], theirs: dict[str, str]
+) -> LoRAConfig:
+    """`theirs`: names of the model's layers in PEFT, by ours."""
     path = directory / CONFIG
     values = _read_values(path)
     if (kind := values.get("peft_type")) != "LORA":
@@ -240,8 +285,14 @@ def _read_config(directory: Path, base: Literal["fp32", "int8"]) -> LoRAConfig:
         raise ModelError(f"{path}: target_modules={quoted(targets)} is not a list of names")
     # PEFT matches the end of a name: "self_attn.q_proj" means every q_proj. Names of experts are
     # our own.
-    names = [str(name) for name in targets]
-    names = [name if name in EXPERT_TARGETS else name.rpartition(".")[2] for name in names]
+    names = []
+    for target in map(str, targets):
+        layers = [ours for ours, name in theirs.items() if f".{name}".endswith(f".{target}")]
+        kinds = {target_of(layer) for layer in layers}
+        kinds = kinds if target in EXPERT_TARGETS else kinds.difference(EXPERT_TARGETS)
+        names += sorted(kinds) or [
+            target if target in EXPERT_TARGETS else target.rpartition(".")[2]
+        ]
     keys = {"target_modules": names, "base": base}
     # A missing value is 0: off for dropout and rsLoRA, rejected for the rank and alpha.
     keys |= {ours: values.get(theirs, 0) for theirs, ours in _OURS.items()}

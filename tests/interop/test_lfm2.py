@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 import torch
 from family_tests import FamilyTests, close, ids, logits_of, transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import bytewise, randomised
 
+from khaosz.config import LORA_TARGETS, LoRAConfig
 from khaosz.errors import ModelError
+from khaosz.interop.adapter import load_adapter, save_adapter
 from khaosz.interop.gguf.file import GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, save_gguf
 from khaosz.interop.huggingface import config_from_hf, load_model
 from khaosz.model import Transformer
+from khaosz.model.lora import adapter_state, add_lora, named_adapters, target_of
 
 TYPES = ["conv", "conv", "full_attention", "conv", "full_attention"]
 
@@ -84,3 +89,50 @@ class TestLfm2(FamilyTests):
         ]:
             with pytest.raises(ModelError, match=message):
                 GgufModel.open(changed(**changes))
+
+
+@pytest.mark.parametrize(
+    ("targets", "written"),
+    [
+        (LORA_TARGETS, ["in_proj", "out_proj", "w1", "w2", "w3", "k_proj", "q_proj", "v_proj"]),
+        (("o_proj", "up_proj"), ["w3", "self_attn.out_proj"]),
+        (("out_proj", "q_proj"), ["conv.out_proj", "q_proj"]),
+    ],
+)
+def test_adapters_have_the_names_of_transformers(
+    tmp_path: Path, targets: tuple[str, ...], written: list[str]
+) -> None:
+    """PEFT adapts the layers whose name ends with a target, and stores them by their names."""
+    config = TestLfm2.config | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "lfm2"}
+    theirs = transformers.AutoConfig.for_model(**config)
+    layers = {
+        name
+        for name, part in transformers.AutoModelForCausalLM.from_config(theirs).named_modules()
+        if isinstance(part, torch.nn.Linear)
+    }
+    model = Transformer(config_from_hf(theirs.to_dict()))
+    add_lora(model, LoRAConfig(rank=2, target_modules=targets), torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path, "base")
+    ends = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    chosen = {name for name in layers if any(f".{name}".endswith(f".{end}") for end in ends)}
+    with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert ends == written
+    assert {f"base_model.model.{name}.lora_A.weight" for name in chosen} == {
+        name for name in stored if name.endswith("lora_A.weight")
+    }
+    again = Transformer(model.config)
+    assert set(load_adapter(again, tmp_path).target_modules) == {
+        target_of(name) for name in named_adapters(model)
+    }
+    # An earlier version wrote our names.
+    state = {f"base_model.model.model.{k}.weight": v for k, v in adapter_state(model).items()}
+    save_file(state, str(tmp_path / "adapter_model.safetensors"))
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    settings["target_modules"] = sorted({target_of(name) for name in named_adapters(model)})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    again = Transformer(model.config)
+    load_adapter(again, tmp_path)
+    for name, matrix in adapter_state(again).items():
+        assert torch.equal(matrix, adapter_state(model)[name])
