@@ -36,6 +36,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
         "plain questions in both languages: right, language kept, cut; llama.cpp and us",
     ),
     "grounded": ("bench.grounded", [], "whether a small model learns to answer from passages"),
+    "teach": ("bench.teach", [], "whether a .gguf learns a name, what it forgets, and its memory"),
     "serve": ("bench.serve", [], "the service: overhead per token, 64 clients for ten minutes"),
     "planned": (
         "bench.planned",

@@ -74,12 +74,15 @@ def train(
 
 def _with_paths(config: TrainConfig) -> TrainConfig:
     """Paths instead of the names of pulled models."""
-    from khaosz.interop.local_models import trainable_model
+    from khaosz.interop.local_models import named_path, trainable_model
 
     changes = {}
     for key in ("init_from", "reference", "reward_model"):
         model: Path | None = getattr(config, key)
-        if model is not None and (path := trainable_model(model)) != model:
+        if model is None:
+            continue
+        keeps = config.keeps_file and not model.exists()
+        if (path := named_path(str(model)) if keeps else trainable_model(model)) != model:
             say(f"{key}: {model} is {path}", err=True)
             changes[key] = path
     return config.updated(**changes) if changes else config

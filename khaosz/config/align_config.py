@@ -22,7 +22,9 @@ class LoRAConfig(Closed):
     """Low-rank adapters on frozen weights (Hu et al. 2021, arXiv:2106.09685).
 
     `rslora` scales by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv:2312.03732) rather than
-    alpha / rank. `base="int8"` stores the frozen weights in 8 bits during training.
+    alpha / rank. `base`: the frozen weights during training. `int8` rounds them to 8 bits; `file`
+    keeps them as the model's files store them, in a .gguf at its 2 to 8 bits (QLoRA, Dettmers et
+    al. 2023, arXiv:2305.14314), and checkpoints have the adapter alone.
     """
 
     rank: int = Field(default=16, ge=1, le=65_536)
@@ -30,7 +32,7 @@ class LoRAConfig(Closed):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = Field(default=LORA_TARGETS, min_length=1)
     rslora: bool = False
-    base: Literal["fp32", "int8"] = "fp32"
+    base: Literal["fp32", "int8", "file"] = "fp32"
 
     @field_validator("target_modules")
     @classmethod

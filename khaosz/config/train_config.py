@@ -21,7 +21,7 @@ from khaosz.config.model_config import ModelConfig
 from khaosz.config.names import meant_by
 from khaosz.config.presets import SIZES
 from khaosz.config.shipped import sample_data
-from khaosz.config.stages import ROLLOUT_STAGES, STAGES, Stage
+from khaosz.config.stages import ROLLOUT_STAGES, STAGES, TEXT_STAGES, Stage
 from khaosz.errors import did_you_mean
 
 MOST_STEPS = 10**12
@@ -272,9 +272,19 @@ class TrainConfig(Closed):
             self.schedule.check_steps(self.max_steps)
         if self.lora is not None and self.lora.dropout and self.stage in _NO_DROPOUT:
             raise ValueError(f"lora.dropout={self.lora.dropout:g}: {_NO_DROPOUT[self.stage]}")
+        if self.keeps_file and (self.stage not in TEXT_STAGES or self.init_from is None):
+            where = f"is for pt and sft, not {self.stage}"
+            if self.stage in TEXT_STAGES:
+                where = "needs init_from=MODEL"
+            raise ValueError(f'lora.base="file" {where}; set it to int8 or fp32')
         if self.model and self.init_from is not None:
             raise ValueError("[model] is for a new model and excludes init_from")
         return self
+
+    @property
+    def keeps_file(self) -> bool:
+        """Whether the frozen weights stay as the model's files store them."""
+        return self.lora is not None and self.lora.base == "file"
 
     @property
     def validates(self) -> bool:

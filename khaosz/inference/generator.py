@@ -15,11 +15,13 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.data.tokenizer.thinking import Thinking, thinking_of
 from khaosz.errors import ConfigError, GenerationError
+from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.linear.native import library
 from khaosz.inference.request import Logprob, Output
 from khaosz.inference.runner import Chunk, Runner, storage_of
 from khaosz.inference.sampling import SamplingParams
+from khaosz.interop.adapter import adapter_of
 from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer
 from khaosz.interop.sampling import FALLBACK, sampling_defaults, sampling_values
@@ -63,15 +65,17 @@ class Generator:
         context: int | None = None,
         memory: Memory | None = None,
         sampling: Mapping[str, float] | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """A `Transformer` is read in every pass, so it may be trained between calls. `lookup` is
         the old name of `prompt_lookup`; `context` as for `Engine`; `memory`: what was planned;
-        `sampling`: parameters of requests that name none, by default `FALLBACK`."""
+        `sampling`: parameters of requests that name none, by default `FALLBACK`; `adapter`: of
+        every prompt."""
         runner = model if isinstance(model, Runner) else Runner.from_module(model)
         self.engine = Engine(
             runner, tokenizer, prompt_lookup=prompt_lookup or lookup, context=context
         )
-        self.memory = memory
+        self.memory, self.adapter = memory, adapter
         self.sampling = FALLBACK if sampling is None else sampling
         self.model, self.tokenizer = model, tokenizer
         self._live = isinstance(model, Transformer)
@@ -90,13 +94,17 @@ class Generator:
         memory_check: bool = True,
         reranker: bool = False,
     ) -> Generator:
-        """Of a model directory or a .gguf file; `dtype` as for `Runner.open`.
+        """Of a model directory, a .gguf file, or a directory of an adapter, which is added to the
+        model that it names; `dtype` as for `Runner.open`.
 
         `context` bounds the tokens of prompt and answer, by default the model's own, or as many as
         the free memory holds. Raises `NotEnoughMemoryError`, before weights are read, for a
         model or a context that does not fit, unless `memory_check` is off; `ConfigError` for a
         context beyond the model's. `reranker`: also of a file with output rows for yes and no only.
         """
+        added = adapter_of(path)
+        if added is not None:
+            path, adapter_directory = added
         source = open_model(path, reranker=reranker)
         plan = plan_inference(source, device=device, dtype=dtype, context=context)
         gguf = source if isinstance(source, GgufModel) else None
@@ -110,6 +118,11 @@ class Generator:
             runner = Runner.from_gguf(gguf, dtype=dtype, deterministic=deterministic)
         else:
             runner = Runner.open(path, device=device, dtype=dtype, deterministic=deterministic)
+        adapter = None
+        if added is not None:
+            adapter = Adapter(
+                runner.config, adapter_directory, device=runner.device, dtype=runner.dtype
+            )
         return cls(
             runner,
             tokenizer,
@@ -117,6 +130,7 @@ class Generator:
             context=plan.context,
             memory=plan.memory(base),
             sampling=sampling_defaults(path),
+            adapter=adapter,
         )
 
     @property
@@ -321,7 +335,7 @@ class Generator:
     def _add(self, prompt: Prompt, params: SamplingParams) -> int:
         if self._live and not self.engine.unfinished:
             self.engine.weights_changed()  # a live module may have changed since
-        return self.engine.add(self.ids(prompt), params)
+        return self.engine.add(self.ids(prompt), params, adapter=self.adapter)
 
     def _pieces(self, ids: list[int], params: SamplingParams) -> Iterator[Piece]:
         request_id = self._add(ids, params)

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from khaosz.inference.linear.head import stored_nats
 from khaosz.model import Transformer, evaluating
 
 _CHUNK = 1024  # tokens whose logits exist at one time
@@ -69,7 +70,7 @@ def score_documents(
     the first input of a later window is the last target of the one before. The model is left in
     the mode it was in.
     """
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     lengths = torch.from_numpy(byte_lengths).to(device)
     total = Score()
     with evaluating(model):
@@ -133,5 +134,8 @@ def _score_batch(
 
 def token_nats(model: Transformer, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log P(target) (N,) of hidden states (N, D), in fp32."""
+    if (stored := model.stored_head) is not None:
+        cap = model.config.final_logit_softcapping
+        return stored_nats(model.head_input(hidden), stored, targets, cap)[0]
     logits = model.logits(hidden).float()
     return logits.logsumexp(-1) - logits.gather(-1, targets[:, None]).squeeze(1)

@@ -26,6 +26,7 @@ from khaosz.interop.sampling import recommended_sampling
 from khaosz.model import RewardModel, Transformer, parameter_shapes, parameters_fingerprint
 from khaosz.model.lora import adapter_state, add_lora, merged_weight, named_adapters, target_of
 
+LoRABase = Literal["fp32", "int8", "file"]
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 BASE = "base_model.json"
@@ -90,9 +91,7 @@ def save_adapter(
         raise ModelError(what, hint="free some space, or choose another directory") from None
 
 
-def load_adapter(
-    model: Transformer, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
-) -> LoRAConfig:
+def load_adapter(model: Transformer, directory: Path, *, base: LoRABase = "fp32") -> LoRAConfig:
     """Add the adapters in `directory` to a plain model, in place, and return their configuration.
 
     `base` is the type of the frozen matrices, which the files do not contain. Raises `ModelError`
@@ -112,8 +111,32 @@ def load_adapter(
     return config
 
 
+def adapter_of(path: str | Path) -> tuple[Path, Path] | None:
+    """The base model and the adapter of a directory that holds an adapter, itself or in `adapter`
+    of a checkpoint without weights; None for another path. Raises `ModelError` where the base model
+    is not on this machine."""
+    directory = Path(path)
+    if not (directory / CONFIG).exists():
+        directory = directory / "adapter"
+        if not (directory / CONFIG).exists() or (directory.parent / "config.json").exists():
+            return None
+    return base_of(directory), directory
+
+
+def base_of(directory: Path) -> Path:
+    """The model that an adapter names. Raises `ModelError` where it is not on this machine."""
+    name = _read_values(directory / CONFIG).get("base_model_name_or_path")
+    base = Path(str(name or ""))
+    if not name or not base.exists():
+        raise ModelError(
+            f"{directory}: base model {quoted(name)} not found on this machine",
+            hint="give it with --base MODEL",
+        )
+    return base
+
+
 def read_adapter(
-    model: ModelConfig, directory: Path, *, base: Literal["fp32", "int8"] = "fp32"
+    model: ModelConfig, directory: Path, *, base: LoRABase = "fp32"
 ) -> tuple[LoRAConfig, dict[str, Tensor]]:
     """The configuration and the matrices of an adapter, by names such as
     `layers.0.mlp.up_proj.lora_A`: A (r, inputs) and B (outputs, r). Raises `ModelError` as
@@ -219,13 +242,7 @@ def merge_adapter(
             hint="the checkpoint that contains it is the merged reward model",
         )
     if base is None:
-        name = values.get("base_model_name_or_path")
-        base = Path(str(name or ""))
-        if not name or not base.exists():
-            raise ModelError(
-                f"{directory}: base model {quoted(name)} not found on this machine",
-                hint="give it with --base DIR",
-            )
+        base = base_of(directory)
     model, tokenizer = open_model(base), open_tokenizer(base)
     if not any_base:
         _require_base(directory, base, model, tokenizer)
@@ -269,9 +286,7 @@ def _read_values(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _read_config(
-    directory: Path, base: Literal["fp32", "int8"], theirs: dict[str, str]
-) -> LoRAConfig:
+def _read_config(directory: Path, base: LoRABase, theirs: dict[str, str]) -> LoRAConfig:
     """`theirs`: names of the model's layers in PEFT, by ours."""
     path = directory / CONFIG
     values = _read_values(path)

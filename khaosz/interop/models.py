@@ -16,7 +16,7 @@ from khaosz.errors import ModelError, TokenizerError
 from khaosz.files import atomic_folder, disk_hint
 from khaosz.interop import huggingface
 from khaosz.interop.fetch.store import record_of
-from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, is_gguf
+from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, is_gguf, split_names
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.retrieval import check_encoder, is_encoder
@@ -73,6 +73,20 @@ def open_model(path: str | Path, *, reranker: bool = False) -> ModelSource:
             hint="name it as --reranker",
         )
     return model
+
+
+def model_config(path: str | Path) -> ModelConfig:
+    """The shape of a model in either format. Raises `ModelError` as `open_model` does for a .gguf
+    file, for a directory as `load_config`."""
+    return open_model(path).config if is_gguf(path) else huggingface.load_config(Path(path))
+
+
+def model_files(path: str | Path) -> list[Path]:
+    """The files with a model's weights. Raises `ModelError`."""
+    path = Path(path)
+    if is_gguf(path):
+        return [path.with_name(name) for name in split_names(path.name)]
+    return huggingface.weight_files(path)
 
 
 def _encodes(path: str | Path) -> ModelError:

@@ -58,6 +58,7 @@ class TrainingPlan:
     rollout        answers that are sampled at the same time
     packed         the largest micro-batch, where sequences do not fill its rows
     records        bytes of encoded records, where they are not in a mapped file
+    stored         with lora.base=file, bytes of the matrices and of the embeddings in the file
     """
 
     config: ModelConfig
@@ -75,6 +76,7 @@ class TrainingPlan:
     rollout: int = 0
     packed: Packed | None = None
     records: int = 0
+    stored: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -115,6 +117,8 @@ class TrainingPlan:
         if self.lora is not None:
             weights += 4 * adapters
             trained, muon = adapters, 0
+            if self.stored is not None:
+                weights = 4 * adapters + self.stored
             if self.lora.base == "int8":  # codes of one byte, and a scale in fp32 for each row
                 rows = sum(shape[0] for shape in targets)
                 weights += 4 * rows - 3 * sum(shape[0] * shape[1] for shape in targets)
@@ -183,11 +187,13 @@ class TrainingPlan:
             activations *= 2
             matrices *= 2
         # Under autocast each matrix has a copy in the compute type until its backward pass.
-        copies = size * matrices if dtype != torch.float32 else 0
+        copies = size * matrices if dtype != torch.float32 and self.stored is None else 0
         if self.gradient_checkpointing:
             copies //= layers
         parts = {"activations": activations, "buffers": copies}
-        if self.lora is not None and self.lora.base == "int8":
+        if self.stored is not None:  # one dequantised matrix at a time
+            parts["buffers"] += size * max(rows * columns for rows, columns in self._matrices())
+        elif self.lora is not None and self.lora.base == "int8":
             # One dequantised matrix at a time: in fp32, and in the compute type.
             largest = max((rows * columns for rows, columns in self._matrices()), default=0)
             parts["buffers"] += (4 + size) * largest
@@ -206,10 +212,15 @@ class TrainingPlan:
         (V, D) and its weight in the compute type; the loss's input and its gradient (N, D)."""
         config, size = self.config, dtype.itemsize
         vocabulary, width = config.vocab_size, config.hidden_size
+        if self.stored is not None:  # rows of the head at a time, and what is summed over them
+            rows = min(vocabulary, max(256, CHUNK_LOGITS // max(self.scored, width)))
+            logits = (12 + size) * self.scored * rows + size * rows * width
+            return logits + (8 + 2 * size) * self.scored * width
         chunk = max(1, min(self.loss_chunk, CHUNK_LOGITS // vocabulary, self.scored))
         numbers = 5 if config.final_logit_softcapping is None else 7  # capped, and their slope
         logits = (numbers * 4 + 1 + size) * chunk * vocabulary
-        head = (4 + (size if dtype != torch.float32 else 0)) * vocabulary * width
+        gradient = 0 if self.lora is not None else 4
+        head = (gradient + (size if dtype != torch.float32 else 0)) * vocabulary * width
         return logits + head + 2 * size * self.scored * width
 
     def _kernels(self) -> int:

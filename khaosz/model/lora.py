@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from khaosz.config import EXPERT_TARGETS, LORA_TARGETS, LoRAConfig
 from khaosz.errors import ConfigError
+from khaosz.model.frozen import FrozenLinear
 
 
 def scale_of(config: LoRAConfig) -> float:
@@ -39,7 +40,7 @@ class LoRALinear(nn.Module):
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Linear | FrozenLinear,
         config: LoRAConfig,
         *,
         quantize_base: bool = False,
@@ -48,13 +49,14 @@ class LoRALinear(nn.Module):
         super().__init__()
         base.requires_grad_(False)
         self.base = Int8Linear(base) if quantize_base else base
+        device = base.weight.device if isinstance(base, nn.Linear) else None
         self.config, self.enabled = config, True  # see `without_lora`
         self.scale = scale_of(config)
         a = nn.init.kaiming_uniform_(
             torch.empty(config.rank, base.in_features), a=math.sqrt(5), generator=generator
         )
         b = torch.zeros(base.out_features, config.rank)
-        self.lora_A, self.lora_B = (nn.Parameter(x.to(base.weight.device)) for x in (a, b))
+        self.lora_A, self.lora_B = (nn.Parameter(x.to(device)) for x in (a, b))
         self.train(base.training)  # or dropout would run in an evaluated model
 
     @property
@@ -84,7 +86,7 @@ class Int8Linear(nn.Module):
     codes: Tensor  # (O, I) int8
     scales: Tensor  # (O, 1) fp32
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | FrozenLinear) -> None:
         super().__init__()
         weight = base.weight.detach().float()
         # Clamped for rows of zeros or subnormals, where largest / 127 is zero.
@@ -140,7 +142,8 @@ def add_lora(
     assert not adapted, "the model has adapters already"
     model.requires_grad_(False)
     int8 = config.base == "int8"
-    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    kinds = nn.Linear | FrozenLinear
+    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, kinds)]
     names = {target_of(name) for name, _ in linear}
     targets = [name for name in config.target_modules if name in names]
     if not targets:

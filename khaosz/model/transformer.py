@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from khaosz.config.model_config import ModelConfig
+from khaosz.model.frozen import StoredMatrix
 from khaosz.model.mixture import Router
 from khaosz.model.module import Attention, Block, block_shapes
 from khaosz.model.part import Part, RMSNorm, Rotations, linear
@@ -116,7 +117,18 @@ class Transformer(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """The (V, D) matrix that turns hidden states into logits."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        weight = self._head.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def stored_head(self) -> StoredMatrix | None:
+        """The same where it stays in the format of a file, else None."""
+        return getattr(self._head, "matrix", None)
+
+    @property
+    def _head(self) -> nn.Module:
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., D)."""

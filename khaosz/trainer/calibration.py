@@ -33,6 +33,7 @@ _TOKENS_PER_FORWARD = 16_384  # on an accelerator
 # cost of an operation small. A larger forward pass only takes more memory (mini, 17M: one window is
 # as fast as two, with a quarter less memory).
 _WORK_PER_FORWARD = 2**28
+_MOST_CALIBRATION_S = 10.0  # of a measurement that is repeated
 _WORTH_COMPILING_S = 120.0  # a shorter run ends before compilation pays off
 
 
@@ -98,6 +99,8 @@ def calibrate(
     batches = [batch.to(parallel.device) for batch in strategy.micro_batches(0)]
     timing = _Timing(model, config, parallel, strategy, batches)
     problem = compiler_problem(parallel.device)
+    if config.keeps_file:
+        problem = "lora.base=file dequantises outside of the compiler"
     if config.compile == "on" and problem:
         raise DeviceError(f"compile=on, but {problem}", hint="install one, or compile=auto")
     reasons: list[str] = []
@@ -105,16 +108,18 @@ def calibrate(
     dtype = torch.float32 if config.dtype != "bf16" else torch.bfloat16
     eager: dict[torch.dtype, float] = {}
     if config.dtype == "auto":
-        supported: list[Compute] = []
+        supported, first = list[Compute](), list[float]()
         for candidate in (torch.float32, torch.bfloat16):
             try:
                 compute = _compute(model, config, candidate, False)
-                timing.least_seconds([(None, compute)], rounds=1)
+                first += timing.least_seconds([(None, compute)], rounds=1)
                 supported.append(compute)
             except RuntimeError:  # raised by a device without bf16 kernels
                 if candidate == torch.bfloat16 and not supported:
                     raise  # possibly out of memory
-        seconds_of = timing.least_seconds([(None, compute) for compute in supported])
+        seconds_of = first  # a first pass takes a little longer, which counts in short ones
+        if sum(first) < _MOST_CALIBRATION_S:
+            seconds_of = timing.least_seconds([(None, compute) for compute in supported])
         eager = {c.dtype: s for c, s in zip(supported, seconds_of, strict=True)}
         dtype = min(eager, key=lambda name: eager[name])
         times = ", ".join(f"{_name(d)} {s * 1e3:,.0f} ms" for d, s in eager.items())
@@ -212,6 +217,8 @@ class _Timing:
         modules = [LossModule(model.train(), self.strategy, compute) for _, compute in candidates]
         seconds: list[list[float]] = [[] for _ in candidates]
         for _ in range(rounds):
+            if sum(map(sum, seconds)) > _MOST_CALIBRATION_S:
+                break
             for (blocks, _), module, times in zip(candidates, modules, seconds, strict=True):
                 model.compiled_blocks = blocks
                 with _timed(self.parallel, times):
@@ -238,9 +245,13 @@ class _Timing:
             self.model.zero_grad(set_to_none=True)
 
         runs = 5 if self.config.max_minutes is not None else 1
-        once()
+        first: list[float] = []
+        with _timed(self.parallel, first):
+            once()
+        if first[0] > _MOST_CALIBRATION_S:
+            return first[0]
         seconds: list[float] = []
-        for _ in range(runs):
+        while len(seconds) < runs and sum(seconds) < _MOST_CALIBRATION_S:
             with _timed(self.parallel, seconds):
                 once()
         return statistics.median(seconds)

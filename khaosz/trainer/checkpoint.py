@@ -2,7 +2,8 @@
 
     OUT/step-000123/    config.json, model.safetensors, tokenizer.json, ..., train_config.json
                         and the settings of an embedder (interop/sentence_transformers.py)
-    OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged
+    OUT/step-000123/adapter/  the adapters of a LoRA run; model.safetensors has them merged, or with
+                        lora.base=file is absent
     OUT/step-000123/state/    optimizer.safetensors, rng.safetensors, state.json; in reinforcement
                               learning critic.safetensors and each rank's rollout-R.safetensors;
                               files.json has the size and a hash of each file that a resume reads
@@ -86,22 +87,26 @@ def _write(context: TrainContext, directory: Path) -> None:
     state.mkdir()
     base = context.config.init_from
     if context.config.lora is not None:
+        named: Path | str = base or "a model of its own"
+        if base is not None and context.config.keeps_file:
+            named = base.absolute()  # the adapter is used from wherever it lies
         origin = {name: context.fingerprints[name]["hash"] for name in context.fingerprints}
         save_adapter(
             context.model,
             directory / ADAPTER,
-            base or "a model of its own",
+            named,
             base_weights=origin.get("init_from"),
             base_tokenizer=origin.get("tokenizer"),
         )
-    save_model(
-        merged(context.model) if context.config.lora else context.model,
-        directory,
-        bos_id=tokenizer.bos_id,
-        eos_ids=list(tokenizer.end_ids),
-        pad_id=tokenizer.pad_id,
-        sampling=None if base is None else recommended_sampling(base),
-    )
+    if not context.config.keeps_file:
+        save_model(
+            merged(context.model) if context.config.lora else context.model,
+            directory,
+            bos_id=tokenizer.bos_id,
+            eos_ids=list(tokenizer.end_ids),
+            pad_id=tokenizer.pad_id,
+            sampling=None if base is None else recommended_sampling(base),
+        )
     if context.config.stage == "embed":
         embed, width = context.config.embed, context.model.config.hidden_size
         settings = EmbedderSettings(

@@ -40,12 +40,13 @@ from khaosz.errors import (
     KhaoszError,
     ModelError,
 )
+from khaosz.interop.gguf.file import is_gguf
 from khaosz.interop.huggingface import (
     check_rotary,
     is_reward_model,
-    load_config,
     weight_files,
 )
+from khaosz.interop.models import model_config, open_tokenizer
 from khaosz.parallel import ParallelContext
 from khaosz.parallel.setup import device_type, world_size
 from khaosz.trainer.calibration import compiler_problem, rows_per_step
@@ -54,6 +55,7 @@ from khaosz.trainer.corpus import is_prepared
 from khaosz.trainer.loggers import logger_module
 from khaosz.trainer.memory import check_stage_memory
 from khaosz.trainer.open_run import new_shape, with_size, with_training_numbers
+from khaosz.trainer.stages.lengths import chat_lengths, derives_window, window_for
 from khaosz.trainer.stages.limits import (
     PREFERENCE_PAIRS,
     TEXT_PAIRS,
@@ -262,6 +264,9 @@ def _check(config: TrainConfig, earlier: _Earlier, resume: bool) -> list[Checked
     vocab_size = known or preset(sized.size).model.vocab_size
     shape = initial or new_shape(sized, vocab_size)
     check_rotary(shape, "[model]" if initial is None else str(config.init_from))
+    if derives_window(sized) and tokenizer and (lengths := chat_lengths(sized, tokenizer)):
+        derived.append(window_for(lengths, shape.max_position_embeddings))
+        sized = sized.updated(window=derived[-1].value)
     sized, numbers = with_training_numbers(sized, shape, vocab_size, loaded=initial is not None)
     _check_sizes(sized, shape, parallel)
     if tokenizer is not None:
@@ -334,7 +339,7 @@ def _model(
     whether it must be a reward model, None if it may be one. Raises `ModelError`."""
     made = earlier.writer(path)
     is_reward = is_reward_model(path) if made is None else made.config.stage == "rm"
-    shape = load_config(path) if made is None else made.shape
+    shape = model_config(path) if made is None else made.shape
     if shape.bidirectional:
         raise ModelError(
             f"{path} is an encoder, which cannot be trained here",
@@ -352,8 +357,9 @@ def _model(
         )
     if made is not None:
         return shape, made.tokenizer
-    weight_files(path)  # raises for missing ones
-    return shape, load_tokenizer(path)
+    if not is_gguf(path):
+        weight_files(path)  # raises for missing ones
+    return shape, open_tokenizer(path)
 
 
 def _own_tokenizer(config: TrainConfig) -> Tokenizer | None:

@@ -17,6 +17,7 @@ from khaosz.data.shards.prepare import change_of, prepare, prepared_from, shown_
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from khaosz.errors import DataError
 from khaosz.files import write_atomic
+from khaosz.interop.models import open_tokenizer
 from khaosz.parallel import ParallelContext
 
 # Bytes of text per merge; more text only takes longer.
@@ -35,7 +36,7 @@ def tokenizer_for(
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     if initial is not None:
-        return load_tokenizer(initial)
+        return open_tokenizer(initial)
     if is_prepared(config.data):
         return load_tokenizer(PreparedData.open(config.data).tokenizer_dir)
     directory = config.out / "tokenizer"

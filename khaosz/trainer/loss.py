@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from khaosz.data.batches.batch import IGNORE, SHAPE_STEP
+from khaosz.inference.linear.head import stored_nats
 from khaosz.model import capped
+from khaosz.model.frozen import StoredMatrix
 
 # Logits of a chunk at most, for any vocabulary: 32 MB in fp32, of which a few copies live.
 CHUNK_LOGITS = 1 << 23
@@ -61,15 +63,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The whole function runs outside autocast; hidden's dtype is the compute type.
         compute_weight = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        by_hidden, by_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if by_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if by_weight else None
         for start in range(0, len(labels), chunk):
             part = slice(start, start + chunk)
             part_loss, gradient = inner(hidden[part], compute_weight, labels[part], cap)
             loss += part_loss
-            if grad_hidden is not None and grad_weight is not None:
+            if grad_hidden is not None:
                 torch.mm(gradient, compute_weight, out=grad_hidden[part])
+            if grad_weight is not None:
                 if gradient.dtype == torch.float32:
                     grad_weight.addmm_(gradient.t(), hidden[part])
                 else:
@@ -94,9 +97,26 @@ def missing_rows(count: int, chunk: int) -> int:
     return min(-last % SHAPE_STEP, -last % chunk)
 
 
+class _StoredCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head: StoredMatrix, labels: Tensor, cap: float | None
+    ) -> Tensor:
+        wanted = ctx.needs_input_grad[0]
+        nats, gradient = stored_nats(hidden, head, labels, cap, gradient=wanted)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
+        return nats.sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(grads[0]).to(ctx.dtype), None, None, None
+
+
 def cross_entropy_sum(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | StoredMatrix,
     labels: Tensor,
     *,
     chunk: int = 1024,
@@ -111,13 +131,17 @@ def cross_entropy_sum(
     before the matrix product: selected, not multiplied, so that neither a NaN there nor their cost
     has an effect. Without scored positions the sum and its gradients are 0. The last chunk is
     padded with ignored rows to a multiple of `SHAPE_STEP`; for a compiled `inner` to a whole chunk,
-    because every new shape would be compiled again. `cap`: of the model's logits.
+    because every new shape would be compiled again. `cap`: of the model's logits. A `weight` in the
+    format of a file is not trained.
     """
     flat, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     scored = targets != IGNORE
     if not bool(scored.all()):
         rows = scored.nonzero().squeeze(1)
         flat, targets = flat.index_select(0, rows), targets.index_select(0, rows)
+    if not isinstance(weight, Tensor):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return _StoredCrossEntropy.apply(flat.to(dtype), weight, targets, cap)
     chunk = min(chunk, max(1, CHUNK_LOGITS // weight.shape[0]))
     missing = missing_rows(len(targets), chunk) if inner is chunk_loss else -len(targets) % chunk
     if missing:

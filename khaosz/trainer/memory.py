@@ -18,6 +18,7 @@ from khaosz.config import (
 )
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.errors import ConfigError
+from khaosz.interop.models import model_files
 from khaosz.memory.machine import Limit, memory_limits, resident_memory
 from khaosz.memory.parts import Memory, check_memory
 from khaosz.memory.training import TrainingPlan
@@ -69,7 +70,16 @@ def training_plan(
         rollout=config.rollout.prompts * config.rollout.group // parallel.world if rollouts else 0,
         packed=packed,
         records=0 if text else _RECORDS * input_bytes(config),
+        stored=stored_bytes(config),
     )
+
+
+def stored_bytes(config: TrainConfig) -> int | None:
+    """Bytes of a model's files where its matrices stay in them, else None."""
+    if not config.keeps_file or config.init_from is None:
+        return None
+    path = config.init_from
+    return sum(file.stat().st_size for file in model_files(path))
 
 
 def check_stage_memory(

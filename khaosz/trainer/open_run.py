@@ -15,14 +15,14 @@ from khaosz.config.presets import Derived, nearest_size, training_numbers
 from khaosz.data.tokenizer import Tokenizer, load_tokenizer
 from khaosz.errors import CheckpointError, ConfigError, ModelError
 from khaosz.files import write_json
-from khaosz.interop.adapter import load_adapter
+from khaosz.inference.linear.frozen import frozen_model
+from khaosz.interop.adapter import base_fingerprint, load_adapter
 from khaosz.interop.huggingface import (
     is_reward_model,
-    load_config,
     load_reward_model,
     model_type,
 )
-from khaosz.interop.models import load_model
+from khaosz.interop.models import load_model, model_config, open_model
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
@@ -114,7 +114,12 @@ class OpenRun:
         `name`. Raises `CheckpointError` for other weights than those that the run began with."""
         if name in self.fingerprints or self.parallel.local_rank:
             return
-        if not self.record(name, weights_fingerprint(model), path):
+        if model.stored_head is None:
+            weights = weights_fingerprint(model)
+        else:  # its matrices are not parameters
+            assert path is not None
+            weights = base_fingerprint(open_model(path))
+        if not self.record(name, weights, path):
             was = self.fingerprints[name].get("path")
             raise CheckpointError(
                 f"{name}: {path} is another model than the one that the run began with",
@@ -310,7 +315,7 @@ def with_size(
         derived = [size_for_minutes(config.max_minutes or 10.0, accelerator=accelerated)]
         size = str(derived[0].value)
     if config.init_from is not None:
-        size = nearest_size((initial or load_config(config.init_from)).hidden_size)
+        size = nearest_size((initial or model_config(config.init_from)).hidden_size)
     assert size is not None
     return config.updated(size=size), derived
 
@@ -324,7 +329,11 @@ def initial_model(
     if directory is not None:
         reward = config.stage == "rm" and is_reward_model(directory)
         load = load_reward_model if reward else load_model
-        model: Transformer = load(directory, device=parallel.device)
+        model: Transformer
+        if config.keeps_file:
+            model = frozen_model(open_model(directory))
+        else:
+            model = load(directory, device=parallel.device)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ConfigError(
                 f"{directory} has a vocabulary of {model.config.vocab_size}, the tokenizer"

@@ -138,7 +138,7 @@ class PTStrategy(Strategy):
     def loss(self, model: Transformer, batch: Batch, compute: Compute) -> Tensor:
         return cross_entropy_sum(
             model.head_input(hidden_states(model, batch, compute)),
-            model.output_weight,
+            model.stored_head or model.output_weight,
             batch.labels,
             chunk=compute.loss_chunk,
             dtype=compute.dtype,

@@ -541,7 +541,7 @@ def test_blocks_compile_in_one_graph(base: str) -> None:
         ({"rank": 0}, "rank: .* greater than or equal to 1"),
         ({"alpha": 0.0}, "alpha: .* greater than 0"),
         ({"dropout": 1.0}, "dropout: .* less than 1"),
-        ({"base": "int4"}, "base: .*'fp32' or 'int8'"),
+        ({"base": "int4"}, "base: .*'fp32', 'int8' or 'file'"),
         ({"ranks": 4}, "unknown key 'ranks'"),
     ],
 )

@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.chat import to_messages, weighted_mask
+from khaosz.data.records.chat import to_messages
 from khaosz.data.records.layouts import fitting, read_record
+from khaosz.data.records.learned import learned_chats
 from khaosz.data.records.readers import RawBatch, Skip, detect_language, parsed
 from khaosz.data.records.report import HASH_BYTES, text_hash
 from khaosz.data.records.turns import LeftOut, has_reasoning
 from khaosz.data.shards.mmap import Stage, token_dtype
-from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer, load_tokenizer
 from khaosz.errors import DataError
 
@@ -91,13 +91,21 @@ class _Documents:
     def skip(self, number: int, reason: str, *, unread: bool = True) -> None:
         self.skipped.append((number, reason, unread))
 
-    def add(self, record: dict[str, Any], text: str, n_bytes: int, identity: str) -> None:
+    def add(
+        self, record: dict[str, Any], text: str, n_bytes: int, identity: str, number: int = 0
+    ) -> None:
+        """`number`: of several documents of a record. Only one has its bytes; all are held out or
+        none, by the first half of their hash."""
         language = _language(record.get("lang")) or detect_language(text)
         key = (source_name(record.get("source") or self.stem), language)
         self.group.append(self.groups.setdefault(key, len(self.groups)))
-        self.n_bytes.append(n_bytes)
-        self.n_characters.append(len(text))
-        self.hashes.append(text_hash(identity))
+        self.n_bytes.append(0 if number else n_bytes)
+        self.n_characters.append(0 if number else len(text))
+        hashed = text_hash(identity)
+        half = HASH_BYTES // 2
+        if number:
+            hashed = hashed[:half] + text_hash(f"{number} {identity}")[half:]
+        self.hashes.append(hashed)
 
 
 def start_worker() -> None:
@@ -255,17 +263,18 @@ def _encode_chats(
             identity = json.dumps(parts, ensure_ascii=False, sort_keys=True)
             if _utf8_length(identity) is None:
                 raise DataError("lone surrogate in a JSON escape")
-            ids, loss_mask = encode_chat(tokenizer, chat.messages, chat.tools or None)
-            loss_mask = weighted_mask(loss_mask, chat.weights)
+            texts = learned_chats(tokenizer, chat.messages, chat.tools or None, chat.weights)
         except DataError as error:
             documents.skip(number, str(error), unread=not isinstance(error, LeftOut))
             continue
         except RecursionError:
             documents.skip(number, "nested too deeply")
             continue
-        documents.add(record, text, len(text.encode("utf-8")), identity)
-        tokens.append(np.array(ids, dtype=dtype))
-        masks.append(np.array(loss_mask, dtype=np.uint8))
+        n_bytes = len(text.encode("utf-8"))
+        for number, (ids, loss_mask) in enumerate(texts):
+            documents.add(record, text, n_bytes, identity, number)
+            tokens.append(np.array(ids, dtype=dtype))
+            masks.append(np.array(loss_mask, dtype=np.uint8))
     lengths = np.array([len(ids) for ids in tokens[1:]], dtype=np.int64)
     return np.concatenate(tokens), lengths, np.concatenate(masks)
 

@@ -163,6 +163,12 @@ class PreparedData:
     def tokenizer_dir(self) -> Path:
         return self.directory / "tokenizer"
 
+    def lengths(self, split: str) -> list[int]:
+        """Tokens of every document."""
+        shards = [shard for group in self.groups if group.split == split for shard in group.shards]
+        spans = (shard.document_span(i) for shard in shards for i in range(len(shard)))
+        return [end - start for start, end in spans]
+
     def content(self, split: str) -> str:
         """A hash of a split's tokens by the checksums in the shards' headers, which `verify`
         compares with the tokens."""

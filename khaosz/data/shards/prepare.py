@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from khaosz.config import ColumnsConfig
+from khaosz.data.records.learned import learned_chats
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import InputReport, refuse_unread, usable_records, worst_reason
 from khaosz.data.shards.dedup import PrepareState
@@ -31,7 +32,6 @@ from khaosz.data.shards.manifest import PrepareReport, identity, read_manifest
 from khaosz.data.shards.mmap import Stage
 from khaosz.data.shards.writer import Preparation, PrepareProgress
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 from khaosz.files import digest, disk_hint
 
@@ -101,7 +101,7 @@ def prepare(
         if run.stage is None:
             run.stage = _choose_stage(stage, paths, columns)
         if run.stage == "sft":
-            _require_generation_marks(tokenizer)
+            _require_chats(tokenizer)
         try:
             run.consume(workers)
             if run.report.documents:
@@ -231,9 +231,9 @@ def _choose_stage(stage: str, paths: list[Path], columns: ColumnsConfig | None) 
     return "pt"  # no record is usable; reading the files as PT reports why
 
 
-def _require_generation_marks(tokenizer: Tokenizer) -> None:
+def _require_chats(tokenizer: Tokenizer) -> None:
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    encode_chat(tokenizer, chat, need_mask=True)
+    learned_chats(tokenizer, chat)
 
 
 @contextmanager

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.text import Text
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.chat import to_messages, weighted_mask
+from khaosz.data.records.chat import to_messages
 from khaosz.data.records.layouts import fitting, read_record
+from khaosz.data.records.learned import learned_chats
 from khaosz.data.records.report import InputReport, summary, usable_records, worst_reason
 from khaosz.data.shards.manifest import PreparedData
 from khaosz.data.tokenizer import Tokenizer
-from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.errors import DataError
 
 BOUNDARY, OPEN, CLOSE = "▏", "⟦", "⟧"
@@ -187,7 +187,9 @@ def _from_raw(
                 yield _Record(title, ids, None)
             else:
                 chat = to_messages(record, columns)
-                ids, mask = encode_chat(tokenizer, chat.messages, chat.tools, need_mask=True)
-                yield _Record(title, ids, weighted_mask(mask, chat.weights))
+                for ids, mask in learned_chats(
+                    tokenizer, chat.messages, chat.tools or None, chat.weights
+                ):
+                    yield _Record(title, ids, mask)
         except DataError as error:
             raise DataError(f"{path}, record {line}: {error}", hint=error.hint) from error

@@ -229,16 +229,33 @@ def encode_chat(
     add_generation_prompt: bool = False,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
-    need_mask: bool = False,
     limit: int | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Ids and loss mask of a chat, both of the same length. The mask is 1 on the assistant's text,
-    its tool calls and the end of its turn.
+    """Ids and loss mask of a chat, both of the same length. The mask is 1 on what the template
+    marks with `{% generation %}`: the assistant's text, its tool calls and the end of its turn. Of
+    templates without marks, `learned_chats` finds these.
 
     Special tokens written inside messages and `template_kwargs` are text. Raises DataError for a
-    bad chat, and with `need_mask` for a template without `{% generation %}`; ContextLengthError
-    early for a long chat that has more than `limit` tokens.
+    bad chat; ContextLengthError early for a long chat that has more than `limit` tokens.
     """
+    text, spans = chat_text(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
+    if limit is not None and tokenizer.control_encoder.exceeds(text, limit):
+        raise ContextLengthError(limit)
+    return encode_spans(tokenizer, text, spans)
+
+
+Spans = list[tuple[int, int]]
+
+
+def chat_text(
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    tools: Sequence[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[str, Spans]:
+    """The chat as the model reads it, with the aliases of the template's control tokens, and the
+    character ranges that the template marks. Raises DataError for a bad chat."""
     check_messages(messages)
     nonce = secrets.token_hex(16)
     pattern = tokenizer.special_pattern
@@ -247,7 +264,7 @@ def encode_chat(
     )
     encoder = tokenizer.control_encoder
     text = ""
-    spans: list[tuple[int, int]] = []  # generated parts of `text`, as character ranges
+    spans: Spans = []
     generated_from: int | None = None  # start of the open generation block
     position = 0
     for match in _marks(pattern.pattern).finditer(rendered):
@@ -271,20 +288,17 @@ def encode_chat(
     if generated_from is not None:
         spans.append((generated_from, len(text)))
     refuse_surrogates(text)
-    if limit is not None and encoder.exceeds(text, limit):
-        raise ContextLengthError(limit)
+    return text, spans
+
+
+def encode_spans(tokenizer: Tokenizer, text: str, spans: Spans) -> tuple[list[int], list[int]]:
+    """Ids of a text of `chat_text`, and a mask that is 1 on tokens which overlap a span, as in
+    transformers."""
     generated = bytearray(len(text))
     for start, end in spans:
         generated[start:end] = b"\1" * (end - start)
-    ids, offsets = encoder.encode(text)
-    # A token that overlaps a span counts as generated, as in transformers.
-    loss_mask = [int(generated.find(1, start, max(end, start + 1)) >= 0) for start, end in offsets]
-    if need_mask and not any(loss_mask):
-        raise DataError(
-            "the chat template has no {% generation %} markers, so no token would be trained on",
-            hint="put {% generation %} and {% endgeneration %} around the assistant's text",
-        )
-    return ids, loss_mask
+    ids, offsets = tokenizer.control_encoder.encode(text)
+    return ids, [int(generated.find(1, start, max(end, start + 1)) >= 0) for start, end in offsets]
 
 
 def encode_control(tokenizer: Tokenizer, text: str) -> list[int]:

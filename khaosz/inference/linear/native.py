@@ -70,6 +70,19 @@ class MappedMatrix:
         return out if x.dtype == out.dtype else out.to(x.dtype)
 
 
+def dequantise(library: ctypes.CDLL, raw: np.ndarray, kind: str, out: Tensor) -> None:
+    """Raw rows, uint8 (R, bytes of a row) of a quantised type, as numbers: `out` (R, C) is fp32 or
+    bf16, contiguous."""
+    number, block, size = TENSOR_TYPES[kind]
+    rows, columns = len(raw), raw.shape[1] // size * block  # the library does not check them
+    assert rows >= LEAST_ROWS and raw.dtype == np.uint8 and raw.flags.c_contiguous, raw.shape
+    assert out.shape == (rows, columns) and out.is_contiguous(), (out.shape, raw.shape)
+    halves = {torch.float32: 0, torch.bfloat16: 1}[out.dtype]
+    place, rest = out.data_ptr(), (halves, _pool(), torch.get_num_threads())
+    status = library.khaosz_dequantise(number, raw.ctypes.data, rows, columns, place, *rest)
+    assert status == 0, status
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None if they can't be compiled or would be slow."""
     if os.environ.get("KHAOSZ_NATIVE") == "0":
@@ -159,6 +172,9 @@ def _opened(path: Path) -> ctypes.CDLL:
     pointer, small, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.khaosz_multiply.argtypes = [
         *(small, pointer, long, long, pointer, pointer, small, pointer, pointer, small)
+    ]
+    library.khaosz_dequantise.argtypes = [
+        *(small, pointer, long, long, pointer, small, pointer, small)
     ]
     return library
 

@@ -222,6 +222,89 @@ int product(Job& job, Parallel parallel, int threads) {
     return 0;
 }
 
+// ------------------------------------------------------------------------------- whole matrices
+
+struct Rows {
+    const Byte* data;
+    Long rows, columns;
+    void* out;  // rows one after the other: float, or its upper half
+    bool halves;
+    std::atomic<Long> next;
+};
+
+// The upper half of a float, rounded to even. NaN stays NaN.
+inline std::uint16_t upper_half(float x) {
+    const Word word = bits<Word>(x);
+    if ((word & 0x7fffffff) > 0x7f800000) return std::uint16_t(word >> 16 | 0x40);
+    return std::uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+template <class Kind>
+void dequantise(void* data) {
+    Rows& job = *static_cast<Rows*>(data);
+    constexpr int COLUMNS = Kind::COLUMNS, GROUP = Kind::GROUP;
+    const Long stride = job.columns / COLUMNS * Kind::BYTES;
+    const Long tiles = (job.rows + LANES - 1) / LANES;
+    for (Long t; (t = job.next.fetch_add(1)) < tiles;) {
+        const Long first = std::min(t * LANES, job.rows - LANES);  // the last overlaps
+        const Byte* blocks = job.data + first * stride;
+        for (Long column = 0; column < job.columns; column += COLUMNS, blocks += Kind::BYTES) {
+            U32 codes[COLUMNS / 2];
+            F32 scales[COLUMNS / GROUP], offsets[COLUMNS / GROUP];
+            alignas(64) float values[COLUMNS][LANES];
+            Kind::decode(blocks, stride, codes, scales, offsets);
+            for (int v = 0; v < COLUMNS / 2; v++) {
+                const int k = v / 2 * 4 + v % 2, group = k / GROUP;
+                for (int half = 0; half < 2; half++) {
+                    const U32 code = half ? codes[v] >> 16 : codes[v] & 0xffff;
+                    F32 value = number(Kind::OFFSET ? code : code - Kind::ZERO) * scales[group];
+                    if (Kind::OFFSET) value += offsets[group];
+                    std::memcpy(values[k + 2 * half], &value, sizeof value);
+                }
+            }
+            for (int n = 0; n < LANES; n++) {
+                const Long at = (first + n) * job.columns + column;
+                if (job.halves) {
+                    auto* out = static_cast<std::uint16_t*>(job.out) + at;
+                    for (int k = 0; k < COLUMNS; k++) out[k] = upper_half(values[k][n]);
+                } else {
+                    auto* out = static_cast<float*>(job.out) + at;
+                    for (int k = 0; k < COLUMNS; k++) out[k] = values[k][n];
+                }
+            }
+        }
+    }
+}
+
+template <class Kind>
+int whole(Rows& job, Parallel parallel, int threads) {
+    if (threads > 1 && parallel) parallel(dequantise<Kind>, &job, unsigned(threads), 0);
+    else dequantise<Kind>(&job);
+    return 0;
+}
+
+// `call` with the type of this number in GGUF, 1 for an unknown one.
+template <class Call>
+int of_type(int type, Call call) {
+    switch (type) {
+        case 2: return call(Plain<false, false>());
+        case 3: return call(Plain<true, false>());
+        case 6: return call(Plain<false, true>());
+        case 7: return call(Plain<true, true>());
+        case 8: return call(Q8_0());
+        case 10: return call(Q2_K());
+        case 11: return call(Q3_K());
+        case 12: return call(K45<false>());
+        case 13: return call(K45<true>());
+        case 14: return call(Q6_K());
+        case 15: return call(Q8_K());
+        case 20: return call(IQ4_NL());
+        case 23: return call(IQ4_XS());
+        case 39: return call(MXFP4());
+    }
+    return 1;
+}
+
 }  // namespace
 
 extern "C" int khaosz_level() { return LEVEL; }
@@ -236,21 +319,13 @@ extern "C" int khaosz_multiply(int type, const float* x, Long rows, Long columns
     // Runs of tiles are runs of memory; but the last run must not keep a thread waiting for long.
     const int run = int(std::clamp<Long>(width / LANES / (16 * threads), 1, 8));
     Job job{x, y, rows, columns, width, data, counts, matrices, run, nullptr, {0}};
-    switch (type) {
-        case 2: return product<Plain<false, false>>(job, parallel, threads);
-        case 3: return product<Plain<true, false>>(job, parallel, threads);
-        case 6: return product<Plain<false, true>>(job, parallel, threads);
-        case 7: return product<Plain<true, true>>(job, parallel, threads);
-        case 8: return product<Q8_0>(job, parallel, threads);
-        case 10: return product<Q2_K>(job, parallel, threads);
-        case 11: return product<Q3_K>(job, parallel, threads);
-        case 12: return product<K45<false>>(job, parallel, threads);
-        case 13: return product<K45<true>>(job, parallel, threads);
-        case 14: return product<Q6_K>(job, parallel, threads);
-        case 15: return product<Q8_K>(job, parallel, threads);
-        case 20: return product<IQ4_NL>(job, parallel, threads);
-        case 23: return product<IQ4_XS>(job, parallel, threads);
-        case 39: return product<MXFP4>(job, parallel, threads);
-    }
-    return 1;
+    return of_type(type, [&](auto kind) { return product<decltype(kind)>(job, parallel, threads); });
+}
+
+// The matrix (rows >= 16, columns) of a type as numbers: float, or with `halves` bfloat16. Returns
+// 0, or 1 for an unknown type.
+extern "C" int khaosz_dequantise(int type, const Byte* data, Long rows, Long columns, void* out,
+                                 int halves, Parallel parallel, int threads) {
+    Rows job{data, rows, columns, out, halves != 0, {0}};
+    return of_type(type, [&](auto kind) { return whole<decltype(kind)>(job, parallel, threads); });
 }

@@ -13,6 +13,7 @@ from khaosz.data.fingerprint import fingerprint
 from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
 from khaosz.errors import DataError
+from khaosz.interop.models import model_config
 from khaosz.model import RewardModel
 from khaosz.trainer.calibration import apply_plan, compiler_problem
 from khaosz.trainer.corpus import Corpus
@@ -21,6 +22,7 @@ from khaosz.trainer.plots import LossCurve
 from khaosz.trainer.stages.dpo import DPOStrategy, RMStrategy
 from khaosz.trainer.stages.embed import EmbedStrategy
 from khaosz.trainer.stages.embed_validation import RETRIEVAL_PANELS, evaluate_retrieval
+from khaosz.trainer.stages.lengths import derives_window, window_for
 from khaosz.trainer.stages.limits import (
     PREFERENCE_PAIRS,
     TEXT_PAIRS,
@@ -51,6 +53,11 @@ def assemble_text(run: OpenRun) -> Trainer:
     corpus = Corpus(run.config, run.tokenizer, run.parallel, run.console, resumed)
     prepared = corpus.training_data()
     validation = corpus.validation_data(prepared)
+    if derives_window(run.config) and (lengths := prepared.lengths("train")):
+        assert run.config.init_from is not None
+        longest = model_config(run.config.init_from).max_position_embeddings
+        run.derived.append(window_for(lengths, longest))
+        run.config = run.config.updated(window=run.derived[-1].value)
     run.load_model()
     config, tokenizer = run.config, run.tokenizer
     dataset = TokenDataset.open(

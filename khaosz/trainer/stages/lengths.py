@@ -5,11 +5,13 @@ Rows of pairs, of answers and of texts may stay partly empty; how far is known b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import chain, cycle, islice
 from typing import Any
 
 from khaosz.config import PAIR_STAGES, ROLLOUT_STAGES, TrainConfig
+from khaosz.config.presets import Derived
 from khaosz.data.batches.batch import padded
 from khaosz.data.batches.sequences import (
     fit_rows,
@@ -17,7 +19,9 @@ from khaosz.data.batches.sequences import (
     packed_shape,
     rows_with_least_padding,
 )
+from khaosz.data.records.chat import to_messages
 from khaosz.data.records.layouts import Rated, read_record
+from khaosz.data.records.learned import learned_chats
 from khaosz.data.records.pairs import TextEncoder, to_texts
 from khaosz.data.records.preference import encode_pair, encode_prompt, to_prompt
 from khaosz.data.records.readers import Skip, expand_inputs, open_source, parsed
@@ -31,6 +35,7 @@ from khaosz.trainer.stages.limits import PREFERENCE_PAIRS, TEXT_PAIRS, embedded_
 
 _SAMPLE = 256  # records whose lengths stand for all
 _STEPS = 8
+_LONGEST = 2_048  # tokens of a window that follows from data
 
 
 def largest_micro_batch(
@@ -82,6 +87,26 @@ def largest_micro_batch(
     return Packed(max(sizes), max(targets), longest, several=passes > 1, shapes=shapes)
 
 
+def window_for(lengths: Sequence[int], context: int) -> Derived:
+    """The window of a run on chats: the longest in whole 64 tokens, 2,048 at most. Only where it is
+    shorter than the longest, chats are cut, which preparation reports."""
+    longest = max(lengths)
+    window = min(-(-longest // 64) * 64, _LONGEST, context)
+    return Derived(
+        "window", window, f"the longest of {len(lengths):,} chats has {longest:,} tokens"
+    )
+
+
+def derives_window(config: TrainConfig) -> bool:
+    """Whether the window follows from the data: adapters are often trained on little data."""
+    return config.window is None and config.stage == "sft" and config.lora is not None
+
+
+def chat_lengths(config: TrainConfig, tokenizer: Tokenizer) -> list[int]:
+    """Tokens of the first chats; none where the data cannot be read yet."""
+    return [length for [(length, _)] in _first_lengths(config, tokenizer, _LONGEST)]
+
+
 def input_bytes(config: TrainConfig) -> int:
     """Bytes of the files of records, 0 where they do not exist yet."""
     with suppress(DataError, OSError):
@@ -113,6 +138,10 @@ def _lengths(config: TrainConfig, tokenizer: Tokenizer, window: int, record: Any
         prompt = encode_prompt(tokenizer, to_prompt(record, config.columns).prompt, window)
         answer = min(rollout.max_new_tokens, window - len(prompt))
         return [[(len(prompt) + answer, answer)]] * rollout.group
+    if config.stage == "sft":
+        chat = to_messages(record, config.columns)
+        learned = learned_chats(tokenizer, chat.messages, chat.tools or None, chat.weights)
+        return [[(len(ids), sum(mask))] for ids, mask in learned]
     if config.stage == "embed":
         embed = config.embed
         encoder = TextEncoder(

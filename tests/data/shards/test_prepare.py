@@ -261,11 +261,11 @@ def test_reasoning_is_trained_on_or_refused(tmp_path: Path, tokenizer: Tokenizer
         prepare([path], without, tmp_path / "other", workers=0)
 
 
-def test_chats_without_generation_marks_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+def test_a_template_without_answers_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    template = "{{ messages[0].content }}"
     plain = Tokenizer(tokenizer.serialized, {**tokenizer.config, "chat_template": template})
     path = write_lines(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
-    with pytest.raises(DataError, match="generation"):
+    with pytest.raises(DataError, match="renders nothing of the answer"):
         prepare([path], plain, tmp_path / "out", workers=0)
 
 

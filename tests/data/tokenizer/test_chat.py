@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from khaosz.data.tokenizer import chat
 from khaosz.data.tokenizer.chat import encode_chat, render_chat
-from khaosz.data.tokenizer.chat_template import CHAT_TEMPLATE
 from khaosz.data.tokenizer.sandbox import time_limit
 from khaosz.data.tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 from khaosz.errors import DataError
@@ -147,18 +146,6 @@ def test_nothing_random_remains(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids) == "<|bos|><|user|><|end|><|end|><|assistant|><|user|> hi<|end|>"
 
 
-def test_template_without_markers_is_an_error(tokenizer: Tokenizer) -> None:
-    bare = CHAT_TEMPLATE.replace("{%- generation %}", "").replace("{%- endgeneration %}", "")
-    plain = with_template(tokenizer, bare)
-    messages = [user("q"), assistant("a")]
-    with pytest.raises(DataError, match=r"no \{% generation %\} markers") as info:
-        encode_chat(plain, messages, need_mask=True)
-    assert info.value.hint
-    ids, mask = encode_chat(plain, messages)
-    assert ids == encode_chat(tokenizer, messages)[0]
-    assert not any(mask)
-
-
 def test_generation_block_inside_a_text_run(tokenizer: Tokenizer) -> None:
     """ChatML puts a line end between the header and the answer: only the answer is trained."""
     chatml = (
@@ -167,7 +154,7 @@ def test_generation_block_inside_a_text_run(tokenizer: Tokenizer) -> None:
         "{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
     )
     other = with_template(tokenizer, chatml)
-    ids, mask = encode_chat(other, [user("q"), assistant("hello world")], need_mask=True)
+    ids, mask = encode_chat(other, [user("q"), assistant("hello world")])
     assert other.decode(ids) == render_chat(other, [user("q"), assistant("hello world")])
     assert trained(other, ids, mask) == "hello world<|end|>"
 
@@ -176,7 +163,7 @@ def test_control_token_inside_a_generation_block(tokenizer: Tokenizer) -> None:
     """A template may place one between thinking and answer: both sides of it are trained."""
     template = "x<|user|>{% generation %}a<|tool|>b<|end|>{% endgeneration %}c<|end|>d"
     other = with_template(tokenizer, template)
-    ids, mask = encode_chat(other, [user("q")], need_mask=True)
+    ids, mask = encode_chat(other, [user("q")])
     assert other.decode(ids) == "x<|user|>a<|tool|>b<|end|>c<|end|>d"
     assert mask == [0, 0, 1, 1, 1, 1, 0, 0, 0]
 
