@@ -294,3 +294,45 @@ def test_fits_a_phone_in_chinese(browser: Any, place: Service) -> None:
         page.get_by_role("article", name="回答 2").get_by_text("第 1 名").wait_for()
         fits = "(() => { const p = document.querySelector('.page');"
         assert page.evaluate(fits + " return p.scrollWidth <= p.clientWidth })()")
+
+
+def test_several_models_are_ranked_blind_by_annotators(
+    browser: Any, place: Service, file: Path
+) -> None:
+    """Two annotators get the same answers; a ranking is taken back; the agreement is shown."""
+    prompts = {"name": "p.txt", "mimeType": "text/plain", "buffer": "fox\n狗\n".encode()}
+    with open_page(browser, place.port, "/#/preferences") as page:
+        page.get_by_text("Models to compare: 0").click()
+        page.get_by_role("checkbox", name="tiny").check()
+        page.get_by_role("checkbox", name="taught").check()
+        page.get_by_label("Max tokens").fill("12")
+        for name in ("ann", "李"):
+            page.get_by_label("Annotator").fill(name)
+            page.set_input_files(".prompt-form input[type=file]", prompts)
+            page.get_by_text("1 of 2, skipped: 0").wait_for()
+            page.get_by_role("button", name="Generate answers").click()
+            for n in (1, 2):
+                page.locator(".strip").wait_for()
+                shown = page.locator(".ranking").inner_text()
+                assert "tiny" not in shown and "taught" not in shown
+                page.keyboard.press("1")
+                page.keyboard.press("Enter")
+                page.get_by_text(f"Rankings saved: {n + 2 * (name == '李')}").wait_for()
+        assert page.evaluate("localStorage.getItem('khaosz.annotator')") == "李"
+        rows = records(file)
+        assert [row["annotator"] for row in rows] == ["ann", "ann", "李", "李"]
+        assert {tuple(sorted(row["answers"])) for row in rows[:2]} == {
+            tuple(sorted(row["answers"])) for row in rows[2:]
+        }
+        for row in rows:
+            models = {source["model"] for [source] in row["sources"]}
+            assert models == {"tiny", "taught"}
+            assert row["sources"][0][0]["sampling"]["max_tokens"] == 12
+        page.get_by_role("button", name="Take the last ranking back").click()
+        page.get_by_text("The last ranking was taken back.").wait_for()
+        assert page.get_by_label("Prompt", exact=True).input_value() == "狗"
+        assert records(file) == rows[:3]
+        page.get_by_text("Agreement and disputed prompts").click()
+        page.get_by_text("Krippendorff's alpha").wait_for()
+        page.get_by_role("cell", name="taught").wait_for()
+        page.get_by_text("ann: 2 · 李: 1").wait_for()

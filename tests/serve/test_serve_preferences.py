@@ -219,3 +219,30 @@ def test_refuses_unusable_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be used"):
         PreferenceFile(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_annotators_agree_and_take_rankings_back(service: Service, file: Path) -> None:
+    sources = [[{"model": "a", "seed": 1}], [{"model": "b"}, {"model": "c"}]]
+    for annotator, ranked in (("李", ["fox", "dog"]), ("ann", ["dog", "fox"]), ("ann", ["x", "y"])):
+        request = {"messages": ASKED, "ranked": ranked, "annotator": annotator, "sources": sources}
+        assert post(service, request)[0] == 201
+    record = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
+    assert record["annotator"] == "李"
+    assert record["sources"][0] == [{"model": "a", "sampling": {"seed": 1}}]
+    status, _, taken = service.ask("DELETE", "/v1/preferences/last?annotator=ann")
+    assert (status, taken) == (
+        200, {"object": "preference.deleted", "messages": ASKED, "count": 2}
+    )  # fmt: skip
+    assert service.ask("DELETE", "/v1/preferences/last")[0] == 404  # all have a name
+    report = service.ask("GET", "/v1/preferences/agreement")[2]
+    assert report["annotators"] == {"ann": 1, "李": 1} and report["disputed"] == 1
+    assert report["alpha"] < 0 and report["disputes"][0]["candidates"] == ["fox", "dog"]
+    assert report["disputes"][0]["rankings"] == {"李": [0, 1], "ann": [1, 0]}
+    assert {row["model"] for row in report["models"]} == {"a", "b", "c"}
+    for wrong in ({"annotator": " "}, {"annotator": "x\n"}, {"sources": [[{"model": "a"}]]}):
+        assert post(service, {**PAIR, **wrong})[0] == 400
+    file.write_text("no record\n")
+    assert service.ask("GET", "/v1/preferences/agreement")[0] == 409
+    file.unlink()
+    empty = service.ask("GET", "/v1/preferences/agreement")[2]
+    assert empty["alpha"] is None and empty["models"] == []

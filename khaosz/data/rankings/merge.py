@@ -176,6 +176,8 @@ class Merged:
     def models(self) -> list[ModelWins]:
         """The best first; empty where fewer than two models were compared."""
         names = sorted(set(chain(*(chain(*item.models) for item in self.items.values()))))
+        if len(names) < 2:
+            return []
         wins = np.stack([_wins(item, names) for item in self.items.values()])  # (I, M, M)
         games = wins + wins.swapaxes(1, 2)
         scores = bradley_terry(wins.sum(0))

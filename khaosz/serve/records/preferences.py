@@ -20,10 +20,12 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
-from khaosz.data.records.preference import to_pairs
+from khaosz.data.rankings.merge import merge
+from khaosz.data.rankings.ranking_file import read_rankings, take_back
+from khaosz.data.records.preference import to_pairs, to_prompt
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
-from khaosz.files import append
+from khaosz.files import append, locked
 from khaosz.serve.errors import ApiError, errors, map_disk_full
 from khaosz.serve.messages import MAX_MESSAGES, RequestModel
 from khaosz.serve.replies import Reply, exported, json_lines
@@ -31,9 +33,14 @@ from khaosz.serve.schema import Sampling, Seed
 
 FILE = "preferences.jsonl"
 MAX_ANSWERS = 8
+MAX_DISPUTES = 50  # of an agreement
 _CHUNK = 1 << 16
 
 Text = Annotated[str, Field(min_length=1)]
+Annotator = Annotated[
+    str,
+    Field(min_length=1, max_length=64, pattern=r"^[^\s\x00-\x1f]([^\x00-\x1f]*[^\s\x00-\x1f])?$"),
+]
 Finish = Literal["stop", "length", "tool_calls"]
 
 
@@ -46,9 +53,26 @@ class SampledWith(Sampling):
     """How the answers were sampled: parameters of /v1/chat/completions."""
 
 
+class AnswerSource(RequestModel):
+    """What gave an answer. `seed` is that of its request."""
+
+    model: Annotated[str, Field(min_length=1, max_length=512)]
+    seed: Seed | None = None
+    sampling: SampledWith | None = None
+
+    def record(self) -> dict[str, Any]:
+        refuse_surrogates(self.model)
+        sampling = self.sampling.model_dump(exclude_none=True) if self.sampling else {}
+        return {
+            "model": self.model,
+            "sampling": sampling if self.seed is None else {**sampling, "seed": self.seed},
+        }
+
+
 class PreferenceRequest(RequestModel):
     """`messages` ends with the user's turn. Either `chosen` and `rejected`, or `ranked`: the best
-    answer first, equal ones in a list. `finish_reasons`: of the answers, in the same order."""
+    answer first, equal ones in a list. `finish_reasons`: of the answers, in the same order;
+    `sources`: what gave each, several where models gave the same text, instead of `model`."""
 
     messages: Annotated[list[PromptMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     chosen: Text | None = None
@@ -64,6 +88,14 @@ class PreferenceRequest(RequestModel):
     model: Annotated[str, Field(max_length=512)] | None = None
     seed: Seed | None = None
     sampling: SampledWith | None = None
+    annotator: Annotator | None = None
+    sources: (
+        Annotated[
+            list[Annotated[list[AnswerSource], Field(min_length=1, max_length=MAX_ANSWERS)]],
+            Field(max_length=MAX_ANSWERS),
+        ]
+        | None
+    ) = None
 
     @model_validator(mode="after")
     def _check_answers(self) -> PreferenceRequest:
@@ -81,6 +113,8 @@ class PreferenceRequest(RequestModel):
             raise ValueError(
                 f"{len(self.finish_reasons)} finish_reasons for {len(answers)} answers"
             )
+        if self.sources is not None and len(self.sources) != len(answers):
+            raise ValueError(f"{len(self.sources)} sources for {len(answers)} answers")
         return self
 
     @property
@@ -98,7 +132,8 @@ class PreferenceRequest(RequestModel):
             numbers = list(range(len(answers), len(answers) + len(level)))
             ranking.append(numbers[0] if len(numbers) == 1 else numbers)
             answers += level
-        for text in (*(message.content for message in self.messages), *answers, self.model or ""):
+        texts = [*(message.content for message in self.messages), *answers]
+        for text in (*texts, self.model or "", self.annotator or ""):
             refuse_surrogates(text)
         prompt = [message.model_dump() for message in self.messages]
         record: dict[str, Any] = {"prompt": prompt, "answers": answers, "ranking": ranking}
@@ -109,7 +144,15 @@ class PreferenceRequest(RequestModel):
         sampling = self.sampling.model_dump(exclude_none=True) if self.sampling else {}
         if self.seed is not None:
             sampling["seed"] = self.seed
-        more = {"finish_reasons": self.finish_reasons, "model": self.model}
+        sources = None
+        if self.sources is not None:
+            sources = [[source.record() for source in same] for same in self.sources]
+        more = {
+            "finish_reasons": self.finish_reasons,
+            "model": self.model,
+            "sources": sources,
+            "annotator": self.annotator,
+        }
         record |= {key: value for key, value in more.items() if value is not None}
         return record | ({"sampling": sampling} if sampling else {}) | {"created": int(time.time())}
 
@@ -128,6 +171,70 @@ class PreferenceAdded(Reply):
     object: Literal["preference"]
     pairs: int
     count: int
+
+
+class PreferenceTaken(Reply):
+    """The ranking that was taken back: its prompt; `count`: records that are left."""
+
+    object: Literal["preference.deleted"]
+    messages: list[dict[str, Any]]
+    count: int
+
+
+class PairAgreement(Reply):
+    """`same`: the share of `comparisons` that two annotators order or tie alike."""
+
+    annotators: list[str]
+    items: int
+    comparisons: int
+    same: float
+
+
+class ModelRow(Reply):
+    """`rate`: wins over comparisons with other models, a tie counts half; `score`: of
+    Bradley-Terry."""
+
+    model: str
+    comparisons: int
+    wins: float
+    rate: float
+    interval: list[float] | None
+    score: float | None
+
+
+class ConsensusCount(Reply):
+    records: int
+    pairs: int
+    pairs_without_majority: int
+
+
+class DisputedItem(Reply):
+    """`rankings`: by annotator, numbers of `candidates`, best first, ties in a list."""
+
+    id: str
+    prompt: list[dict[str, Any]]
+    candidates: list[str]
+    models: list[list[str]]
+    rankings: dict[str, list[int | list[int]]]
+    discordance: float
+
+
+class AgreementReport(Reply):
+    """As `khaosz preference merge --json`, with the most disputed items."""
+
+    object: Literal["preferences.agreement"]
+    rankings: int
+    superseded: int
+    items: int
+    shared_items: int
+    annotators: dict[str, int]
+    alpha: float | None
+    alpha_interval: list[float] | None
+    agreement: list[PairAgreement]
+    models: list[ModelRow]
+    disputed: int
+    consensus: ConsensusCount
+    disputes: list[DisputedItem]
 
 
 class PreferenceFile:
@@ -173,12 +280,19 @@ class PreferenceFile:
         """Append a line, or nothing; it is on the disk when this returns. Returns the number of
         records. Raises `ApiError` where the disk is full."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-        with self._lock, map_disk_full():
+        with self._lock, map_disk_full(), locked(self.path):
             if self._is_last_line_open():  # by an editor, or a program that was killed
                 self._repair()
                 self._counted = self._count = 0
             append(self.path, line)
             return self._count_lines()
+
+    def take_back(self, annotator: str | None) -> dict[str, Any] | None:
+        """Remove the last record of an annotator, durably; None if there is none."""
+        with self._lock, map_disk_full():
+            taken = take_back(self.path, annotator)
+            self._counted = self._count = 0
+            return taken
 
     def count(self) -> int:
         with self._lock:
@@ -223,6 +337,26 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
     @router.get("/v1/preferences", response_model=Preferences, responses=errors())
     def preferences() -> dict[str, Any]:
         return {"object": "preferences", "count": file.count(), "file": file.path.name}
+
+    @router.delete(
+        "/v1/preferences/last", response_model=PreferenceTaken, responses=errors(400, 404, 507)
+    )
+    def take_back_preference(annotator: Annotator | None = None) -> dict[str, Any]:
+        """Take the last ranking of an annotator back, or without a name the last that has none."""
+        if (record := file.take_back(annotator)) is None:
+            raise ApiError(404, "no ranking to take back", param="annotator")
+        messages = to_prompt(record).prompt
+        return {"object": "preference.deleted", "messages": messages, "count": file.count()}
+
+    @router.get("/v1/preferences/agreement", response_model=AgreementReport, responses=errors(409))
+    def agreement() -> dict[str, Any]:
+        """How far annotators agree, which models win, and the most disputed items."""
+        try:
+            merged = merge(read_rankings([file.path]) if file.path.exists() else [])
+        except DataError as error:
+            raise ApiError(409, str(error)) from None
+        report = {"object": "preferences.agreement", **merged.body()}
+        return {**report, "disputes": merged.disputes()[:MAX_DISPUTES]}
 
     @router.get(
         "/v1/preferences/export",

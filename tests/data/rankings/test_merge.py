@@ -72,8 +72,8 @@ def test_consensus_by_mean_rank_with_a_majority_per_pair(tmp_path: Path) -> None
 
 
 def test_pair_without_a_majority_is_not_trained_on(tmp_path: Path) -> None:
-    """Mean ranks order every pair of a cycle that is broken by one ranking; two of four annotators
-    are no majority."""
+    """Mean ranks order every pair of a cycle that is broken by one ranking; two of four
+    annotators are not a majority."""
     orders = ["d>f>l>q", "d>f>l>q", "f>l>q>d", "fq>l>d"]
     result = merged(tmp_path, *(record("x", order, str(i)) for i, order in enumerate(orders)))
     consensus = result.consensus()

@@ -8,8 +8,9 @@ import { list, number, t } from "../i18n";
 import { copyText } from "../platform";
 import { isComplete, move, promptsOf, put, rankedAnswers, rankOf, toggleTie, without } from "./ranking";
 import {
-  cancelRound, count, download, file, problem, prompt, promptQueue, rankNext, ranking, refreshCount,
-  round, sample, sampling, save, skip, status, system, takeNext, tied,
+  agreement, annotator, cancelRound, compared, count, download, file, loadAgreement, problem, progress,
+  progressText, prompt, promptQueue, rankNext, ranking, refreshCount, round, sample, sampling, save,
+  setAnnotator, skip, status, system, takeBack, takeNext, tied,
 } from "./state"; // prettier-ignore
 
 export function PreferencesView() {
@@ -84,6 +85,7 @@ function PromptForm() {
     fileProblem.value = prompts.length ? "" : t("noPrompts");
     if (!prompts.length) return;
     promptQueue.value = prompts;
+    progress.value = { total: prompts.length, ranked: 0, skipped: 0, seconds: 0 };
     takeNext();
   };
   const numeric = (name: keyof typeof settings, label: string, min: number, max: number, step: number) => (
@@ -127,6 +129,17 @@ function PromptForm() {
           ))}
         </div>
       )}
+      <label>
+        <span>{t("annotator")}</span>
+        <input
+          type="text"
+          maxLength={64}
+          autocomplete="off"
+          placeholder={t("annotatorHint")}
+          value={annotator.value}
+          onInput={(event) => setAnnotator(event.currentTarget.value)}
+        />
+      </label>
       <details>
         <summary>{t("systemPrompt")}</summary>
         <textarea
@@ -148,7 +161,27 @@ function PromptForm() {
             ))}
           </select>
         </label>
-        {numeric("n", t("answerCount"), 2, 4, 1)}
+        {chats.length > 1 && (
+          <details class="compared">
+            <summary>{t("compareModels", { n: number(compared.value.length) })}</summary>
+            {chats.map((each) => (
+              <label key={each.id} class="check">
+                <input
+                  type="checkbox"
+                  checked={compared.value.includes(each.id)}
+                  onChange={(event) => {
+                    const others = compared.value.filter((id) => id !== each.id);
+                    compared.value = event.currentTarget.checked ? [...others, each.id] : others;
+                    const n = compared.value.length > 1 ? 1 : 4;
+                    sampling.value = { ...sampling.value, n };
+                  }}
+                />
+                {each.id}
+              </label>
+            ))}
+          </details>
+        )}
+        {numeric("n", t("answerCount"), compared.value.length > 1 ? 1 : 2, 4, 1)}
         {numeric("temperature", t("temperature"), 0.05, 2, 0.05)}
         {numeric("max_tokens", t("maxTokens"), 1, 8192, 1)}
       </div>
@@ -179,6 +212,12 @@ function PromptForm() {
         </label>
         {promptQueue.value.length > 0 && (
           <span class="note">{t("promptsLeft", { n: number(promptQueue.value.length) })}</span>
+        )}
+        {progress.value.total > 0 && <span class="note">{progressText()}</span>}
+        {count.value !== null && count.value > 0 && (
+          <button type="button" class="quiet" onClick={() => void takeBack()}>
+            {t("takeBack")}
+          </button>
         )}
         {promptQueue.value.length > 0 && round.value === null && (
           // Without answers, the skip button is not available.
@@ -316,6 +355,63 @@ function Order(props: { count: number }) {
   );
 }
 
+/** Names models, so it is closed until someone opens it. */
+function AgreementView() {
+  const report = agreement.value;
+  const interval = report?.alpha_interval?.map((each) => number(each, 2)).join(" – ");
+  return (
+    <details
+      class="agreement"
+      onToggle={(event) => {
+        if (event.currentTarget.open) void loadAgreement();
+      }}
+    >
+      <summary>{t("agreement")}</summary>
+      {report && (
+        <>
+          <p>
+            {t("alpha")}: {report.alpha === null ? "–" : number(report.alpha, 3)}
+            {interval && ` [${interval}]`} · {t("sharedItems", { n: number(report.shared_items) })}
+          </p>
+          <p class="note">
+            {Object.entries(report.annotators)
+              .map(([name, items]) => `${name}: ${number(items)}`)
+              .join(" · ")}
+          </p>
+          {report.models.length > 0 && (
+            <table>
+              <thead>
+                <tr>
+                  <th>{t("model")}</th>
+                  <th>{t("winRate")}</th>
+                  <th>{t("comparisons")}</th>
+                </tr>
+              </thead>
+              <tbody>
+                {report.models.map((row) => (
+                  <tr key={row.model}>
+                    <td>{row.model}</td>
+                    <td>{number(100 * row.rate)} %</td>
+                    <td>{number(row.comparisons)}</td>
+                  </tr>
+                ))}
+              </tbody>
+            </table>
+          )}
+          <p>{t("disputedItems", { n: number(report.disputed) })}</p>
+          <ul>
+            {report.disputes.map((item) => (
+              <li key={item.id}>
+                {item.prompt.at(-1)?.content} ({number(100 * item.discordance)} %)
+              </li>
+            ))}
+          </ul>
+        </>
+      )}
+    </details>
+  );
+}
+
 function SavedRankings() {
   const copied = useSignal(false);
   const command = `khaosz train recipes/dpo.toml init_from=MODEL data=khaosz-data/${file.value}`;
@@ -336,6 +432,7 @@ function SavedRankings() {
           </button>
         </span>
       </div>
+      <AgreementView />
       <p class="note">{t("trainText")}</p>
       <div class="command">
         <code>{command}</code>
