@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 3_320,
+    "cli": 3_323,
     "config": 1_374,
     "data": 6_246,
     "database": 182,
@@ -25,15 +25,15 @@ BUDGET = {
     "errors": 86,
     "evaluation": 519,
     "files": 270,
-    "inference": 3_554,
+    "inference": 3_560,
     "interop": 6_283,
     "model": 1_381,
     "parallel": 116,
     "rag": 5_447,
     "rewards": 2,
     "serve": 7_953,
-    "trainer": 4_882,
-    "memory": 606,
+    "trainer": 4_883,
+    "memory": 617,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -121,11 +121,9 @@ def _short(name: str, path: Path) -> str:
 
 
 def _memory(model: GgufModel) -> int:
-    from khaosz.inference.generator import plan_inference
-    from khaosz.memory.machine import resident_memory
+    from khaosz.inference.generator import chat_memory
 
-    context = min(4096, model.config.max_position_embeddings)
-    return plan_inference(model, context=context).memory(resident_memory()).total
+    return chat_memory(model)[0].total
 
 
 def _proposed(source: str | None) -> str | None:
@@ -219,7 +217,7 @@ def _needs(row: dict[str, Any]) -> str:
 def _local_row(name: str, origin: str, path: Path) -> dict[str, Any]:
     """What a local model takes, or why it can't be used."""
     from khaosz.errors import KhaoszError
-    from khaosz.inference.generator import plan_inference
+    from khaosz.inference.generator import chat_memory
     from khaosz.interop.models import open_model
 
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
@@ -229,11 +227,11 @@ def _local_row(name: str, origin: str, path: Path) -> dict[str, Any]:
     }  # fmt: skip
     try:
         source = open_model(path)
-        context = min(4096, source.config.max_position_embeddings)
+        memory, context = chat_memory(source)
         row["parameters"] = source.config.parameters()
         if source.config.num_experts is not None:
             row["active_parameters"] = source.config.active_parameters()
-        row["memory"] = plan_inference(source, context=context).memory(400 << 20).total
+        row |= {"memory": memory.total, "memory_parts": memory.parts, "memory_context": context}
     except KhaoszError as error:
         row["problem"] = f"not usable: {str(error).removeprefix(f'{path}: ')}"
     return row
@@ -265,11 +263,17 @@ def show(name: Annotated[str, typer.Argument(help="Name or path.")], as_json: Js
             }  # fmt: skip
     shown = {key: value for key, value in values.items() if value not in (None, "", {})}
     print_result(
-        as_json, shown, "\n".join(f"{key:16} {_text(value)}" for key, value in shown.items())
+        as_json,
+        shown,
+        "\n".join(f"{key:16} {_text(key, value)}" for key, value in shown.items()),
     )
 
 
-def _text(value: Any) -> str:
+def _text(key: str, value: Any) -> str:
+    if key == "memory_parts":
+        from khaosz.memory.parts import Memory
+
+        return Memory(value).sum()
     if isinstance(value, dict):
         return ", ".join(f"{key} {each}" for key, each in value.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

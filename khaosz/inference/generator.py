@@ -26,9 +26,12 @@ from khaosz.interop.gguf.model import GgufModel
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer
 from khaosz.interop.sampling import FALLBACK, sampling_defaults, sampling_values
 from khaosz.memory.inference import InferencePlan
-from khaosz.memory.machine import Limit, memory_limits, resident_memory
+from khaosz.memory.machine import Limit, memory_limits, release_freed_memory, resident_memory
 from khaosz.memory.parts import Memory, check_memory
 from khaosz.model import Transformer
+
+# Bytes of Python, PyTorch and what a chat imports; of a token of the vocabulary. Measured.
+_PROCESS, _TOKEN = 256 << 20, 700
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
 
@@ -110,6 +113,7 @@ class Generator:
         gguf = source if isinstance(source, GgufModel) else None
         # First, since a large vocabulary takes 100 MB, which the plan counts as taken.
         tokenizer = open_tokenizer(path) if gguf is None else gguf.tokenizer()
+        release_freed_memory()
         base, limits = resident_memory(), memory_limits(device)
         if memory_check:
             explicit = context is not None
@@ -374,6 +378,13 @@ def plan_inference(
         )
     storage = storage_of(source, device, dtype)
     return InferencePlan(source.config, storage, context or own, storage.dtype, sequences)
+
+
+def chat_memory(source: ModelSource) -> tuple[Memory, int]:
+    """What a chat takes in a process of its own, and its context: 4,096 tokens, or the model's."""
+    context = min(4096, source.config.max_position_embeddings)
+    base = _PROCESS + _TOKEN * source.config.vocab_size
+    return plan_inference(source, context=context).memory(base), context
 
 
 def fitted(

@@ -5,6 +5,7 @@ Swap is not counted: a model that is swapped is too slow to use. What cannot be 
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def resident_memory(root: Path = Path("/")) -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most << 10
+
+
+def release_freed_memory() -> None:
+    """Give freed blocks back to the system, which glibc keeps: 70 MB after a tokenizer of 150,000
+    tokens is read. Without effect elsewhere."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
 
 
 _TYPICAL = 320 << 20  # of Python with PyTorch and our imports

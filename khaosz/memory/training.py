@@ -30,6 +30,9 @@ _HOLES, _MORE_HOLES = 0.6, 1.0
 # What oneDNN keeps of a matrix product in bf16 for each shape, 0.3 to 0.9 MB measured: most of it
 # for the product of the forward pass, less for those of the two gradients.
 _KERNEL = 700 << 10
+# What compiled layers take of the parts that autograd keeps of others, in fp32 and in bf16, and the
+# compiler's own modules: within 8 % for nano, mini and small (bench/RESULTS.md).
+_COMPILED, _COMPILED_HALF, _COMPILER = 0.45, 0.4, 80 << 20
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class TrainingPlan:
     packed         the largest micro-batch, where sequences do not fill its rows
     records        bytes of encoded records, where they are not in a mapped file
     stored         with lora.base=file, bytes of the matrices and of the embeddings in the file
+    compiled       no micro-batch is computed without the compiler
     """
 
     config: ModelConfig
@@ -77,6 +81,7 @@ class TrainingPlan:
     packed: Packed | None = None
     records: int = 0
     stored: int | None = None
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -204,6 +209,11 @@ class TrainingPlan:
         inner = max(map(config.feed_forward_width, range(layers)))
         passing = activations + parts["buffers"] + 4 * tokens * inner * size
         parts["allocator"] = int((_MORE_HOLES if brief else _HOLES) * passing)
+        if self.compiled:
+            share = _COMPILED if dtype == torch.float32 else _COMPILED_HALF
+            for name in ("activations", "buffers", "allocator"):
+                parts[name] = int(share * parts[name])
+            parts["compiler"] = _COMPILER
         return parts
 
     def _loss(self, dtype: torch.dtype) -> int:

@@ -69,6 +69,8 @@ def training_plan(
         critic=config.stage == "ppo",
         rollout=config.rollout.prompts * config.rollout.group // parallel.world if rollouts else 0,
         packed=packed,
+        # Otherwise calibration times a micro-batch that is not compiled.
+        compiled=config.compile == "on" and config.dtype != "auto",
         records=0 if text else _RECORDS * input_bytes(config),
         stored=stored_bytes(config),
     )

@@ -186,6 +186,14 @@ def test_kernels_of_each_shape_are_counted_in_bf16() -> None:
     assert replace(half, head=False).memory(0).parts["kernels"] == 3 * 5 * 4 * 700 * 1024
 
 
+def test_compiled_layers_keep_less() -> None:
+    plan = TrainingPlan(preset("nano").model, rows=16, window=256)
+    eager, compiled = plan.memory(0).parts, replace(plan, compiled=True).memory(0).parts
+    for name in ("activations", "allocator"):
+        assert compiled[name] == int(0.45 * eager[name])
+    assert compiled["compiler"] == 80 * MB and compiled["logits"] == eager["logits"]
+
+
 def test_the_base_is_counted_once() -> None:
     plan = TrainingPlan(preset("base").model, rows=4, window=1_024)
     assert plan.memory(7).parts[BASE] - plan.memory(0).parts[BASE] == 7

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from khaosz.errors import FetchError, KhaoszError, one_line
-from khaosz.inference.generator import plan_inference
+from khaosz.inference.generator import chat_memory
 from khaosz.interop.fetch.catalogue import Entry, catalogue
 from khaosz.interop.fetch.elsewhere import models_elsewhere
 from khaosz.interop.fetch.pull import entry_path
@@ -21,8 +21,6 @@ from khaosz.interop.models import default_name, open_model
 from khaosz.interop.retrieval import is_encoder
 
 Origin = Literal["catalogue", "pulled", "trained", "ollama", "lmstudio", "hub"]
-_BASE = 400 << 20  # bytes of Python, PyTorch and the buffers of a pass
-_CONTEXT = 4096  # tokens that `memory` is for
 
 
 @dataclass(frozen=True)
@@ -104,8 +102,6 @@ def _memory(path: Path, size: int, modified: float) -> tuple[int | None, str | N
     try:
         if is_encoder(path):
             return 0, None
-        source = open_model(path)
-        context = min(_CONTEXT, source.config.max_position_embeddings)
-        return plan_inference(source, context=context).memory(_BASE).total, None
+        return chat_memory(open_model(path))[0].total, None
     except (KhaoszError, OSError) as error:
         return None, one_line(str(error).removeprefix(f"{path}: "))

@@ -147,6 +147,11 @@ def test_models_are_shown_and_removed(pulled: Path) -> None:
     shown = json.loads(run("models", "show", "tiny", "--json"))
     assert shown["licence"] == "MIT" and shown["path"] == str(pulled)
     assert shown["origin"].startswith("Hugging Face")
+    parts = shown["memory_parts"]
+    assert sum(parts.values()) == shown["memory"] and shown["memory_context"] == 128
+    # Python and PyTorch, and 700 bytes for each token of the vocabulary.
+    assert parts["code and libraries"] == (256 << 20) + 700 * 300
+    assert "memory_parts     code and libraries 256 MB" in run("models", "show", "tiny")
     assert "removed" in run("models", "remove", "tiny")
     assert "  no " in run("models") and not pulled.exists()
     with pytest.raises(ModelError, match="tiny is not on this machine yet"):
