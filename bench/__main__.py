@@ -23,6 +23,7 @@ BENCHES: dict[str, tuple[str, list[str], str]] = {
     "align": ("bench.align", [], "SFT and DPO tokens/s and peak memory, TRL and us"),
     "infer": ("bench.infer", [], "prefill and decode tokens/s, llama.cpp and us"),
     "network": ("bench.network", [], "decode, prefill and training step, another tree and us"),
+    "shapes": ("bench.shapes", [], "decode bandwidth by shape and by type of weights"),
     "lookup": ("bench.lookup", [], "prompt lookup against plain decoding"),
     "prepare": ("bench.prepare", [], "MB/s and memory of data preparation"),
     "tokenizer": ("bench.tokenizer", [], "characters per token, zh and en"),
