@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -131,17 +132,19 @@ def config_of(name: str, megabytes: float, kind: str) -> ModelConfig:
 
 
 def decode_speed(runner: Runner) -> float:
-    """Tokens per second after a short prompt."""
+    """Tokens per second after a short prompt, by the median time of a token: other work on the
+    machine takes the core away for some tokens, not for most."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(runner.config.vocab_size, (PROMPT,), generator=generator).tolist()
     cache = runner.new_cache()
     logits = runner.run([Chunk(ids, cache)])[0]
     if not bool(torch.isfinite(logits).all()):
         raise SystemExit("error: the random model gives logits that are not finite")
-    start = time.perf_counter()
+    times = [time.perf_counter()]
     for token in ids[:ANSWER]:
         runner.run([Chunk([token], cache)])
-    return ANSWER / (time.perf_counter() - start)
+        times.append(time.perf_counter())
+    return 1 / median(after - before for before, after in pairwise(times))
 
 
 def compare(title: str, models: dict[str, tuple[ModelConfig, str]], rounds: int) -> None:
