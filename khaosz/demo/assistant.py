@@ -103,6 +103,10 @@ def _answer(out: Path, path: Path, console: Console) -> dict[str, Any]:
     generator = Generator.from_directory(path, prompt_lookup=True)
     model = LocalModel(generator)
     right = cited = 0
+    console.print(
+        "  So small a model is often wrong: below each answer is the sentence of the document.",
+        highlight=False,
+    )
     with open_documents(out, console) as base:
         for each in QUESTIONS:
             reply = ask(base, each.question, model)
@@ -110,7 +114,10 @@ def _answer(out: Path, path: Path, console: Console) -> dict[str, Any]:
             right += is_right(text, each)
             cited += each.doc in [citation.doc for citation in reply.citations]
             used = [(each.number, reply.passages[each.number - 1]) for each in reply.citations]
-            show(console, each.question, text, [f"[{n}] {hit.place}" for n, hit in used])
+            places = [f"[{n}] {hit.place}" for n, hit in used]
+            if (quote := ask(base, each.question, None).quote) is not None:
+                places.append(f"“{quote.text}” {quote.hit.place}")
+            show(console, each.question, text, places)
     for question in PLAIN:
         params = SamplingParams(max_tokens=160, temperature=0.0)
         ids = generator.chat_ids([{"role": "user", "content": question}])

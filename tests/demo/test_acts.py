@@ -119,6 +119,7 @@ def test_assistant_answers_all_questions(tmp_path: Path) -> None:
     )["assistant"]
     assert reached["reached"] and reached["questions"] == 8
     assert text.getvalue().count("> ") >= 10
+    assert "“Every employee has 22 days of paid annual leave.” leave-rules.md" in text.getvalue()
     assert f"chat:                 khaosz chat {tmp_path / 'm'}" in text.getvalue()
 
 

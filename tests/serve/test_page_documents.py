@@ -51,6 +51,8 @@ def test_uploads_and_finds_a_chinese_pdf(browser: Any, knowledge: KnowledgeClien
         hit = page.locator(".hit").first
         hit.wait_for()
         assert "年报 2025.pdf, pp. 1–2" in hit.inner_text() and "#1" in hit.inner_text()
+        quote = page.locator(".quote").inner_text()
+        assert "三百二十亿元" in quote and "年报 2025.pdf, p" in quote
         hit.click()
         mark = page.locator("dialog mark")
         mark.wait_for()

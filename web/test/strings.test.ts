@@ -2,7 +2,7 @@ import { expect, test } from "vitest";
 import { strings } from "../src/strings";
 
 const { en, zh } = strings;
-const placeholders = (text: string) => (text.match(/\{\w+\}/g) ?? []).sort();
+const placeholders = (text: string) => [...new Set(text.match(/\{\w+\}/g))].sort();
 
 test("both languages have all texts, with the same placeholders", () => {
   expect(Object.keys(zh)).toEqual(Object.keys(en));

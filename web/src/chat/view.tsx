@@ -137,6 +137,11 @@ function Empty() {
             {t("chooseModel")}
           </a>
         </p>
+        {features.value.knowledgeBases && (
+          <p>
+            <a href={href("documents")}>{t("quotedWithout")}</a>
+          </p>
+        )}
       </div>
     );
   }

@@ -1,30 +1,35 @@
 import { useSignal } from "@preact/signals";
-import { sendJson, type Hit } from "../api";
+import { sendJson, type Citation, type Hit } from "../api";
 import { explain } from "../chat/state";
 import { isComposing } from "../chat/composer";
 import { Icon } from "../components/icons";
-import { HitList, SourcePanel } from "../components/sources";
+import { HitList, sourceLabel, SourcePanel } from "../components/sources";
 import { t } from "../i18n";
 
 type Mode = "" | "lexical" | "dense" | "hybrid";
+/** The sentence or table row that answers, on one line as `answer`. */
+type Quote = Citation & { answer: string };
 
-/** Search without a model: the passages that a question would be answered from. */
+/** Search without a model: the sentence that answers, and the passages that a question would be
+ * answered from. */
 export function Search(props: { knowledgeBase: string }) {
   const query = useSignal("");
   const mode = useSignal<Mode>("");
   const hits = useSignal<Hit[] | null>(null);
+  const quote = useSignal<Quote | null>(null);
   const problem = useSignal<string | null>(null);
-  const opened = useSignal<Hit | null>(null);
+  const opened = useSignal<Hit | Quote | null>(null);
   const search = async (event: Event) => {
     event.preventDefault();
     if (!query.value.trim()) return;
     try {
-      const result = await sendJson<{ hits: Hit[] }>(
+      const result = await sendJson<{ hits: Hit[]; quote: Quote | null }>(
         "POST",
         `/v1/knowledge_bases/${encodeURIComponent(props.knowledgeBase)}/search`,
         { query: query.value, k: 10, ...(mode.value ? { mode: mode.value } : {}) },
       );
       hits.value = result.hits;
+      quote.value = result.quote;
       problem.value = null;
     } catch (error) {
       problem.value = explain(error);
@@ -65,6 +70,14 @@ export function Search(props: { knowledgeBase: string }) {
         </div>
       )}
       {hits.value && !hits.value.length && <p class="note">{t("noResults")}</p>}
+      {quote.value && (
+        <blockquote class="quote">
+          <p>{quote.value.answer}</p>
+          <button type="button" class="quiet" onClick={() => (opened.value = quote.value)}>
+            {sourceLabel(quote.value)}
+          </button>
+        </blockquote>
+      )}
       {hits.value && <HitList hits={hits.value} onOpen={(hit) => (opened.value = hit)} />}
       {opened.value && (
         <SourcePanel knowledgeBase={props.knowledgeBase} citation={opened.value} onClose={() => (opened.value = null)} />
