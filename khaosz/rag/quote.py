@@ -122,7 +122,7 @@ _KINDS = tuple(
             r"多少|几[个人次张本台件条间层箱辆名位盒包度片]|多[大高重宽深远快]|\bpercent"
             r"|\bhow (?:many|much|big|tall|large|heavy|high|deep|fast|far|wide)\b"
             r"|\bmaximum\b|\bminimum\b|\bnumber of\b",
-            rf"\d|{_NUMERAL}[个人次张本册台件条间层箱辆名位盒包度片]|\b(?!an?\b){_ENGLISH_NUMERAL}\b",
+            rf"\d|{_NUMERAL}[个人次张本册台件条间层箱辆名位盒包度片元亿]|\b(?!an?\b){_ENGLISH_NUMERAL}\b",
             r"\b\B",
         ),
         (
