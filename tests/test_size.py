@@ -20,7 +20,7 @@ BUDGET = {
     "config": 1_374,
     "data": 6_246,
     "database": 182,
-    "demo": 1_591,
+    "demo": 1_598,
     "doctor": 72,
     "errors": 86,
     "evaluation": 519,
