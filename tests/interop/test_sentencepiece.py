@@ -57,6 +57,16 @@ def test_vocabulary_there_and_back(family: str) -> None:
         assert again.encode(text) == ours.encode(text), text
         assert again.decode(again.encode(text)) == ours.decode(ours.encode(text)), text
     assert (again.begin_ids, again.bos_id) == (ours.begin_ids, ours.bos_id)
+    # Built from the file's lists; its tokenizer.json gives the same one, chats too.
+    read = Tokenizer(again.serialized, again.config)
+    name = next(iter(read.special_ids))
+    for text in texts():
+        ids = [
+            each.control_encoder.encode(f"{each.control_encoder.aliases[name]}{text}{name}")[0]
+            for each in (again, read)
+        ]
+        assert ids[0] == ids[1] and again.encode(text) == read.encode(text), text
+        assert ids[0][:1] == [read.special_ids[name]]
 
 
 def test_listed_merges_are_taken_as_they_are() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import tokenizers
+from tokenizers import models
 
 _MARK = "\u2056"  # at both ends of an alias: a sign that no normaliser changes or removes
 
@@ -21,21 +22,24 @@ class ControlEncoder:
     piece, and a pre-tokenizer that treats the start of a text differently sees one start.
     """
 
-    def __init__(self, serialized: bytes, added: dict[str, int], special: dict[str, int]) -> None:
-        """Ids by name: of all added tokens, and of control tokens."""
-        spec = json.loads(serialized)
+    def __init__(
+        self,
+        serialized: Callable[[], bytes],
+        added: dict[str, int],
+        special: dict[str, int],
+        shared: tokenizers.Tokenizer | None = None,
+    ) -> None:
+        """Ids by name: of all added tokens, and of control tokens. The vocabulary and the merges of
+        `shared`, which take seconds to load again, are used where no text reaches the names."""
         nonce = f"{_MARK}{secrets.token_hex(16)}"
         self.aliases = {name: f"{nonce}.{i}{_MARK}" for i, name in enumerate(special)}
         self._names = {alias: name for name, alias in self.aliases.items()}
         self._special = special
         self._pattern = re.compile(rf"{nonce}\.\d+{_MARK}")
-        self._may_miss = any(t["single_word"] or t["normalized"] for t in spec["added_tokens"])
-        _rename(spec["model"], self.aliases)
-        for token in spec["added_tokens"]:
-            token["content"] = self.aliases.get(token["content"], token["content"])
-        spec |= dict.fromkeys(("post_processor", "truncation", "padding"))
-        self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        present = {token["content"] for token in spec["added_tokens"]}
+        if shared is not None and _is_shareable(shared.model, special):
+            self._backend, present = self._sharing(shared)
+        else:
+            self._backend, present = self._loaded(json.loads(serialized()))
         absent = [alias for alias in self.aliases.values() if alias not in present]
         self._backend.add_special_tokens(absent)
         # Added tokens get ids in turn, and those that a merge makes keep their names there.
@@ -44,6 +48,34 @@ class ControlEncoder:
             for name, i in (added | special).items()
         }
         self._ids = {theirs: ours for theirs, ours in places.items() if theirs != ours}
+
+    def _loaded(self, spec: dict[str, Any]) -> tuple[tokenizers.Tokenizer, set[str]]:
+        """Of a tokenizer.json, and its added tokens."""
+        self._may_miss = any(t["single_word"] or t["normalized"] for t in spec["added_tokens"])
+        _rename(spec["model"], self.aliases)
+        for token in spec["added_tokens"]:
+            token["content"] = self.aliases.get(token["content"], token["content"])
+        spec |= dict.fromkeys(("post_processor", "truncation", "padding"))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        return backend, {token["content"] for token in spec["added_tokens"]}
+
+    def _sharing(self, of: tokenizers.Tokenizer) -> tuple[tokenizers.Tokenizer, set[str]]:
+        """With the model of another tokenizer, and its added tokens."""
+        backend = tokenizers.Tokenizer(of.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if getattr(of, part) is not None:
+                setattr(backend, part, getattr(of, part))
+        tokens = [token for _, token in sorted(of.get_added_tokens_decoder().items())]
+        self._may_miss = any(t.single_word or t.normalized for t in tokens)
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        renamed = [
+            tokenizers.AddedToken(
+                self.aliases.get(t.content, t.content), **{flag: getattr(t, flag) for flag in flags}
+            )
+            for t in tokens
+        ]
+        backend.add_tokens(renamed)
+        return backend, {token.content for token in renamed}
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the character range [start, end) of each in `text`."""
@@ -85,6 +117,13 @@ def exceeds(backend: tokenizers.Tokenizer, text: str, limit: int) -> bool:
         if count > limit:
             return True
     return False
+
+
+def _is_shareable(model: Any, special: dict[str, int]) -> bool:
+    """Whether no text becomes a control token by its name: in BPE only a single character, a byte
+    and, with `ignore_merges`, a word does."""
+    reached = any(len(name) == 1 or name.startswith("<0x") for name in special)
+    return isinstance(model, models.BPE) and not model.ignore_merges and not reached
 
 
 def _rename(model: dict[str, Any], aliases: dict[str, str]) -> None:

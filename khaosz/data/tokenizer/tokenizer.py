@@ -66,23 +66,26 @@ class Tokenizer:
 
     def __init__(
         self,
-        serialized: bytes,
+        serialized: bytes | Callable[[], bytes],
         config: dict[str, Any],
         model_ids: dict[str, list[int]] | None = None,
+        backend: tokenizers.Tokenizer | None = None,
     ) -> None:
         """`model_ids`: ids of "bos", "eos" and "pad" in the model's files. Those of "eos" end a
-        text as well; the others stand in where the tokenizer names none."""
-        try:
-            backend = tokenizers.Tokenizer.from_buffer(serialized)
-        except ValueError as error:
-            raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
+        text as well; the others stand in where the tokenizer names none. `backend`: what
+        `serialized`, which may be a function then, gives; writing and parsing a large vocabulary
+        take seconds."""
+        self._serialized = serialized
+        if backend is None:
+            try:
+                backend = tokenizers.Tokenizer.from_buffer(self.serialized)
+            except ValueError as error:
+                raise TokenizerError(f"tokenizer.json cannot be read: {error}") from error
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self._backend = backend
-        self.serialized = serialized
         self.config = config
-        self.fingerprint = hashlib.sha256(serialized).hexdigest()
         model_ids = {**(config.get(_MODEL_IDS) or {}), **(model_ids or {})}
         added = backend.get_added_tokens_decoder()
         self.special_ids: dict[str, int] = {t.content: i for i, t in added.items() if t.special}
@@ -114,6 +117,16 @@ class Tokenizer:
             self.config = {**config, _MODEL_IDS: model_ids}
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         _ = self.chat_templates  # raises where they are broken
+
+    @cached_property
+    def serialized(self) -> bytes:
+        """The bytes of tokenizer.json."""
+        return self._serialized if isinstance(self._serialized, bytes) else self._serialized()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of `serialized`, in hexadecimal digits."""
+        return hashlib.sha256(self.serialized).hexdigest()
 
     def _configured(self, key: str) -> str | None:
         value = self.config.get(key)
@@ -228,7 +241,8 @@ class Tokenizer:
     def control_encoder(self) -> ControlEncoder:
         """Encodes rendered chats; see `ControlEncoder`."""
         added = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items()}
-        return ControlEncoder(self.serialized, added, self.special_ids)
+        shared = None if isinstance(self._serialized, bytes) else self._backend
+        return ControlEncoder(lambda: self.serialized, added, self.special_ids, shared)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`[encode(text) for text in texts]` on all cores and without offsets."""

@@ -28,11 +28,13 @@ def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     counts = []
     with without_collection():  # of which each would look at half a million pairs
         for piece in scores:
-            before = len(pairs)
-            for cut in range(len(piece) - 1, 0, -1):
-                if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores:
-                    pairs.append((left, right))
-            counts.append(len(pairs) - before)
+            found = [
+                (left, right)
+                for cut in range(len(piece) - 1, 0, -1)
+                if (left := piece[:cut]) in scores and (right := piece[cut:]) in scores
+            ]
+            pairs += found
+            counts.append(len(found))
         values = np.repeat(np.fromiter(scores.values(), np.float64, len(scores)), counts)
         cuts = np.fromiter((len(left) for left, _ in pairs), np.int64, len(pairs))
         return [pairs[i] for i in np.lexsort((-cuts, -values)).tolist()]

@@ -6,14 +6,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import tokenizers
+from tokenizers import models
 
 from khaosz.data.tokenizer.chat_template import OWN_TEMPLATES
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.data.tokenizer.tokenizer import QWEN2_PATTERN, Tokenizer
-from khaosz.errors import ModelError, quoted
+from khaosz.errors import ModelError, TokenizerError, quoted
 from khaosz.interop.gguf.sentencepiece import (
     SPACE,
     merges_of,
@@ -91,6 +94,40 @@ _STRIPS = ("single_word", "lstrip", "rstrip", "normalized")
 
 def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     """Raises `ModelError` for a kind of tokenizer or pre-tokenizer that is not supported."""
+    with without_collection():
+        spec, config, model_ids = _parts(metadata, source)
+        # Its tokenizer.json is written where it is needed.
+        return Tokenizer(partial(_serialized, metadata, source), config, model_ids, _backend(spec))
+
+
+def _serialized(metadata: dict[str, Any], source: str) -> bytes:
+    with without_collection():
+        return json.dumps(_parts(metadata, source)[0], ensure_ascii=False).encode()
+
+
+def _backend(spec: dict[str, Any]) -> tokenizers.Tokenizer:
+    """Of a tokenizer.json. Its vocabulary and merges, by far the most of it, need not be text."""
+    model = {**spec["model"]}
+    vocab, merges = model.pop("vocab"), model.pop("merges")
+    small = {**spec, "added_tokens": [], "model": {**model, "vocab": {}, "merges": []}}
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(small))
+        given = {key: v for key, v in model.items() if key != "type" and v is not None}
+        backend.model = models.BPE(vocab, merges, **given)
+    except Exception as error:  # a plain Exception is what the library raises
+        raise TokenizerError(f"the tokenizer cannot be read: {error}") from None
+    added = [
+        {key: value for key, value in token.items() if key != "id"}
+        for token in spec["added_tokens"]
+    ]
+    backend.add_tokens([tokenizers.AddedToken(**token) for token in added])
+    return backend
+
+
+def _parts(
+    metadata: dict[str, Any], source: str
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, list[int]]]:
+    """What tokenizer.json and tokenizer_config.json say, and the model's own ids."""
 
     def get(name: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
         value = metadata.get(f"tokenizer.ggml.{name}", default)
@@ -187,8 +224,7 @@ def tokenizer_from_metadata(metadata: dict[str, Any], source: str) -> Tokenizer:
     stored = get_ids(_END_IDS)
     model_ids = {key: [i] for key, i in ids.items() if key in ("bos", "pad")}
     model_ids["eos"] = list(dict.fromkeys([*ends, *(named if stored is None else stored)]))
-    with without_collection():
-        return Tokenizer(json.dumps(spec, ensure_ascii=False).encode(), config, model_ids)
+    return spec, config, model_ids
 
 
 _ID_KEYS = {
@@ -197,14 +233,14 @@ _ID_KEYS = {
 }  # fmt: skip
 
 
-def _merge_pairs(vocab: dict[str, int], merges: list[str], source: str) -> list[list[str]]:
+def _merge_pairs(vocab: dict[str, int], merges: list[str], source: str) -> list[tuple[str, str]]:
     """Raises `ModelError` for a merge that is not made of tokens."""
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise ModelError(f"{source}: merge {quoted(merge)} is not made of tokens")
-        pairs.append([left, right])
+        pairs.append((left, right))
     return pairs
 
 
