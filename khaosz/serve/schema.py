@@ -103,13 +103,26 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Sampling(RequestModel):
+class Probabilities(RequestModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+
+
+class Sampling(Probabilities):
     max_tokens: Tokens | None = None
+
+
+class AnswerRequest(Probabilities):
+    """Fields that the requests of other protocols than OpenAI's chats have in common."""
+
+    seed: Seed | None = None
+    thinking_budget: Budget | None = None
+    stream: bool | None = None
+    knowledge_base: str | None = None
+    retrieval: Retrieval | None = None
 
 
 class SamplingRequest(Sampling):

@@ -37,30 +37,25 @@ class TestPhi3(FamilyTests):
     ]
 
 
+def longrope(context: int) -> dict[str, Any]:
+    """Settings of a model with this original context."""
+    original = {"original_max_position_embeddings": context}
+    return {"hidden_size": 48, "rope_parameters": {**LONGROPE, **original}, **original}
+
+
 class TestLongRope(FamilyTests):
-    """Its original context is 64: sequences of 50 are within it."""
+    """Sequences of 50 are within the original context."""
 
     theirs = "phi3"
     architecture = "phi3"
-    config: ClassVar[dict[str, Any]] = {
-        "hidden_size": 48,
-        "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64},
-        "original_max_position_embeddings": 64,
-    }
+    config = longrope(64)
     wide: ClassVar[dict[str, Any]] = {"partial_rotary_factor": 0.375}
 
 
-class TestBeyondTheBorder(FamilyTests):
-    """Its original context is 20: sequences of 50, taken as a whole, are beyond it."""
+class TestBeyondTheBorder(TestLongRope):
+    """Sequences of 50, taken as a whole, are beyond the original context."""
 
-    theirs = "phi3"
-    architecture = "phi3"
-    config: ClassVar[dict[str, Any]] = {
-        "hidden_size": 48,
-        "rope_parameters": {**LONGROPE, "original_max_position_embeddings": 20},
-        "original_max_position_embeddings": 20,
-    }
-    wide: ClassVar[dict[str, Any]] = {"partial_rotary_factor": 0.375}
+    config = longrope(20)
     document = 25
 
     @staticmethod

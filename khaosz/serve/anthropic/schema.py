@@ -18,7 +18,7 @@ from khaosz.serve.messages import (
     text_only,
 )
 from khaosz.serve.replies import CitationReply, LanguageWarningReply, Reply, RetrievalReply
-from khaosz.serve.schema import Budget, Retrieval, Seed, Stop, TemplateKwargs, Tokens
+from khaosz.serve.schema import AnswerRequest, Budget, Stop, TemplateKwargs, Tokens
 
 
 class Sent(BaseModel):
@@ -186,22 +186,12 @@ class CountRequest(RequestModel):
         return self.thinking is not None and self.thinking.type != "disabled"
 
 
-class MessagesRequest(CountRequest):
+class MessagesRequest(CountRequest, AnswerRequest):
     """min_p, repetition_penalty, seed, thinking_budget, chat_template_kwargs, knowledge_base and
     retrieval are not Anthropic's."""
 
     max_tokens: Tokens
     stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Seed | None = None
-    thinking_budget: Budget | None = None
-    knowledge_base: str | None = None
-    retrieval: Retrieval | None = None
     container: Unsupported = None
     thread: Unsupported = None
     billing_policy: Ignored = None

@@ -32,12 +32,10 @@ from khaosz.serve.messages import (
 )
 from khaosz.serve.replies import CitationReply, LanguageWarningReply, Reply, RetrievalReply
 from khaosz.serve.schema import (
-    Budget,
+    AnswerRequest,
     JsonObject,
     NamedSchema,
     PlainText,
-    Retrieval,
-    Seed,
     TemplateKwargs,
     Tokens,
     Truncation,
@@ -228,25 +226,15 @@ class InputCountRequest(RequestModel):
     chat_template_kwargs: TemplateKwargs | None = None
 
 
-class ResponseRequest(InputCountRequest):
+class ResponseRequest(InputCountRequest, AnswerRequest):
     """top_k, min_p, repetition_penalty, seed, thinking_budget, chat_template_kwargs, knowledge_base
     and retrieval are not OpenAI's."""
 
     max_output_tokens: Tokens | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    min_p: Annotated[float, Field(ge=0, lt=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    seed: Seed | None = None
-    thinking_budget: Budget | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     include: Annotated[list[str], Field(max_length=MAX_TOOLS)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    knowledge_base: str | None = None
-    retrieval: Retrieval | None = None
     background: Unsupported = None
     prompt: Unsupported = None
     access_programs: Ignored = None

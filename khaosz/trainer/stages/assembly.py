@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,6 +14,7 @@ from khaosz.data.batches.dataset import TokenDataset
 from khaosz.data.fingerprint import fingerprint
 from khaosz.data.records.pairs import TextEncoder, TextPairs, load_text_pairs
 from khaosz.data.records.preference import load_pairs, load_prompts
+from khaosz.data.records.report import LoadReport
 from khaosz.errors import DataError
 from khaosz.interop.models import model_config
 from khaosz.model import RewardModel
@@ -45,6 +48,8 @@ from khaosz.trainer.strategy import BatchLayout, build_strategy
 from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
+
+Pairs = TypeVar("Pairs", PairSet, TextPairs)
 
 
 def assemble_text(run: OpenRun) -> Trainer:
@@ -271,43 +276,35 @@ def _critic(run: OpenRun, reward: RewardModel | None) -> RewardModel:
 
 
 def _preference_pairs(run: OpenRun) -> tuple[PairSet, PairSet]:
-    """Pairs to train on and held-out pairs: those of `val`, or a part of the data by prompt."""
-    config, tokenizer = run.config, run.tokenizer
-    load = partial(
-        load_pairs,
-        tokenizer=tokenizer,
-        window=run.window,
-        columns=config.columns,
-        allow_unread=config.allow_unread,
-    )
-    loaded = load([config.data], val_fraction=_val_fraction(config), seed=config.seed)
-    _print_lines(run, loaded.report.lines())
-    held_out = loaded.validation
-    if config.val is not None:
-        validation = load([config.val])
-        _print_lines(run, ["validation:", *validation.report.lines()])
-        held_out = validation.train
-    return PairSet(loaded.train), PairSet(held_out)
+    """Pairs to train on and held-out pairs; they are held out by prompt."""
+
+    def load(paths: list[str], **options: Any) -> tuple[PairSet, PairSet, LoadReport]:
+        data = load_pairs(paths, run.tokenizer, run.window, **options)
+        return PairSet(data.train), PairSet(data.validation), data.report
+
+    return _train_and_held_out(run, load)
 
 
 def _text_pairs(run: OpenRun) -> tuple[TextPairs, TextPairs]:
-    """Pairs to train on and held-out pairs: those of `val`, or a part of the data by passage."""
-    config, embed = run.config, run.config.embed
+    """Pairs to train on and held-out pairs; they are held out by passage."""
+    embed = run.config.embed
     assert embed.max_length is not None
     encoder = TextEncoder(run.tokenizer, embed.max_length, embed.query_prefix, embed.passage_prefix)
-    load = partial(
-        load_text_pairs,
-        encoder=encoder,
-        negatives=embed.negatives,
-        columns=config.columns,
-        allow_unread=config.allow_unread,
-    )
-    data, held_out, report = load(
-        [config.data], val_fraction=_val_fraction(config), seed=config.seed
-    )
+    load = partial(load_text_pairs, encoder=encoder, negatives=embed.negatives)
+    return _train_and_held_out(run, load)
+
+
+def _train_and_held_out(
+    run: OpenRun, load: Callable[..., tuple[Pairs, Pairs, LoadReport]]
+) -> tuple[Pairs, Pairs]:
+    """Data to train on and held-out data: that of `val`, or a part of the data."""
+    config = run.config
+    read = partial(load, columns=config.columns, allow_unread=config.allow_unread)
+    fraction = 0.0 if config.val is not None else config.val_fraction
+    data, held_out, report = read([config.data], val_fraction=fraction, seed=config.seed)
     _print_lines(run, report.lines())
     if config.val is not None:
-        held_out, _, report = load([config.val])
+        held_out, _, report = read([config.val])
         _print_lines(run, ["validation:", *report.lines()])
     return data, held_out
 
@@ -324,10 +321,6 @@ def _packing_lines(dataset: TokenDataset) -> list[str]:
             f" {stats.skipped_short:,} too short, {stats.skipped_untrained:,} with no label"
         )
     return lines
-
-
-def _val_fraction(config: TrainConfig) -> float:
-    return 0.0 if config.val is not None else config.val_fraction
 
 
 def _print_lines(run: OpenRun, lines: list[str]) -> None:
