@@ -18,7 +18,7 @@ BUDGET = {
     "__main__": 37,
     "cli": 3_323,
     "config": 1_374,
-    "data": 6_284,
+    "data": 6_327,
     "database": 182,
     "demo": 1_598,
     "doctor": 72,

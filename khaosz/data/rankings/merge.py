@@ -25,7 +25,7 @@ from khaosz.data.rankings.agreement import (
     scaled_ranks,
 )
 from khaosz.data.rankings.ranking_file import Ranking
-from khaosz.data.records.layouts import levels_of
+from khaosz.data.records.comparisons import levels_of
 from khaosz.data.records.turns import Message
 
 

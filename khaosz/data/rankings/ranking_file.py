@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from khaosz.data.records.layouts import ranking_levels
+from khaosz.data.records.comparisons import ranking_levels
 from khaosz.data.records.preference import prompt_key, to_prompt
 from khaosz.data.records.readers import Skip, parse_line
 from khaosz.data.records.report import text_hash

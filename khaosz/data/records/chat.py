@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.layouts import Conversation, read_record
+from khaosz.data.records.conversations import Conversation
+from khaosz.data.records.layouts import read_record
 from khaosz.errors import DataError
 
 

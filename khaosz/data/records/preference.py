@@ -18,19 +18,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.layouts import (
-    SYSTEMS,
-    Pair,
-    Rated,
-    column_names,
-    fitting,
-    levels_of,
-    named,
-    prompt_of,
-    ranked_pairs,
-    read_record,
-    refuse_tools,
-)
+from khaosz.data.records.columns import SYSTEMS, column_names, named
+from khaosz.data.records.comparisons import Pair, Rated, levels_of, ranked_pairs, refuse_tools
+from khaosz.data.records.conversations import prompt_of
+from khaosz.data.records.layouts import fitting, read_record
 from khaosz.data.records.readers import expand_inputs
 from khaosz.data.records.report import (
     InputReport,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from khaosz.data.records.layouts import column_names, known_columns
+from khaosz.data.records.columns import column_names
+from khaosz.data.records.layouts import known_columns
 from khaosz.errors import DataError, one_line
 
 if TYPE_CHECKING:  # document loaders import this module under a limit of memory

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from khaosz.config import ColumnsConfig
-from khaosz.data.records.layouts import Conversation, Kind, Rated, Texts, read_record
+from khaosz.data.records.comparisons import Rated
+from khaosz.data.records.conversations import Conversation
+from khaosz.data.records.layouts import Kind, Texts, read_record
 from khaosz.data.records.readers import detect_language, expand_inputs
 from khaosz.data.records.report import InputReport, open_reports, usable_records
 from khaosz.data.records.turns import LeftOut

@@ -49,7 +49,7 @@ from khaosz.trainer.train_context import Plan, TrainContext
 from khaosz.trainer.trainer import Trainer
 from khaosz.trainer.validation import evaluate_on, sample_text
 
-Pairs = TypeVar("Pairs", PairSet, TextPairs)
+Pairs = TypeVar("Pairs")
 
 
 def assemble_text(run: OpenRun) -> Trainer:
@@ -299,12 +299,12 @@ def _train_and_held_out(
 ) -> tuple[Pairs, Pairs]:
     """Data to train on and held-out data: that of `val`, or a part of the data."""
     config = run.config
-    read = partial(load, columns=config.columns, allow_unread=config.allow_unread)
+    options = {"columns": config.columns, "allow_unread": config.allow_unread}
     fraction = 0.0 if config.val is not None else config.val_fraction
-    data, held_out, report = read([config.data], val_fraction=fraction, seed=config.seed)
+    data, held_out, report = load([config.data], val_fraction=fraction, seed=config.seed, **options)
     _print_lines(run, report.lines())
     if config.val is not None:
-        held_out, _, report = read([config.val])
+        held_out, _, report = load([config.val], **options)
         _print_lines(run, ["validation:", *report.lines()])
     return data, held_out
 

@@ -20,7 +20,8 @@ from khaosz.data.batches.sequences import (
     rows_with_least_padding,
 )
 from khaosz.data.records.chat import to_messages
-from khaosz.data.records.layouts import Rated, read_record
+from khaosz.data.records.comparisons import Rated
+from khaosz.data.records.layouts import read_record
 from khaosz.data.records.learned import learned_chats
 from khaosz.data.records.pairs import TextEncoder, to_texts
 from khaosz.data.records.preference import encode_pair, encode_prompt, to_prompt

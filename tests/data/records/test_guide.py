@@ -9,15 +9,10 @@ from typing import Any
 
 import pytest
 
-from khaosz.data.records.layouts import (
-    LAYOUTS,
-    Conversation,
-    Pair,
-    Rated,
-    Texts,
-    named,
-    read_record,
-)
+from khaosz.data.records.columns import named
+from khaosz.data.records.comparisons import Pair, Rated
+from khaosz.data.records.conversations import Conversation
+from khaosz.data.records.layouts import LAYOUTS, Texts, read_record
 from khaosz.data.records.preference import to_prompt
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -10,12 +10,8 @@ import pytest
 
 from khaosz.config import ColumnsConfig
 from khaosz.data.records.chat import to_messages, weighted_mask
-from khaosz.data.records.layouts import (
-    Pair,
-    Rated,
-    Texts,
-    read_record,
-)
+from khaosz.data.records.comparisons import Pair, Rated
+from khaosz.data.records.layouts import Texts, read_record
 from khaosz.data.records.preference import load_pairs, to_pairs, to_prompt
 from khaosz.data.records.turns import LeftOut
 from khaosz.data.tokenizer.chat import encode_chat
