@@ -33,10 +33,10 @@ from khaosz.inference.request import Output
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.local_models import named_path
 from khaosz.interop.models import check_model
-from khaosz.rag.models.http_client import check_url, deltas, read_events, split_address
+from khaosz.rag.models.chat_models import SERVER_SEEDS, sampled_answer
+from khaosz.rag.models.http_client import check_url, split_address
 
 _ADAPTER = "adapter_config.json"
-_SERVER_SEEDS = (1 << 31) - 1  # servers read seeds of 32 bits
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,10 @@ class ServerSource:
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
-            "seed": ((params.seed or 0) + number) & _SERVER_SEEDS,
+            "seed": ((params.seed or 0) + number) & SERVER_SEEDS,
         }
-        body = {"model": self._model, "messages": prompt, **sampling, "stream": True}
-        text, reason = "", "stop"
-        for event in read_events(f"{self._url}/chat/completions", body):
-            for delta, finish in deltas(event):
-                text += delta.get("content") or ""
-                reason = finish or reason
-        return Answer(text, "length" if reason == "length" else "stop", self.name, sampling)
+        text, reason = sampled_answer(self._url, self._model, prompt, sampling)
+        return Answer(text, reason, self.name, sampling)
 
     def close(self) -> None:
         pass

@@ -245,6 +245,13 @@ def serve(
         list[str] | None,
         typer.Option(help="For /v1/rerank and knowledge bases: NAME=SOURCE; see `rag search`."),
     ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Model of another server whose answers are ranked beside those here:"
+            " NAME=http://host/v1#model; its key is KHAOSZ_API_KEY or OPENAI_API_KEY."
+        ),
+    ] = None,
     data: Annotated[
         Path,
         typer.Option(help="Directory for documents, conversations and rankings."),
@@ -298,6 +305,7 @@ def serve(
         loras=lora or (),
         embedders=embedder or (),
         rerankers=reranker or (),
+        peers=peer or (),
         data=data,
         runs=runs,
         max_upload=max_upload << 20,

@@ -34,6 +34,7 @@ from khaosz.serve.openai.vectors import Vectors, vector_routes
 from khaosz.serve.page import page_routes
 from khaosz.serve.records.conversation_store import ConversationStore
 from khaosz.serve.records.conversations import conversation_routes
+from khaosz.serve.records.drawn_answers import ANSWERS, DrawnFile, Peer, answer_routes
 from khaosz.serve.records.preferences import FILE, PreferenceFile, preference_routes
 from khaosz.serve.records.runs import run_routes
 from khaosz.serve.replies import Live, ModelCard, ModelList, Ready
@@ -52,14 +53,17 @@ HEARTBEAT = 5.0  # seconds after which a silent stream sends a comment
 Routes = APIRouter | Callable[[Answering], APIRouter]
 
 
-def record_routes(data: Path, runs: Path) -> list[Routes]:
+def record_routes(data: Path, runs: Path, peers: Sequence[Peer] = ()) -> list[Routes]:
     """Conversations, their generations and preferences in the folder `data`, and training runs
-    below `runs`. Raises `DataError` for a file in `data` that cannot be used."""
+    below `runs`; `peers` are ranked beside the models here. Raises `DataError` for a file in `data`
+    that cannot be used."""
     conversations = ConversationStore(data / "conversations.db")
+    preferences = PreferenceFile(data / FILE)
     return [
         conversation_routes(conversations),
         partial(generation_routes, conversations),
-        preference_routes(PreferenceFile(data / FILE)),
+        preference_routes(preferences, [peer.name for peer in peers]),
+        partial(answer_routes, preferences, DrawnFile(data / ANSWERS), peers),
         run_routes(runs),
     ]
 

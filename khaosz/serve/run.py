@@ -33,6 +33,7 @@ def serve(
     loras: Sequence[str] = (),
     embedders: Sequence[str] = (),
     rerankers: Sequence[str] = (),
+    peers: Sequence[str] = (),
     data: Path,
     runs: Path,
     max_upload: int,
@@ -47,10 +48,11 @@ def serve(
     """Serve until SIGTERM or Ctrl-C; running requests are finished first. `models` are paths, or
     NAME=PATH, or none: then the page proposes one, and `source` is where it is fetched from, as
     `pull` takes it; `loras` NAME=DIR for the first of them, or MODEL:NAME=DIR; `embedders` and
-    `rerankers` as `RetrievalModels` takes them. `data`: the folder for documents, conversations and
-    preferences; `runs`: that of training runs; `max_upload`: bytes of a document. `timeout`:
-    seconds for a request. `deterministic`: answers do not depend on other requests or caches.
-    `announce` gets a line per address when the first model is loaded.
+    `rerankers` as `RetrievalModels` takes them; `peers`: NAME=http://host/v1#model, whose
+    answers are ranked beside those of the models here. `data`: the folder for documents,
+    conversations and preferences; `runs`: that of training runs; `max_upload`: bytes of a document.
+    `timeout`: seconds for a request. `deterministic`: answers do not depend on other requests or
+    caches. `announce` gets a line per address when the first model is loaded.
 
     Raises `ConfigError` for a port in use, an address that is not local, a missing key off
     loopback, a folder that another server uses, and where fastapi or uvicorn is missing;
@@ -77,6 +79,7 @@ def serve(
         from khaosz.serve.knowledge.catalogue import Catalogue
         from khaosz.serve.knowledge.library import Library
         from khaosz.serve.records.conversation_store import ConversationStore
+        from khaosz.serve.records.drawn_answers import named_peers
         from khaosz.serve.retrieval_models import RetrievalModels
     except ModuleNotFoundError as error:
         raise ConfigError(
@@ -90,6 +93,11 @@ def serve(
         retrieval.check()
         if both := {*served.names} & {*retrieval.embedders, *retrieval.rerankers}:
             raise ConfigError(f"two models are named {min(both)!r}", hint="NAME=SOURCE names one")
+        others = named_peers(peers)
+        if both := {*served.names} & {peer.name for peer in others}:
+            raise ConfigError(
+                f"two models are named {min(both)!r}", hint="--peer NAME=URL names one"
+            )
         served.preload()
         Catalogue.check(data / "catalogue.db")
         ConversationStore.check(data / "conversations.db")
@@ -109,7 +117,7 @@ def serve(
             pulls=Pulls(served, source),
             runs=runs,
             timeout=timeout,
-            routers=record_routes(data, runs),
+            routers=record_routes(data, runs, others),
         )
         hosts = (*LOOPBACK, host) if local else None
         config = uvicorn.Config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from browser_helpers import PHONE, open_page, wait_for
 from serving import Service, served, wait_until
 
 from khaosz.data.records.preference import to_pairs
+from khaosz.serve.records.drawn_answers import DrawnFile, Peer, answer_routes
 from khaosz.serve.records.preferences import PreferenceFile, preference_routes
 
 pytestmark = pytest.mark.browser
@@ -24,8 +26,13 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def place(tiny: Path, taught: Path, file: Path) -> Iterator[Service]:
-    with served(tiny, taught, routers=[preference_routes(PreferenceFile(file))]) as running:
-        yield running
+    rankings, drawn = PreferenceFile(file), DrawnFile(file.with_name("answers.jsonl"))
+    with served(f"far={tiny}") as other:
+        peer = Peer("elsewhere", f"http://127.0.0.1:{other.port}/v1", "far")
+        answers = partial(answer_routes, rankings, drawn, [peer])
+        routers: list[Any] = [preference_routes(rankings, [peer.name]), answers]
+        with served(tiny, taught, routers=routers) as running:
+            yield running
 
 
 def records(file: Path) -> list[dict[str, Any]]:
@@ -305,6 +312,9 @@ def test_several_models_are_ranked_blind_by_annotators(
         page.get_by_text("Models to compare: 0").click()
         page.get_by_role("checkbox", name="tiny").check()
         page.get_by_role("checkbox", name="taught").check()
+        page.get_by_role("checkbox", name="elsewhere").check()
+        bodies: list[str] = []
+        page.on("response", lambda each: "/answers" in each.url and bodies.append(each.text()))
         page.get_by_label("Max tokens").fill("12")
         for name in ("ann", "李"):
             page.get_by_label("Annotator").fill(name)
@@ -314,7 +324,8 @@ def test_several_models_are_ranked_blind_by_annotators(
             for n in (1, 2):
                 page.locator(".strip").wait_for()
                 shown = page.locator(".ranking").inner_text()
-                assert "tiny" not in shown and "taught" not in shown
+                assert not any(name in shown for name in ("tiny", "taught", "elsewhere"))
+                assert not any(name in body for name in ("tiny", "elsewhere") for body in bodies)
                 page.keyboard.press("1")
                 page.keyboard.press("Enter")
                 page.get_by_text(f"Rankings saved: {n + 2 * (name == '李')}").wait_for()
@@ -325,13 +336,18 @@ def test_several_models_are_ranked_blind_by_annotators(
             tuple(sorted(row["answers"])) for row in rows[2:]
         }
         for row in rows:
-            models = {source["model"] for [source] in row["sources"]}
-            assert models == {"tiny", "taught"}
+            models = {source["model"] for same in row["sources"] for source in same}
+            assert models == {"tiny", "taught", "elsewhere"}
             assert row["sources"][0][0]["sampling"]["max_tokens"] == 12
         page.get_by_role("button", name="Take the last ranking back").click()
         page.get_by_text("The last ranking was taken back.").wait_for()
         assert page.get_by_label("Prompt", exact=True).input_value() == "狗"
         assert records(file) == rows[:3]
+        page.reload()  # what 李 has ranked is left out of the file
+        page.set_input_files(".prompt-form input[type=file]", prompts)
+        page.get_by_text("left out: 1").wait_for()
+        assert page.get_by_label("Prompt", exact=True).input_value() == "狗"
+        page.get_by_text("1 of 1, skipped: 0").wait_for()
         page.get_by_text("Agreement and disputed prompts").click()
         page.get_by_text("Krippendorff's alpha").wait_for()
         page.get_by_role("cell", name="taught").wait_for()

@@ -69,7 +69,7 @@ def post(service: Service, request: dict[str, Any]) -> tuple[int, Any]:
 def test_training_reads_rankings(service: Service, file: Path, tiny: Path, tmp_path: Path) -> None:
     assert post(service, RANKED) == (201, {"object": "preference", "pairs": 5, "count": 1})
     assert post(service, PAIR) == (201, {"object": "preference", "pairs": 1, "count": 2})
-    shown = {"object": "preferences", "count": 2, "file": "preferences.jsonl"}
+    shown = {"object": "preferences", "count": 2, "file": "preferences.jsonl", "peers": []}
     assert service.ask("GET", "/v1/preferences")[2] == shown
     status, text = service.text("/v1/preferences/export")
     assert status == 200 and text == file.read_text(encoding="utf-8")
@@ -115,7 +115,7 @@ def test_training_reads_rankings(service: Service, file: Path, tiny: Path, tmp_p
         ({"ranked": ["x"]}, "at least 2"),
         ({"ranked": [["x", "y"]]}, "at least 2"),
         ({"ranked": ["x", []]}, "ranked.1"),
-        ({"ranked": [["x", "y", "z"], [*"abcdef"]]}, "9 answers, not 2 to 8"),
+        ({"ranked": ["0", [*"abcdefghijklmnopqrstuvwxyz"]]}, "27 answers, not 2 to 26"),
         ({"ranked": ["x", ["y", "x"]]}, "two answers are the same"),
         ({"ranked": ["x", " \n"]}, "an answer is empty"),
         ({"ranked": ["x", "\ud800"]}, "ranked.1"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from khaosz.errors import ServerError
 from khaosz.inference.generator import Generator
 from khaosz.inference.sampling import SamplingParams
 from khaosz.rag.models.http_client import check_url, deltas, read_events, split_address
 from khaosz.rag.models.protocols import ChatModel, Messages
+
+SERVER_SEEDS = (1 << 31) - 1  # servers read seeds of 32 bits
+_MAX_ANSWER = 1 << 20  # characters
 
 
 class LocalModel:
@@ -57,6 +62,26 @@ class HttpModel:
         for event in read_events(f"{self._url}/chat/completions", body):
             for delta, _ in deltas(event):
                 yield delta.get("content") or ""
+
+
+def sampled_answer(
+    url: str,
+    model: str,
+    messages: Messages,
+    sampling: Mapping[str, Any],
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[str, str]:
+    """Text and finish reason, "stop" or "length", of one answer of an OpenAI-compatible server.
+    `sampling`: fields of the request. Raises `ServerError`, also when `stopped` between pieces."""
+    text, reason = "", "stop"
+    body = {"model": model, "messages": list(messages), **sampling, "stream": True}
+    for event in read_events(f"{url}/chat/completions", body):
+        for delta, finish in deltas(event):
+            text += delta.get("content") or ""
+            reason = finish or reason
+        if stopped() or len(text) > _MAX_ANSWER:
+            raise ServerError(f"{url}: the answer was stopped at {len(text)} characters")
+    return text, "length" if reason == "length" else "stop"
 
 
 def open_chat_model(name: str, *, device: str = "cpu") -> ChatModel:

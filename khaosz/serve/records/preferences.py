@@ -12,7 +12,8 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,7 +23,8 @@ from pydantic import Field, model_validator
 
 from khaosz.data.rankings.merge import merge
 from khaosz.data.rankings.ranking_file import read_rankings, take_back
-from khaosz.data.records.preference import to_pairs, to_prompt
+from khaosz.data.records.preference import prompt_key, to_pairs, to_prompt
+from khaosz.data.records.readers import parse_line
 from khaosz.data.tokenizer.training_text import refuse_surrogates
 from khaosz.errors import DataError
 from khaosz.files import append, locked
@@ -32,7 +34,8 @@ from khaosz.serve.replies import Reply, exported, json_lines
 from khaosz.serve.schema import Sampling, Seed
 
 FILE = "preferences.jsonl"
-MAX_ANSWERS = 8
+MAX_ANSWERS = 26  # as in the terminal
+MAX_PROMPTS = 100_000  # of one question which are ranked
 MAX_DISPUTES = 50  # of an agreement
 _CHUNK = 1 << 16
 
@@ -158,11 +161,12 @@ class PreferenceRequest(RequestModel):
 
 
 class Preferences(Reply):
-    """`file`: in the folder of --data."""
+    """`file`: in the folder of --data; `peers`: names of models of other servers (--peer)."""
 
     object: Literal["preferences"]
     count: int
     file: str
+    peers: list[str]
 
 
 class PreferenceAdded(Reply):
@@ -171,6 +175,21 @@ class PreferenceAdded(Reply):
     object: Literal["preference"]
     pairs: int
     count: int
+
+
+class RankedRequest(RequestModel):
+    prompts: Annotated[
+        list[Annotated[list[PromptMessage], Field(min_length=1, max_length=MAX_MESSAGES)]],
+        Field(max_length=MAX_PROMPTS),
+    ]
+    annotator: Annotator | None = None
+
+
+class RankedPrompts(Reply):
+    """`ranked`: of each prompt, whether the annotator has ranked answers to it."""
+
+    object: Literal["preferences.ranked"]
+    ranked: list[bool]
 
 
 class PreferenceTaken(Reply):
@@ -310,14 +329,25 @@ class PreferenceFile:
                     self._counted += len(part)
         return self._count
 
+    def ranked_by(self, annotator: str | None) -> set[str]:
+        """The keys of the prompts that an annotator has ranked, or without a name, whose rankings
+        have none. Lines that are not rankings are passed over."""
+        keys = set()
+        for line in b"".join(self.lines()).splitlines():
+            record = parse_line(line)
+            if isinstance(record, dict) and record.get("annotator") == annotator:
+                with suppress(DataError):
+                    keys.add(prompt_key(to_prompt(record).prompt))
+        return keys
+
     def lines(self) -> Iterator[bytes]:
         """The complete lines, in pieces of any length."""
         return _whole_lines(self.path) if self.path.exists() else iter(())
 
 
-def preference_routes(file: PreferenceFile) -> APIRouter:
+def preference_routes(file: PreferenceFile, peers: Iterable[str] = ()) -> APIRouter:
     """The routes are not async, so FastAPI runs them in threads: they wait for the disk."""
-    router = APIRouter()
+    router, names = APIRouter(), list(peers)
 
     @router.post(
         "/v1/preferences",
@@ -336,7 +366,18 @@ def preference_routes(file: PreferenceFile) -> APIRouter:
 
     @router.get("/v1/preferences", response_model=Preferences, responses=errors())
     def preferences() -> dict[str, Any]:
-        return {"object": "preferences", "count": file.count(), "file": file.path.name}
+        shown = {"count": file.count(), "file": file.path.name, "peers": names}
+        return {"object": "preferences", **shown}
+
+    @router.post("/v1/preferences/ranked", response_model=RankedPrompts, responses=errors(400))
+    def ranked(request: RankedRequest) -> dict[str, Any]:
+        """Which prompts an annotator has ranked."""
+        keys = file.ranked_by(request.annotator)
+        prompts = [[message.model_dump() for message in each] for each in request.prompts]
+        return {
+            "object": "preferences.ranked",
+            "ranked": [prompt_key(each) in keys for each in prompts],
+        }
 
     @router.delete(
         "/v1/preferences/last", response_model=PreferenceTaken, responses=errors(400, 404, 507)

@@ -1,6 +1,6 @@
 /** Answers to rank: sampled in one request and shown in random order. */
 
-import { batch, signal } from "@preact/signals";
+import { batch, computed, signal } from "@preact/signals";
 import { getJson, request, sendJson, streamChat } from "../api";
 import { explain, model, models } from "../chat/state";
 import { t } from "../i18n";
@@ -9,7 +9,7 @@ import { add, isComplete, rankedAnswers, type Ranking } from "./ranking";
 export interface Answer {
   text: string;
   finish: string | null;
-  models: string[]; // several where models gave the same text; not shown before the ranking is saved
+  id: string | null; // of answers that the server drew: it alone knows their models
 }
 
 export interface Sampling {
@@ -22,7 +22,8 @@ export interface Sampling {
 export interface Round {
   prompt: string;
   system: string;
-  models: string[];
+  model: string;
+  drawn: string | null; // the id of answers that the server drew
   seed: number;
   sampling: Sampling;
   answers: Answer[];
@@ -41,6 +42,12 @@ export const file = signal("preferences.jsonl");
 export const problem = signal<string | null>(null);
 export const status = signal("");
 
+/** Names of models of other servers. */
+export const peers = signal<string[]>([]);
+/** What can be compared: the models here, and those. */
+export const comparable = computed(() => [
+  ...new Set([...models.value.filter((each) => each.kind === "chat").map((each) => each.id), ...peers.value]),
+]);
 /** Models whose answers are ranked; empty: the selected one. */
 export const compared = signal<string[]>([]);
 const ANNOTATOR_KEY = "khaosz.annotator";
@@ -73,9 +80,12 @@ let saving = false; // pressing Enter twice saves once
 
 export async function refreshCount(): Promise<void> {
   try {
-    const summary = await getJson<{ count: number; file: string }>("/v1/preferences");
-    count.value = summary.count;
-    file.value = summary.file;
+    const summary = await getJson<{ count: number; file: string; peers: string[] }>("/v1/preferences");
+    batch(() => {
+      count.value = summary.count;
+      file.value = summary.file;
+      peers.value = summary.peers;
+    });
   } catch (error) {
     problem.value = explain(error);
   }
@@ -92,26 +102,21 @@ export function cancelRound(): void {
 }
 
 export async function sample(): Promise<void> {
-  const known = models.value.filter((each) => each.kind === "chat").map((each) => each.id);
-  const several = compared.value.filter((id) => known.includes(id));
+  const several = compared.value.filter((id) => comparable.value.includes(id));
+  const name = annotator.value.trim();
   const chosen = several.length ? several : model.value ? [model.value.id] : [];
   if (!chosen.length || !prompt.value.trim()) return;
   cancelRound();
   const controller = new AbortController();
   abort = controller;
-  const { n, ...settings } = sampling.value;
-  // Annotators with a name rank the same answers to the same prompt.
-  const text = JSON.stringify([system.value.trim(), prompt.value.trim()]);
-  const seed = annotator.value.trim() ? hashed(text) : crypto.getRandomValues(new Uint32Array(1))[0]! >>> 1;
-  const order = shuffled(n * chosen.length);
-  const answers: Answer[] = order.map(() => ({ text: "", finish: null, models: [] }));
   const started: Round = {
     prompt: prompt.value.trim(),
     system: system.value.trim(),
-    models: chosen,
-    seed,
+    model: chosen[0]!,
+    drawn: null,
+    seed: crypto.getRandomValues(new Uint32Array(1))[0]! >>> 1,
     sampling: sampling.value,
-    answers,
+    answers: Array.from({ length: sampling.value.n * chosen.length }, () => ({ text: "", finish: null, id: null })),
     sampled: false,
   };
   batch(() => {
@@ -119,40 +124,83 @@ export async function sample(): Promise<void> {
     status.value = t("generating");
     round.value = started;
   });
+  try {
+    // Of several models, or for an annotator with a name, the server draws and keeps the answers:
+    // it hides the models, and annotators rank the very same answers.
+    const shared = several.length > 0 || name;
+    await (shared ? draw(started, chosen, name, controller) : sampleHere(started, controller));
+  } catch (error) {
+    if (!controller.signal.aborted && abort === controller) fail(explain(error));
+  }
+}
+
+async function sampleHere(started: Round, controller: AbortController): Promise<void> {
+  const { n, ...settings } = started.sampling;
+  const order = shuffled(n);
+  const answers = started.answers.map((each) => ({ ...each }));
   let frame = 0;
-  const draw = () => {
+  const show = () => {
     frame = 0;
     if (abort === controller) round.value = { ...started, answers: answers.map((each) => ({ ...each })) };
   };
+  const body = { model: started.model, messages: messagesOf(started), n, seed: started.seed, ...settings, stream: true };
   try {
-    for (const [i, id] of chosen.entries()) {
-      const body = { model: id, messages: messagesOf(started), n, seed, ...settings, stream: true };
-      for await (const chunk of streamChat(body, controller.signal)) {
-        for (const { index, delta, finish_reason } of chunk.choices) {
-          const answer = answers[order[i * n + index]!]!;
-          answer.models = [id];
-          answer.text += delta.content ?? "";
-          if (finish_reason) answer.finish = finish_reason;
-        }
-        // The speed of an answer, and which ones grow together, would tell the models apart.
-        if (chosen.length === 1) frame ||= requestAnimationFrame(draw);
+    for await (const chunk of streamChat(body, controller.signal)) {
+      for (const { index, delta, finish_reason } of chunk.choices) {
+        const answer = answers[order[index]!]!;
+        answer.text += delta.content ?? "";
+        if (finish_reason) answer.finish = finish_reason;
       }
-      status.value = t("answersReady", { n: (i + 1) * n, total: n * chosen.length });
+      frame ||= requestAnimationFrame(show);
     }
-  } catch (error) {
+  } finally {
     cancelAnimationFrame(frame);
-    if (controller.signal.aborted || abort !== controller) return;
-    fail(explain(error));
-    return;
   }
-  cancelAnimationFrame(frame);
-  if (abort !== controller) return;
-  const different: Answer[] = [];
-  for (const answer of answers.filter(({ text }) => text.trim())) {
-    const same = different.find((each) => each.text === answer.text);
-    if (same) same.models = [...new Set([...same.models, ...answer.models])];
-    else different.push({ ...answer });
+  if (abort === controller) showAll(started, answers);
+}
+
+interface Drawn {
+  id: string;
+  done: boolean;
+  ready: number;
+  total: number;
+  answers: { id: string; text: string; finish_reason: string }[];
+  problems: string[];
+}
+
+const POLL_MS = 400;
+
+async function draw(started: Round, chosen: string[], name: string, controller: AbortController): Promise<void> {
+  const { n, ...settings } = started.sampling;
+  const body = {
+    messages: messagesOf(started),
+    models: chosen,
+    n,
+    sampling: settings,
+    ...(name ? { annotator: name } : {}),
+  };
+  for (;;) {
+    const drawn = await sendJson<Drawn>("POST", "/v1/preferences/answers", body, controller.signal);
+    if (abort !== controller) return;
+    if (drawn.done) {
+      const answers = drawn.answers.map(({ id, text, finish_reason }) => ({ id, text, finish: finish_reason }));
+      if (answers.length < 2 && drawn.problems.length) fail(drawn.problems.join("\n"));
+      else {
+        problem.value = drawn.problems.join("\n") || null;
+        showAll({ ...started, drawn: drawn.id }, answers);
+      }
+      return;
+    }
+    status.value = t("answersReady", { n: drawn.ready, total: drawn.total });
+    await new Promise((resolve) => setTimeout(resolve, POLL_MS));
+    if (abort !== controller) return;
   }
+}
+
+function showAll(started: Round, answers: Answer[]): void {
+  const different = answers.filter(
+    ({ text }, i) => text.trim() && answers.findIndex((each) => each.text === text) === i,
+  );
   if (different.length < 2) {
     fail(t("identicalAnswers"));
     return;
@@ -172,14 +220,7 @@ function fail(message: string): void {
   });
 }
 
-/** FNV-1a, 31 bits. */
-function hashed(text: string): number {
-  let hash = 0x811c9dc5;
-  for (const byte of new TextEncoder().encode(text)) hash = Math.imul(hash ^ byte, 0x01000193);
-  return hash >>> 1;
-}
-
-function messagesOf(round: Round): { role: string; content: string }[] {
+function messagesOf(round: { prompt: string; system: string }): { role: string; content: string }[] {
   const system = round.system ? [{ role: "system", content: round.system }] : [];
   return [...system, { role: "user", content: round.prompt }];
 }
@@ -203,28 +244,9 @@ export function rankNext(answer: number): void {
 export async function save(): Promise<void> {
   const done = round.value;
   if (!done || saving || !isComplete(ranking.value, done.answers.length)) return;
-  const { n: _, ...settings } = done.sampling;
-  const finishes = rankedAnswers(ranking.value).map((i) => done.answers[i]!.finish);
-  const source = (id: string) => ({ model: id, seed: done.seed, sampling: settings });
-  const by = rankedAnswers(ranking.value).map((i) => done.answers[i]!.models.map(source));
-  const from =
-    done.models.length > 1
-      ? { sources: by }
-      : { model: done.models[0], seed: done.seed, sampling: settings };
-  const levels = ranking.value.map((level) => level.map((i) => done.answers[i]!.text));
   saving = true;
   try {
-    const { pairs, count: total } = await sendJson<{ pairs: number; count: number }>(
-      "POST",
-      "/v1/preferences",
-      {
-        messages: messagesOf(done),
-        ranked: levels.map((level) => (level.length === 1 ? level[0] : level)),
-        finish_reasons: finishes.includes(null) ? null : finishes,
-        ...(annotator.value.trim() ? { annotator: annotator.value.trim() } : {}),
-        ...from,
-      },
-    );
+    const { pairs, count: total } = await sendJson<{ pairs: number; count: number }>("POST", ...rankingOf(done));
     countDone("ranked");
     batch(() => {
       count.value = total;
@@ -238,6 +260,30 @@ export async function save(): Promise<void> {
     saving = false;
   }
   if (round.value === done) nextRound(done); // else the user has already continued
+}
+
+/** Path and body of the request that stores the ranking of a round. */
+function rankingOf(done: Round): [string, unknown] {
+  const name = annotator.value.trim();
+  const by = name ? { annotator: name } : {};
+  const ranked = (of: (answer: Answer) => string) => {
+    const levels = ranking.value.map((level) => level.map((i) => of(done.answers[i]!)));
+    return levels.map((level) => (level.length === 1 ? level[0] : level));
+  };
+  if (done.drawn !== null)
+    return [`/v1/preferences/answers/${done.drawn}/ranking`, { ranked: ranked((each) => each.id!), ...by }];
+  const { n: _, ...settings } = done.sampling;
+  const finishes = rankedAnswers(ranking.value).map((i) => done.answers[i]!.finish);
+  const body = {
+    messages: messagesOf(done),
+    ranked: ranked((each) => each.text),
+    finish_reasons: finishes.includes(null) ? null : finishes,
+    model: done.model,
+    seed: done.seed,
+    sampling: settings,
+    ...by,
+  };
+  return ["/v1/preferences", body];
 }
 
 export function skip(): void {
@@ -312,6 +358,51 @@ export function takeNext(): boolean {
     promptQueue.value = rest;
   });
   return true;
+}
+
+/** Begin a file of prompts, without those that this annotator has ranked already. */
+export async function startPrompts(prompts: string[]): Promise<void> {
+  const left = await unranked(prompts);
+  batch(() => {
+    cancelRound();
+    prompt.value = "";
+    promptQueue.value = left;
+    progress.value = { total: left.length, ranked: 0, skipped: 0, seconds: 0 };
+    status.value = left.length < prompts.length ? t("alreadyRanked", { n: prompts.length - left.length }) : "";
+    takeNext();
+  });
+}
+
+/** Another annotator: the prompts that follow are those that are left for that one. */
+export async function changeAnnotator(): Promise<void> {
+  const queue = promptQueue.value;
+  const waits = round.value === null && progress.value.total > 0 && prompt.value.trim() !== "";
+  const all = waits ? [prompt.value, ...queue] : queue;
+  const left = await unranked(all);
+  if (promptQueue.value !== queue || left.length === all.length) return;
+  batch(() => {
+    promptQueue.value = left;
+    progress.value = { ...progress.value, total: progress.value.total - all.length + left.length };
+    status.value = t("alreadyRanked", { n: all.length - left.length });
+    if (!waits) return;
+    prompt.value = "";
+    takeNext();
+  });
+}
+
+async function unranked(prompts: string[]): Promise<string[]> {
+  if (!prompts.length) return prompts;
+  const name = annotator.value.trim();
+  const asked = prompts.map((each) => messagesOf({ prompt: each.trim(), system: system.value.trim() }));
+  try {
+    const path = "/v1/preferences/ranked";
+    const body = { prompts: asked, ...(name ? { annotator: name } : {}) };
+    const { ranked } = await sendJson<{ ranked: boolean[] }>("POST", path, body);
+    return prompts.filter((_, i) => !ranked[i]);
+  } catch (error) {
+    problem.value = explain(error);
+    return prompts;
+  }
 }
 
 /** By a request rather than a link, which would not send the API key. */

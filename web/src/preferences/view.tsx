@@ -8,9 +8,9 @@ import { list, number, t } from "../i18n";
 import { copyText } from "../platform";
 import { isComplete, move, promptsOf, put, rankedAnswers, rankOf, toggleTie, without } from "./ranking";
 import {
-  agreement, annotator, cancelRound, compared, count, download, file, loadAgreement, problem, progress,
+  agreement, annotator, cancelRound, changeAnnotator, comparable, compared, count, download, file, loadAgreement, problem, progress,
   progressText, prompt, promptQueue, rankNext, ranking, refreshCount, round, sample, sampling, save,
-  setAnnotator, skip, status, system, takeBack, takeNext, tied,
+  setAnnotator, skip, startPrompts, status, system, takeBack, takeNext, tied,
 } from "./state"; // prettier-ignore
 
 export function PreferencesView() {
@@ -84,9 +84,7 @@ function PromptForm() {
     const prompts = promptsOf(await selected.text());
     fileProblem.value = prompts.length ? "" : t("noPrompts");
     if (!prompts.length) return;
-    promptQueue.value = prompts;
-    progress.value = { total: prompts.length, ranked: 0, skipped: 0, seconds: 0 };
-    takeNext();
+    await startPrompts(prompts);
   };
   const numeric = (name: keyof typeof settings, label: string, min: number, max: number, step: number) => (
     <label>
@@ -138,6 +136,7 @@ function PromptForm() {
           placeholder={t("annotatorHint")}
           value={annotator.value}
           onInput={(event) => setAnnotator(event.currentTarget.value)}
+          onChange={() => void changeAnnotator()}
         />
       </label>
       <details>
@@ -161,22 +160,22 @@ function PromptForm() {
             ))}
           </select>
         </label>
-        {chats.length > 1 && (
+        {comparable.value.length > 1 && (
           <details class="compared">
             <summary>{t("compareModels", { n: number(compared.value.length) })}</summary>
-            {chats.map((each) => (
-              <label key={each.id} class="check">
+            {comparable.value.map((id) => (
+              <label key={id} class="check">
                 <input
                   type="checkbox"
-                  checked={compared.value.includes(each.id)}
+                  checked={compared.value.includes(id)}
                   onChange={(event) => {
-                    const others = compared.value.filter((id) => id !== each.id);
-                    compared.value = event.currentTarget.checked ? [...others, each.id] : others;
+                    const others = compared.value.filter((each) => each !== id);
+                    compared.value = event.currentTarget.checked ? [...others, id] : others;
                     const n = compared.value.length > 1 ? 1 : 4;
                     sampling.value = { ...sampling.value, n };
                   }}
                 />
-                {each.id}
+                {id}
               </label>
             ))}
           </details>
@@ -196,7 +195,7 @@ function PromptForm() {
             key="sample"
             type="submit"
             class={round.value ? "" : "primary"}
-            disabled={!prompt.value.trim() || model.value === null}
+            disabled={!prompt.value.trim() || (model.value === null && !compared.value.length)}
           >
             {t("generateAnswers")}
           </button>
