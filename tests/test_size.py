@@ -26,7 +26,7 @@ BUDGET = {
     "evaluation": 519,
     "files": 270,
     "inference": 3_560,
-    "interop": 6_310,
+    "interop": 6_330,
     "model": 1_381,
     "parallel": 116,
     "rag": 5_467,

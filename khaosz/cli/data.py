@@ -145,7 +145,7 @@ def data_grounded(
     from khaosz.demo.fetch import fetch_demo
     from khaosz.demo.grounded import grounded_records
     from khaosz.errors import ConfigError
-    from khaosz.interop.huggingface import load_config
+    from khaosz.interop.huggingface_config import load_config
     from khaosz.interop.models import open_tokenizer
 
     tokenizer = open_tokenizer(model)

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from khaosz.interop.gguf.model import GgufModel
-    from khaosz.interop.huggingface import model_type
+    from khaosz.interop.huggingface_config import model_type
     from khaosz.interop.models import load_model, open_tokenizer
 
 _MODULES = {
     "GgufModel": "gguf.model",
     "load_model": "models",
-    "model_type": "huggingface",
+    "model_type": "huggingface_config",
     "open_tokenizer": "models",
 }
 

@@ -20,7 +20,7 @@ from khaosz.errors import ConfigError, ModelError, one_line, quoted
 from khaosz.files import atomic_path, sync, write_json
 from khaosz.interop.families import FAMILIES
 from khaosz.interop.families.family import tensors as stored_tensors
-from khaosz.interop.huggingface import read_json
+from khaosz.interop.huggingface_config import read_json
 from khaosz.interop.models import ModelSource, open_model, open_tokenizer, write_served
 from khaosz.interop.sampling import recommended_sampling
 from khaosz.model import RewardModel, Transformer, parameter_shapes, parameters_fingerprint

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from khaosz.data.tokenizer.files import read_directory
 from khaosz.errors import ModelError, quoted
-from khaosz.interop.huggingface import read_json, same_value, weight_files
+from khaosz.interop.huggingface import weight_files
+from khaosz.interop.huggingface_config import read_json, same_value
 from khaosz.interop.tensor_file import DTYPES, TensorFile
 from khaosz.model.encoder import Encoder, EncoderConfig
 

@@ -14,7 +14,7 @@ from khaosz.data.tokenizer.files import read_template
 from khaosz.data.tokenizer.thinking import Thinking, thinking_of
 from khaosz.errors import ModelError, TokenizerError
 from khaosz.files import atomic_folder, disk_hint
-from khaosz.interop import huggingface
+from khaosz.interop import huggingface, huggingface_config
 from khaosz.interop.fetch.store import record_of
 from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, is_gguf, split_names
 from khaosz.interop.gguf.model import GgufModel, load_gguf, write_model
@@ -78,7 +78,7 @@ def open_model(path: str | Path, *, reranker: bool = False) -> ModelSource:
 def model_config(path: str | Path) -> ModelConfig:
     """The shape of a model in either format. Raises `ModelError` as `open_model` does for a .gguf
     file, for a directory as `load_config`."""
-    return open_model(path).config if is_gguf(path) else huggingface.load_config(Path(path))
+    return open_model(path).config if is_gguf(path) else huggingface_config.load_config(Path(path))
 
 
 def model_files(path: str | Path) -> list[Path]:
@@ -105,7 +105,7 @@ def check_model(path: str | Path) -> None:
     elif is_gguf(path):
         GgufModel.open(path)
     else:
-        huggingface.load_config(path)
+        huggingface_config.load_config(path)
         huggingface.weight_files(path)
         load_tokenizer(path)
 
@@ -118,7 +118,7 @@ def open_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer = load_tokenizer(path)
     config = Path(path) / "config.json"
     if config.exists() and not is_encoder(path):
-        known = huggingface.read_json(config).get("vocab_size")
+        known = huggingface_config.read_json(config).get("vocab_size")
         if isinstance(known, int) and tokenizer.vocab_size > known:
             raise ModelError(
                 f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {known}",

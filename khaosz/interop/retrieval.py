@@ -14,7 +14,7 @@ from torch import nn
 
 from khaosz.errors import ModelError, one_line, quoted
 from khaosz.interop import encoder as directories
-from khaosz.interop import huggingface
+from khaosz.interop import huggingface, huggingface_config
 from khaosz.interop.gguf import encoder as gguf
 from khaosz.interop.gguf.architectures import ENCODER
 from khaosz.interop.gguf.architectures.architecture import RERANK_HEAD
@@ -193,7 +193,9 @@ def _architecture(file: GgufFile) -> str:
 
 def _is_bidirectional(directory: Path) -> bool:
     try:
-        values = huggingface.text_values(huggingface.read_json(directory / "config.json"))
+        values = huggingface_config.text_values(
+            huggingface_config.read_json(directory / "config.json")
+        )
     except ModelError:
         return False
     return values.get("use_bidirectional_attention") is True

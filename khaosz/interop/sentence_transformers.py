@@ -24,7 +24,8 @@ from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.files import template_processing
 from khaosz.errors import ModelError, quoted
 from khaosz.files import write_json
-from khaosz.interop.huggingface import WEIGHTS, read_json
+from khaosz.interop.huggingface import WEIGHTS
+from khaosz.interop.huggingface_config import read_json
 from khaosz.interop.prompts import known_prompts
 from khaosz.interop.tensor_file import DTYPES, TensorFile
 

@@ -15,7 +15,7 @@ from khaosz.inference.adapter import Adapter
 from khaosz.inference.engine import Engine
 from khaosz.inference.generator import Generator
 from khaosz.inference.runner import storage_of
-from khaosz.interop.huggingface import load_config
+from khaosz.interop.huggingface_config import load_config
 from khaosz.interop.languages import Languages, known_languages
 from khaosz.interop.models import is_gguf, open_model, thinking_in
 from khaosz.interop.sampling import FALLBACK, sampling_defaults

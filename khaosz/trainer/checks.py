@@ -41,11 +41,8 @@ from khaosz.errors import (
     ModelError,
 )
 from khaosz.interop.gguf.file import is_gguf
-from khaosz.interop.huggingface import (
-    check_rotary,
-    is_reward_model,
-    weight_files,
-)
+from khaosz.interop.huggingface import is_reward_model, weight_files
+from khaosz.interop.huggingface_config import check_rotary
 from khaosz.interop.models import model_config, open_tokenizer
 from khaosz.parallel import ParallelContext
 from khaosz.parallel.setup import device_type, world_size

@@ -17,11 +17,8 @@ from khaosz.errors import CheckpointError, ConfigError, ModelError
 from khaosz.files import write_json
 from khaosz.inference.linear.frozen import frozen_model
 from khaosz.interop.adapter import base_fingerprint, load_adapter
-from khaosz.interop.huggingface import (
-    is_reward_model,
-    load_reward_model,
-    model_type,
-)
+from khaosz.interop.huggingface import is_reward_model, load_reward_model
+from khaosz.interop.huggingface_config import model_type
 from khaosz.interop.models import load_model, model_config, open_model
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters

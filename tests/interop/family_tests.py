@@ -26,14 +26,8 @@ from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.adapter import save_adapter
 from khaosz.interop.gguf.config import architecture_of
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
-from khaosz.interop.huggingface import (
-    config_from_hf,
-    config_to_hf,
-    load_config,
-    load_model,
-    model_type,
-    save_model,
-)
+from khaosz.interop.huggingface import load_model, save_model
+from khaosz.interop.huggingface_config import config_from_hf, config_to_hf, load_config, model_type
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora, named_adapters
 

@@ -13,7 +13,7 @@ from khaosz.errors import ModelError
 from khaosz.interop.families import FAMILIES
 from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.config import architecture_of
-from khaosz.interop.huggingface import config_from_hf, config_to_hf, model_type
+from khaosz.interop.huggingface_config import config_from_hf, config_to_hf, model_type
 
 PACKAGE = Path(khaosz.__file__).parent
 # The last: of pre-tokenizers, whose names in GGUF files are those of families.

@@ -22,7 +22,7 @@ from khaosz.interop.gguf.blocks import affine, dequantize, is_affine, quantize
 from khaosz.interop.gguf.config import architecture_of
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
-from khaosz.interop.huggingface import config_from_hf, model_type
+from khaosz.interop.huggingface_config import config_from_hf, model_type
 from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer, parameter_shapes
 

@@ -24,7 +24,8 @@ from khaosz.interop.gguf.blocks import dequantize, quantize
 from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
-from khaosz.interop.huggingface import config_to_hf, save_model
+from khaosz.interop.huggingface import save_model
+from khaosz.interop.huggingface_config import config_to_hf
 from khaosz.interop.modelfile import write_modelfile
 from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer

@@ -15,16 +15,8 @@ from tiny_models import FAMILIES, SHAPE, tiny_model
 from torch import Tensor
 
 from khaosz.errors import ModelError
-from khaosz.interop.huggingface import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    config_from_hf,
-    config_to_hf,
-    load_config,
-    load_model,
-    model_type,
-    save_model,
-)
+from khaosz.interop.huggingface import WEIGHTS, WEIGHTS_INDEX, load_model, save_model
+from khaosz.interop.huggingface_config import config_from_hf, config_to_hf, load_config, model_type
 from khaosz.model import Transformer
 
 transformers = pytest.importorskip("transformers")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pytest
 from family_tests import COMMON, FamilyTests
 
-from khaosz.interop.huggingface import config_from_hf
+from khaosz.interop.huggingface_config import config_from_hf
 
 
 class TestHunyuan(FamilyTests):

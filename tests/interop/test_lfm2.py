@@ -19,7 +19,8 @@ from khaosz.errors import ModelError
 from khaosz.interop.adapter import load_adapter, save_adapter
 from khaosz.interop.gguf.file import GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, save_gguf
-from khaosz.interop.huggingface import config_from_hf, load_model
+from khaosz.interop.huggingface import load_model
+from khaosz.interop.huggingface_config import config_from_hf
 from khaosz.model import Transformer
 from khaosz.model.lora import adapter_state, add_lora, named_adapters, target_of
 

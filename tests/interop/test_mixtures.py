@@ -22,7 +22,8 @@ from khaosz.inference.runner import Chunk, Runner, storage_of
 from khaosz.interop.adapter import load_adapter, save_adapter
 from khaosz.interop.gguf.file import GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf, write_model
-from khaosz.interop.huggingface import config_from_hf, load_model, save_model
+from khaosz.interop.huggingface import load_model, save_model
+from khaosz.interop.huggingface_config import config_from_hf
 from khaosz.model import Transformer
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.model.part import Part

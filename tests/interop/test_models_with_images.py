@@ -11,7 +11,8 @@ from family_tests import COMMON, close, ids, logits_of
 from safetensors.torch import load_file, save_file
 from tiny_models import randomised
 
-from khaosz.interop.huggingface import WEIGHTS, config_from_hf, load_model, model_type
+from khaosz.interop.huggingface import WEIGHTS, load_model
+from khaosz.interop.huggingface_config import config_from_hf, model_type
 
 transformers = pytest.importorskip("transformers")
 torch.set_num_threads(1)

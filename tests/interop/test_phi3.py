@@ -10,7 +10,7 @@ from family_tests import LENGTH, FamilyTests, close, ids, logits_of
 from torch import Tensor
 
 from khaosz.inference.runner import Chunk, Runner
-from khaosz.interop.huggingface import config_from_hf
+from khaosz.interop.huggingface_config import config_from_hf
 from khaosz.model import Transformer
 
 SHORT, LONG = [1.0, 1.1, 1.3], [1.5, 3.0, 9.0]

@@ -20,7 +20,8 @@ from khaosz.inference.runner import Chunk, Runner
 from khaosz.interop.gguf.blocks import dequantize
 from khaosz.interop.gguf.file import GgufFile, TensorToWrite, write_gguf
 from khaosz.interop.gguf.model import GgufModel, load_gguf, save_gguf
-from khaosz.interop.huggingface import WEIGHTS, config_from_hf, load_model, model_type
+from khaosz.interop.huggingface import WEIGHTS, load_model
+from khaosz.interop.huggingface_config import config_from_hf, model_type
 from khaosz.model import Transformer
 
 SHAPE: dict[str, Any] = {

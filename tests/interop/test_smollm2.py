@@ -11,7 +11,7 @@ import torch
 from khaosz.data.tokenizer import Tokenizer
 from khaosz.data.tokenizer.chat import render_chat
 from khaosz.interop.gguf.model import GgufModel, load_gguf
-from khaosz.interop.huggingface import model_type
+from khaosz.interop.huggingface_config import model_type
 from khaosz.interop.models import convert, load_model, open_tokenizer
 from khaosz.model import Transformer
 

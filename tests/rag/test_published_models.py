@@ -24,7 +24,7 @@ from khaosz.errors import KhaoszError, ModelError, NotEnoughMemoryError
 from khaosz.interop.gguf import blocks
 from khaosz.interop.gguf.file import GgufFile
 from khaosz.interop.gguf.tokenizer import tokenizer_to_metadata
-from khaosz.interop.huggingface import config_from_hf, config_to_hf, load_config
+from khaosz.interop.huggingface_config import config_from_hf, config_to_hf, load_config
 from khaosz.interop.local_models import default_model
 from khaosz.interop.models import check_model, load_model, open_model
 from khaosz.memory.machine import Limit

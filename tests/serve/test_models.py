@@ -21,7 +21,7 @@ from khaosz.inference.generator import Generator
 from khaosz.inference.prefix_cache import PrefixCache
 from khaosz.inference.sampling import SamplingParams
 from khaosz.interop.adapter import merge_adapter, save_adapter
-from khaosz.interop.huggingface import load_config
+from khaosz.interop.huggingface_config import load_config
 from khaosz.interop.models import convert, load_model
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.serve.models import Limits, Models

@@ -34,7 +34,7 @@ from khaosz.interop.fetch.transfer import (
 from khaosz.interop.gguf.architectures import ARCHITECTURES, READABLE
 from khaosz.interop.gguf.file import SPLIT_NAME, GgufFile, split_names
 from khaosz.interop.gguf.model import GgufModel
-from khaosz.interop.huggingface import load_config
+from khaosz.interop.huggingface_config import load_config
 from khaosz.interop.retrieval import check_encoder, check_gguf, is_encoder
 
 _CONFIG_FILES = re.compile(

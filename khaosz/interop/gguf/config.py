@@ -15,7 +15,7 @@ from khaosz.interop.gguf.architectures import ARCHITECTURES
 from khaosz.interop.gguf.architectures.architecture import Keys
 from khaosz.interop.gguf.blocks import dequantize
 from khaosz.interop.gguf.file import GgufFile
-from khaosz.interop.huggingface import check_rotary, model_type
+from khaosz.interop.huggingface_config import check_rotary, model_type
 from khaosz.model.rotary import rotary_frequencies
 
 # What can be written: llama.cpp's numbers of types and mixtures.

@@ -31,7 +31,7 @@ from khaosz.interop.gguf.file import TENSOR_TYPES, GgufFile, TensorToWrite, writ
 from khaosz.interop.gguf.mixed import MIXED, SEARCHED, mixed_kinds, quantize_mixed
 from khaosz.interop.gguf.sampling import sampling_to_metadata
 from khaosz.interop.gguf.tokenizer import tokenizer_from_metadata, tokenizer_to_metadata
-from khaosz.interop.huggingface import check_rotary
+from khaosz.interop.huggingface_config import check_rotary
 from khaosz.model import Transformer, is_router, parameter_shapes
 from khaosz.model.rotary import Rotary
 

@@ -16,7 +16,7 @@ from khaosz.inference.parts import THINK
 from khaosz.interop.gguf.config import architecture_of
 from khaosz.interop.gguf.file import split_names
 from khaosz.interop.gguf.model import GgufModel
-from khaosz.interop.huggingface import load_config, read_json
+from khaosz.interop.huggingface_config import load_config, read_json
 from khaosz.interop.models import is_gguf, open_tokenizer
 from khaosz.model import parameter_shapes
 from khaosz.serve.models import Models
