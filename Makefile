@@ -1,4 +1,4 @@
-# `make demo` runs the main job, `make test` the tests. Both create .venv if necessary.
+# `make demo` runs the main job, `make test` the tests. Both create .venv if necessary; `make setup` does only that.
 # Extra arguments for pip go into PIP_ARGS, e.g.
 #   make demo PIP_ARGS="--index-url URL_OF_PYTORCHS_CPU_WHEELS --extra-index-url YOUR_MIRROR"
 PYTHON ?= python3
@@ -12,7 +12,9 @@ else
 BIN := .venv/bin
 endif
 
-.PHONY: demo test test-all check bench docs page clean
+.PHONY: setup demo test test-all check bench docs page clean
+
+setup: .venv/ready
 
 demo: .venv/ready
 	$(BIN)/python -m khaosz demo $(ARGS)

@@ -47,6 +47,7 @@ GUIDES = (
     "inference.md",
     "models.md",
     "page.md",
+    "quickstart.md",
     "rag.md",
     "serve.md",
     "tokenizer.md",
@@ -268,7 +269,9 @@ def test_python_examples_run(
     assert capsys.readouterr().out
 
 
-def test_readmes_keep_the_place_of_the_samples() -> None:
+def test_samples_stand_where_training_is_explained() -> None:
     for path in READMES:
+        assert "samples:begin" not in read(path), name(path)
+    for path in (ROOT / "docs/en/training.md", ROOT / "docs/zh/training.md"):
         begin, end = (read(path).find(f"<!-- samples:{mark} -->") for mark in ("begin", "end"))
         assert 0 < begin < end, name(path)
