@@ -175,11 +175,11 @@ def interfaces(model: Path, generator: Generator, questions: list[Question]) -> 
             stored = {"title": "", "nodes": [{**asked, "created": 1}], "selected": node}
             call("PUT", f"/conversations/{conversation}", stored)
             path = f"/conversations/{conversation}/generations"
-            begun = call("POST", path, {**body, "parent": node, "truncation": "auto"})
-            while begun["state"] in ("queued", "running"):
+            generation = call("POST", path, {**body, "parent": node, "truncation": "auto"})
+            while generation["state"] in ("queued", "running"):
                 time.sleep(0.2)
-                begun = call("GET", f"/generations/{begun['id']}")
-            if not terminal == api == begun["content"]:
+                generation = call("GET", f"/generations/{generation['id']}")
+            if not terminal == api == generation["content"]:
                 different.append(question.id)
     return different
 

@@ -36,7 +36,7 @@ PHRASINGS = {
         "What should I call you?", "Hey, who am I talking to right now?",
         "Please state your name.", "Do you have a name? What is it?",
         "Introduce yourself in one sentence.", "Which assistant is this?",
-        "My friend asked what your name is. What shall I tell her?",
+        "My friend asked what your name is. What do I tell her?",
         "Are you Qwen? If not, who are you?", "Sorry, I forgot your name. What was it again?",
         "Good morning! Tell me your name and who made you.",
     ],

@@ -342,7 +342,7 @@ def ask(
 
     if quote and model is not None:
         raise ConfigError("--quote asks no model", hint="leave out --quote or --model")
-    name, without = (None, "") if quote else (model, "") if model else _default_reader()
+    name, without = (None, "") if quote else (model, "") if model else _default_reader(question)
     with _open_base(kb) as base:
         reply = answer_question(
             base,
@@ -397,9 +397,11 @@ def ask(
         say(source)
 
 
-def _default_reader() -> tuple[str | None, str]:
-    """The default model, if it can read passages, else None and why the answer is a quote."""
+def _default_reader(question: str) -> tuple[str | None, str]:
+    """The default model, if it can read passages and is not known to lack the question's language,
+    else None and why the answer is a quote."""
     from khaosz.errors import ModelError
+    from khaosz.interop.languages import known_languages, language_warning
     from khaosz.interop.models import open_model
 
     fetch = "`khaosz pull` proposes a model that answers in its own words"
@@ -410,6 +412,8 @@ def _default_reader() -> tuple[str | None, str]:
     context = open_model(model).config.max_position_embeddings
     if context < _LEAST_CONTEXT:
         return None, f"quoted, since {model} reads only {context:,} tokens: {fetch}"
+    if warning := language_warning(question, known_languages(model), model.name):
+        return None, warning.message
     return str(model), ""
 
 

@@ -31,7 +31,7 @@ def run_assistant(
     out: Path, console: Console, *, name: str | None, offline: bool, confirm: Confirm | None
 ) -> dict[str, Any]:
     """Answer with the model `name`, or with `PROPOSED` if it is here or `confirm` agrees to its
-    download; `confirm` is None where nobody can be asked. Nothing is downloaded before. Whatever
+    download; `confirm` is None without a terminal. Nothing is downloaded before. Whatever
     fails is reported, not raised."""
     try:
         path = _model(console, name, offline, confirm)

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import time
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,7 @@ def _finished_stages(out: Path, plan: dict[str, Any], console: Console) -> list[
         return list(stages)
     for path in (out / name for name in (*LEAST_STEPS, "corpus", "samples.json")):
         _move_aside(path, console)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / _PLAN, {**plan, "stages": []})
     return []
 
@@ -220,7 +222,7 @@ def _show_result(
         text = base.generate(beginning, _CONTINUED).text
         transcript.append({"question": beginning, "answer": text})
         console.print("    ", beginning, f"[green]{escape(text)}[/green]", sep="", highlight=False)
-    right = 0
+    right, copied, by_chance = 0, 0.0, 0.0
     if cases:
         console.print("\n  It answers from a passage that stands before the question:")
         model = Generator.from_directory(out / "dpo" / "last")
@@ -229,11 +231,18 @@ def _show_result(
             text = model.generate(ids, _COPIED).text.strip()
             is_copied = text == fact.answer.strip()
             right += is_copied
+            copied += _share_copied(text, fact.answer) / len(cases)
+            by_chance += _share_copied(text, cases[number - len(_KINDS)].answer) / len(cases)
             transcript.append({"question": _with_passage(fact), "answer": text})
             if number < len(_KINDS) and is_copied:
                 console.print(f"    {fact.question}\n    {text}", markup=False, highlight=False)
         kinds = "idioms explained and statutes quoted word for word"
         console.print(f"    held-out {kinds}: {right} of {len(cases)}", highlight=False)
+        console.print(
+            f"    longest run that is copied: {copied:.0%} of the right sentence;"
+            f" {by_chance:.0%} of another one's, for comparison",
+            highlight=False,
+        )
     write_json(out / "samples.json", transcript)
     empty = sum(not turn["answer"].strip() for turn in transcript)
     if empty > _MOST_EMPTY * len(transcript):
@@ -244,8 +253,14 @@ def _show_result(
     return {
         "reached": True, "model": str(out / "dpo" / "last"), "steps": steps,
         "bits_per_byte": score.bits_per_byte, "by_lang": score.by_lang,
-        "cases": len(cases), "right": right,
+        "cases": len(cases), "right": right, "copied": copied, "copied_by_chance": by_chance,
     }  # fmt: skip
+
+
+def _share_copied(text: str, answer: str) -> float:
+    """Characters of the longest run that both share, of those of `answer`."""
+    run = SequenceMatcher(None, text, answer, autojunk=False).find_longest_match()
+    return run.size / max(1, len(answer))
 
 
 def _beginnings(corpus: DemoCorpus) -> list[str]:

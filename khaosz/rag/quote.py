@@ -141,7 +141,7 @@ _KINDS = tuple(
         ),
     )
 )
-# Without what these ask for, a sentence is no answer, however much of the question it repeats.
+# Without what these ask for, a sentence does not answer, however much of the question it repeats.
 _STRICT = {"telephone", "address", "price", "duration", "date", "number"}
 _NAME = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z.]+)+|\b(?:Mr|Ms|Mrs|Dr)\b")
 _HEADING = re.compile(r"\s*(?:#{1,6} |=+\s*$|-+\s*$)")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from scripted_model import model, model_directory, run_khaosz
 
+from khaosz.cli.rag import _default_reader
+from khaosz.interop.fetch.catalogue import entry_of
 from khaosz.rag import KnowledgeBase
 
 ANSWER = "南极[1]。"
@@ -132,3 +134,19 @@ def test_rag_ask_quotes_without_a_model_that_reads(place: Path, tmp_path: Path) 
     reply = json.loads(done.stdout)
     assert (reply["text"], reply["quoted"], reply["asked"]) == ("企鹅住在南极。[1]", True, False)
     assert [citation["line"] for citation in reply["citations"]] == [1]
+
+
+def test_default_model_without_the_language_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of SmolLM2, an English model, is the newest on many machines."""
+    model_directory(tmp_path / "runs/citing/last", model(ANSWER, 4096))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KHAOSZ_CACHE", str(tmp_path))
+    expected = str(Path("runs/citing/last"))
+    assert _default_reader("企鹅住在哪里？") == (expected, "")
+    entry = entry_of("smollm2-135m")
+    monkeypatch.setattr("khaosz.interop.languages.known_entry", lambda model: entry)
+    name, why = _default_reader("企鹅住在哪里？")
+    assert name is None and "khaosz pull" in why and "中文" in why
+    assert _default_reader("Where do penguins live?") == (expected, "")

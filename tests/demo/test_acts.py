@@ -99,9 +99,8 @@ def test_failing_assistant_is_one_line(tmp_path: Path) -> None:
         minutes=9, out=tmp_path, acts=["assistant"], model=str(tmp_path / "no.gguf"), console=shown
     )
     assert "no.gguf" in reached["assistant"]["error"] and not reached["assistant"]["reached"]
-    assert (
-        "No such file or directory. Later: khaosz pull qwen2.5-coder-0.5b;"
-        in text.getvalue().replace("\n", " ")
+    assert "file or directory. Later: khaosz pull qwen2.5-coder-0.5b;" in text.getvalue().replace(
+        "\n", " "
     )
 
 

@@ -13,7 +13,7 @@ from tiny_models import chain_model, tokenizer
 from khaosz.data.tokenizer.chat import encode_chat
 from khaosz.demo.corpus import DemoCorpus
 from khaosz.demo.facts import Fact
-from khaosz.demo.training import _show_result
+from khaosz.demo.training import _finished_stages, _show_result
 from khaosz.errors import TrainingError
 from khaosz.interop.huggingface import save_model
 
@@ -52,7 +52,13 @@ def test_results_are_shown_scored_and_saved(tmp_path: Path) -> None:
     corpus = demo_of(tmp_path, answers=True)
     reached = _show_result(tmp_path, corpus, [CASE, wrong], Console(file=text))
     assert (reached["cases"], reached["right"], reached["steps"]["sft"]) == (2, 1, 7)
+    assert reached["copied"] == 0.5  # of "y" all of "y", and nothing of "z"
     assert "word for word: 1 of 2" in text.getvalue() and "bits per byte" in text.getvalue()
     assert "the quick brown fox" in text.getvalue()
     saved = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
     assert [turn["answer"] for turn in saved][1:] == ["y", "y"]
+
+
+def test_the_second_act_alone_creates_its_folder(tmp_path: Path) -> None:
+    assert _finished_stages(tmp_path / "a" / "b", {"minutes": 9}, Console(file=io.StringIO())) == []
+    assert _finished_stages(tmp_path / "a" / "b", {"minutes": 9}, Console(file=io.StringIO())) == []

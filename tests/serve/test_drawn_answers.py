@@ -115,7 +115,7 @@ def test_answers_are_kept_after_a_restart(server: Service, folder: Path, tiny: P
 
 def test_refuses_unusable_requests(server: Service, tmp_path: Path) -> None:
     for wrong, status in (
-        ({"models": ["nobody", "tiny"]}, 404),
+        ({"models": ["absent", "tiny"]}, 404),
         ({"models": ["tiny", "tiny"]}, 400),
         ({"models": ["tiny"], "n": 1}, 400),
         ({"n": 26}, 400),
@@ -134,7 +134,7 @@ def test_refuses_unusable_requests(server: Service, tmp_path: Path) -> None:
         DrawnFile(tmp_path / "a.jsonl")
 
 
-def test_stops_a_draw_that_nobody_asks_for(
+def test_stops_a_draw_without_requests(
     server: Service, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drawn_answers, "ABANDONED", 0.0)

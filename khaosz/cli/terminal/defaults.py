@@ -28,7 +28,7 @@ def defaults_file() -> Path:
 
 
 def read_defaults() -> dict[str, Any]:
-    """Empty where there is no file. Raises `ConfigError` for a file that cannot be used."""
+    """Empty if the file does not exist. Raises `ConfigError` for a file that cannot be used."""
     path = defaults_file()
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

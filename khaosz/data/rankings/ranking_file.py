@@ -149,7 +149,7 @@ def repair_last_line(path: Path) -> bool:
 
 def take_back(path: Path, annotator: str | None) -> dict[str, Any] | None:
     """Remove the last ranking of an annotator from a file, and return it; None if there is none.
-    With annotator None: the last that names nobody. The file is replaced atomically. Raises
+    With annotator None: the last one without a name. The file is replaced atomically. Raises
     OSError."""
     if not path.exists():
         return None

@@ -65,7 +65,7 @@ class Pull:
 
     @property
     def rate(self) -> float | None:
-        """Bytes a second; None until it can be told."""
+        """Bytes a second; None until it is known."""
         arrivals = list(self._arrivals)
         if self.state != "running" or len(arrivals) < 2:
             return None
@@ -88,7 +88,7 @@ class Pulls:
         return self._pulls.get(name)
 
     def start(self, row: Row) -> Pull:
-        """Serve a model; fetch it first unless it is here. A running pull goes on."""
+        """Serve a model; fetch it first unless it is here. A running pull continues."""
         before = self._pulls.get(row.name)
         if before is not None and before.state == "running":
             return before

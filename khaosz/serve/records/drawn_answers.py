@@ -2,7 +2,7 @@
 
 A client gets them in an order of the annotator's, under ids that say nothing of the models, and
 sends the ids back, ranked. The server keeps them in DATA/preference-answers.jsonl, a line per draw:
-several annotators rank the very same answers, also after a restart. A draw is told apart by its
+several annotators rank the very same answers, also after a restart. A draw is identified by its
 prompt, models, number of answers, sampling and seed.
 """
 
@@ -426,8 +426,8 @@ def answer_routes(
     )
     async def answers_to_rank(request: DrawRequest) -> dict[str, Any]:
         """Answers of several models to one prompt, without their names and in an order that depends
-        on the annotator. Returns at once: repeat the request until `done`. A draw that nobody asks
-        for is stopped."""
+        on the annotator. Returns at once: repeat the request until `done`. A draw without requests
+        is stopped."""
         draw = await draws.find(request)
         if isinstance(draw, Draw):
             shown = {"id": draw.id, "done": False, "ready": draw.ready, "answers": []}

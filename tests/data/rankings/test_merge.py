@@ -187,7 +187,7 @@ def test_invalid_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"none\.jsonl: No\ssuch file"):
         read_rankings([tmp_path / "none.jsonl"])
 
 
