@@ -127,14 +127,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_theta": 1e6, "rope_local_theta": 1e4, "qk_norm": True, "output_norms": True,
         "hidden_act": "gelu_pytorch_tanh", "embedding_multiplier": 128**0.5,
     },
+    # Blocks of Q4_K and Q6_K have 256 columns.
+    "llama, wide": {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64},
+    "qwen3, wide": {
+        "hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "qk_norm": True,
+    },
 }  # fmt: skip
 # Root mean square of the difference of logits, in units of their spread; other weights altogether
 # give 1.4. F32: two orders of fp32 sums. F16: llama.cpp rounds activations to 11 bits. Quantised:
-# it rounds them to 8 bits in groups of 32, by up to 1/254 of the largest, in each of 21 products.
+# it rounds them to 8 bits in groups of 32 (K types: 256), by up to 1/254 of the largest, in each of
+# 21 products.
 APART = {"F32": 1e-4, "F16": 0.004, "Q8_0": 0.08, "Q4_0": 0.08, "Q4_1": 0.08}
+APART |= {"Q4_K_M": 0.08, "Q6_K": 0.08}
 CASES = [(name, "F32") for name in MODELS] + [
-    (name, kind) for name in ("llama", "qwen2", "qwen3") for kind in APART if kind != "F32"
+    (name, kind) for name in ("llama", "qwen2", "qwen3") for kind in ("F16", "Q8_0", "Q4_0", "Q4_1")
 ]
+CASES += [(name, kind) for name in ("llama, wide", "qwen3, wide") for kind in ("Q4_K_M", "Q6_K")]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
