@@ -152,12 +152,12 @@ def read_adapter(
     try:
         with safe_open(str(path), framework="pt") as file:
             names = set(file.keys())
-            if any(".experts." in name for name in names):
-                config = _with_experts(config)
             renamed = [name for ours, name in theirs.items() if name != ours]
             if not any(f"{_PREFIX}{layer}.lora_A.weight" in names for layer in renamed):
                 theirs = {layer: layer for layer in theirs}  # an earlier version wrote our names
                 config = _read_config(directory, base, theirs)
+            if any(".experts." in name for name in names):
+                config = _with_experts(config)
             shapes = _shapes(model, config)
             stored = {_stored_name(name, theirs): name for name in shapes}
             for name in sorted(names - stored.keys()):

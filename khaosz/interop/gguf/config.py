@@ -65,9 +65,7 @@ def config_from_metadata(file: GgufFile) -> ModelConfig:
     architecture, keys = ARCHITECTURES[family], Keys(file, family)
     value, number, count = keys.value, keys.number, keys.count
     if count("expert_count", 0) and "expert_count" not in architecture.own:
-        what = (
-            "Mixtral and other mixtures of experts" if family == "llama" else "mixtures of experts"
-        )
+        what = "mixtures of experts, such as Mixtral,"
         raise ModelError(f"{source}: {what} as architecture {family} are not supported")
     heads, width = count("attention.head_count"), count("embedding_length")
     layers, context = count("block_count"), count("context_length")
