@@ -70,6 +70,8 @@ def limited_protocol(
             super().handle_events()
             if self.cycle is None or self.cycle.response_complete or self not in waiting:
                 return
+            if self.flow.write_paused:  # a pipelined request waits for the answer before it
+                return
             if not self.cycle.more_body:
                 self._stop_waiting()
             elif timer := waiting[self]:

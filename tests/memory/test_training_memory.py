@@ -40,6 +40,7 @@ SHAPE: dict[str, Any] = {
 def kept(config: ModelConfig, dtype: torch.dtype, lora: LoRAConfig | None) -> int:
     """Bytes that autograd keeps of a forward pass over two packed rows of 64, each tensor counted
     once, without the weights and their copies."""
+    torch.manual_seed(0)  # of a mixture: two experts as good as equal would share the tokens
     model = Transformer(config).train()
     if lora is not None:
         add_lora(model, lora)
