@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +72,10 @@ def train(
     if context is not None and context.parallel.is_main and context.complete:
         for command in next_commands(context):
             say(f"next:  {command}", err=True)
+    if context is not None and not context.parallel.is_main:
+        # Nothing is left to write. Threads of PyTorch abort a process now and then as it ends.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _with_paths(config: TrainConfig) -> TrainConfig:

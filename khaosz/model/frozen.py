@@ -23,6 +23,10 @@ class StoredMatrix(Protocol):
         """Rows `start` to `stop`, dequantised."""
         ...
 
+    def for_product(self, dtype: torch.dtype) -> Tensor:
+        """All rows, dequantised, until the next call for any matrix of the model."""
+        ...
+
     def rows(self, ids: Tensor) -> Tensor:
         """fp32 (N, columns) of the rows `ids` (N,)."""
         ...
@@ -74,8 +78,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: StoredMatrix) -> Tensor:
         ctx.matrix = matrix
-        return F.linear(x, matrix.dense(x.dtype))
+        return F.linear(x, matrix.for_product(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient @ ctx.matrix.dense(gradient.dtype), None
+        return gradient @ ctx.matrix.for_product(gradient.dtype), None

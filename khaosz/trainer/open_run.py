@@ -20,6 +20,7 @@ from khaosz.interop.adapter import base_fingerprint, load_adapter
 from khaosz.interop.huggingface import is_reward_model, load_reward_model
 from khaosz.interop.huggingface_config import model_type
 from khaosz.interop.models import load_model, model_config, open_model
+from khaosz.memory.machine import return_large_blocks
 from khaosz.model import RewardModel, Transformer, weights_fingerprint
 from khaosz.model.lora import add_lora, named_adapters
 from khaosz.parallel import ParallelContext
@@ -328,6 +329,7 @@ def initial_model(
         load = load_reward_model if reward else load_model
         model: Transformer
         if config.keeps_file:
+            return_large_blocks()
             model = frozen_model(open_model(directory))
         else:
             model = load(directory, device=parallel.device)
