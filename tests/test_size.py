@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "khaosz"
 BUDGET = {
     "__init__": 33,
     "__main__": 37,
-    "cli": 3_329,
+    "cli": 3_334,
     "config": 1_374,
     "data": 6_327,
     "database": 182,
@@ -25,15 +25,15 @@ BUDGET = {
     "errors": 86,
     "evaluation": 519,
     "files": 270,
-    "inference": 3_560,
+    "inference": 3_576,
     "interop": 6_330,
-    "model": 1_381,
+    "model": 1_383,
     "parallel": 116,
     "rag": 5_467,
     "rewards": 2,
     "serve": 8_368,
     "trainer": 4_883,
-    "memory": 617,
+    "memory": 620,
     "folders": 103,
 }
 _DESCRIBED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
